@@ -1,0 +1,107 @@
+"""Settings: every default once, sizes with units, and the `SURFW_*` variables.
+
+Knows nothing of torch or the network. Values are frozen and keyword-only; a room takes the value object it needs.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from surfw.errors import ConfigurationError
+
+KB, MB, GB = 1000, 1000**2, 1000**3
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+BLOCK_BYTES = MIB
+"""Stored bytes are digested in blocks of this size, so that any range of blocks can be verified alone."""
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8765
+DEFAULT_CACHE_MB = 200
+
+_UNITS = {
+    "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a size such as `200MB`, `1.5GiB` or `4096`.
+
+    Raises:
+        ConfigurationError: the text is not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    unit = match[2].upper() if match else ""
+    if unit in {"K", "M", "G", "T"}:
+        unit += "B"
+    if match is None or unit not in _UNITS:
+        raise ConfigurationError(f"size {text!r} is not understood; write a number and a unit, such as 200MB or 1.5GiB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def format_size(count_bytes: float) -> str:
+    """A size for people, in decimal units: `88.1 MB`."""
+    value = float(count_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def surfw_home() -> Path:
+    """The folder for everything surfw keeps: `$SURFW_HOME`, else `surfw` in the user's cache folder."""
+    if home := os.environ.get("SURFW_HOME"):
+        return Path(home).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("surfw")
+
+
+def default_store() -> str:
+    """Where `chunk` writes and `serve` reads unless told otherwise: `$SURFW_HOME/store`."""
+    return str(surfw_home() / "store")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WireLimits:
+    """Sizes that both sides of a connection hold each other to, in bytes unless the name says otherwise.
+
+    Attributes:
+        frame_bytes: payload of one binary frame; the last one of a transfer may be smaller.
+        window_bytes: how much a server may have sent that the client has not yet credited.
+        control_bytes: the largest JSON message either side accepts.
+        requests_in_flight: the most requests a client may have open on one connection.
+        manifest_bytes: the largest manifest a client accepts.
+        file_bytes: the largest tokenizer file a client accepts.
+    """
+
+    frame_bytes: int = 256 * KIB
+    window_bytes: int = 8 * MIB
+    control_bytes: int = 64 * KIB
+    requests_in_flight: int = 64
+    manifest_bytes: int = 256 * MIB
+    file_bytes: int = 256 * MIB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSettings:
+    """What a server needs to know.
+
+    Attributes:
+        host: address to listen on; anything but a loopback address needs `insecure`.
+        port: TCP port; 0 lets the system choose.
+        insecure: allow listening beyond loopback although clients are not authenticated.
+        cache_bytes: budget of the cache of stored bytes.
+        clients: the most connections at a time.
+        limits: sizes of messages, frames and windows.
+    """
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    insecure: bool = False
+    cache_bytes: int = DEFAULT_CACHE_MB * MB
+    clients: int = 256
+    limits: WireLimits = WireLimits()

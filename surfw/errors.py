@@ -1,0 +1,138 @@
+"""The whole error tree. Every error surfw raises on purpose is one of these, and its text is one line.
+
+    SurfwError
+    ├── ConfigurationError          a setting or an argument cannot be used
+    ├── StorageError                a storage could not do what was asked
+    │   ├── NotFoundError           the object is not there
+    │   ├── NotAStoreError          the place exists, but no surfw store lies there
+    │   └── StorageFullError        no space is left; nothing half-written stays
+    ├── WireError                   something between client and server
+    │   ├── ConnectionFailedError   no surfw server answers at the address, or it went away
+    │   ├── LocalProtocolError      we broke the protocol: a bug in surfw
+    │   ├── RemoteProtocolError     the peer broke the protocol
+    │   └── RefusedError            the peer understood and refused; `code` says why
+    ├── IntegrityError              bytes are not the bytes that their digest promises
+    └── ModelError                  something about a model
+        ├── CheckpointError         the source checkpoint is damaged or incomplete
+        ├── UnsupportedModelError   surfw cannot run this kind of model or checkpoint
+        ├── UnknownModelError       no model of that name; `known` lists the ones there are
+        └── ManifestError           a manifest is malformed, or disagrees with its model
+
+An error names the object, what was seen, what was expected and what to do next.
+The command line turns any of them into one line on stderr and exit code 1.
+"""
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "ConnectionFailedError",
+    "IntegrityError",
+    "LocalProtocolError",
+    "ManifestError",
+    "ModelError",
+    "NotAStoreError",
+    "NotFoundError",
+    "RefusedError",
+    "RemoteProtocolError",
+    "StorageError",
+    "StorageFullError",
+    "SurfwError",
+    "UnknownModelError",
+    "UnsupportedModelError",
+    "WireError",
+]
+
+
+class SurfwError(Exception):
+    """The root of every error surfw raises on purpose."""
+
+
+class ConfigurationError(SurfwError):
+    """A setting or an argument cannot be used as it is."""
+
+
+class StorageError(SurfwError):
+    """A storage could not do what was asked of it."""
+
+
+class NotFoundError(StorageError):
+    """The object asked for is not in the storage."""
+
+
+class NotAStoreError(StorageError):
+    """The place can be reached, but no surfw store lies there."""
+
+
+class StorageFullError(StorageError):
+    """The storage has no space left."""
+
+
+class WireError(SurfwError):
+    """Something went wrong between a client and a server."""
+
+
+class ConnectionFailedError(WireError):
+    """No surfw server answers at the address, or it went away."""
+
+
+class LocalProtocolError(WireError):
+    """This side was about to break the protocol: a bug in surfw, not in the peer."""
+
+
+class RemoteProtocolError(WireError):
+    """The peer broke the protocol."""
+
+
+class RefusedError(WireError):
+    """The peer understood the request and refused it.
+
+    Attributes:
+        code: the machine-readable reason, such as `unknown-model` or `unknown-chunk`.
+    """
+
+    def __init__(self, message: str, *, code: str) -> None:
+        """Keep the reason beside the text."""
+        super().__init__(message)
+        self.code = code
+
+
+class IntegrityError(SurfwError):
+    """Bytes are not the bytes that their digest promises."""
+
+
+class ModelError(SurfwError):
+    """Something about a model prevents the work."""
+
+
+class CheckpointError(ModelError):
+    """The source checkpoint is damaged or incomplete."""
+
+
+class UnsupportedModelError(ModelError):
+    """surfw cannot run this kind of model or checkpoint."""
+
+
+class UnknownModelError(ModelError):
+    """No model has the name that was asked for.
+
+    Attributes:
+        known: the names there are, sorted.
+    """
+
+    def __init__(self, name: str | None, known: Sequence[str], *, where: str) -> None:
+        """Say which names there are instead; `name` None means that none was given and several are there."""
+        self.known = sorted(known)
+        names = ", ".join(self.known)
+        if not self.known:
+            text = f"{where} holds no model yet; put one there with 'surfw chunk MODEL'"
+        elif name is None:
+            text = f"{where} holds {len(self.known)} models; choose one with --model: {names}"
+        else:
+            text = f"{where} has no model {name!r}; it has: {names}"
+        super().__init__(text)
+
+
+class ManifestError(ModelError):
+    """A manifest is malformed, or disagrees with the model it describes."""

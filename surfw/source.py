@@ -1,0 +1,125 @@
+"""Where weights come from: the one interface that the runtime knows, whether a storage or a server is behind it.
+
+A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is read-only.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from blake3 import blake3
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import IntegrityError, UnknownModelError
+from surfw.manifest import Chunk, Form, Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A range of a chunk's stored bytes, and the writable memory it goes to.
+
+    `start` and `stop` (end-exclusive) count stored bytes of the form. Both lie on block boundaries (1 MiB), except that
+    `stop` may be the end of the form: only whole blocks can be verified. `destination` has `stop - start` bytes.
+    """
+
+    chunk: Chunk
+    form: Form
+    start: int
+    stop: int
+    destination: memoryview
+
+    def __post_init__(self) -> None:
+        """Refuse ranges that cannot be verified."""
+        ends_well = self.stop % BLOCK_BYTES == 0 or self.stop == self.form.stored_bytes
+        if self.start % BLOCK_BYTES or not ends_well or not 0 <= self.start <= self.stop <= self.form.stored_bytes:
+            raise ValueError(f"range {self.start}-{self.stop} of chunk {self.chunk.name} is not made of whole blocks")
+        if self.destination.nbytes != self.stop - self.start:
+            raise ValueError(f"destination has {self.destination.nbytes} bytes, the range {self.stop - self.start}")
+
+
+def verify_blocks(chunk: Chunk, form: Form, first: int, data: memoryview, *, where: str) -> None:
+    """Check a run of blocks, starting with block `first` of the form, against the manifest's digests.
+
+    Raises:
+        IntegrityError: a block is not what the manifest promises.
+    """
+    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
+        seen = blake3(data[start : start + BLOCK_BYTES]).digest()
+        if seen != form.block_digest(index):
+            raise IntegrityError(
+                f"chunk {chunk.name} from {where} is damaged: block {index} has BLAKE3 {seen.hex()[:16]}…, "
+                f"the manifest promises {form.block_digest(index).hex()[:16]}…; chunk the model again"
+            )
+
+
+class ChunkSource(ABC):
+    """Manifests and verified stored bytes, from somewhere. Use it as an async context manager, or `close()` it."""
+
+    url: str
+    """Where the bytes come from, for people and for error messages."""
+
+    @abstractmethod
+    async def models(self) -> list[str]:
+        """The names of the models there are, sorted."""
+
+    @abstractmethod
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of the model with exactly this name.
+
+        Raises:
+            UnknownModelError: there is none.
+            ManifestError: there is one, and it is not valid.
+        """
+
+    @abstractmethod
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file of the model, verified.
+
+        Raises:
+            IntegrityError: its bytes are not what the manifest promises.
+        """
+
+    @abstractmethod
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination with verified bytes. Lower priorities go first.
+
+        Returns when all are there. If one fails, or the call is cancelled, no destination is written to afterwards.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError, WireError: they could not be had.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release connections, threads and files. Closing twice is fine."""
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes delivered so far."""
+        return 0
+
+    async def resolve(self, name: str | None) -> str:
+        """The full name of a model given in full, by a unique last part, or (None) as the only one there is.
+
+        Raises:
+            UnknownModelError: no or several models fit.
+        """
+        known = await self.models()
+        if name is None:
+            matches = known
+        else:
+            matches = [name] if name in known else [one for one in known if one.rpartition("/")[2] == name]
+        if len(matches) != 1:
+            raise UnknownModelError(name, known, where=self.url)
+        return matches[0]
+
+    async def __aenter__(self) -> Self:
+        """Enter the context; nothing is opened that was not open."""
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        await self.close()

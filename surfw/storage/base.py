@@ -1,0 +1,109 @@
+"""What a storage has to be: four methods, and optional ones with working defaults built on the four.
+
+A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` is the one gate: every backend passes
+every key through it before the key touches anything, so a key such as `../x` or `/etc/passwd` reaches no storage.
+"""
+
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import BinaryIO
+
+from surfw.errors import StorageError
+
+_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_MAX_KEY = 512
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it is a relative path of plain parts.
+
+    Raises:
+        StorageError: it is absolute, leads upwards, is empty or has characters a key may not have.
+    """
+    if len(key) > _MAX_KEY or not all(_PART.fullmatch(part) for part in key.split("/")):
+        raise StorageError(
+            f"storage key {key[:80]!r} is refused: expected a relative path of plain parts, such as blobs/ab/abcd"
+        )
+    return key
+
+
+class StorageBackend(ABC):
+    """Named objects of bytes. A custom backend needs `load`, `save`, `exists` and `list`."""
+
+    url: str = "custom storage"
+    """Where the objects lie, for people and for error messages."""
+
+    @abstractmethod
+    async def load(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            NotFoundError: there is no such object.
+            StorageError: it could not be read.
+        """
+
+    @abstractmethod
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        """Write an object, whole or not at all: a reader never sees half of it.
+
+        Raises:
+            StorageFullError: no space is left.
+            StorageError: it could not be written.
+        """
+
+    @abstractmethod
+    async def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+
+    @abstractmethod
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys that start with the prefix, sorted."""
+
+    async def size(self, key: str) -> int:
+        """The object's length in bytes."""
+        return len(await self.load(key))
+
+    async def load_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` (end-exclusive) of an object.
+
+        Raises:
+            StorageError: the object is shorter than `stop`.
+        """
+        data = (await self.load(key))[start:stop]
+        return expect_length(data, stop - start, key, self.url)
+
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+        """Fill `destination` with the object's bytes from `start` on."""
+        destination[:] = await self.load_range(key, start, start + destination.nbytes)
+
+    def local_path(self, key: str) -> Path | None:
+        """The object's file, where objects are local files; None elsewhere."""
+        check_key(key)
+        return None
+
+    def spool(self) -> Path:
+        """A folder for files on their way into the storage."""
+        return Path(tempfile.gettempdir())
+
+    async def adopt(self, key: str, path: Path) -> None:
+        """Move a finished local file into the storage."""
+        with path.open("rb") as file:
+            await self.save(key, file)
+        path.unlink()
+
+    async def close(self) -> None:
+        """Release what the backend holds."""
+        return
+
+
+def expect_length(data: bytes, length: int, key: str, url: str) -> bytes:
+    """The data, if it has the length that was asked for.
+
+    Raises:
+        StorageError: it is shorter.
+    """
+    if len(data) != length:
+        raise StorageError(f"{key} in {url} ends early: asked for {length} bytes, got {len(data)}")
+    return data

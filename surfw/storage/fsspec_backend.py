@@ -1,0 +1,108 @@
+"""Any file system that fsspec knows, as a storage. Local files have a few shorter ways: see `filesystem`.
+
+fsspec's synchronous calls run in threads: its remote file systems are asynchronous underneath, on a loop of their own.
+Foreign exceptions become surfw's here and nowhere else.
+"""
+
+import asyncio
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypeVar
+
+import fsspec
+
+from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
+from surfw.storage.base import StorageBackend, check_key, expect_length
+
+T = TypeVar("T")
+_COPY_BYTES = 8 << 20
+
+
+@contextmanager
+def translate_errors(what: str) -> Iterator[None]:
+    """Foreign exceptions as surfw's, naming what was being done."""
+    try:
+        yield
+    except FileNotFoundError as exc:
+        raise NotFoundError(f"{what}: not found") from exc
+    except PermissionError as exc:
+        raise StorageError(f"{what}: permission denied ({exc.strerror or exc})") from exc
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFullError(f"{what}: no space is left; free some and run the same command again") from exc
+        raise StorageError(f"{what}: {exc.strerror or exc or type(exc).__name__}") from exc
+    except ImportError as exc:
+        raise ConfigurationError(f"{what}: {exc}") from exc
+
+
+class FsspecBackend(StorageBackend):
+    """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        """Open the file system; `options` are the storage options of fsspec's implementation."""
+        self.url = url
+        try:
+            with translate_errors(f"storage {url}"):
+                self.fs, self.root = fsspec.core.url_to_fs(url, **options)
+        except ValueError as exc:
+            raise ConfigurationError(f"storage {url} cannot be opened: {exc}") from exc
+
+    def path(self, key: str) -> str:
+        """The key's path in the file system."""
+        return f"{self.root.rstrip('/')}/{check_key(key)}"
+
+    async def _call(self, key: str, function: Callable[[str], T]) -> T:
+        path = self.path(key)
+
+        def call() -> T:
+            with translate_errors(f"{key} in {self.url}"):
+                return function(path)
+
+        return await asyncio.to_thread(call)
+
+    async def load(self, key: str) -> bytes:
+        """The whole object."""
+        return bytes(await self._call(key, self.fs.cat_file))
+
+    async def load_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object."""
+        data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
+        return expect_length(data, stop - start, key, self.url)
+
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        """Write an object; object stores show it only once it is whole."""
+
+        def write(path: str) -> None:
+            if isinstance(data, bytes):
+                self.fs.pipe_file(path, data)
+                return
+            with self.fs.open(path, "wb") as out:
+                shutil.copyfileobj(data, out, _COPY_BYTES)
+
+        await self._call(key, write)
+
+    async def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        return bool(await self._call(key, self.fs.isfile))
+
+    async def size(self, key: str) -> int:
+        """The object's length."""
+        return int(await self._call(key, self.fs.size))
+
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys that start with the prefix."""
+        folder = prefix.rpartition("/")[0]
+
+        def find() -> list[str]:
+            root = self.root.rstrip("/")
+            with translate_errors(f"listing {self.url}"):
+                try:
+                    paths = self.fs.find(f"{root}/{check_key(folder)}" if folder else root)
+                except FileNotFoundError:
+                    return []
+            keys = (path.removeprefix(root).lstrip("/") for path in paths)
+            return sorted(key for key in keys if key.startswith(prefix))
+
+        return await asyncio.to_thread(find)

@@ -1,0 +1,98 @@
+"""A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from surfw.config import MIB
+from surfw.errors import IntegrityError, StorageError
+from surfw.manifest import Manifest, payload_digest
+from surfw.source import ChunkSource, Read, verify_blocks
+from surfw.storage.base import StorageBackend
+from surfw.storage.store import Store, segments
+
+_PIECE_BYTES = 8 * MIB
+
+
+class StorageSource(ChunkSource):
+    """Reads a store directly."""
+
+    def __init__(self, backend: StorageBackend) -> None:
+        """Name the backend; call `open_storage_source` to check that a store is there."""
+        self.store = Store(backend)
+        self.url = backend.url
+        self._fetched_bytes = 0
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes delivered so far."""
+        return self._fetched_bytes
+
+    async def models(self) -> list[str]:
+        """The names of the models there are."""
+        return await self.store.models()
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of the model."""
+        return await self.store.manifest(model)
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file of the model, verified."""
+        entry = next(file for file in manifest.files if file.path == path)
+        data = await self.store.backend.load(entry.object)
+        if payload_digest(data) != entry.digest:
+            raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; chunk the model again")
+        return data
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination, piece by piece."""
+        for read in reads:
+            await self._fetch(read)
+
+    async def _fetch(self, read: Read) -> None:
+        if not read.form.locations:
+            raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
+        checking: asyncio.Task[None] | None = None
+        try:
+            for start in range(read.start, read.stop, _PIECE_BYTES):
+                stop = min(start + _PIECE_BYTES, read.stop)
+                piece = read.destination[start - read.start : stop - read.start]
+                at = 0
+                for key, offset, length in segments(read.form.locations, start, stop):
+                    await _to_its_end(self.store.backend.read_into(key, offset, piece[at : at + length]))
+                    at += length
+                if checking:
+                    await checking
+                check = asyncio.to_thread(
+                    verify_blocks, read.chunk, read.form, start // MIB, piece, where=self.url
+                )
+                checking = asyncio.ensure_future(check)
+                self._fetched_bytes += len(piece)
+        finally:
+            if checking:
+                await _to_its_end(checking)
+
+    async def close(self) -> None:
+        """Close the backend."""
+        await self.store.backend.close()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+    """Await work that a thread may be doing; when cancelled, only after the thread has let go of the destination."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+async def open_storage_source(backend: StorageBackend) -> StorageSource:
+    """A source over the backend, which must hold a store.
+
+    Raises:
+        NotAStoreError: it does not.
+    """
+    source = StorageSource(backend)
+    await source.store.check()
+    return source

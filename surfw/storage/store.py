@@ -1,0 +1,114 @@
+"""A store: the layout of chunked models in a storage.
+
+    surfw.json                             says that this is a store, and its version
+    models/NAME.json                       a manifest; a model is visible when this exists
+    blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
+    blobs/ab/abcdef….bin                   a tokenizer file
+    partial/                               work in progress; nothing reads it but the `chunk` that wrote it
+
+Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
+"""
+
+import json
+from collections.abc import Sequence
+
+from surfw.errors import NotAStoreError, NotFoundError, StorageError, UnknownModelError
+from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
+from surfw.storage.base import StorageBackend
+
+MARKER = "surfw.json"
+STORE_VERSION = 1
+_MODELS = "models/"
+
+
+class Store:
+    """Chunked models in a storage backend."""
+
+    def __init__(self, backend: StorageBackend) -> None:
+        """Name the backend; nothing is read yet."""
+        self.backend = backend
+        self.url = backend.url
+
+    async def check(self) -> None:
+        """Make sure that a store lies here.
+
+        Raises:
+            NotAStoreError: it does not.
+        """
+        try:
+            data = await self.backend.load(MARKER)
+        except NotFoundError as exc:
+            raise NotAStoreError(
+                f"{self.url} is not a surfw store ({MARKER} is missing); name the folder or URL that "
+                "'surfw chunk --store' wrote to"
+            ) from exc
+        try:
+            version = json.loads(data)["version"]
+        except (ValueError, KeyError, TypeError) as exc:
+            raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read") from exc
+        if version != STORE_VERSION:
+            raise NotAStoreError(f"{self.url} is a store of version {version}; this surfw reads {STORE_VERSION}")
+
+    async def create(self) -> None:
+        """Make this place a store, if it is not one yet.
+
+        Raises:
+            NotAStoreError: something else lies here.
+        """
+        if await self.backend.exists(MARKER):
+            await self.check()
+            return
+        foreign = [key for key in await self.backend.list() if not key.startswith("partial/")]
+        if foreign:
+            raise NotAStoreError(
+                f"{self.url} holds other things (such as {foreign[0]}) and no {MARKER}; choose an empty place for the store"
+            )
+        document = {"format": "surfw.store", "version": STORE_VERSION}
+        await self.backend.save(MARKER, json.dumps(document).encode())
+
+    async def models(self) -> list[str]:
+        """Names of the models, sorted."""
+        keys = await self.backend.list(_MODELS)
+        return sorted(key.removeprefix(_MODELS).removesuffix(".json") for key in keys if key.endswith(".json"))
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of the model with exactly this name.
+
+        Raises:
+            UnknownModelError: there is none.
+            ManifestError: there is one, and it is not valid.
+        """
+        try:
+            data = await self.backend.load(manifest_key(model))
+        except NotFoundError as exc:
+            raise UnknownModelError(model, await self.models(), where=self.url) from exc
+        manifest = parse_manifest(data, where=f"{self.url}, model {model}")
+        if manifest.name != model:
+            raise StorageError(f"{manifest_key(model)} in {self.url} is the manifest of {manifest.name!r}")
+        return manifest
+
+    async def publish(self, manifest: Manifest) -> None:
+        """Make a model visible: all its blobs are there."""
+        await self.backend.save(manifest_key(manifest.name), manifest.encode())
+
+
+def manifest_key(model: str) -> str:
+    """Where a model's manifest lies."""
+    return f"{_MODELS}{check_model_name(model)}.json"
+
+
+def blob_key(digest: str, suffix: str) -> str:
+    """Where a blob with this content lies."""
+    return f"blobs/{digest[:2]}/{digest}{suffix}"
+
+
+def segments(locations: Sequence[Location], start: int, stop: int) -> list[tuple[str, int, int]]:
+    """The object ranges that hold stored bytes `start` to `stop` of a form: (object, start, length) in order."""
+    found, at = [], 0
+    for location in locations:
+        length = location.stop - location.start
+        low, high = max(start, at), min(stop, at + length)
+        if low < high:
+            found.append((location.object, location.start + low - at, high - low))
+        at += length
+    return found
