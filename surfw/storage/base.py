@@ -5,11 +5,11 @@ every key through it before the key touches anything, so a key such as `../x` or
 """
 
 import re
-import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import BinaryIO
 
+from surfw.config import surfw_home
 from surfw.errors import StorageError
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -85,7 +85,7 @@ class StorageBackend(ABC):
 
     def spool(self) -> Path:
         """A folder for files on their way into the storage."""
-        return Path(tempfile.gettempdir())
+        return surfw_home() / "partial"
 
     async def adopt(self, key: str, path: Path) -> None:
         """Move a finished local file into the storage."""

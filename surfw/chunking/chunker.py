@@ -1,0 +1,194 @@
+"""A checkpoint on its way into a store, from its name to the published manifest."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from blake3 import blake3
+
+from surfw.checkpoint import Checkpoint, open_checkpoint
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
+from surfw.chunking.writer import ChunkWriter, Progress
+from surfw.config import MIB
+from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
+from surfw.skeleton.build import build_skeleton, read_config, resolve_class
+from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config
+from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
+from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
+from surfw.storage.base import StorageBackend
+from surfw.storage.store import Store, blob_key
+
+logger = logging.getLogger("surfw.chunking")
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A checkpoint that was understood, before a byte of it is written.
+
+    Attributes:
+        name: the model's name in the store.
+        checkpoint: the source.
+        class_name: the class that will be built.
+        dtype: the dtype it will be built with.
+        config: its configuration, without requests for foreign code.
+        plan: what will be written.
+        loading: where it comes from.
+        facts: the source tensors.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    class_name: str
+    dtype: str
+    config: Mapping[str, Any]
+    plan: ChunkPlan
+    loading: Loading
+    facts: SourceFacts
+
+    @property
+    def key(self) -> str:
+        """Identifies the plan and its source: equal for work that can be resumed."""
+        chunks = [(c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors]) for c in self.plan.chunks]
+        return payload_digest(repr((self.name, chunks, self.checkpoint.fingerprint())).encode())[:32]
+
+
+def prepare_model(
+    model: str, *, name: str | None = None, revision: str | None = None, dtype: str | None = None
+) -> PreparedModel:
+    """Open a checkpoint and plan its chunks.
+
+    Args:
+        model: a hub id (`org/name`) or a local directory.
+        name: the model's name in the store; default: the hub id in full, or the directory's name.
+        revision: of the hub repository.
+        dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete, or not there.
+        UnsupportedModelError: surfw cannot run it.
+    """
+    wanted = parse_dtype(dtype) if dtype is not None else None
+    checkpoint = open_checkpoint(model, revision=revision)
+    name = check_model_name(name or checkpoint.name)
+    where = model
+    refuse_kernels(checkpoint.config, where=where)
+    refuse_absurd_sizes(checkpoint.config, where=where)
+    clean, dropped = sanitise_config(checkpoint.config)
+    for line in dropped:
+        logger.warning("%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line)
+    config = read_config(clean, where=where)
+    architectures = getattr(config, "architectures", None) or [None]
+    cls = resolve_class(architectures[0], config, where=where)
+    facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
+    stored = (tensor.dtype for tensor in checkpoint.tensors.values())
+    built = wanted or automatic_dtype(config.dtype, stored, where=where)
+    skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
+    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
+    if loading.unused:
+        logger.warning(
+            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
+            name, cls.__name__, len(loading.unused), loading.unused[0],
+        )  # fmt: skip
+    tensors = {}
+    for target, recipe in loading.recipes.items():
+        target_dtype, shape = recipe.targets[target]
+        info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
+        as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
+        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None)
+    units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
+    plan = plan_chunks(units, tensors, loading.ties)
+    return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
+
+
+async def write_model(prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None) -> Manifest:
+    """Write a prepared model into a store, and publish it.
+
+    Args:
+        prepared: what to write.
+        backend: where; an empty place becomes a store.
+        progress: called as bytes are done.
+
+    Raises:
+        StorageError: the storage cannot take it. Nothing is visible, and the next run goes on where this one stopped.
+    """
+    store = Store(backend)
+    await store.create()
+    writer = ChunkWriter(backend, _PayloadReader(prepared), key=prepared.key, progress=progress)
+    chunks = await writer.write(prepared.plan)
+    generation = prepared.checkpoint.generation_config
+    manifest = Manifest(
+        name=prepared.name,
+        class_name=prepared.class_name,
+        dtype=prepared.dtype,
+        config=prepared.config,
+        generation_config=sanitise_config(generation)[0] if generation is not None else None,
+        files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
+        ties=prepared.loading.ties,
+        chunks=tuple(chunks),
+        order=prepared.plan.order,
+    )
+    await store.publish(manifest)
+    writer.forget()
+    return manifest
+
+
+async def _write_file(prepared: PreparedModel, backend: StorageBackend, path: str) -> ModelFile:
+    file = prepared.checkpoint.files[path]
+    data = await asyncio.to_thread(file.read_bytes)
+    digest = payload_digest(data)
+    key = blob_key(digest, file.suffix or ".bin")
+    await backend.save(key, data)
+    return ModelFile(path, len(data), digest, key)
+
+
+class _PayloadReader:
+    """Gives the writer a chunk's payload: source bytes as they are, or what transformers converts them to."""
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self.prepared = prepared
+        self.checkpoint = prepared.checkpoint
+        self._converted: dict[str, memoryview] = {}
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
+        stop = start + len(destination)
+        for tensor in chunk.tensors:
+            begin, end = tensor.info.offset, tensor.info.offset + tensor.info.nbytes
+            low, high = max(start, begin), min(stop, end)
+            if low >= high:
+                continue
+            into = destination[low - start : high - start]
+            if tensor.copy_of is not None:
+                self.checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
+            else:
+                into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
+                if high == end:
+                    self._converted.pop(tensor.info.name, None)
+
+    def _convert(self, name: str) -> memoryview:
+        if name not in self._converted:
+            recipe = self.prepared.loading.recipes[name]
+            self._converted |= convert_bytes(recipe, self._read_source, self.prepared.facts)
+        return self._converted[name]
+
+    def _read_source(self, name: str, destination: memoryview) -> None:
+        self.checkpoint.read_into(name, destination, 0, len(destination))
+
+
+def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    a, b = checkpoint.tensors[one], checkpoint.tensors[other]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return _digest_tensor(checkpoint, one, a.nbytes) == _digest_tensor(checkpoint, other, b.nbytes)
+
+
+def _digest_tensor(checkpoint: Checkpoint, name: str, size: int) -> bytes:
+    whole, buffer = blake3(), memoryview(bytearray(min(size, 8 * MIB)))
+    for start in range(0, size, 8 * MIB):
+        piece = buffer[: min(8 * MIB, size - start)]
+        checkpoint.read_into(name, piece, start, start + len(piece))
+        whole.update(piece)
+    return whole.digest()

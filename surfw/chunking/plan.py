@@ -1,0 +1,115 @@
+"""What each chunk will hold, decided before a byte is read. Pure: plain data in, plain data out.
+
+The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes, then the others, each in
+the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples of 64 by
+themselves, and only the few small ones at the end have to be moved apart in memory.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from surfw.manifest import TensorInfo, Use, nbytes
+
+ALIGNMENT = 64
+HEADER_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor on its way into a chunk.
+
+    Attributes:
+        info: its name, dtype, shape and place in the payload.
+        copy_of: the source tensor whose bytes it has; None where it has to be converted.
+    """
+
+    info: TensorInfo
+    copy_of: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedChunk:
+    """A chunk to write: see `manifest.Chunk`."""
+
+    name: str
+    kind: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """All chunks of a model, and the order in which its modules run."""
+
+    chunks: tuple[PlannedChunk, ...]
+    order: tuple[Use, ...]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(chunk.payload_bytes for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitFacts:
+    """What the plan has to know of an executed module: its path, its kind, and the names of its tensors."""
+
+    path: str
+    kind: str
+    tensors: tuple[str, ...]
+
+
+def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor], ties: Mapping[str, str]) -> ChunkPlan:
+    """Sort the tensors into chunks, one for each unit that stores any.
+
+    Args:
+        units: the executed modules, in order.
+        tensors: every tensor to store, by its name.
+        ties: tensors that are stored under another name.
+    """
+    units = list(units)
+    home = {name: unit.path for unit in units for name in unit.tensors}
+    chunks = []
+    for unit in units:
+        own = [tensors[name] for name in unit.tensors if name in tensors]
+        if own:
+            chunks.append(PlannedChunk(unit.path, unit.kind, _arrange(own)))
+    order = []
+    for unit in units:
+        stored = (ties.get(name, name) for name in unit.tensors)
+        needed = dict.fromkeys(home[name] for name in stored if name in tensors)
+        if needed:
+            order.append(Use(unit.path, tuple(needed)))
+    return ChunkPlan(tuple(chunks), tuple(order))
+
+
+def _arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    arranged, offset = [], 0
+    for tensor in sorted(tensors, key=lambda tensor: tensor.info.nbytes % ALIGNMENT != 0):
+        arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))
+        offset += tensor.info.nbytes
+    return tuple(arranged)
+
+
+def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
+    """The safetensors header of a chunk's file, padded with spaces so that the payload starts at a multiple of 4096.
+
+    The format (https://huggingface.co/docs/safetensors): eight bytes of little-endian length, then JSON that maps each
+    name to dtype, shape and byte offsets in the payload, with trailing spaces allowed.
+    """
+    entries = {
+        tensor.name: {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.offset, tensor.offset + nbytes(tensor.dtype, tensor.shape)],
+        }
+        for tensor in tensors
+    }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)

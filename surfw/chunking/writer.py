@@ -1,0 +1,220 @@
+"""Executes a plan: streams every chunk into the store, then publishes the manifest.
+
+- Blobs first, the manifest last: a model is visible only when all of it is there and durable.
+- Bytes go through a few buffers of 8 MiB; a converted tensor is held with its sources, nothing else ever is.
+- While one chunk is written, the one before it is synced and put in its place.
+- A journal beside the unfinished files names the chunks that are done. The same plan over the same source goes on from
+  there; a lock keeps two writers of it apart.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, encode_header
+from surfw.config import MIB
+from surfw.errors import NotFoundError, StorageError
+from surfw.manifest import Chunk, Form, Location, block_digests
+from surfw.storage.base import StorageBackend
+from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.store import blob_key
+
+_PIECE_BYTES = 8 * MIB
+_BUFFERS = 3
+
+Progress = Callable[[int, str], None]
+"""Called with the bytes just finished and the name of their chunk, from a worker thread."""
+
+
+class TensorBytes(Protocol):
+    """Where the writer gets a planned chunk's bytes from."""
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
+
+
+class ChunkWriter:
+    """Writes the chunks of one plan into one storage."""
+
+    def __init__(self, backend: StorageBackend, source: TensorBytes, *, key: str, progress: Progress) -> None:
+        """Name the parts; `key` identifies plan and source, so that only the very same work is resumed."""
+        self.backend = backend
+        self.source = source
+        self.progress = progress
+        self.folder = backend.spool() / key
+        self._stop = threading.Event()
+
+    async def write(self, plan: ChunkPlan) -> list[Chunk]:
+        """Write all chunks that are not there yet, and return the facts of all of them.
+
+        Raises:
+            StorageError: the storage cannot take them; what was finished is kept for the next run.
+        """
+        with self._locked():
+            done = self._read_journal()
+            chunks: list[Chunk] = []
+            finishing: asyncio.Task[None] | None = None
+            try:
+                for index, planned in enumerate(plan.chunks):
+                    form = done.get(planned.name)
+                    if form is None or not await self._stored(form):
+                        scratch = self.folder / f"{index:06d}.tmp"
+                        form = await self._in_thread(planned, scratch)
+                        if finishing:
+                            await finishing
+                        form = await self._place(form)
+                        finishing = asyncio.create_task(self._finish(planned.name, form, scratch))
+                    else:
+                        self.progress(planned.payload_bytes, planned.name)
+                    tensors = tuple(tensor.info for tensor in planned.tensors)
+                    chunks.append(
+                        Chunk(planned.name, planned.kind, form.digest, planned.payload_bytes, tensors, (form,))
+                    )
+                if finishing:
+                    await finishing
+            finally:
+                if finishing and not finishing.done():
+                    await asyncio.wait([finishing])
+                for scratch in self.folder.glob("*.tmp"):
+                    scratch.unlink(missing_ok=True)
+        return chunks
+
+    def forget(self) -> None:
+        """Remove the journal: the model is published."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
+
+    async def _in_thread(self, planned: PlannedChunk, scratch: Path) -> Form:
+        work = asyncio.ensure_future(asyncio.to_thread(self._write_file, planned, scratch))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self._stop.set()
+            await asyncio.wait([work])
+            raise
+
+    def _write_file(self, planned: PlannedChunk, scratch: Path) -> Form:
+        """Stream a chunk into a file; the hash of one piece is computed while the next is read and written."""
+        header = encode_header([tensor.info for tensor in planned.tensors])
+        size = planned.payload_bytes
+        whole, blocks = blake3(), bytearray()
+        buffers = [memoryview(bytearray(min(size, _PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // _PIECE_BYTES)))]
+        with (
+            translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
+            ThreadPoolExecutor(1, "surfw-hash") as hashing,
+            scratch.open("wb", buffering=0) as out,
+        ):
+            out.write(header)
+
+            def digest(piece: memoryview) -> None:
+                whole.update(piece)
+                blocks.extend(block_digests(piece))
+
+            pending = []
+            for index, start in enumerate(range(0, size, _PIECE_BYTES)):
+                if self._stop.is_set():
+                    raise StorageError(f"writing chunk {planned.name} was stopped")
+                if len(pending) == len(buffers):
+                    pending.pop(0).result()  # the buffer's previous piece has been digested
+                piece = buffers[index % len(buffers)][: min(_PIECE_BYTES, size - start)]
+                self.source.read_into(planned, start, piece)
+                pending.append(hashing.submit(digest, piece))
+                _write_all(out.fileno(), piece)
+                self.progress(len(piece), planned.name)
+            for job in pending:
+                job.result()
+        found = whole.hexdigest()
+        location = Location(blob_key(found, ".safetensors"), len(header), len(header) + size)
+        return Form("none", size, found, bytes(blocks), (location,))
+
+    async def _place(self, form: Form) -> Form:
+        """Where the payload will lie: behind our header, or behind that of an equal payload that is there already."""
+        (ours,) = form.locations
+        try:
+            size = await self.backend.size(ours.object)
+        except NotFoundError:
+            return form
+        there = Location(ours.object, size - form.stored_bytes, size)
+        if there == ours or there.start <= 0:
+            return form
+        seen = blake3(await self.backend.load_range(there.object, there.start, there.stop)).hexdigest()
+        return replace(form, locations=(there,)) if seen == form.digest else form
+
+    async def _finish(self, name: str, form: Form, scratch: Path) -> None:
+        """Make a chunk's file durable, put it in its place, and note that it is done."""
+
+        def sync() -> None:
+            with translate_errors(f"writing chunk {name} to {self.backend.url}"):
+                fd = os.open(scratch, os.O_RDONLY)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+        at = form.locations[0]
+        if scratch.stat().st_size == at.stop:  # else an equal payload behind another header is there, and stays
+            await asyncio.to_thread(sync)
+            await self.backend.adopt(at.object, scratch)
+        line = json.dumps(
+            {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "blocks": form.blocks.hex(), "start": at.start}
+        )
+        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("a") as journal:
+            journal.write(line + "\n")
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / "journal.jsonl"
+
+    def _read_journal(self) -> dict[str, Form]:
+        """Chunks that an earlier run finished; a last line that was cut off does not count."""
+        done: dict[str, Form] = {}
+        if not self._journal.exists():
+            return done
+        for line in self._journal.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                size, start, digest = entry["bytes"], entry["start"], entry["digest"]
+                location = Location(blob_key(digest, ".safetensors"), start, start + size)
+                done[entry["chunk"]] = Form("none", size, digest, bytes.fromhex(entry["blocks"]), (location,))
+            except (ValueError, KeyError, TypeError):
+                continue
+        return done
+
+    async def _stored(self, form: Form) -> bool:
+        """Whether a chunk of the journal is still in the storage, whole."""
+        location = form.locations[0]
+        try:
+            return await self.backend.size(location.object) == location.stop
+        except NotFoundError:
+            return False
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with translate_errors(f"preparing {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as exc:
+                raise StorageError(f"another surfw is chunking this model into {self.backend.url}; wait for it") from exc
+            yield
+        finally:
+            os.close(fd)
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -1,0 +1,83 @@
+"""From a manifest to a model that is ready to run, with nothing believed on the way.
+
+The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being built.
+"""
+
+import logging
+from collections import Counter
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from surfw.errors import ManifestError
+from surfw.manifest import Manifest
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, read_config, resolve_class
+from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config
+from surfw.skeleton.dtypes import parse_dtype
+
+logger = logging.getLogger("surfw.models")
+
+
+def open_skeleton(manifest: Manifest) -> Skeleton:
+    """Build the model of a manifest, without weights.
+
+    Raises:
+        UnsupportedModelError: its class or configuration cannot be used here.
+        ManifestError: configuration and chunks do not belong together.
+    """
+    where = manifest.name
+    refuse_absurd_sizes(manifest.config, where=where)
+    clean, dropped = sanitise_config(manifest.config)
+    generation, dropped_generation = sanitise_config(manifest.generation_config or {})
+    for line in dropped + dropped_generation:
+        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
+    config = read_config(clean, where=where)
+    cls = resolve_class(manifest.class_name, config, where=where)
+    tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
+    shapes = {tensor.shape for tensor in tensors.values()}
+    skeleton = build_skeleton(
+        config,
+        cls,
+        parse_dtype(manifest.dtype),
+        tensor_count=len(tensors) + len(manifest.ties),
+        accepts=shapes.__contains__,
+        where=where,
+    )
+    for name, slot in skeleton.slots.items():
+        stored = tensors.get(manifest.ties.get(name, name))
+        if stored is None and not slot.is_buffer:
+            raise ManifestError(f"{where}: the manifest has no weights for {name} of {cls.__name__}; chunk the model again")
+        if stored is not None and tuple(slot.tensor.shape) != stored.shape:
+            raise ManifestError(
+                f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(slot.tensor.shape)} in {cls.__name__}"
+            )
+    unknown = (set(tensors) | set(manifest.ties)) - set(skeleton.slots)
+    if unknown:
+        raise ManifestError(f"{where}: {cls.__name__} has no place for {min(unknown)}; chunk the model again")
+    _check_order(manifest, skeleton)
+    fill_buffers(skeleton, set(tensors) | set(manifest.ties), where=where)
+    _configure_generation(skeleton.model, generation, manifest, clean)
+    return skeleton
+
+
+def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
+    """Every unit's use must name the chunks that hold its tensors."""
+    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
+    uses = {use.module: set(use.chunks) for use in manifest.order}
+    twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
+    for unit in skeleton.units:
+        names = (manifest.ties.get(slot.name, slot.name) for slot in unit.slots)
+        needed = {home[name] for name in names if name in home}
+        if needed and (unit.path not in uses or not needed <= uses[unit.path] or unit.path in twice):
+            raise ManifestError(f"{manifest.name}: the execution order does not fit {unit.path}; chunk the model again")
+
+
+def _configure_generation(
+    model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
+) -> None:
+    """As `from_pretrained` does: generation_config.json, else what config.json says of generation."""
+    if not model.can_generate():
+        return
+    if manifest.generation_config is not None:
+        model.generation_config = GenerationConfig.from_dict(generation)
+    else:
+        model.generation_config = GenerationConfig.from_model_config(dict(config))

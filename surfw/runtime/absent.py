@@ -1,0 +1,77 @@
+"""What stands in a module while its weights are not there.
+
+An absent tensor knows its shape and dtype and holds nothing. Asking for its facts is free; computing with it, which happens
+where a model uses a weight outside of the forward of the module that owns it, brings the weight first. So no model can
+ever compute with weights that are missing. Below, it lies on the meta device, where torch itself refuses to compute.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+
+_FACTS = {
+    "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_floating_point", "is_complex",
+    "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
+}  # fmt: skip
+_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+
+
+class _Absent(torch.Tensor):
+    """Loads itself when torch is asked to compute with it."""
+
+    _surfw_load: Callable[[], torch.Tensor]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for the facts; for everything else, put the real tensors in place of the absent ones."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in {"__get__", "__set__", "__delete__"}:
+            attribute = func.__self__.__name__
+            if attribute == "device":
+                return torch.device("cpu")
+            if attribute == "is_meta":
+                return False
+            known = attribute not in _VALUES
+        else:
+            known = name in _FACTS
+        if not known:
+            args = _present(args)
+            kwargs = {key: _present(value) for key, value in kwargs.items()}
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on, see torch.overrides
+            return func(*args, **kwargs)
+
+    def __repr__(self, **_: Any) -> str:
+        """Its facts, as there are no values."""
+        return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
+
+
+class AbsentParameter(_Absent, torch.nn.Parameter):
+    """In the place of a parameter."""
+
+    def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
+        """Take the facts from a tensor on the meta device."""
+        absent = torch.Tensor._make_subclass(cls, like.detach(), False)  # noqa: FBT003, SLF001 - as torch.nn.Parameter does
+        absent._surfw_load = load
+        return absent
+
+
+class AbsentBuffer(_Absent):
+    """In the place of a buffer that is part of the checkpoint."""
+
+    def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
+        """Take the facts from a tensor on the meta device."""
+        absent = torch.Tensor._make_subclass(cls, like.detach(), False)  # noqa: FBT003, SLF001 - as torch.nn.Parameter does
+        absent._surfw_load = load
+        return absent
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, _Absent):
+        return value._surfw_load()  # noqa: SLF001 - ours
+    if type(value) in {tuple, list}:
+        return type(value)(_present(one) for one in value)
+    return value

@@ -1,0 +1,47 @@
+"""Memory for streamed chunks: private anonymous pages, huge ones where the system has them, reused and never per layer."""
+
+import mmap
+from contextlib import suppress
+
+_HUGE = 2 << 20
+
+
+class Buffer:
+    """A piece of page-aligned memory."""
+
+    def __init__(self, size_bytes: int) -> None:
+        """Map at least `size_bytes`, a whole number of huge pages where that is not wasteful."""
+        unit = _HUGE if size_bytes >= _HUGE else mmap.PAGESIZE
+        self.capacity_bytes = max(unit, -(-size_bytes // unit) * unit)
+        self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if unit == _HUGE:
+            with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self.view = memoryview(self._map)
+
+
+class BufferPool:
+    """Buffers between uses. Taking one never makes more than the caller gave back or had room for."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._free: list[Buffer] = []
+
+    def take(self, size_bytes: int) -> Buffer:
+        """A buffer of at least this size: the smallest free one that fits, else a new one in place of a free one."""
+        fitting = [buffer for buffer in self._free if buffer.capacity_bytes >= size_bytes]
+        if fitting:
+            chosen = min(fitting, key=lambda buffer: buffer.capacity_bytes)
+            self._free.remove(chosen)
+            return chosen
+        if self._free:
+            self._free.remove(min(self._free, key=lambda buffer: buffer.capacity_bytes))
+        return Buffer(size_bytes)
+
+    def give_back(self, buffer: Buffer) -> None:
+        """Keep a buffer for the next that needs one."""
+        self._free.append(buffer)
+
+    def clear(self) -> None:
+        """Let go of all free buffers."""
+        self._free.clear()

@@ -1,0 +1,246 @@
+"""Obeys a residency plan: which chunk is in which buffer, what is in flight, what may be evicted.
+
+Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this very use is *prefetched* if
+it was ready in time, and a *stall* if execution had to wait for it. The three are counted apart.
+
+Invariants, all under one lock: at most `plan.buffers` streamed chunks are in memory, those in flight included; a chunk
+in use is never evicted; a failed load leaves nothing behind and is reported to the one who needs the chunk.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+import torch
+
+from surfw.manifest import Chunk, Manifest
+from surfw.metrics import Metrics
+from surfw.runtime.buffers import Buffer, BufferPool
+from surfw.runtime.io_thread import IoThread
+from surfw.runtime.loader import Loader
+from surfw.runtime.residency import ResidencyPlan
+from surfw.runtime.schedule import Schedule
+
+_LOOKAHEAD = 16
+_DEMAND, _AHEAD = 0, 1
+
+
+@dataclass
+class _Entry:
+    """A chunk in memory, or on its way there."""
+
+    chunk: Chunk
+    buffer: Buffer
+    load: Future[None]
+    pinned: bool
+    users: int = 0
+    used_before: bool = False
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Engine:
+    """Chunks of one model, in and out of memory. Used by one forward pass at a time."""
+
+    def __init__(self, manifest: Manifest, plan: ResidencyPlan, loader: Loader, io: IoThread, metrics: Metrics) -> None:
+        """Nothing is loaded yet."""
+        self.manifest = manifest
+        self.plan = plan
+        self.metrics = metrics
+        self._loader = loader
+        self._io = io
+        self._uses = {use.module: use.chunks for use in manifest.order}
+        self._schedule = Schedule(list(self._uses))
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
+        self._pool = BufferPool()
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def acquire(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
+
+        Raises:
+            SurfwError: a chunk could not be loaded.
+        """
+        names = self._uses[module]
+        tensors: dict[str, torch.Tensor] = {}
+        held: list[str] = []
+        try:
+            with self._lock:
+                self._schedule.observe(module)
+                entries = [self._hold(name, names, held) for name in names]
+                self._prefetch(names)
+            for entry, ready in entries:
+                self._count(entry, ready=ready)
+                if not ready:
+                    self._wait(entry)
+                    with self._lock:
+                        self._prefetch(names)  # what was waited for is no longer in flight
+                tensors |= self._tensors(entry)
+        except BaseException:
+            self._let_go(held)
+            raise
+        return tensors
+
+    def release(self, module: str) -> None:
+        """The module has run: its chunks may be evicted, and the next ones may come."""
+        names = self._uses[module]
+        self._let_go(names)
+        with self._lock:
+            if not self._closed:
+                self._prefetch(names)
+
+    def pin(self, module: str) -> dict[str, torch.Tensor]:
+        """The tensors of a module whose weights are used outside of its own forward; they stay from now on."""
+        tensors = self.acquire(module)
+        with self._lock:
+            for name in self._uses[module]:
+                self._entries[name].pinned = True
+        return tensors
+
+    def warm(self) -> None:
+        """Start to fetch what the first modules will need."""
+        with self._lock:
+            self._prefetch(())
+
+    def resident(self) -> list[str]:
+        """Names of the chunks in memory, least recently used first."""
+        with self._lock:
+            return [name for name, entry in self._entries.items() if entry.load.done()]
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of all buffers that hold a chunk or receive one."""
+        with self._lock:
+            return sum(entry.buffer.capacity_bytes for entry in self._entries.values())
+
+    def close(self) -> None:
+        """Cancel what is in flight and let go of all memory."""
+        with self._lock:
+            self._closed = True
+            loads = [entry.load for entry in self._entries.values()]
+            self._entries.clear()
+            self._pool.clear()
+        for load in loads:
+            load.cancel()
+
+    def _hold(self, name: str, together: Sequence[str], held: list[str]) -> tuple[_Entry, bool]:
+        """Mark a chunk as used, starting its load if need be, and say whether it is ready."""
+        entry = self._entries.get(name)
+        if entry is not None and entry.load.done() and _failed(entry.load):
+            self._drop(name)
+            entry = None
+        if entry is None:
+            self._make_room(name, together)
+            entry = self._start(name, _DEMAND)
+        entry.users += 1
+        held.append(name)
+        self._entries.move_to_end(name)
+        return entry, entry.load.done()
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        with self._lock:
+            for name in names:
+                if name in self._entries:
+                    self._entries[name].users -= 1
+
+    def _count(self, entry: _Entry, *, ready: bool) -> None:
+        if not ready:
+            self.metrics.add("stalls")
+        elif entry.used_before:
+            self.metrics.add("hits")
+        else:
+            self.metrics.add("prefetched")
+        entry.used_before = True
+
+    def _wait(self, entry: _Entry) -> None:
+        with self.metrics.span("stall"):
+            entry.load.result()
+
+    def _tensors(self, entry: _Entry) -> dict[str, torch.Tensor]:
+        entry.load.result()
+        if not entry.tensors:
+            views = self._loader.tensors(entry.chunk, entry.buffer)
+            entry.tensors = {name: torch.nn.Parameter(view, requires_grad=False) for name, view in views.items()}
+        return entry.tensors
+
+    def _start(self, name: str, priority: int) -> _Entry:
+        chunk = self.manifest.by_name[name]
+        size = self._loader.buffer_bytes(chunk)
+        pinned = name in self.plan.pinned
+        buffer = Buffer(size) if pinned else self._pool.take(size)
+        load = self._io.submit(self._load(chunk, buffer, priority))
+        entry = _Entry(chunk, buffer, load, pinned)
+        self._entries[name] = entry
+        return entry
+
+    async def _load(self, chunk: Chunk, buffer: Buffer, priority: int) -> None:
+        start = time.perf_counter()
+        await self._loader.load(chunk, buffer, priority=priority)
+        self.metrics.latency("fetch").observe(time.perf_counter() - start)
+
+    def _prefetch(self, in_use: Sequence[str]) -> None:
+        """Start to fetch what runs next: small parts freely, and one streamed chunk at a time."""
+        for name in self._coming():
+            if name in self._entries:
+                continue
+            if name in self.plan.pinned:
+                self._start(name, _AHEAD)
+            elif self._in_flight() or not self._room(name, in_use):
+                return
+            else:
+                self._start(name, _AHEAD)
+                return
+
+    def _coming(self) -> Iterator[str]:
+        seen: set[str] = set()
+        for module in self._schedule.upcoming(_LOOKAHEAD):
+            for name in self._uses[module]:
+                if name not in seen:
+                    seen.add(name)
+                    yield name
+
+    def _in_flight(self) -> bool:
+        return any(not entry.load.done() and not entry.pinned for entry in self._entries.values())
+
+    def _streamed(self) -> list[str]:
+        return [name for name, entry in self._entries.items() if not entry.pinned]
+
+    def _room(self, name: str, in_use: Sequence[str]) -> bool:
+        """Whether there is a buffer for a streamed chunk, evicting the least recently used one if that is needed."""
+        if len(self._streamed()) < self.plan.buffers:
+            return True
+        for victim in self._streamed():
+            entry = self._entries[victim]
+            if entry.users == 0 and victim not in in_use and entry.load.done() and entry.used_before:
+                self._drop(victim)
+                return True
+        return False
+
+    def _make_room(self, name: str, together: Sequence[str]) -> None:
+        """Room for a chunk that is needed now, also at the cost of one that was fetched ahead."""
+        if name in self.plan.pinned or self._room(name, together):
+            return
+        for victim in self._streamed():
+            entry = self._entries[victim]
+            if entry.users == 0 and victim not in together:
+                _settle(entry.load)
+                self._drop(victim)
+                return
+
+    def _drop(self, name: str) -> None:
+        entry = self._entries.pop(name)
+        entry.tensors.clear()
+        if not entry.pinned:
+            self._pool.give_back(entry.buffer)
+
+
+def _failed(load: Future[None]) -> bool:
+    return load.cancelled() or load.exception() is not None
+
+
+def _settle(load: Future[None]) -> None:
+    """Wait until a load has let go of its buffer. How it ended matters to nobody: whoever needs the chunk loads it again."""
+    wait([load])

@@ -1,0 +1,86 @@
+"""Puts a module's weights in place before its forward and takes them away afterwards.
+
+The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from surfw.errors import ManifestError
+from surfw.manifest import Manifest
+from surfw.runtime.absent import AbsentBuffer, AbsentParameter
+from surfw.runtime.engine import Engine
+from surfw.skeleton.build import Skeleton
+from surfw.skeleton.units import Slot, Unit
+
+
+class StreamingHooks:
+    """The hooks of one model."""
+
+    def __init__(self, skeleton: Skeleton, manifest: Manifest, engine: Engine) -> None:
+        """Attach to every unit that the manifest's order names."""
+        self._engine = engine
+        self._ties = manifest.ties
+        self._original = {slot.name: slot.tensor for unit in skeleton.units for slot in unit.slots}
+        self._slots = [slot for unit in skeleton.units for slot in unit.slots if slot.name in _provided(manifest)]
+        self._absent: dict[str, torch.Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        used = {use.module for use in manifest.order}
+        for unit in skeleton.units:
+            slots = [slot for slot in unit.slots if slot.name in _provided(manifest)]
+            if not slots:
+                continue
+            if unit.path not in used:
+                raise ManifestError(f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again")
+            self._attach(unit, slots)
+
+    def detach(self) -> None:
+        """Remove the hooks; every slot gets back what it held before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for slot in self._slots:
+            slot.put(self._original[slot.name])
+
+    def _attach(self, unit: Unit, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            kind = AbsentBuffer if slot.is_buffer else AbsentParameter
+            absent = kind(slot.tensor, partial(self._bring, unit, slots, slot))
+            self._absent[slot.name] = absent
+            slot.put(absent)
+        before, after = partial(self._before, unit, slots), partial(self._after, unit, slots)
+        self._handles += [
+            unit.module.register_forward_pre_hook(before, prepend=True),
+            unit.module.register_forward_hook(after, always_call=True),
+        ]
+
+    def _before(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any) -> None:
+        self._put(slots, self._engine.acquire(unit.path))
+
+    def _after(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any, output: Any) -> None:
+        if slots[0].tensor is self._absent[slots[0].name]:
+            return  # its weights never came: the forward failed before it began
+        for slot in slots:
+            slot.put(self._absent[slot.name])
+        self._engine.release(unit.path)
+
+    def _bring(self, unit: Unit, slots: Sequence[Slot], slot: Slot) -> torch.Tensor:
+        """Load a unit for a model that uses its weights from outside; from now on they stay in memory."""
+        tensors = self._engine.pin(unit.path)
+        self._put(slots, tensors)
+        return slot.tensor
+
+    def _put(self, slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor]) -> None:
+        for slot in slots:
+            tensor = tensors[self._ties.get(slot.name, slot.name)]
+            slot.put(tensor.data if slot.is_buffer else tensor)
+
+
+def _provided(manifest: Manifest) -> set[str]:
+    """Names of all tensors that chunks and ties provide."""
+    stored = {tensor.name for chunk in manifest.chunks for tensor in chunk.tensors}
+    return stored | set(manifest.ties)

@@ -1,0 +1,214 @@
+"""Config → model with parameters on the meta device and real buffers, exactly as `from_pretrained` would set them up.
+
+Nothing is believed before it is checked: a guard watches every parameter and module while the class is being built, so a
+configuration cannot ask for more than the checkpoint or manifest holds.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
+
+from surfw.errors import SurfwError, UnsupportedModelError
+from surfw.skeleton.units import Slot, Unit, find_units
+
+logger = logging.getLogger("surfw.skeleton")
+
+_MAX_BUFFER_BYTES = 1 << 30
+_MODULES_PER_TENSOR = 32
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        model: parameters and checkpointed buffers on the meta device, other buffers real; in evaluation mode, untied.
+        dtype: the dtype it was built with.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """The executed modules, in registration order."""
+        return find_units(self.model)
+
+    @cached_property
+    def slots(self) -> dict[str, Slot]:
+        """Every place a tensor of the state dict belongs to, by name."""
+        return {slot.name: slot for unit in self.units for slot in unit.slots}
+
+    @cached_property
+    def inherent_ties(self) -> dict[str, str]:
+        """Slots that hold the very same parameter as an earlier one, without transformers' tying."""
+        first: dict[int, str] = {}
+        ties = {}
+        for name, slot in self.slots.items():
+            original = first.setdefault(id(slot.tensor), name)
+            if original != name:
+                ties[name] = original
+        return ties
+
+
+def read_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
+    """The configuration object of a decoded `config.json`.
+
+    Raises:
+        UnsupportedModelError: transformers knows no such model type, and none was registered, or refuses the values.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not know; "
+            "register its classes with AutoConfig.register and AutoModel.register first"
+        )
+    with _foreign_errors(f"the configuration of {where}"):
+        return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+
+
+def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
+    """The class to build: transformers' of that name, or one the user registered; without a name, the base model.
+
+    Raises:
+        UnsupportedModelError: there is no such class.
+    """
+    found: Any = None
+    with _foreign_errors(f"class {name} of {where}"):
+        if name is None:
+            found = transformers.MODEL_MAPPING.get(type(config), None)
+        elif hasattr(transformers, name):
+            found = getattr(transformers, name)
+        else:
+            found = next((cls for cls in _registered_classes() if cls.__name__ == name), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{where} asks for the class {str(name)[:80]!r}, which is neither in transformers {transformers.__version__} nor "
+            "registered with AutoModel.register; surfw never runs code that comes with a model"
+        )
+    return found
+
+
+def _registered_classes() -> Iterator[type]:
+    modeling = transformers.models.auto.modeling_auto
+    for name, mapping in vars(modeling).items():
+        if name.endswith("_MAPPING") and hasattr(mapping, "_extra_content"):
+            for classes in mapping._extra_content.values():  # noqa: SLF001 - where AutoModel.register keeps them
+                yield from classes if isinstance(classes, tuple) else (classes,)
+
+
+def build_skeleton(
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    dtype: torch.dtype,
+    *,
+    tensor_count: int,
+    accepts: Callable[[tuple[int, ...]], bool] = lambda _: True,
+    where: str,
+) -> Skeleton:
+    """Build the model on the meta device.
+
+    Args:
+        config: its configuration; changed by transformers while building.
+        cls: its class.
+        dtype: the default dtype of its parameters.
+        tensor_count: how many tensors the checkpoint or manifest has; many more are refused.
+        accepts: whether a parameter of this shape can be right; the first that is not ends the building.
+        where: names the model in errors.
+
+    Raises:
+        UnsupportedModelError: the model cannot be built, or asks for more than `tensor_count` and `accepts` allow.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_guard(tensor_count, accepts, where))
+        stack.enter_context(_foreign_errors(f"model {where} ({cls.__name__})"))
+        stack.enter_context(torch.device("meta"))
+        stack.enter_context(initialization.meta_device_safe_creation_ops())
+        stack.enter_context(initialization.no_tie_weights())
+        model = cls._from_config(config, dtype=dtype)  # noqa: SLF001 - what AutoModel.from_config calls
+    return Skeleton(model.eval(), dtype)
+
+
+def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
+    """Give every buffer that no checkpoint provides its value, by transformers' own initialisation.
+
+    Args:
+        skeleton: changed in place.
+        loaded: names of the tensors that will come from the checkpoint; they stay on the meta device.
+        where: names the model in errors.
+    """
+    model = skeleton.model
+    for slot in skeleton.slots.values():
+        slot.tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001 - transformers' own mark
+    missing = [(s.module, s.leaf) for s in skeleton.slots.values() if s.is_buffer and s.name not in loaded]
+    computed = [
+        (module, leaf)
+        for module in model.modules()
+        for leaf in module._non_persistent_buffers_set  # noqa: SLF001 - torch's registries
+        if module._buffers.get(leaf) is not None  # noqa: SLF001 - torch's registries
+    ]
+    buffers = [(module, leaf, module._buffers[leaf]) for module, leaf in missing + computed]  # noqa: SLF001 - as above
+    size = sum(buffer.nbytes for _, _, buffer in buffers if buffer is not None)
+    if size > _MAX_BUFFER_BYTES:
+        raise UnsupportedModelError(f"{where} wants {size} bytes of buffers, expected at most {_MAX_BUFFER_BYTES}")
+    for module, leaf, buffer in buffers:
+        module._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001 - as above
+    with _foreign_errors(f"the buffers of {where}"):
+        model.initialize_weights()
+
+
+@contextmanager
+def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> Iterator[None]:
+    """Stop a build that registers too many modules or parameters, or parameters of shapes that nothing has."""
+    most = 4 * tensor_count + 256
+    counts = {"parameters": 0, "modules": 0}
+
+    def count(what: str, limit: int) -> None:
+        counts[what] += 1
+        if counts[what] > limit:
+            raise UnsupportedModelError(
+                f"the configuration of {where} asks for more than {limit} {what}, but there are {tensor_count} tensors; "
+                "the configuration does not belong to these weights"
+            )
+
+    def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        count("parameters", most)
+        if parameter is not None and not accepts(tuple(parameter.shape)):
+            raise UnsupportedModelError(
+                f"the configuration of {where} asks for a {type(module).__name__} with a {name} of shape "
+                f"{tuple(parameter.shape)}, which none of its tensors has; the configuration does not belong to these weights"
+            )
+
+    def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        count("modules", _MODULES_PER_TENSOR * most)
+
+    handles = [
+        torch_module.register_module_parameter_registration_hook(on_parameter),
+        torch_module.register_module_module_registration_hook(on_module),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _foreign_errors(what: str) -> Iterator[None]:
+    """Whatever transformers raises while it digests a configuration, as one of ours."""
+    try:
+        yield
+    except SurfwError:
+        raise
+    except Exception as exc:
+        first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
+        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}") from exc

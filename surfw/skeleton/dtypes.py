@@ -1,0 +1,63 @@
+"""Element types: safetensors' names ⇄ torch's, and the choice `from_pretrained(dtype="auto")` would make."""
+
+from collections.abc import Iterable
+
+import torch
+
+from surfw.errors import ConfigurationError, UnsupportedModelError
+
+_BY_NAME = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32,
+    "I32": torch.int32, "F32": torch.float32, "C64": torch.complex64, "U64": torch.uint64, "I64": torch.int64,
+    "F64": torch.float64,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
+_COMPUTE = {
+    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
+}  # fmt: skip
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype of a safetensors name."""
+    return _BY_NAME[name]
+
+
+def safetensors_dtype(dtype: torch.dtype) -> str:
+    """The safetensors name of torch's dtype."""
+    return _NAMES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name a configuration writes, such as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A dtype a model can compute with, from its name.
+
+    Raises:
+        ConfigurationError: there is no such one.
+    """
+    if name not in _COMPUTE:
+        raise ConfigurationError(f"dtype {name!r} is not one of {', '.join(_COMPUTE)}")
+    return _COMPUTE[name]
+
+
+def automatic_dtype(configured: object, stored: Iterable[str], *, where: str) -> torch.dtype:
+    """The dtype to build a model with: what its configuration says, else that of its first floating-point tensor.
+
+    Args:
+        configured: the configuration's `dtype`, a torch dtype, a name, or None.
+        stored: safetensors dtypes of the source tensors, in order.
+        where: names the checkpoint in errors.
+    """
+    if isinstance(configured, torch.dtype):
+        return configured
+    if isinstance(configured, str) and configured != "auto":
+        return parse_dtype(configured)
+    for name in stored:
+        if torch_dtype(name).is_floating_point:
+            return torch_dtype(name)
+    raise UnsupportedModelError(f"{where} has no floating-point tensor")

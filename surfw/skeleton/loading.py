@@ -1,0 +1,232 @@
+"""What transformers would load: which source tensors become which tensors of the model, and how.
+
+The loader of transformers renames source tensors and converts some of them (per-expert matrices become one stacked
+tensor, a fused projection becomes three). The same transforms are asked here, per target, so that a chunk can be made
+from only the source tensors it needs: plain renamings are byte copies, everything else runs transformers' own operation.
+The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
+"""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from surfw.errors import CheckpointError
+from surfw.skeleton.build import Skeleton
+from surfw.skeleton.dtypes import torch_dtype
+
+SourceFacts = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Of every source tensor: its safetensors dtype and its shape."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one or several tensors of the model come out of source tensors.
+
+    Attributes:
+        targets: names of the model's tensors that it yields, with their dtype and shape.
+        sources: names of the source tensors that it needs.
+        converter: transformers' operation; None where the one source is the one target, but for its name and dtype.
+    """
+
+    targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    sources: tuple[str, ...]
+    converter: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]] | None = None
+
+    def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The target tensors, contiguous; `read` gives a source tensor by its name."""
+        if self.converter is None:
+            ((name, (dtype, _)),) = self.targets.items()
+            return {name: read(self.sources[0]).to(dtype).contiguous()}
+        return {name: tensor.contiguous() for name, tensor in self.converter(read).items()}
+
+
+def convert_bytes(
+    recipe: Recipe, read: Callable[[str, memoryview], None], sources: SourceFacts
+) -> dict[str, memoryview]:
+    """The bytes of a recipe's targets.
+
+    Args:
+        recipe: what to make.
+        read: fills memory with a source tensor's bytes.
+        sources: dtypes and shapes of the source tensors.
+    """
+
+    def read_tensor(name: str) -> torch.Tensor:
+        dtype, shape = sources[name]
+        tensor = torch.empty(shape, dtype=torch_dtype(dtype))
+        if tensor.nbytes:
+            read(name, _bytes_of(tensor))
+        return tensor
+
+    made = recipe.convert(read_tensor)
+    return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy()).cast("B") if tensor.nbytes else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """All recipes of a checkpoint.
+
+    Attributes:
+        recipes: by the name of each target; a recipe with several targets stands under each.
+        ties: name of a tensor that is stored under another name, to that name.
+        unused: source tensors that the model has no place for.
+    """
+
+    recipes: Mapping[str, Recipe]
+    ties: Mapping[str, str]
+    unused: tuple[str, ...]
+
+
+@dataclass
+class _Group:
+    """Source tensors that transformers would collect for one target."""
+
+    converter: WeightConverter | None
+    collected: list[tuple[str, str]] = field(default_factory=list)  # (pattern, source name), in loading order
+
+
+def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str, str], bool], *, where: str) -> Loading:
+    """Find out what `from_pretrained` would load into the skeleton.
+
+    Args:
+        skeleton: a fresh skeleton of the model.
+        sources: the checkpoint's tensors.
+        equal: whether two source tensors have the same bytes; asked where both sides of a tie are in the checkpoint.
+        where: names the checkpoint in errors.
+
+    Raises:
+        CheckpointError: weights are missing, have other shapes, or cannot be converted.
+    """
+    dtypes = _target_dtypes(skeleton)
+    groups, unused = _group(skeleton, sources)
+    recipes: dict[str, Recipe] = {}
+    for first, group in groups.items():
+        recipe = _recipe(skeleton, first, group, sources, dtypes, where)
+        recipes |= dict.fromkeys(recipe.targets, recipe)
+    for name, recipe in recipes.items():
+        expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
+        if expected != seen:
+            raise CheckpointError(
+                f"{where}: tensor {name} has shape {seen}, but {type(skeleton.model).__name__} with this config.json "
+                f"expects {expected}; configuration and weights do not belong together"
+            )
+    ties = _ties(skeleton, recipes, equal)
+    recipes = {name: recipe for name, recipe in recipes.items() if name not in ties}
+    missing = [
+        name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} weights of {type(skeleton.model).__name__}, such as {missing[0]}; surfw never makes "
+            "weights up. Check the architectures in config.json, or save the model again with save_pretrained"
+        )
+    return Loading(recipes, ties, tuple(unused))
+
+
+def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group], list[str]]:
+    """Collect the sources by the target they go to."""
+    model = skeleton.model
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    prefix = model.base_model_prefix
+    state = model.state_dict()
+    groups: dict[str, _Group] = {}
+    unused = []
+    for source in sorted(sources, key=dot_natural_key):
+        target, pattern = rename_source_key(source, renamings, converters, prefix, state)
+        if target not in state and source in state:
+            target, pattern = rename_source_key(source, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if target not in state:
+            unused.append(source)
+            continue
+        converter = by_pattern[pattern] if pattern is not None else None
+        group = groups.setdefault(target, _Group(converter))
+        if group.converter is not None or not group.collected:  # of two plain sources of one target, the first counts
+            group.collected.append((pattern or source, source))
+    return groups, unused
+
+
+def _recipe(
+    skeleton: Skeleton,
+    first: str,
+    group: _Group,
+    sources: SourceFacts,
+    dtypes: Callable[[str], torch.dtype],
+    where: str,
+) -> Recipe:
+    names = tuple(source for _, source in group.collected)
+    if group.converter is None:
+        return Recipe({first: (dtypes(first), sources[names[0]][1])}, names)
+
+    def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        converter = deepcopy(group.converter)
+        assert converter is not None, "only groups with a converter come here"
+        for pattern, source in group.collected:
+            converter.add_tensor(first, source, pattern, read(source).to(dtypes(first)))
+        try:
+            realised = converter.convert(first, model=skeleton.model, config=skeleton.model.config)
+        except Exception as exc:
+            raise CheckpointError(
+                f"{where}: transformers cannot make {first} out of {len(names)} tensors such as {names[0]}: {exc}"
+            ) from exc
+        return {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
+
+    trial = convert(lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta"))
+    targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in skeleton.slots}
+    return Recipe(targets, names, convert)
+
+
+def _target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
+    """The dtype each tensor is loaded with: the skeleton's own, but for what transformers keeps in fp32."""
+    plan = skeleton.model._get_dtype_plan(skeleton.dtype)  # noqa: SLF001 - the loader's own question
+    if plan:
+        pattern, by_group, _ = build_glob_alternation(list(plan))
+
+    def dtype(name: str) -> torch.dtype:
+        match = pattern.search(name) if plan else None
+        if match is not None:
+            kept: torch.dtype = plan[by_group[match.lastgroup]]
+            return kept
+        return skeleton.slots[name].tensor.dtype
+
+    return dtype
+
+
+def _ties(skeleton: Skeleton, recipes: Mapping[str, Recipe], equal: Callable[[str, str], bool]) -> dict[str, str]:
+    """Which tensors are stored under another one's name, following `PreTrainedModel.tie_weights`."""
+    families: dict[str, list[str]] = {}
+    declared = {**skeleton.inherent_ties, **skeleton.model.all_tied_weights_keys}
+    for target, source in declared.items():
+        families.setdefault(source, [source]).append(target)
+    ties: dict[str, str] = {}
+    for members in families.values():
+        present = [name for name in members if name in recipes]
+        if not present:
+            continue  # reported as missing
+        stored = present[0]
+        for name in members:
+            if name != stored and (name not in present or _same(recipes[stored], recipes[name], equal)):
+                ties[name] = stored
+    return ties
+
+
+def _same(one: Recipe, other: Recipe, equal: Callable[[str, str], bool]) -> bool:
+    plain = one.converter is None and other.converter is None
+    return plain and (one.sources == other.sources or equal(one.sources[0], other.sources[0]))

@@ -1,0 +1,108 @@
+"""The modules that are executed one after another, found in the model itself.
+
+A *unit* is a module whose weights come and go together: each item of an outermost `ModuleList` (a layer), and each largest
+module beside them that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on a module
+with layers inside form a unit of their own, written `path.*`. No architecture is named.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a module where a tensor belongs: a parameter, or a buffer that is part of the state dict."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+    is_buffer: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What lies there now."""
+        held = (self.module._buffers if self.is_buffer else self.module._parameters)[self.leaf]  # noqa: SLF001 - torch's registries
+        assert held is not None, f"slot {self.name} is empty"
+        return held
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there; for a parameter, an `nn.Parameter`."""
+        registry = self.module._buffers if self.is_buffer else self.module._parameters  # noqa: SLF001 - torch's registries
+        registry[self.leaf] = tensor  # type: ignore[assignment]  # a Parameter where one is expected
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A module that is executed, and the slots its weights lie in.
+
+    Attributes:
+        path: the module's name in the model; `path.*` (or `*` at the root) for weights a containing module holds directly.
+        kind: `layer`, `part` or `own`.
+        module: the module to hook.
+        slots: in registration order.
+    """
+
+    path: str
+    kind: str
+    module: nn.Module
+    slots: tuple[Slot, ...]
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """The units of a model in registration order; every slot belongs to exactly one of them."""
+    return list(_visit(model, "", set()))
+
+
+def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:
+    seen.add(id(module))
+    if own := tuple(_own_slots(module, path)):
+        yield Unit(f"{path}.*".lstrip("."), "own", module, own)
+    for name, child in module.named_children():
+        if id(child) in seen:
+            continue
+        child_path = f"{path}.{name}".lstrip(".")
+        if isinstance(child, nn.ModuleList):
+            yield from _visit_list(child, child_path, seen)
+        elif _holds_list(child):
+            yield from _visit(child, child_path, seen)
+        else:
+            yield from _leaf(child, child_path, "part", seen)
+
+
+def _visit_list(items: nn.ModuleList, path: str, seen: set[int]) -> Iterator[Unit]:
+    seen.add(id(items))
+    for index, item in enumerate(items):
+        if id(item) in seen:
+            continue
+        if type(item).forward is nn.Module.forward:  # a list of lists: it is never called itself
+            inside = _visit_list if isinstance(item, nn.ModuleList) else _visit
+            yield from inside(item, f"{path}.{index}", seen)  # type: ignore[operator]  # each takes its own kind of module
+        else:
+            yield from _leaf(item, f"{path}.{index}", "layer", seen)
+
+
+def _leaf(module: nn.Module, path: str, kind: str, seen: set[int]) -> Iterator[Unit]:
+    slots: list[Slot] = []
+    for name, inner in module.named_modules(prefix=path):
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            slots += _own_slots(inner, name)
+    if slots:
+        yield Unit(path, kind, module, tuple(slots))
+
+
+def _own_slots(module: nn.Module, path: str) -> Iterator[Slot]:
+    prefix = f"{path}." if path else ""
+    for leaf, parameter in module._parameters.items():  # noqa: SLF001 - torch's registries
+        if parameter is not None:
+            yield Slot(prefix + leaf, module, leaf, is_buffer=False)
+    for leaf, buffer in module._buffers.items():  # noqa: SLF001 - torch's registries
+        if buffer is not None and leaf not in module._non_persistent_buffers_set:  # noqa: SLF001 - torch's registries
+            yield Slot(prefix + leaf, module, leaf, is_buffer=True)
+
+
+def _holds_list(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.ModuleList) and len(inner) > 0 for inner in module.modules())
