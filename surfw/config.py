@@ -16,6 +16,9 @@ KIB, MIB, GIB = 1024, 1024**2, 1024**3
 BLOCK_BYTES = MIB
 """Stored bytes are digested in blocks of this size, so that any range of blocks can be verified alone."""
 
+MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
+"""What the protocol allows for the payload of a binary frame."""
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
@@ -70,7 +73,8 @@ class WireLimits:
     """Sizes that both sides of a connection hold each other to, in bytes unless the name says otherwise.
 
     Attributes:
-        frame_bytes: payload of one binary frame; the last one of a transfer may be smaller.
+        frame_bytes: payload of one binary frame; the last one of a run may be smaller.
+        run_bytes: the most that a server announces, and sends of one request, at a time.
         window_bytes: how much a server may have sent that the client has not yet credited.
         control_bytes: the largest JSON message either side accepts.
         requests_in_flight: the most requests a client may have open on one connection.
@@ -78,12 +82,23 @@ class WireLimits:
         file_bytes: the largest tokenizer file a client accepts.
     """
 
-    frame_bytes: int = 256 * KIB
+    frame_bytes: int = 512 * KIB
+    run_bytes: int = 2 * MIB
     window_bytes: int = 8 * MIB
-    control_bytes: int = 64 * KIB
+    control_bytes: int = 256 * KIB
     requests_in_flight: int = 64
     manifest_bytes: int = 256 * MIB
     file_bytes: int = 256 * MIB
+
+    def __post_init__(self) -> None:
+        """Refuse limits that the protocol rules out, or that would block a transfer."""
+        if not MIN_FRAME_BYTES <= self.frame_bytes <= MAX_FRAME_BYTES:
+            raise ConfigurationError(f"frame_bytes is {self.frame_bytes}; frames have from 128 to 512 KiB")
+        if self.run_bytes < self.frame_bytes or self.window_bytes < 2 * self.frame_bytes:
+            raise ConfigurationError(
+                f"run_bytes {self.run_bytes} and window_bytes {self.window_bytes} are too small for "
+                f"frames of {self.frame_bytes}: a run holds at least one frame, a window two"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +109,7 @@ class ServerSettings:
         host: address to listen on; anything but a loopback address needs `insecure`.
         port: TCP port; 0 lets the system choose.
         insecure: allow listening beyond loopback although clients are not authenticated.
-        cache_bytes: budget of the cache of stored bytes.
+        cache_bytes: budget of the cache of stored bytes; 0 keeps nothing.
         clients: the most connections at a time.
         limits: sizes of messages, frames and windows.
     """
@@ -103,5 +118,5 @@ class ServerSettings:
     port: int = DEFAULT_PORT
     insecure: bool = False
     cache_bytes: int = DEFAULT_CACHE_MB * MB
-    clients: int = 256
+    clients: int = 64
     limits: WireLimits = WireLimits()

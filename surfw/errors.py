@@ -82,7 +82,16 @@ class LocalProtocolError(WireError):
 
 
 class RemoteProtocolError(WireError):
-    """The peer broke the protocol."""
+    """The peer broke the protocol.
+
+    Attributes:
+        close_code: the WebSocket close code that tells the peer so.
+    """
+
+    def __init__(self, message: str, *, close_code: int = 1002) -> None:
+        """Keep the close code beside the text; 1002 is 'protocol error'."""
+        super().__init__(message)
+        self.close_code = close_code
 
 
 class RefusedError(WireError):

@@ -1,1 +1,10 @@
-"""…"""
+"""Reading a source checkpoint, the first step of the way: a directory or a hub id becomes names, shapes and byte ranges.
+
+`header` parses the safetensors header (no I/O), `layout` knows which files make a checkpoint, `shard` and `legacy` read
+one file each (only `legacy` imports torch), `hub` brings files here, and `reader` puts them together.
+"""
+
+from surfw.checkpoint.reader import Checkpoint, open_checkpoint, open_directory
+from surfw.checkpoint.shard import SourceTensor
+
+__all__ = ["Checkpoint", "SourceTensor", "open_checkpoint", "open_directory"]

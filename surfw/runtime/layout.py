@@ -5,31 +5,27 @@ few others are moved apart after the payload has been verified, from the last to
 Alignment is not only speed: some kernels give other bits for weights at odd addresses.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from surfw.manifest import Chunk
+from collections.abc import Sequence
 
 ALIGNMENT = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Offsets in memory of a chunk's tensors, by name, and the bytes that all of them take."""
+def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes lie, each at a multiple of 64, and the bytes that all of them take."""
+    offsets, end = [], 0
+    for size in sizes_bytes:
+        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        end = offsets[-1] + size
+    return offsets, end
 
-    offsets: Mapping[str, int]
-    memory_bytes: int
-    moves: tuple[tuple[int, int, int], ...]
-    """(from, to, length), to be carried out in this order; each moves bytes to a higher place."""
 
+def spread(payload: memoryview, sizes_bytes: Sequence[int]) -> None:
+    """Move the tensors of a payload without gaps to their places, within the same memory.
 
-def plan_layout(chunk: Chunk) -> Layout:
-    """The layout of a chunk."""
-    offsets, moves, end = {}, [], 0
-    for tensor in chunk.tensors:
-        at = -(-max(end, tensor.offset) // ALIGNMENT) * ALIGNMENT
-        offsets[tensor.name] = at
-        if at != tensor.offset and tensor.nbytes:
-            moves.append((tensor.offset, at, tensor.nbytes))
-        end = at + tensor.nbytes
-    return Layout(offsets, end, tuple(reversed(moves)))
+    Places lie at or behind where a tensor is stored, so going from the last to the first overwrites nothing.
+    """
+    stored = sum(sizes_bytes)
+    for size, place in zip(reversed(sizes_bytes), reversed(plan_layout(sizes_bytes)[0]), strict=True):
+        stored -= size
+        if place != stored and size:
+            payload[place : place + size] = payload[stored : stored + size]

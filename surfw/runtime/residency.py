@@ -3,11 +3,11 @@
 The engine obeys the plan; it decides nothing of this itself. The policy here is a plain LRU over the streamed chunks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surfw.errors import ConfigurationError
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, Use
 from surfw.runtime.layout import plan_layout
 
 _SMALL_BYTES = 1 << 20
@@ -59,17 +59,28 @@ def plan_residency(
     Raises:
         ConfigurationError: fewer than one chunk is to be kept.
     """
+    kinds = {chunk.name: chunk.kind for chunk in manifest.chunks}
+    sizes = {chunk.name: plan_layout([tensor.nbytes for tensor in chunk.tensors])[1] for chunk in manifest.chunks}
+    return plan_sizes(kinds, sizes, manifest.order, cache_layers=cache_layers, budget_bytes=budget_bytes)
+
+
+def plan_sizes(
+    kinds: Mapping[str, str],
+    sizes: Mapping[str, int],
+    order: Sequence[Use],
+    *,
+    cache_layers: int | None = None,
+    budget_bytes: int | None = None,
+) -> ResidencyPlan:
+    """The same from the bare facts: each chunk's kind, its bytes in memory, and the order of uses."""
     if cache_layers is not None and cache_layers < 1:
-        raise ConfigurationError(f"cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs")
-    sizes = {chunk.name: plan_layout(chunk).memory_bytes for chunk in manifest.chunks}
+        raise ConfigurationError(f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs")
     pinned = frozenset(
-        chunk.name
-        for chunk in manifest.chunks
-        if chunk.kind == "own" or (chunk.kind == "part" and sizes[chunk.name] <= _SMALL_BYTES)
+        name for name, size in sizes.items() if kinds[name] == "own" or (kinds[name] == "part" and size <= _SMALL_BYTES)
     )
     streamed = {name: size for name, size in sizes.items() if name not in pinned}
     pinned_bytes = sum(sizes[name] for name in pinned)
-    together = max((len(set(use.chunks) - pinned) for use in manifest.order), default=1)
+    together = max((len(set(use.chunks) - pinned) for use in order), default=1)
     slots = len(streamed)
     if cache_layers is not None:
         slots = min(cache_layers, len(streamed))

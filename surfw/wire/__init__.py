@@ -1,1 +1,47 @@
-"""…"""
+"""The protocol `surfw.v1`, sans-I/O: messages, frame headers, and a session for each side.
+
+Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out. Two
+sessions joined in memory are the whole protocol. Its one promise: *whatever a peer sends, a session takes it or raises
+`RemoteProtocolError`, never anything else*; what our own side may not send raises `LocalProtocolError`.
+"""
+
+from surfw.wire.client_session import Arrival, ClientSession
+from surfw.wire.frames import binary_header
+from surfw.wire.messages import (
+    PROTOCOL,
+    Begin,
+    Cancel,
+    ClientHello,
+    Credit,
+    Data,
+    Failed,
+    Get,
+    GetFile,
+    GetManifest,
+    ListModels,
+    Models,
+    Request,
+    ServerHello,
+)
+from surfw.wire.server_session import ServerSession
+
+__all__ = [
+    "PROTOCOL",
+    "Arrival",
+    "Begin",
+    "Cancel",
+    "ClientHello",
+    "ClientSession",
+    "Credit",
+    "Data",
+    "Failed",
+    "Get",
+    "GetFile",
+    "GetManifest",
+    "ListModels",
+    "Models",
+    "Request",
+    "ServerHello",
+    "ServerSession",
+    "binary_header",
+]

@@ -1,0 +1,63 @@
+"""Chunking against `cp` of the same bytes: both write the same file system, both synced, in alternation."""
+
+import asyncio
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from surfw.bench.result import Result, Row, describe_machine
+from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
+from surfw.runtime.memory import peak_rss_bytes
+from surfw.storage import open_backend
+
+GB = 1000**3
+
+
+def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Result:
+    """Measure the byte phase of chunking: after imports and skeleton, until every byte is durable.
+
+    Args:
+        model: a hub id or a local directory.
+        folder: where to write; must have room for one copy.
+        rounds: alternations with the baseline; medians are reported.
+    """
+    prepared = prepare_model(model)
+    size = prepared.plan.payload_bytes
+    ours, theirs = [], []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder) as place:
+            theirs.append(_copy(prepared, Path(place)))
+        with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder) as place:
+            start = time.perf_counter()
+            asyncio.run(write_model(prepared, open_backend(Path(place) / "store")))
+            ours.append(time.perf_counter() - start)
+    rate, base = size / statistics.median(ours) / GB, size / statistics.median(theirs) / GB
+    spread = f"{size / max(ours) / GB:.2f} to {size / min(ours) / GB:.2f}"
+    return Result(
+        benchmark="chunk",
+        machine=describe_machine(),
+        rows=(
+            Row(
+                name=f"chunk {size / GB:.2f} GB, synced (spread {spread}; baseline: cp)", value=rate, unit="GB/s",
+                baseline=base, ratio=rate / base, verified=True,
+            ),
+            Row(name="peak resident memory of chunking", value=peak_rss_bytes() / 1e6, unit="MB"),
+        ),
+    )  # fmt: skip
+
+
+def _copy(prepared: PreparedModel, place: Path) -> float:
+    """Seconds that `cp` and a sync of its files take."""
+    cp = shutil.which("cp") or "cp"
+    shards = [str(shard) for shard in prepared.checkpoint.shards]
+    start = time.perf_counter()
+    subprocess.run([cp, "--reflink=never", *shards, str(place)], check=True)
+    for copied in place.iterdir():
+        fd = os.open(copied, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    return time.perf_counter() - start

@@ -1,0 +1,155 @@
+"""Which files make up a checkpoint: its weights by transformers' precedence, its index, configuration and tokenizer.
+
+Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the names an
+index lists are plain file names of its own folder.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from surfw.checkpoint.header import quote
+from surfw.checkpoint.shard import translate_errors
+from surfw.config import MIB
+from surfw.errors import CheckpointError, UnsupportedModelError
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files that a tokenizer and its chat template are made of."""
+
+WEIGHTS_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+"""Where weights may be, in the order in which transformers looks for them."""
+
+_CONFIG_BYTES = 16 * MIB
+_INDEX_BYTES = 256 * MIB
+
+_FOREIGN = {
+    "adapter_config.json": "a LoRA adapter; merge it into its base model first",
+    "*.gguf": "GGUF weights",
+    "*.msgpack": "Flax weights",
+    "*.h5": "TensorFlow weights",
+    "consolidated.*": "weights in their publisher's own layout",
+    "*.onnx": "an ONNX graph",
+    "model_index.json": "a diffusion pipeline",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The shards of a checkpoint, in transformers' order, and which of them an index promises for each tensor."""
+
+    shards: tuple[str, ...]
+    promised: Mapping[str, str]
+
+
+def find_weights(names: Collection[str], where: str) -> str:
+    """The one of `WEIGHTS_FILES` that transformers would load, of the files of a checkpoint.
+
+    Raises:
+        UnsupportedModelError: there is none, but there are files of another kind.
+        CheckpointError: there is nothing that belongs to a model.
+    """
+    for name in WEIGHTS_FILES:
+        if name in names:
+            return name
+    seen = [
+        f"{name} ({what})" for pattern, what in _FOREIGN.items() for name in sorted(names) if fnmatchcase(name, pattern)
+    ]
+    if not seen and CONFIG_FILE not in names:
+        raise no_checkpoint(where)
+    raise UnsupportedModelError(
+        f"{where} has no weights that surfw reads: expected {' or '.join(WEIGHTS_FILES)}, "
+        f"it has {', '.join(seen[:3] or sorted(names)[:8])}"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's `config.json`.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object of reasonable size.
+        UnsupportedModelError: it describes weights that surfw cannot chunk.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise no_checkpoint(str(folder))
+    config = read_json(path, _CONFIG_BYTES)
+    if quantised := config.get("quantization_config") or config.get("compression_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UnsupportedModelError(
+            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints cannot "
+            "be chunked yet; take the model's unquantised weights"
+        )
+    if named := config.get("transformers_weights"):
+        raise UnsupportedModelError(
+            f"{path} keeps its weights in {quote(named)} (transformers_weights), expected {' or '.join(WEIGHTS_FILES)}; "
+            "load the model with transformers and save it again"
+        )
+    return config
+
+
+def read_generation_config(folder: Path) -> dict[str, Any] | None:
+    """The folder's `generation_config.json`, if there is one."""
+    path = folder / GENERATION_FILE
+    return read_json(path, _CONFIG_BYTES) if path.exists() else None
+
+
+def read_weights(folder: Path, name: str) -> Weights:
+    """The shards behind one of `WEIGHTS_FILES`.
+
+    Raises:
+        CheckpointError: it is an index, and not a valid one.
+    """
+    if not name.endswith(".index.json"):
+        return Weights((name,), {})
+    path = folder / name
+    promised = read_json(path, _INDEX_BYTES).get("weight_map")
+    if not isinstance(promised, dict) or not promised:
+        raise CheckpointError(f"{path} is no index of shards: expected 'weight_map', an object from tensor to file name")
+    suffix = ".safetensors" if "safetensors" in name else ".bin"
+    for tensor, file in promised.items():
+        if not _is_plain(file, suffix):
+            raise CheckpointError(
+                f"{path} places tensor {quote(tensor)} in {quote(file)}, expected a plain file name that ends in {suffix}"
+            )
+    return Weights(tuple(sorted(set(promised.values()))), promised)
+
+
+def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit_bytes`.
+
+    Raises:
+        CheckpointError: the file is larger, cannot be read, or holds something else.
+    """
+    with translate_errors(path), path.open("rb") as file:
+        text = file.read(limit_bytes + 1)
+    if len(text) > limit_bytes:
+        raise CheckpointError(f"{path} has more than {limit_bytes} bytes, which no file of this kind needs")
+    try:
+        document = json.loads(text.decode())
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{path} is not JSON ({exc}); download it again") from exc
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is not a JSON object but {quote(document)}; download it again")
+    return document
+
+
+def no_checkpoint(where: str) -> CheckpointError:
+    """The error for a place that holds no model."""
+    return CheckpointError(
+        f"{where} is not a checkpoint: no {CONFIG_FILE}; give the directory that save_pretrained wrote, or a hub id"
+    )
+
+
+def _is_plain(file: Any, suffix: str) -> bool:
+    return isinstance(file, str) and file.endswith(suffix) and file.isprintable() and not set(file) & set("/\\")

@@ -1,0 +1,179 @@
+"""A checkpoint, open for reading: its configuration, its tokenizer files, and the bytes of each of its tensors.
+
+What is in a shard counts, not what the index says: like transformers, every tensor of every shard is there, and of two
+with the same name the one of the later shard. A tensor that the index promises and its shard lacks is an error.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from surfw.checkpoint.header import quote
+from surfw.checkpoint.layout import (
+    TOKENIZER_FILES,
+    find_weights,
+    no_checkpoint,
+    read_config,
+    read_generation_config,
+    read_weights,
+)
+from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
+from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint. Use it as a context manager, or `close()` it.
+
+    Attributes:
+        name: the hub id, or the directory's name.
+        path: the directory that holds its files.
+        config: `config.json`, as it is: nothing in it is trusted yet.
+        generation_config: `generation_config.json`, if there is one.
+        files: the tokenizer's files by their names.
+        shards: the files of weights, in transformers' order.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any] | None
+    files: Mapping[str, Path]
+    shards: tuple[Shard, ...] = field(repr=False)
+
+    @cached_property
+    def tensors(self) -> dict[str, SourceTensor]:
+        """The tensors by their names, in the order in which transformers finds them."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @cached_property
+    def _homes(self) -> dict[Path, Shard]:
+        return {shard.path: shard for shard in self.shards}
+
+    def read_into(self, name: str, destination: memoryview, start: int, stop: int) -> None:
+        """Fill `destination` with the bytes `start` to `stop` of a tensor, as they are when it is contiguous.
+
+        Args:
+            name: of one of `tensors`.
+            destination: writable, of `stop - start` bytes, format `B`.
+            start: first byte, counted from the tensor's.
+            stop: the byte after the last.
+
+        Raises:
+            CheckpointError: the shard changed since it was opened, or cannot be read.
+        """
+        tensor = self.tensors[name]
+        if not 0 <= start <= stop <= tensor.nbytes or len(destination) != stop - start:
+            raise ValueError(
+                f"bytes {start}-{stop} of tensor {name}, which has {tensor.nbytes}, into a buffer of {len(destination)}"
+            )
+        self._homes[tensor.file].read_into(tensor, destination, start)
+
+    def fingerprint(self) -> tuple[Identity, ...]:
+        """Name, size and time of modification of every shard: equal as long as the source is the same."""
+        return tuple(shard.identity for shard in self.shards)
+
+    def close(self) -> None:
+        """Close every shard."""
+        for shard in self.shards:
+            shard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
+
+    Args:
+        model: a local directory, or a hub id (`org/name`).
+        revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
+        UnsupportedModelError: it is there, but of a kind that surfw cannot chunk.
+        ConfigurationError: a revision of a local directory was asked for.
+    """
+    folder = _local_directory(model)
+    if folder is None:
+        from surfw.checkpoint.hub import download_model
+
+        return open_directory(download_model(model, revision), name=model)
+    if revision is not None:
+        raise ConfigurationError(f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out")
+    return open_directory(folder)
+
+
+def open_directory(folder: Path, *, name: str | None = None) -> Checkpoint:
+    """Open the checkpoint in a local directory; `name` defaults to the directory's.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
+        UnsupportedModelError: it is of a kind that surfw cannot chunk.
+    """
+    with translate_errors(folder):
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+    entry = find_weights(names, str(folder))
+    config = read_config(folder)
+    weights = read_weights(folder, entry)
+    with ExitStack() as opened:
+        shards = []
+        for file in weights.shards:
+            shard = _open_shard(folder / file)
+            opened.callback(shard.close)
+            shards.append(shard)
+        checkpoint = Checkpoint(
+            name=name or folder.resolve().name,
+            path=folder,
+            config=config,
+            generation_config=read_generation_config(folder),
+            files={file: folder / file for file in TOKENIZER_FILES if file in names},
+            shards=tuple(shards),
+        )
+        _check_promises(checkpoint, weights.promised, entry)
+        opened.pop_all()
+    return checkpoint
+
+
+def _open_shard(path: Path) -> Shard:
+    if path.suffix == ".safetensors":
+        return SafetensorsShard(path)
+    from surfw.checkpoint.legacy import LegacyShard
+
+    return LegacyShard(path)
+
+
+def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], index: str) -> None:
+    holds = {(tensor.name, shard.path.name) for shard in checkpoint.shards for tensor in shard.tensors}
+    for tensor, file in promised.items():
+        if (tensor, file) not in holds:
+            raise CheckpointError(
+                f"{checkpoint.path / index} places tensor {quote(tensor)} in {file}, which does not hold it; "
+                "the files are of different downloads, download the checkpoint again"
+            )
+    if not checkpoint.tensors:
+        raise UnsupportedModelError(f"{checkpoint.path} has no tensors in {index}; expected the weights of a model")
+
+
+def _local_directory(model: str) -> Path | None:
+    """The directory that is meant, or None if it can only be a hub id."""
+    path = Path(model)
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.is_file()
+    except (OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
+        return None
+    if is_file:
+        raise CheckpointError(f"{model} is a file; give the directory that holds it and its config.json")
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1:
+        raise no_checkpoint_directory(model)
+    return None

@@ -1,0 +1,168 @@
+"""One file of a checkpoint: what every kind of shard offers, and the safetensors kind.
+
+Bytes are read at positions from an open file, never mapped: mapped pages would count as the process's own memory.
+A file that changes after it was opened is noticed at the next read.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from surfw.checkpoint.header import PREFIX_BYTES, header_length, parse_header
+from surfw.errors import CheckpointError
+from surfw.manifest import nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """A tensor of a source checkpoint.
+
+    Attributes:
+        name: as the file has it; transformers may rename it while loading.
+        dtype: safetensors name, such as `BF16`.
+        shape: sizes of its dimensions.
+        file: the shard that holds it.
+        start: the byte of the file at which its data begin; None where they are no plain range of it (legacy files).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contiguous tensor."""
+        return nbytes(self.dtype, self.shape)
+
+
+class Identity(NamedTuple):
+    """What a file is recognised by: its name, bytes, and time of last modification."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class Shard(Protocol):
+    """One open file of weights."""
+
+    path: Path
+    identity: Identity
+    tensors: tuple[SourceTensor, ...]
+
+    def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
+        """Fill `destination` with the tensor's bytes from byte `start` of the tensor on.
+
+        Raises:
+            CheckpointError: the file changed since it was opened, or cannot be read.
+        """
+
+    def close(self) -> None:
+        """Give up the file; nothing can be read afterwards."""
+
+
+class SafetensorsShard:
+    """A safetensors file, open; its tensors are in the order of their names, as transformers sees them."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and check its header.
+
+        Raises:
+            CheckpointError: the file is not there, cannot be read, or is damaged.
+            UnsupportedModelError: a tensor has a type that surfw does not read.
+        """
+        self.path = path
+        check_regular(path)
+        with translate_errors(path):
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.identity = identify(path, self._fd)
+            size = self.identity.size_bytes
+            prefix = bytearray(min(PREFIX_BYTES, size))
+            self._fill(memoryview(prefix), 0)
+            text = bytearray(header_length(prefix, size, str(path)))
+            self._fill(memoryview(text), PREFIX_BYTES)
+            found = parse_header(bytes(text), size, str(path)).tensors
+        except BaseException:
+            self.close()
+            raise
+        self.tensors = tuple(
+            SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
+            for tensor in sorted(found, key=lambda tensor: tensor.name)
+        )
+
+    def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
+        """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
+        if tensor.start is None:
+            raise ValueError(f"tensor {tensor.name} is not of a safetensors file")
+        check_unchanged(self.path, self._fd, self.identity)
+        self._fill(destination, tensor.start + start)
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _fill(self, destination: memoryview, position: int) -> None:
+        done = 0
+        with translate_errors(self.path):
+            while done < len(destination):
+                count = os.preadv(self._fd, [destination[done:]], position + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{self.path} ends at byte {position + done}, expected {position + len(destination)} bytes: "
+                        "it shrank while it was read; run again when nothing writes to it"
+                    )
+                done += count
+
+
+def identify(path: Path, fd: int | None = None) -> Identity:
+    """What the file is recognised by, now."""
+    with translate_errors(path):
+        facts = os.stat(path if fd is None else fd)
+    return Identity(path.name, facts.st_size, facts.st_mtime_ns)
+
+
+def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
+    """Nothing, if the file is what it was.
+
+    Raises:
+        CheckpointError: its size or time of modification is another.
+    """
+    now = identify(path, fd)
+    if now != then:
+        raise CheckpointError(
+            f"{path} changed while it was read: it has {now.size_bytes} bytes, it had {then.size_bytes} when it was "
+            "opened; run again when nothing writes to it"
+        )
+
+
+def check_regular(path: Path) -> None:
+    """Nothing, if the path is a file with content of its own.
+
+    Raises:
+        CheckpointError: it is missing, no regular file, or the stand-in that git leaves where LFS is not installed.
+    """
+    with translate_errors(path):
+        if not path.is_file():
+            seen = "is no regular file" if path.exists() else "is missing"
+            raise CheckpointError(f"{path} {seen}; the checkpoint is incomplete, download it again")
+        with path.open("rb") as file:
+            stand_in = file.read(24) == b"version https://git-lfs."
+    if stand_in:
+        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it")
+
+
+@contextmanager
+def translate_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a file into `CheckpointError`."""
+    try:
+        yield
+    except OSError as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc.strerror or exc}") from exc

@@ -1,0 +1,124 @@
+"""`surfw chunk`: a checkpoint into a store."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from surfw.cli import options
+
+EXAMPLES = """\b
+Examples:
+  surfw chunk org/model
+  surfw chunk ./my-model --name mine --dtype bfloat16
+  surfw chunk ./my-model --dry-run
+"""
+
+
+def chunk(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id (org/name) or a local directory.")],
+    store: options.Store = None,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Cut a checkpoint into chunks by layer, and write them into a store.
+
+    An interrupted run leaves nothing visible; the same command goes on where it stopped.
+    """
+    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.cli import render
+    from surfw.config import default_store, format_size
+    from surfw.storage import open_backend
+
+    place = store or default_store()
+    prepared = prepare_model(model, name=name, revision=revision, dtype=dtype)
+    if dry_run:
+        facts = _facts(prepared)
+        if json:
+            render.print_json(facts)
+        else:
+            _show_plan(facts)
+        return
+    with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
+        manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
+    if json:
+        render.print_json(_facts(prepared) | {"store": place, "digest": manifest.digest})
+    else:
+        render.out.print(
+            f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
+            f"{format_size(manifest.payload_bytes)} in {place}",
+            soft_wrap=True,
+        )
+
+
+@contextmanager
+def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
+    """A bar in bytes with the time that is left, in a terminal; nothing elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from surfw.cli import render
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=render.err,
+        disable=quiet or not render.err.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("chunking", total=total_bytes)
+        yield lambda count, name: bar.update(task, advance=count, description=name)
+
+
+def _facts(prepared: Any) -> dict[str, Any]:
+    """What a dry run tells."""
+    from surfw.runtime.layout import plan_layout
+    from surfw.runtime.residency import plan_sizes
+
+    kinds = {chunk.name: chunk.kind for chunk in prepared.plan.chunks}
+    sizes = {c.name: plan_layout([tensor.info.nbytes for tensor in c.tensors])[1] for c in prepared.plan.chunks}
+    least = plan_sizes(kinds, sizes, prepared.plan.order, cache_layers=1)
+    return {
+        "model": prepared.name,
+        "class": prepared.class_name,
+        "dtype": prepared.dtype,
+        "payload_bytes": prepared.plan.payload_bytes,
+        "layers": sum(chunk.kind == "layer" for chunk in prepared.plan.chunks),
+        "least_budget_bytes": least.peak_bytes,
+        "chunks": [
+            {"name": chunk.name, "kind": chunk.kind, "tensors": len(chunk.tensors), "bytes": chunk.payload_bytes}
+            for chunk in prepared.plan.chunks
+        ],
+    }
+
+
+def _show_plan(facts: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from surfw.cli import render
+    from surfw.config import format_size
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("chunk")
+    table.add_column("kind")
+    table.add_column("tensors", justify="right")
+    table.add_column("size", justify="right")
+    for one in facts["chunks"]:
+        table.add_row(one["name"], one["kind"], str(one["tensors"]), format_size(one["bytes"]))
+    render.out.print(table)
+    render.out.print(
+        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {len(facts['chunks'])} chunks, {facts['layers']} layers, "
+        f"{format_size(facts['payload_bytes'])}; the smallest budget for weights that can run it: "
+        f"{format_size(facts['least_budget_bytes'])}. Nothing was written.",
+        soft_wrap=True,
+    )

@@ -1,0 +1,161 @@
+"""What `infer` shows: a live table in a terminal, plain text and a summary line elsewhere, one object with --json."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from surfw.cli import render
+from surfw.config import format_size
+
+_SHOWN_VALUES = 8
+_MOSTLY = 0.5
+
+
+class PlainView:
+    """Text on stdout as it comes, a summary line on stderr; or one JSON object."""
+
+    def __init__(self, *, json: bool, quiet: bool, ids: bool) -> None:
+        """Choose what is shown."""
+        self._json = json
+        self._quiet = quiet or json
+        self._ids = ids
+
+    def note(self, text: str) -> None:
+        """A line about what is going on."""
+        if not self._quiet:
+            print(f"surfw: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def running(self, streaming: Any) -> Iterator[None]:
+        """While the model runs."""
+        yield
+
+    def on_text(self, text: str) -> None:
+        """A piece of the answer."""
+        if not self._json and not self._ids:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def done(self, facts: dict[str, Any]) -> None:
+        """The end."""
+        if self._json:
+            render.print_json(facts)
+            return
+        if "embedding" in facts or "predictions" in facts:
+            print(encoder_text(facts))
+        else:
+            print(" ".join(map(str, facts["token_ids"])) if self._ids else "")
+        self.note(summary(facts))
+
+
+class LiveView:
+    """The text as it comes, and a table below it that follows the cache, the link and the tokens."""
+
+    def __init__(self) -> None:
+        """Nothing is shown yet."""
+        self._text = ""
+        self._streaming: Any = None
+        self._live: Live | None = None
+
+    def note(self, text: str) -> None:
+        """A line about what is going on."""
+        render.err.print(f"surfw: {text}", style="dim", soft_wrap=True)
+
+    @contextmanager
+    def running(self, streaming: Any) -> Iterator[None]:
+        """While the model runs; the live part is gone afterwards."""
+        self._streaming = streaming
+        with Live(get_renderable=self._view, console=render.out, refresh_per_second=8, transient=True) as self._live:
+            yield
+
+    def on_text(self, text: str) -> None:
+        """A piece of the answer; whole lines leave the live part and stay."""
+        *lines, self._text = (self._text + text).split("\n")
+        for line in lines:
+            render.out.print(Text(line))
+
+    def done(self, facts: dict[str, Any]) -> None:
+        """The end: what is left of the text, and the final figures."""
+        if "embedding" in facts or "predictions" in facts:
+            render.out.print(Text(encoder_text(facts)))
+        else:
+            render.out.print(Text(self._text if facts["text"] else " ".join(map(str, facts["token_ids"]))))
+        render.err.print(final_table(facts))
+        render.err.print(Text(f"surfw: {summary(facts)}"), style="dim", soft_wrap=True)
+
+    def _view(self) -> Group:
+        statistics = self._streaming.statistics()
+        return Group(Text(self._text), Text(), cache_table(statistics["cache"], statistics["time"], statistics))
+
+
+def cache_table(cache: dict[str, Any], time: dict[str, Any], more: dict[str, Any]) -> Table:
+    """Counters of the weights on their way."""
+    latency = more.get("fetch_latency_seconds", {"p50": 0.0, "p95": 0.0})
+    return render.facts(
+        "weights",
+        [
+            ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
+            ("fetched, resident", f"{format_size(cache['fetched_bytes'])}, {format_size(cache['resident_bytes'])}"),
+            ("fetch latency p50 / p95", f"{render.seconds(latency['p50'])} / {render.seconds(latency['p95'])}"),
+            ("stalled, computing", f"{render.seconds(time['stall_seconds'])}, {render.seconds(time['compute_seconds'])}"),
+        ],
+    )
+
+
+def final_table(facts: dict[str, Any]) -> Table:
+    """All figures of a run."""
+    table = cache_table(facts["cache"], facts["time"], facts)
+    if facts["ttft_seconds"] is not None:
+        table.add_row("time to first token (TTFT)", render.seconds(facts["ttft_seconds"]))
+    if facts["tpot_seconds"] is not None:
+        table.add_row("time per output token (TPOT)", render.seconds(facts["tpot_seconds"]))
+    if facts["tokens_per_second"] is not None:
+        table.add_row("tokens/s", f"{facts['tokens_per_second']:.2f}")
+    table.add_row("loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}")
+    return table
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """One line: what it took, and why it was not faster."""
+    cache, time = facts["cache"], facts["time"]
+    spent = time["stall_seconds"] + time["compute_seconds"]
+    parts = []
+    if facts["tokens_per_second"] is not None:
+        parts.append(f"{facts['new_tokens']} tokens at {facts['tokens_per_second']:.2f} tokens/s")
+        parts.append(f"TTFT {render.seconds(facts['ttft_seconds'])}")
+    else:
+        parts.append(f"{facts['prompt_tokens']} tokens in {render.seconds(spent)}")
+    parts.append(f"{cache['hits']} hits, {cache['prefetched']} prefetched, {cache['stalls']} stalls")
+    parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
+    parts.append(bottleneck(facts["source"], time["stall_seconds"], spent))
+    return "; ".join(parts)
+
+
+def bottleneck(source: str, stall_seconds: float, spent_seconds: float) -> str:
+    """Why it was not faster."""
+    share = stall_seconds / spent_seconds if spent_seconds else 0.0
+    on = "the link" if source.startswith(("ws://", "wss://")) else "storage"
+    if share >= _MOSTLY:
+        return f"stalled {share:.0%} on {on}: keep more layers (--cache-layers), or bring the weights closer"
+    return f"stalled {share:.0%} on {on}, computing the rest of the time"
+
+
+def encoder_text(facts: dict[str, Any]) -> str:
+    """An encoder's result in a form that suits a person."""
+    if "predictions" in facts:
+        lines = []
+        for one in facts["predictions"]:
+            place = f"token {one['position']}: " if "position" in one else ""
+            lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
+        return "\n".join(lines)
+    values = facts["embedding"]
+    length = sum(value * value for value in values) ** 0.5
+    shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
+    more = ", …" if len(values) > _SHOWN_VALUES else ""
+    return f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"

@@ -1,0 +1,78 @@
+"""The application: its commands, and how errors become a line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+"""
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from surfw import __version__
+from surfw.cli import bench, chunk, infer, serve, stats
+from surfw.errors import SurfwError
+
+app = typer.Typer(
+    name="surfw",
+    help="Run transformer models whose weights are somewhere else, or are bigger than memory.",
+    epilog="Start with:  surfw infer --prompt 'Weight streaming is'",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chunk", epilog=chunk.EXAMPLES)(chunk.chunk)
+app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
+app.command("infer", epilog=infer.EXAMPLES)(infer.infer)
+app.command("stats", epilog=stats.EXAMPLES)(stats.stats)
+app.add_typer(bench.app, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"surfw {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+class _OneLine(logging.Formatter):
+    """`surfw: warning: …` on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"surfw: {record.levelname.lower()}: {' '.join(record.getMessage().split())}"
+
+
+def main() -> None:
+    """Run the command line, and exit."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("surfw").addHandler(handler)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except SurfwError as exc:
+        fail(str(exc))
+    except KeyboardInterrupt:
+        print("surfw: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        sys.exit(1)
+
+
+def fail(message: str) -> None:
+    """One line on stderr, and exit code 1."""
+    print(f"surfw: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)

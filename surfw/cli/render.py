@@ -1,0 +1,58 @@
+"""Pieces of output that several commands share: consoles, tables, JSON."""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from surfw.config import format_size
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def seconds(value: float) -> str:
+    """A time for people: `1.2 s`, `34 ms`."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
+
+
+def server_table(stats: dict[str, Any]) -> Table:
+    """A server's counters for people."""
+    server, cache, requests = stats["server"], stats["cache"], stats["requests"]
+    latency = requests["latency_seconds"]
+    storage = stats["storage"]
+    return facts(
+        f"surfw {server['version']}, up {server['uptime_seconds']:.0f} s",
+        [
+            ("storage", f"{storage['url']} ({'healthy' if storage['healthy'] else 'NOT reachable'})"),
+            ("models", ", ".join(stats["models"][:8]) + (" …" if len(stats["models"]) > 8 else "") or "none"),
+            ("clients", str(stats["clients"])),
+            ("requests", f"{requests['total']} ({requests['in_flight']} in flight)"),
+            ("cache hit rate", f"{cache['hit_rate']:.1%} ({cache['hits']} hits, {cache['misses']} misses, "
+                               f"{cache['coalesced']} coalesced)"),
+            ("cache", f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}, "
+                      f"{cache['evictions']} evictions ({cache['policy']})"),
+            ("sent", format_size(stats["bytes_sent"])),
+            ("latency p50 / p95 / p99", " / ".join(seconds(latency[rank]) for rank in ("p50", "p95", "p99"))),
+            ("memory, CPU", f"{format_size(stats['resources']['rss_bytes'])}, {stats['resources']['cpu_percent']:.0f} %"),
+        ],
+    )  # fmt: skip

@@ -1,0 +1,256 @@
+"""One prompt through a streaming model: what to run for which kind of model, and what came of it, as data.
+
+Generation, sampling, chat templates and stopping are transformers' own. Nothing is rendered here.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.models.streaming import StreamingModel
+
+_TOP_PREDICTIONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to run.
+
+    Attributes:
+        prompt: the text; None if `prompt_ids` are given.
+        prompt_ids: token ids, taken as they are.
+        system: a system message, for models with a chat template.
+        raw: give the prompt as it is, without the chat template.
+        max_new_tokens: the most tokens to generate.
+        temperature: sample with this temperature; None or 0 for greedy decoding, unless `top_p` or `top_k` is given.
+        top_p: sample from the smallest set of tokens with this probability.
+        top_k: sample from this many tokens.
+        seed: of torch's random numbers.
+        stop: texts that end the generation.
+        ignore_eos: generate `max_new_tokens`, whatever the model says of an end.
+    """
+
+    prompt: str | None = None
+    prompt_ids: Sequence[int] | None = None
+    system: str | None = None
+    raw: bool = False
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn, not chosen."""
+        return bool(self.temperature) or (self.temperature is None and (self.top_p is not None or self.top_k is not None))
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """What came of it; times in seconds. Encoders have an `embedding` or `predictions`, the others tokens."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    tokens_per_second: float | None = None
+    embedding: list[float] | None = None
+    predictions: list[dict[str, Any]] | None = None
+
+
+class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers has no types here
+    """Notes when each token came, and passes it on to a streamer of text."""
+
+    def __init__(self, streams_prompt: bool, text: TextStreamer | None) -> None:
+        """Start the clock; decoder-only models put their prompt first."""
+        self.start = time.perf_counter()
+        self.times: list[float] = []
+        self._skip = streams_prompt
+        self._text = text
+
+    def put(self, value: torch.Tensor) -> None:
+        """A token, or first of all the prompt."""
+        if self._skip:
+            self._skip = False
+        else:
+            self.times.append(time.perf_counter() - self.start)
+        if self._text is not None:
+            self._text.put(value)
+
+    def end(self) -> None:
+        """No more tokens."""
+        if self._text is not None:
+            self._text.end()
+
+
+class _TextOut(TextStreamer):  # type: ignore[misc]  # transformers has no types here
+    """Gives finished pieces of text to a function."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+def answer(
+    model: StreamingModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+    on_text: Callable[[str], None] = lambda _: None,
+) -> Answer:
+    """Run a request.
+
+    Args:
+        model: an open model.
+        tokenizer: its tokenizer; None needs `prompt_ids`.
+        request: what to run.
+        on_text: called with the text as it comes.
+
+    Raises:
+        ConfigurationError: the request does not fit the model.
+        SurfwError: weights could not be had.
+    """
+    if model.model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{model.manifest.name} takes {model.model.main_input_name}, not text; use it from Python, as a StreamingModel"
+        )
+    inputs = _encode(model, tokenizer, request)
+    if request.seed is not None:
+        torch.manual_seed(request.seed)
+    if model.model.can_generate():
+        return _generate(model, tokenizer, request, inputs, on_text)
+    return _encoder(model, tokenizer, inputs)
+
+
+def _encode(model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> dict[str, torch.Tensor]:
+    """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
+    vocabulary = model.model.config.get_text_config().vocab_size
+    if request.prompt_ids is not None:
+        ids = torch.tensor([list(request.prompt_ids)], dtype=torch.int64)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    elif tokenizer is None:
+        raise ConfigurationError(f"{model.manifest.name} has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3")
+    elif tokenizer.chat_template and not request.raw and model.model.can_generate():
+        messages = [{"role": "system", "content": request.system}] if request.system else []
+        messages.append({"role": "user", "content": request.prompt or ""})
+        inputs = dict(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        )
+    elif request.system:
+        raise ConfigurationError(f"{model.manifest.name} has no chat template, so a system message has no place in its prompt")
+    else:
+        inputs = dict(tokenizer(request.prompt or "", return_tensors="pt"))
+    ids = inputs["input_ids"]
+    if ids.numel() == 0:
+        raise ConfigurationError("the prompt is empty; give at least one token")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+        raise ConfigurationError(f"token ids of {model.manifest.name} lie between 0 and {vocabulary - 1}")
+    accepted = {"input_ids", "attention_mask", "token_type_ids"}
+    return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _generate(
+    model: StreamingModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    request: Request,
+    inputs: dict[str, torch.Tensor],
+    on_text: Callable[[str], None],
+) -> Answer:
+    if request.stop and tokenizer is None:
+        raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so --stop cannot be used with it")
+    config = _generation_config(model, request)
+    text = _TextOut(tokenizer, on_text) if tokenizer is not None else None
+    is_encoder_decoder = bool(model.model.config.is_encoder_decoder)
+    inputs.pop("token_type_ids", None)
+    stopping = {"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}
+    prompt_tokens = inputs["input_ids"].shape[1]
+    clock = TokenClock(not is_encoder_decoder, text)
+    try:
+        output = model.generate(**inputs, generation_config=config, streamer=clock, **stopping)
+    except ValueError as exc:
+        raise ConfigurationError(f"{model.manifest.name} cannot generate so: {exc}") from exc
+    took = time.perf_counter() - clock.start
+    new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
+    times = clock.times[-len(new) :] if new else []
+    return Answer(
+        text=tokenizer.decode(new, skip_special_tokens=True) if tokenizer is not None else "",
+        token_ids=new,
+        prompt_tokens=prompt_tokens,
+        ttft_seconds=times[0] if times else None,
+        tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        tokens_per_second=len(new) / took if new else None,
+    )
+
+
+def _generation_config(model: StreamingModel, request: Request) -> Any:
+    """The model's own generation settings, made greedy unless sampling is asked for."""
+    config = copy.deepcopy(model.model.generation_config)
+    config.max_new_tokens, config.max_length = request.max_new_tokens, None
+    config.num_beams, config.num_return_sequences = 1, 1
+    config.do_sample = request.samples
+    config.temperature = request.temperature if request.samples else None
+    config.top_p = request.top_p if request.samples else None
+    config.top_k = request.top_k if request.samples else None
+    if request.ignore_eos:
+        config.eos_token_id, config.min_length, config.min_new_tokens = None, None, None
+        config.forced_eos_token_id = None
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends if ends is not None else 0
+    return config
+
+
+def _encoder(model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]) -> Answer:
+    """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
+    prompt_tokens = inputs["input_ids"].shape[1]
+    logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
+    start = time.perf_counter()
+    output = model(**inputs, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
+    took = time.perf_counter() - start
+    result = Answer(prompt_tokens=prompt_tokens, ttft_seconds=took)
+    logits = getattr(output, "logits", None)
+    if logits is not None and logits_wanted:
+        result.predictions = _predictions(model, tokenizer, inputs["input_ids"], logits.float())
+    if result.predictions is None:
+        states = getattr(output, "last_hidden_state", None)
+        if states is None:
+            states = output.hidden_states[-1]
+        mask = inputs["attention_mask"][..., None].to(states.dtype)
+        result.embedding = ((states * mask).sum(1) / mask.sum(1))[0].float().tolist()
+    return result
+
+
+def _predictions(
+    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor, logits: torch.Tensor
+) -> list[dict[str, Any]] | None:
+    """The likeliest tokens at each mask, or the likeliest labels; None where neither fits."""
+    config = model.model.config
+    if "Masked" in model.manifest.class_name:
+        mask = tokenizer.mask_token_id if tokenizer is not None else None
+        places = (ids[0] == mask).nonzero()[:, 0].tolist() if mask is not None else []
+        if not places or tokenizer is None:
+            return None
+        return [{"position": place, "candidates": _top(logits[0, place], tokenizer.decode)} for place in places]
+    labels = config.id2label
+    if logits.dim() == 2:  # noqa: PLR2004 - (batch, labels)
+        return [{"candidates": _top(logits[0], labels.__getitem__)}]
+    return [{"position": at, "candidates": _top(row, labels.__getitem__)} for at, row in enumerate(logits[0])]
+
+
+def _top(logits: torch.Tensor, name: Callable[[int], str]) -> list[dict[str, Any]]:
+    best = logits.softmax(-1).topk(min(_TOP_PREDICTIONS, logits.shape[-1]))
+    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [{"id": index, "text": str(name(index)).strip(), "probability": value} for index, value in found]

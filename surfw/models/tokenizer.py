@@ -1,0 +1,54 @@
+"""A model's tokenizer, from the files its manifest names. No code that comes with a model is run."""
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from surfw.errors import UnsupportedModelError
+from surfw.models.streaming import StreamingModel
+from surfw.skeleton.config import sanitise_config
+
+logger = logging.getLogger("surfw.models")
+
+
+def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of an open model; None if the model has none.
+
+    Raises:
+        IntegrityError: a file is not what the manifest promises.
+        UnsupportedModelError: transformers cannot make a tokenizer of the files.
+    """
+    manifest = model.manifest
+    if not manifest.files:
+        return None
+    with tempfile.TemporaryDirectory(prefix="surfw-tokenizer-") as folder:
+        for file in manifest.files:
+            data = model.read_file(file.path)
+            (Path(folder) / file.path).write_bytes(_sanitise(data, file.path) if file.path == "tokenizer_config.json" else data)
+        (Path(folder) / "config.json").write_text(json.dumps(sanitise_config(manifest.config)[0]))
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as exc:
+            first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
+            raise UnsupportedModelError(
+                f"the tokenizer of {manifest.name} cannot be used: {type(exc).__name__}: {first[:300]}; "
+                "give the prompt as ids, with --prompt-ids"
+            ) from exc
+
+
+def _sanitise(data: bytes, path: str) -> bytes:
+    """The tokenizer's settings without requests for foreign code."""
+    try:
+        document: Any = json.loads(data)
+    except ValueError:
+        return data  # transformers says what is wrong with it
+    if not isinstance(document, dict):
+        return data
+    clean, dropped = sanitise_config(document)
+    for line in dropped:
+        logger.warning("%s: ignored, because surfw runs no code from elsewhere: %s", path, line)
+    return json.dumps(clean).encode() if dropped else data
