@@ -1,4 +1,4 @@
-"""Reading a source checkpoint, the first step of the way: a directory or a hub id becomes names, shapes and byte ranges.
+"""Reading a source checkpoint, the first step of the way: a directory or hub id becomes names, shapes and byte ranges.
 
 `header` parses the safetensors header (no I/O), `layout` knows which files make a checkpoint, `shard` and `legacy` read
 one file each (only `legacy` imports torch), `hub` brings files here, and `reader` puts them together.

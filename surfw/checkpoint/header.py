@@ -14,7 +14,7 @@ Whatever the bytes are, they parse or raise `CheckpointError` or `UnsupportedMod
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.manifest import DTYPE_BITS, nbytes
@@ -84,7 +84,9 @@ def parse_header(header: bytes, file_bytes: int, where: str) -> Header:
     for tensor in tensors:
         if tensor.start != end:
             fault = "overlaps the one before" if tensor.start < end else "leaves a hole before it"
-            raise _damaged(where, f"tensor {quote(tensor.name)} begins at byte {tensor.start}, expected {end}: it {fault}")
+            raise _damaged(
+                where, f"tensor {quote(tensor.name)} begins at byte {tensor.start}, expected {end}: it {fault}"
+            )
         end = tensor.stop
     if end > file_bytes:
         raise _truncated(where, end, file_bytes)
@@ -131,7 +133,8 @@ def _tensor(name: str, entry: Any, payload_start: int, where: str) -> HeaderTens
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if isinstance(dtype, str) and dtype in UNSUPPORTED_DTYPES:
         raise UnsupportedModelError(
-            f"{where}: {what} has dtype {dtype}, which surfw does not read; convert it to one of {', '.join(DTYPE_BITS)}"
+            f"{where}: {what} has dtype {dtype}, which surfw does not read; "
+            f"convert it to one of {', '.join(DTYPE_BITS)}"
         )
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(where, f"{what} has dtype {quote(dtype)}, expected one of {', '.join(DTYPE_BITS)}")
@@ -149,7 +152,7 @@ def _tensor(name: str, entry: Any, payload_start: int, where: str) -> HeaderTens
     return HeaderTensor(name, dtype, tuple(shape), payload_start + begin, payload_start + end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether it is a list of integers from 0; JSON's true and false are none."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
@@ -170,5 +173,5 @@ def _damaged(where: str, complaint: str) -> CheckpointError:
 
 def _truncated(where: str, expected_bytes: int, file_bytes: int) -> CheckpointError:
     return CheckpointError(
-        f"{where}: expected {expected_bytes} bytes, the file has {file_bytes}: the shard is truncated; download it again"
+        f"{where} is truncated: expected {expected_bytes} bytes, the file has {file_bytes}; download the shard again"
     )

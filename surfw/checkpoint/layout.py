@@ -20,8 +20,9 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
-    "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
+    "chat_template.json",
 )  # fmt: skip
 """Files that a tokenizer and its chat template are made of."""
 
@@ -87,13 +88,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if quantised := config.get("quantization_config") or config.get("compression_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise UnsupportedModelError(
-            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints cannot "
-            "be chunked yet; take the model's unquantised weights"
+            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints "
+            "cannot be chunked yet; take the model's unquantised weights"
         )
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(
-            f"{path} keeps its weights in {quote(named)} (transformers_weights), expected {' or '.join(WEIGHTS_FILES)}; "
-            "load the model with transformers and save it again"
+            f"{path} keeps its weights in {quote(named)} (transformers_weights), "
+            f"expected {' or '.join(WEIGHTS_FILES)}; load the model with transformers and save it again"
         )
     return config
 
@@ -115,12 +116,15 @@ def read_weights(folder: Path, name: str) -> Weights:
     path = folder / name
     promised = read_json(path, _INDEX_BYTES).get("weight_map")
     if not isinstance(promised, dict) or not promised:
-        raise CheckpointError(f"{path} is no index of shards: expected 'weight_map', an object from tensor to file name")
+        raise CheckpointError(
+            f"{path} is no index of shards: expected 'weight_map', an object from tensor to file name"
+        )
     suffix = ".safetensors" if "safetensors" in name else ".bin"
     for tensor, file in promised.items():
         if not _is_plain(file, suffix):
             raise CheckpointError(
-                f"{path} places tensor {quote(tensor)} in {quote(file)}, expected a plain file name that ends in {suffix}"
+                f"{path} places tensor {quote(tensor)} in {quote(file)}, "
+                f"expected a plain file name that ends in {suffix}"
             )
     return Weights(tuple(sorted(set(promised.values()))), promised)
 

@@ -16,7 +16,6 @@ from surfw.checkpoint.header import quote
 from surfw.checkpoint.layout import (
     TOKENIZER_FILES,
     find_weights,
-    no_checkpoint,
     read_config,
     read_generation_config,
     read_weights,
@@ -85,7 +84,9 @@ class Checkpoint:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -107,7 +108,9 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
 
         return open_directory(download_model(model, revision), name=model)
     if revision is not None:
-        raise ConfigurationError(f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out")
+        raise ConfigurationError(
+            f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
+        )
     return open_directory(folder)
 
 
@@ -175,5 +178,5 @@ def _local_directory(model: str) -> Path | None:
     if is_file:
         raise CheckpointError(f"{model} is a file; give the directory that holds it and its config.json")
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1:
-        raise no_checkpoint_directory(model)
+        raise CheckpointError(f"{model} is not a directory here; give the directory of a checkpoint, or a hub id")
     return None

@@ -85,7 +85,7 @@ class SafetensorsShard:
             size = self.identity.size_bytes
             prefix = bytearray(min(PREFIX_BYTES, size))
             self._fill(memoryview(prefix), 0)
-            text = bytearray(header_length(prefix, size, str(path)))
+            text = bytearray(header_length(bytes(prefix), size, str(path)))
             self._fill(memoryview(text), PREFIX_BYTES)
             found = parse_header(bytes(text), size, str(path)).tensors
         except BaseException:
@@ -125,7 +125,7 @@ class SafetensorsShard:
 def identify(path: Path, fd: int | None = None) -> Identity:
     """What the file is recognised by, now."""
     with translate_errors(path):
-        facts = os.stat(path if fd is None else fd)
+        facts = path.stat() if fd is None else os.fstat(fd)
     return Identity(path.name, facts.st_size, facts.st_mtime_ns)
 
 
@@ -138,8 +138,8 @@ def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
     now = identify(path, fd)
     if now != then:
         raise CheckpointError(
-            f"{path} changed while it was read: it has {now.size_bytes} bytes, it had {then.size_bytes} when it was "
-            "opened; run again when nothing writes to it"
+            f"{path} changed since it was opened ({then.size_bytes} bytes then, {now.size_bytes} now); "
+            "run again when nothing writes to it"
         )
 
 

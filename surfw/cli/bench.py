@@ -24,7 +24,7 @@ def wire(
 
 @app.command("chunk", epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
+    model: Annotated[str, typer.Argument(help="A hub id or a local directory.")],
     folder: Annotated[
         str | None, typer.Option("--dir", help="Where to write; removed afterwards. [default: the temporary folder]")
     ] = None,

@@ -18,7 +18,7 @@ Examples:
 
 
 def chunk(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id (org/name) or a local directory.")],
+    model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
     store: options.Store = None,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
@@ -83,11 +83,11 @@ def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
 def _facts(prepared: Any) -> dict[str, Any]:
     """What a dry run tells."""
     from surfw.runtime.layout import plan_layout
-    from surfw.runtime.residency import plan_sizes
+    from surfw.runtime.residency import plan_residency
 
     kinds = {chunk.name: chunk.kind for chunk in prepared.plan.chunks}
     sizes = {c.name: plan_layout([tensor.info.nbytes for tensor in c.tensors])[1] for c in prepared.plan.chunks}
-    least = plan_sizes(kinds, sizes, prepared.plan.order, cache_layers=1)
+    least = plan_residency(kinds, sizes, prepared.plan.order, cache_layers=1)
     return {
         "model": prepared.name,
         "class": prepared.class_name,

@@ -45,7 +45,7 @@ def infer(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="The dtype the model must be stored in; another one is an error.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Run in this dtype, such as bfloat16. [default: as stored]")] = None,
     json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
     live: Annotated[bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")] = None,

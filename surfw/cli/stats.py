@@ -17,7 +17,7 @@ _MAX_BYTES = 1 << 20
 
 
 def stats(
-    url: Annotated[str, typer.Argument(metavar="[URL]", help="The server's address.")] = "ws://127.0.0.1:8765",
+    url: Annotated[str, typer.Argument(help="The server's address.")] = "ws://127.0.0.1:8765",
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing them, until interrupted.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
     json: options.Json = False,

@@ -6,19 +6,21 @@ The configuration is sanitised, and every shape the class asks for is compared w
 import logging
 from collections import Counter
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from surfw.errors import ManifestError
 from surfw.manifest import Manifest
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config
-from surfw.skeleton.dtypes import parse_dtype
+from surfw.skeleton.dtypes import parse_dtype, torch_dtype
+from surfw.skeleton.loading import target_dtypes
 
 logger = logging.getLogger("surfw.models")
 
 
-def open_skeleton(manifest: Manifest) -> Skeleton:
-    """Build the model of a manifest, without weights.
+def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skeleton:
+    """Build the model of a manifest, without weights, in the stored dtype or another one.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
@@ -37,7 +39,7 @@ def open_skeleton(manifest: Manifest) -> Skeleton:
     skeleton = build_skeleton(
         config,
         cls,
-        parse_dtype(manifest.dtype),
+        dtype or parse_dtype(manifest.dtype),
         tensor_count=len(tensors) + len(manifest.ties),
         accepts=shapes.__contains__,
         where=where,
@@ -57,6 +59,14 @@ def open_skeleton(manifest: Manifest) -> Skeleton:
     fill_buffers(skeleton, set(tensors) | set(manifest.ties), where=where)
     _configure_generation(skeleton.model, generation, manifest, clean)
     return skeleton
+
+
+def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:
+    """The tensors that have another dtype in the model than in their chunk, and that dtype."""
+    wanted = target_dtypes(skeleton)
+    infos = (tensor for chunk in manifest.chunks for tensor in chunk.tensors)
+    found = {info.name: (torch_dtype(info.dtype), wanted(info.name)) for info in infos}
+    return {name: to for name, (stored, to) in found.items() if stored != to}
 
 
 def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:

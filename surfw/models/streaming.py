@@ -8,15 +8,15 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics, hit_rate
-from surfw.models.opening import open_skeleton
+from surfw.models.opening import cast_dtypes, open_skeleton
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import ResidencyPlan, plan_residency
+from surfw.runtime.residency import plan_residency
+from surfw.skeleton.dtypes import parse_dtype
 from surfw.source import ChunkSource
 
 OpenSource = Callable[[], Any]
@@ -33,18 +33,35 @@ class StreamingModel:
         metrics: counters `hits`, `prefetched`, `stalls`; spans `stall`, `forward`; latency `fetch`.
     """
 
-    def __init__(self, io: IoThread, source: ChunkSource, manifest: Manifest, plan: ResidencyPlan) -> None:
+    def __init__(
+        self,
+        io: IoThread,
+        source: ChunkSource,
+        manifest: Manifest,
+        *,
+        cache_layers: int | None,
+        budget_bytes: int | None,
+        dtype: str | None,
+    ) -> None:
         """Use `StreamingModel.open`."""
         self.manifest = manifest
-        self.plan = plan
         self.metrics = Metrics()
         self.source = source
         self._io = io
         self._lock = threading.RLock()
-        self._skeleton = open_skeleton(manifest)
-        self.model: PreTrainedModel = self._skeleton.model
-        self._engine = Engine(manifest, plan, Loader(source, manifest), io, self.metrics)
-        self._hooks = StreamingHooks(self._skeleton, manifest, self._engine)
+        automatic = dtype is None or dtype in {"auto", manifest.dtype}
+        skeleton = open_skeleton(manifest, None if automatic or dtype is None else parse_dtype(dtype))
+        self.model: PreTrainedModel = skeleton.model
+        loader = Loader(source, manifest, None if automatic else cast_dtypes(manifest, skeleton))
+        self.plan = plan_residency(
+            {chunk.name: chunk.kind for chunk in manifest.chunks},
+            {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
+            manifest.order,
+            cache_layers=cache_layers,
+            budget_bytes=budget_bytes,
+        )
+        self._engine = Engine(manifest, self.plan, loader, io, self.metrics)
+        self._hooks = StreamingHooks(skeleton, manifest, self._engine)
         self._engine.warm()
 
     @classmethod
@@ -64,7 +81,7 @@ class StreamingModel:
             model: its name, in full or a unique last part; None for the only one there is.
             cache_layers: how many layers are kept in memory; one more may be in flight. Default: as many as fit.
             budget_bytes: without `cache_layers`, what weights may take; without both, all are kept.
-            dtype: the dtype the model must have; another one needs another `surfw chunk --dtype`.
+            dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the one it is stored in.
 
         Raises:
             UnknownModelError: the source has no such model.
@@ -76,13 +93,7 @@ class StreamingModel:
             source = io.run(open_source())
             assert source is not None, "an opened source"
             manifest = io.run(source.manifest(io.run(source.resolve(model))))
-            if dtype is not None and dtype not in {manifest.dtype, "auto"}:
-                raise ConfigurationError(
-                    f"{manifest.name} is stored as {manifest.dtype}, not {dtype}; "
-                    f"run 'surfw chunk … --dtype {dtype} --name {manifest.name}-{dtype}' for a copy in that dtype"
-                )
-            plan = plan_residency(manifest, cache_layers=cache_layers, budget_bytes=budget_bytes)
-            return cls(io, source, manifest, plan)
+            return cls(io, source, manifest, cache_layers=cache_layers, budget_bytes=budget_bytes, dtype=dtype)
         except BaseException:
             if source is not None:
                 io.run(source.close())

@@ -1,4 +1,11 @@
-"""The one way from stored bytes to tensors: fetch (verified), decode, move apart, view."""
+"""The one way from stored bytes to tensors: fetch (verified), decode, put in place, view.
+
+Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of. Where it
+runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)` casts them.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,15 +20,15 @@ from surfw.source import ChunkSource, Read
 class Loader:
     """Loads chunks of one model from one source."""
 
-    def __init__(self, source: ChunkSource, manifest: Manifest) -> None:
-        """Name the source and the model."""
+    def __init__(self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        """Name the source and the model, and the dtypes that tensors shall have where they differ from the stored ones."""
         self.source = source
         self.manifest = manifest
+        self._dtypes = dtypes or {}
 
     def buffer_bytes(self, chunk: Chunk) -> int:
-        """How large a buffer the chunk needs."""
-        _, memory_bytes = plan_layout([tensor.nbytes for tensor in chunk.tensors])
-        return max(memory_bytes, choose_form(chunk).stored_bytes)
+        """How large a buffer the chunk's tensors need."""
+        return plan_layout(self._sizes(chunk))[1]
 
     async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> None:
         """Fill the buffer with the chunk's tensors.
@@ -31,18 +38,43 @@ class Loader:
             StorageError, WireError: they could not be had.
         """
         form = choose_form(chunk)
+        stored_sizes = [tensor.nbytes for tensor in chunk.tensors]
+        stored = Buffer(plan_layout(stored_sizes)[1]) if self._casts(chunk) else buffer
         if form.stored_bytes:
-            read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
+            read = Read(chunk, form, 0, form.stored_bytes, stored.view[: form.stored_bytes])
             await self.source.fetch(self.manifest, [read], priority=priority)
-        spread(buffer.view, [tensor.nbytes for tensor in chunk.tensors])
+        spread(stored.view, stored_sizes)
+        if stored is not buffer:
+            await asyncio.to_thread(self._cast, chunk, stored, buffer)
 
     def tensors(self, chunk: Chunk, buffer: Buffer) -> dict[str, torch.Tensor]:
         """Views over a filled buffer, by tensor name; they keep its memory alive."""
-        offsets, _ = plan_layout([tensor.nbytes for tensor in chunk.tensors])
-        flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
-        tensors = {}
-        for info, at in zip(chunk.tensors, offsets, strict=True):
-            dtype = torch_dtype(info.dtype)
-            raw = flat[at : at + info.nbytes]
-            tensors[info.name] = raw.view(dtype).view(info.shape) if info.nbytes else torch.empty(info.shape, dtype=dtype)
-        return tensors
+        return _views(chunk, buffer, self._targets(chunk))
+
+    def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
+        stored_dtypes = [torch_dtype(tensor.dtype) for tensor in chunk.tensors]
+        cast = _views(chunk, buffer, self._targets(chunk))
+        for name, tensor in _views(chunk, stored, stored_dtypes).items():
+            cast[name].copy_(tensor)
+
+    def _targets(self, chunk: Chunk) -> list[torch.dtype]:
+        return [self._dtypes.get(tensor.name, torch_dtype(tensor.dtype)) for tensor in chunk.tensors]
+
+    def _sizes(self, chunk: Chunk) -> list[int]:
+        stored = (torch_dtype(tensor.dtype).itemsize for tensor in chunk.tensors)
+        pairs = zip(chunk.tensors, stored, self._targets(chunk), strict=True)
+        return [tensor.nbytes // size * target.itemsize for tensor, size, target in pairs]
+
+    def _casts(self, chunk: Chunk) -> bool:
+        return any(tensor.name in self._dtypes for tensor in chunk.tensors)
+
+
+def _views(chunk: Chunk, buffer: Buffer, dtypes: Sequence[torch.dtype]) -> dict[str, torch.Tensor]:
+    shapes = [tensor.shape for tensor in chunk.tensors]
+    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
+    places = zip(chunk.tensors, dtypes, sizes, plan_layout(sizes)[0], strict=True)
+    return {
+        info.name: flat[at : at + size].view(dtype).view(info.shape) if size else torch.empty(info.shape, dtype=dtype)
+        for info, dtype, size, at in places
+    }

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surfw.errors import ConfigurationError
-from surfw.manifest import Manifest, Use
-from surfw.runtime.layout import plan_layout
+from surfw.manifest import Use
 
 _SMALL_BYTES = 1 << 20
 
@@ -47,24 +46,6 @@ class ResidencyPlan:
 
 
 def plan_residency(
-    manifest: Manifest, *, cache_layers: int | None = None, budget_bytes: int | None = None
-) -> ResidencyPlan:
-    """Decide what stays.
-
-    Args:
-        manifest: the model.
-        cache_layers: keep this many chunks (one more may be in flight).
-        budget_bytes: without `cache_layers`, keep as many as fit into this; without both, keep all.
-
-    Raises:
-        ConfigurationError: fewer than one chunk is to be kept.
-    """
-    kinds = {chunk.name: chunk.kind for chunk in manifest.chunks}
-    sizes = {chunk.name: plan_layout([tensor.nbytes for tensor in chunk.tensors])[1] for chunk in manifest.chunks}
-    return plan_sizes(kinds, sizes, manifest.order, cache_layers=cache_layers, budget_bytes=budget_bytes)
-
-
-def plan_sizes(
     kinds: Mapping[str, str],
     sizes: Mapping[str, int],
     order: Sequence[Use],
@@ -72,7 +53,18 @@ def plan_sizes(
     cache_layers: int | None = None,
     budget_bytes: int | None = None,
 ) -> ResidencyPlan:
-    """The same from the bare facts: each chunk's kind, its bytes in memory, and the order of uses."""
+    """Decide what stays.
+
+    Args:
+        kinds: the kind of each chunk, see `manifest.Chunk`.
+        sizes: the bytes each chunk takes in memory.
+        order: the order of uses.
+        cache_layers: keep this many chunks (one more may be in flight).
+        budget_bytes: without `cache_layers`, keep as many as fit into this; without both, keep all.
+
+    Raises:
+        ConfigurationError: fewer than one chunk is to be kept.
+    """
     if cache_layers is not None and cache_layers < 1:
         raise ConfigurationError(f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs")
     pinned = frozenset(

@@ -112,7 +112,7 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     Raises:
         CheckpointError: weights are missing, have other shapes, or cannot be converted.
     """
-    dtypes = _target_dtypes(skeleton)
+    dtypes = target_dtypes(skeleton)
     groups, unused = _group(skeleton, sources)
     recipes: dict[str, Recipe] = {}
     for first, group in groups.items():
@@ -193,8 +193,8 @@ def _recipe(
     return Recipe(targets, names, convert)
 
 
-def _target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
-    """The dtype each tensor is loaded with: the skeleton's own, but for what transformers keeps in fp32."""
+def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
+    """Tells the dtype each tensor is loaded with: the skeleton's own, but for what transformers keeps in fp32."""
     plan = skeleton.model._get_dtype_plan(skeleton.dtype)  # noqa: SLF001 - the loader's own question
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))

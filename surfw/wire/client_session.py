@@ -10,14 +10,15 @@
     RUN     binary within the run                      RUN     OPEN after the run's last byte; sends credit when due
     any     anything else                              –       closes with the error's code
 
-A request that was cancelled stays open, and its runs are taken in and credited like others, until the server has sent its
-last run or its error: the two may have crossed.
+A request that was cancelled stays open, and its runs are taken in and credited like others, until its last run or its
+error has come: it may have crossed the cancel.
 """
 
 from dataclasses import dataclass
 
 from surfw.config import MAX_FRAME_BYTES, MIN_FRAME_BYTES, WireLimits
 from surfw.errors import LocalProtocolError, RemoteProtocolError
+from surfw.wire.answers import Answer
 from surfw.wire.messages import (
     PROTOCOL,
     Begin,
@@ -26,10 +27,7 @@ from surfw.wire.messages import (
     Credit,
     Data,
     Failed,
-    Get,
-    GetFile,
     GetManifest,
-    ListModels,
     Models,
     Request,
     ServerHello,
@@ -49,15 +47,6 @@ class Arrival:
     last: bool
 
 
-@dataclass(slots=True)
-class _Answer:
-    """What is still to come of an answer; `stop` is None before `begin`, and for `models`."""
-
-    request: Request
-    at: int = 0
-    stop: int | None = None
-
-
 class ClientSession:
     """Takes a server's messages, and turns the client's into text.
 
@@ -74,7 +63,7 @@ class ClientSession:
         self._window_bytes = 0
         self._uncredited = 0
         self._next_id = 0
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, Answer] = {}
         self._run: Data | None = None
         self._run_at = 0
 
@@ -104,7 +93,7 @@ class ClientSession:
                 raise RemoteProtocolError("a second hello")
             case Models():
                 answer = self._answer(message)
-                self._require(isinstance(answer.request, ListModels), message)
+                self._require(answer.is_names, message)
                 del self._answers[message.id]
             case Failed():
                 self._answer(message)
@@ -122,13 +111,13 @@ class ClientSession:
             raise RemoteProtocolError(f"hello: frames of {message.frame_bytes} bytes; they have from 128 to 512 KiB")
         window = min(message.window_bytes, self.limits.window_bytes)
         if window < 2 * message.frame_bytes or not message.requests:
-            raise RemoteProtocolError(f"hello: no transfer fits a window of {window} bytes and {message.requests} requests")
+            raise RemoteProtocolError(f"hello: a window of {window} bytes and {message.requests} requests do not work")
         self._frame_bytes, self._window_bytes, self.requests = message.frame_bytes, window, message.requests
         return message
 
     def _begin(self, message: Begin) -> None:
         answer = self._answer(message)
-        self._require(isinstance(answer.request, GetManifest | GetFile) and answer.stop is None, message)
+        self._require(answer.may_begin, message)
         manifest = isinstance(answer.request, GetManifest)
         most = self.limits.manifest_bytes if manifest else self.limits.file_bytes
         if message.size > most:
@@ -138,8 +127,7 @@ class ClientSession:
     def _announced(self, message: Data) -> None:
         answer = self._answer(message)
         length = message.stop - message.start
-        in_order = answer.stop is not None and message.start == answer.at and message.stop <= answer.stop
-        self._require(in_order and (length > 0 or answer.at == answer.stop), message)
+        self._require(answer.continues(message), message)
         if self._uncredited + length > self._window_bytes:
             raise RemoteProtocolError(f"data: {length} bytes more than the window of {self._window_bytes} lets through")
         if length:
@@ -199,18 +187,18 @@ class ClientSession:
             return encode(message)
         if message.id != self._next_id or len(self._answers) >= self.requests:
             raise LocalProtocolError(
-                f"{message.type} with id {message.id}, expected {self._next_id}; {len(self._answers)} of {self.requests} open"
+                f"{message.type} with id {message.id}, {len(self._answers)} requests open; "
+                f"expected id {self._next_id}, and fewer than {self.requests} open"
             )
         self._next_id += 1
-        whole = isinstance(message, Get)
-        self._answers[message.id] = _Answer(message, message.start, message.stop) if whole else _Answer(message)
+        self._answers[message.id] = Answer.to(message)
         return encode(message)
 
     def is_open(self, request_id: int) -> bool:
         """Whether the answer to a request is not complete yet."""
         return request_id in self._answers
 
-    def _answer(self, message: Models | Begin | Data | Failed) -> _Answer:
+    def _answer(self, message: Models | Begin | Data | Failed) -> Answer:
         if message.id not in self._answers:
             raise RemoteProtocolError(f"{message.type} for id {message.id}, which is not open")
         return self._answers[message.id]

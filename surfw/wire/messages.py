@@ -4,12 +4,13 @@ A message is a JSON object; `type` names it, and the other fields are those of t
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
 - Fields that a class does not have are ignored, so that a later surfw may say more; unknown types are refused.
-- Texts are bounded and encodable, sizes and ids lie in 0 … 2^53 (integers that every JSON implementation keeps exactly).
+- Texts are bounded and encodable; sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
 """
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from surfw.errors import RemoteProtocolError
 
@@ -156,31 +157,7 @@ def parse_client_message(text: str) -> ClientMessage:
     Raises:
         RemoteProtocolError: the text is none.
     """
-    fields = _Fields(text)
-    match fields.type:
-        case ClientHello.type:
-            return ClientHello(fields.text("client", _NAME_LENGTH), fields.size("window_bytes"))
-        case ListModels.type:
-            return ListModels(fields.size("id"))
-        case GetManifest.type:
-            return GetManifest(fields.size("id"), fields.text("model", _NAME_LENGTH))
-        case GetFile.type:
-            return GetFile(fields.size("id"), fields.text("model", _NAME_LENGTH), fields.text("path", _NAME_LENGTH))
-        case Get.type:
-            return Get(
-                fields.size("id"),
-                fields.text("model", _NAME_LENGTH),
-                fields.text("chunk", _NAME_LENGTH),
-                fields.text("form", _NAME_LENGTH),
-                fields.size("start"),
-                fields.size("stop"),
-                fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
-            )
-        case Cancel.type:
-            return Cancel(fields.size("id"))
-        case Credit.type:
-            return Credit(fields.size("bytes"))
-    raise RemoteProtocolError(f"unknown message type {fields.type!r}")
+    return _parse(text, _FROM_CLIENT)
 
 
 def parse_server_message(text: str) -> ServerMessage:
@@ -189,29 +166,11 @@ def parse_server_message(text: str) -> ServerMessage:
     Raises:
         RemoteProtocolError: the text is none.
     """
-    fields = _Fields(text)
-    match fields.type:
-        case ServerHello.type:
-            return ServerHello(
-                fields.text("protocol", _NAME_LENGTH),
-                fields.text("server", _NAME_LENGTH),
-                fields.size("frame_bytes"),
-                fields.size("window_bytes"),
-                fields.size("requests"),
-            )
-        case Models.type:
-            return Models(fields.size("id"), fields.texts("models", _NAME_LENGTH))
-        case Begin.type:
-            return Begin(fields.size("id"), fields.size("size"), fields.text("digest", _NAME_LENGTH))
-        case Data.type:
-            return Data(fields.size("id"), fields.size("start"), fields.size("stop"))
-        case Failed.type:
-            return Failed(fields.size("id"), fields.text("code", _NAME_LENGTH), fields.text("message", _TEXT_LENGTH))
-    raise RemoteProtocolError(f"unknown message type {fields.type!r}")
+    return _parse(text, _FROM_SERVER)
 
 
 class _Fields:
-    """A JSON object whose fields are checked as they are read."""
+    """A JSON object whose fields are checked as they are read; whatever is wrong is a `RemoteProtocolError`."""
 
     def __init__(self, text: str) -> None:
         try:
@@ -224,14 +183,14 @@ class _Fields:
         self.type = "message"  # what errors call it until its type is known
         self.type = self.text("type", 32)
 
-    def text(self, name: str, longest: int) -> str:
+    def text(self, name: str, longest: int = _NAME_LENGTH) -> str:
         return self._checked_text(name, self._document.get(name), longest)
 
-    def texts(self, name: str, longest: int) -> tuple[str, ...]:
+    def texts(self, name: str) -> tuple[str, ...]:
         values = self._document.get(name)
         if not isinstance(values, list):
             raise self._unexpected(name, values, "a list of texts")
-        return tuple(self._checked_text(name, value, longest) for value in values)
+        return tuple(self._checked_text(name, value, _NAME_LENGTH) for value in values)
 
     def size(self, name: str) -> int:
         return self.integer(name, 0, MAX_SIZE)
@@ -249,6 +208,48 @@ class _Fields:
 
     def _unexpected(self, name: str, value: object, expected: str) -> RemoteProtocolError:
         return RemoteProtocolError(f"{self.type}: field {name!r} is {_short(value)}, expected {expected}")
+
+
+Message = TypeVar("Message")
+
+_FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
+    ClientHello.type: lambda fields: ClientHello(fields.text("client"), fields.size("window_bytes")),
+    ListModels.type: lambda fields: ListModels(fields.size("id")),
+    GetManifest.type: lambda fields: GetManifest(fields.size("id"), fields.text("model")),
+    GetFile.type: lambda fields: GetFile(fields.size("id"), fields.text("model"), fields.text("path")),
+    Get.type: lambda fields: Get(
+        fields.size("id"),
+        fields.text("model"),
+        fields.text("chunk"),
+        fields.text("form"),
+        fields.size("start"),
+        fields.size("stop"),
+        fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
+    ),
+    Cancel.type: lambda fields: Cancel(fields.size("id")),
+    Credit.type: lambda fields: Credit(fields.size("bytes")),
+}
+
+_FROM_SERVER: dict[str, Callable[[_Fields], ServerMessage]] = {
+    ServerHello.type: lambda fields: ServerHello(
+        fields.text("protocol"),
+        fields.text("server"),
+        fields.size("frame_bytes"),
+        fields.size("window_bytes"),
+        fields.size("requests"),
+    ),
+    Models.type: lambda fields: Models(fields.size("id"), fields.texts("models")),
+    Begin.type: lambda fields: Begin(fields.size("id"), fields.size("size"), fields.text("digest")),
+    Data.type: lambda fields: Data(fields.size("id"), fields.size("start"), fields.size("stop")),
+    Failed.type: lambda fields: Failed(fields.size("id"), fields.text("code"), fields.text("message", _TEXT_LENGTH)),
+}
+
+
+def _parse(text: str, messages: Mapping[str, Callable[[_Fields], Message]]) -> Message:
+    fields = _Fields(text)
+    if fields.type not in messages:
+        raise RemoteProtocolError(f"unknown message type {fields.type!a}")
+    return messages[fields.type](fields)
 
 
 def _encodable(value: str) -> bool:

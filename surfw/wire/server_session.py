@@ -16,14 +16,13 @@
     get              data                                                       the run that reaches its stop
     any              error, at any time between two runs                        itself
 
-The server speaks first, with `hello`. After `data` it sends exactly the announced bytes in binary frames and nothing else
-until they are out. Ids are the client's, and rise: no id is used twice.
+The server speaks first, with `hello`. After `data` it sends exactly the announced bytes in binary frames, and nothing
+else until they are out. Ids are the client's, and rise: no id is used twice.
 """
-
-from dataclasses import dataclass
 
 from surfw.config import WireLimits
 from surfw.errors import LocalProtocolError, RemoteProtocolError
+from surfw.wire.answers import Answer
 from surfw.wire.messages import (
     PROTOCOL,
     Begin,
@@ -32,8 +31,6 @@ from surfw.wire.messages import (
     Credit,
     Data,
     Failed,
-    Get,
-    ListModels,
     Models,
     Request,
     ServerHello,
@@ -41,15 +38,6 @@ from surfw.wire.messages import (
     encode,
     parse_client_message,
 )
-
-
-@dataclass(slots=True)
-class _Answer:
-    """What is still to be sent of an answer; `stop` is None before `begin`, and for `models`."""
-
-    request: Request
-    at: int = 0
-    stop: int | None = None
 
 
 class ServerSession:
@@ -67,7 +55,7 @@ class ServerSession:
         self._window_bytes = 0
         self._greeted = False
         self._last_id = -1
-        self._answers: dict[int, _Answer] = {}
+        self._answers: dict[int, Answer] = {}
 
     def hello(self) -> str:
         """The first message to send."""
@@ -129,8 +117,7 @@ class ServerSession:
                 f"more than {self.limits.requests_in_flight} requests at a time", close_code=1008
             )
         self._last_id = request.id
-        whole = isinstance(request, Get)
-        self._answers[request.id] = _Answer(request, request.start, request.stop) if whole else _Answer(request)
+        self._answers[request.id] = Answer.to(request)
         return request
 
     def send(self, message: ServerMessage) -> str:
@@ -142,11 +129,11 @@ class ServerSession:
         match message:
             case Models() | Failed():
                 answer = self._answer(message)
-                self._require(isinstance(message, Failed) or isinstance(answer.request, ListModels), message)
+                self._require(isinstance(message, Failed) or answer.is_names, message)
                 del self._answers[message.id]
             case Begin():
                 answer = self._answer(message)
-                self._require(answer.stop is None and not isinstance(answer.request, ListModels), message)
+                self._require(answer.may_begin, message)
                 answer.stop = message.size
             case Data():
                 self._announce(message)
@@ -157,15 +144,13 @@ class ServerSession:
     def _announce(self, message: Data) -> None:
         answer = self._answer(message)
         length = message.stop - message.start
-        in_order = answer.stop is not None and message.start == answer.at and message.stop <= answer.stop
-        self._require(in_order and (length > 0 or answer.at == answer.stop), message)
-        self._require(length <= self.window, message)
+        self._require(answer.continues(message) and length <= self.window, message)
         self.window -= length
         answer.at = message.stop
         if answer.at == answer.stop:
             del self._answers[message.id]
 
-    def _answer(self, message: Models | Begin | Data | Failed) -> _Answer:
+    def _answer(self, message: Models | Begin | Data | Failed) -> Answer:
         if message.id not in self._answers:
             raise LocalProtocolError(f"{message.type} for id {message.id}, which is not open")
         return self._answers[message.id]

@@ -30,7 +30,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(DEMO, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(DEMO, local_files_only=True)
 
 
 def words_of(text: str) -> list[str]:

@@ -17,7 +17,7 @@ PAGE = """\
 
 <p align="center"><img src="wave.svg"></p>
 
-surfw runs models whose weights are **somewhere else**, as [the design](docs/design.md) says.
+surfw runs models whose weights are **elsewhere**, as [the design](docs/design.md) says.
 It needs only `surfw serve` and a client.
 
 ```bash
@@ -47,8 +47,7 @@ def prose() -> ModuleType:
 
 def test_of_a_markdown_page_only_the_prose_remains(prose: ModuleType) -> None:
     assert prose.prose_of_markdown(PAGE) == [
-        "surfw runs models whose weights are somewhere else, as the design says. "
-        "It needs only surfw serve and a client.",
+        "surfw runs models whose weights are elsewhere, as the design says. It needs only surfw serve and a client.",
         "The first point of a list is a sentence of its own.",
     ]
 

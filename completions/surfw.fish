@@ -1,0 +1,1 @@
+complete --command surfw --no-files --arguments "(env _SURFW_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) surfw)" --condition "env _SURFW_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) surfw"

@@ -1,0 +1,23 @@
+#!/bin/sh
+# Chunk a checkpoint, serve it in the background, wait until the server is ready, infer, and stop.
+#   smoke.sh CHECKPOINT PROMPT [PORT]
+# Needs surfw and curl on the PATH. Prints what `surfw infer --json` prints.
+set -eu
+checkpoint=${1:?CHECKPOINT} prompt=${2:?PROMPT} port=${3:-8765}
+work=$(mktemp -d)
+trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -rf "$work"' EXIT
+server=
+
+surfw chunk "$checkpoint" --store "$work/store" --name smoke >&2
+surfw serve --store "$work/store" --port "$port" --no-live 2>"$work/server.log" &
+server=$!
+tries=0
+until curl --silent --fail --output /dev/null "http://127.0.0.1:$port/readyz"; do
+    tries=$((tries + 1))
+    if [ "$tries" -gt 100 ] || ! kill -0 "$server" 2>/dev/null; then
+        cat "$work/server.log" >&2
+        exit 1
+    fi
+    sleep 0.1
+done
+surfw infer --source "ws://127.0.0.1:$port" --model smoke --prompt "$prompt" --json

@@ -1,0 +1,110 @@
+"""Models from the Hugging Face hub: only the files that are needed, in the hub library's own cache.
+
+The small files come first, so that a checkpoint that cannot be chunked is refused before gigabytes are fetched. Where
+the hub does not answer, a copy in the cache serves. The library retries, resumes and authenticates; its errors end
+here.
+"""
+
+import glob
+import logging
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from surfw.checkpoint.layout import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILES,
+    find_weights,
+    no_checkpoint,
+    read_config,
+    read_weights,
+)
+from surfw.errors import CheckpointError
+
+logger = logging.getLogger("surfw.checkpoint")
+
+_ANSWER_SECONDS = 10
+
+
+def download_model(repo_id: str, revision: str | None) -> Path:
+    """The directory of the hub cache that holds a model's files, after fetching those that are not there yet.
+
+    Raises:
+        CheckpointError: the model cannot be reached, or is damaged.
+        UnsupportedModelError: it is of a kind that surfw cannot chunk.
+    """
+    try:
+        names = _list_files(repo_id, revision)
+    except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
+        return _find_cached(repo_id, revision, exc)
+    entry = find_weights(names, f"hub model {repo_id}")
+    if CONFIG_FILE not in names:
+        raise no_checkpoint(f"hub model {repo_id}")
+    small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
+    folder = _fetch(repo_id, revision, small | ({entry} if entry.endswith(".json") else set()))
+    read_config(folder)
+    shards = read_weights(folder, entry).shards
+    if missing := set(shards) - names:
+        raise CheckpointError(
+            f"hub model {repo_id} is incomplete: its {entry} names {min(missing)}, which is not there; ask its owner"
+        )
+    return _fetch(repo_id, revision, shards)
+
+
+def _list_files(repo_id: str, revision: str | None) -> set[str]:
+    """What the repository holds: one request, which fails at once where there is no hub."""
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS)
+    return {file.rfilename for file in found.siblings or ()}
+
+
+def _fetch(repo_id: str, revision: str | None, names: Collection[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_exactly(names)))
+    except Exception as exc:
+        raise CheckpointError(
+            f"hub model {repo_id} could not be downloaded ({_reason(exc, revision)}); "
+            "run again, what has arrived is kept"
+        ) from exc
+
+
+def _find_cached(repo_id: str, revision: str | None, cause: Exception) -> Path:
+    """The copy of an earlier download, for when the hub cannot help."""
+    from huggingface_hub import snapshot_download
+
+    reason = _reason(cause, revision)
+    try:
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True)
+    except Exception:  # noqa: BLE001  # as above
+        raise CheckpointError(
+            f"model {repo_id!r} is neither a directory here nor a hub model that can be reached ({reason}); "
+            "check the name, or give a local directory"
+        ) from cause
+    logger.warning("%s: using the copy in %s, because the hub could not be asked (%s)", repo_id, folder, reason)
+    return Path(folder)
+
+
+def _exactly(names: Iterable[str]) -> list[str]:
+    """Patterns that match these names and nothing else."""
+    return [glob.escape(name) for name in sorted(names)]
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """Why the hub did not help, in a few words."""
+    from huggingface_hub import errors
+
+    known: dict[type[Exception], str] = {
+        errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set",
+        errors.HFValidationError: "it cannot be a hub id",
+        errors.GatedRepoError: "access is restricted: ask for it on the model's page, then run 'hf auth login'",
+        errors.RepositoryNotFoundError: "the hub has no such model, or it is private",
+        errors.RevisionNotFoundError: f"the model has no revision {revision!r}",
+    }
+    for kind, text in known.items():
+        if isinstance(error, kind):
+            return text
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,132 @@
+"""Shards written by `torch.save` (`pytorch_model.bin`): the only file of this room that imports torch.
+
+- They are pickles, and are read with `weights_only=True`: one that needs code to be run is refused.
+- The file is mapped, not read. Mapped pages count as the process's own memory, so after every 256 MiB the mapping is
+  given up and made anew. The format of torch before 1.6 cannot be mapped: such a file is held whole, with a warning.
+- Tensors may be tied, strided or scalars; their bytes are those of the contiguous tensor.
+- Entries that are no tensors are passed over with a warning; transformers has no use for them either.
+
+Reading is not safe from several threads.
+"""
+
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surfw.checkpoint.header import quote
+from surfw.checkpoint.shard import SourceTensor, check_regular, check_unchanged, identify
+from surfw.config import MIB, format_size
+from surfw.errors import CheckpointError, UnsupportedModelError
+
+logger = logging.getLogger("surfw.checkpoint")
+
+_RESIDENT_BYTES = 256 * MIB
+_ZIP_MAGIC = b"PK\x03\x04"
+_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2", torch.uint16: "U16", torch.int16: "I16", torch.float16: "F16",
+    torch.bfloat16: "BF16", torch.uint32: "U32", torch.int32: "I32", torch.float32: "F32", torch.complex64: "C64",
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64",
+}  # fmt: skip
+
+
+class LegacyShard:
+    """A file written by `torch.save`, open; its tensors are in the order of the pickle."""
+
+    def __init__(self, path: Path) -> None:
+        """Unpickle the file's table of tensors.
+
+        Raises:
+            CheckpointError: the file is not there, cannot be read, or is damaged.
+            UnsupportedModelError: it needs code to be run, or holds something else than tensors that surfw reads.
+        """
+        self.path = path
+        check_regular(path)
+        self.identity = identify(path)
+        with path.open("rb") as file:
+            self._mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
+        if not self._mapped:
+            logger.warning(
+                "%s has the format of torch before 1.6, which has to be held in memory whole (%s); "
+                "convert it to safetensors to avoid that",
+                path, format_size(self.identity.size_bytes),
+            )  # fmt: skip
+        self._state = _load(path, mapped=self._mapped)
+        self._touched_bytes = 0
+        self._current: tuple[str, torch.Tensor] | None = None
+        self.tensors = tuple(
+            self._describe(name, value) for name, value in self._state.items() if self._is_tensor(name)
+        )
+
+    def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
+        """Fill `destination` with the contiguous tensor's bytes from byte `start` on."""
+        check_unchanged(self.path, None, self.identity)
+        if len(destination):
+            source = self._bytes_of(tensor)[start : start + len(destination)]
+            torch.frombuffer(destination, dtype=torch.uint8).copy_(source)
+
+    def close(self) -> None:
+        """Give up the mapping, or the memory."""
+        self._state, self._current = {}, None
+
+    def _bytes_of(self, tensor: SourceTensor) -> torch.Tensor:
+        """The tensor as bytes: a view where it is contiguous, else a copy; kept until another one is asked for."""
+        if self._current is None or self._current[0] != tensor.name:
+            self._current = None
+            if self._mapped and self._touched_bytes > _RESIDENT_BYTES:
+                self._state = {}
+                self._state = _load(self.path, mapped=True)
+                self._touched_bytes = 0
+            self._touched_bytes += tensor.nbytes
+            dense = self._state[tensor.name].detach().contiguous()
+            self._current = tensor.name, dense.reshape(-1).view(torch.uint8)
+        return self._current[1]
+
+    def _is_tensor(self, name: Any) -> bool:
+        value = self._state[name]
+        if isinstance(name, str) and isinstance(value, torch.Tensor):
+            return True
+        seen = f"{quote(name)}: {type(value).__name__}"
+        logger.warning("%s has an entry that is no tensor (%s); it is passed over", self.path, seen)
+        return False
+
+    def _describe(self, name: str, tensor: torch.Tensor) -> SourceTensor:
+        odd = tensor.is_quantized or tensor.is_meta or tensor.is_conj() or tensor.is_neg()
+        if odd or tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+            raise UnsupportedModelError(
+                f"{self.path}: tensor {quote(name)} is of a kind that surfw does not read ({tensor.dtype}, "
+                f"{tensor.layout}); expected a dense tensor of {', '.join(_DTYPES.values())}"
+            )
+        if tensor.nbytes > self.identity.size_bytes:
+            raise CheckpointError(
+                f"{self.path}: tensor {quote(name)} claims {tensor.nbytes} bytes, the file has "
+                f"{self.identity.size_bytes}; download it again"
+            )
+        return SourceTensor(name, _DTYPES[tensor.dtype], tuple(tensor.shape), self.path, None)
+
+
+def _load(path: Path, *, mapped: bool) -> dict[Any, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as exc:
+        raise _refusal(path, exc) from exc
+    if not isinstance(state, dict):
+        raise UnsupportedModelError(f"{path} holds a {type(state).__name__}, expected tensors by their names")
+    return state
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
+    """What the unpickler's error means; damaged bytes make it raise whatever it comes upon."""
+    if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
+        return UnsupportedModelError(
+            f"{path} can only be read by running code that it names ({quote(code[1])}), which surfw does not do; "
+            "where you trust it, load it with torch and save it as safetensors"
+        )
+    seen = (
+        "an invalid pickle" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__} {quote(error)}"
+    )
+    return CheckpointError(f"{path} is damaged, or not from torch.save ({seen}); download it again")

@@ -1,0 +1,127 @@
+"""Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only."""
+
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from websockets.asyncio.server import ServerConnection
+from websockets.http11 import Request, Response
+
+from surfw.wire import PROTOCOL
+
+_HELP = f"""\
+This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
+Plain HTTP: GET /livez, /readyz, /stats (JSON), /metrics (Prometheus).
+"""
+
+
+class Source(Protocol):
+    """What the answers are made from: the server."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no more clients are taken."""
+
+    async def check_storage(self) -> bool:
+        """Whether the storage can be reached now, and holds a store."""
+
+    def stats(self) -> dict[str, Any]:
+        """The counters."""
+
+
+class HttpEndpoints:
+    """Answers requests that are not for a WebSocket."""
+
+    def __init__(self, source: Source) -> None:
+        """Name what is reported on."""
+        self._source = source
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_StatsCollector(source))
+        self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/stats": self._stats,
+            "/metrics": self._metrics,
+        }
+
+    async def process_request(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The answer to a request; None lets the WebSocket handshake go on."""
+        path = request.path.partition("?")[0]
+        if endpoint := self._endpoints.get(path):
+            return await endpoint(connection)
+        if path != "/":
+            return connection.respond(HTTPStatus.NOT_FOUND, f"There is nothing at this path.\n{_HELP}")
+        if "Upgrade" not in request.headers:
+            response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
+            response.headers["Upgrade"] = "websocket"
+            return response
+        if self._source.full:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
+        return None
+
+    async def _livez(self, connection: ServerConnection) -> Response:
+        return connection.respond(HTTPStatus.OK, "ok\n")
+
+    async def _readyz(self, connection: ServerConnection) -> Response:
+        if await self._source.check_storage():
+            return connection.respond(HTTPStatus.OK, "ok\n")
+        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+
+    async def _stats(self, connection: ServerConnection) -> Response:
+        await self._source.check_storage()
+        return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._source.stats()) + "\n"), "application/json")
+
+    async def _metrics(self, connection: ServerConnection) -> Response:
+        text = generate_latest(self._registry).decode()
+        return _typed(connection.respond(HTTPStatus.OK, text), CONTENT_TYPE_LATEST)
+
+
+def _typed(response: Response, content_type: str) -> Response:
+    del response.headers["Content-Type"]
+    response.headers["Content-Type"] = content_type
+    return response
+
+
+class _StatsCollector(Collector):
+    """The server's statistics as Prometheus metrics, made when they are asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._source.stats()
+        cache, requests = stats["cache"], stats["requests"]
+        counters = {
+            "cache_hits": ("Uses of cached pages", cache["hits"]),
+            "cache_misses": ("Uses of pages that had to be read", cache["misses"]),
+            "cache_coalesced": ("Uses that joined another use's read", cache["coalesced"]),
+            "cache_evictions": ("Pages that had to make room", cache["evictions"]),
+            "requests": ("Requests received", requests["total"]),
+            "sent_bytes": ("Bytes of models sent", stats["bytes_sent"]),
+        }
+        gauges = {
+            "cache_bytes": ("Bytes in the cache", cache["bytes"]),
+            "cache_capacity_bytes": ("Budget of the cache", cache["capacity_bytes"]),
+            "requests_in_flight": ("Requests being answered", requests["in_flight"]),
+            "clients": ("Open connections", stats["clients"]),
+            "models": ("Models in the store", len(stats["models"])),
+            "storage_healthy": ("1 if the storage answered when last asked", int(stats["storage"]["healthy"])),
+            "resident_bytes": ("Memory of the process", stats["resources"]["rss_bytes"]),
+            "cpu_percent": ("CPU of the process since the last look", stats["resources"]["cpu_percent"]),
+            "uptime_seconds": ("Time since the start", stats["server"]["uptime_seconds"]),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(f"surfw_{name}", text, value=value)
+        for name, (text, value) in gauges.items():
+            yield GaugeMetricFamily(f"surfw_{name}", text, value=value)
+        latency = GaugeMetricFamily(
+            "surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"]
+        )
+        for rank, seconds in requests["latency_seconds"].items():
+            latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
+        yield latency

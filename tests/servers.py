@@ -1,0 +1,38 @@
+"""A real `surfw serve` in a process of its own, and its statistics."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+    def stats(self) -> dict[str, Any]:
+        """What `GET /stats` says."""
+        with urllib.request.urlopen(self.url.replace("ws://", "http://") + "/stats", timeout=10) as answer:
+            return dict(json.load(answer))
+
+
+@contextlib.contextmanager
+def serve(store: Path, *options: str) -> Iterator[Served]:
+    """Serve a store on a free port."""
+    command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", "0", "--no-live", "--announce"]
+    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    try:
+        yield Served(json.loads(process.stdout.readline())["url"], process)
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
