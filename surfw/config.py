@@ -6,6 +6,7 @@ Knows nothing of torch or the network. Values are frozen and keyword-only; a roo
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from surfw.errors import ConfigurationError
@@ -26,7 +27,7 @@ DEFAULT_CACHE_MB = 200
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
 }  # fmt: skip
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -41,7 +42,7 @@ def parse_size(text: str) -> int:
         unit += "B"
     if match is None or unit not in _UNITS:
         raise ConfigurationError(f"size {text!r} is not understood; write a number and a unit, such as 200MB or 1.5GiB")
-    return int(float(match[1]) * _UNITS[unit])
+    return int(Decimal(match[1]) * _UNITS[unit])
 
 
 def format_size(count_bytes: float) -> str:

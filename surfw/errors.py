@@ -44,6 +44,8 @@ __all__ = [
     "WireError",
 ]
 
+_NAMES_SHOWN = 50
+
 
 class SurfwError(Exception):
     """The root of every error surfw raises on purpose."""
@@ -124,7 +126,7 @@ class UnsupportedModelError(ModelError):
 
 
 class UnknownModelError(ModelError):
-    """No model has the name that was asked for.
+    """No model has the name that was asked for, or several have it as their last part.
 
     Attributes:
         known: the names there are, sorted.
@@ -133,14 +135,22 @@ class UnknownModelError(ModelError):
     def __init__(self, name: str | None, known: Sequence[str], *, where: str) -> None:
         """Say which names there are instead; `name` None means that none was given and several are there."""
         self.known = sorted(known)
-        names = ", ".join(self.known)
+        fitting = [one for one in self.known if one.rpartition("/")[2] == name]
         if not self.known:
             text = f"{where} holds no model yet; put one there with 'surfw chunk MODEL'"
         elif name is None:
-            text = f"{where} holds {len(self.known)} models; choose one with --model: {names}"
+            text = f"{where} holds {len(self.known)} models; choose one with --model: {_some(self.known)}"
+        elif len(fitting) > 1:
+            text = f"{where} has {len(fitting)} models {name[:80]!r}; give the name in full: {_some(fitting)}"
         else:
-            text = f"{where} has no model {name!r}; it has: {names}"
+            text = f"{where} has no model {name[:80]!r}; it has: {_some(self.known)}"
         super().__init__(text)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names, or as many as a person reads."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
 
 
 class ManifestError(ModelError):

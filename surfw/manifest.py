@@ -36,6 +36,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_BYTES = 1 << 46
 _MAX_DIMENSIONS = 16
+_MAX_DEPTH = 64
+_MAX_FILE_NAME = 128
 
 
 def check_model_name(name: str) -> str:
@@ -44,7 +46,8 @@ def check_model_name(name: str) -> str:
     Raises:
         ManifestError: it cannot.
     """
-    if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or name.endswith(".json"):
+    is_file = any(part.endswith(".json") for part in name.split("/"))  # where another model's manifest would lie
+    if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
         raise ManifestError(
             f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, '.', '_' and '-'"
         )
@@ -263,11 +266,11 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as exc:
-        raise ManifestError(f"the manifest from {where} is not JSON: {exc}") from exc
+        raise ManifestError(f"the manifest from {where} is not JSON: {str(exc)[:200]}") from exc
     try:
         return _Parser(where).manifest(document)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as exc:
-        raise ManifestError(f"the manifest from {where} is malformed: {type(exc).__name__} {exc}") from exc
+    except (KeyError, TypeError, AttributeError, ValueError) as exc:
+        raise ManifestError(f"the manifest from {where} is malformed: {type(exc).__name__} {str(exc)[:200]}") from exc
 
 
 class _Parser:
@@ -286,8 +289,28 @@ class _Parser:
         return int(value)
 
     def text(self, value: Any, what: str) -> str:
-        self.require(isinstance(value, str) and len(value) <= 4096, f"{what} is not a text of at most 4096 characters")
+        valid = isinstance(value, str) and len(value) <= 4096 and value.isprintable()
+        self.require(valid, f"{what} is not a printable text of at most 4096 characters")
         return str(value)
+
+    def items(self, value: Any, what: str) -> list[Any]:
+        self.require(isinstance(value, list), f"{what} is not a list")
+        return [*value]
+
+    def settings(self, value: Any, what: str, depth: int = 0) -> Any:
+        """A configuration as it is, if it can be written again as it was read."""
+        self.require(depth <= _MAX_DEPTH, f"{what} is nested more than {_MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                self.settings(inner, f"{what}.{self.text(key, 'a key of ' + what)}"[:80], depth + 1)
+        elif isinstance(value, list):
+            for inner in value:
+                self.settings(inner, what, depth + 1)
+        elif isinstance(value, str):
+            value.encode()  # a lone surrogate is a ValueError
+        else:
+            self.require(value == value, f"{what} is no number")  # noqa: PLR0124 - NaN is unlike itself
+        return value
 
     def digest(self, value: Any, what: str) -> str:
         self.require(isinstance(value, str) and bool(_DIGEST.fullmatch(value)), f"{what} is not a BLAKE3 in hex")
@@ -304,42 +327,47 @@ class _Parser:
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
+        files = tuple(self.file(file) for file in self.items(document["files"], "files"))
         ties = {self.text(name, "a tie"): self.text(to, "a tie") for name, to in document["ties"].items()}
         manifest = Manifest(
             name=check_model_name(self.text(document["name"], "name")),
             class_name=self.text(document["class"], "class"),
             dtype=self.text(document["dtype"], "dtype"),
-            config=document["config"],
-            generation_config=generation,
-            files=tuple(self.file(file) for file in document["files"]),
+            config=self.settings(document["config"], "config"),
+            generation_config=self.settings(generation, "generation_config"),
+            files=files,
             ties=ties,
-            chunks=tuple(self.chunk(chunk) for chunk in document["chunks"]),
-            order=tuple(
-                Use(self.text(use["module"], "a module"), tuple(self.text(name, "a chunk name") for name in use["chunks"]))
-                for use in document["order"]
-            ),
+            chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
+            order=tuple(self.use(use) for use in self.items(document["order"], "order")),
         )
         self.consistent(manifest)
         return manifest
 
     def file(self, document: Any) -> ModelFile:
         path = self.text(document["path"], "a file's path")
-        self.require(bool(_FILE.fullmatch(path)), f"file path {path[:80]!r} is not a plain file name")
+        plain = len(path) <= _MAX_FILE_NAME and bool(_FILE.fullmatch(path))
+        self.require(plain, f"file path {path[:80]!r} is not a plain file name")
+        size = self.size(document["size"], f"the size of {path}")
         digest = self.digest(document["digest"], f"the digest of {path}")
-        return ModelFile(path, self.size(document["size"], f"the size of {path}"), digest, document.get("object", ""))
+        return ModelFile(path, size, digest, self.text(document.get("object", ""), f"the object of {path}"))
+
+    def use(self, document: Any) -> Use:
+        module = self.text(document["module"], "a module")
+        chunks = self.items(document["chunks"], f"the chunks of module {module}")
+        return Use(module, tuple(self.text(name, "a chunk name") for name in chunks))
 
     def chunk(self, document: Any) -> Chunk:
         name = self.text(document["name"], "a chunk's name")
         self.require(document["kind"] in {"layer", "part", "own"}, f"chunk {name} has an unknown kind")
         size = self.size(document["payload_bytes"], f"payload_bytes of chunk {name}")
-        tensors = tuple(self.tensor(tensor, name) for tensor in document["tensors"])
+        tensors = tuple(self.tensor(tensor, name) for tensor in self.items(document["tensors"], f"tensors of {name}"))
         self.require(bool(tensors), f"chunk {name} has no tensors")
         ends = [*(tensor.offset for tensor in tensors), size]
         gapless = ends[0] == 0 and all(
             tensor.offset + tensor.nbytes == end for tensor, end in zip(tensors, ends[1:], strict=True)
         )
         self.require(gapless, f"the tensors of chunk {name} leave gaps, overlap, or do not add up to {size} bytes")
-        forms = tuple(self.form(form, name) for form in document["forms"])
+        forms = tuple(self.form(form, name) for form in self.items(document["forms"], f"forms of {name}"))
         chunk = Chunk(name, document["kind"], self.digest(document["id"], f"the id of {name}"), size, tensors, forms)
         codecs = [form.codec for form in forms]
         self.require(bool(forms) and len(set(codecs)) == len(codecs), f"chunk {name} has no forms, or one twice")
@@ -366,7 +394,7 @@ class _Parser:
         self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
         locations = tuple(
             Location(self.text(at["object"], "an object"), self.size(at["start"], "start"), self.size(at["stop"], "stop"))
-            for at in document.get("locations", ())
+            for at in self.items(document.get("locations", []), f"locations of {chunk}")
         )
         if locations:
             covered = sum(at.stop - at.start for at in locations)
@@ -379,6 +407,8 @@ class _Parser:
         self.require(len(set(names)) == len(names), "two chunks have the same name")
         tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
         self.require(len(set(tensors)) == len(tensors), "two tensors have the same name")
+        paths = [file.path for file in manifest.files]
+        self.require(len(set(paths)) == len(paths), "two files have the same path")
         known = set(tensors)
         for name, to in manifest.ties.items():
             self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")

@@ -7,7 +7,10 @@ import typer
 from surfw.cli import options
 
 app = typer.Typer(
-    help="Measure surfw against a baseline in the same run.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+    help="Measure surfw against a baseline in the same run.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
 )
 
 

@@ -24,7 +24,9 @@ def chunk(
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -117,7 +119,8 @@ def _show_plan(facts: dict[str, Any]) -> None:
         table.add_row(one["name"], one["kind"], str(one["tensors"]), format_size(one["bytes"]))
     render.out.print(table)
     render.out.print(
-        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {len(facts['chunks'])} chunks, {facts['layers']} layers, "
+        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {len(facts['chunks'])} chunks, "
+        f"{facts['layers']} layers, "
         f"{format_size(facts['payload_bytes'])}; the smallest budget for weights that can run it: "
         f"{format_size(facts['least_budget_bytes'])}. Nothing was written.",
         soft_wrap=True,

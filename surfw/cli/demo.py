@@ -1,4 +1,4 @@
-"""The demo model on its whole way: its checkpoint is chunked once, and served by a real server in a process of its own."""
+"""The demo model on its whole way: chunked once, and served by a real server in a process of its own."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,9 @@ def serve_demo() -> Iterator[str]:
         try:
             line = server.stdout.readline()
             if not line:
-                raise WireError(f"the server of the demo model ended with exit code {server.wait()}; try 'surfw serve --port 0'")
+                raise WireError(
+                    f"the server of the demo model ended with exit code {server.wait()}; try 'surfw serve --port 0'"
+                )
             yield str(json.loads(line)["url"])
         finally:
             server.stdin.close()  # it ends when nobody listens
@@ -50,7 +52,7 @@ def serve_demo() -> Iterator[str]:
 
 @contextlib.contextmanager
 def _demo_store() -> Iterator[Path]:
-    """The store of the demo model: made on first use in `$SURFW_HOME`, or in a temporary folder if that cannot be written."""
+    """The demo model's store, made on first use in `$SURFW_HOME`, or in a temporary folder if that is read-only."""
     fingerprint = blake3((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:16]
     store = surfw_home() / "demo" / fingerprint
     if (store / "models" / "demo.json").exists():

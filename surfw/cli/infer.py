@@ -37,7 +37,9 @@ def infer(
         int | None, typer.Option(min=1, help="Layers kept in memory; one more may be in flight. [default: what fits]")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Sample with this temperature. [default: greedy]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Sample with this temperature. [default: greedy]")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this much probability.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")] = None,
@@ -48,7 +50,9 @@ def infer(
     dtype: Annotated[str | None, typer.Option(help="Run in this dtype, such as bfloat16. [default: as stored]")] = None,
     json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
-    live: Annotated[bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")] = None,
+    live: Annotated[
+        bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")
+    ] = None,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
@@ -62,13 +66,20 @@ def infer(
     view = LiveView() if is_live else PlainView(json=json, quiet=quiet, ids=ids is not None)
     request = {
         "prompt": text, "prompt_ids": ids, "system": system, "raw": raw, "max_new_tokens": max_new_tokens,
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or (), "ignore_eos": ignore_eos,
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or (),
+        "ignore_eos": ignore_eos,
     }  # fmt: skip
     _run(view, request, source=source, model=model, cache_layers=cache_layers, dtype=dtype)
 
 
 def _run(
-    view: Any, request: dict[str, Any], *, source: str | None, model: str | None, cache_layers: int | None, dtype: str | None
+    view: Any,
+    request: dict[str, Any],
+    *,
+    source: str | None,
+    model: str | None,
+    cache_layers: int | None,
+    dtype: str | None,
 ) -> None:
     from surfw.cli.sources import choose_source
 

@@ -103,7 +103,10 @@ def cache_table(cache: dict[str, Any], time: dict[str, Any], more: dict[str, Any
             ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
             ("fetched, resident", f"{format_size(cache['fetched_bytes'])}, {format_size(cache['resident_bytes'])}"),
             ("fetch latency p50 / p95", f"{render.seconds(latency['p50'])} / {render.seconds(latency['p95'])}"),
-            ("stalled, computing", f"{render.seconds(time['stall_seconds'])}, {render.seconds(time['compute_seconds'])}"),
+            (
+                "stalled, computing",
+                f"{render.seconds(time['stall_seconds'])}, {render.seconds(time['compute_seconds'])}",
+            ),
         ],
     )
 
@@ -117,7 +120,9 @@ def final_table(facts: dict[str, Any]) -> Table:
         table.add_row("time per output token (TPOT)", render.seconds(facts["tpot_seconds"]))
     if facts["tokens_per_second"] is not None:
         table.add_row("tokens/s", f"{facts['tokens_per_second']:.2f}")
-    table.add_row("loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}")
+    table.add_row(
+        "loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}"
+    )
     return table
 
 
@@ -158,4 +163,6 @@ def encoder_text(facts: dict[str, Any]) -> str:
     length = sum(value * value for value in values) ** 0.5
     shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
     more = ", …" if len(values) > _SHOWN_VALUES else ""
-    return f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
+    return (
+        f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
+    )

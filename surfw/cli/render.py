@@ -10,6 +10,8 @@ from rich.table import Table
 
 from surfw.config import format_size
 
+_SHOWN_MODELS = 8
+
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -39,20 +41,21 @@ def server_table(stats: dict[str, Any]) -> Table:
     """A server's counters for people."""
     server, cache, requests = stats["server"], stats["cache"], stats["requests"]
     latency = requests["latency_seconds"]
-    storage = stats["storage"]
+    storage, resources = stats["storage"], stats["resources"]
+    models = ", ".join(stats["models"][:_SHOWN_MODELS]) + (" …" if len(stats["models"]) > _SHOWN_MODELS else "")
+    counts = f"{cache['hits']} hits, {cache['misses']} misses, {cache['coalesced']} coalesced"
+    used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
     return facts(
         f"surfw {server['version']}, up {server['uptime_seconds']:.0f} s",
         [
             ("storage", f"{storage['url']} ({'healthy' if storage['healthy'] else 'NOT reachable'})"),
-            ("models", ", ".join(stats["models"][:8]) + (" …" if len(stats["models"]) > 8 else "") or "none"),
+            ("models", models or "none"),
             ("clients", str(stats["clients"])),
             ("requests", f"{requests['total']} ({requests['in_flight']} in flight)"),
-            ("cache hit rate", f"{cache['hit_rate']:.1%} ({cache['hits']} hits, {cache['misses']} misses, "
-                               f"{cache['coalesced']} coalesced)"),
-            ("cache", f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}, "
-                      f"{cache['evictions']} evictions ({cache['policy']})"),
+            ("cache hit rate", f"{cache['hit_rate']:.1%} ({counts})"),
+            ("cache", f"{used}, {cache['evictions']} evictions ({cache['policy']})"),
             ("sent", format_size(stats["bytes_sent"])),
             ("latency p50 / p95 / p99", " / ".join(seconds(latency[rank]) for rank in ("p50", "p95", "p99"))),
-            ("memory, CPU", f"{format_size(stats['resources']['rss_bytes'])}, {stats['resources']['cpu_percent']:.0f} %"),
+            ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
         ],
-    )  # fmt: skip
+    )

@@ -27,10 +27,15 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 lets the system choose.")] = 8765,
     cache_mb: Annotated[int, typer.Option("--cache-mb", min=0, help="Size of the cache in MB.")] = 200,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow listening beyond loopback, although clients are not authenticated.")
+        bool,
+        typer.Option("--insecure", help="Allow listening beyond loopback, although clients are not authenticated."),
     ] = False,
-    live: Annotated[bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")] = None,
-    announce: Annotated[bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")] = False,
+    live: Annotated[
+        bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")
+    ] = None,
+    announce: Annotated[
+        bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
+    ] = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve a store to clients, through a cache.
@@ -43,7 +48,9 @@ def serve(
     show = sys.stderr.isatty() if live is None else live
     if not show:
         _log_lines()
-    asyncio.run(_serve(store or default_store(), settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
+    asyncio.run(
+        _serve(store or default_store(), settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
+    )
 
 
 def _log_lines() -> None:
@@ -72,9 +79,7 @@ async def _serve(place: str, settings: Any, *, show: bool, announce: bool, exit_
         if show:
             await _live_table(server, stop)
         else:
-            logger.info("serving %s at %s", place, server.url)
             await stop.wait()
-            logger.info("stopping")
 
 
 async def _live_table(server: Any, stop: asyncio.Event) -> None:

@@ -52,7 +52,9 @@ class Request:
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn, not chosen."""
-        return bool(self.temperature) or (self.temperature is None and (self.top_p is not None or self.top_k is not None))
+        return bool(self.temperature) or (
+            self.temperature is None and (self.top_p is not None or self.top_k is not None)
+        )
 
 
 @dataclass(kw_only=True)
@@ -135,14 +137,18 @@ def answer(
     return _encoder(model, tokenizer, inputs)
 
 
-def _encode(model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> dict[str, torch.Tensor]:
+def _encode(
+    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
+) -> dict[str, torch.Tensor]:
     """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
     vocabulary = model.model.config.get_text_config().vocab_size
     if request.prompt_ids is not None:
         ids = torch.tensor([list(request.prompt_ids)], dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
-        raise ConfigurationError(f"{model.manifest.name} has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3")
+        raise ConfigurationError(
+            f"{model.manifest.name} has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3"
+        )
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": request.prompt or ""})
@@ -150,7 +156,9 @@ def _encode(model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, re
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         )
     elif request.system:
-        raise ConfigurationError(f"{model.manifest.name} has no chat template, so a system message has no place in its prompt")
+        raise ConfigurationError(
+            f"{model.manifest.name} has no chat template, so a system message has no place in its prompt"
+        )
     else:
         inputs = dict(tokenizer(request.prompt or "", return_tensors="pt"))
     ids = inputs["input_ids"]
@@ -213,7 +221,9 @@ def _generation_config(model: StreamingModel, request: Request) -> Any:
     return config
 
 
-def _encoder(model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]) -> Answer:
+def _encoder(
+    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
+) -> Answer:
     """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
     prompt_tokens = inputs["input_ids"].shape[1]
     logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name

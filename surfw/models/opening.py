@@ -47,7 +47,9 @@ def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skele
     for name, slot in skeleton.slots.items():
         stored = tensors.get(manifest.ties.get(name, name))
         if stored is None and not slot.is_buffer:
-            raise ManifestError(f"{where}: the manifest has no weights for {name} of {cls.__name__}; chunk the model again")
+            raise ManifestError(
+                f"{where}: the manifest has no weights for {name} of {cls.__name__}; chunk the model again"
+            )
         if stored is not None and tuple(slot.tensor.shape) != stored.shape:
             raise ManifestError(
                 f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(slot.tensor.shape)} in {cls.__name__}"

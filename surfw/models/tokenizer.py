@@ -28,7 +28,9 @@ def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
     with tempfile.TemporaryDirectory(prefix="surfw-tokenizer-") as folder:
         for file in manifest.files:
             data = model.read_file(file.path)
-            (Path(folder) / file.path).write_bytes(_sanitise(data, file.path) if file.path == "tokenizer_config.json" else data)
+            (Path(folder) / file.path).write_bytes(
+                _sanitise(data, file.path) if file.path == "tokenizer_config.json" else data
+            )
         (Path(folder) / "config.json").write_text(json.dumps(sanitise_config(manifest.config)[0]))
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

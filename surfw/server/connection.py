@@ -175,4 +175,3 @@ class Connection:
         """How long a run may be now: whole frames, unless the window has room for less than one."""
         room = min(self._limits.run_bytes, self._session.window)
         return room - room % self._limits.frame_bytes or room
-

@@ -119,9 +119,7 @@ class _StatsCollector(Collector):
             yield CounterMetricFamily(f"surfw_{name}", text, value=value)
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(f"surfw_{name}", text, value=value)
-        latency = GaugeMetricFamily(
-            "surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"]
-        )
+        latency = GaugeMetricFamily("surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"])
         for rank, seconds in requests["latency_seconds"].items():
             latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
         yield latency

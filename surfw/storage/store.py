@@ -3,7 +3,7 @@
     surfw.json                             says that this is a store, and its version
     models/NAME.json                       a manifest; a model is visible when this exists
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
-    blobs/ab/abcdef….bin                   a tokenizer file
+    blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
     partial/                               work in progress; nothing reads it but the `chunk` that wrote it
 
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
@@ -12,7 +12,7 @@ Blobs are named by their content and written first; the manifest is written last
 import json
 from collections.abc import Sequence
 
-from surfw.errors import NotAStoreError, NotFoundError, StorageError, UnknownModelError
+from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
 
@@ -88,8 +88,17 @@ class Store:
         return manifest
 
     async def publish(self, manifest: Manifest) -> None:
-        """Make a model visible: all its blobs are there."""
-        await self.backend.save(manifest_key(manifest.name), manifest.encode())
+        """Make a model visible: all its blobs are there.
+
+        Raises:
+            ManifestError: the manifest could not be read again.
+        """
+        try:
+            data = manifest.encode()
+        except ValueError as exc:
+            raise ManifestError(f"the configuration of {manifest.name} cannot be written as JSON: {exc}") from exc
+        parse_manifest(data, where=manifest.name)
+        await self.backend.save(manifest_key(manifest.name), data)
 
 
 def manifest_key(model: str) -> str:

@@ -113,9 +113,7 @@ class ServerSession:
         if request.id <= self._last_id:
             raise RemoteProtocolError(f"{request.type}: id {request.id} does not rise above {self._last_id}")
         if len(self._answers) >= self.limits.requests_in_flight:
-            raise RemoteProtocolError(
-                f"more than {self.limits.requests_in_flight} requests at a time", close_code=1008
-            )
+            raise RemoteProtocolError(f"more than {self.limits.requests_in_flight} requests at a time", close_code=1008)
         self._last_id = request.id
         self._answers[request.id] = Answer.to(request)
         return request

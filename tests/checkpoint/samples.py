@@ -46,7 +46,10 @@ def write_sharded(folder: Path) -> dict[str, np.ndarray]:
     """A checkpoint in two shards with an index; its tensors."""
     write_config(folder)
     tensors = arrays("z.weight", "a.weight", "m.weight")
-    shards = {"model-00001-of-00002.safetensors": ("z.weight", "m.weight"), "model-00002-of-00002.safetensors": ("a.weight",)}
+    shards = {
+        "model-00001-of-00002.safetensors": ("z.weight", "m.weight"),
+        "model-00002-of-00002.safetensors": ("a.weight",),
+    }
     for file, names in shards.items():
         save_file({name: tensors[name] for name in names}, folder / file)
     write_index(folder, {name: file for file, names in shards.items() for name in names})

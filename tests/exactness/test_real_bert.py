@@ -33,7 +33,9 @@ def checkpoint() -> Path:
 def test_real_bert_is_bit_equal(cache_layers: int | None, tmp_path: Path) -> None:
     resident = copy.deepcopy(AutoModel.from_pretrained(checkpoint()).eval())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
-    manifest = asyncio.run(write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(tmp_path / "store")))
+    manifest = asyncio.run(
+        write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(tmp_path / "store"))
+    )
     assert manifest.layer_count == 6
     texts = ["The weights arrive while the model runs.", "A cat sleeps."]
     with serve(tmp_path / "store") as served:

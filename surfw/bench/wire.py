@@ -1,0 +1,220 @@
+"""From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
+
+Both have two processes and loopback between them, and move the same chunks one after the other into the same memory. Each
+round measures the raw socket, surfw without verification (for this comparison only) and surfw as it is, so that whatever
+else the machine does falls on all of them.
+"""
+
+import asyncio
+import http.client
+import json
+import multiprocessing
+import os
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from surfw.bench.result import Result, Row, describe_machine
+from surfw.client import WireSource, open_wire_source
+from surfw.client.opening import open_link
+from surfw.config import GB, MB, ServerSettings, WireLimits
+from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
+from surfw.server import WeightServer
+from surfw.source import Read
+from surfw.storage import FilesystemBackend, Store
+
+SIZES = tuple(range(8 * MB, 89 * MB, 16 * MB // 3))
+"""16 chunks of 8 to 88 MB."""
+
+_MODEL = "bench"
+_SPARE_BYTES = 64 * MB
+
+
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """A server process, and the port it listens on."""
+
+    process: psutil.Process
+    port: int
+
+    def cpu_seconds(self) -> float:
+        """The CPU time it has used."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+    def cache_misses(self) -> int:
+        """Pages a surfw server had to read so far."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection.request("GET", "/stats")
+        misses = json.load(connection.getresponse())["cache"]["misses"]
+        connection.close()
+        return int(misses)
+
+
+@dataclass(slots=True)
+class _Series:
+    """Measurements of one way to move the bytes: wall clock, and the CPU time of both processes."""
+
+    seconds: list[float] = field(default_factory=list)
+    client_cpu: float = 0.0
+    server_cpu: float = 0.0
+
+    @contextmanager
+    def measure(self, server: _Peer) -> Iterator[None]:
+        """Time the body."""
+        client_cpu, server_cpu, start = time.process_time(), server.cpu_seconds(), time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - start)
+        self.client_cpu += time.process_time() - client_cpu
+        self.server_cpu += server.cpu_seconds() - server_cpu
+
+
+def bench_wire(*, rounds: int = 7, sizes: Sequence[int] = SIZES) -> Result:
+    """Measure.
+
+    Args:
+        rounds: alternations with the raw socket; medians are reported.
+        sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
+    """
+    with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
+        manifest = asyncio.run(_write_store(Path(place), sizes))
+        with _peer(_serve, place, sum(sizes)) as server, _peer(_serve_raw, place, manifest) as raw_server:
+            series = asyncio.run(_measure(rounds, sizes, server, raw_server))
+    return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), *series))
+
+
+async def _measure(
+    rounds: int, sizes: Sequence[int], server: _Peer, raw_server: _Peer
+) -> tuple[_Series, _Series, _Series]:
+    """The series of the raw socket, of surfw unverified and of surfw as it is."""
+    raw, unverified, verified = _Series(), _Series(), _Series()
+    url = f"ws://127.0.0.1:{server.port}"
+    link = await open_link(url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)
+    with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
+        async with (
+            await open_wire_source(url) as source,
+            WireSource(link, unverified_for_measurement_only=True) as blind,
+        ):
+            manifest = await source.manifest(_MODEL)
+            memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
+            await _fetch(source, manifest, memory)
+            misses = await asyncio.to_thread(server.cache_misses)
+            for _ in range(rounds):
+                with raw.measure(raw_server):
+                    _receive_raw(connection, memory)
+                with unverified.measure(server):
+                    await _fetch(blind, manifest, memory)
+                with verified.measure(server):
+                    await _fetch(source, manifest, memory)
+            if await asyncio.to_thread(server.cache_misses) != misses:
+                raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
+    return raw, unverified, verified
+
+
+async def _fetch(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:
+    for chunk, destination in zip(manifest.chunks, memory, strict=True):
+        form = chunk.forms[0]
+        await source.fetch(manifest, [Read(chunk, form, 0, form.stored_bytes, destination)])
+
+
+def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> None:
+    for index, destination in enumerate(memory):
+        connection.sendall(bytes([index]))
+        received = 0
+        while received < len(destination):
+            received += connection.recv_into(destination[received:])
+
+
+def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:
+    base = size / statistics.median(raw.seconds) / GB
+    rows = [Row(name=f"raw TCP socket ({_spread(size, raw)})", value=base, unit="GB/s")]
+    for series, checked in ((unverified, False), (verified, True)):
+        rate = size / statistics.median(series.seconds) / GB
+        ceiling = size * len(series.seconds) / max(series.client_cpu, series.server_cpu) / GB
+        busier = "server" if series.server_cpu > series.client_cpu else "client"
+        cores = (series.client_cpu + series.server_cpu) / sum(series.seconds)
+        name = (
+            f"{'verified' if checked else 'unverified'} ({_spread(size, series)}; "
+            f"both sides keep {cores:.1f} cores busy; ceiling: the {busier}'s CPU)"
+        )
+        rows.append(
+            Row(
+                name=name,
+                value=rate,
+                unit="GB/s",
+                baseline=base,
+                ratio=rate / base,
+                ceiling=ceiling,
+                share=rate / ceiling,
+                verified=checked,
+            )
+        )
+    return tuple(rows)
+
+
+def _spread(size: int, series: _Series) -> str:
+    return f"{size / max(series.seconds) / GB:.2f} to {size / min(series.seconds) / GB:.2f}"
+
+
+async def _write_store(place: Path, sizes: Sequence[int]) -> Manifest:
+    """A store with one model of random bytes, a chunk per size."""
+    store = Store(FilesystemBackend(place))
+    await store.create()
+    chunks = []
+    for index, size in enumerate(sizes):
+        payload, key = os.urandom(size), f"blobs/{index}.safetensors"
+        await store.backend.save(key, payload)
+        digest, blocks = digest_blocks(iter([payload]))
+        form = Form("none", size, digest, blocks, (Location(key, 0, size),))
+        chunks.append(Chunk(str(index), "layer", digest, size, (TensorInfo(f"{index}.w", "U8", (size,), 0),), (form,)))
+    manifest = Manifest(_MODEL, "Bench", "uint8", {}, None, (), {}, tuple(chunks), ())
+    await store.publish(manifest)
+    return manifest
+
+
+@contextmanager
+def _peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
+    """Run a server function in a process of its own, until the end of the body."""
+    processes = multiprocessing.get_context("spawn")
+    port, ready = processes.Pipe(duplex=False)
+    process = processes.Process(target=function, args=(*arguments, ready), daemon=True)
+    process.start()
+    try:
+        ready.close()
+        yield _Peer(psutil.Process(process.pid), port.recv())
+    finally:
+        process.terminate()
+        process.join()
+        port.close()
+
+
+def _serve(place: str, size: int, ready: Connection) -> None:
+    """A server whose cache holds everything; runs in a process of its own."""
+
+    async def serve() -> None:
+        settings = ServerSettings(port=0, cache_bytes=size + _SPARE_BYTES)
+        async with WeightServer(FilesystemBackend(place), settings) as server:
+            ready.send(server.port)
+            await server.serve_forever()
+
+    asyncio.run(serve())
+
+
+def _serve_raw(place: str, manifest: Manifest, ready: Connection) -> None:
+    """A TCP socket that sends the chunk whose number it receives; runs in a process of its own."""
+    payloads = [(Path(place) / chunk.forms[0].locations[0].object).read_bytes() for chunk in manifest.chunks]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready.send(listener.getsockname()[1])
+        connection, _ = listener.accept()
+        with connection:
+            while number := connection.recv(1):
+                connection.sendall(payloads[number[0]])

@@ -1,0 +1,148 @@
+"""Models from the hub: only what is needed is fetched, the cache serves without a network, refusals are one line.
+
+Each case runs in a process of its own, with an empty home, so that the hub library reads its settings as users
+give them.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save
+
+from checkpoint.fake_hub import COMMIT, MODEL, serve
+from checkpoint.samples import CONFIG, arrays, write_sharded
+
+_OPEN = """
+import json, sys
+from surfw.checkpoint import open_checkpoint
+from surfw.errors import SurfwError
+try:
+    with open_checkpoint(sys.argv[1], revision=sys.argv[2] or None) as checkpoint:
+        print(json.dumps([checkpoint.name, checkpoint.path.name, sorted(checkpoint.tensors), sorted(checkpoint.files)]))
+except SurfwError as error:
+    print(json.dumps(f"{type(error).__name__}: {error}"))
+"""
+_SINGLE = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "generation_config.json": b'{"eos_token_id": 2}',
+    "tokenizer.json": b"{}",
+    "model.safetensors": save(arrays("a", "b")),
+    "pytorch_model.bin": b"the same again",
+    "consolidated.safetensors": b"the same again",
+    "onnx/model.onnx": b"the same again",
+    "onnx/config.json": b"not this one",
+    "README.md": b"words",
+}
+_OPENED = [MODEL, COMMIT, ["a", "b"], ["tokenizer.json"]]
+
+
+def open_in_process(home: Path, endpoint: str, model: str = MODEL, revision: str = "", **more: str) -> object:
+    settings = {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "*",
+    } | more
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    command = [sys.executable, "-c", _OPEN, model, revision]
+    seen = subprocess.run(command, env=kept | settings, capture_output=True, text=True, check=False, timeout=120)
+    assert seen.returncode == 0, seen.stderr
+    return json.loads(seen.stdout)
+
+
+@pytest.fixture
+def nowhere():
+    """An endpoint at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_only_what_is_needed_is_fetched_and_the_cache_serves_without_a_hub(tmp_path, nowhere):
+    with serve(_SINGLE) as hub:
+        assert open_in_process(tmp_path, hub.url) == _OPENED
+        assert sorted(hub.served) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+        assert open_in_process(tmp_path, hub.url, revision="main") == _OPENED
+        assert len(hub.served) == 4
+    assert open_in_process(tmp_path, nowhere) == _OPENED
+    assert open_in_process(tmp_path, nowhere, HF_HUB_OFFLINE="1") == _OPENED
+
+
+def test_shards_are_those_of_the_index(tmp_path):
+    tensors = write_sharded(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    with serve(files | {"model-00003-of-00002.safetensors": b"left over", "tokenizer.json": b"{}"}) as hub:
+        assert open_in_process(tmp_path / "home", hub.url) == [MODEL, COMMIT, sorted(tensors), ["tokenizer.json"]]
+        assert sorted(hub.served) == sorted([*files, "tokenizer.json"])
+
+
+def test_what_cannot_be_chunked_is_refused_before_its_weights_are_fetched(tmp_path):
+    config = json.dumps(CONFIG | {"quantization_config": {"quant_method": "awq"}}).encode()
+    with serve(_SINGLE | {"config.json": config}) as hub:
+        refused = open_in_process(tmp_path, hub.url)
+        assert "('awq'): quantised checkpoints cannot be chunked yet" in refused
+        assert "model.safetensors" not in hub.served
+
+
+def test_a_repository_of_another_kind_is_refused_at_once(tmp_path):
+    with serve({"tiny-Q4.gguf": b"GGUF", "README.md": b""}) as hub:
+        refused = open_in_process(tmp_path, hub.url)
+        assert refused.startswith(
+            f"UnsupportedModelError: hub model {MODEL} has no weights that surfw reads: expected "
+        )
+        assert refused.endswith(", it has tiny-Q4.gguf (GGUF weights)")
+        assert hub.served == []
+
+
+def test_an_index_that_promises_too_much(tmp_path):
+    index = json.dumps({"weight_map": {"a": "model-00009.safetensors"}}).encode()
+    files = {"config.json": _SINGLE["config.json"], "model.safetensors.index.json": index}
+    with serve(files) as hub:
+        assert open_in_process(tmp_path, hub.url) == (
+            f"CheckpointError: hub model {MODEL} is incomplete: its model.safetensors.index.json names "
+            "model-00009.safetensors, which is not there; ask its owner"
+        )
+
+
+def refusal(model: str, reason: str) -> str:
+    return (
+        f"CheckpointError: model '{model}' is neither a directory here nor a hub model that can be reached ({reason}); "
+        "check the name, or give a local directory"
+    )
+
+
+def test_the_hub_says_no(tmp_path):
+    with serve(_SINGLE) as hub:
+        unknown = refusal("org/other", "the hub has no such model, or it is private")
+        assert open_in_process(tmp_path, hub.url, "org/other") == unknown
+        assert open_in_process(tmp_path, hub.url, revision="v9") == refusal(MODEL, "the model has no revision 'v9'")
+
+
+def test_a_gated_model_says_what_to_do(tmp_path):
+    with serve(_SINGLE, gated=True) as hub:
+        assert open_in_process(tmp_path, hub.url) == (
+            f"CheckpointError: hub model {MODEL} could not be downloaded (access is restricted: ask for it on the "
+            "model's page, then run 'hf auth login'); run again, what has arrived is kept"
+        )
+
+
+def test_no_hub_at_the_address(tmp_path, nowhere):
+    refused = open_in_process(tmp_path, nowhere)
+    assert refused == refusal(MODEL, "ConnectError: [Errno 111] Connection refused")
+
+
+@pytest.mark.parametrize("model", ["tiny", "org/tiny"])
+def test_offline(tmp_path, model):
+    refused = open_in_process(tmp_path, "http://127.0.0.1:9", model, HF_HUB_OFFLINE="1")
+    assert refused == refusal(model, "HF_HUB_OFFLINE is set")
+
+
+@pytest.mark.parametrize("model", ["no such directory", "org/ti:ny", "-x", "a--b", "x" * 300])
+def test_what_cannot_be_a_name_on_the_hub(tmp_path, model):
+    refused = open_in_process(tmp_path, "http://127.0.0.1:9", model)
+    assert refused == refusal(model, "it cannot be a hub id")

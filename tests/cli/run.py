@@ -1,0 +1,36 @@
+"""Runs the `surfw` command as a person would: a process of its own, with a home of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SURFW = str(Path(sys.executable).parent / "surfw")
+
+
+def environment(home: Path, **extra: str) -> dict[str, str]:
+    """The environment of a command: nothing of the tester's own, no hub."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SURFW_", "HF_"))}
+    return clean | {"SURFW_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "TERM": "dumb"} | extra
+
+
+def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [SURFW, *arguments],
+        env=environment(home, **extra),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line a failed command says; fails the test if there is more, or another exit code."""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("surfw: error: ")]
+    rest = [line for line in lines if not line.startswith(("surfw: error: ", "surfw: source: ", "surfw: warning: "))]
+    assert (done.returncode, len(errors), rest) == (1, 1, []), (done.returncode, done.stderr[-2000:])
+    return errors[0].removeprefix("surfw: error: ")

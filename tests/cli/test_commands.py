@@ -1,0 +1,185 @@
+"""The commands do what the README says, through real processes."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from surfw.config import parse_size
+from tests.checkpoints import save_bert, save_llama
+from tests.cli.run import SURFW, environment, surfw
+from tests.servers import serve
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a LLaMA and a BERT in its default store."""
+    home = tmp_path_factory.mktemp("home")
+    save_llama(home / "tiny")
+    save_bert(home / "bert")
+    for name in ("tiny", "bert"):
+        done = surfw(home, "chunk", str(home / name))
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+def test_chunk_says_what_it_made(home: Path, tmp_path: Path) -> None:
+    done = surfw(tmp_path, "chunk", str(home / "tiny"), "--name", "org/copy", "--json")
+    facts = json.loads(done.stdout)
+    assert facts["model"] == "org/copy"
+    assert facts["layers"] == 4
+    assert facts["payload_bytes"] == sum(chunk["bytes"] for chunk in facts["chunks"])
+    assert (tmp_path / "store" / "models" / "org" / "copy.json").is_file()
+
+
+def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
+    facts = json.loads(surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run", "--json").stdout)
+    assert 0 < facts["least_budget_bytes"] < facts["payload_bytes"]
+    shown = surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run").stdout
+    assert "model.layers.3" in shown
+    assert "Nothing was written" in shown
+    assert not (tmp_path / "store").exists()
+
+
+def test_infer_json_has_the_promised_keys(home: Path) -> None:
+    done = surfw(home, "infer", "--source", str(home / "store"), "--model", "tiny", "--prompt", "Weights", "--json")
+    facts = json.loads(done.stdout)
+    assert facts.keys() == {
+        "model", "source", "text", "token_ids", "prompt_tokens", "new_tokens", "load_seconds", "ttft_seconds",
+        "tpot_seconds", "tokens_per_second", "cache", "time", "peak_rss_bytes",
+    }  # fmt: skip
+    assert facts["cache"].keys() == {
+        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes",
+    }  # fmt: skip
+    assert facts["time"].keys() == {"stall_seconds", "compute_seconds"}
+    assert facts["new_tokens"] == len(facts["token_ids"]) > 1
+    cache = facts["cache"]
+    assert cache["misses"] == cache["prefetched"] + cache["stalls"]
+    assert cache["hit_rate"] == pytest.approx(cache["hits"] / (cache["hits"] + cache["misses"]))
+    assert 0 < facts["ttft_seconds"] < facts["new_tokens"] / facts["tokens_per_second"]
+    assert facts["peak_rss_bytes"] > parse_size("50MB")
+
+
+def test_infer_is_the_same_over_the_wire_and_from_the_store(home: Path) -> None:
+    arguments = ["infer", "--model", "tiny", "--prompt-ids", "5,6,7", "--ignore-eos", "--max-new-tokens", "7", "--json"]
+    with serve(home / "store") as served:
+        runs = [
+            json.loads(surfw(home, *arguments, "--source", source, "--cache-layers", layers).stdout)
+            for source in (served.url, str(home / "store"))
+            for layers in ("1", "4")
+        ]
+    assert {tuple(run["token_ids"]) for run in runs} == {tuple(runs[0]["token_ids"])}
+    assert runs[0]["new_tokens"] == 7
+    assert runs[0]["prompt_tokens"] == 3
+    assert runs[0]["cache"]["fetched_bytes"] > runs[1]["cache"]["fetched_bytes"]
+
+
+def test_plain_output(home: Path) -> None:
+    store = str(home / "store")
+    done = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "-", stdin="Weights arrive")
+    facts = json.loads(
+        surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "--json").stdout
+    )
+    assert done.stdout == facts["text"] + "\n"
+    assert "tokens/s" in done.stderr
+    assert "on storage" in done.stderr
+    quiet = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "-q")
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
+    ids = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt-ids", "5,6", "-q", "--max-new-tokens", "3")
+    assert len(ids.stdout.split()) == 3
+
+
+def test_sampling_is_seeded_and_greedy_is_the_default(home: Path) -> None:
+    def text(*options: str) -> str:
+        arguments = ["--source", str(home / "store"), "--model", "tiny", "--prompt", "Weights", "-q", *options]
+        return surfw(home, "infer", *arguments).stdout
+
+    greedy = text()
+    assert text() == greedy
+    assert text("--temperature", "1.5", "--seed", "1") == text("--temperature", "1.5", "--seed", "1") != greedy
+    assert text("--temperature", "1.5", "--seed", "1") != text("--temperature", "1.5", "--seed", "2")
+
+
+def test_stop_texts_end_the_generation(home: Path) -> None:
+    arguments = ["--source", str(home / "store"), "--model", "tiny", "--prompt", "Weights", "--ignore-eos", "--json"]
+    free = json.loads(surfw(home, "infer", *arguments).stdout)
+    middle = free["text"][len(free["text"]) // 2]
+    stopped = json.loads(surfw(home, "infer", *arguments, "--stop", middle).stdout)
+    assert stopped["new_tokens"] < free["new_tokens"]
+    assert middle in stopped["text"]
+
+
+def test_encoders(home: Path) -> None:
+    store = str(home / "store")
+    arguments = ["infer", "--source", store, "--model", "bert"]
+    filled = json.loads(surfw(home, *arguments, "--prompt", "Weights [MASK] here", "--json").stdout)
+    (prediction,) = filled["predictions"]
+    assert len(prediction["candidates"]) == 5
+    assert prediction["candidates"][0]["probability"] >= prediction["candidates"][1]["probability"]
+    assert "token " in surfw(home, *arguments, "--prompt", "Weights [MASK] here").stdout
+    embedded = json.loads(surfw(home, *arguments, "--prompt", "Weights", "--json").stdout)
+    assert len(embedded["embedding"]) == 64
+    assert "embedding of 64 values" in surfw(home, *arguments, "--prompt", "Weights").stdout
+
+
+def test_source_from_the_environment_and_the_default_store(home: Path) -> None:
+    arguments = ["infer", "--model", "tiny", "--prompt", "Weights", "--max-new-tokens", "2"]
+    named = surfw(home, *arguments, SURFW_SOURCE=str(home / "store"))
+    assert "named by SURFW_SOURCE" in named.stderr
+    with socket.socket() as probe:
+        taken = probe.connect_ex(("127.0.0.1", 8765)) == 0
+    if not taken:
+        found = surfw(home, *arguments)
+        assert "the default store" in found.stderr
+        assert found.stdout == named.stdout
+
+
+def test_stats(home: Path) -> None:
+    with serve(home / "store") as served:
+        surfw(home, "infer", "--source", served.url, "--model", "tiny", "--prompt", "Weights")
+        facts = json.loads(surfw(home, "stats", served.url, "--json").stdout)
+        shown = surfw(home, "stats", served.url).stdout
+    assert facts.keys() == {"server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources"}
+    assert facts["models"] == ["bert", "tiny"]
+    assert facts["bytes_sent"] > 0
+    assert facts["requests"]["latency_seconds"].keys() == {"p50", "p95", "p99"}
+    assert "bert, tiny" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_stops_cleanly(number: signal.Signals, home: Path) -> None:
+    server = subprocess.Popen(
+        [SURFW, "serve", "--port", "0", "--announce"],
+        env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout is not None
+    url = json.loads(server.stdout.readline())["url"].replace("ws://", "http://")
+    with urllib.request.urlopen(f"{url}/readyz", timeout=10) as answer:
+        assert answer.status == 200
+    server.send_signal(number)
+    _, err = server.communicate(timeout=20)
+    assert server.returncode == 0
+    assert "Traceback" not in err
+
+
+def test_the_script_for_ci(home: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = f"{Path(SURFW).parent}:{environment(home)['PATH']}"
+    done = subprocess.run(
+        ["sh", str(ROOT / "examples" / "ci" / "smoke.sh"), str(home / "tiny"), "Weights", port],
+        env=environment(home, PATH=path), capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["model"] == "smoke"
+    with socket.socket() as gone:
+        assert gone.connect_ex(("127.0.0.1", int(port))) != 0, "the server was stopped"
