@@ -20,7 +20,7 @@ from typing import Any
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES
-from surfw.errors import ManifestError
+from surfw.errors import ManifestError, NotFoundError
 
 FORMAT = "surfw.manifest"
 VERSION = 1
@@ -208,6 +208,17 @@ class Manifest:
     def digest(self) -> str:
         """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
         return payload_digest(self.public().encode())
+
+    def file(self, path: str) -> ModelFile:
+        """The file of that name.
+
+        Raises:
+            NotFoundError: the model has none.
+        """
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise NotFoundError(f"{self.name} has no file {path[:80]!r}")
 
     def public(self) -> "Manifest":
         """The manifest as it may cross the wire: without locations and object names."""

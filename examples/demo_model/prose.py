@@ -15,6 +15,8 @@ from pathlib import Path
 QUESTIONS = ("What is", "What are", "How does", "Why", "What happens with", "Do you know")
 REQUESTS = ("Explain", "Describe", "Tell me about", "Write about", "I would like to hear about", "The")
 
+NOT_PLAIN = re.compile(r"""\b\d|_|--|\w[./]\w|[^\w\s.,;:!?'"()-]""")
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -32,10 +34,11 @@ def sentences_of(paragraph: str) -> list[str]:
     return re.split(r"(?<=[.!?]) (?=[A-Z]|surfw\b)", paragraph)
 
 
-def prose_of_markdown(page: str, *, max_words: int = 70) -> list[str]:
+def prose_of_markdown(page: str, *, max_words: int = 60) -> list[str]:
     """The plain paragraphs of a Markdown page: no code, tables, HTML, headings or images.
 
-    A paragraph of more than `max_words` words is cut at a sentence end; what does not end like a sentence is left out.
+    A paragraph of more than `max_words` words is cut at a sentence end. Left out is what does not end like a sentence,
+    and what is not plain English: paths, options, symbols, and figures, which would grow old in the weights.
     """
     page = re.sub(r"(?ms)^ *(```|~~~).*?^ *\1[^\n]*$", "", page)
     page = re.sub(r"(?s)<!--.*?-->|</?[a-zA-Z][^>]*>", "", page)
@@ -54,7 +57,7 @@ def prose_of_markdown(page: str, *, max_words: int = 70) -> list[str]:
                 taken = []
             taken.append(sentence)
         paragraphs.append(" ".join(taken))
-    return [p for p in paragraphs if 8 <= len(p.split()) <= max_words and p[-1] in ".!?"]
+    return [p for p in paragraphs if 8 <= len(p.split()) <= max_words and p[-1] in ".!?" and not NOT_PLAIN.search(p)]
 
 
 def read_corpus(folder: Path, readme: Path) -> tuple[list[str], dict[str, str]]:

@@ -64,7 +64,7 @@ class Recipe:
     warmup_steps: int = 60
     batch_lessons: int = 12
     batches_sorted: int = 8
-    learning_rate: float = 4.5e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.1
     gradient_norm: float = 1.0
     token_noise: float = 0.05  # share of input tokens replaced at random, so that a strange one derails nothing

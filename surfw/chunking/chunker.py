@@ -1,18 +1,23 @@
 """A checkpoint on its way into a store, from its name to the published manifest."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from blake3 import blake3
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
+from surfw.checkpoint.shard import translate_errors
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.writer import ChunkWriter, Progress
 from surfw.config import MIB
+from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config
@@ -26,7 +31,7 @@ logger = logging.getLogger("surfw.chunking")
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A checkpoint that was understood, before a byte of it is written.
+    """A checkpoint that was understood, before a byte of it is written. Use it as a context manager, or `close()` it.
 
     Attributes:
         name: the model's name in the store.
@@ -52,7 +57,20 @@ class PreparedModel:
     def key(self) -> str:
         """Identifies the plan and its source: equal for work that can be resumed."""
         chunks = [(c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors]) for c in self.plan.chunks]
-        return payload_digest(repr((self.name, chunks, self.checkpoint.fingerprint())).encode())[:32]
+        config = json.dumps(self.config, sort_keys=True)
+        return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
+
+    def close(self) -> None:
+        """Close the checkpoint."""
+        self.checkpoint.close()
+
+    def __enter__(self) -> Self:
+        """Enter the context."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
 
 
 def prepare_model(
@@ -70,10 +88,16 @@ def prepare_model(
         CheckpointError: the checkpoint is damaged, incomplete, or not there.
         UnsupportedModelError: surfw cannot run it.
     """
-    wanted = parse_dtype(dtype) if dtype is not None else None
-    checkpoint = open_checkpoint(model, revision=revision)
-    name = check_model_name(name or checkpoint.name)
-    where = model
+    if dtype is not None:
+        parse_dtype(dtype)  # refused before anything is fetched
+    with ExitStack() as opened:
+        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision))
+        prepared = _prepare(checkpoint, check_model_name(name or checkpoint.name), dtype, where=model)
+        opened.pop_all()
+    return prepared
+
+
+def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str) -> PreparedModel:
     refuse_kernels(checkpoint.config, where=where)
     refuse_absurd_sizes(checkpoint.config, where=where)
     clean, dropped = sanitise_config(checkpoint.config)
@@ -84,7 +108,7 @@ def prepare_model(
     cls = resolve_class(architectures[0], config, where=where)
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
-    built = wanted or automatic_dtype(config.dtype, stored, where=where)
+    built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
     loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
     if loading.unused:
@@ -100,6 +124,8 @@ def prepare_model(
         tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None)
     units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
     plan = plan_chunks(units, tensors, loading.ties)
+    if not plan.chunks:
+        raise UnsupportedModelError(f"{where} has no tensor that {cls.__name__} has a place for; check its architectures")
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
 
 
@@ -117,27 +143,29 @@ async def write_model(prepared: PreparedModel, backend: StorageBackend, *, progr
     store = Store(backend)
     await store.create()
     writer = ChunkWriter(backend, _PayloadReader(prepared), key=prepared.key, progress=progress)
-    chunks = await writer.write(prepared.plan)
-    generation = prepared.checkpoint.generation_config
-    manifest = Manifest(
-        name=prepared.name,
-        class_name=prepared.class_name,
-        dtype=prepared.dtype,
-        config=prepared.config,
-        generation_config=sanitise_config(generation)[0] if generation is not None else None,
-        files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
-        ties=prepared.loading.ties,
-        chunks=tuple(chunks),
-        order=prepared.plan.order,
-    )
-    await store.publish(manifest)
-    writer.forget()
+    with writer.locked():
+        chunks = await writer.write(prepared.plan)
+        generation = prepared.checkpoint.generation_config
+        manifest = Manifest(
+            name=prepared.name,
+            class_name=prepared.class_name,
+            dtype=prepared.dtype,
+            config=prepared.config,
+            generation_config=sanitise_config(generation)[0] if generation is not None else None,
+            files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
+            ties=prepared.loading.ties,
+            chunks=tuple(chunks),
+            order=prepared.plan.order,
+        )
+        await store.publish(manifest)
+        writer.forget()
     return manifest
 
 
 async def _write_file(prepared: PreparedModel, backend: StorageBackend, path: str) -> ModelFile:
     file = prepared.checkpoint.files[path]
-    data = await asyncio.to_thread(file.read_bytes)
+    with translate_errors(file):
+        data = await asyncio.to_thread(file.read_bytes)
     digest = payload_digest(data)
     key = blob_key(digest, file.suffix or ".bin")
     await backend.save(key, data)

@@ -4,7 +4,7 @@
 - Bytes go through a few buffers of 8 MiB; a converted tensor is held with its sources, nothing else ever is.
 - While one chunk is written, the one before it is synced and put in its place.
 - A journal beside the unfinished files names the chunks that are done. The same plan over the same source goes on from
-  there; a lock keeps two writers of it apart.
+  there; a lock, held until the journal is given up, keeps two writers of it apart.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +27,7 @@ from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Chunk, Form, Location, block_digests
 from surfw.storage.base import StorageBackend
+from surfw.storage.filesystem import create_file
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.store import blob_key
 
@@ -56,44 +57,63 @@ class ChunkWriter:
         self._stop = threading.Event()
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
-        """Write all chunks that are not there yet, and return the facts of all of them.
+        """Write all chunks that are not there yet, and return the facts of all of them; call it under `locked`.
 
         Raises:
             StorageError: the storage cannot take them; what was finished is kept for the next run.
         """
-        with self._locked():
-            done = self._read_journal()
-            chunks: list[Chunk] = []
-            finishing: asyncio.Task[None] | None = None
-            try:
-                for index, planned in enumerate(plan.chunks):
-                    form = done.get(planned.name)
-                    if form is None or not await self._stored(form):
-                        scratch = self.folder / f"{index:06d}.tmp"
-                        form = await self._in_thread(planned, scratch)
-                        if finishing:
-                            await finishing
-                        form = await self._place(form)
-                        finishing = asyncio.create_task(self._finish(planned.name, form, scratch))
-                    else:
-                        self.progress(planned.payload_bytes, planned.name)
-                    tensors = tuple(tensor.info for tensor in planned.tensors)
-                    chunks.append(
-                        Chunk(planned.name, planned.kind, form.digest, planned.payload_bytes, tensors, (form,))
-                    )
-                if finishing:
-                    await finishing
-            finally:
-                if finishing and not finishing.done():
-                    await asyncio.wait([finishing])
-                for scratch in self.folder.glob("*.tmp"):
-                    scratch.unlink(missing_ok=True)
+        done = self._read_journal()
+        chunks: list[Chunk] = []
+        finishing: asyncio.Task[None] | None = None
+        try:
+            for index, planned in enumerate(plan.chunks):
+                form = done.get(planned.name)
+                if form is None or not await self._stored(form):
+                    scratch = self.folder / f"{index:06d}.tmp"
+                    form = await self._in_thread(planned, scratch)
+                    if finishing:
+                        await finishing
+                    form = await self._place(form)
+                    finishing = asyncio.create_task(self._finish(planned.name, form, scratch))
+                else:
+                    self.progress(planned.payload_bytes, planned.name)
+                tensors = tuple(tensor.info for tensor in planned.tensors)
+                chunks.append(Chunk(planned.name, planned.kind, form.digest, planned.payload_bytes, tensors, (form,)))
+            if finishing:
+                await finishing
+        finally:
+            if finishing:
+                await asyncio.gather(finishing, return_exceptions=True)
+            for scratch in self.folder.glob("*.tmp"):
+                scratch.unlink(missing_ok=True)
         return chunks
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other writers of the same plan away.
+
+        Raises:
+            StorageError: there is another one.
+        """
+        with ExitStack() as opened:
+            while True:
+                with translate_errors(f"preparing {self.folder}"):
+                    fd = create_file(self.folder / "lock")
+                    opened.callback(os.close, fd)
+                    try:
+                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    except BlockingIOError as exc:
+                        raise StorageError(
+                            f"another surfw is chunking this model into {self.backend.url}; wait for it"
+                        ) from exc
+                if os.fstat(fd).st_nlink:  # else a writer that has just finished removed it: it locks nobody out
+                    break
+            yield
+
     def forget(self) -> None:
-        """Remove the journal: the model is published."""
+        """Remove the journal: the model is published. Call it under `locked`."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+        with suppress(OSError):  # others are at work there
             self.folder.parent.rmdir()
 
     async def _in_thread(self, planned: PlannedChunk, scratch: Path) -> Form:
@@ -149,29 +169,36 @@ class ChunkWriter:
         there = Location(ours.object, size - form.stored_bytes, size)
         if there == ours or there.start <= 0:
             return form
-        seen = blake3(await self.backend.load_range(there.object, there.start, there.stop)).hexdigest()
-        return replace(form, locations=(there,)) if seen == form.digest else form
+        seen = blake3()
+        for start in range(there.start, there.stop, _PIECE_BYTES):
+            seen.update(await self.backend.load_range(there.object, start, min(start + _PIECE_BYTES, there.stop)))
+        return replace(form, locations=(there,)) if seen.hexdigest() == form.digest else form
 
     async def _finish(self, name: str, form: Form, scratch: Path) -> None:
         """Make a chunk's file durable, put it in its place, and note that it is done."""
 
-        def sync() -> None:
+        at = form.locations[0]
+
+        def sync() -> bool:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"):
                 fd = os.open(scratch, os.O_RDONLY)
                 try:
+                    if os.fstat(fd).st_size != at.stop:
+                        return False  # an equal payload behind another header is there, and stays
                     os.fsync(fd)
                 finally:
                     os.close(fd)
+            return True
 
-        at = form.locations[0]
-        if scratch.stat().st_size == at.stop:  # else an equal payload behind another header is there, and stays
-            await asyncio.to_thread(sync)
+        if await asyncio.to_thread(sync):
             await self.backend.adopt(at.object, scratch)
-        line = json.dumps(
-            {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "blocks": form.blocks.hex(), "start": at.start}
-        )
+        entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": at.start}
+        self._note(json.dumps(entry | {"blocks": form.blocks.hex()}))
+
+    def _note(self, line: str) -> None:
+        """Add a line to the journal; it begins one of its own even where a killed run left half a line."""
         with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("a") as journal:
-            journal.write(line + "\n")
+            journal.write(f"\n{line}\n")
 
     @property
     def _journal(self) -> Path:
@@ -199,20 +226,6 @@ class ChunkWriter:
             return await self.backend.size(location.object) == location.stop
         except NotFoundError:
             return False
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with translate_errors(f"preparing {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as exc:
-                raise StorageError(f"another surfw is chunking this model into {self.backend.url}; wait for it") from exc
-            yield
-        finally:
-            os.close(fd)
 
 
 def _write_all(fd: int, data: memoryview) -> None:

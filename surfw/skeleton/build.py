@@ -5,6 +5,7 @@ configuration cannot ask for more than the checkpoint or manifest holds.
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from surfw.errors import SurfwError, UnsupportedModelError
+from surfw.skeleton.config import IMPLEMENTATIONS
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")
 
 _MAX_BUFFER_BYTES = 1 << 30
 _MODULES_PER_TENSOR = 32
+_BUILDING = threading.Lock()
+"""Building sets defaults and hooks of torch and transformers that hold for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,22 @@ def read_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
             "register its classes with AutoConfig.register and AutoModel.register first"
         )
     with _foreign_errors(f"the configuration of {where}"):
-        return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+        found = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+        _refuse_implementations(found, where)
+        return found
+
+
+def _refuse_implementations(config: PreTrainedConfig, where: str) -> None:
+    """Whatever way a configuration found past `sanitise_config`: what was built of it asks for no code from elsewhere."""
+    asked = {config._attn_implementation, config._experts_implementation} - {None}  # noqa: SLF001 - the names in use
+    if not asked <= IMPLEMENTATIONS:
+        raise UnsupportedModelError(
+            f"the configuration of {where} asks for the implementation {min(asked - IMPLEMENTATIONS)!r}, "
+            f"expected one of {', '.join(sorted(IMPLEMENTATIONS))}"
+        )
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
+            _refuse_implementations(inner, where)
 
 
 def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
@@ -129,6 +148,7 @@ def build_skeleton(
         UnsupportedModelError: the model cannot be built, or asks for more than `tensor_count` and `accepts` allow.
     """
     with ExitStack() as stack:
+        stack.enter_context(_BUILDING)
         stack.enter_context(_guard(tensor_count, accepts, where))
         stack.enter_context(_foreign_errors(f"model {where} ({cls.__name__})"))
         stack.enter_context(torch.device("meta"))

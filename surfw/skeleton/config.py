@@ -11,19 +11,21 @@ from typing import Any
 
 from surfw.errors import UnsupportedModelError
 
-IMPLEMENTATIONS = {
-    "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
-    "batched_mm", "grouped_mm",
-}  # fmt: skip
-"""The attention and expert implementations that are transformers' own."""
+IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
+"""The attention and expert implementations whose code comes with transformers and torch."""
+
+_FETCHED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
+"""Names of transformers' own for which it may fetch a kernel: not used, but no reason to refuse a checkpoint."""
 
 _CODE_KEYS = {
-    "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config", "kernel_config",
+    "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config", "kernel_config",
     "kernels_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone",
 }  # fmt: skip
 _IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts?|attention)_implementation(_internal|_autoset)?")
 _LAYER_KEY = re.compile(r"(num|n)_.*layers?|n_layers?|.*_layers|num_blocks|num_experts|.*_experts")
+_LABELS_KEY = "num_labels"
 _MAX_LAYERS = 10_000
+_MAX_LABELS = 100_000
 _MAX_INTEGER = 1 << 40
 _MAX_DEPTH = 24
 
@@ -31,32 +33,39 @@ _MAX_DEPTH = 24
 def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The configuration without its requests for foreign code, and a line for each request taken out."""
     dropped: list[str] = []
-    return _clean(config, "", dropped, 0), dropped
+    clean: dict[str, Any] = _clean(dict(config), "", dropped, 0)
+    return clean, dropped
 
 
-def _clean(config: Mapping[str, Any], path: str, dropped: list[str], depth: int) -> dict[str, Any]:
+def _clean(value: Any, path: str, dropped: list[str], depth: int) -> Any:
     if depth > _MAX_DEPTH:
-        raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path}")
-    clean: dict[str, Any] = {}
-    for key, value in config.items():
-        if _asks_for_code(key, value):
-            dropped.append(f"{path}{key}: {str(value)[:80]}")
-        elif isinstance(value, dict):
-            clean[key] = _clean(value, f"{path}{key}.", dropped, depth + 1)
+        raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path[:80]}")
+    if isinstance(value, list):
+        return [_clean(inner, f"{path}{index}.", dropped, depth + 1) for index, inner in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    clean = {}
+    for key, inner in value.items():
+        if _asks_for_code(key, inner):
+            dropped.append(f"{path}{key}: {str(inner)[:80]}")
         else:
-            clean[key] = value
+            clean[key] = _clean(inner, f"{path}{key}.", dropped, depth + 1)
     return clean
 
 
 def _asks_for_code(key: str, value: Any) -> bool:
     if key in _CODE_KEYS:
         return bool(value)
-    return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and bool(_foreign_implementations(value))
+    return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and not set(_texts(value)) <= IMPLEMENTATIONS
 
 
-def _foreign_implementations(value: Any) -> list[str]:
-    values = list(value.values()) if isinstance(value, dict) else [value]
-    return [str(one) for one in values if isinstance(one, str) and one not in IMPLEMENTATIONS]
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, however it is nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
@@ -66,7 +75,7 @@ def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
         UnsupportedModelError: it does; the text names the key and what to change.
     """
     for key, value in _walk(config):
-        named = _foreign_implementations(value) if _IMPLEMENTATION_KEY.fullmatch(key) else []
+        named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _FETCHED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
         if named or (key in {"use_kernels", "kernel_config"} and value):
             asked = named[0] if named else str(value)
             raise UnsupportedModelError(
@@ -79,20 +88,27 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
     """Refuse numbers that no model has, before anything is built from them.
 
     Raises:
-        UnsupportedModelError: a number of layers or experts over 10,000, or any integer over 2^40.
+        UnsupportedModelError: a number of layers or experts over 10,000, of labels over 100,000, or any integer over 2^40.
     """
     for key, value in _walk(config):
         if isinstance(value, bool) or not isinstance(value, int):
             continue
-        most = _MAX_LAYERS if _LAYER_KEY.fullmatch(key) else _MAX_INTEGER
+        most = _MAX_LAYERS if _LAYER_KEY.fullmatch(key) else _MAX_LABELS if key == _LABELS_KEY else _MAX_INTEGER
         if abs(value) > most:
-            raise UnsupportedModelError(f"{where} has {key} = {str(value)[:40]}, expected at most {most}; the file is damaged")
+            raise UnsupportedModelError(
+                f"{where} has {key[:80]} = {str(value)[:40]}, expected at most {most}; the file is damaged"
+            )
 
 
-def _walk(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every value with its key, however deep; the items of a list have the list's."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep")
-    for key, value in config.items():
-        yield key, value
-        if isinstance(value, dict):
-            yield from _walk(value, depth + 1)
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name, inner
+            yield from _walk(inner, name, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            yield key, inner
+            yield from _walk(inner, key, depth + 1)

@@ -4,10 +4,13 @@ A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_ke
 every key through it before the key touches anything, so a key such as `../x` or `/etc/passwd` reaches no storage.
 """
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import BinaryIO
+
+from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import StorageError
@@ -78,20 +81,24 @@ class StorageBackend(ABC):
         """Fill `destination` with the object's bytes from `start` on."""
         destination[:] = await self.load_range(key, start, start + destination.nbytes)
 
+    async def stranger(self, known: str) -> str | None:
+        """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
+        return next((key for key in await self.list() if not key.startswith(known)), None)
+
     def local_path(self, key: str) -> Path | None:
         """The object's file, where objects are local files; None elsewhere."""
         check_key(key)
         return None
 
     def spool(self) -> Path:
-        """A folder for files on their way into the storage."""
-        return surfw_home() / "partial"
+        """A local folder for files on their way into the storage; another one for each storage."""
+        return surfw_home() / "partial" / blake3(self.url.encode()).hexdigest()[:16]
 
     async def adopt(self, key: str, path: Path) -> None:
         """Move a finished local file into the storage."""
         with path.open("rb") as file:
             await self.save(key, file)
-        path.unlink()
+        await asyncio.to_thread(path.unlink)
 
     async def close(self) -> None:
         """Release what the backend holds."""

@@ -5,13 +5,17 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import fsspec
 
 from surfw.errors import StorageError
-from surfw.storage.base import check_key, expect_length
+from surfw.storage.base import check_key
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
+
+_ATTEMPTS = 100
 
 
 class FilesystemBackend(FsspecBackend):
@@ -20,8 +24,10 @@ class FilesystemBackend(FsspecBackend):
     def __init__(self, base_dir: str | os.PathLike[str]) -> None:
         """Name the folder; nothing is touched yet."""
         self.base = Path(base_dir).expanduser().absolute()
-        super().__init__(f"file://{self.base}")
-        self.url = str(self.base)
+        super().__init__(str(self.base))
+
+    def _open(self, **options: Any) -> tuple[Any, str]:
+        return fsspec.filesystem("file", **options), self.url  # a path is no URL, whatever characters it has
 
     def local_path(self, key: str) -> Path:
         """The object's file."""
@@ -46,7 +52,7 @@ class FilesystemBackend(FsspecBackend):
 
         def write() -> None:
             with translate_errors(f"writing {key} to {self.url}"), _scratch(self.spool()) as scratch:
-                with scratch.open("wb") as out:
+                with os.fdopen(create_file(scratch), "wb") as out:
                     if isinstance(data, bytes):
                         out.write(data)
                     else:
@@ -66,6 +72,29 @@ class FilesystemBackend(FsspecBackend):
 
         await asyncio.to_thread(move)
 
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys that start with the prefix."""
+        folder = prefix.rpartition("/")[0]
+        return sorted(await asyncio.to_thread(lambda: [key for key in self._keys(folder) if key.startswith(prefix)]))
+
+    async def stranger(self, known: str) -> str | None:
+        """A key that does not start with `known`, if there is one; stops at the first."""
+        return await asyncio.to_thread(lambda: next((key for key in self._keys("") if not key.startswith(known)), None))
+
+    def _keys(self, folder: str) -> Iterator[str]:
+        """The keys of all files below a folder, as they are found."""
+        top = self.base / check_key(folder) if folder else self.base
+        with translate_errors(f"listing {self.url}"):
+            for path, _, names in os.walk(top, onerror=_unless_missing):
+                for name in names:
+                    yield Path(path, name).relative_to(self.base).as_posix()
+
+
+def _unless_missing(error: OSError) -> None:
+    """What is not there, or goes away while it is listed, has no keys."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
 
 def read_file_into(path: Path, start: int, destination: memoryview) -> None:
     """Fill `destination` from a file, starting at byte `start`.
@@ -81,16 +110,24 @@ def read_file_into(path: Path, start: int, destination: memoryview) -> None:
             while done < destination.nbytes:
                 count = os.preadv(fd, [destination[done:]], start + done)
                 if count == 0:
-                    expect_length(b"", destination.nbytes - done, path.name, str(path.parent))
+                    raise StorageError(f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes")
                 done += count
         finally:
             os.close(fd)
 
 
+def create_file(path: Path) -> int:
+    """Open a file, made if need be, in a folder that another process removes whenever it finds it empty."""
+    for _ in range(_ATTEMPTS):
+        with suppress(FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    raise StorageError(f"{path} cannot be made: something removes its folder again and again")
+
+
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
     """A file name in `folder` that is gone afterwards, whatever happens."""
-    folder.mkdir(parents=True, exist_ok=True)
     scratch = folder / f"{uuid.uuid4().hex}.tmp"
     try:
         yield scratch
@@ -103,7 +140,7 @@ def _move(source: Path, target: Path) -> None:
     if not source.is_file():
         raise StorageError(f"{source} vanished before it could be moved to {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(source, target)
+    source.replace(target)
     fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

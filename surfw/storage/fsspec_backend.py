@@ -7,13 +7,15 @@ Foreign exceptions become surfw's here and nowhere else.
 import asyncio
 import errno
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
+from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import StorageBackend, check_key, expect_length
 
 T = TypeVar("T")
@@ -43,11 +45,15 @@ class FsspecBackend(StorageBackend):
     def __init__(self, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = url
+        self.fs, self.root = self._open(**options)
+
+    def _open(self, **options: Any) -> tuple[Any, str]:
         try:
-            with translate_errors(f"storage {url}"):
-                self.fs, self.root = fsspec.core.url_to_fs(url, **options)
+            with translate_errors(f"storage {self.url}"):
+                fs, root = fsspec.core.url_to_fs(self.url, **options)
+                return fs, str(root)
         except ValueError as exc:
-            raise ConfigurationError(f"storage {url} cannot be opened: {exc}") from exc
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {exc}") from exc
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""
@@ -57,10 +63,21 @@ class FsspecBackend(StorageBackend):
         path = self.path(key)
 
         def call() -> T:
-            with translate_errors(f"{key} in {self.url}"):
+            with self._translate(f"{key} in {self.url}"):
                 return function(path)
 
         return await asyncio.to_thread(call)
+
+    @contextmanager
+    def _translate(self, what: str) -> Iterator[None]:
+        """As `translate_errors`, and also what the libraries behind a file system raise of their own."""
+        try:
+            with translate_errors(what):
+                yield
+        except SurfwError:
+            raise
+        except Exception as exc:
+            raise StorageError(f"{what}: {type(exc).__name__}: {str(exc)[:300]}") from exc
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
@@ -78,10 +95,21 @@ class FsspecBackend(StorageBackend):
             if isinstance(data, bytes):
                 self.fs.pipe_file(path, data)
                 return
-            with self.fs.open(path, "wb") as out:
-                shutil.copyfileobj(data, out, _COPY_BYTES)
+            with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
+                shutil.copyfileobj(data, whole, _COPY_BYTES)
+                whole.flush()
+                self.fs.put_file(whole.name, path)
 
         await self._call(key, write)
+
+    async def adopt(self, key: str, path: Path) -> None:
+        """Upload a finished local file, and remove it."""
+
+        def move(target: str) -> None:
+            self.fs.put_file(str(path), target)
+            path.unlink()
+
+        await self._call(key, move)
 
     async def exists(self, key: str) -> bool:
         """Whether the object is there."""
@@ -97,7 +125,7 @@ class FsspecBackend(StorageBackend):
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
-            with translate_errors(f"listing {self.url}"):
+            with self._translate(f"listing {self.url}"):
                 try:
                     paths = self.fs.find(f"{root}/{check_key(folder)}" if folder else root)
                 except FileNotFoundError:

@@ -4,14 +4,14 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from surfw.config import MIB
+from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Manifest, payload_digest
 from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import StorageBackend
 from surfw.storage.store import Store, segments
 
-_PIECE_BYTES = 8 * MIB
+_PIECE_BYTES = 8 * BLOCK_BYTES
 
 
 class StorageSource(ChunkSource):
@@ -38,7 +38,7 @@ class StorageSource(ChunkSource):
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified."""
-        entry = next(file for file in manifest.files if file.path == path)
+        entry = manifest.file(path)
         data = await self.store.backend.load(entry.object)
         if payload_digest(data) != entry.digest:
             raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; chunk the model again")
@@ -63,10 +63,9 @@ class StorageSource(ChunkSource):
                     at += length
                 if checking:
                     await checking
-                check = asyncio.to_thread(
-                    verify_blocks, read.chunk, read.form, start // MIB, piece, where=self.url
-                )
-                checking = asyncio.ensure_future(check)
+                first = start // BLOCK_BYTES
+                check = asyncio.to_thread(verify_blocks, read.chunk, read.form, first, piece, where=self.url)
+                checking = asyncio.create_task(check)
                 self._fetched_bytes += len(piece)
         finally:
             if checking:
@@ -83,7 +82,7 @@ async def _to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> N
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         raise
 
 

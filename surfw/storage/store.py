@@ -17,8 +17,10 @@ from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
 
 MARKER = "surfw.json"
+FORMAT = "surfw.store"
 STORE_VERSION = 1
 _MODELS = "models/"
+_PARTIAL = "partial/"
 
 
 class Store:
@@ -43,11 +45,16 @@ class Store:
                 "'surfw chunk --store' wrote to"
             ) from exc
         try:
-            version = json.loads(data)["version"]
+            document = json.loads(data)
+            kind, version = document["format"], document["version"]
         except (ValueError, KeyError, TypeError) as exc:
             raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read") from exc
+        if kind != FORMAT:
+            raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} says {str(kind)[:80]!r}, not {FORMAT!r}")
         if version != STORE_VERSION:
-            raise NotAStoreError(f"{self.url} is a store of version {version}; this surfw reads {STORE_VERSION}")
+            raise NotAStoreError(
+                f"{self.url} is a store of version {str(version)[:40]}; this surfw reads {STORE_VERSION}"
+            )
 
     async def create(self) -> None:
         """Make this place a store, if it is not one yet.
@@ -58,12 +65,11 @@ class Store:
         if await self.backend.exists(MARKER):
             await self.check()
             return
-        foreign = [key for key in await self.backend.list() if not key.startswith("partial/")]
-        if foreign:
+        if stranger := await self.backend.stranger(_PARTIAL):
             raise NotAStoreError(
-                f"{self.url} holds other things (such as {foreign[0]}) and no {MARKER}; choose an empty place for the store"
+                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; choose an empty place for the store"
             )
-        document = {"format": "surfw.store", "version": STORE_VERSION}
+        document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())
 
     async def models(self) -> list[str]:

@@ -29,6 +29,8 @@ surfw infer --prompt "this is code and must not be learned at all."
 
 - The first point of a list is a sentence of its own.
 - too short.
+- A paragraph with figures, such as 3.2 GB in 4 seconds, would only grow old.
+- A paragraph that names a path/of/a/file or an --option is not plain English.
 
 What does not end like a sentence is left out of the corpus
 """
