@@ -4,8 +4,8 @@ A manifest is immutable, is JSON on disk, and knows neither torch nor network no
 documented in the README. Its rules, checked whenever one is parsed:
 
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
-- A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be verified
-  alone. For codec `none` the stored bytes are the payload itself.
+- A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
+  verified alone. For codec `none` the stored bytes are the payload itself.
 - Locations (object and byte range) belong to the storage. They never cross the wire: see `Manifest.public`.
 """
 
@@ -49,7 +49,8 @@ def check_model_name(name: str) -> str:
     is_file = any(part.endswith(".json") for part in name.split("/"))  # where another model's manifest would lie
     if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
         raise ManifestError(
-            f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, '.', '_' and '-'"
+            f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, "
+            "'.', '_' and '-', not ending in .json"
         )
     return name
 
@@ -255,7 +256,9 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
         "kind": chunk.kind,
         "id": chunk.id,
         "payload_bytes": chunk.payload_bytes,
-        "tensors": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors],
+        "tensors": [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors
+        ],
         "forms": [
             {"codec": form.codec, "stored_bytes": form.stored_bytes, "digest": form.digest, "blocks": form.blocks.hex()}
             | (
@@ -404,7 +407,9 @@ class _Parser:
         expected = -(-size // BLOCK_BYTES)
         self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
         locations = tuple(
-            Location(self.text(at["object"], "an object"), self.size(at["start"], "start"), self.size(at["stop"], "stop"))
+            Location(
+                self.text(at["object"], "an object"), self.size(at["start"], "start"), self.size(at["stop"], "stop")
+            )
             for at in self.items(document.get("locations", []), f"locations of {chunk}")
         )
         if locations:

@@ -44,6 +44,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._counters: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
+        self._open: dict[object, tuple[str, float]] = {}
         self._latencies: dict[str, Latency] = {}
         self.started = time.monotonic()
 
@@ -63,9 +64,11 @@ class Metrics:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def seconds(self, name: str) -> float:
-        """Time spent on something so far."""
+        """Time spent on something so far, spans that are still open included."""
+        now = time.perf_counter()
         with self._lock:
-            return self._seconds.get(name, 0.0)
+            running = sum(now - start for span, start in self._open.values() if span == name)
+            return self._seconds.get(name, 0.0) + running
 
     def latency(self, name: str) -> Latency:
         """The latency histogram of that name, made on first use."""
@@ -75,11 +78,15 @@ class Metrics:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time the body takes to `name`."""
-        start = time.perf_counter()
+        key, start = object(), time.perf_counter()
+        with self._lock:
+            self._open[key] = (name, start)
         try:
             yield
         finally:
-            self.add_seconds(name, time.perf_counter() - start)
+            with self._lock:
+                del self._open[key]
+                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def snapshot(self) -> dict[str, dict[str, float]]:
         """All counters and spans, as plain data."""

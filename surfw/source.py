@@ -1,6 +1,7 @@
 """Where weights come from: the one interface that the runtime knows, whether a storage or a server is behind it.
 
-A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is read-only.
+A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is
+read-only.
 """
 
 from abc import ABC, abstractmethod
@@ -120,6 +121,8 @@ class ChunkSource(ABC):
         """Enter the context; nothing is opened that was not open."""
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
         """Close."""
         await self.close()

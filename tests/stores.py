@@ -24,8 +24,8 @@ def make_store(
 ) -> Manifest:
     """Write a model with one chunk of random bytes per size to the store at `path`, which is made if need be.
 
-    The chunks are `layers.0`, `layers.1`, …, each with one `U8` tensor. Several models may share a store. Call it outside
-    of an event loop.
+    The chunks are `layers.0`, `layers.1`, …, each with one `U8` tensor. Several models may share a store. Call it from
+    outside of an event loop.
     """
     store = Store(FilesystemBackend(path))
     asyncio.run(store.create())

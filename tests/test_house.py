@@ -26,6 +26,6 @@ def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
         pytest.skip("not a git checkout")
     top = {path.partition("/")[0] for path in tracked.stdout.split()}
     assert top <= {
-        "surfw", "tests", "examples", "completions", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", ".gitignore",
-        ".ci",
+        "surfw", "tests", "examples", "completions", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md",
+        ".gitignore", ".ci",
     }  # fmt: skip

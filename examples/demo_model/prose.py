@@ -15,6 +15,7 @@ from pathlib import Path
 QUESTIONS = ("What is", "What are", "How does", "Why", "What happens with", "Do you know")
 REQUESTS = ("Explain", "Describe", "Tell me about", "Write about", "I would like to hear about", "The")
 
+# A word that begins with a digit, an option, a path or a dotted name, and every character that prose does not need.
 NOT_PLAIN = re.compile(r"""\b\d|_|--|\w[./]\w|[^\w\s.,;:!?'"()-]""")
 
 

@@ -1,1 +1,1 @@
-"""…"""
+"""Measurements, returned as data: each against a baseline of the same run."""

@@ -1,4 +1,4 @@
-"""What a benchmark found, as data: rows with their baseline from the same run, and the machine. Nothing here renders."""
+"""What a benchmark found, as data: rows with a baseline from the same run, and the machine. Nothing here renders."""
 
 import platform
 from dataclasses import asdict, dataclass

@@ -1,8 +1,8 @@
 """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
 
-Both have two processes and loopback between them, and move the same chunks one after the other into the same memory. Each
-round measures the raw socket, surfw without verification (for this comparison only) and surfw as it is, so that whatever
-else the machine does falls on all of them.
+Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
+Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as it is, so that
+whatever else the machine does falls on all of them.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import http.client
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import statistics
 import tempfile
@@ -199,6 +200,7 @@ def _peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
 
 def _serve(place: str, size: int, ready: Connection) -> None:
     """A server whose cache holds everything; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:
         settings = ServerSettings(port=0, cache_bytes=size + _SPARE_BYTES)
@@ -211,6 +213,7 @@ def _serve(place: str, size: int, ready: Connection) -> None:
 
 def _serve_raw(place: str, manifest: Manifest, ready: Connection) -> None:
     """A TCP socket that sends the chunk whose number it receives; runs in a process of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     payloads = [(Path(place) / chunk.forms[0].locations[0].object).read_bytes() for chunk in manifest.chunks]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready.send(listener.getsockname()[1])

@@ -56,7 +56,10 @@ class PreparedModel:
     @property
     def key(self) -> str:
         """Identifies the plan and its source: equal for work that can be resumed."""
-        chunks = [(c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors]) for c in self.plan.chunks]
+        chunks = [
+            (c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors])
+            for c in self.plan.chunks
+        ]
         config = json.dumps(self.config, sort_keys=True)
         return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
 
@@ -102,7 +105,9 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
     refuse_absurd_sizes(checkpoint.config, where=where)
     clean, dropped = sanitise_config(checkpoint.config)
     for line in dropped:
-        logger.warning("%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line)
+        logger.warning(
+            "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
+        )
     config = read_config(clean, where=where)
     architectures = getattr(config, "architectures", None) or [None]
     cls = resolve_class(architectures[0], config, where=where)
@@ -125,11 +130,15 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
     units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
     plan = plan_chunks(units, tensors, loading.ties)
     if not plan.chunks:
-        raise UnsupportedModelError(f"{where} has no tensor that {cls.__name__} has a place for; check its architectures")
+        raise UnsupportedModelError(
+            f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
+        )
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
 
 
-async def write_model(prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None) -> Manifest:
+async def write_model(
+    prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None
+) -> Manifest:
     """Write a prepared model into a store, and publish it.
 
     Args:

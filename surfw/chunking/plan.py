@@ -1,7 +1,7 @@
 """What each chunk will hold, decided before a byte is read. Pure: plain data in, plain data out.
 
-The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes, then the others, each in
-the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples of 64 by
+The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes, then the others, each
+in the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples of 64 by
 themselves, and only the few small ones at the end have to be moved apart in memory.
 """
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +130,9 @@ class ChunkWriter:
         header = encode_header([tensor.info for tensor in planned.tensors])
         size = planned.payload_bytes
         whole, blocks = blake3(), bytearray()
-        buffers = [memoryview(bytearray(min(size, _PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // _PIECE_BYTES)))]
+        buffers = [
+            memoryview(bytearray(min(size, _PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // _PIECE_BYTES)))
+        ]
         with (
             translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
             ThreadPoolExecutor(1, "surfw-hash") as hashing,
@@ -142,7 +144,7 @@ class ChunkWriter:
                 whole.update(piece)
                 blocks.extend(block_digests(piece))
 
-            pending = []
+            pending: list[Future[None]] = []
             for index, start in enumerate(range(0, size, _PIECE_BYTES)):
                 if self._stop.is_set():
                     raise StorageError(f"writing chunk {planned.name} was stopped")
@@ -176,7 +178,6 @@ class ChunkWriter:
 
     async def _finish(self, name: str, form: Form, scratch: Path) -> None:
         """Make a chunk's file durable, put it in its place, and note that it is done."""
-
         at = form.locations[0]
 
         def sync() -> bool:

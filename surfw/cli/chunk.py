@@ -1,6 +1,7 @@
 """`surfw chunk`: a checkpoint into a store."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -39,6 +40,8 @@ def chunk(
     from surfw.config import default_store, format_size
     from surfw.storage import open_backend
 
+    if json:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     place = store or default_store()
     prepared = prepare_model(model, name=name, revision=revision, dtype=dtype)
     if dry_run:

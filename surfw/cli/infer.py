@@ -36,7 +36,7 @@ def infer(
     cache_layers: Annotated[
         int | None, typer.Option(min=1, help="Layers kept in memory; one more may be in flight. [default: what fits]")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Sample with this temperature. [default: greedy]")
     ] = None,
@@ -97,7 +97,7 @@ def _run(
             tokenizer = open_tokenizer(streaming)
             load_seconds = time.perf_counter() - start
             with view.running(streaming):
-                result = answer(streaming, tokenizer, Request(**request), view.on_text)
+                result = answer(streaming, tokenizer, Request(**request), on_text=view.on_text, on_token=view.on_token)
             statistics = streaming.statistics()
             facts = {
                 "model": streaming.manifest.name,

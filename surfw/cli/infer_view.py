@@ -42,6 +42,9 @@ class PlainView:
             sys.stdout.write(text)
             sys.stdout.flush()
 
+    def on_token(self, seconds: float) -> None:
+        """A new token; the text says it all."""
+
     def done(self, facts: dict[str, Any]) -> None:
         """The end."""
         if self._json:
@@ -60,8 +63,9 @@ class LiveView:
     def __init__(self) -> None:
         """Nothing is shown yet."""
         self._text = ""
+        self._times: list[float] = []
         self._streaming: Any = None
-        self._live: Live | None = None
+        self._statistics: dict[str, Any] = {}
 
     def note(self, text: str) -> None:
         """A line about what is going on."""
@@ -71,8 +75,9 @@ class LiveView:
     def running(self, streaming: Any) -> Iterator[None]:
         """While the model runs; the live part is gone afterwards."""
         self._streaming = streaming
-        with Live(get_renderable=self._view, console=render.out, refresh_per_second=8, transient=True) as self._live:
+        with Live(get_renderable=self._view, console=render.out, refresh_per_second=8, transient=True):
             yield
+        self._statistics = streaming.statistics()
 
     def on_text(self, text: str) -> None:
         """A piece of the answer; whole lines leave the live part and stay."""
@@ -80,25 +85,37 @@ class LiveView:
         for line in lines:
             render.out.print(Text(line))
 
+    def on_token(self, seconds: float) -> None:
+        """A new token."""
+        self._times.append(seconds)
+
     def done(self, facts: dict[str, Any]) -> None:
         """The end: what is left of the text, and the final figures."""
         if "embedding" in facts or "predictions" in facts:
             render.out.print(Text(encoder_text(facts)))
         else:
             render.out.print(Text(self._text if facts["text"] else " ".join(map(str, facts["token_ids"]))))
-        render.err.print(final_table(facts))
+        table = weights_table(self._statistics)
+        _add_token_rows(table, facts["ttft_seconds"], facts["tpot_seconds"], facts["tokens_per_second"])
+        table.add_row(
+            "loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}"
+        )
+        render.err.print(table)
         render.err.print(Text(f"surfw: {summary(facts)}"), style="dim", soft_wrap=True)
 
     def _view(self) -> Group:
-        statistics = self._streaming.statistics()
-        return Group(Text(self._text), Text(), cache_table(statistics["cache"], statistics["time"], statistics))
+        table = weights_table(self._streaming.statistics())
+        if times := list(self._times):
+            tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+            _add_token_rows(table, times[0], tpot, len(times) / times[-1])
+        return Group(Text(self._text), Text(), table)
 
 
-def cache_table(cache: dict[str, Any], time: dict[str, Any], more: dict[str, Any]) -> Table:
+def weights_table(statistics: dict[str, Any]) -> Table:
     """Counters of the weights on their way."""
-    latency = more.get("fetch_latency_seconds", {"p50": 0.0, "p95": 0.0})
+    cache, time, latency = (statistics[part] for part in ("cache", "time", "fetch_latency_seconds"))
     return render.facts(
-        "weights",
+        "",
         [
             ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
             ("fetched, resident", f"{format_size(cache['fetched_bytes'])}, {format_size(cache['resident_bytes'])}"),
@@ -111,19 +128,13 @@ def cache_table(cache: dict[str, Any], time: dict[str, Any], more: dict[str, Any
     )
 
 
-def final_table(facts: dict[str, Any]) -> Table:
-    """All figures of a run."""
-    table = cache_table(facts["cache"], facts["time"], facts)
-    if facts["ttft_seconds"] is not None:
-        table.add_row("time to first token (TTFT)", render.seconds(facts["ttft_seconds"]))
-    if facts["tpot_seconds"] is not None:
-        table.add_row("time per output token (TPOT)", render.seconds(facts["tpot_seconds"]))
-    if facts["tokens_per_second"] is not None:
-        table.add_row("tokens/s", f"{facts['tokens_per_second']:.2f}")
-    table.add_row(
-        "loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}"
-    )
-    return table
+def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: float | None) -> None:
+    if ttft is not None:
+        table.add_row("time to first token (TTFT)", render.seconds(ttft))
+    if tpot is not None:
+        table.add_row("time per output token (TPOT)", render.seconds(tpot))
+    if rate is not None:
+        table.add_row("tokens/s", f"{rate:.2f}")
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ def print_json(value: Any) -> None:
 
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
     for name, value in rows:

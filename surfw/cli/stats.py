@@ -72,7 +72,8 @@ def read_stats(url: str) -> dict[str, Any]:
         body = response.read(_MAX_BYTES)
     except (OSError, http.client.HTTPException) as exc:
         raise ConnectionFailedError(
-            f"no surfw server at {url}: {exc or type(exc).__name__}; start one with 'surfw serve' or name another address"
+            f"no surfw server at {url}: {exc or type(exc).__name__}; "
+            "start one with 'surfw serve' or name another address"
         ) from exc
     finally:
         connection.close()

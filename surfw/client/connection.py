@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection
 from websockets.client import ClientProtocol
+from websockets.exceptions import WebSocketException
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Event, State
 from websockets.streams import StreamReader
@@ -86,13 +87,13 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
     """The library's client connection, with a receiver instead of a queue.
 
     Attributes:
-        heard: when the last byte came, on the loop's clock.
+        heard: when the last byte came, on the loop's clock; before the first, None.
     """
 
     def __init__(self, protocol: ClientProtocol, receiver: Receiver, **options: Any) -> None:
         """Take the protocol before it has received anything."""
         super().__init__(protocol, **options)
-        self.heard = self.loop.time()
+        self.heard: float | None = None
         self._receiver = receiver
         self._error: RemoteProtocolError | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -105,6 +106,11 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
         if self.state is State.OPEN:
             self.protocol.send_text(text.encode())
             self.send_data()
+
+    def drop(self) -> None:
+        """End the connection without a word, if it was ever made."""
+        if hasattr(self, "transport"):
+            self.transport.abort()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the transport may write what it receives next."""
@@ -153,5 +159,8 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the receiver too, if there ever was a session."""
         super().connection_lost(exc)
+        refused = self.protocol.parser_exc
+        if self._error is None and isinstance(refused, WebSocketException):
+            self._error = RemoteProtocolError(str(refused))
         if self.response is not None and self.response.status_code == 101:
             self._receiver.lost(self._error)

@@ -52,6 +52,11 @@ class Link:
         self._connection = WireConnection(protocol, self, **options)
         return self._connection
 
+    @property
+    def heard(self) -> float | None:
+        """When the last byte came, on the loop's clock; None before the first."""
+        return self._connection.heard if self._connection else None
+
     async def models(self) -> tuple[str, ...]:
         """The names of the server's models."""
         answer = await self._ask(ListModels, None)
@@ -87,8 +92,7 @@ class Link:
         loop = asyncio.get_running_loop()
         asked = loop.time()
         while not answer.done():
-            heard = max(asked, self._connection.heard) if self._connection else asked
-            patience = heard + self._silence_seconds - loop.time()
+            patience = max(asked, self.heard or asked) + self._silence_seconds - loop.time()
             if patience <= 0:
                 self._end(f"said nothing for {self._silence_seconds:g} seconds")
             else:
@@ -179,7 +183,7 @@ class Link:
             return
         self.ended = what
         if self._connection:
-            self._connection.transport.abort()
+            self._connection.drop()
         waiting: list[asyncio.Future[Any]] = [self.greeted, *(pending.done for pending in self._pending.values())]
         for future in waiting:
             if not future.done():

@@ -40,7 +40,7 @@ async def open_link(url: str, *, limits: WireLimits, connect_seconds: float, sil
                 max_size=max(limits.control_bytes, MAX_FRAME_BYTES),
                 create_connection=link.attach,  # type: ignore[arg-type]  # a factory is all it is used as
             )
-            _require_surfw(connection, url)
+            _require_surfw(connection)
             await link.greeted
     except (OSError, ValueError, WebSocketException, ConnectionFailedError) as exc:
         raise _explain(link, connect_seconds, exc) from exc
@@ -62,32 +62,34 @@ async def probe(url: str, timeout_seconds: float = 1.0) -> bool:
     return True
 
 
-def _require_surfw(connection: ClientConnection, url: str) -> None:
+def _require_surfw(connection: ClientConnection) -> None:
     if connection.subprotocol != PROTOCOL:
-        raise ConnectionFailedError(_foreign(url, f"it does not speak {PROTOCOL}"))
+        raise ConnectionFailedError(f"it does not speak {PROTOCOL}")
 
 
 def _explain(link: Link, seconds: float, exc: Exception) -> SurfwError:
     """Why there is no connection."""
-    url = link.url
-    if isinstance(exc, ValueError | InvalidURI):
-        return ConfigurationError(
-            f"{url!r} is not the address of a server; expected something like ws://127.0.0.1:8765"
-        )
-    if isinstance(exc, TimeoutError):
-        return ConnectionFailedError(f"no surfw server at {url}: no answer within {seconds:g} seconds; {_NEXT}")
-    if isinstance(exc, OSError):
-        reason = "connection refused" if isinstance(exc, ConnectionRefusedError) else exc.strerror or exc
-        return ConnectionFailedError(f"no surfw server at {url}: {reason}; {_NEXT}")
-    if isinstance(exc, InvalidStatus) and exc.response.headers.get("Server", "").startswith("surfw/"):
-        return ConnectionFailedError(f"the server at {url} takes no more clients; try again later, or {_NEXT}")
-    if isinstance(exc, ConnectionFailedError) and link.ended is None:
-        return exc
-    return ConnectionFailedError(_foreign(url, f"it {link.ended}" if link.ended else str(exc)))
+    match exc:
+        case TimeoutError():
+            silent = link.heard is None
+            waited = f"within {seconds:g} seconds; {_NEXT}"
+            text = (
+                f"no surfw server at {link.url}: no answer {waited}" if silent else _foreign(link, f"no hello {waited}")
+            )
+        case OSError():
+            reason = "connection refused" if isinstance(exc, ConnectionRefusedError) else exc.strerror or exc
+            text = f"no surfw server at {link.url}: {reason}; {_NEXT}"
+        case ValueError() | InvalidURI():
+            return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
+        case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
+            text = f"the server at {link.url} takes no more clients; try again later, or {_NEXT}"
+        case _:
+            text = _foreign(link, f"{link.ended or exc}; {_NEXT}")
+    return ConnectionFailedError(text)
 
 
-def _foreign(url: str, why: str) -> str:
-    return f"{url} answers, but is not a surfw server: {why}; {_NEXT}"
+def _foreign(link: Link, why: str) -> str:
+    return f"{link.url} answers, but is not a surfw server: {why}"
 
 
 def _is_loopback(url: str) -> bool:

@@ -5,12 +5,13 @@ Generation, sampling, chat templates and stopping are transformers' own. Nothing
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
@@ -41,7 +42,7 @@ class Request:
     prompt_ids: Sequence[int] | None = None
     system: str | None = None
     raw: bool = False
-    max_new_tokens: int = 64
+    max_new_tokens: int = 128
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -71,15 +72,16 @@ class Answer:
     predictions: list[dict[str, Any]] | None = None
 
 
-class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers has no types here
+class TokenClock(BaseStreamer):
     """Notes when each token came, and passes it on to a streamer of text."""
 
-    def __init__(self, streams_prompt: bool, text: TextStreamer | None) -> None:
+    def __init__(self, text: TextStreamer | None, on_token: Callable[[float], None], *, streams_prompt: bool) -> None:
         """Start the clock; decoder-only models put their prompt first."""
         self.start = time.perf_counter()
         self.times: list[float] = []
         self._skip = streams_prompt
-        self._text = text
+        self._text: Any = text
+        self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
         """A token, or first of all the prompt."""
@@ -87,6 +89,7 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers has no typ
             self._skip = False
         else:
             self.times.append(time.perf_counter() - self.start)
+            self._on_token(self.times[-1])
         if self._text is not None:
             self._text.put(value)
 
@@ -96,7 +99,7 @@ class TokenClock(BaseStreamer):  # type: ignore[misc]  # transformers has no typ
             self._text.end()
 
 
-class _TextOut(TextStreamer):  # type: ignore[misc]  # transformers has no types here
+class _TextOut(TextStreamer):
     """Gives finished pieces of text to a function."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
@@ -111,7 +114,9 @@ def answer(
     model: StreamingModel,
     tokenizer: PreTrainedTokenizerBase | None,
     request: Request,
+    *,
     on_text: Callable[[str], None] = lambda _: None,
+    on_token: Callable[[float], None] = lambda _: None,
 ) -> Answer:
     """Run a request.
 
@@ -120,6 +125,7 @@ def answer(
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
         on_text: called with the text as it comes.
+        on_token: called for each new token, with the seconds since the start.
 
     Raises:
         ConfigurationError: the request does not fit the model.
@@ -127,14 +133,22 @@ def answer(
     """
     if model.model.main_input_name != "input_ids":
         raise UnsupportedModelError(
-            f"{model.manifest.name} takes {model.model.main_input_name}, not text; use it from Python, as a StreamingModel"
+            f"{model.manifest.name} takes {model.model.main_input_name}, not text; "
+            "use it from Python, as a StreamingModel"
         )
     inputs = _encode(model, tokenizer, request)
     if request.seed is not None:
         torch.manual_seed(request.seed)
-    if model.model.can_generate():
-        return _generate(model, tokenizer, request, inputs, on_text)
-    return _encoder(model, tokenizer, inputs)
+    try:
+        if model.model.can_generate():
+            return _generate(model, tokenizer, request, inputs, on_text=on_text, on_token=on_token)
+        return _encoder(model, tokenizer, inputs)
+    except IndexError as exc:
+        positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", "so many")
+        raise ConfigurationError(
+            f"{model.manifest.name} looked for something that it does not have ({exc}): it takes {positions} tokens, "
+            f"the prompt has {inputs['input_ids'].shape[1]}; shorten it, or ask for fewer new tokens"
+        ) from exc
 
 
 def _encode(
@@ -143,6 +157,7 @@ def _encode(
     """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
     vocabulary = model.model.config.get_text_config().vocab_size
     if request.prompt_ids is not None:
+        _check_ids(request.prompt_ids, vocabulary, model.manifest.name)
         ids = torch.tensor([list(request.prompt_ids)], dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
@@ -152,22 +167,24 @@ def _encode(
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": request.prompt or ""})
-        inputs = dict(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        )
+        template: Any = tokenizer.apply_chat_template
+        inputs = dict(template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
     elif request.system:
         raise ConfigurationError(
             f"{model.manifest.name} has no chat template, so a system message has no place in its prompt"
         )
     else:
         inputs = dict(tokenizer(request.prompt or "", return_tensors="pt"))
-    ids = inputs["input_ids"]
-    if ids.numel() == 0:
-        raise ConfigurationError("the prompt is empty; give at least one token")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-        raise ConfigurationError(f"token ids of {model.manifest.name} lie between 0 and {vocabulary - 1}")
+    _check_ids(inputs["input_ids"][0].tolist(), vocabulary, model.manifest.name)
     accepted = {"input_ids", "attention_mask", "token_type_ids"}
     return {name: value for name, value in inputs.items() if name in accepted}
+
+
+def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
+    if not ids:
+        raise ConfigurationError("the prompt is empty; give at least one token")
+    if not all(0 <= one < vocabulary for one in ids):
+        raise ConfigurationError(f"token ids of {name} lie between 0 and {vocabulary - 1}")
 
 
 def _generate(
@@ -175,7 +192,9 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase | None,
     request: Request,
     inputs: dict[str, torch.Tensor],
+    *,
     on_text: Callable[[str], None],
+    on_token: Callable[[float], None],
 ) -> Answer:
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so --stop cannot be used with it")
@@ -185,16 +204,17 @@ def _generate(
     inputs.pop("token_type_ids", None)
     stopping = {"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(not is_encoder_decoder, text)
+    clock = TokenClock(text, on_token, streams_prompt=not is_encoder_decoder)
     try:
-        output = model.generate(**inputs, generation_config=config, streamer=clock, **stopping)
+        with _defaults(model, config):
+            output = model.generate(**inputs, generation_config=config, streamer=clock, **stopping)
     except ValueError as exc:
         raise ConfigurationError(f"{model.manifest.name} cannot generate so: {exc}") from exc
     took = time.perf_counter() - clock.start
     new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
     times = clock.times[-len(new) :] if new else []
     return Answer(
-        text=tokenizer.decode(new, skip_special_tokens=True) if tokenizer is not None else "",
+        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
@@ -203,7 +223,18 @@ def _generate(
     )
 
 
-def _generation_config(model: StreamingModel, request: Request) -> Any:
+@contextmanager
+def _defaults(model: StreamingModel, config: GenerationConfig) -> Iterator[None]:
+    """Make these settings the model's own for a while: `generate()` takes its own for what a given one leaves open."""
+    before = model.model.generation_config
+    model.model.generation_config = config
+    try:
+        yield
+    finally:
+        model.model.generation_config = before
+
+
+def _generation_config(model: StreamingModel, request: Request) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(model.model.generation_config)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
@@ -254,13 +285,13 @@ def _predictions(
         if not places or tokenizer is None:
             return None
         return [{"position": place, "candidates": _top(logits[0, place], tokenizer.decode)} for place in places]
-    labels = config.id2label
-    if logits.dim() == 2:  # noqa: PLR2004 - (batch, labels)
+    labels: Any = config.id2label
+    if logits.dim() == 2:
         return [{"candidates": _top(logits[0], labels.__getitem__)}]
     return [{"position": at, "candidates": _top(row, labels.__getitem__)} for at, row in enumerate(logits[0])]
 
 
-def _top(logits: torch.Tensor, name: Callable[[int], str]) -> list[dict[str, Any]]:
+def _top(logits: torch.Tensor, name: Callable[[int], Any]) -> list[dict[str, Any]]:
     best = logits.softmax(-1).topk(min(_TOP_PREDICTIONS, logits.shape[-1]))
     found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [{"id": index, "text": str(name(index)).strip(), "probability": value} for index, value in found]

@@ -1,6 +1,7 @@
 """From a manifest to a model that is ready to run, with nothing believed on the way.
 
-The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being built.
+The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being
+built.
 """
 
 import logging
@@ -11,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from surfw.errors import ManifestError
 from surfw.manifest import Manifest
-from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, read_config, resolve_class
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, foreign_errors, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config
 from surfw.skeleton.dtypes import parse_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
@@ -52,15 +53,27 @@ def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skele
             )
         if stored is not None and tuple(slot.tensor.shape) != stored.shape:
             raise ManifestError(
-                f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(slot.tensor.shape)} in {cls.__name__}"
+                f"{where}: {name} has shape {stored.shape} in the manifest, "
+                f"{tuple(slot.tensor.shape)} in {cls.__name__}"
             )
     unknown = (set(tensors) | set(manifest.ties)) - set(skeleton.slots)
     if unknown:
         raise ManifestError(f"{where}: {cls.__name__} has no place for {min(unknown)}; chunk the model again")
     _check_order(manifest, skeleton)
     fill_buffers(skeleton, set(tensors) | set(manifest.ties), where=where)
-    _configure_generation(skeleton.model, generation, manifest, clean)
+    _set_dtypes(skeleton, manifest)
+    with foreign_errors(f"the generation settings of {where}"):
+        _configure_generation(skeleton.model, generation, manifest, clean)
     return skeleton
+
+
+def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
+    """Parameters that transformers keeps in another dtype than the model's get that dtype, still without values."""
+    wanted = target_dtypes(skeleton)
+    for name, slot in skeleton.slots.items():
+        dtype = wanted(manifest.ties.get(name, name))
+        if not slot.is_buffer and slot.tensor.dtype != dtype:
+            slot.put(torch.nn.Parameter(slot.tensor.to(dtype), requires_grad=False))
 
 
 def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:

@@ -1,13 +1,15 @@
 """`StreamingModel`: any transformers model whose weights arrive while it runs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
 
+from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.opening import cast_dtypes, open_skeleton
@@ -49,10 +51,10 @@ class StreamingModel:
         self.source = source
         self._io = io
         self._lock = threading.RLock()
-        automatic = dtype is None or dtype in {"auto", manifest.dtype}
-        skeleton = open_skeleton(manifest, None if automatic or dtype is None else parse_dtype(dtype))
+        self._closed = False
+        skeleton = open_skeleton(manifest, None if dtype in {None, "auto"} else parse_dtype(str(dtype)))
         self.model: PreTrainedModel = skeleton.model
-        loader = Loader(source, manifest, None if automatic else cast_dtypes(manifest, skeleton))
+        loader = Loader(source, manifest, cast_dtypes(manifest, skeleton))
         self.plan = plan_residency(
             {chunk.name: chunk.kind for chunk in manifest.chunks},
             {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
@@ -87,29 +89,39 @@ class StreamingModel:
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
-        io = IoThread()
-        source: ChunkSource | None = None
-        try:
-            source = io.run(open_source())
-            assert source is not None, "an opened source"
+        with ExitStack() as opened:
+            io = IoThread()
+            opened.callback(io.close)
+            source: ChunkSource = io.run(open_source())
+            opened.callback(lambda: io.run(source.close()))
             manifest = io.run(source.manifest(io.run(source.resolve(model))))
-            return cls(io, source, manifest, cache_layers=cache_layers, budget_bytes=budget_bytes, dtype=dtype)
-        except BaseException:
-            if source is not None:
-                io.run(source.close())
-            io.close()
-            raise
+            ready = cls(io, source, manifest, cache_layers=cache_layers, budget_bytes=budget_bytes, dtype=dtype)
+            opened.pop_all()
+        return ready
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One forward pass; arguments and result are those of the transformers model."""
-        with self._lock, self.metrics.span("forward"):
+        with self._running():
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments and result are its."""
+        with self._running():
+            generate: Any = self.model.generate
+            return generate(*args, **kwargs)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """One run of the model at a time, counted. An interrupt runs no hooks of torch: what they do is done here."""
+        if self._closed:
+            raise ConfigurationError(f"{self.manifest.name} is closed; open it again")
         with self._lock, self.metrics.span("forward"):
-            return self.model.generate(*args, **kwargs)
+            try:
+                yield
+            except BaseException:
+                self._hooks.recover()
+                raise
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file of the model."""
@@ -137,11 +149,19 @@ class StreamingModel:
         }
 
     def close(self) -> None:
-        """Stop fetching, close the source, and leave the transformers model as it was: without weights."""
+        """Stop fetching, close the source, and leave the transformers model as it was: without weights.
+
+        Closing twice is fine.
+        """
+        if self._closed:
+            return
+        self._closed = True
         self._hooks.detach()
         self._engine.close()
-        self._io.run(self.source.close())
-        self._io.close()
+        try:
+            self._io.run(self.source.close())
+        finally:
+            self._io.close()
 
     def __enter__(self) -> Self:
         """Enter the context."""

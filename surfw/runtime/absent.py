@@ -1,12 +1,13 @@
 """What stands in a module while its weights are not there.
 
-An absent tensor knows its shape and dtype and holds nothing. Asking for its facts is free; computing with it, which happens
-where a model uses a weight outside of the forward of the module that owns it, brings the weight first. So no model can
-ever compute with weights that are missing. Below, it lies on the meta device, where torch itself refuses to compute.
+An absent tensor knows its shape and dtype and holds nothing. Asking for its facts is free; computing with it, which
+happens where a model uses a weight outside of the forward of the module that owns it, brings the weight first. So no
+model can ever compute with weights that are missing. Below, it lies on the meta device, where torch itself refuses to
+compute.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -44,9 +45,12 @@ class _Absent(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on, see torch.overrides
             return func(*args, **kwargs)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
         """Its facts, as there are no values."""
         return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
+
+
+A = TypeVar("A", bound=_Absent)
 
 
 class AbsentParameter(_Absent, torch.nn.Parameter):
@@ -54,9 +58,7 @@ class AbsentParameter(_Absent, torch.nn.Parameter):
 
     def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
         """Take the facts from a tensor on the meta device."""
-        absent = torch.Tensor._make_subclass(cls, like.detach(), False)  # noqa: FBT003, SLF001 - as torch.nn.Parameter does
-        absent._surfw_load = load
-        return absent
+        return _make(cls, like, load)
 
 
 class AbsentBuffer(_Absent):
@@ -64,9 +66,13 @@ class AbsentBuffer(_Absent):
 
     def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
         """Take the facts from a tensor on the meta device."""
-        absent = torch.Tensor._make_subclass(cls, like.detach(), False)  # noqa: FBT003, SLF001 - as torch.nn.Parameter does
-        absent._surfw_load = load
-        return absent
+        return _make(cls, like, load)
+
+
+def _make(cls: type[A], like: torch.Tensor, load: Callable[[], torch.Tensor]) -> A:
+    absent: A = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
+    absent._surfw_load = load  # noqa: SLF001 - ours
+    return absent
 
 
 def _present(value: Any) -> Any:

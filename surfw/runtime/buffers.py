@@ -1,4 +1,4 @@
-"""Memory for streamed chunks: private anonymous pages, huge ones where the system has them, reused and never per layer."""
+"""Memory for streamed chunks: private anonymous pages, huge ones where there are such, reused by the next chunk."""
 
 import mmap
 from contextlib import suppress

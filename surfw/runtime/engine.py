@@ -1,21 +1,24 @@
 """Obeys a residency plan: which chunk is in which buffer, what is in flight, what may be evicted.
 
-Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this very use is *prefetched* if
-it was ready in time, and a *stall* if execution had to wait for it. The three are counted apart.
+Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this very use is
+*prefetched* if it was ready in time, and a *stall* if execution had to wait for it. The three are counted apart.
 
-Invariants, all under one lock: at most `plan.buffers` streamed chunks are in memory, those in flight included; a chunk
-in use is never evicted; a failed load leaves nothing behind and is reported to the one who needs the chunk.
+Invariants, all under one lock: at most `plan.buffers` streamed chunks are in memory, those in flight included, unless
+more are in use at once; a chunk in use is never evicted; a failed load leaves nothing behind and is reported to the one
+who needs the chunk.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from surfw.config import format_size
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, BufferPool
@@ -23,6 +26,8 @@ from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.runtime.residency import ResidencyPlan
 from surfw.runtime.schedule import Schedule
+
+logger = logging.getLogger("surfw.runtime")
 
 _LOOKAHEAD = 16
 _DEMAND, _AHEAD = 0, 1
@@ -95,10 +100,26 @@ class Engine:
     def pin(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of a module whose weights are used outside of its own forward; they stay from now on."""
         tensors = self.acquire(module)
+        self.keep(module)
+        return tensors
+
+    def keep(self, module: str) -> None:
+        """Never evict the chunks that a module uses now."""
         with self._lock:
             for name in self._uses[module]:
-                self._entries[name].pinned = True
-        return tensors
+                entry = self._entries[name]
+                if not entry.pinned:
+                    entry.pinned = True
+                    logger.warning(
+                        "%s uses weights of %s outside of its forward; they stay in memory (%s)",
+                        self.manifest.name, module, format_size(entry.buffer.capacity_bytes),
+                    )  # fmt: skip
+
+    def release_all(self) -> None:
+        """Nothing runs: whatever was acquired may be evicted."""
+        with self._lock:
+            for entry in self._entries.values():
+                entry.users = 0
 
     def warm(self) -> None:
         """Start to fetch what the first modules will need."""
@@ -183,15 +204,15 @@ class Engine:
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next: small parts freely, and one streamed chunk at a time."""
+        sooner = set(in_use)
         for name in self._coming():
             if name in self._entries:
-                continue
-            if name in self.plan.pinned:
+                sooner.add(name)
+            elif name in self.plan.pinned:
                 self._start(name, _AHEAD)
-            elif self._in_flight() or not self._room(name, in_use):
-                return
             else:
-                self._start(name, _AHEAD)
+                if not self._in_flight() and self._room(sooner):
+                    self._start(name, _AHEAD)
                 return
 
     def _coming(self) -> Iterator[str]:
@@ -208,27 +229,29 @@ class Engine:
     def _streamed(self) -> list[str]:
         return [name for name, entry in self._entries.items() if not entry.pinned]
 
-    def _room(self, name: str, in_use: Sequence[str]) -> bool:
-        """Whether there is a buffer for a streamed chunk, evicting the least recently used one if that is needed."""
+    def _evictable(self, needed: Collection[str]) -> list[str]:
+        """Streamed chunks that nobody uses and that are not needed, least recently used first."""
+        return [name for name in self._streamed() if self._entries[name].users == 0 and name not in needed]
+
+    def _room(self, sooner: Collection[str]) -> bool:
+        """Whether there is a buffer for a chunk to fetch ahead, evicting one that is not needed sooner."""
         if len(self._streamed()) < self.plan.buffers:
             return True
-        for victim in self._streamed():
-            entry = self._entries[victim]
-            if entry.users == 0 and victim not in in_use and entry.load.done() and entry.used_before:
+        for victim in self._evictable(sooner):
+            if self._entries[victim].load.done():
                 self._drop(victim)
                 return True
         return False
 
     def _make_room(self, name: str, together: Sequence[str]) -> None:
-        """Room for a chunk that is needed now, also at the cost of one that was fetched ahead."""
-        if name in self.plan.pinned or self._room(name, together):
+        """Room for a chunk that is needed now, if need be at the cost of one that was fetched ahead."""
+        if name in self.plan.pinned or len(self._streamed()) < self.plan.buffers:
             return
-        for victim in self._streamed():
-            entry = self._entries[victim]
-            if entry.users == 0 and victim not in together:
-                _settle(entry.load)
-                self._drop(victim)
-                return
+        victims = self._evictable(together)
+        if victims:
+            victim = min(victims, key=lambda one: not self._entries[one].used_before)  # of equals, the first
+            _settle(self._entries[victim].load)
+            self._drop(victim)
 
     def _drop(self, name: str) -> None:
         entry = self._entries.pop(name)
@@ -242,5 +265,5 @@ def _failed(load: Future[None]) -> bool:
 
 
 def _settle(load: Future[None]) -> None:
-    """Wait until a load has let go of its buffer. How it ended matters to nobody: whoever needs the chunk loads it again."""
+    """Wait until a load has let go of its buffer, however it ends: whoever needs the chunk loads it again."""
     wait([load])

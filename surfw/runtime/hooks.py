@@ -3,7 +3,7 @@
 The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,16 +26,19 @@ class StreamingHooks:
         self._engine = engine
         self._ties = manifest.ties
         self._original = {slot.name: slot.tensor for unit in skeleton.units for slot in unit.slots}
-        self._slots = [slot for unit in skeleton.units for slot in unit.slots if slot.name in _provided(manifest)]
+        provided = _provided(manifest)
+        self._slots = [slot for unit in skeleton.units for slot in unit.slots if slot.name in provided]
         self._absent: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         used = {use.module for use in manifest.order}
         for unit in skeleton.units:
-            slots = [slot for slot in unit.slots if slot.name in _provided(manifest)]
+            slots = [slot for slot in unit.slots if slot.name in provided]
             if not slots:
                 continue
             if unit.path not in used:
-                raise ManifestError(f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again")
+                raise ManifestError(
+                    f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again"
+                )
             self._attach(unit, slots)
 
     def detach(self) -> None:
@@ -45,6 +48,13 @@ class StreamingHooks:
         self._handles.clear()
         for slot in self._slots:
             slot.put(self._original[slot.name])
+
+    def recover(self) -> None:
+        """Take away what a forward that was interrupted has left in place."""
+        if self._handles:
+            for slot in self._slots:
+                slot.put(self._absent[slot.name])
+            self._engine.release_all()
 
     def _attach(self, unit: Unit, slots: Sequence[Slot]) -> None:
         for slot in slots:
@@ -64,6 +74,8 @@ class StreamingHooks:
     def _after(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any, output: Any) -> None:
         if slots[0].tensor is self._absent[slots[0].name]:
             return  # its weights never came: the forward failed before it began
+        if _shares_memory(output, slots):
+            self._engine.keep(unit.path)
         for slot in slots:
             slot.put(self._absent[slot.name])
         self._engine.release(unit.path)
@@ -78,6 +90,21 @@ class StreamingHooks:
         for slot in slots:
             tensor = tensors[self._ties.get(slot.name, slot.name)]
             slot.put(tensor.data if slot.is_buffer else tensor)
+
+
+def _shares_memory(output: Any, slots: Sequence[Slot]) -> bool:
+    """Whether a module returns a view of its own weights, as of a table: then they are used after it has run."""
+    weights = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.tensor.numel()}
+    return any(tensor.untyped_storage().data_ptr() in weights for tensor in _tensors_in(output))
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        if value.layout is torch.strided and not isinstance(value, AbsentParameter | AbsentBuffer):
+            yield value
+    elif isinstance(value, tuple | list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(inner)
 
 
 def _provided(manifest: Manifest) -> set[str]:

@@ -20,6 +20,9 @@ class IoThread:
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine; the future can be waited for, or cancelled, from any thread."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("the thread has been closed")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:

@@ -1,7 +1,8 @@
 """The one way from stored bytes to tensors: fetch (verified), decode, put in place, view.
 
-Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of. Where it
-runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)` casts them.
+Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of.
+Where it runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)`
+casts them.
 """
 
 import asyncio
@@ -20,8 +21,10 @@ from surfw.source import ChunkSource, Read
 class Loader:
     """Loads chunks of one model from one source."""
 
-    def __init__(self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        """Name the source and the model, and the dtypes that tensors shall have where they differ from the stored ones."""
+    def __init__(
+        self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        """Name the source, the model, and the dtypes of the tensors that shall not have the stored one."""
         self.source = source
         self.manifest = manifest
         self._dtypes = dtypes or {}

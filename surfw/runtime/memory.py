@@ -1,6 +1,7 @@
 """What memory there is for this process, and what it took."""
 
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,7 @@ _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
+_STATUS = Path("/proc/self/status")
 
 
 def available_bytes() -> int:
@@ -23,5 +25,12 @@ def available_bytes() -> int:
 
 
 def peak_rss_bytes() -> int:
-    """The process's own high-water mark of resident memory."""
+    """The process's own high-water mark of resident memory.
+
+    On Linux, `ru_maxrss` starts from that of the process which started this one; `VmHWM` does not.
+    """
+    with suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

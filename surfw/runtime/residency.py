@@ -17,8 +17,8 @@ class ResidencyPlan:
     """A decision about memory.
 
     Attributes:
-        pinned: chunks that stay once they are there: small parts beside the layers, and weights that a containing module
-            holds directly, which are in use as long as all of its layers are.
+        pinned: chunks that stay once they are there: small parts beside the layers, and weights that a containing
+            module holds directly, which are in use as long as all of its layers are.
         streamed: the others, with the bytes each takes in memory.
         slots: how many streamed chunks are kept; one more may be in flight.
         pinned_bytes: memory of the pinned chunks.
@@ -36,8 +36,10 @@ class ResidencyPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory weights can take: buffers are reused, so each may come to have the size of the largest chunk."""
-        return self.pinned_bytes + self.buffers * max(self.streamed.values(), default=0)
+        """The most memory weights can take: a buffer that is reused may come to have the largest chunk's size."""
+        if self.buffers == len(self.streamed):
+            return self.pinned_bytes + sum(self.streamed.values())
+        return self.pinned_bytes + self.buffers * max(self.streamed.values())
 
     @property
     def everything_fits(self) -> bool:
@@ -66,7 +68,9 @@ def plan_residency(
         ConfigurationError: fewer than one chunk is to be kept.
     """
     if cache_layers is not None and cache_layers < 1:
-        raise ConfigurationError(f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs")
+        raise ConfigurationError(
+            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
+        )
     pinned = frozenset(
         name for name, size in sizes.items() if kinds[name] == "own" or (kinds[name] == "part" and size <= _SMALL_BYTES)
     )
@@ -76,6 +80,6 @@ def plan_residency(
     slots = len(streamed)
     if cache_layers is not None:
         slots = min(cache_layers, len(streamed))
-    elif budget_bytes is not None and pinned_bytes + sum(streamed.values()) > budget_bytes:
+    elif streamed and budget_bytes is not None and pinned_bytes + sum(streamed.values()) > budget_bytes:
         slots = (budget_bytes - pinned_bytes) // max(streamed.values()) - 1
     return ResidencyPlan(pinned, streamed, max(slots, 1, together - 1), pinned_bytes)

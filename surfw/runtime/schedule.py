@@ -1,7 +1,7 @@
 """Which module runs next: the manifest's order at first, then what was seen.
 
-The successor of a module is learned together with the module before it. Two steps of history tell apart what one cannot:
-a T5 enters its encoder and its decoder through the same embedding, and ALBERT runs one layer many times.
+The successor of a module is learned together with the module before it. Two steps of history tell apart what one
+cannot: a T5 enters its encoder and its decoder through the same embedding, and ALBERT runs one layer many times.
 """
 
 from collections.abc import Iterator, Sequence

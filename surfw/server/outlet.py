@@ -61,7 +61,7 @@ class Outlet:
             self._websocket.send_data()
 
     def send_run(self, announcement: str, run: memoryview) -> None:
-        """Write an announcement and the bytes it announces, without copying them into frames."""
+        """Write an announcement and the bytes it announces, at least one, without copying them into frames."""
         if self._websocket.state is not State.OPEN:
             return
         self._websocket.protocol.send_text(announcement.encode())
@@ -72,8 +72,6 @@ class Outlet:
             transport.write(prefix + binary_header(len(frame)))
             transport.write(frame)
             prefix = b""
-        if prefix:
-            transport.write(prefix)
         self._metrics.add("bytes_sent", len(run))
 
     async def keep_up(self) -> None:

@@ -87,8 +87,10 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
     for location in locations:
         length = location.stop - location.start
         low, high = max(start - base, 0), min(stop - base, length)
+        base += length
+        if low >= high:
+            continue
         for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
             last = min(first + PAGE_BYTES, length)
             page = Page(location.object, location.start + first, location.start + last)
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first)
-        base += length

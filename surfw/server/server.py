@@ -28,11 +28,14 @@ from surfw.storage import StorageBackend, Store
 from surfw.wire import PROTOCOL
 
 log = logging.getLogger("surfw.server")
+_library_log = log.getChild("websocket")
+_library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say with the client's address
 
 _CHECK_SECONDS = 5
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
 """A client may be busy with a layer for a while before it answers a ping."""
+_OPEN_SECONDS = 5
 _CLOSE_SECONDS = 3
 
 
@@ -78,14 +81,14 @@ class WeightServer:
                 server_header=f"surfw/{__version__}",
                 ping_interval=_PING_SECONDS,
                 ping_timeout=_PONG_SECONDS,
+                open_timeout=_OPEN_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
                 max_size=settings.limits.control_bytes,
                 write_limit=settings.limits.frame_bytes,
-                logger=logging.getLogger("surfw.server.websocket"),
+                logger=_library_log,
             )
         except OSError as exc:
             raise ConfigurationError(_cannot_listen(settings, exc)) from exc
-        log.info("serving %s at %s", self._store.url, self.url)
 
     async def stop(self) -> None:
         """Say goodbye to the clients, stop reading, and free the port. Stopping twice is fine."""

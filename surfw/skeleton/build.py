@@ -1,7 +1,7 @@
 """Config → model with parameters on the meta device and real buffers, exactly as `from_pretrained` would set them up.
 
-Nothing is believed before it is checked: a guard watches every parameter and module while the class is being built, so a
-configuration cannot ask for more than the checkpoint or manifest holds.
+Nothing is believed before it is checked: a guard watches every parameter and module while the class is being built, so
+a configuration cannot ask for more than the checkpoint or manifest holds.
 """
 
 import logging
@@ -73,17 +73,17 @@ def read_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not know; "
-            "register its classes with AutoConfig.register and AutoModel.register first"
+            f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not "
+            "know; register its classes with AutoConfig.register and AutoModel.register first"
         )
-    with _foreign_errors(f"the configuration of {where}"):
+    with foreign_errors(f"the configuration of {where}"):
         found = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
         _refuse_implementations(found, where)
         return found
 
 
 def _refuse_implementations(config: PreTrainedConfig, where: str) -> None:
-    """Whatever way a configuration found past `sanitise_config`: what was built of it asks for no code from elsewhere."""
+    """Refuse code from elsewhere in what was built of a configuration, whatever way it found past `sanitise_config`."""
     asked = {config._attn_implementation, config._experts_implementation} - {None}  # noqa: SLF001 - the names in use
     if not asked <= IMPLEMENTATIONS:
         raise UnsupportedModelError(
@@ -102,7 +102,7 @@ def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> 
         UnsupportedModelError: there is no such class.
     """
     found: Any = None
-    with _foreign_errors(f"class {name} of {where}"):
+    with foreign_errors(f"class {name} of {where}"):
         if name is None:
             found = transformers.MODEL_MAPPING.get(type(config), None)
         elif hasattr(transformers, name):
@@ -111,8 +111,9 @@ def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> 
             found = next((cls for cls in _registered_classes() if cls.__name__ == name), None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise UnsupportedModelError(
-            f"{where} asks for the class {str(name)[:80]!r}, which is neither in transformers {transformers.__version__} nor "
-            "registered with AutoModel.register; surfw never runs code that comes with a model"
+            f"{where} asks for the class {str(name)[:80]!r}, which is neither in transformers "
+            f"{transformers.__version__} nor registered with AutoModel.register; surfw never runs code that comes "
+            "with a model"
         )
     return found
 
@@ -150,12 +151,13 @@ def build_skeleton(
     with ExitStack() as stack:
         stack.enter_context(_BUILDING)
         stack.enter_context(_guard(tensor_count, accepts, where))
-        stack.enter_context(_foreign_errors(f"model {where} ({cls.__name__})"))
+        stack.enter_context(foreign_errors(f"model {where} ({cls.__name__})"))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(initialization.meta_device_safe_creation_ops())
         stack.enter_context(initialization.no_tie_weights())
-        model = cls._from_config(config, dtype=dtype)  # noqa: SLF001 - what AutoModel.from_config calls
-    return Skeleton(model.eval(), dtype)
+        untyped: Any = cls
+        model = untyped._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - what AutoModel.from_config calls
+    return Skeleton(model, dtype)
 
 
 def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
@@ -165,6 +167,9 @@ def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
         skeleton: changed in place.
         loaded: names of the tensors that will come from the checkpoint; they stay on the meta device.
         where: names the model in errors.
+
+    Raises:
+        UnsupportedModelError: they are absurdly large, or the model's `_init_weights` does not make one of them.
     """
     model = skeleton.model
     for slot in skeleton.slots.values():
@@ -176,14 +181,37 @@ def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
         for leaf in module._non_persistent_buffers_set  # noqa: SLF001 - torch's registries
         if module._buffers.get(leaf) is not None  # noqa: SLF001 - torch's registries
     ]
-    buffers = [(module, leaf, module._buffers[leaf]) for module, leaf in missing + computed]  # noqa: SLF001 - as above
-    size = sum(buffer.nbytes for _, _, buffer in buffers if buffer is not None)
+    places = missing + computed
+    size = sum(getattr(module, leaf).nbytes for module, leaf in places)
     if size > _MAX_BUFFER_BYTES:
         raise UnsupportedModelError(f"{where} wants {size} bytes of buffers, expected at most {_MAX_BUFFER_BYTES}")
-    for module, leaf, buffer in buffers:
-        module._buffers[leaf] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001 - as above
-    with _foreign_errors(f"the buffers of {where}"):
-        model.initialize_weights()
+    for module, leaf in places:
+        setattr(module, leaf, _unmade(getattr(module, leaf)))
+    with foreign_errors(f"the buffers of {where}"):
+        initialise: Any = model.initialize_weights
+        initialise()
+    for module, leaf in places:
+        if _is_unmade(getattr(module, leaf)):
+            raise UnsupportedModelError(
+                f"{where}: the buffer {leaf} of {type(module).__name__} is neither in the checkpoint nor made by the "
+                f"_init_weights of {type(model).__name__}, so nobody knows its values; register it as persistent"
+            )
+
+
+def _unmade(like: torch.Tensor) -> torch.Tensor:
+    """Memory for a buffer, filled with what no buffer holds, so that one that is left as it is gets noticed."""
+    buffer = torch.zeros_like(like, device="cpu")
+    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
+        return buffer.fill_(torch.nan)
+    return buffer if buffer.dtype is torch.bool else buffer.fill_(torch.iinfo(buffer.dtype).max)
+
+
+def _is_unmade(buffer: torch.Tensor) -> bool:
+    if buffer.numel() == 0 or buffer.dtype is torch.bool:
+        return False
+    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
+        return bool(buffer.isnan().all())
+    return bool((buffer == torch.iinfo(buffer.dtype).max).all())
 
 
 @contextmanager
@@ -196,7 +224,7 @@ def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where:
         counts[what] += 1
         if counts[what] > limit:
             raise UnsupportedModelError(
-                f"the configuration of {where} asks for more than {limit} {what}, but there are {tensor_count} tensors; "
+                f"the configuration of {where} asks for more than {limit} {what}, there are {tensor_count} tensors; "
                 "the configuration does not belong to these weights"
             )
 
@@ -205,10 +233,11 @@ def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where:
         if parameter is not None and not accepts(tuple(parameter.shape)):
             raise UnsupportedModelError(
                 f"the configuration of {where} asks for a {type(module).__name__} with a {name} of shape "
-                f"{tuple(parameter.shape)}, which none of its tensors has; the configuration does not belong to these weights"
+                f"{tuple(parameter.shape)}, which none of its tensors has; "
+                "the configuration does not belong to these weights"
             )
 
-    def on_module(module: nn.Module, name: str, child: nn.Module | None) -> None:
+    def on_module(*_: Any) -> None:
         count("modules", _MODULES_PER_TENSOR * most)
 
     handles = [
@@ -223,7 +252,7 @@ def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where:
 
 
 @contextmanager
-def _foreign_errors(what: str) -> Iterator[None]:
+def foreign_errors(what: str) -> Iterator[None]:
     """Whatever transformers raises while it digests a configuration, as one of ours."""
     try:
         yield

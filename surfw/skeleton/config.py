@@ -1,8 +1,8 @@
 """Configurations as plain data: what may be believed of one that somebody else wrote.
 
 A configuration can name code: modelling files (`auto_map`), attention and expert kernels named by repository, custom
-generation. surfw never fetches or runs any. `sanitise_config` takes such requests out; `refuse_kernels` is for the moment
-a checkpoint is chunked, when its owner can still be asked to change it. Knows neither torch nor transformers.
+generation. surfw never fetches or runs any. `sanitise_config` takes such requests out; `refuse_kernels` is for the
+moment a checkpoint is chunked, when its owner can still be asked to change it. Knows neither torch nor transformers.
 """
 
 import re
@@ -18,8 +18,8 @@ _FETCHED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
 """Names of transformers' own for which it may fetch a kernel: not used, but no reason to refuse a checkpoint."""
 
 _CODE_KEYS = {
-    "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config", "kernel_config",
-    "kernels_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone",
+    "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config",
+    "kernel_config", "kernels_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone",
 }  # fmt: skip
 _IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts?|attention)_implementation(_internal|_autoset)?")
 _LAYER_KEY = re.compile(r"(num|n)_.*layers?|n_layers?|.*_layers|num_blocks|num_experts|.*_experts")
@@ -79,8 +79,8 @@ def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
         if named or (key in {"use_kernels", "kernel_config"} and value):
             asked = named[0] if named else str(value)
             raise UnsupportedModelError(
-                f"{where} asks for the implementation {asked[:120]!r} ({key}), which is code from elsewhere, and surfw runs "
-                f"only transformers' own; remove {key} from config.json, or set it to eager or sdpa"
+                f"{where} asks for the implementation {asked[:120]!r} ({key}), which is code from elsewhere, and surfw "
+                f"runs only transformers' own; remove {key} from config.json, or set it to eager or sdpa"
             )
 
 
@@ -88,7 +88,8 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
     """Refuse numbers that no model has, before anything is built from them.
 
     Raises:
-        UnsupportedModelError: a number of layers or experts over 10,000, of labels over 100,000, or any integer over 2^40.
+        UnsupportedModelError: a number of layers or experts over 10,000, of labels over 100,000, or any integer over
+            2^40.
     """
     for key, value in _walk(config):
         if isinstance(value, bool) or not isinstance(value, int):

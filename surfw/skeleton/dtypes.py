@@ -7,10 +7,10 @@ import torch
 from surfw.errors import ConfigurationError, UnsupportedModelError
 
 _BY_NAME = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32,
-    "I32": torch.int32, "F32": torch.float32, "C64": torch.complex64, "U64": torch.uint64, "I64": torch.int64,
-    "F64": torch.float64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "C64": torch.complex64, "U64": torch.uint64,
+    "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
 _COMPUTE = {
@@ -20,7 +20,7 @@ _COMPUTE = {
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """torch's dtype of a safetensors name."""
+    """The dtype that a safetensors name means."""
     return _BY_NAME[name]
 
 

@@ -2,13 +2,14 @@
 
 The loader of transformers renames source tensors and converts some of them (per-expert matrices become one stacked
 tensor, a fused projection becomes three). The same transforms are asked here, per target, so that a chunk can be made
-from only the source tensors it needs: plain renamings are byte copies, everything else runs transformers' own operation.
-The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
+from only the source tensors it needs: plain renamings are byte copies, everything else runs transformers' own
+operation. The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 """
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -73,8 +74,8 @@ def convert_bytes(
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()).cast("B") if tensor.nbytes else memoryview(b"")
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array) if tensor.nbytes else memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     groups, unused = _group(skeleton, sources)
     recipes: dict[str, Recipe] = {}
     for first, group in groups.items():
-        recipe = _recipe(skeleton, first, group, sources, dtypes, where)
+        recipe = _recipe(skeleton, first, group, sources, dtypes, where=where)
         recipes |= dict.fromkeys(recipe.targets, recipe)
     for name, recipe in recipes.items():
         expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
@@ -132,8 +133,9 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     ]
     if missing:
         raise CheckpointError(
-            f"{where} lacks {len(missing)} weights of {type(skeleton.model).__name__}, such as {missing[0]}; surfw never makes "
-            "weights up. Check the architectures in config.json, or save the model again with save_pretrained"
+            f"{where} lacks {len(missing)} weights of {type(skeleton.model).__name__}, such as {missing[0]}; surfw "
+            "never makes weights up. Check the architectures in config.json, or save the model again with "
+            "save_pretrained"
         )
     return Loading(recipes, ties, tuple(unused))
 
@@ -169,6 +171,7 @@ def _recipe(
     group: _Group,
     sources: SourceFacts,
     dtypes: Callable[[str], torch.dtype],
+    *,
     where: str,
 ) -> Recipe:
     names = tuple(source for _, source in group.collected)
@@ -176,8 +179,7 @@ def _recipe(
         return Recipe({first: (dtypes(first), sources[names[0]][1])}, names)
 
     def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        converter = deepcopy(group.converter)
-        assert converter is not None, "only groups with a converter come here"
+        converter: Any = deepcopy(group.converter)
         for pattern, source in group.collected:
             converter.add_tensor(first, source, pattern, read(source).to(dtypes(first)))
         try:
@@ -188,7 +190,9 @@ def _recipe(
             ) from exc
         return {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
 
-    trial = convert(lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta"))
+    trial = convert(
+        lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta")
+    )
     targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in skeleton.slots}
     return Recipe(targets, names, convert)
 
@@ -202,7 +206,7 @@ def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
     def dtype(name: str) -> torch.dtype:
         match = pattern.search(name) if plan else None
         if match is not None:
-            kept: torch.dtype = plan[by_group[match.lastgroup]]
+            kept: torch.dtype = plan[by_group[str(match.lastgroup)]]
             return kept
         return skeleton.slots[name].tensor.dtype
 

@@ -1,12 +1,13 @@
 """The modules that are executed one after another, found in the model itself.
 
-A *unit* is a module whose weights come and go together: each item of an outermost `ModuleList` (a layer), and each largest
-module beside them that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on a module
-with layers inside form a unit of their own, written `path.*`. No architecture is named.
+A *unit* is a module whose weights come and go together: each item of an outermost `ModuleList` (a layer), and each
+largest module beside them that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on
+a module with layers inside form a unit of their own, written `path.*`. No architecture is named.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ class Unit:
     """A module that is executed, and the slots its weights lie in.
 
     Attributes:
-        path: the module's name in the model; `path.*` (or `*` at the root) for weights a containing module holds directly.
+        path: the module's name in the model; `path.*` (or `*` at the root) for weights a containing module holds
+            directly.
         kind: `layer`, `part` or `own`.
         module: the module to hook.
         slots: in registration order.
@@ -78,8 +80,8 @@ def _visit_list(items: nn.ModuleList, path: str, seen: set[int]) -> Iterator[Uni
         if id(item) in seen:
             continue
         if type(item).forward is nn.Module.forward:  # a list of lists: it is never called itself
-            inside = _visit_list if isinstance(item, nn.ModuleList) else _visit
-            yield from inside(item, f"{path}.{index}", seen)  # type: ignore[operator]  # each takes its own kind of module
+            inside: Any = _visit_list if isinstance(item, nn.ModuleList) else _visit
+            yield from inside(item, f"{path}.{index}", seen)
         else:
             yield from _leaf(item, f"{path}.{index}", "layer", seen)
 

@@ -110,7 +110,9 @@ def read_file_into(path: Path, start: int, destination: memoryview) -> None:
             while done < destination.nbytes:
                 count = os.preadv(fd, [destination[done:]], start + done)
                 if count == 0:
-                    raise StorageError(f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes")
+                    raise StorageError(
+                        f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes"
+                    )
                 done += count
         finally:
             os.close(fd)

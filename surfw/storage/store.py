@@ -50,7 +50,9 @@ class Store:
         except (ValueError, KeyError, TypeError) as exc:
             raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read") from exc
         if kind != FORMAT:
-            raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} says {str(kind)[:80]!r}, not {FORMAT!r}")
+            raise NotAStoreError(
+                f"{self.url} is not a surfw store: its {MARKER} says {str(kind)[:80]!r}, not {FORMAT!r}"
+            )
         if version != STORE_VERSION:
             raise NotAStoreError(
                 f"{self.url} is a store of version {str(version)[:40]}; this surfw reads {STORE_VERSION}"
@@ -67,7 +69,8 @@ class Store:
             return
         if stranger := await self.backend.stranger(_PARTIAL):
             raise NotAStoreError(
-                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; choose an empty place for the store"
+                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; "
+                "choose an empty place for the store"
             )
         document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())

@@ -92,7 +92,9 @@ def test_plain_output(home: Path) -> None:
     assert "on storage" in done.stderr
     quiet = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "-q")
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
-    ids = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt-ids", "5,6", "-q", "--max-new-tokens", "3")
+    ids = surfw(
+        home, "infer", "--source", store, "--model", "tiny", "--prompt-ids", "5,6", "-q", "--max-new-tokens", "3"
+    )
     assert len(ids.stdout.split()) == 3
 
 

@@ -1,11 +1,13 @@
 """Whatever goes wrong: one clear line, exit code 1, and nothing left half-written."""
 
+import http.server
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -129,16 +131,16 @@ def test_no_server_at_the_address(tmp_path: Path) -> None:
 
 
 def test_something_else_at_the_address(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        url = f"ws://127.0.0.1:{other.getsockname()[1]}"
-        script = "import socket,sys; s=socket.socket(fileno=int(sys.argv[1]))\nwhile True:\n c,_=s.accept(); c.recv(4096); c.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nhi'); c.close()"
-        answers = subprocess.Popen(["python3", "-c", script, str(other.fileno())], pass_fds=[other.fileno()])
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as other:
+        answering = threading.Thread(target=other.serve_forever)
+        answering.start()
         try:
+            url = f"ws://127.0.0.1:{other.server_port}"
             assert "not a surfw server" in complaint(surfw(tmp_path, "infer", "--source", url, "--prompt", "a"))
             assert "not a surfw server" in complaint(surfw(tmp_path, "stats", url))
         finally:
-            answers.kill()
-            answers.wait()
+            other.shutdown()
+            answering.join()
 
 
 def test_port_in_use(checkpoint: Path, tmp_path: Path) -> None:

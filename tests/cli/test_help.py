@@ -18,7 +18,8 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
         "from surfw.cli.main import app\n"
         f"try: app({[*command, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
-        "heavy = sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'transformers', 'numpy', 's3fs'})\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "heavy = sorted(loaded & {'torch', 'transformers', 'numpy', 's3fs'})\n"
         "print(json.dumps(heavy))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -35,7 +36,13 @@ def test_every_command_shows_an_example(tmp_path: Path) -> None:
 
 
 def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
-    for arguments in (["infer"], ["infer", "--prompt", "a", "--prompt-ids", "1"], ["chunk"], ["nonsense"], ["serve", "--port", "x"]):
+    for arguments in (
+        ["infer"],
+        ["infer", "--prompt", "a", "--prompt-ids", "1"],
+        ["chunk"],
+        ["nonsense"],
+        ["serve", "--port", "x"],
+    ):
         done = surfw(tmp_path, *arguments)
         assert done.returncode == 2, arguments
         assert "Usage:" in done.stderr
@@ -54,7 +61,9 @@ def test_completions_are_current() -> None:
 
 
 def test_help_in_the_readme_is_current() -> None:
-    assert (regenerate.ROOT / "README.md").read_text() == regenerate.readme(), f"run {sys.executable} tests/regenerate.py"
+    assert (regenerate.ROOT / "README.md").read_text() == regenerate.readme(), (
+        f"run {sys.executable} tests/regenerate.py"
+    )
 
 
 def test_completion_completes(tmp_path: Path) -> None:

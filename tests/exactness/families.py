@@ -1,4 +1,4 @@
-"""Small seeded models of many families. surfw names none of them; what it cannot find in the model itself, it cannot run."""
+"""Small seeded models of many families. surfw names none of them: it finds what it needs in the model itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,14 +8,16 @@ import transformers
 
 VOCABULARY = 131
 _PLAIN = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 128,
 }  # fmt: skip
 _GROUPED = _PLAIN | {"num_key_value_heads": 2}
 _T5 = {"num_layers": 3, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4, "vocab_size": VOCABULARY}
 _SEQ2SEQ = {
     "d_model": 64, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 128,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
 }  # fmt: skip
 
 
@@ -48,7 +50,8 @@ FAMILIES = {
     "opt": Family(
         "OPTForCausalLM",
         {
-            "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+            "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "vocab_size": VOCABULARY,
             "max_position_embeddings": 128, "word_embed_proj_dim": 64,
         },
     ),

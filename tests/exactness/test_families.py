@@ -81,7 +81,9 @@ def outputs(model: Any, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
     inner = model.model if isinstance(model, StreamingModel) else model
     if inner.can_generate():
         prompt = {name: value for name, value in given.items() if not name.startswith("decoder")}
-        found["tokens"] = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, eos_token_id=None)
+        found["tokens"] = model.generate(
+            **prompt, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1, eos_token_id=None
+        )
     return found
 
 

@@ -1,0 +1,27 @@
+"""The benchmark runs, compares within one run, and says what it found as data."""
+
+import json
+
+from surfw.bench.wire import SIZES, bench_wire
+
+
+def test_it_measures_what_it_says() -> None:
+    found = bench_wire(rounds=2, sizes=[300_000, 5_000_000])
+    raw, unverified, verified = found.rows
+    assert raw.name.startswith("raw TCP socket")
+    assert (unverified.verified, verified.verified) == (False, True)
+    for row in (unverified, verified):
+        assert row.unit == "GB/s"
+        assert row.baseline == raw.value > 0
+        assert row.ratio == row.value / raw.value
+        assert row.ceiling is not None
+        assert row.share == row.value / row.ceiling
+    document = json.loads(json.dumps(found.as_dict()))
+    assert document["benchmark"] == "wire"
+    assert {"cpu", "cores", "memory", "python", "websockets", "blake3"} <= set(document["machine"])
+    assert set(document["rows"][0]) == {"name", "value", "unit", "baseline", "ratio", "ceiling", "share", "verified"}
+
+
+def test_sizes_are_those_of_real_layers() -> None:
+    assert len(SIZES) == 16
+    assert (min(SIZES), max(SIZES)) == (8_000_000, 87_999_995)

@@ -1,0 +1,250 @@
+"""Servers that are not there, are something else, go away, fall silent or break the protocol."""
+
+import asyncio
+import json
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.server import ServerConnection
+
+from surfw.client import open_wire_source, probe
+from surfw.config import KIB, MIB
+from surfw.errors import ConfigurationError, ConnectionFailedError, IntegrityError, ManifestError
+from surfw.manifest import payload_digest
+from tests.peers import pretending, serving, tcp_server, until, whole
+from tests.servers import serve
+from tests.stores import make_store
+
+QUICK = 0.3
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def test_no_server_says_what_to_do() -> None:
+    url = f"ws://127.0.0.1:{free_port()}"
+    with pytest.raises(ConnectionFailedError) as caught:
+        asyncio.run(open_wire_source(url))
+    assert str(caught.value) == (
+        f"no surfw server at {url}: connection refused; start one with 'surfw serve' or name another with --source"
+    )
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1", "127.0.0.1:8765", "ws://", "ws://host:99999", "ws://host:port", ""]
+)
+def test_an_address_that_is_none(url: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not the address of a server"):
+        asyncio.run(open_wire_source(url))
+
+
+async def http_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"hello" * 1000)
+    await writer.drain()
+
+
+async def silent_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def babbling_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"220 mail.example.org ESMTP\r\n" * 100)
+    await writer.drain()
+
+
+async def hanging_up_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("talk", "complaint"),
+    [
+        (http_server, "answers, but is not a surfw server"),
+        (silent_server, f"no answer within {QUICK} seconds"),
+        (babbling_server, "answers, but is not a surfw server"),
+        (hanging_up_server, "answers, but is not a surfw server"),
+    ],
+)
+def test_something_else_listens_there(talk: object, complaint: str) -> None:
+    async def main() -> None:
+        async with tcp_server(talk) as url:  # type: ignore[arg-type]
+            with pytest.raises(ConnectionFailedError, match=complaint):
+                await open_wire_source(url, connect_timeout=QUICK)
+            assert not await probe(url, QUICK)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("hello", ["hi", '{"type":"hello"}', b"\0\1", '{"type":"models","id":0,"models":[]}'])
+def test_a_websocket_that_does_not_speak_our_protocol(hello: str | bytes) -> None:
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.send(hello)
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer, greet=False) as url:
+            with pytest.raises(ConnectionFailedError, match="answers, but is not a surfw server"):
+                await open_wire_source(url)
+            assert not await probe(url)
+
+    asyncio.run(main())
+
+
+def test_probe_finds_a_server_and_nothing_else(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[1])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await probe(server.url)
+            await until(lambda: server.stats()["clients"] == 0)
+        assert not await probe(server.url)
+        assert not await probe("ws://127.0.0.1:99999")
+
+    asyncio.run(main())
+
+
+def test_a_server_that_is_killed_during_a_fetch(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[60 * MIB])
+    chunk = manifest.chunks[0]
+
+    async def main() -> None:
+        with serve(tmp_path) as served:
+            source = await open_wire_source(served.url)
+            read, memory = whole(chunk)
+            fetching = asyncio.create_task(source.fetch(manifest, [read]))
+            await until(lambda: any(memory[:4096]))
+            served.process.send_signal(signal.SIGKILL)
+            with pytest.raises(ConnectionFailedError) as caught:
+                await fetching
+            text = str(caught.value)
+            assert text.startswith(f"the server at {served.url} went away, after ")
+            assert f" of {60 * MIB} bytes of chunk layers.0; " in text
+            seen = bytes(memory)
+            with pytest.raises(ConnectionFailedError, match="went away"):
+                await source.models()
+            await source.close()
+            assert bytes(memory) == seen
+
+    asyncio.run(main())
+
+
+def test_a_server_that_falls_silent(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.send('{"type":"data","id":0,"start":0,"stop":262144}')
+        await websocket.send(bytes(128 * KIB))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, silence_timeout=QUICK) as source:
+            with pytest.raises(
+                ConnectionFailedError, match=rf"said nothing for {QUICK} seconds, after 131072 of 1048576 bytes"
+            ):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (["nonsense"], "not JSON"),
+        ([b"unasked"], "binary data that no message announced"),
+        ([bytes(100_000)], "binary data that no message announced"),
+        (['{"type":"data","id":0,"start":0,"stop":10}', bytes(11)], "a binary frame of 11 bytes; 10 are left"),
+        (['{"type":"data","id":0,"start":0,"stop":10000}', bytes(10_001)], "a binary frame of 10001 bytes"),
+        (['{"type":"data","id":0,"start":0,"stop":2000000}'], "data is out of order"),
+        (['{"type":"data","id":5,"start":0,"stop":1}'], "data for id 5, which is not open"),
+        (['{"type":"data","id":0,"start":0,"stop":9}', '{"type":"models","id":0,"models":[]}'], "within a run"),
+        ([b"x" * 600 * KIB], "broke the protocol: frame with 614400 bytes"),
+        ([[b"in", b"fragments"]], "fragmented"),
+        (['{"type":"data","id":0,"start":0,"stop":9}', '{"type":"error","id":0,' + " " * 5000 + "}"], "within a run"),
+    ],
+)
+def test_a_server_that_breaks_the_protocol(
+    tmp_path: Path, messages: list[str | bytes | list[bytes]], complaint: str
+) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        for message in messages:
+            await websocket.send(message)
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, silence_timeout=5) as source:
+            with pytest.raises(ConnectionFailedError, match=complaint):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+
+
+def test_a_server_that_leaves_says_why(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.close(1001, "the server is stopping")
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            with pytest.raises(
+                ConnectionFailedError, match="closed the connection: the server is stopping, after 0 of"
+            ):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("document", "digest", "error"),
+    [
+        (b"{}", None, ManifestError),
+        (b"\xff\0", None, ManifestError),
+        (b"{}", "0" * 64, IntegrityError),
+        ("other", None, ManifestError),
+    ],
+)
+def test_a_manifest_that_is_not_the_one_asked_for(
+    tmp_path: Path, document: bytes | str, digest: str | None, error: type[Exception]
+) -> None:
+    body = document if isinstance(document, bytes) else make_store(tmp_path, document, [1]).public().encode()
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        begin = {"type": "begin", "id": 0, "size": len(body), "digest": digest or payload_digest(body)}
+        await websocket.send(json.dumps(begin))
+        await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": len(body)}))
+        await websocket.send(body)
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            with pytest.raises(error):
+                await source.manifest("toy/model")
+
+    asyncio.run(main())
+
+
+def test_many_requests_at_once_fail_together(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        websocket.transport.abort()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            waiting = [source.fetch(manifest, [whole(manifest.chunks[0])[0]]) for _ in range(200)]
+            ended = await asyncio.gather(*waiting, return_exceptions=True)
+            assert {type(one) for one in ended} == {ConnectionFailedError}
+
+    asyncio.run(main())

@@ -1,0 +1,216 @@
+"""A server as a source: what it fetches is right, verified, and written nowhere else."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from surfw.client import open_wire_source
+from surfw.config import KIB, MIB, WireLimits
+from surfw.errors import IntegrityError, RefusedError, UnknownModelError
+from surfw.source import Read
+from tests.peers import serving, until, whole
+from tests.server.backends import GatedBackend
+from tests.stores import TOKENIZER, make_store, payload
+
+
+def test_models_manifest_and_files(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, "org/a", [10])
+    make_store(tmp_path, "b", [10], files={"empty.txt": b""})
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            assert source.url == server.url
+            assert await source.models() == ["b", "org/a"]
+            assert await source.resolve("a") == "org/a"
+            found = await source.manifest("org/a")
+            assert found == manifest.public()
+            assert {file.path: await source.file(found, file.path) for file in found.files} == TOKENIZER
+            assert await source.file(await source.manifest("b"), "empty.txt") == b""
+            with pytest.raises(UnknownModelError, match=r"has no model 'nope'; it has: b, org/a") as caught:
+                await source.manifest("nope")
+            assert caught.value.known == ["b", "org/a"]
+
+    asyncio.run(main())
+
+
+SIZES = [1, 4096, MIB - 1, MIB, MIB + 1, 3 * MIB + 5, 9 * MIB + 4096]
+
+
+@pytest.mark.parametrize("frame", [128 * KIB, 512 * KIB])
+def test_chunks_arrive_whole_all_at_once(tmp_path: Path, frame: int) -> None:
+    manifest = make_store(tmp_path, sizes=SIZES)
+    limits = WireLimits(frame_bytes=frame, run_bytes=frame, window_bytes=2 * frame, requests_in_flight=3)
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=limits) as server, await open_wire_source(server.url) as source:
+            found = await source.manifest(manifest.name)
+            reads, memories = zip(*(whole(chunk) for chunk in found.chunks), strict=True)
+            await source.fetch(found, reads)
+            for chunk, memory in zip(manifest.chunks, memories, strict=True):
+                assert bytes(memory) == payload(tmp_path, chunk)
+            assert source.fetched_bytes == server.stats()["bytes_sent"] - len(manifest.public().encode()) == sum(SIZES)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, MIB), (MIB, 3 * MIB), (9 * MIB, 9 * MIB + 4096), (5 * MIB, 5 * MIB)])
+def test_a_range_arrives_and_nothing_around_it_is_touched(tmp_path: Path, start: int, stop: int) -> None:
+    manifest = make_store(tmp_path, sizes=SIZES)
+    chunk = manifest.chunks[-1]
+    memory = bytearray(b"?") * (stop - start + 20)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            destination = memoryview(memory)[10 : len(memory) - 10]
+            await source.fetch(manifest, [Read(chunk, chunk.forms[0], start, stop, destination)])
+
+    asyncio.run(main())
+    assert memory == b"?" * 10 + payload(tmp_path, chunk)[start:stop] + b"?" * 10
+
+
+def flip(store: Path, key: str, at: int) -> None:
+    """Damage one byte of an object."""
+    blob = store / key
+    data = bytearray(blob.read_bytes())
+    data[at] ^= 1
+    blob.write_bytes(data)
+
+
+@pytest.mark.parametrize("at", [0, 5 * MIB + 3, 9 * MIB + 4095])
+def test_a_flipped_byte_is_found(tmp_path: Path, at: int) -> None:
+    manifest = make_store(tmp_path, sizes=SIZES)
+    chunk = manifest.chunks[-1]
+    location = chunk.forms[0].locations[0]
+    flip(tmp_path, location.object, location.start + at)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            read, _ = whole(chunk)
+            with pytest.raises(IntegrityError, match=rf"layers\.6 from ws://.* block {at // MIB} "):
+                await source.fetch(manifest, [read])
+            assert source.fetched_bytes == 0
+            good, memory = whole(manifest.chunks[0])
+            await source.fetch(manifest, [good])
+            assert bytes(memory) == payload(tmp_path, manifest.chunks[0])
+
+    asyncio.run(main())
+
+
+def test_a_damaged_file_is_found(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[10])
+    flip(tmp_path, manifest.files[1].object, 0)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            with pytest.raises(IntegrityError, match=r"vocab\.txt of toy/model from ws://"):
+                await source.file(manifest, "vocab.txt")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_blob_that_is_not_whole_is_a_clear_error(tmp_path: Path, damage: str) -> None:
+    manifest = make_store(tmp_path, sizes=[10 * MIB])
+    blob = tmp_path / manifest.chunks[0].forms[0].locations[0].object
+    blob.write_bytes(blob.read_bytes()[:-1]) if damage == "truncated" else blob.unlink()
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            read, _ = whole(manifest.chunks[0])
+            with pytest.raises(RefusedError, match="could not read it from its storage") as caught:
+                await source.fetch(manifest, [read])
+            assert caught.value.code == "storage"
+
+    asyncio.run(main())
+
+
+def test_a_chunk_of_another_model_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path, "a", [10])
+    other = make_store(tmp_path, "b", [20])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            read, memory = whole(other.chunks[0])
+            with pytest.raises(RefusedError, match="a has no chunk"):
+                await source.fetch(await source.manifest("a"), [read])
+            assert bytes(memory) == bytes(20)
+
+    asyncio.run(main())
+
+
+def test_one_damaged_chunk_fails_the_fetch_of_several(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=SIZES)
+    location = manifest.chunks[3].forms[0].locations[0]
+    flip(tmp_path, location.object, location.start)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            with pytest.raises(IntegrityError, match=r"layers\.3"):
+                await source.fetch(manifest, [whole(chunk)[0] for chunk in manifest.chunks])
+            await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+
+    asyncio.run(main())
+
+
+def test_after_a_cancelled_fetch_nothing_is_written_and_others_go_on(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[40 * MIB, 5 * MIB])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            for bytes_before in (1, 3 * MIB, 11 * MIB):
+                read, memory = whole(manifest.chunks[0])
+                sent = server.stats()["bytes_sent"]
+                fetching = asyncio.create_task(source.fetch(manifest, [read]))
+                await until(lambda sent=sent, more=bytes_before: server.stats()["bytes_sent"] >= sent + more)
+                fetching.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await fetching
+                seen = bytes(memory)
+                assert seen != payload(tmp_path, manifest.chunks[0])
+                other, arrived = whole(manifest.chunks[1])
+                await source.fetch(manifest, [other])
+                assert bytes(arrived) == payload(tmp_path, manifest.chunks[1])
+                assert bytes(memory) == seen
+                read.destination.release()
+                memory.clear()  # fails if anything else still holds on to it
+            await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+
+    asyncio.run(main())
+
+
+def test_a_fetch_that_is_cancelled_before_it_begins_asks_for_nothing(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[10, 20, 30])
+    limits = WireLimits(requests_in_flight=1)
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with serving(backend, limits=limits) as server, await open_wire_source(server.url) as source:
+            reads, memories = zip(*(whole(chunk) for chunk in manifest.chunks), strict=True)
+            fetches = [asyncio.create_task(source.fetch(manifest, [read])) for read in reads]
+            await backend.reading.wait()
+            fetches[1].cancel()
+            backend.gate.set()
+            done = await asyncio.gather(*fetches, return_exceptions=True)
+            assert [type(one) for one in done] == [type(None), asyncio.CancelledError, type(None)]
+            assert [any(memory) for memory in memories] == [True, False, True]
+            assert server.stats()["requests"]["total"] == 2
+
+    asyncio.run(main())
+
+
+def test_closing_ends_threads_and_connection(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[5 * MIB])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            source = await open_wire_source(server.url)
+            await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+            assert any(thread.name.startswith("surfw-verify") for thread in threading.enumerate())
+            await source.close()
+            await source.close()
+            assert not any(thread.name.startswith("surfw") for thread in threading.enumerate())
+            await until(lambda: server.stats()["clients"] == 0)
+
+    asyncio.run(main())

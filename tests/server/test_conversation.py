@@ -1,0 +1,191 @@
+"""What a server says, word by word: windows, turns, cancellation, refusals."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surfw.client import open_wire_source
+from surfw.config import KIB, WireLimits
+from surfw.manifest import Manifest
+from tests.peers import BareClient, bare_client, serving, until, whole
+from tests.server.backends import GatedBackend
+from tests.stores import make_store, payload
+
+FRAME = 128 * KIB
+SMALL = WireLimits(frame_bytes=FRAME, run_bytes=FRAME, window_bytes=4 * FRAME)
+
+
+def wanting(manifest: Manifest, index: int = 0, start: int = 0, stop: int | None = None, **more: Any) -> dict[str, Any]:
+    """The fields of a `get`."""
+    chunk = manifest.chunks[index]
+    stop = chunk.payload_bytes if stop is None else stop
+    return {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": start, "stop": stop} | more
+
+
+async def runs(client: BareClient, count: int) -> list[tuple[int, int, int]]:
+    """The next runs' id, start and stop; their bytes are dropped."""
+    found: list[tuple[int, int, int]] = []
+    while len(found) < count:
+        message = await client.hear_text()
+        assert message["type"] == "data", message
+        found.append((message["id"], message["start"], message["stop"]))
+    return found
+
+
+def test_a_client_that_never_credits_gets_the_window_and_costs_the_others_nothing(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[3_000_000])
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server, bare_client(server.url) as miser:
+            await miser.say("get", id=0, **wanting(manifest))
+            assert await runs(miser, 4) == [(0, at * FRAME, (at + 1) * FRAME) for at in range(4)]
+            async with await open_wire_source(server.url, limits=SMALL) as source:
+                read, memory = whole(manifest.chunks[0])
+                await source.fetch(manifest, [read])
+            assert bytes(memory) == payload(tmp_path, manifest.chunks[0])
+            assert server.stats()["requests"]["in_flight"] == 1
+            await miser.say("credit", bytes=FRAME)
+            assert await runs(miser, 1) == [(0, 4 * FRAME, 5 * FRAME)]
+
+    asyncio.run(main())
+
+
+def test_equals_take_turns_and_lower_priorities_go_first(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[3_000_000])
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server, bare_client(server.url) as client:
+            await client.say("get", id=0, **wanting(manifest, stop=4 * FRAME))
+            assert [run[0] for run in await runs(client, 4)] == [0] * 4
+            await client.say("get", id=1, **wanting(manifest, stop=2 * FRAME, priority=5))
+            await client.say("get", id=2, **wanting(manifest, stop=2 * FRAME, priority=5))
+            await client.say("get", id=3, **wanting(manifest, stop=2 * FRAME, priority=-1))
+            (connection,) = server._connections
+            await until(lambda: len(connection._outlet._waiting) == 3)
+            order = []
+            for _ in range(6):
+                await client.say("credit", bytes=FRAME)
+                order += [run[0] for run in await runs(client, 1)]
+            assert order == [3, 3, 1, 2, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_cancel_ends_a_transfer_and_frees_its_place(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[3_000_000])
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server, bare_client(server.url) as client:
+            await client.say("get", id=0, **wanting(manifest))
+            await runs(client, 4)
+            await client.say("cancel", id=0)
+            ended = await client.hear_text()
+            assert (ended["type"], ended["id"], ended["code"]) == ("error", 0, "cancelled")
+            await client.say("cancel", id=0)
+            await client.say("credit", bytes=4 * FRAME)
+            await client.say("get", id=1, **wanting(manifest, start=1, stop=2))
+            assert await runs(client, 1) == [(1, 1, 2)]
+            assert server.stats()["requests"]["in_flight"] == 0
+
+    asyncio.run(main())
+
+
+def test_cancel_while_the_storage_is_read(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[3_000_000])
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with serving(backend) as server, bare_client(server.url) as client:
+            await client.say("get", id=0, **wanting(manifest))
+            await backend.reading.wait()
+            await client.say("cancel", id=0)
+            assert (await client.hear_text())["code"] == "cancelled"
+            backend.gate.set()
+            await client.say("get", id=1, **wanting(manifest))
+            assert (await runs(client, 1))[0][0] == 1
+            assert backend.reads == 1, "the read went on, for whoever comes next"
+
+    asyncio.run(main())
+
+
+def test_two_clients_share_one_read(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[1_000_000])
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with serving(backend) as server, bare_client(server.url) as one, bare_client(server.url) as two:
+            for client in (one, two):
+                await client.say("get", id=0, **wanting(manifest))
+            await until(lambda: server.stats()["cache"]["coalesced"] == 1)
+            backend.gate.set()
+            for client in (one, two):
+                assert await runs(client, 1) == [(0, 0, 1_000_000)]
+            assert backend.reads == 1
+            assert server.stats()["cache"]["misses"] == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "code"),
+    [
+        ("manifest", {"model": "nope"}, "unknown-model"),
+        ("file", {"model": "toy/model", "path": "nope.json"}, "unknown-file"),
+        ("file", {"model": "other", "path": "vocab.txt"}, "unknown-file"),
+        ("get", {"chunk": "0" * 64}, "unknown-chunk"),
+        ("get", {"chunk": "layers.0"}, "unknown-chunk"),
+        ("get", {"model": "other"}, "unknown-chunk"),
+        ("get", {"form": "lossless"}, "unknown-form"),
+        ("get", {"start": 5, "stop": 4}, "bad-range"),
+        ("get", {"stop": 101}, "bad-range"),
+        ("get", {"start": 2**53, "stop": 2**53}, "bad-range"),
+    ],
+)
+def test_refusals(tmp_path: Path, kind: str, asked: dict[str, Any], code: str) -> None:
+    manifest = make_store(tmp_path, sizes=[100])
+    make_store(tmp_path, "other", [50], files={})
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as client:
+            await client.say(kind, **({"id": 0} | (wanting(manifest) if kind == "get" else {}) | asked))
+            answer = await client.hear_text()
+            assert (answer["type"], answer["id"], answer["code"]) == ("error", 0, code)
+            assert str(tmp_path) not in answer["message"]
+            await client.say("get", id=1, **wanting(manifest))
+            assert await runs(client, 1) == [(1, 0, 100)]
+
+    asyncio.run(main())
+
+
+def test_what_the_storage_says_stays_at_home(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        backend.gate.set()
+        backend.failing = True
+        async with serving(backend) as server, bare_client(server.url) as client:
+            await client.say("get", id=0, **wanting(manifest))
+            answer = await client.hear_text()
+            assert (answer["type"], answer["code"]) == ("error", "storage")
+            assert "secret" not in answer["message"]
+            assert not server.stats()["storage"]["healthy"]
+
+    asyncio.run(main())
+
+
+def test_a_manifest_crosses_without_locations(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as client:
+            await client.say("manifest", id=0, model=manifest.name)
+            begin, data, body = [await client.hear() for _ in range(3)]
+            assert begin == {"type": "begin", "id": 0, "size": len(body), "digest": manifest.digest}
+            assert data == {"type": "data", "id": 0, "start": 0, "stop": len(body)}
+            assert body == manifest.public().encode()
+            assert b"blobs" not in body
+
+    asyncio.run(main())

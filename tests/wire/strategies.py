@@ -1,0 +1,36 @@
+"""Messages of every kind, and things that are none."""
+
+import json
+
+from hypothesis import strategies as st
+
+from surfw.wire import messages as m
+
+SIZE = st.integers(0, m.MAX_SIZE)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=256)
+
+CLIENT_MESSAGES = st.one_of(
+    st.builds(m.ClientHello, TEXT, SIZE),
+    st.builds(m.ListModels, SIZE),
+    st.builds(m.GetManifest, SIZE, TEXT),
+    st.builds(m.GetFile, SIZE, TEXT, TEXT),
+    st.builds(m.Get, SIZE, TEXT, TEXT, TEXT, SIZE, SIZE, st.integers(-m.MAX_PRIORITY, m.MAX_PRIORITY)),
+    st.builds(m.Cancel, SIZE),
+    st.builds(m.Credit, SIZE),
+)
+SERVER_MESSAGES = st.one_of(
+    st.builds(m.ServerHello, TEXT, TEXT, SIZE, SIZE, SIZE),
+    st.builds(m.Models, SIZE, st.lists(TEXT, max_size=4).map(tuple)),
+    st.builds(m.Begin, SIZE, SIZE, TEXT),
+    st.builds(m.Data, SIZE, SIZE, SIZE),
+    st.builds(m.Failed, SIZE, TEXT, TEXT),
+)
+NAMES = ["type", "id", "model", "chunk", "form", "start", "stop", "bytes", "window_bytes", "client", "path", "priority"]
+TYPES = ["hello", "models", "manifest", "file", "get", "cancel", "credit", "begin", "data", "error"]
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(TYPES),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES), ODD, max_size=8)
+ODD_TEXTS = st.text() | ODD.map(json.dumps) | OBJECTS.map(json.dumps)

@@ -1,0 +1,72 @@
+"""Messages survive the way through JSON; whatever else is sent is refused, and never anything worse."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+
+from surfw.errors import RemoteProtocolError
+from surfw.wire import messages as m
+from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
+
+
+@given(CLIENT_MESSAGES)
+def test_client_messages_survive(message: m.ClientMessage) -> None:
+    assert m.parse_client_message(m.encode(message)) == message
+
+
+@given(SERVER_MESSAGES)
+def test_server_messages_survive(message: m.ServerMessage) -> None:
+    assert m.parse_server_message(m.encode(message)) == message
+
+
+@given(ODD_TEXTS)
+def test_whatever_is_sent_is_a_message_or_refused(text: str) -> None:
+    for parse in (m.parse_client_message, m.parse_server_message):
+        try:
+            parsed: Any = parse(text)
+        except RemoteProtocolError as exc:
+            str(exc).encode()
+        else:
+            assert parse(m.encode(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"type": 7}',
+        '{"type": "GET"}',
+        '{"type": "credit"}',
+        '{"type": "credit", "bytes": -1}',
+        '{"type": "credit", "bytes": 1.0}',
+        '{"type": "credit", "bytes": true}',
+        '{"type": "credit", "bytes": 1e400}',
+        '{"type": "credit", "bytes": NaN}',
+        '{"type": "credit", "bytes": 9007199254740993}',
+        '{"type": "credit", "bytes": ' + "9" * 5000 + "}",
+        '{"type": "manifest", "id": 1, "model": "\\ud800"}',
+        '{"type": "manifest", "id": 1, "model": "' + "x" * 300 + '"}',
+        '{"type": "manifest", "id": 1, "model": ["x"]}',
+        "[" * 100_000,
+        '{"type":' * 50_000,
+    ],
+)
+def test_refused(text: str) -> None:
+    with pytest.raises(RemoteProtocolError):
+        m.parse_client_message(text)
+
+
+def test_fields_that_are_not_known_are_ignored() -> None:
+    assert m.parse_client_message('{"type": "cancel", "id": 3, "why": "not needed"}') == m.Cancel(3)
+
+
+def test_reasons_name_field_value_and_what_was_expected() -> None:
+    with pytest.raises(RemoteProtocolError) as caught:
+        m.parse_client_message('{"type": "cancel", "id": "seven"}')
+    assert str(caught.value) == "cancel: field 'id' is 'seven', expected an integer from 0 to 9007199254740992"
