@@ -1,0 +1,24 @@
+"""`bench chunk` measures what it says: both sides write every byte."""
+
+from pathlib import Path
+
+import pytest
+
+from surfw.bench.chunk import bench_chunk
+from tests.checkpoints import save_llama
+
+
+def test_rows_compare_with_cp(tmp_path: Path) -> None:
+    checkpoint = save_llama(tmp_path / "tiny")
+    (tmp_path / "work").mkdir()
+    result = bench_chunk(str(checkpoint), folder=str(tmp_path / "work"), rounds=1)
+    copied, chunked, memory = result.rows
+    assert result.benchmark == "chunk"
+    assert chunked.baseline == copied.value > 0
+    assert chunked.ratio == pytest.approx(chunked.value / copied.value)
+    assert memory.unit == "MB"
+    assert not list((tmp_path / "work").iterdir()), "what was written for the measurement is gone"
+    assert result.as_dict().keys() == {"benchmark", "machine", "rows"}
+    assert result.as_dict()["rows"][1].keys() == {
+        "name", "value", "unit", "baseline", "ratio", "ceiling", "share", "verified",
+    }  # fmt: skip

@@ -1,0 +1,38 @@
+"""What all tests share: no hub, no progress bars, a home of their own, and what to do where a service is missing."""
+
+import os
+from collections.abc import Iterator
+from typing import NoReturn
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+def require(reason: str) -> NoReturn:
+    """Skip a test that cannot run here; on a machine that has to have everything (`SURFW_REQUIRE_SERVICES`), fail it."""
+    if os.environ.get("SURFW_REQUIRE_SERVICES"):
+        pytest.fail(f"SURFW_REQUIRE_SERVICES is set, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is read from or written to the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SURFW_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("SURFW_SOURCE", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _quiet_loading(request: pytest.FixtureRequest) -> None:
+    """Transformers draws its bars with tqdm, whatever the verbosity; only where it is loaded anyway."""
+    import sys
+
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()

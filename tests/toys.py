@@ -1,0 +1,122 @@
+"""Toy models for tests without torch: a manifest, the payload behind each of its chunks, and a source that holds them."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import NotFoundError, UnknownModelError
+from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks, nbytes, payload_digest
+from surfw.source import ChunkSource, Read, verify_blocks
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
+"""The tensors of a chunk: safetensors dtype and shape of each."""
+
+
+def toy_chunk(name: str, shapes: Shapes, *, kind: str = "layer", seed: int = 0) -> tuple[Chunk, bytes]:
+    """A chunk of random bytes, and its payload."""
+    tensors, offset = [], 0
+    for index, (dtype, shape) in enumerate(shapes):
+        tensors.append(TensorInfo(f"{name}.t{index}", dtype, shape, offset))
+        offset += nbytes(dtype, shape)
+    payload = random.Random(f"{seed} {name}").randbytes(offset)
+    digest, blocks = digest_blocks(iter([payload]))
+    form = Form("none", offset, digest, blocks)
+    return Chunk(name, kind, payload_digest(payload), offset, tuple(tensors), (form,)), payload
+
+
+def toy_manifest(chunks: Sequence[Chunk], *, order: Sequence[Use] | None = None, name: str = "toy") -> Manifest:
+    """A manifest of these chunks, each used once, in their order."""
+    return Manifest(
+        name=name,
+        class_name="ToyModel",
+        dtype="float32",
+        config={"model_type": "toy"},
+        generation_config=None,
+        files=(),
+        ties={},
+        chunks=tuple(chunks),
+        order=tuple(order if order is not None else (Use(chunk.name, (chunk.name,)) for chunk in chunks)),
+    )
+
+
+@dataclass
+class ToySource(ChunkSource):
+    """Holds payloads in memory. `before_fetch` runs in the event loop before each read is answered."""
+
+    manifests: Mapping[str, Manifest]
+    payloads: Mapping[str, bytes]
+    before_fetch: Callable[[Read], object] = field(default=lambda _: None)
+    url: str = "toys"
+    reads: list[str] = field(default_factory=list)
+    closed: int = 0
+    gate: "Gate | None" = None
+
+    async def models(self) -> list[str]:
+        return sorted(self.manifests)
+
+    async def manifest(self, model: str) -> Manifest:
+        if model not in self.manifests:
+            raise UnknownModelError(model, sorted(self.manifests), where=self.url)
+        return self.manifests[model]
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        raise NotFoundError(path)
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        for read in reads:
+            self.reads.append(read.chunk.name)
+            self.before_fetch(read)
+            if self.gate is not None:
+                await self.gate.passes(read.chunk.name)
+            read.destination[:] = self.payloads[read.chunk.id][read.start : read.stop]
+            verify_blocks(read.chunk, read.form, read.start // BLOCK_BYTES, read.destination, where=self.url)
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+class Gate:
+    """Lets fetches through one by one, from another thread, so that their order is the test's."""
+
+    def __init__(self) -> None:
+        self._arrived: dict[str, threading.Event] = {}
+        self._opened: dict[str, threading.Event] = {}
+        self._lock = threading.Lock()
+
+    def _event(self, events: dict[str, threading.Event], name: str) -> threading.Event:
+        with self._lock:
+            return events.setdefault(name, threading.Event())
+
+    async def passes(self, name: str) -> None:
+        self._event(self._arrived, name).set()
+        await asyncio.to_thread(self._event(self._opened, name).wait, 60)
+
+    def wait_for(self, name: str) -> None:
+        """Until a fetch of that chunk has arrived."""
+        assert self._event(self._arrived, name).wait(60), f"nobody fetched {name}"
+
+    def open(self, name: str) -> None:
+        """Let fetches of that chunk through, from now on."""
+        self._event(self._opened, name).set()
+
+
+def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, ToySource]:
+    """A model with one chunk of one `U8` tensor for each size, named `c0`, `c1`, …"""
+    made = [toy_chunk(f"c{index}", [("U8", (size,))], kind=kind, seed=index) for index, size in enumerate(sizes)]
+    manifest = toy_manifest([chunk for chunk, _ in made])
+    return manifest, ToySource({manifest.name: manifest}, {chunk.id: payload for chunk, payload in made})
+
+
+def damage(chunk: Chunk) -> Chunk:
+    """The same chunk with a digest that its bytes do not have."""
+    (form,) = chunk.forms
+    return replace(chunk, forms=(replace(form, blocks=bytes(len(form.blocks))),))
+
+
+def elements(shape: Sequence[int]) -> int:
+    """How many elements a tensor of that shape has."""
+    return prod(shape)
