@@ -25,14 +25,3 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SURFW_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("SURFW_SOURCE", raising=False)
         yield
-
-
-@pytest.fixture(autouse=True)
-def _quiet_loading(request: pytest.FixtureRequest) -> None:
-    """Transformers draws its bars with tqdm, whatever the verbosity; only where it is loaded anyway."""
-    import sys
-
-    if "transformers" in sys.modules:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()

@@ -136,20 +136,17 @@ def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> Non
 
 
 def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:
+    """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
     base = size / statistics.median(raw.seconds) / GB
-    rows = [Row(name=f"raw TCP socket ({_spread(size, raw)})", value=base, unit="GB/s")]
-    for series, checked in ((unverified, False), (verified, True)):
+    cores = psutil.cpu_count() or 1
+    rows = [Row(name=f"raw TCP socket, {_spread(size, raw)}", value=base, unit="GB/s")]
+    for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
         rate = size / statistics.median(series.seconds) / GB
-        ceiling = size * len(series.seconds) / max(series.client_cpu, series.server_cpu) / GB
-        busier = "server" if series.server_cpu > series.client_cpu else "client"
-        cores = (series.client_cpu + series.server_cpu) / sum(series.seconds)
-        name = (
-            f"{'verified' if checked else 'unverified'} ({_spread(size, series)}; "
-            f"both sides keep {cores:.1f} cores busy; ceiling: the {busier}'s CPU)"
-        )
+        busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
+        ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
         rows.append(
             Row(
-                name=name,
+                name=f"{name}, {_spread(size, series)}; both sides keep {busy:.1f} of {cores} cores busy",
                 value=rate,
                 unit="GB/s",
                 baseline=base,

@@ -51,9 +51,9 @@ class PlainView:
             render.print_json(facts)
             return
         if "embedding" in facts or "predictions" in facts:
-            print(encoder_text(facts))
+            print(encoder_text(facts), flush=True)
         else:
-            print(" ".join(map(str, facts["token_ids"])) if self._ids else "")
+            print(" ".join(map(str, facts["token_ids"])) if self._ids else "", flush=True)
         self.note(summary(facts))
 
 

@@ -6,6 +6,7 @@ model can ever compute with weights that are missing. Below, it lies on the meta
 compute.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
@@ -44,6 +45,10 @@ class _Absent(torch.Tensor):
             kwargs = {key: _present(value) for key, value in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on, see torch.overrides
             return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A copy has its values."""
+        return copy.deepcopy(self._surfw_load(), memo)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
         """Its facts, as there are no values."""

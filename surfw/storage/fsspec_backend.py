@@ -34,7 +34,7 @@ def translate_errors(what: str) -> Iterator[None]:
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"{what}: no space is left; free some and run the same command again") from exc
-        raise StorageError(f"{what}: {exc.strerror or exc or type(exc).__name__}") from exc
+        raise StorageError(f"{what}: {exc.strerror or str(exc) or type(exc).__name__}") from exc
     except ImportError as exc:
         raise ConfigurationError(f"{what}: {exc}") from exc
 

@@ -13,6 +13,7 @@ import pytest
 from surfw.config import parse_size
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, environment, surfw
+from tests.conftest import require
 from tests.servers import serve
 
 ROOT = Path(__file__).parent.parent.parent
@@ -173,7 +174,7 @@ def test_serve_stops_cleanly(number: signal.Signals, home: Path) -> None:
 
 def test_the_script_for_ci(home: Path) -> None:
     if shutil.which("curl") is None:
-        pytest.skip("needs curl")
+        require("curl is not there")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -15,6 +15,7 @@ import pytest
 
 from tests.checkpoints import save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
+from tests.conftest import require
 from tests.servers import serve
 
 
@@ -202,8 +203,9 @@ def test_a_server_that_dies_during_a_fetch(tmp_path: Path) -> None:
     assert served.url in said
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_full_disk(checkpoint: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        require("mounting a small tmpfs needs root")
     small = tmp_path / "small"
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(small)], check=True)

@@ -62,19 +62,19 @@ async def hanging_up_server(reader: asyncio.StreamReader, writer: asyncio.Stream
 
 
 @pytest.mark.parametrize(
-    ("talk", "complaint"),
+    ("talk", "patience", "complaint"),
     [
-        (http_server, "answers, but is not a surfw server"),
-        (silent_server, f"no answer within {QUICK} seconds"),
-        (babbling_server, "answers, but is not a surfw server"),
-        (hanging_up_server, "answers, but is not a surfw server"),
+        (http_server, 10, "answers, but is not a surfw server"),
+        (silent_server, QUICK, f"no answer within {QUICK} seconds"),
+        (babbling_server, 1, "answers, but is not a surfw server"),
+        (hanging_up_server, 10, "answers, but is not a surfw server"),
     ],
 )
-def test_something_else_listens_there(talk: object, complaint: str) -> None:
+def test_something_else_listens_there(talk: object, patience: float, complaint: str) -> None:
     async def main() -> None:
         async with tcp_server(talk) as url:  # type: ignore[arg-type]
             with pytest.raises(ConnectionFailedError, match=complaint):
-                await open_wire_source(url, connect_timeout=QUICK)
+                await open_wire_source(url, connect_timeout=patience)
             assert not await probe(url, QUICK)
 
     asyncio.run(main())
@@ -100,7 +100,7 @@ def test_probe_finds_a_server_and_nothing_else(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(tmp_path) as server:
-            assert await probe(server.url)
+            assert await probe(server.url, 10)
             await until(lambda: server.stats()["clients"] == 0)
         assert not await probe(server.url)
         assert not await probe("ws://127.0.0.1:99999")

@@ -1,6 +1,6 @@
 """The cache against a dictionary that remembers the order of use."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surfw.server.cache import LruCache
@@ -48,6 +48,7 @@ class Model:
         return sizes.get(key)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 16), STEPS)
 def test_behaves_like_the_model(capacity: int, steps: list[tuple[str, int, int]]) -> None:
     cache: LruCache[int, bytes] = LruCache(capacity, len)

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surfw.manifest import Location
@@ -16,6 +16,7 @@ NOWHERE = PageCache(FilesystemBackend(Path("/nonexistent")), 0, Metrics())
 EDGES = st.sampled_from([0, 1, 4096, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, 3 * PAGE_BYTES, 3 * PAGE_BYTES + 17])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(EDGES, EDGES), min_size=1, max_size=3), st.data())
 def test_pieces_cover_a_range(parts: list[tuple[int, int]], data: st.DataObject) -> None:
     locations = [Location(f"o{index}", at, at + length) for index, (at, length) in enumerate(parts)]

@@ -3,23 +3,26 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from surfw.errors import RemoteProtocolError
 from surfw.wire import messages as m
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
 
+@settings(deadline=None)
 @given(CLIENT_MESSAGES)
 def test_client_messages_survive(message: m.ClientMessage) -> None:
     assert m.parse_client_message(m.encode(message)) == message
 
 
+@settings(deadline=None)
 @given(SERVER_MESSAGES)
 def test_server_messages_survive(message: m.ServerMessage) -> None:
     assert m.parse_server_message(m.encode(message)) == message
 
 
+@settings(deadline=None)
 @given(ODD_TEXTS)
 def test_whatever_is_sent_is_a_message_or_refused(text: str) -> None:
     for parse in (m.parse_client_message, m.parse_server_message):

@@ -257,7 +257,7 @@ def test_our_own_mistakes_are_local_errors() -> None:
         client.send(get(2))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(ODD_TEXTS | CLIENT_MESSAGES.map(encode) | st.binary(max_size=8) | st.just(HELLO), max_size=12))
 def test_a_server_takes_or_refuses_whatever_comes(messages: list[str | bytes]) -> None:
     server = ServerSession(LIMITS, server="s")
@@ -284,7 +284,7 @@ FROM_SERVER = st.one_of(
 ).map(encode)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(ODD_TEXTS | FROM_SERVER | st.sampled_from([0, 1, FRAME, FRAME + 1]), max_size=16))
 def test_a_client_takes_or_refuses_whatever_comes(messages: list[str | int]) -> None:
     client, _ = joined()
@@ -310,6 +310,7 @@ def traffic(draw: st.DrawFn) -> list[tuple[str, int]]:
     )
 
 
+@settings(deadline=None)
 @given(traffic())
 def test_joined_sessions_always_agree(steps: list[tuple[str, int]]) -> None:
     """Whatever two well-behaved sides do, neither refuses the other, and each byte arrives once and in order."""
