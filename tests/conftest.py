@@ -1,7 +1,9 @@
 """What all tests share: no hub, no progress bars, a home of their own, and what to do where a service is missing."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -12,7 +14,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
 def require(reason: str) -> NoReturn:
-    """Skip a test that cannot run here; on a machine that has to have everything (`SURFW_REQUIRE_SERVICES`), fail it."""
+    """Skip a test that cannot run here; where everything has to be there (`SURFW_REQUIRE_SERVICES`), fail it."""
     if os.environ.get("SURFW_REQUIRE_SERVICES"):
         pytest.fail(f"SURFW_REQUIRE_SERVICES is set, but {reason}")
     pytest.skip(reason)
@@ -25,3 +27,19 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SURFW_HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("SURFW_SOURCE", raising=False)
         yield
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    if os.geteuid() != 0:
+        require("only root can mount a small tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        require(f"a small tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""Toy models for tests without torch: a manifest, the payload behind each of its chunks, and a source that holds them."""
+"""Toy models for tests without torch: manifests, the payloads behind their chunks, and a source that holds them."""
 
 import asyncio
 import random

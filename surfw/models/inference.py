@@ -18,6 +18,8 @@ from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.streaming import StreamingModel
 
 _TOP_PREDICTIONS = 5
+_RESERVED_POSITIONS = 2
+"""The positions that some families, such as RoBERTa, keep for themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +145,15 @@ def answer(
         if model.model.can_generate():
             return _generate(model, tokenizer, request, inputs, on_text=on_text, on_token=on_token)
         return _encoder(model, tokenizer, inputs)
-    except IndexError as exc:
-        positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", "so many")
+    except (IndexError, RuntimeError) as exc:
+        prompt_tokens = inputs["input_ids"].shape[1]
+        new_tokens = request.max_new_tokens if model.model.can_generate() else 0
+        positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or prompt_tokens + new_tokens + _RESERVED_POSITIONS <= positions:
+            raise
         raise ConfigurationError(
-            f"{model.manifest.name} looked for something that it does not have ({exc}): it takes {positions} tokens, "
-            f"the prompt has {inputs['input_ids'].shape[1]}; shorten it, or ask for fewer new tokens"
+            f"{model.manifest.name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and "
+            f"{new_tokens} new ones are asked for; ask for less"
         ) from exc
 
 
@@ -168,7 +174,13 @@ def _encode(
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": request.prompt or ""})
         template: Any = tokenizer.apply_chat_template
-        inputs = dict(template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+        try:
+            inputs = dict(template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
+        except Exception as exc:  # a template is a program of the model's maker, and raises what it likes
+            raise ConfigurationError(
+                f"the chat template of {model.manifest.name} refuses the prompt ({type(exc).__name__}: "
+                f"{str(exc)[:200]}); leave --system out, or give the prompt as it is with --raw"
+            ) from exc
     elif request.system:
         raise ConfigurationError(
             f"{model.manifest.name} has no chat template, so a system message has no place in its prompt"

@@ -157,6 +157,11 @@ def build_skeleton(
         stack.enter_context(initialization.no_tie_weights())
         untyped: Any = cls
         model = untyped._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - what AutoModel.from_config calls
+    if not hasattr(model, "all_tied_weights_keys"):
+        raise UnsupportedModelError(
+            f"{where}: {cls.__name__} is no whole model: transformers demands that its __init__ ends with "
+            "self.post_init()"
+        )
     return Skeleton(model, dtype)
 
 

@@ -1,0 +1,322 @@
+"""Writing a plan: the bytes are right, an interruption costs what was not finished, and two writers do not meet."""
+
+import asyncio
+import json
+import os
+import shutil
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surfw.chunking import writer as writer_module
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, encode_header
+from surfw.chunking.writer import ChunkWriter
+from surfw.config import BLOCK_BYTES
+from surfw.errors import CheckpointError, StorageError, StorageFullError
+from surfw.manifest import Chunk
+from surfw.storage import FilesystemBackend, StorageBackend
+from surfw.storage.store import blob_key
+from tests.storage.test_backends import DictBackend
+from tests.toys import toy_chunk
+
+SIZES = (5000, 9 * BLOCK_BYTES + 3, 0, 700)
+
+
+class Payloads:
+    """The bytes of planned chunks; reads of some chunks can be made to fail or to wait."""
+
+    def __init__(self, chunks: Sequence[tuple[Chunk, bytes]]) -> None:
+        self.payloads = {chunk.name: payload for chunk, payload in chunks}
+        self.reads: list[tuple[str, int, int]] = []
+        self.failing: str | None = None
+        self.waiting: str | None = None
+        self.arrived, self.go_on = threading.Event(), threading.Event()
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        self.reads.append((chunk.name, start, len(destination)))
+        if chunk.name == self.failing:
+            raise CheckpointError(f"{chunk.name} cannot be read")
+        if chunk.name == self.waiting:
+            self.arrived.set()
+            assert self.go_on.wait(60)
+        destination[:] = self.payloads[chunk.name][start : start + len(destination)]
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _, _ in self.reads))
+
+
+def planned(chunks: Sequence[tuple[Chunk, bytes]]) -> ChunkPlan:
+    made = tuple(
+        PlannedChunk(chunk.name, chunk.kind, tuple(PlannedTensor(info, info.name) for info in chunk.tensors))
+        for chunk, _ in chunks
+    )
+    return ChunkPlan(made, ())
+
+
+def toys(sizes: Sequence[int] = SIZES) -> list[tuple[Chunk, bytes]]:
+    return [toy_chunk(f"layers.{index}", [("U8", (size,))], seed=index) for index, size in enumerate(sizes)]
+
+
+def run(writer: ChunkWriter, plan: ChunkPlan) -> list[Chunk]:
+    with writer.locked():
+        return asyncio.run(writer.write(plan))
+
+
+def make(backend: StorageBackend, source: Payloads, progress: list[int] | None = None) -> ChunkWriter:
+    def note(count: int, _: str) -> None:
+        if progress is not None:
+            progress.append(count)
+
+    return ChunkWriter(backend, source, key="k", progress=note)
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> FilesystemBackend:
+    return FilesystemBackend(tmp_path / "store")
+
+
+def stored(backend: StorageBackend, chunk: Chunk) -> bytes:
+    """A chunk's payload, read from where the writer says that it lies."""
+    (form,) = chunk.forms
+    (at,) = form.locations
+    return asyncio.run(backend.load_range(at.object, at.start, at.stop))
+
+
+def marks(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of modification of every blob."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("blobs/*/*")}
+
+
+@pytest.mark.parametrize("kind", ["files", "four methods"])
+def test_chunks_are_written_as_they_are_described(kind: str, tmp_path: Path) -> None:
+    storage: StorageBackend = FilesystemBackend(tmp_path / "store") if kind == "files" else DictBackend()
+    chunks, progress = toys(), []
+    made = run(make(storage, Payloads(chunks), progress), planned(chunks))
+    assert sum(progress) == sum(SIZES)
+    for (toy, payload), chunk in zip(chunks, made, strict=True):
+        assert (chunk.name, chunk.kind, chunk.id, chunk.tensors) == (toy.name, toy.kind, toy.id, toy.tensors)
+        assert chunk.forms[0].blocks == toy.forms[0].blocks
+        assert chunk.forms[0].digest == toy.id
+        (at,) = chunk.forms[0].locations
+        assert at.object == blob_key(toy.id, ".safetensors")
+        assert at.start % 4096 == 0
+        assert asyncio.run(storage.load(at.object)) == encode_header(toy.tensors) + payload
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 40))
+def test_every_byte_is_read_once_in_order_and_stored_once(layers: list[list[int]], piece: int) -> None:
+    chunks = [
+        toy_chunk(f"l{index}", [("U8", (size,)) for size in sizes], seed=index) for index, sizes in enumerate(layers)
+    ]
+    source, backend = Payloads(chunks), DictBackend()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer_module, "_PIECE_BYTES", piece)
+        patch.setattr(writer_module, "block_digests", lambda _: b"")
+        made = run(make(backend, source), planned(chunks))
+    for (toy, payload), chunk in zip(chunks, made, strict=True):
+        pieces = [(start, size) for name, start, size in source.reads if name == toy.name]
+        assert [start for start, _ in pieces] == list(range(0, len(payload), piece))
+        assert sum(size for _, size in pieces) == len(payload)
+        assert stored(backend, chunk) == payload
+    shutil.rmtree(backend.spool())
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(backend: FilesystemBackend) -> None:
+    chunks = toys()
+    source = Payloads(chunks)
+    source.failing = "layers.3"
+    with pytest.raises(CheckpointError, match=r"layers\.3 cannot be read"):
+        run(make(backend, source), planned(chunks))
+    before = marks(backend.base)
+    assert len(before) == 3
+    assert [path.name for path in (backend.spool() / "k").iterdir() if path.suffix == ".tmp"] == []
+
+    again, progress = Payloads(chunks), []
+    made = run(make(backend, again, progress), planned(chunks))
+    assert again.names == ["layers.3"]
+    assert sum(progress) == sum(SIZES)
+    assert {name: mark for name, mark in marks(backend.base).items() if name in before} == before
+    assert [stored(backend, chunk) for chunk in made] == [payload for _, payload in chunks]
+
+
+def test_a_finished_chunk_that_is_gone_or_cut_is_written_again(backend: FilesystemBackend) -> None:
+    chunks = toys()
+    made = run(make(backend, Payloads(chunks)), planned(chunks))
+    backend.local_path(made[0].forms[0].locations[0].object).unlink()
+    os.truncate(backend.local_path(made[1].forms[0].locations[0].object), 4096 + 100)
+    source = Payloads(chunks)
+    assert run(make(backend, source), planned(chunks)) == made
+    assert source.names == ["layers.0", "layers.1"]
+    assert [stored(backend, chunk) for chunk in made] == [payload for _, payload in chunks]
+
+
+@pytest.mark.parametrize("left", ['{"chunk": "layers.0", "dig', "[]", "null", '{"chunk": 1}', "\0\0\0"])
+def test_half_a_line_in_the_journal_costs_one_chunk_once(backend: FilesystemBackend, left: str) -> None:
+    chunks = toys((100, 200))
+    run(make(backend, Payloads(chunks)), planned(chunks))
+    journal = backend.spool() / "k" / "journal.jsonl"
+    first, second = [line for line in journal.read_text().splitlines() if line]
+    assert json.loads(first)["chunk"] == "layers.0"
+    journal.write_text(f"{second}\n{left}")
+    source = Payloads(chunks)
+    run(make(backend, source), planned(chunks))
+    assert source.names == ["layers.0"]
+    source = Payloads(chunks)
+    run(make(backend, source), planned(chunks))
+    assert source.names == []
+
+
+def test_the_journal_is_forgotten_with_everything_beside_it(backend: FilesystemBackend) -> None:
+    chunks = toys((100,))
+    writer = make(backend, Payloads(chunks))
+    with writer.locked():
+        asyncio.run(writer.write(planned(chunks)))
+        writer.forget()
+    assert not backend.spool().exists()
+    assert len(marks(backend.base)) == 1
+
+
+def test_what_others_left_in_progress_stays(backend: FilesystemBackend) -> None:
+    chunks = toys((100,))
+    other = backend.spool() / "other"
+    other.mkdir(parents=True)
+    (other / "journal.jsonl").write_text("{}")
+    writer = make(backend, Payloads(chunks))
+    with writer.locked():
+        asyncio.run(writer.write(planned(chunks)))
+        writer.forget()
+    assert [path.name for path in backend.spool().iterdir()] == ["other"]
+
+
+def test_two_writers_of_the_same_plan_do_not_meet(backend: FilesystemBackend) -> None:
+    chunks = toys()
+    source = Payloads(chunks)
+    source.waiting = "layers.1"
+    first = threading.Thread(target=run, args=(make(backend, source), planned(chunks)))
+    first.start()
+    assert source.arrived.wait(60)
+    second = Payloads(chunks)
+    with pytest.raises(StorageError, match=f"another surfw is chunking this model into {backend.url}; wait for it"):
+        run(make(backend, second), planned(chunks))
+    assert second.reads == []
+    source.go_on.set()
+    first.join()
+    run(make(backend, second), planned(chunks))
+    assert second.reads == []  # all is there
+
+
+def test_a_lock_that_a_finished_writer_removed_locks_nobody_out(
+    backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock file is opened, then the one who held it finishes and removes it, then it is locked: no lock at all."""
+    first = make(backend, Payloads([]))
+    holding = first.locked()
+    holding.__enter__()
+    flock, attempts = writer_module.fcntl.flock, []
+
+    def finish_before(fd: int, how: int) -> None:
+        attempts.append(fd)
+        if len(attempts) == 1:
+            first.forget()
+            holding.__exit__(None, None, None)
+        flock(fd, how)
+
+    monkeypatch.setattr(writer_module.fcntl, "flock", finish_before)
+    with make(backend, Payloads([])).locked():
+        assert len(attempts) == 2
+        assert (backend.spool() / "k" / "lock").stat().st_ino == os.fstat(attempts[1]).st_ino
+        monkeypatch.undo()
+        with pytest.raises(StorageError, match="another surfw"), make(backend, Payloads([])).locked():
+            raise AssertionError("two writers at once")
+
+
+def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend: FilesystemBackend) -> None:
+    chunk, payload = toy_chunk("layers.0", [("U8", (6000,))])
+    renamed, _ = toy_chunk("x" * 5000, [("U8", (6000,))], seed=0)
+    same = {renamed.name: payload}
+    (short,) = run(make(backend, Payloads([(chunk, payload)])), planned([(chunk, payload)]))
+    before = marks(backend.base)
+    source = Payloads([(renamed, payload)])
+    source.payloads = same
+    writer = ChunkWriter(backend, source, key="other", progress=lambda *_: None)
+    (long,) = run(writer, planned([(renamed, payload)]))
+    assert len(encode_header(renamed.tensors)) == 8192
+    assert long.id == short.id
+    assert long.forms[0].locations == short.forms[0].locations
+    assert marks(backend.base) == before
+    assert stored(backend, long) == stored(backend, short) == payload
+    again = Payloads([(renamed, payload)])
+    writer = ChunkWriter(backend, again, key="other", progress=lambda *_: None)
+    assert run(writer, planned([(renamed, payload)])) == [long]
+    assert again.reads == []  # it was noted as done
+
+
+def test_equal_chunks_of_one_model_share_a_blob(backend: FilesystemBackend) -> None:
+    one, payload = toy_chunk("layers.0", [("U8", (600,))])
+    two, _ = toy_chunk("layers.1", [("U8", (600,))])
+    chunks = [(one, payload), (two, payload)]
+    made = run(make(backend, Payloads(chunks)), planned(chunks))
+    assert made[0].id == made[1].id
+    assert [stored(backend, chunk) for chunk in made] == [payload, payload]
+    assert len(marks(backend.base)) == 1
+
+
+def test_a_damaged_blob_is_replaced(backend: FilesystemBackend) -> None:
+    chunks = toys((6000,))
+    (chunk,) = run(make(backend, Payloads(chunks)), planned(chunks))
+    blob = backend.local_path(chunk.forms[0].locations[0].object)
+    for damaged in (bytes(8192 + 6000), bytes(4096 + 6000), b"", bytes(50)):
+        blob.write_bytes(damaged)
+        shutil.rmtree(backend.spool())
+        assert run(make(backend, Payloads(chunks)), planned(chunks)) == [chunk]
+        assert stored(backend, chunk) == chunks[0][1]
+
+
+def test_a_cancelled_run_stops_soon_and_keeps_what_is_done(backend: FilesystemBackend) -> None:
+    chunks = toys((100, 200, 20 * BLOCK_BYTES, 300))
+    source = Payloads(chunks)
+    source.waiting = "layers.2"
+    writer = make(backend, source)
+
+    async def cancel() -> None:
+        work = asyncio.create_task(writer.write(planned(chunks)))
+        await asyncio.to_thread(source.arrived.wait, 60)
+        work.cancel()
+        await asyncio.sleep(0)
+        source.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    with writer.locked():
+        asyncio.run(cancel())
+    assert [name for name, _, _ in source.reads] == ["layers.0", "layers.1", "layers.2"]  # one piece of three
+    assert [path.name for path in (backend.spool() / "k").glob("*.tmp")] == []
+    again = Payloads(chunks)
+    made = run(make(backend, again), planned(chunks))
+    assert again.names[-2:] == ["layers.2", "layers.3"]
+    assert "layers.0" not in again.names
+    assert [stored(backend, chunk) for chunk in made] == [payload for _, payload in chunks]
+
+
+def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
+    backend = FilesystemBackend(small_disk / "store")
+    chunks = toys((300_000, 3 * BLOCK_BYTES, 400))
+    with pytest.raises(StorageFullError, match=r"writing chunk layers\.1 to .*: no space is left"):
+        run(make(backend, Payloads(chunks)), planned(chunks))
+    assert list(marks(backend.base)) == [Path(blob_key(chunks[0][0].id, ".safetensors")).name]
+    assert [path for path in backend.base.rglob("*") if path.suffix == ".tmp"] == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with (
+        pytest.raises(StorageError, match=r"preparing .*/file/partial/k"),
+        make(FilesystemBackend(tmp_path / "file"), Payloads([])).locked(),
+    ):
+        raise AssertionError("locked nothing")

@@ -1,0 +1,47 @@
+"""A store with small models of several kinds, chunked once for all tests of this room."""
+
+import asyncio
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from surfw.chunking.chunker import prepare_model, write_model
+from surfw.storage import open_backend
+from tests.checkpoints import save_bert, save_llama
+from tests.exactness.families import FAMILIES
+
+UNTOUCHED = ("deberta-outside-weights", "t5", "electra-classifier")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint of each model."""
+    folder = tmp_path_factory.mktemp("models")
+    save_llama(folder / "llama", tie_word_embeddings=True)
+    save_bert(folder / "bert")
+    for name in UNTOUCHED:
+        torch.manual_seed(3)
+        FAMILIES[name].build().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that holds them all."""
+    path = tmp_path_factory.mktemp("store")
+    shutil.rmtree(path)
+    for folder in sorted(checkpoints.iterdir()):
+        with prepare_model(str(folder)) as prepared:
+            asyncio.run(write_model(prepared, open_backend(path)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    """Whatever a test does, every thread of surfw has ended after it."""
+    yield
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")] == []

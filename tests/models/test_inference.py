@@ -1,0 +1,261 @@
+"""One prompt through a model: the tokens are transformers', the times are those of the clock, and mistakes are told."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from surfw.errors import ConfigurationError
+from surfw.models import StreamingModel, inference
+from surfw.models.inference import Answer, Request, TokenClock, answer
+from surfw.models.tokenizer import open_tokenizer
+from surfw.storage import open_backend
+from surfw.storage.source import open_storage_source
+
+PROMPT = "Weights arrive while"
+
+
+@pytest.fixture
+def opened(store: Path) -> Iterator[Callable[[str], StreamingModel]]:
+    """Opens models of the store by name; they are closed in the end."""
+    models: list[StreamingModel] = []
+
+    def open_model(name: str) -> StreamingModel:
+        models.append(StreamingModel.open(lambda: open_storage_source(open_backend(store)), name))
+        return models[-1]
+
+    yield open_model
+    for model in models:
+        model.close()
+
+
+@pytest.fixture
+def llama(opened: Callable[[str], StreamingModel]) -> StreamingModel:
+    return opened("llama")
+
+
+@pytest.fixture
+def tokenizer(llama: StreamingModel) -> PreTrainedTokenizerBase:
+    found = open_tokenizer(llama)
+    assert found is not None
+    return found
+
+
+def resident(checkpoints: Path, name: str) -> Any:
+    folder = checkpoints / name
+    (cls,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return copy.deepcopy(getattr(transformers, cls).from_pretrained(folder))
+
+
+def greedy(checkpoints: Path, name: str, ids: list[int], count: int, **options: Any) -> list[int]:
+    """What transformers generates."""
+    given = torch.tensor([ids])
+    model = resident(checkpoints, name)
+    output = model.generate(
+        given, attention_mask=torch.ones_like(given), max_new_tokens=count, do_sample=False, pad_token_id=0, **options
+    )
+    return [int(one) for one in output[0, 1 if model.config.is_encoder_decoder else len(ids) :]]
+
+
+def test_a_prompt_is_continued_as_transformers_does(
+    llama: StreamingModel, tokenizer: PreTrainedTokenizerBase, checkpoints: Path
+) -> None:
+    pieces: list[str] = []
+    seconds: list[float] = []
+    result = answer(
+        llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=9), on_text=pieces.append, on_token=seconds.append
+    )
+    ids = AutoTokenizer.from_pretrained(checkpoints / "llama")(PROMPT).input_ids
+    assert result.token_ids == greedy(checkpoints, "llama", ids, 9)
+    assert result.prompt_tokens == len(ids)
+    assert result.text == tokenizer.decode(result.token_ids, skip_special_tokens=True) == "".join(pieces)
+    assert len(seconds) == len(result.token_ids)
+    assert seconds == sorted(seconds)
+    assert result.ttft_seconds == seconds[0]
+    assert result.tpot_seconds == pytest.approx((seconds[-1] - seconds[0]) / (len(seconds) - 1))
+    assert result.tokens_per_second is not None
+    assert 0 < result.tokens_per_second <= len(seconds) / seconds[-1]
+
+
+def test_ids_are_taken_as_they_are(llama: StreamingModel, checkpoints: Path) -> None:
+    result = answer(llama, None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4))
+    assert result.token_ids == greedy(checkpoints, "llama", [5, 9, 77], 4)
+    assert (result.text, result.prompt_tokens) == ("", 3)
+
+
+def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
+    result = answer(opened("t5"), None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4))
+    assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
+    assert result.prompt_tokens == 3
+
+
+def test_one_token_has_no_time_per_further_token(llama: StreamingModel) -> None:
+    result = answer(llama, None, Request(prompt_ids=[5], max_new_tokens=1))
+    assert len(result.token_ids) == 1
+    assert result.ttft_seconds is not None
+    assert result.tpot_seconds is None
+
+
+def test_generation_ends_at_the_models_end_unless_it_is_to_be_ignored(llama: StreamingModel) -> None:
+    free = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
+    assert len(free.token_ids) == 6
+    llama.model.generation_config.eos_token_id = free.token_ids[2]
+    first = free.token_ids.index(free.token_ids[2])
+    ended = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6))
+    assert ended.token_ids == free.token_ids[: first + 1]
+    again = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
+    assert again.token_ids == free.token_ids
+    assert llama.model.generation_config.eos_token_id == free.token_ids[2]
+
+
+def test_a_text_ends_the_generation(llama: StreamingModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    request = Request(prompt=PROMPT, max_new_tokens=12, ignore_eos=True)
+    free = answer(llama, tokenizer, request)
+    stop = tokenizer.decode(free.token_ids[4:5])
+    assert isinstance(stop, str)
+    ended = answer(llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=12, ignore_eos=True, stop=[stop]))
+    assert len(ended.token_ids) <= 5
+    assert ended.token_ids == free.token_ids[: len(ended.token_ids)]
+    assert stop in ended.text
+
+
+def test_a_seed_makes_a_sample_repeatable(llama: StreamingModel) -> None:
+    def sample(seed: int) -> list[int]:
+        return answer(
+            llama, None, Request(prompt_ids=[5], max_new_tokens=8, temperature=5.0, seed=seed, ignore_eos=True)
+        ).token_ids
+
+    assert sample(1) == sample(1)
+    assert len({tuple(sample(seed)) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "samples"),
+    [
+        ({}, False), ({"temperature": 0.0}, False), ({"temperature": 0.7}, True), ({"top_p": 0.9}, True),
+        ({"top_k": 5}, True), ({"temperature": 0.0, "top_k": 5}, False), ({"seed": 3}, False),
+    ],
+)  # fmt: skip
+def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> None:
+    assert Request(prompt="x", **options).samples is samples
+
+
+@pytest.mark.parametrize(
+    ("request_of", "text"),
+    [
+        ({"prompt_ids": []}, "the prompt is empty; give at least one token"),
+        ({"prompt_ids": [300]}, "token ids of llama lie between 0 and 299"),
+        ({"prompt_ids": [-1]}, "token ids of llama lie between 0 and 299"),
+        ({"prompt_ids": [2**70]}, "token ids of llama lie between 0 and 299"),
+        ({"prompt": "x"}, "llama has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3"),
+        ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so --stop cannot be used with it"),
+    ],
+)
+def test_requests_that_do_not_fit_the_model(llama: StreamingModel, request_of: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        answer(llama, None, Request(**request_of))
+    assert str(caught.value) == text
+    assert llama.statistics()["cache"]["hits"] == 0
+
+
+def test_a_system_message_needs_a_chat_template(llama: StreamingModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(
+        ConfigurationError, match="llama has no chat template, so a system message has no place in its prompt"
+    ):
+        answer(llama, tokenizer, Request(prompt=PROMPT, system="Be brief."))
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'system' and message.content == 'refuse' %}"
+    "{{ raise_exception('no system messages') }}{% endif %}{{ message.role }}: {{ message.content }} {% endfor %}"
+)
+
+
+def test_a_chat_template_is_used_unless_the_prompt_is_raw(
+    llama: StreamingModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = TEMPLATE
+    chat = answer(llama, tokenizer, Request(prompt="Hi", system="Be brief.", max_new_tokens=1))
+    assert chat.prompt_tokens == len(tokenizer("system: Be brief. user: Hi ").input_ids)
+    raw = answer(llama, tokenizer, Request(prompt="Hi", raw=True, max_new_tokens=1))
+    assert raw.prompt_tokens == len(tokenizer("Hi").input_ids)
+    with pytest.raises(
+        ConfigurationError, match=r"the chat template of llama refuses the prompt \(TemplateError: no system"
+    ):
+        answer(llama, tokenizer, Request(prompt="Hi", system="refuse"))
+
+
+def test_a_prompt_that_is_longer_than_the_positions(opened: Callable[[str], StreamingModel]) -> None:
+    bert = opened("bert")
+    with pytest.raises(
+        ConfigurationError, match="bert has positions for 64 tokens, but the prompt has 65, and 0 new ones"
+    ):
+        answer(bert, None, Request(prompt_ids=[5] * 65))
+    assert len(answer(bert, None, Request(prompt_ids=[5] * 64)).embedding or []) == 64
+
+
+def test_an_encoder_gives_the_mean_of_its_last_states(
+    opened: Callable[[str], StreamingModel], checkpoints: Path
+) -> None:
+    bert = opened("bert")
+    result = answer(bert, open_tokenizer(bert), Request(prompt=PROMPT))
+    inputs = AutoTokenizer.from_pretrained(checkpoints / "bert")(PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        states = resident(checkpoints, "bert")(**inputs, output_hidden_states=True).hidden_states[-1]
+    assert result.embedding == states[0].mean(0).tolist()
+    assert result.predictions is None
+    assert result.prompt_tokens == inputs["input_ids"].shape[1]
+    assert result.token_ids == []
+
+
+def test_a_mask_is_filled_with_the_likeliest_tokens(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
+    bert = opened("bert")
+    result = answer(bert, open_tokenizer(bert), Request(prompt="Weights [MASK] while the [MASK] runs."))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints / "bert")
+    inputs = tokenizer("Weights [MASK] while the [MASK] runs.", return_tensors="pt")
+    with torch.no_grad():
+        logits = resident(checkpoints, "bert")(**inputs).logits[0]
+    places = [at for at, one in enumerate(inputs["input_ids"][0].tolist()) if one == tokenizer.mask_token_id]
+    assert result.embedding is None
+    assert result.predictions is not None
+    assert [found["position"] for found in result.predictions] == places
+    assert len(places) == 2
+    for found in result.predictions:
+        best = logits[found["position"]].softmax(-1).topk(5)
+        assert [one["id"] for one in found["candidates"]] == best.indices.tolist()
+        assert [one["probability"] for one in found["candidates"]] == best.values.tolist()
+        assert found["candidates"][0]["text"] == str(tokenizer.decode(best.indices[0])).strip()
+
+
+def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
+    result = answer(opened("electra-classifier"), None, Request(prompt_ids=[5, 9, 77]))
+    with torch.no_grad():
+        logits = resident(checkpoints, "electra-classifier")(torch.tensor([[5, 9, 77]])).logits[0]
+    assert result.predictions is not None
+    ((found),) = result.predictions
+    assert {one["text"] for one in found["candidates"]} == {"LABEL_0", "LABEL_1"}
+    assert [one["probability"] for one in found["candidates"]] == logits.softmax(-1).sort(
+        descending=True
+    ).values.tolist()
+
+
+def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([10.0, 11.0, 13.0])
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
+    told: list[float] = []
+    clock = TokenClock(None, told.append, streams_prompt=True)
+    for token in ([[1, 2, 3]], [4], [5]):
+        clock.put(torch.tensor(token))
+    clock.end()
+    assert clock.times == told == [1.0, 3.0]
+
+
+def test_an_answer_starts_empty() -> None:
+    assert Answer().token_ids == []
+    assert Answer().embedding is Answer().predictions is None

@@ -1,0 +1,92 @@
+"""Plain torch modules streamed from memory: the engine and the hooks without a store or transformers' models."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks
+from surfw.metrics import Metrics
+from surfw.runtime.engine import Engine
+from surfw.runtime.hooks import StreamingHooks
+from surfw.runtime.io_thread import IoThread
+from surfw.runtime.loader import Loader
+from surfw.runtime.residency import plan_residency
+from surfw.skeleton.build import Skeleton
+from surfw.skeleton.dtypes import safetensors_dtype
+from surfw.skeleton.units import Unit, find_units
+from tests.toys import ToySource, toy_manifest
+
+
+@dataclass
+class Streamed:
+    """A module with its weights, and the same one without them, under hooks."""
+
+    resident: nn.Module
+    model: nn.Module
+    engine: Engine
+    hooks: StreamingHooks
+    source: ToySource
+
+    def users(self) -> int:
+        """How many times chunks are held at the moment."""
+        return sum(entry.users for entry in self.engine._entries.values())
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes."""
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def chunk_of(unit: Unit, state: dict[str, torch.Tensor]) -> tuple[Chunk, bytes]:
+    """The chunk of a unit, with the values of a state dict."""
+    infos, payload = [], b""
+    for slot in unit.slots:
+        tensor = state[slot.name]
+        infos.append(TensorInfo(slot.name, safetensors_dtype(tensor.dtype), tuple(tensor.shape), len(payload)))
+        payload += raw(tensor)
+    digest, blocks = digest_blocks(iter([payload[i : i + (1 << 20)] for i in range(0, len(payload), 1 << 20)]))
+    form = Form("none", len(payload), digest, blocks)
+    return Chunk(unit.path, unit.kind, digest, len(payload), tuple(infos), (form,)), payload
+
+
+def describe(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[Manifest, ToySource]:
+    """A manifest with a chunk for each unit, and a source that has them."""
+    made = [chunk_of(unit, state) for unit in find_units(model)]
+    manifest = toy_manifest([chunk for chunk, _ in made], order=[Use(chunk.name, (chunk.name,)) for chunk, _ in made])
+    return manifest, ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+
+
+def skeleton_of(model: Any) -> Skeleton:
+    """A module as a skeleton: any has units."""
+    return Skeleton(model, torch.float32)
+
+
+@contextmanager
+def streamed(build: Callable[[], nn.Module], *, cache_layers: int | None = 1) -> Iterator[Streamed]:
+    """Build a module twice, and run one of them from memory, layer by layer."""
+    torch.manual_seed(0)
+    resident = build().eval()
+    with torch.device("meta"):
+        model = build().eval()
+    manifest, source = describe(model, resident.state_dict())
+    loader = Loader(source, manifest)
+    plan = plan_residency(
+        {chunk.name: chunk.kind for chunk in manifest.chunks},
+        {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
+        manifest.order,
+        cache_layers=cache_layers,
+    )
+    io = IoThread()
+    engine = Engine(manifest, plan, loader, io, Metrics())
+    hooks = StreamingHooks(skeleton_of(model), manifest, engine)
+    try:
+        with torch.no_grad():
+            yield Streamed(resident, model, engine, hooks, source)
+    finally:
+        hooks.detach()
+        engine.close()
+        io.close()

@@ -1,0 +1,346 @@
+"""The engine obeys its plan: never too many chunks, never one taken away in use, and failures told to who needs it."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surfw.errors import StorageError
+from surfw.manifest import Manifest, Use
+from surfw.metrics import Metrics
+from surfw.runtime.engine import Engine
+from surfw.runtime.io_thread import IoThread
+from surfw.runtime.loader import Loader
+from surfw.runtime.residency import plan_residency
+from surfw.source import Read
+from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model
+
+PAGE = 4096
+
+
+@contextmanager
+def running(
+    manifest: Manifest, source: ToySource, *, cache_layers: int | None = None, metrics: Metrics | None = None
+) -> Iterator[Engine]:
+    """An engine over a source; nothing of it is left afterwards."""
+    loader = Loader(source, manifest)
+    plan = plan_residency(
+        {chunk.name: chunk.kind for chunk in manifest.chunks},
+        {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
+        manifest.order,
+        cache_layers=cache_layers,
+    )
+    io = IoThread()
+    engine = Engine(manifest, plan, loader, io, metrics or Metrics())
+    try:
+        yield engine
+    finally:
+        engine.close()
+        io.close()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")] == []
+
+
+def settle(engine: Engine) -> list[str]:
+    """Wait for everything in flight; what is in memory then."""
+    for entry in list(engine._entries.values()):
+        entry.load.exception()
+    return engine.resident()
+
+
+def use(engine: Engine, modules: Sequence[str]) -> None:
+    """Run modules one after another, each once all that was fetched ahead has arrived."""
+    for module in modules:
+        engine.acquire(module)
+        settle(engine)
+        engine.release(module)
+        settle(engine)
+
+
+def counts(engine: Engine) -> dict[str, int]:
+    return {name: engine.metrics.count(name) for name in ("hits", "prefetched", "stalls")}
+
+
+def data(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: bytes(tensor.numpy()) for name, tensor in tensors.items()}
+
+
+class GateOpensWhenStalled(Metrics):
+    """Lets a fetch through only once the engine has counted that it waits."""
+
+    def __init__(self, gate: Gate, name: str) -> None:
+        super().__init__()
+        self.opened = lambda: gate.open(name)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        super().add(name, amount)
+        if name == "stalls":
+            self.opened()
+
+
+def test_a_module_gets_the_values_of_its_chunks() -> None:
+    made = [toy_chunk("a", [("U8", (5,)), ("I32", (2, 2))]), toy_chunk("b", [("U8", (3,))])]
+    chunks, payloads = [chunk for chunk, _ in made], {chunk.id: payload for chunk, payload in made}
+    manifest = toy_manifest(chunks, order=[Use("one", ("a",)), Use("both", ("a", "b"))])
+    with running(manifest, ToySource({"toy": manifest}, payloads)) as engine:
+        one, both = engine.acquire("one"), engine.acquire("both")
+        assert set(one) == {"a.t0", "a.t1"}
+        assert set(both) == {"a.t0", "a.t1", "b.t0"}
+        assert one["a.t0"] is both["a.t0"]
+        assert bytes(both["b.t0"].numpy()) == made[1][1]
+        assert tuple(one["a.t1"].shape) == (2, 2)
+        assert one["a.t1"].dtype == torch.int32
+        assert not one["a.t1"].requires_grad
+
+
+def test_the_three_kinds_of_use_are_counted_apart() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.gate = Gate()
+    for name in ("c1", "c2"):
+        source.gate.open(name)
+    with running(manifest, source, metrics=GateOpensWhenStalled(source.gate, "c0")) as engine:
+        use(engine, ["c0"])
+        assert counts(engine) == {"hits": 0, "prefetched": 0, "stalls": 1}
+        use(engine, ["c1", "c2"])
+        assert counts(engine) == {"hits": 0, "prefetched": 2, "stalls": 1}
+        use(engine, ["c0", "c1", "c2", "c0"])
+        assert counts(engine) == {"hits": 4, "prefetched": 2, "stalls": 1}
+        assert source.reads == ["c0", "c1", "c2"]
+        assert engine.metrics.latency("fetch").count == 3
+        assert engine.metrics.seconds("stall") > 0
+
+
+def test_one_streamed_chunk_is_fetched_ahead_at_a_time_and_small_parts_freely() -> None:
+    made = [toy_chunk(f"c{i}", [("U8", (50,))]) for i in range(4)]
+    made += [toy_chunk(f"p{i}", [("U8", (50,))], kind="part") for i in range(3)]
+    manifest = toy_manifest([chunk for chunk, _ in made])
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made}, gate=Gate())
+    assert source.gate is not None
+    with running(manifest, source) as engine:
+        engine.warm()
+        source.gate.wait_for("c0")
+        assert source.reads == ["c0"]
+        engine._schedule.observe("c3")
+        engine.warm()
+        for name in ("p0", "p1", "p2"):
+            source.gate.wait_for(name)
+        assert sorted(source.reads) == ["c0", "p0", "p1", "p2"]
+        for name in engine.manifest.by_name:
+            source.gate.open(name)
+
+
+@pytest.mark.parametrize(
+    ("cache_layers", "kept"), [(1, {"c3", "c4"}), (2, {"c3", "c4", "c5"}), (3, {"c3", "c4", "c5", "c0"})]
+)
+def test_used_chunks_make_way_for_those_that_come(cache_layers: int, kept: set[str]) -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, cache_layers=cache_layers) as engine:
+        use(engine, ["c0", "c1", "c2", "c3"])
+        assert set(engine.resident()) == kept
+        assert engine.resident_bytes == (cache_layers + 1) * PAGE
+
+
+def test_the_least_recently_used_chunk_makes_way_for_one_that_is_needed_now() -> None:
+    manifest, source = toy_model([100] * 4)
+    source.gate = Gate()
+    for name in ("c0", "c1", "c3"):
+        source.gate.open(name)
+    with running(manifest, source, cache_layers=2) as engine:
+        engine.acquire("c1")
+        engine.release("c1")
+        source.gate.wait_for("c2")  # fetched ahead; nothing else is, as long as it is in flight
+        engine.acquire("c0")
+        engine.release("c0")
+        engine.acquire("c3")
+        assert engine.resident() == ["c0", "c3"]
+        source.gate.open("c2")
+        engine.release("c3")
+
+
+def test_what_is_needed_sooner_is_not_evicted_for_what_is_needed_later() -> None:
+    manifest, source = toy_model([100] * 3)
+    with running(manifest, source, cache_layers=1) as engine:
+        use(engine, ["c0", "c1", "c0", "c1", "c0"])  # learned: these two alternate
+        assert set(engine.resident()) == {"c0", "c1"}
+        source.reads.clear()
+        use(engine, ["c1", "c0", "c1", "c0"])
+        assert source.reads == []
+
+
+def test_a_wrong_prediction_does_not_stop_the_fetching_ahead() -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, cache_layers=2) as engine:
+        use(engine, ["c0"])
+        assert "c1" in engine.resident()  # which is not what comes
+        use(engine, ["c3", "c4", "c5", "c3", "c4", "c5", "c3"])
+        assert "c1" not in engine.resident()
+        before = counts(engine)
+        use(engine, ["c4", "c5", "c3", "c4"])
+        assert counts(engine)["stalls"] == before["stalls"]
+
+
+def test_a_chunk_that_arrives_too_late_for_one_who_does_not_need_it_gives_its_buffer_to_another() -> None:
+    manifest, source = toy_model([100] * 4)
+    source.gate = Gate()
+    for name in ("c0", "c3"):
+        source.gate.open(name)
+    with running(manifest, source, cache_layers=1) as engine:
+        engine.acquire("c0")
+        engine.release("c0")
+        source.gate.wait_for("c1")  # fetched ahead, and not there yet
+        engine.acquire("c3")
+        engine.release("c3")
+        assert engine.resident_bytes == 2 * PAGE
+        source.gate.open("c1")
+        source.gate.open("c2")
+        tensors = engine.acquire("c2")
+        assert data(tensors) == {"c2.t0": source.payloads[manifest.by_name["c2"].id]}
+        assert engine.resident_bytes == 2 * PAGE
+
+
+def fail_once(name: str) -> Callable[[Read], None]:
+    left = {name}
+
+    def before(read: Read) -> None:
+        if read.chunk.name in left:
+            left.remove(read.chunk.name)
+            raise StorageError(f"{name} could not be read, once")
+
+    return before
+
+
+def test_a_failed_load_is_reported_to_the_one_who_needs_it_and_tried_again() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.before_fetch = fail_once("c0")
+    with running(manifest, source, cache_layers=1) as engine:
+        with pytest.raises(StorageError, match="c0 could not be read, once"):
+            engine.acquire("c0")
+        assert data(engine.acquire("c0")) == {"c0.t0": source.payloads[manifest.by_name["c0"].id]}
+        engine.release("c0")
+        use(engine, ["c1", "c2", "c0"])
+        assert engine.resident_bytes == 2 * PAGE
+
+
+def test_what_failed_ahead_of_time_is_loaded_again_when_it_is_needed() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.before_fetch = fail_once("c1")
+    with running(manifest, source) as engine:
+        use(engine, ["c0"])
+        assert source.reads.count("c1") == 1
+        assert data(engine.acquire("c1")) == {"c1.t0": source.payloads[manifest.by_name["c1"].id]}
+
+
+def test_a_module_that_fails_to_get_one_chunk_holds_none() -> None:
+    made = [toy_chunk(name, [("U8", (50,))]) for name in "abcd"]
+    manifest = toy_manifest(
+        [chunk for chunk, _ in made], order=[Use("ab", ("a", "b")), Use("c", ("c",)), Use("d", ("d",))]
+    )
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    source.before_fetch = fail_once("b")
+    with running(manifest, source, cache_layers=1) as engine:
+        with pytest.raises(StorageError, match="b could not be read"):
+            engine.acquire("ab")
+        assert all(entry.users == 0 for entry in engine._entries.values())
+        use(engine, ["c", "d", "ab", "c"])
+        assert engine.resident_bytes == 2 * PAGE
+
+
+def test_a_pinned_module_stays_and_is_spoken_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    manifest, source = toy_model([100] * 5)
+    with caplog.at_level(logging.WARNING, "surfw"), running(manifest, source, cache_layers=1) as engine:
+        tensors = engine.pin("c1")
+        engine.pin("c1")
+        use(engine, ["c0", "c2", "c3", "c4", "c0"])
+        assert "c1" in engine.resident()
+        assert data(tensors) == {"c1.t0": source.payloads[manifest.by_name["c1"].id]}
+        assert engine.resident_bytes == 3 * PAGE
+    assert [record.getMessage() for record in caplog.records] == [
+        "toy uses weights of c1 outside of its forward; they stay in memory (4.1 kB)"
+    ]
+
+
+def test_after_an_interrupt_everything_can_be_evicted_again() -> None:
+    manifest, source = toy_model([100] * 5)
+    with running(manifest, source, cache_layers=1) as engine:
+        engine.acquire("c0")
+        engine.acquire("c1")
+        engine.release_all()
+        use(engine, ["c2", "c3"])
+        assert engine.resident() == ["c3", "c4"]
+
+
+def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.gate = Gate()
+    with running(manifest, source) as engine:
+        engine.warm()
+        source.gate.wait_for("c0")
+        (entry,) = engine._entries.values()
+        engine.close()
+        assert entry.load.cancelled()
+        assert (engine.resident(), engine.resident_bytes) == ([], 0)
+        engine.release("c0")
+        assert engine.resident_bytes == 0
+        source.gate.open("c0")
+
+
+class Driver:
+    """Runs modules of an engine, and checks after every step that memory is within the plan and all bytes are right."""
+
+    def __init__(self, engine: Engine, source: ToySource) -> None:
+        self.engine = engine
+        chunks = engine.manifest.chunks
+        self.expected = {chunk.name: {chunk.tensors[0].name: source.payloads[chunk.id]} for chunk in chunks}
+        self.held: dict[str, dict[str, torch.Tensor]] = {}
+
+    def check(self) -> None:
+        assert self.engine.resident_bytes <= self.engine.plan.buffers * PAGE
+        for name, tensors in self.held.items():
+            assert data(tensors) == self.expected[name]
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        self.held[name] = self.engine.acquire(name)
+        self.check()
+        yield
+        self.check()
+        del self.held[name]
+        self.engine.release(name)
+        self.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(2, 6),
+    cache_layers=st.integers(1, 6),
+    steps=st.lists(st.tuples(st.integers(0, 5), st.none() | st.integers(0, 5), st.booleans()), max_size=25),
+    failing=st.sets(st.integers(1, 20), max_size=3),
+)
+def test_the_invariants_hold_on_any_schedule(
+    count: int, cache_layers: int, steps: list[tuple[int, int | None, bool]], failing: set[int]
+) -> None:
+    """Modules run in any order, some within another, and some fetches fail."""
+    manifest, source = toy_model([17 * (index + 1) for index in range(count)])
+
+    def before_fetch(read: Read) -> None:
+        if len(source.reads) in failing:
+            raise StorageError("on purpose")
+
+    source.before_fetch = before_fetch
+    with running(manifest, source, cache_layers=cache_layers) as engine:
+        driver = Driver(engine, source)
+        for outer, inner, settled in steps:
+            with suppress(StorageError), driver.within(f"c{outer % count}"):
+                if inner is not None and inner % count != outer % count:
+                    with suppress(StorageError), driver.within(f"c{inner % count}"):
+                        pass
+            if settled:
+                settle(engine)
+            driver.check()
+        assert driver.held == {}
+        assert all(entry.users == 0 for entry in engine._entries.values())
+        assert sum(counts(engine).values()) <= 2 * len(steps)

@@ -1,0 +1,94 @@
+"""The event loop beside the model: it runs coroutines, hands their errors over, and ends with all of them."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from surfw.runtime.io_thread import IoThread
+
+
+def surfw_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")]
+
+
+async def where() -> str:
+    return threading.current_thread().name
+
+
+def test_coroutines_run_in_the_thread() -> None:
+    io = IoThread("surfw-test")
+    assert io.run(where()) == "surfw-test"
+    assert io.submit(where()).result() == "surfw-test"
+    io.close()
+    assert surfw_threads() == []
+
+
+def test_errors_come_back() -> None:
+    async def fail() -> None:
+        raise ZeroDivisionError("on purpose")
+
+    io = IoThread()
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        io.run(fail())
+    assert io.run(where()) == "surfw-io"
+    io.close()
+
+
+def test_closing_cancels_what_runs_and_waits_for_its_end() -> None:
+    started, ended = threading.Event(), []
+
+    async def forever() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(threading.current_thread().name)
+
+    io = IoThread()
+    work = io.submit(forever())
+    assert started.wait(60)
+    io.close()
+    assert ended == ["surfw-io"]
+    assert work.cancelled()
+    io.close()
+    assert surfw_threads() == []
+
+
+def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = threading.Event()
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    io = IoThread()
+    submit = io.submit
+
+    def interrupted(work: Any) -> Any:
+        future: Any = submit(work)
+        monkeypatch.setattr(future, "result", _interrupt)
+        return future
+
+    monkeypatch.setattr(io, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        io.run(forever())
+    assert cancelled.wait(60)
+    monkeypatch.undo()
+    io.close()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_closed_thread_takes_no_work() -> None:
+    io = IoThread()
+    io.close()
+    with pytest.raises(RuntimeError, match="the thread has been closed"):
+        io.submit(where())

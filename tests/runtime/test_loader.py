@@ -1,0 +1,96 @@
+"""From stored bytes to tensors: the values, their alignment, and other dtypes than the stored ones."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surfw.errors import IntegrityError
+from surfw.manifest import DTYPE_BITS, Chunk
+from surfw.runtime.buffers import Buffer
+from surfw.runtime.loader import Loader
+from surfw.skeleton.dtypes import torch_dtype
+from tests.toys import ToySource, damage, toy_chunk, toy_manifest
+
+
+def load(chunk: Chunk, payload: bytes, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, torch.Tensor]:
+    manifest = toy_manifest([chunk])
+    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, dtypes)
+    buffer = Buffer(loader.buffer_bytes(chunk))
+    asyncio.run(loader.load(chunk, buffer, priority=0))
+    return loader.tensors(chunk, buffer)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+tensors = st.lists(st.tuples(st.sampled_from(sorted(DTYPE_BITS)), shapes), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(tensors)
+def test_tensors_have_their_bytes_shapes_and_dtypes_at_multiples_of_64(
+    shapes: list[tuple[str, tuple[int, ...]]],
+) -> None:
+    chunk, payload = toy_chunk("c", shapes)
+    loaded = load(chunk, payload)
+    assert list(loaded) == [info.name for info in chunk.tensors]
+    for info, tensor in zip(chunk.tensors, loaded.values(), strict=True):
+        assert tuple(tensor.shape) == info.shape
+        assert tensor.dtype == torch_dtype(info.dtype)
+        assert tensor.data_ptr() % 64 == 0
+        assert raw(tensor) == payload[info.offset : info.offset + info.nbytes]
+
+
+def test_tensors_are_views_of_the_buffer() -> None:
+    chunk, payload = toy_chunk("c", [("U8", (100,))])
+    manifest = toy_manifest([chunk])
+    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest)
+    buffer = Buffer(loader.buffer_bytes(chunk))
+    asyncio.run(loader.load(chunk, buffer, priority=0))
+    tensor = loader.tensors(chunk, buffer)["c.t0"]
+    buffer.view[3] = 99
+    assert tensor[3] == 99
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_is_cast_as_torch_casts(target: torch.dtype) -> None:
+    chunk, payload = toy_chunk("c", [("F32", (7, 3)), ("F32", (5,)), ("I64", (2,))])
+    plain = load(chunk, payload)
+    cast = load(chunk, payload, {"c.t0": target})
+    assert cast["c.t0"].dtype == target
+    assert raw(cast["c.t0"]) == raw(plain["c.t0"].to(target))
+    assert [raw(cast[name]) for name in ("c.t1", "c.t2")] == [raw(plain[name]) for name in ("c.t1", "c.t2")]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in cast.values())
+
+
+def test_a_buffer_is_as_large_as_the_dtypes_in_memory_need() -> None:
+    chunk, _ = toy_chunk("c", [("F32", (100,)), ("F32", (3,))])
+    manifest = toy_manifest([chunk])
+    source = ToySource({"toy": manifest}, {})
+    assert Loader(source, manifest).buffer_bytes(chunk) == 448 + 12
+    assert Loader(source, manifest, {"c.t0": torch.float64}).buffer_bytes(chunk) == 832 + 12
+    assert Loader(source, manifest, {"c.t0": torch.bfloat16}).buffer_bytes(chunk) == 256 + 12
+
+
+def test_a_chunk_without_bytes_is_not_asked_for() -> None:
+    chunk, payload = toy_chunk("c", [("F32", (0, 4)), ("I8", (0,))])
+    manifest = toy_manifest([chunk])
+    source = ToySource({"toy": manifest}, {})
+    loader = Loader(source, manifest)
+    buffer = Buffer(loader.buffer_bytes(chunk))
+    asyncio.run(loader.load(chunk, buffer, priority=0))
+    assert source.reads == []
+    assert [tuple(tensor.shape) for tensor in loader.tensors(chunk, buffer).values()] == [(0, 4), (0,)]
+    assert payload == b""
+
+
+def test_damage_is_reported() -> None:
+    chunk, payload = toy_chunk("c", [("U8", (100,))])
+    with pytest.raises(IntegrityError, match="chunk c from toys is damaged"):
+        load(damage(chunk), payload)

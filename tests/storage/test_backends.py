@@ -1,0 +1,118 @@
+"""The backends there are, and one with nothing but the four methods, prove themselves by the same suite."""
+
+import uuid
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw.errors import ConfigurationError, NotFoundError, StorageError
+from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, open_backend
+from surfw.storage.base import check_key
+from surfw.storage.fsspec_backend import translate_errors
+from tests.storage.backend_suite import BackendSuite
+
+
+class DictBackend(StorageBackend):
+    """The least that a custom backend is."""
+
+    url = "a dictionary"
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+
+    async def load(self, key: str) -> bytes:
+        if check_key(key) not in self.objects:
+            raise NotFoundError(f"{key} in {self.url}: not found")
+        return self.objects[key]
+
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        check_key(key)
+        with translate_errors(key):
+            self.objects[key] = data if isinstance(data, bytes) else _read_all(data)
+
+    async def exists(self, key: str) -> bool:
+        return check_key(key) in self.objects
+
+    async def list(self, prefix: str = "") -> list[str]:
+        if folder := prefix.rpartition("/")[0]:
+            check_key(folder)
+        return sorted(key for key in self.objects if key.startswith(prefix))
+
+
+def _read_all(stream: BinaryIO) -> bytes:
+    return b"".join(iter(lambda: stream.read(1 << 20), b""))
+
+
+class TestDict(BackendSuite):
+    @pytest.fixture
+    def backend(self) -> StorageBackend:
+        return DictBackend()
+
+
+class TestFilesystem(BackendSuite):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> StorageBackend:
+        return FilesystemBackend(tmp_path / "store")
+
+
+class TestMemory(BackendSuite):
+    @pytest.fixture
+    def backend(self) -> StorageBackend:
+        return FsspecBackend(f"memory://{uuid.uuid4().hex}")
+
+
+class TestLocalThroughFsspec(BackendSuite):
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> StorageBackend:
+        return FsspecBackend(f"file://{tmp_path}/store", auto_mkdir=True)
+
+
+@pytest.mark.parametrize("key", ["a", "surfw.json", "models/org/x-1.json", "blobs/ab/" + "f" * 64, "_x", "a" * 512])
+def test_keys_of_plain_parts(key: str) -> None:
+    assert check_key(key) == key
+
+
+@pytest.mark.parametrize("key", ["a" * 513, "a b", "é", "a\n", "-a", "a/.b", "a/./b", "a:b", "~/x", "s3://x"])
+def test_other_keys_are_refused(key: str) -> None:
+    with pytest.raises(StorageError, match="expected a relative path of plain parts, such as blobs/ab/abcd"):
+        check_key(key)
+
+
+@given(st.text("ab./\\~\0-_ ", max_size=12))
+def test_a_key_that_passes_lies_below_the_folder(key: str) -> None:
+    try:
+        check_key(key)
+    except StorageError:
+        return
+    base = Path("/some/base")
+    assert FilesystemBackend(base).local_path(key).resolve().is_relative_to(base)
+    assert FilesystemBackend(base).local_path(key) != base
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [("relative/store", FilesystemBackend), ("file:///tmp/store", FilesystemBackend), ("memory://x", FsspecBackend)],
+)
+def test_the_scheme_chooses_the_backend(url: str, kind: type[StorageBackend]) -> None:
+    assert type(open_backend(url)) is kind
+
+
+def test_paths_are_absolute_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_backend("store").url == str(tmp_path / "store")
+    assert open_backend("~/store").url == str(tmp_path / "home" / "store")
+    assert open_backend(Path("a/b")).local_path("c") == tmp_path / "a" / "b" / "c"
+
+
+def test_an_unknown_scheme_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigurationError, match="storage nope://x cannot be opened: Protocol not known: nope"):
+        open_backend("nope://x")
+
+
+def test_each_storage_has_a_spool_of_its_own() -> None:
+    folders = {FsspecBackend(f"memory://{name}").spool() for name in "abc"}
+    assert len(folders) == 3

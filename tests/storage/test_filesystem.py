@@ -1,0 +1,213 @@
+"""Files: there whole or not at all, on a full disk too, whatever the folder is called."""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
+from surfw.storage import FilesystemBackend, FsspecBackend, filesystem
+from surfw.storage.filesystem import create_file, read_file_into
+from surfw.storage.fsspec_backend import translate_errors
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> FilesystemBackend:
+    return FilesystemBackend(tmp_path / "store")
+
+
+def test_objects_are_files_below_the_folder(backend: FilesystemBackend) -> None:
+    assert not backend.base.exists()
+    asyncio.run(backend.save("models/org/x.json", b"{}"))
+    assert backend.local_path("models/org/x.json").read_bytes() == b"{}"
+    assert files(backend.base) == {"models/org/x.json": b"{}"}
+
+
+@pytest.mark.parametrize("name", ["a b", "a::b", "a#b", "a?b=c", "a%20b", "[x]*", "ü", "a\\b", "~x", "a,b{c}", "x:"])
+def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    backend = FilesystemBackend(tmp_path / name)
+    asyncio.run(backend.save("models/x.json", b"1"))
+    assert (tmp_path / name / "models" / "x.json").read_bytes() == b"1"
+    assert asyncio.run(backend.load("models/x.json")) == b"1"
+    assert asyncio.run(backend.list("models/")) == ["models/x.json"]
+    assert asyncio.run(backend.size("models/x.json")) == 1
+
+
+def test_a_reader_sees_the_old_object_until_the_new_one_is_whole(
+    backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(backend.save("x", b"old"))
+    seen: list[bytes] = []
+    sync = os.fsync
+
+    def look_and_sync(fd: int) -> None:
+        seen.append(backend.local_path("x").read_bytes())
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", look_and_sync)
+    asyncio.run(backend.save("x", b"new"))
+    assert seen == [b"old", b"new"]  # when the bytes are made durable, and when the name is
+    assert asyncio.run(backend.load("x")) == b"new"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_write_leaves_no_half_file(
+    backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    asyncio.run(backend.save("x", b"old"))
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match=f"writing x to {backend.url}: Input/output error"):
+        asyncio.run(backend.save("x", b"new"))
+    assert files(backend.base) == {"x": b"old"}
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    backend = FilesystemBackend(small_disk / "store")
+    asyncio.run(backend.save("small", b"fits"))
+    with pytest.raises(StorageFullError, match=f"writing large to {backend.url}: no space is left; free some and run"):
+        asyncio.run(backend.save("large", bytes(4 << 20)))
+    assert files(backend.base) == {"small": b"fits"}
+    asyncio.run(backend.save("large", bytes(1 << 18)))
+    assert asyncio.run(backend.size("large")) == 1 << 18
+
+
+def test_adopting_is_a_rename(backend: FilesystemBackend) -> None:
+    spooled = backend.spool() / "1.tmp"
+    spooled.parent.mkdir(parents=True)
+    spooled.write_bytes(b"finished")
+    inode = spooled.stat().st_ino
+    asyncio.run(backend.adopt("blobs/ab/x", spooled))
+    assert backend.local_path("blobs/ab/x").stat().st_ino == inode
+
+
+def test_a_spooled_file_that_vanished_is_an_error(backend: FilesystemBackend) -> None:
+    with pytest.raises(StorageError, match=r"1\.tmp vanished before it could be moved to .*/store/x"):
+        asyncio.run(backend.adopt("x", backend.spool() / "1.tmp"))
+    assert files(backend.base) == {}
+
+
+def test_a_folder_may_be_removed_by_others_while_a_file_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+    mkdir = Path.mkdir
+
+    def race(path: Path, *args: Any, **kwargs: Any) -> None:
+        mkdir(path, *args, **kwargs)
+        made.append(path)
+        if len(made) < 3:
+            path.rmdir()
+
+    monkeypatch.setattr(Path, "mkdir", race)
+    os.close(create_file(tmp_path / "partial" / "x"))
+    assert made == [tmp_path / "partial"] * 3
+    assert (tmp_path / "partial" / "x").read_bytes() == b""
+
+
+def test_a_folder_that_never_stays_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    with pytest.raises(StorageError, match="cannot be made: something removes its folder again and again"):
+        create_file(tmp_path / "partial" / "x")
+
+
+def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    memory = bytearray(4)
+    read_file_into(tmp_path / "x", 1, memoryview(memory))
+    assert memory == b"2345"
+    with pytest.raises(StorageError, match=f"{tmp_path}/x ends at byte 5, expected 7 bytes"):
+        read_file_into(tmp_path / "x", 3, memoryview(memory))
+
+
+def test_many_readers_and_writers_of_one_key_see_whole_objects(backend: FilesystemBackend) -> None:
+    objects = [bytes([number]) * 100_000 for number in range(4)]
+    asyncio.run(backend.save("x", objects[0]))
+    seen: list[bytes] = []
+    start = threading.Barrier(5)
+
+    def write(data: bytes) -> None:
+        start.wait()
+        for _ in range(5):
+            asyncio.run(backend.save("x", data))
+
+    def read() -> None:
+        start.wait()
+        seen.extend(asyncio.run(backend.load("x")) for _ in range(20))
+
+    threads = [*(threading.Thread(target=write, args=(data,)) for data in objects), threading.Thread(target=read)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 20
+    assert set(seen) <= set(objects)
+    assert list(files(backend.base)) == ["x"]
+
+
+def test_listing_a_place_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match=r"listing .*/file: Not a directory"):
+        asyncio.run(FilesystemBackend(tmp_path / "file").list())
+
+
+def test_a_stranger_is_found_without_walking_everything(
+    backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[str] = []
+
+    def walk(top: Path, **_: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for number in range(1000):
+            walked.append(f"{top}/{number}")
+            yield walked[-1], [], ["thesis.doc"]
+
+    monkeypatch.setattr(filesystem.os, "walk", walk)
+    assert asyncio.run(backend.stranger("partial/")) == "0/thesis.doc"
+    assert len(walked) == 1
+
+
+@pytest.mark.parametrize(
+    ("foreign", "ours", "text"),
+    [
+        (FileNotFoundError(2, "No such file"), NotFoundError, "loading x: not found"),
+        (PermissionError(13, "Permission denied"), StorageError, "loading x: permission denied (Permission denied)"),
+        (OSError(errno.ENOSPC, "full"), StorageFullError, "loading x: no space is left"),
+        (OSError(errno.EDQUOT, "quota"), StorageFullError, "loading x: no space is left"),
+        (TimeoutError("too slow"), StorageError, "loading x: too slow"),
+        (OSError(), StorageError, "loading x: OSError"),
+        (ImportError("install gcsfs"), ConfigurationError, "loading x: install gcsfs"),
+    ],
+)
+def test_foreign_errors_are_translated_once(foreign: Exception, ours: type[Exception], text: str) -> None:
+    with pytest.raises(ours) as caught, translate_errors("loading x"):
+        raise foreign
+    assert type(caught.value) is ours
+    assert str(caught.value).startswith(text)
+    assert caught.value.__cause__ is foreign
+
+
+def test_what_a_library_behind_a_file_system_raises_becomes_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        """As botocore's, which is no OSError."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    backend = FsspecBackend("memory://x")
+    for name in ("cat_file", "find"):
+        monkeypatch.setattr(backend.fs, name, fail, raising=False)
+    for work in (backend.load("x"), backend.load_range("x", 0, 1), backend.list()):
+        with pytest.raises(StorageError, match="memory://x: NoCredentialsError: Unable to locate credentials"):
+            asyncio.run(work)

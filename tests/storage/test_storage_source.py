@@ -1,0 +1,175 @@
+"""A store read directly: verified, in pieces, and nothing written after a failure."""
+
+import asyncio
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import IntegrityError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
+from surfw.manifest import Chunk, Location, Manifest
+from surfw.source import Read
+from surfw.storage import FilesystemBackend
+from surfw.storage.source import StorageSource, open_storage_source
+from tests.stores import TOKENIZER, make_store, payload
+
+SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return make_store(tmp_path / "store", sizes=(SIZE, 100))
+
+
+@pytest.fixture
+def source(tmp_path: Path, manifest: Manifest) -> StorageSource:
+    return asyncio.run(open_storage_source(FilesystemBackend(tmp_path / "store")))
+
+
+def fetch(
+    source: StorageSource, manifest: Manifest, chunk: Chunk, start: int = 0, stop: int | None = None
+) -> bytearray:
+    (form,) = chunk.forms
+    stop = form.stored_bytes if stop is None else stop
+    memory = bytearray(stop - start)
+    asyncio.run(source.fetch(manifest, [Read(chunk, form, start, stop, memoryview(memory))]))
+    return memory
+
+
+def test_only_a_store_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(NotAStoreError):
+        asyncio.run(open_storage_source(FilesystemBackend(tmp_path)))
+
+
+def test_models_and_manifests(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    assert source.url == str(tmp_path / "store")
+    assert asyncio.run(source.models()) == ["toy/model"]
+    assert asyncio.run(source.manifest("toy/model")) == manifest
+    with pytest.raises(UnknownModelError):
+        asyncio.run(source.manifest("model"))
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, SIZE), (0, BLOCK_BYTES), (8 * BLOCK_BYTES, SIZE), (3 * BLOCK_BYTES, 9 * BLOCK_BYTES)]
+)
+def test_any_range_of_blocks(source: StorageSource, manifest: Manifest, tmp_path: Path, start: int, stop: int) -> None:
+    chunk = manifest.chunks[0]
+    assert fetch(source, manifest, chunk, start, stop) == payload(tmp_path / "store", chunk)[start:stop]
+    assert source.fetched_bytes == stop - start
+
+
+def test_several_reads_at_once(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    memories = [bytearray(chunk.payload_bytes) for chunk in manifest.chunks]
+    reads = [
+        Read(chunk, chunk.forms[0], 0, chunk.payload_bytes, memoryview(memory))
+        for chunk, memory in zip(manifest.chunks, memories, strict=True)
+    ]
+    asyncio.run(source.fetch(manifest, reads))
+    assert memories == [payload(tmp_path / "store", chunk) for chunk in manifest.chunks]
+    assert source.fetched_bytes == SIZE + 100
+
+
+def test_a_form_in_ranges_of_several_objects(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    chunk = manifest.chunks[0]
+    data = payload(tmp_path / "store", chunk)
+    (tmp_path / "store" / "one").write_bytes(b"....." + data[:3_000_001])
+    (tmp_path / "store" / "two").write_bytes(data[3_000_001:] + b"..")
+    places = (Location("one", 5, 3_000_006), Location("two", 0, SIZE - 3_000_001))
+    moved = replace(chunk, forms=(replace(chunk.forms[0], locations=places),))
+    assert fetch(source, manifest, moved) == data
+
+
+@pytest.mark.parametrize("block", [0, 7, 8, 9])
+def test_damage_is_found_wherever_it_is(source: StorageSource, manifest: Manifest, tmp_path: Path, block: int) -> None:
+    chunk = manifest.chunks[0]
+    at = chunk.forms[0].locations[0]
+    with (tmp_path / "store" / at.object).open("r+b") as blob:
+        blob.seek(at.start + block * BLOCK_BYTES)
+        old = blob.read(1)[0]
+        blob.seek(-1, os.SEEK_CUR)
+        blob.write(bytes([old ^ 1]))
+    with pytest.raises(
+        IntegrityError, match=rf"chunk layers\.0 from {source.url} is damaged: block {block} has BLAKE3"
+    ):
+        fetch(source, manifest, chunk)
+
+
+def test_a_blob_that_is_cut_off(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    at = manifest.chunks[0].forms[0].locations[0]
+    os.truncate(tmp_path / "store" / at.object, at.stop - 1)
+    with pytest.raises(StorageError, match=r"safetensors ends at byte .*, expected"):
+        fetch(source, manifest, manifest.chunks[0])
+
+
+def test_a_blob_that_is_missing(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "store" / manifest.chunks[1].forms[0].locations[0].object).unlink()
+    with pytest.raises(NotFoundError, match="not found"):
+        fetch(source, manifest, manifest.chunks[1])
+
+
+def test_a_manifest_without_places_cannot_be_read_from(source: StorageSource, manifest: Manifest) -> None:
+    with pytest.raises(StorageError, match=r"says of no place where chunk layers\.1 lies"):
+        fetch(source, manifest, manifest.public().chunks[1])
+
+
+def test_files_are_verified(source: StorageSource, manifest: Manifest, tmp_path: Path) -> None:
+    for name, data in TOKENIZER.items():
+        assert asyncio.run(source.file(manifest, name)) == data
+    with pytest.raises(NotFoundError, match=r"toy/model has no file '../surfw.json'"):
+        asyncio.run(source.file(manifest, "../surfw.json"))
+    (tmp_path / "store" / manifest.file("vocab.txt").object).write_bytes(b"one\nTWO\n")
+    with pytest.raises(IntegrityError, match=r"vocab\.txt of toy/model in .* is damaged"):
+        asyncio.run(source.file(manifest, "vocab.txt"))
+
+
+class SlowBackend(FilesystemBackend):
+    """Reads only when the test says so, as a disk that takes its time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reading = threading.Event()
+        self.go_on = threading.Event()
+        self.read_to_the_end = False
+
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+        def read() -> None:
+            self.reading.set()
+            assert self.go_on.wait(60)
+            destination[:] = bytes(len(destination))
+            self.read_to_the_end = True
+
+        await asyncio.to_thread(read)
+
+
+def test_a_cancelled_fetch_ends_when_nothing_is_written_any_more(manifest: Manifest, tmp_path: Path) -> None:
+    backend = SlowBackend(tmp_path / "store")
+    source = StorageSource(backend)
+    (chunk, form) = manifest.chunks[1], manifest.chunks[1].forms[0]
+
+    async def cancel() -> bool:
+        read = Read(chunk, form, 0, 100, memoryview(bytearray(100)))
+        work = asyncio.create_task(source.fetch(manifest, [read]))
+        await asyncio.to_thread(backend.reading.wait, 60)
+        work.cancel()
+        done, _ = await asyncio.wait([work], timeout=0)
+        assert not done
+        backend.go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        return backend.read_to_the_end
+
+    assert asyncio.run(cancel())
+
+
+def test_closing_closes_the_backend(manifest: Manifest, tmp_path: Path) -> None:
+    closed = []
+
+    class Backend(FilesystemBackend):
+        async def close(self) -> None:
+            closed.append(self.url)
+
+    asyncio.run(StorageSource(Backend(tmp_path / "store")).close())
+    assert closed == [str(tmp_path / "store")]

@@ -1,0 +1,108 @@
+"""Sizes, folders, and limits that cannot be set wrong."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw.config import (
+    DEFAULT_CACHE_MB,
+    KIB,
+    MIB,
+    ServerSettings,
+    WireLimits,
+    default_store,
+    format_size,
+    parse_size,
+    surfw_home,
+)
+from surfw.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0), ("4096", 4096), ("200MB", 200_000_000), (" 200 mb ", 200_000_000), ("1.5GiB", 3 << 29),
+        ("2k", 2000), ("2KiB", 2048), ("1T", 10**12), ("1TiB", 1 << 40), ("0.1GB", 100_000_000), ("7B", 7),
+        ("123456789012345678", 123456789012345678),
+    ],
+)  # fmt: skip
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1e3", "1.MB", "1,5GB", "3 apples", "1KI", "٣", "9" * 400, "1 2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not understood; write a number and a unit, such as 200MB"):
+        parse_size(text)
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    with contextlib.suppress(ConfigurationError):
+        assert parse_size(text) >= 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (88_100_000, "88.1 MB"), (999_960, "1.0 MB"),
+        (2_200_000_000, "2.2 GB"), (3.14e12, "3.14 TB"), (10**15, "1000.00 TB"),
+    ],
+)  # fmt: skip
+def test_sizes_for_people(size: float, text: str) -> None:
+    assert format_size(size) == text
+
+
+@given(st.integers(0, 10**15))
+def test_a_formatted_size_is_read_back_within_its_last_digit(size: int) -> None:
+    assert parse_size(format_size(size)) == pytest.approx(size, rel=0.05, abs=0)
+
+
+def test_home_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "here"))
+    assert surfw_home() == tmp_path / "here"
+    assert default_store() == str(tmp_path / "here" / "store")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SURFW_HOME", "~/there")
+    assert surfw_home() == tmp_path / "there"
+
+
+def test_home_is_the_users_cache_folder_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SURFW_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert surfw_home() == tmp_path / "surfw"
+
+
+def test_default_limits_are_within_the_protocol() -> None:
+    limits = WireLimits()
+    assert 128 * KIB <= limits.frame_bytes <= 512 * KIB
+    assert limits.frame_bytes <= limits.run_bytes <= limits.window_bytes
+    assert ServerSettings().cache_bytes == DEFAULT_CACHE_MB * 10**6 == 200_000_000
+    assert ServerSettings().host == "127.0.0.1"
+    assert not ServerSettings().insecure
+
+
+@pytest.mark.parametrize("frame_bytes", [0, 128 * KIB - 1, 512 * KIB + 1, MIB])
+def test_frames_outside_of_the_protocol_are_refused(frame_bytes: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"frame_bytes is {frame_bytes}; frames have from 128 to 512 KiB"):
+        WireLimits(frame_bytes=frame_bytes)
+
+
+@pytest.mark.parametrize(("run_bytes", "window_bytes"), [(256 * KIB - 1, MIB), (MIB, 512 * KIB - 1)])
+def test_limits_that_would_block_a_transfer_are_refused(run_bytes: int, window_bytes: int) -> None:
+    with pytest.raises(ConfigurationError, match="a run holds at least one frame, a window two"):
+        WireLimits(frame_bytes=256 * KIB, run_bytes=run_bytes, window_bytes=window_bytes)
+
+
+def test_settings_are_frozen_and_named() -> None:
+    server: Any = ServerSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        server.port = 1
+    limits: Any = WireLimits
+    with pytest.raises(TypeError, match="positional argument"):
+        limits(MIB)

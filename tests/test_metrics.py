@@ -1,0 +1,124 @@
+"""Counters, percentiles and spans, with a clock that the test moves."""
+
+import json
+import math
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw import metrics
+from surfw.metrics import Latency, Metrics, hit_rate
+
+
+class Clock:
+    """Stands in for `time.perf_counter`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(metrics.time, "perf_counter", clock)
+    return clock
+
+
+def test_no_observations_rank_as_zero() -> None:
+    assert Latency().percentiles(50, 95) == {"p50": 0.0, "p95": 0.0}
+
+
+def test_percentiles_are_observations() -> None:
+    latency = Latency()
+    for value in (0.4, 0.1, 0.3, 0.2):
+        latency.observe(value)
+    assert latency.percentiles(0, 25, 50, 75, 100) == {"p0": 0.1, "p25": 0.1, "p50": 0.2, "p75": 0.3, "p100": 0.4}
+    assert (latency.count, latency.total_seconds) == (4, pytest.approx(1.0))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=300), st.integers(1, 100))
+def test_a_percentile_is_the_least_value_that_enough_observations_reach(values: list[float], rank: int) -> None:
+    latency = Latency()
+    for value in values:
+        latency.observe(value)
+    enough = math.ceil(rank * len(values) / 100)
+    assert latency.percentiles(rank)[f"p{rank}"] == sorted(values)[enough - 1]
+
+
+def test_only_the_latest_observations_are_kept() -> None:
+    latency = Latency(keep=3)
+    for value in range(10):
+        latency.observe(value)
+    assert latency.percentiles(1, 100) == {"p1": 7, "p100": 9}
+    assert latency.count == 10
+
+
+def test_counters_lose_nothing_between_threads() -> None:
+    counted = Metrics()
+    start = threading.Barrier(8)
+
+    def count() -> None:
+        start.wait()
+        for _ in range(1000):
+            counted.add("hits")
+            counted.add("bytes", 3)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (counted.count("hits"), counted.count("bytes"), counted.count("never")) == (8000, 24000, 0)
+
+
+def test_spans_add_up_and_count_while_they_are_open(clock: Clock) -> None:
+    timed = Metrics()
+    with timed.span("stall"):
+        clock.now += 2
+    with timed.span("stall"):
+        clock.now += 3
+        assert timed.seconds("stall") == 5
+        assert timed.seconds("forward") == 0
+    timed.add_seconds("stall", 0.5)
+    assert timed.seconds("stall") == 5.5
+
+
+def test_a_span_ends_with_its_exception(clock: Clock) -> None:
+    timed = Metrics()
+
+    def fail() -> None:
+        with timed.span("forward"):
+            clock.now += 7
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    clock.now += 100
+    assert timed.seconds("forward") == 7
+
+
+def test_a_snapshot_is_plain_data_of_its_moment(clock: Clock) -> None:
+    counted = Metrics()
+    counted.add("hits", 2)
+    with counted.span("stall"):
+        clock.now += 1
+    taken = counted.snapshot()
+    counted.add("hits")
+    assert json.loads(json.dumps(taken)) == {"counters": {"hits": 2}, "seconds": {"stall": 1.0}}
+
+
+def test_a_latency_is_made_once() -> None:
+    counted = Metrics()
+    counted.latency("fetch").observe(1.0)
+    assert counted.latency("fetch").count == 1
+    assert counted.latency("verify").count == 0
+
+
+@pytest.mark.parametrize(("hits", "misses", "rate"), [(0, 0, 0.0), (3, 1, 0.75), (0, 5, 0.0), (5, 0, 1.0)])
+def test_hit_rate(hits: int, misses: int, rate: float) -> None:
+    assert hit_rate(hits, misses) == rate

@@ -1,0 +1,100 @@
+"""The interface of a source: only ranges that can be verified are read, and names are resolved in one way."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import IntegrityError, UnknownModelError
+from surfw.source import Read, verify_blocks
+from tests.toys import ToySource, toy_chunk, toy_manifest
+
+SIZE = 2 * BLOCK_BYTES + 5
+CHUNK, PAYLOAD = toy_chunk("c", [("U8", (SIZE,))])
+(FORM,) = CHUNK.forms
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, SIZE), (0, BLOCK_BYTES), (BLOCK_BYTES, 2 * BLOCK_BYTES), (2 * BLOCK_BYTES, SIZE), (BLOCK_BYTES, BLOCK_BYTES)],
+)
+def test_ranges_of_whole_blocks_can_be_read(start: int, stop: int) -> None:
+    assert Read(CHUNK, FORM, start, stop, memoryview(bytearray(stop - start))).stop == stop
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(1, SIZE), (0, 5), (-BLOCK_BYTES, SIZE), (0, 3 * BLOCK_BYTES), (2 * BLOCK_BYTES, BLOCK_BYTES)]
+)
+def test_other_ranges_are_refused(start: int, stop: int) -> None:
+    with pytest.raises(ValueError, match=f"range {start}-{stop} of chunk c is not made of whole blocks"):
+        Read(CHUNK, FORM, start, stop, memoryview(bytearray(max(0, stop - start))))
+
+
+def test_the_destination_has_the_size_of_the_range() -> None:
+    with pytest.raises(ValueError, match=f"destination has 5 bytes, the range {SIZE}"):
+        Read(CHUNK, FORM, 0, SIZE, memoryview(bytearray(5)))
+
+
+@pytest.mark.parametrize(("first", "start", "stop"), [(0, 0, SIZE), (1, BLOCK_BYTES, SIZE), (2, 2 * BLOCK_BYTES, SIZE)])
+def test_blocks_as_promised_pass(first: int, start: int, stop: int) -> None:
+    verify_blocks(CHUNK, FORM, first, memoryview(PAYLOAD)[start:stop], where="here")
+
+
+@given(st.integers(0, SIZE - 1), st.integers(1, 255))
+def test_one_wrong_byte_is_found_in_its_block(at: int, change: int) -> None:
+    data = bytearray(PAYLOAD)
+    data[at] ^= change
+    with pytest.raises(IntegrityError, match=f"chunk c from here is damaged: block {at // BLOCK_BYTES} has BLAKE3"):
+        verify_blocks(CHUNK, FORM, 0, memoryview(data), where="here")
+
+
+def test_more_blocks_than_promised_are_damage() -> None:
+    with pytest.raises(IntegrityError, match="block 3 has BLAKE3"):
+        verify_blocks(CHUNK, FORM, 3, memoryview(b"more"), where="here")
+
+
+def source(*names: str) -> ToySource:
+    return ToySource({name: toy_manifest([CHUNK], name=name) for name in names}, {})
+
+
+def resolve(found: ToySource, name: str | None) -> str:
+    return asyncio.run(found.resolve(name))
+
+
+def test_names_are_resolved_in_full_by_last_part_or_as_the_only_one() -> None:
+    assert resolve(source("org/a"), None) == "org/a"
+    assert resolve(source("org/a", "b"), "a") == "org/a"
+    assert resolve(source("org/a", "a"), "a") == "a"
+    assert resolve(source("x/a", "y/a"), "y/a") == "y/a"
+
+
+@pytest.mark.parametrize(
+    ("names", "name", "text"),
+    [
+        (("b", "a"), None, "holds 2 models; choose one with --model: a, b"),
+        (("b", "a"), "c", "has no model 'c'; it has: a, b"),
+        (("x/a", "y/a"), "a", "has 2 models 'a'; give the name in full: x/a, y/a"),
+        (("org/a",), "org", "has no model 'org'; it has: org/a"),
+        ((), None, "holds no model yet"),
+    ],
+)
+def test_names_that_fit_no_or_several_models(names: tuple[str, ...], name: str | None, text: str) -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        resolve(source(*names), name)
+    assert text in str(caught.value)
+    assert caught.value.known == sorted(names)
+
+
+def test_a_source_closes_with_its_context() -> None:
+    found = source("a")
+
+    async def use() -> None:
+        async with found as entered:
+            assert entered is found
+            assert found.closed == 0
+
+    asyncio.run(use())
+    assert found.closed == 1
+    assert found.fetched_bytes == 0
