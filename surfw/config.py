@@ -88,7 +88,7 @@ class WireLimits:
     window_bytes: int = 8 * MIB
     control_bytes: int = 256 * KIB
     requests_in_flight: int = 64
-    manifest_bytes: int = 256 * MIB
+    manifest_bytes: int = 32 * MIB
     file_bytes: int = 256 * MIB
 
     def __post_init__(self) -> None:

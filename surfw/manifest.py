@@ -35,6 +35,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_BYTES = 1 << 46
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_PIECES = 1_000_000
+_MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
 _MAX_DEPTH = 64
 _MAX_FILE_NAME = 128
@@ -50,7 +53,7 @@ def check_model_name(name: str) -> str:
     if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
         raise ManifestError(
             f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, "
-            "'.', '_' and '-', not ending in .json"
+            "'.', '_' and '-', not ending in .json; choose another with --name"
         )
     return name
 
@@ -277,6 +280,12 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     Raises:
         ManifestError: the bytes are no manifest, or one of a version this surfw does not know, or break a rule.
     """
+    pieces = data.count(b"{") + data.count(b"[")
+    if len(data) > _MAX_MANIFEST_BYTES or pieces > _MAX_PIECES:
+        raise ManifestError(
+            f"the manifest from {where} has {len(data)} bytes and {pieces} objects and lists; "
+            f"expected at most {_MAX_MANIFEST_BYTES} and {_MAX_PIECES}"
+        )
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as exc:
@@ -421,6 +430,8 @@ class _Parser:
     def consistent(self, manifest: Manifest) -> None:
         names = [chunk.name for chunk in manifest.chunks]
         self.require(len(set(names)) == len(names), "two chunks have the same name")
+        together = sum(file.size for file in manifest.files)
+        self.require(together <= _MAX_FILES_BYTES, f"its tokenizer files have {together} bytes")
         tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
         self.require(len(set(tensors)) == len(tensors), "two tensors have the same name")
         paths = [file.path for file in manifest.files]

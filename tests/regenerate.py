@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("chunk", "serve", "infer", "stats")
+COMMANDS = ("chunk", "serve", "infer", "stats", "bench wire", "bench chunk")
 
 
 def completions() -> dict[Path, str]:
@@ -23,7 +23,7 @@ def readme() -> str:
     """The README with the help texts as they are now."""
     text = (ROOT / "README.md").read_text()
     for command in COMMANDS:
-        shown = _run([command, "--help"]).rstrip()
+        shown = _run([*command.split(), "--help"]).rstrip()
         block = f"<!-- help:{command} -->\n```\n$ surfw {command} --help\n{shown}\n```\n<!-- end -->"
         text = re.sub(rf"<!-- help:{command} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
     return text

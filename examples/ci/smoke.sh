@@ -5,8 +5,9 @@
 set -eu
 checkpoint=${1:?CHECKPOINT} prompt=${2:?PROMPT} port=${3:-8765}
 work=$(mktemp -d)
-trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -rf "$work"' EXIT
 server=
+trap 'exit 130' INT TERM
+trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -rf "$work"' EXIT
 
 surfw chunk "$checkpoint" --store "$work/store" --name smoke >&2
 surfw serve --store "$work/store" --port "$port" --no-live 2>"$work/server.log" &

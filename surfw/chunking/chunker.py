@@ -92,12 +92,23 @@ def prepare_model(
         UnsupportedModelError: surfw cannot run it.
     """
     if dtype is not None:
-        parse_dtype(dtype)  # refused before anything is fetched
+        parse_dtype(dtype)  # refused before anything is fetched, as is the name
+    if name is not None:
+        check_model_name(name)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model, revision=revision))
         prepared = _prepare(checkpoint, check_model_name(name or checkpoint.name), dtype, where=model)
         opened.pop_all()
     return prepared
+
+
+def _refuse_nan(config: Mapping[str, Any], where: str) -> None:
+    try:
+        json.dumps(config, allow_nan=False)
+    except ValueError as exc:
+        raise UnsupportedModelError(
+            f"config.json of {where} holds a number that JSON does not have (NaN or Infinity); save the model again"
+        ) from exc
 
 
 def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str) -> PreparedModel:
@@ -108,6 +119,7 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
         logger.warning(
             "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
         )
+    _refuse_nan(clean, where)
     config = read_config(clean, where=where)
     architectures = getattr(config, "architectures", None) or [None]
     cls = resolve_class(architectures[0], config, where=where)

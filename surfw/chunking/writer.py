@@ -13,9 +13,9 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -63,30 +63,31 @@ class ChunkWriter:
             StorageError: the storage cannot take them; what was finished is kept for the next run.
         """
         done = self._read_journal()
-        chunks: list[Chunk] = []
-        finishing: asyncio.Task[None] | None = None
+        forms: list[Form] = []
+        finishing: asyncio.Task[Form] | None = None
         try:
             for index, planned in enumerate(plan.chunks):
                 form = done.get(planned.name)
-                if form is None or not await self._stored(form):
-                    scratch = self.folder / f"{index:06d}.tmp"
+                fresh = form is None or not await self._stored(form)
+                scratch = self.folder / f"{index:06d}.tmp"
+                if form is None or fresh:
                     form = await self._in_thread(planned, scratch)
-                    if finishing:
-                        await finishing
-                    form = await self._place(form)
-                    finishing = asyncio.create_task(self._finish(planned.name, form, scratch))
                 else:
                     self.progress(planned.payload_bytes, planned.name)
-                tensors = tuple(tensor.info for tensor in planned.tensors)
-                chunks.append(Chunk(planned.name, planned.kind, form.digest, planned.payload_bytes, tensors, (form,)))
+                if finishing:
+                    forms.append(await finishing)
+                finishing = asyncio.create_task(self._finish(planned.name, form, scratch) if fresh else _now(form))
             if finishing:
-                await finishing
+                forms.append(await finishing)
         finally:
             if finishing:
                 await asyncio.gather(finishing, return_exceptions=True)
             for scratch in self.folder.glob("*.tmp"):
                 scratch.unlink(missing_ok=True)
-        return chunks
+        return [
+            Chunk(one.name, one.kind, form.digest, one.payload_bytes, tuple(t.info for t in one.tensors), (form,))
+            for one, form in zip(plan.chunks, forms, strict=True)
+        ]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -122,7 +123,7 @@ class ChunkWriter:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
             self._stop.set()
-            await asyncio.wait([work])
+            await asyncio.gather(work, return_exceptions=True)
             raise
 
     def _write_file(self, planned: PlannedChunk, scratch: Path) -> Form:
@@ -138,7 +139,7 @@ class ChunkWriter:
             ThreadPoolExecutor(1, "surfw-hash") as hashing,
             scratch.open("wb", buffering=0) as out,
         ):
-            out.write(header)
+            _write_all(out.fileno(), memoryview(header))
 
             def digest(piece: memoryview) -> None:
                 whole.update(piece)
@@ -176,25 +177,38 @@ class ChunkWriter:
             seen.update(await self.backend.load_range(there.object, start, min(start + _PIECE_BYTES, there.stop)))
         return replace(form, locations=(there,)) if seen.hexdigest() == form.digest else form
 
-    async def _finish(self, name: str, form: Form, scratch: Path) -> None:
-        """Make a chunk's file durable, put it in its place, and note that it is done."""
-        at = form.locations[0]
+    async def _finish(self, name: str, form: Form, scratch: Path) -> Form:
+        """Make a chunk's file durable, put it in its place, and note that it is done; returns where it lies."""
 
-        def sync() -> bool:
+        def sync() -> None:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"):
                 fd = os.open(scratch, os.O_RDONLY)
                 try:
-                    if os.fstat(fd).st_size != at.stop:
-                        return False  # an equal payload behind another header is there, and stays
                     os.fsync(fd)
                 finally:
                     os.close(fd)
-            return True
 
-        if await asyncio.to_thread(sync):
-            await self.backend.adopt(at.object, scratch)
-        entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": at.start}
+        await asyncio.to_thread(sync)
+        async with self._placing():
+            placed = await self._place(form)
+            if placed == form:
+                await self.backend.adopt(form.locations[0].object, scratch)
+            # else an equal payload behind another header is there, and stays; `write` removes ours
+        entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": placed.locations[0].start}
         self._note(json.dumps(entry | {"blocks": form.blocks.hex()}))
+        return placed
+
+    @asynccontextmanager
+    async def _placing(self) -> AsyncIterator[None]:
+        """One writer at a time puts blobs in place: another model may have an equal payload behind another header."""
+        place = self.backend.spool().parent
+        with translate_errors(f"locking {place}"):
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            await asyncio.to_thread(fcntl.flock, fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
     def _note(self, line: str) -> None:
         """Add a line to the journal; it begins one of its own even where a killed run left half a line."""
@@ -227,6 +241,11 @@ class ChunkWriter:
             return await self.backend.size(location.object) == location.stop
         except NotFoundError:
             return False
+
+
+async def _now(form: Form) -> Form:
+    """A chunk that was finished before."""
+    return form
 
 
 def _write_all(fd: int, data: memoryview) -> None:

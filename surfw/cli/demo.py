@@ -13,6 +13,7 @@ from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import StorageError, SurfwError, WireError
+from surfw.manifest import VERSION
 
 CHECKPOINT = Path(__file__).parent.parent / "demo"
 
@@ -53,7 +54,10 @@ def serve_demo() -> Iterator[str]:
 @contextlib.contextmanager
 def _demo_store() -> Iterator[Path]:
     """The demo model's store, made on first use in `$SURFW_HOME`, or in a temporary folder if that is read-only."""
-    fingerprint = blake3((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()[:16]
+    whole = blake3(f"manifest {VERSION}".encode())
+    for file in sorted(CHECKPOINT.iterdir()):
+        whole.update(file.read_bytes())
+    fingerprint = whole.hexdigest()[:16]
     store = surfw_home() / "demo" / fingerprint
     if (store / "models" / "demo.json").exists():
         yield store
@@ -73,7 +77,8 @@ def _chunk_demo(store: Path) -> None:
     from surfw.storage import open_backend
 
     try:
-        asyncio.run(write_model(prepare_model(str(CHECKPOINT), name="demo"), open_backend(store)))
+        with prepare_model(str(CHECKPOINT), name="demo") as prepared:
+            asyncio.run(write_model(prepared, open_backend(store)))
     except StorageError:
         raise
     except SurfwError as exc:

@@ -1,5 +1,6 @@
 """`surfw infer`: a prompt through a model whose weights arrive while it runs."""
 
+import logging
 import sys
 import time
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, UnsupportedModelError
 
 EXAMPLES = """\b
 Examples:
@@ -42,7 +43,7 @@ def infer(
     ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this much probability.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the random numbers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
@@ -60,6 +61,8 @@ def infer(
     """
     from surfw.cli.infer_view import LiveView, PlainView
 
+    if "" in (stop or ()):
+        raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
     text = _read_prompt(prompt, ids)
     is_live = (sys.stdout.isatty() if live is None else live) and not json and not quiet
@@ -88,13 +91,12 @@ def _run(
         start = time.perf_counter()
         from surfw.models.inference import Request, answer
         from surfw.models.streaming import StreamingModel
-        from surfw.models.tokenizer import open_tokenizer
         from surfw.runtime.memory import available_bytes, peak_rss_bytes
 
         budget = available_bytes() * 6 // 10
         opened = StreamingModel.open(chosen.open, model, cache_layers=cache_layers, budget_bytes=budget, dtype=dtype)
         with opened as streaming:
-            tokenizer = open_tokenizer(streaming)
+            tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
             with view.running(streaming):
                 result = answer(streaming, tokenizer, Request(**request), on_text=view.on_text, on_token=view.on_token)
@@ -120,6 +122,19 @@ def _run(
             view.done(facts)
 
 
+def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:
+    """The tokenizer; one that cannot be used is no hindrance to a prompt of ids."""
+    from surfw.models.tokenizer import open_tokenizer
+
+    try:
+        return open_tokenizer(streaming)
+    except UnsupportedModelError as exc:
+        if needed:
+            raise
+        logging.getLogger("surfw.cli").warning("%s", exc)
+        return None
+
+
 def _parse_ids(text: str | None) -> list[int] | None:
     if text is None:
         return None
@@ -133,7 +148,9 @@ def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
     if (prompt is None) == (ids is None):
         raise typer.BadParameter("give either --prompt or --prompt-ids", param_hint="--prompt")
     if prompt == "-":
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = (sys.stdin.read() if sys.stdin else "").rstrip("\n")
+    if prompt is not None and "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
+        raise ConfigurationError("the prompt is not valid UTF-8; write it in that encoding")
     if prompt is not None and not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt

@@ -23,7 +23,7 @@ class PlainView:
     def __init__(self, *, json: bool, quiet: bool, ids: bool) -> None:
         """Choose what is shown."""
         self._json = json
-        self._quiet = quiet or json
+        self._quiet = quiet
         self._ids = ids
 
     def note(self, text: str) -> None:

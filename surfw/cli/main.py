@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
 """
 
+import io
 import logging
 import os
 import sys
@@ -49,11 +50,14 @@ class _OneLine(logging.Formatter):
     """`surfw: warning: …` on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"surfw: {record.levelname.lower()}: {' '.join(record.getMessage().split())}"
+        return f"surfw: {record.levelname.lower()}: {one_line(record.getMessage())}"
 
 
 def main() -> None:
     """Run the command line, and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
     handler.setLevel(logging.WARNING)
@@ -64,15 +68,21 @@ def main() -> None:
         app()
     except SurfwError as exc:
         fail(str(exc))
-    except KeyboardInterrupt:
-        print("surfw: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         sys.exit(1)
+    except Exception as exc:
+        if os.environ.get("SURFW_DEBUG"):
+            raise
+        fail(f"unexpected {type(exc).__name__}: {exc}; SURFW_DEBUG=1 shows where, please report it")
 
 
 def fail(message: str) -> None:
     """One line on stderr, and exit code 1."""
-    print(f"surfw: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"surfw: error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+def one_line(text: str) -> str:
+    """A text from anywhere, as one line that cannot steer a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))

@@ -53,6 +53,7 @@ def read_stats(url: str) -> dict[str, Any]:
     import json
     from urllib.parse import urlsplit
 
+    from surfw.cli import render
     from surfw.config import DEFAULT_PORT
     from surfw.errors import ConfigurationError, ConnectionFailedError
 
@@ -70,7 +71,7 @@ def read_stats(url: str) -> dict[str, Any]:
         connection.request("GET", "/stats")
         response = connection.getresponse()
         body = response.read(_MAX_BYTES)
-    except (OSError, http.client.HTTPException) as exc:
+    except (OSError, UnicodeError, http.client.HTTPException) as exc:
         raise ConnectionFailedError(
             f"no surfw server at {url}: {exc or type(exc).__name__}; "
             "start one with 'surfw serve' or name another address"
@@ -79,8 +80,9 @@ def read_stats(url: str) -> dict[str, Any]:
         connection.close()
     try:
         found = json.loads(body)
-        if response.status == 200 and found["server"]["version"]:
+        if response.status == 200:
+            render.server_table(found)  # raises where anything that a surfw server tells is missing
             return dict(found)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ConnectionFailedError(f"{url} answers, but is not a surfw server (status {response.status} for GET /stats)")

@@ -14,8 +14,19 @@ from surfw import __version__
 from surfw.client.connection import WireConnection
 from surfw.client.transfer import Transfer
 from surfw.config import MAX_FRAME_BYTES, WireLimits
-from surfw.errors import ConnectionFailedError, RefusedError, RemoteProtocolError
-from surfw.wire import Begin, Cancel, ClientSession, Data, Failed, ListModels, Models, Request, ServerHello
+from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
+from surfw.wire import (
+    Begin,
+    Cancel,
+    ClientSession,
+    Data,
+    Failed,
+    ListModels,
+    Models,
+    Request,
+    ServerHello,
+    printable,
+)
 
 
 @dataclass(slots=True)
@@ -143,13 +154,12 @@ class Link:
         match message:
             case ServerHello():
                 self._send(self._session.hello())
-                for _ in range(message.requests):
+                for _ in range(self._session.requests):
                     self._slots.release()
                 if not self.greeted.done():
                     self.greeted.set_result(None)
             case Begin():
-                if transfer := self._pending[message.id].transfer:
-                    transfer.begin(message)
+                self._begin(self._pending[message.id], message)
             case Data():
                 if not self._session.is_open(message.id):
                     self._finish(message.id, None)
@@ -157,6 +167,16 @@ class Link:
                 self._finish(message.id, message)
             case Failed():
                 self._finish(message.id, RefusedError(f"{self.url}: {message.message}", code=message.code))
+
+    def _begin(self, pending: _Pending, message: Begin) -> None:
+        """Begin the transfer; one that does not want what is coming fails at once, and takes nothing."""
+        try:
+            if pending.transfer:
+                pending.transfer.begin(message)
+        except IntegrityError as exc:
+            pending.transfer = None
+            if not pending.done.done():
+                pending.done.set_exception(exc)
 
     def _finish(self, request_id: int, outcome: Models | RefusedError | None) -> None:
         done = self._pending.pop(request_id).done
@@ -181,7 +201,7 @@ class Link:
         """Fail everything that waits, and all that will be asked; the first reason counts."""
         if self.ended:
             return
-        self.ended = what
+        self.ended = printable(what)
         if self._connection:
             self._connection.drop()
         waiting: list[asyncio.Future[Any]] = [self.greeted, *(pending.done for pending in self._pending.values())]

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -12,7 +13,7 @@ from surfw import __version__
 from surfw.client.link import Link
 from surfw.config import MAX_FRAME_BYTES, WireLimits
 from surfw.errors import ConfigurationError, ConnectionFailedError, SurfwError
-from surfw.wire import PROTOCOL
+from surfw.wire import PROTOCOL, printable
 
 _CLOSE_SECONDS = 2
 _NEXT = "start one with 'surfw serve' or name another with --source"
@@ -82,10 +83,17 @@ def _explain(link: Link, seconds: float, exc: Exception) -> SurfwError:
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
         case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
-            text = f"the server at {link.url} takes no more clients; try again later, or {_NEXT}"
+            text = _refused(link, exc.response.status_code)
         case _:
             text = _foreign(link, f"{link.ended or exc}; {_NEXT}")
-    return ConnectionFailedError(text)
+    return ConnectionFailedError(printable(text))
+
+
+def _refused(link: Link, status: int) -> str:
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return f"the server at {link.url} takes no more clients; try again later, or {_NEXT}"
+    path = urlsplit(link.url).path or "/"
+    return f"the server at {link.url} refuses the path {path} with status {status}; expected ws://HOST:PORT"
 
 
 def _foreign(link: Link, why: str) -> str:

@@ -8,7 +8,7 @@ from surfw.client.link import Link
 from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document
 from surfw.config import WireLimits
-from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
+from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Manifest, parse_manifest
 from surfw.source import ChunkSource, Read
 from surfw.wire import Get, GetFile, GetManifest
@@ -38,14 +38,14 @@ class WireSource(ChunkSource):
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
-        document = Document()
+        document = Document(f"the manifest of {model} from {self.url}")
         try:
             await self._link.receive(lambda number: GetManifest(number, model), document)
         except RefusedError as exc:
             if exc.code != "unknown-model":
                 raise
             raise UnknownModelError(model, await self.models(), where=self.url) from exc
-        manifest = parse_manifest(document.verified(f"the manifest of {model} from {self.url}"), where=self.url)
+        manifest = parse_manifest(document.verified(), where=self.url)
         if manifest.name != model:
             raise ManifestError(f"{self.url} answered for {model} with the manifest of {manifest.name}")
         return manifest
@@ -53,11 +53,9 @@ class WireSource(ChunkSource):
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified."""
         entry = next(file for file in manifest.files if file.path == path)
-        document = Document()
+        document = Document(f"{path} of {manifest.name} from {self.url}", listed=(entry.size, entry.digest))
         await self._link.receive(lambda number: GetFile(number, manifest.name, path), document)
-        if document.digest != entry.digest:
-            raise IntegrityError(f"{path} of {manifest.name} from {self.url} is not the one its manifest lists")
-        return document.verified(f"{path} of {manifest.name} from {self.url}")
+        return document.verified()
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""

@@ -25,7 +25,7 @@ class Transfer(Protocol):
     """How many bytes have arrived."""
 
     def begin(self, message: Begin) -> None:
-        """The answer's size and digest are known; only documents are begun."""
+        """The answer's size and digest are known; only documents are begun. `IntegrityError` refuses the answer."""
 
     def place(self, offset: int, size: int) -> memoryview:
         """The memory for `size` bytes of the answer from `offset` on."""
@@ -35,21 +35,25 @@ class Transfer(Protocol):
 
 
 class Document:
-    """A manifest or a file: held in memory, and as long as the server says, within the session's limits.
+    """A manifest or a file: held in memory, and as long as the server says, within the session's limits."""
 
-    Attributes:
-        digest: the BLAKE3 that the server announced.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is known yet."""
+    def __init__(self, what: str, *, listed: tuple[int, str] | None = None) -> None:
+        """Name it for errors; `listed` has the size and BLAKE3 that a manifest lists for it."""
         self.received = 0
-        self.digest = ""
+        self._what = what
+        self._listed = listed
+        self._digest = ""
         self._data = bytearray()
 
     def begin(self, message: Begin) -> None:
-        """Make room."""
-        self.digest = message.digest
+        """Make room.
+
+        Raises:
+            IntegrityError: what is announced is not what is listed.
+        """
+        if self._listed not in {None, (message.size, message.digest)}:
+            raise IntegrityError(f"{self._what} is not the one its manifest lists")
+        self._digest = message.digest
         self._data = bytearray(message.size)
 
     def place(self, offset: int, size: int) -> memoryview:
@@ -60,15 +64,17 @@ class Document:
         """Count."""
         self.received = stop
 
-    def verified(self, what: str) -> bytes:
+    def verified(self) -> bytes:
         """The whole, once it is there.
 
         Raises:
             IntegrityError: it is not what the server said it would be.
         """
         data = bytes(self._data)
-        if payload_digest(data) != self.digest:
-            raise IntegrityError(f"{what} is damaged: its BLAKE3 is not the one that was announced with it; try again")
+        if payload_digest(data) != self._digest:
+            raise IntegrityError(
+                f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it; try again"
+            )
         return data
 
 

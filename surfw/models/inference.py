@@ -77,11 +77,11 @@ class Answer:
 class TokenClock(BaseStreamer):
     """Notes when each token came, and passes it on to a streamer of text."""
 
-    def __init__(self, text: TextStreamer | None, on_token: Callable[[float], None], *, streams_prompt: bool) -> None:
-        """Start the clock; decoder-only models put their prompt first."""
+    def __init__(self, text: TextStreamer | None, on_token: Callable[[float], None]) -> None:
+        """Start the clock; `generate()` puts the prompt first, or the decoder's start."""
         self.start = time.perf_counter()
         self.times: list[float] = []
-        self._skip = streams_prompt
+        self._skip = True
         self._text: Any = text
         self._on_token = on_token
 
@@ -216,7 +216,7 @@ def _generate(
     inputs.pop("token_type_ids", None)
     stopping = {"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(text, on_token, streams_prompt=not is_encoder_decoder)
+    clock = TokenClock(text, on_token)
     try:
         with _defaults(model, config):
             output = model.generate(**inputs, generation_config=config, streamer=clock, **stopping)

@@ -2,17 +2,21 @@
 
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from surfw.checkpoint.layout import TOKENIZER_FILES
 from surfw.errors import UnsupportedModelError
 from surfw.models.streaming import StreamingModel
 from surfw.skeleton.config import sanitise_config
 
 logger = logging.getLogger("surfw.models")
+
+_PATH_KEY = re.compile(r"_?name_or_path|vocab|merges|.*_files?|.*_path")
 
 
 def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
@@ -27,6 +31,9 @@ def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
         return None
     with tempfile.TemporaryDirectory(prefix="surfw-tokenizer-") as folder:
         for file in manifest.files:
+            if file.path not in TOKENIZER_FILES:
+                logger.warning("%s: ignored, because no tokenizer has such a file", file.path)
+                continue
             data = model.read_file(file.path)
             (Path(folder) / file.path).write_bytes(
                 _sanitise(data, file.path) if file.path == "tokenizer_config.json" else data
@@ -46,11 +53,14 @@ def _sanitise(data: bytes, path: str) -> bytes:
     """The tokenizer's settings without requests for foreign code."""
     try:
         document: Any = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return data  # transformers says what is wrong with it
     if not isinstance(document, dict):
         return data
     clean, dropped = sanitise_config(document)
     for line in dropped:
         logger.warning("%s: ignored, because surfw runs no code from elsewhere: %s", path, line)
-    return json.dumps(clean).encode() if dropped else data
+    named = [key for key in clean if _PATH_KEY.fullmatch(key)]  # files lie beside it, nowhere else on this machine
+    for key in named:
+        del clean[key]
+    return json.dumps(clean).encode() if dropped or named else data

@@ -3,6 +3,8 @@
 import mmap
 from contextlib import suppress
 
+from surfw.errors import SurfwError
+
 _HUGE = 2 << 20
 
 
@@ -13,7 +15,10 @@ class Buffer:
         """Map at least `size_bytes`, a whole number of huge pages where that is not wasteful."""
         unit = _HUGE if size_bytes >= _HUGE else mmap.PAGESIZE
         self.capacity_bytes = max(unit, -(-size_bytes // unit) * unit)
-        self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as exc:
+            raise SurfwError(f"there is no memory for a chunk of {size_bytes} bytes: {exc.strerror}") from exc
         if unit == _HUGE:
             with suppress(OSError):  # a kernel without huge pages: ordinary ones do
                 self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -33,6 +33,7 @@ from surfw.wire import (
     Models,
     Request,
     ServerSession,
+    printable,
 )
 
 log = logging.getLogger("surfw.server")
@@ -127,7 +128,7 @@ class Connection:
 
     def _fail(self, request: Request, code: str, text: str) -> None:
         if self._session.is_open(request.id):
-            self._outlet.send(self._session.send(Failed(request.id, code, text)))
+            self._outlet.send(self._session.send(Failed(request.id, code, printable(text))))
 
     async def _look_up_and_send(self, request: Request) -> None:
         match request:

@@ -41,7 +41,10 @@ class Outlet:
             yield
             await self._drain()
         finally:
-            if granted.done() and not granted.cancelled():
+            if granted.cancelled():
+                self._waiting = [turn for turn in self._waiting if not turn[-1].done()]
+                heapq.heapify(self._waiting)
+            elif granted.done():
                 self._busy = False
             self.grant()
 

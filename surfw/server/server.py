@@ -31,7 +31,8 @@ log = logging.getLogger("surfw.server")
 _library_log = log.getChild("websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say with the client's address
 
-_CHECK_SECONDS = 5
+_CHECK_SECONDS = 2
+"""Less than `_OPEN_SECONDS`, within which a request must be answered: one whose storage hangs too."""
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
 """A client may be busy with a layer for a while before it answers a ping."""
@@ -75,6 +76,7 @@ class WeightServer:
                 self._serve_client,
                 settings.host,
                 settings.port,
+                origins=[None],  # browsers name one: no web page may talk to a server on loopback
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
                 process_request=HttpEndpoints(self).process_request,
@@ -87,7 +89,7 @@ class WeightServer:
                 write_limit=settings.limits.frame_bytes,
                 logger=_library_log,
             )
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:  # the latter for a host that cannot be a name
             raise ConfigurationError(_cannot_listen(settings, exc)) from exc
 
     async def stop(self) -> None:
@@ -193,7 +195,9 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _cannot_listen(settings: ServerSettings, exc: OSError) -> str:
+def _cannot_listen(settings: ServerSettings, exc: OSError | UnicodeError) -> str:
+    if isinstance(exc, UnicodeError):
+        return f"{settings.host!a} is not a host to listen on; choose another with --host"
     if exc.errno == errno.EADDRINUSE:
         return (
             f"port {settings.port} on {settings.host} is in use; stop what listens there, or choose another with --port"

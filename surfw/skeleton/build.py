@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 import transformers
 from torch import nn
@@ -76,8 +77,9 @@ def read_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
             f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not "
             "know; register its classes with AutoConfig.register and AutoModel.register first"
         )
-    with foreign_errors(f"the configuration of {where}"):
-        found = transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+    with foreign_errors(f"the configuration of {where}"), _no_hub():
+        plain = PreTrainedConfig._decode_special_floats(dict(config))  # noqa: SLF001 - as transformers reads config.json
+        found = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
         _refuse_implementations(found, where)
         return found
 
@@ -152,6 +154,7 @@ def build_skeleton(
         stack.enter_context(_BUILDING)
         stack.enter_context(_guard(tensor_count, accepts, where))
         stack.enter_context(foreign_errors(f"model {where} ({cls.__name__})"))
+        stack.enter_context(_no_hub())
         stack.enter_context(torch.device("meta"))
         stack.enter_context(initialization.meta_device_safe_creation_ops())
         stack.enter_context(initialization.no_tie_weights())
@@ -217,6 +220,17 @@ def _is_unmade(buffer: torch.Tensor) -> bool:
     if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
         return bool(buffer.isnan().all())
     return bool((buffer == torch.iinfo(buffer.dtype).max).all())
+
+
+@contextmanager
+def _no_hub() -> Iterator[None]:
+    """Whatever a configuration names, nothing is fetched because of it."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -56,6 +56,8 @@ def _clean(value: Any, path: str, dropped: list[str], depth: int) -> Any:
 def _asks_for_code(key: str, value: Any) -> bool:
     if key in _CODE_KEYS:
         return bool(value)
+    if key == "backbone":
+        return isinstance(value, str) and "/" in value
     return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and not set(_texts(value)) <= IMPLEMENTATIONS
 
 

@@ -10,11 +10,14 @@ Blobs are named by their content and written first; the manifest is written last
 """
 
 import json
+import logging
 from collections.abc import Sequence
 
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
+
+logger = logging.getLogger("surfw.storage")
 
 MARKER = "surfw.json"
 FORMAT = "surfw.store"
@@ -30,6 +33,7 @@ class Store:
         """Name the backend; nothing is read yet."""
         self.backend = backend
         self.url = backend.url
+        self._strays: set[str] = set()
 
     async def check(self) -> None:
         """Make sure that a store lies here.
@@ -76,9 +80,14 @@ class Store:
         await self.backend.save(MARKER, json.dumps(document).encode())
 
     async def models(self) -> list[str]:
-        """Names of the models, sorted."""
+        """Names of the models, sorted. Files whose names cannot be a model's are left out."""
         keys = await self.backend.list(_MODELS)
-        return sorted(key.removeprefix(_MODELS).removesuffix(".json") for key in keys if key.endswith(".json"))
+        names = {key.removeprefix(_MODELS).removesuffix(".json") for key in keys if key.endswith(".json")}
+        strays = {name for name in names if not _is_model_name(name)}
+        for name in sorted(strays - self._strays):
+            logger.warning("%s holds %a, which cannot be a model's name; it is left out", self.url, name[:80])
+        self._strays = strays
+        return sorted(names - strays)
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model with exactly this name.
@@ -108,6 +117,14 @@ class Store:
             raise ManifestError(f"the configuration of {manifest.name} cannot be written as JSON: {exc}") from exc
         parse_manifest(data, where=manifest.name)
         await self.backend.save(manifest_key(manifest.name), data)
+
+
+def _is_model_name(name: str) -> bool:
+    try:
+        check_model_name(name)
+    except ManifestError:
+        return False
+    return True
 
 
 def manifest_key(model: str) -> str:

@@ -22,6 +22,7 @@ from surfw.wire.messages import (
     Models,
     Request,
     ServerHello,
+    printable,
 )
 from surfw.wire.server_session import ServerSession
 
@@ -44,4 +45,5 @@ __all__ = [
     "ServerHello",
     "ServerSession",
     "binary_header",
+    "printable",
 ]

@@ -51,7 +51,7 @@ class ClientSession:
     """Takes a server's messages, and turns the client's into text.
 
     Attributes:
-        requests: the most requests the server accepts at a time; 0 until it said hello.
+        requests: the most requests to have open at a time, by both sides' limits; 0 until the server said hello.
     """
 
     def __init__(self, limits: WireLimits, *, client: str) -> None:
@@ -112,7 +112,8 @@ class ClientSession:
         window = min(message.window_bytes, self.limits.window_bytes)
         if window < 2 * message.frame_bytes or not message.requests:
             raise RemoteProtocolError(f"hello: a window of {window} bytes and {message.requests} requests do not work")
-        self._frame_bytes, self._window_bytes, self.requests = message.frame_bytes, window, message.requests
+        self._frame_bytes, self._window_bytes = message.frame_bytes, window
+        self.requests = min(message.requests, self.limits.requests_in_flight)
         return message
 
     def _begin(self, message: Begin) -> None:

@@ -4,7 +4,7 @@ A message is a JSON object; `type` names it, and the other fields are those of t
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
 - Fields that a class does not have are ignored, so that a later surfw may say more; unknown types are refused.
-- Texts are bounded and encodable; sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
+- Texts are bounded and encodable, and those that people see printable; sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
 """
 
 import json
@@ -186,11 +186,15 @@ class _Fields:
     def text(self, name: str, longest: int = _NAME_LENGTH) -> str:
         return self._checked_text(name, self._document.get(name), longest)
 
+    def shown(self, name: str, longest: int = _NAME_LENGTH) -> str:
+        """A text that people see: it may do nothing to their terminals."""
+        return self._printable(name, self.text(name, longest))
+
     def texts(self, name: str) -> tuple[str, ...]:
         values = self._document.get(name)
         if not isinstance(values, list):
             raise self._unexpected(name, values, "a list of texts")
-        return tuple(self._checked_text(name, value, _NAME_LENGTH) for value in values)
+        return tuple(self._printable(name, self._checked_text(name, value, _NAME_LENGTH)) for value in values)
 
     def size(self, name: str) -> int:
         return self.integer(name, 0, MAX_SIZE)
@@ -206,6 +210,11 @@ class _Fields:
             raise self._unexpected(name, value, f"a text of at most {longest} characters")
         return value
 
+    def _printable(self, name: str, value: str) -> str:
+        if not value.isprintable():
+            raise self._unexpected(name, value, "a text of printable characters")
+        return value
+
     def _unexpected(self, name: str, value: object, expected: str) -> RemoteProtocolError:
         return RemoteProtocolError(f"{self.type}: field {name!r} is {_short(value)}, expected {expected}")
 
@@ -213,7 +222,7 @@ class _Fields:
 Message = TypeVar("Message")
 
 _FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
-    ClientHello.type: lambda fields: ClientHello(fields.text("client"), fields.size("window_bytes")),
+    ClientHello.type: lambda fields: ClientHello(fields.shown("client"), fields.size("window_bytes")),
     ListModels.type: lambda fields: ListModels(fields.size("id")),
     GetManifest.type: lambda fields: GetManifest(fields.size("id"), fields.text("model")),
     GetFile.type: lambda fields: GetFile(fields.size("id"), fields.text("model"), fields.text("path")),
@@ -233,7 +242,7 @@ _FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
 _FROM_SERVER: dict[str, Callable[[_Fields], ServerMessage]] = {
     ServerHello.type: lambda fields: ServerHello(
         fields.text("protocol"),
-        fields.text("server"),
+        fields.shown("server"),
         fields.size("frame_bytes"),
         fields.size("window_bytes"),
         fields.size("requests"),
@@ -241,7 +250,7 @@ _FROM_SERVER: dict[str, Callable[[_Fields], ServerMessage]] = {
     Models.type: lambda fields: Models(fields.size("id"), fields.texts("models")),
     Begin.type: lambda fields: Begin(fields.size("id"), fields.size("size"), fields.text("digest")),
     Data.type: lambda fields: Data(fields.size("id"), fields.size("start"), fields.size("stop")),
-    Failed.type: lambda fields: Failed(fields.size("id"), fields.text("code"), fields.text("message", _TEXT_LENGTH)),
+    Failed.type: lambda fields: Failed(fields.size("id"), fields.shown("code"), fields.shown("message", _TEXT_LENGTH)),
 }
 
 
@@ -250,6 +259,11 @@ def _parse(text: str, messages: Mapping[str, Callable[[_Fields], Message]]) -> M
     if fields.type not in messages:
         raise RemoteProtocolError(f"unknown message type {fields.type!a}")
     return messages[fields.type](fields)
+
+
+def printable(text: str) -> str:
+    """The text with `?` for what is not printable: a peer's words, as people may see them."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _encodable(value: str) -> bool:

@@ -108,6 +108,31 @@ def test_chunks_are_written_as_they_are_described(kind: str, tmp_path: Path) -> 
         assert asyncio.run(storage.load(at.object)) == encode_header(toy.tensors) + payload
 
 
+def test_a_buffer_is_filled_again_only_when_its_bytes_have_been_digested(
+    backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading runs ahead of digesting, but never by more buffers than there are."""
+    chunks = toys((5 * BLOCK_BYTES,))
+    source, reads = Payloads(chunks), threading.Semaphore(0)
+    read_into, block_digests = source.read_into, writer_module.block_digests
+
+    def counted(chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        read_into(chunk, start, destination)
+        reads.release()
+
+    def after_four_reads(piece: memoryview) -> bytes:
+        if len(source.reads) < 4:
+            for _ in range(4):  # three buffers can be read; the fourth read has to wait for this digest
+                reads.acquire(timeout=0.3)
+        return block_digests(piece)
+
+    monkeypatch.setattr(source, "read_into", counted)
+    monkeypatch.setattr(writer_module, "_PIECE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(writer_module, "block_digests", after_four_reads)
+    (chunk,) = run(make(backend, source), planned(chunks))
+    assert chunk.forms[0].blocks == chunks[0][0].forms[0].blocks
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=4), min_size=1, max_size=4), st.integers(1, 40))
 def test_every_byte_is_read_once_in_order_and_stored_once(layers: list[list[int]], piece: int) -> None:

@@ -248,3 +248,54 @@ def test_many_requests_at_once_fail_together(tmp_path: Path) -> None:
             assert {type(one) for one in ended} == {ConnectionFailedError}
 
     asyncio.run(main())
+
+
+def test_a_path_that_a_server_does_not_have(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[1])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            with pytest.raises(ConnectionFailedError, match=r"path /foo with status 404; expected ws://HOST:PORT$"):
+                await open_wire_source(f"{server.url}/foo")
+
+    asyncio.run(main())
+
+
+def test_a_server_that_takes_any_number_of_requests(tmp_path: Path) -> None:
+    async def answer(websocket: ServerConnection) -> None:
+        hello = {"server": "s", "frame_bytes": 128 * KIB, "window_bytes": MIB, "requests": 1 << 53}
+        await websocket.send(json.dumps({"type": "hello", "protocol": "surfw.v1"} | hello))
+        await websocket.recv()
+        await websocket.close(1001, "\x1b[2Jgone")
+
+    async def main() -> None:
+        async with pretending(answer, greet=False) as url, await open_wire_source(url) as source:
+            with pytest.raises(ConnectionFailedError, match=r"closed the connection: \?\[2Jgone"):
+                await source.models()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("size", [0, 5, MIB])
+def test_a_file_of_another_size_is_not_taken(tmp_path: Path, size: int) -> None:
+    manifest = make_store(tmp_path, sizes=[1])
+    heard = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        begin = {"type": "begin", "id": 0, "size": size, "digest": manifest.files[0].digest}
+        await websocket.send(json.dumps(begin))
+        heard.append(await websocket.recv())
+        await websocket.send('{"type":"error","id":0,"code":"cancelled","message":"given up"}')
+        await websocket.recv()
+        await websocket.send('{"type":"models","id":1,"models":["still","here"]}')
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            with pytest.raises(IntegrityError, match="is not the one its manifest lists"):
+                await source.file(manifest, manifest.files[0].path)
+            assert await source.models() == ["here", "still"]
+
+    asyncio.run(main())
+    assert heard == ['{"type":"cancel","id":0}']

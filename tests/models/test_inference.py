@@ -90,9 +90,12 @@ def test_ids_are_taken_as_they_are(llama: StreamingModel, checkpoints: Path) -> 
 
 
 def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
-    result = answer(opened("t5"), None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4))
+    seconds: list[float] = []
+    result = answer(opened("t5"), None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4), on_token=seconds.append)
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
+    assert len(seconds) == len(result.token_ids)  # the decoder's start is none of them
+    assert result.ttft_seconds == seconds[0]
 
 
 def test_one_token_has_no_time_per_further_token(llama: StreamingModel) -> None:
@@ -249,7 +252,7 @@ def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> No
     now = iter([10.0, 11.0, 13.0])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
     told: list[float] = []
-    clock = TokenClock(None, told.append, streams_prompt=True)
+    clock = TokenClock(None, told.append)
     for token in ([[1, 2, 3]], [4], [5]):
         clock.put(torch.tensor(token))
     clock.end()

@@ -214,6 +214,24 @@ def test_forwards_of_several_threads_run_one_after_another(store: Path, checkpoi
     assert found == [True] * 9
 
 
+def test_two_forwards_never_run_at_once(store: Path) -> None:
+    meeting, met = threading.Barrier(2), []
+
+    def meet(*_: Any) -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(0.3)
+            met.append(threading.current_thread().name)
+
+    with StreamingModel.open(opener(store), "bert") as model:
+        model.model.register_forward_pre_hook(meet)
+        threads = [threading.Thread(target=model, kwargs={"input_ids": IDS}) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert met == []
+
+
 class Tracked(StorageSource):
     """Notes when it is closed."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from surfw.errors import StorageError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
+from surfw.runtime import engine as engine_module
 from surfw.runtime.engine import Engine
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
@@ -200,6 +201,27 @@ def test_a_chunk_that_arrives_too_late_for_one_who_does_not_need_it_gives_its_bu
         tensors = engine.acquire("c2")
         assert data(tensors) == {"c2.t0": source.payloads[manifest.by_name["c2"].id]}
         assert engine.resident_bytes == 2 * PAGE
+
+
+def test_a_buffer_is_used_again_only_when_nothing_writes_to_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, source = toy_model([100] * 3)
+    source.gate = Gate()
+    for name in ("c0", "c2"):
+        source.gate.open(name)
+    settling, wait = threading.Event(), engine_module.wait
+    monkeypatch.setattr(engine_module, "wait", lambda loads: (settling.set(), wait(loads)))
+    with running(manifest, source, cache_layers=1) as engine:
+        engine.acquire("c0")
+        source.gate.wait_for("c1")  # fetched ahead, into the other buffer
+        found: list[dict[str, bytes]] = []
+        other = threading.Thread(target=lambda: found.append(data(engine.acquire("c2"))))
+        other.start()
+        assert settling.wait(60)
+        assert "c2" not in source.reads
+        source.gate.open("c1")
+        other.join()
+        assert source.reads == ["c0", "c1", "c2"]
+        assert found == [{"c2.t0": source.payloads[manifest.by_name["c2"].id]}]
 
 
 def fail_once(name: str) -> Callable[[Read], None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from surfw.client import open_wire_source
+from surfw.storage import FilesystemBackend
 from tests.peers import serving, whole
 from tests.stores import make_store
 
@@ -81,5 +82,26 @@ def test_not_ready_while_the_storage_is_away(tmp_path: Path) -> None:
             assert (await asyncio.to_thread(fetch, server.port, "/livez"))[0] == 200
             shutil.move(tmp_path / "elsewhere", store)
             assert (await asyncio.to_thread(fetch, server.port, "/readyz"))[0] == 200
+
+    asyncio.run(main())
+
+
+def test_a_storage_that_hangs_is_not_ready(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    class Hanging(FilesystemBackend):
+        hangs = False
+
+        async def load(self, key: str) -> bytes:
+            if self.hangs:
+                await asyncio.Event().wait()
+            return await super().load(key)
+
+    async def main() -> None:
+        backend = Hanging(tmp_path)
+        async with serving(backend) as server:
+            backend.hangs = True
+            status, _, body = await asyncio.to_thread(fetch, server.port, "/readyz")
+            assert (status, body) == (503, "the storage cannot be reached\n")
 
     asyncio.run(main())

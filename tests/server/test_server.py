@@ -5,12 +5,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from websockets.asyncio.client import connect
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin, Subprotocol
 
 from surfw.client import open_wire_source
 from surfw.config import MIB, ServerSettings
 from surfw.errors import ConfigurationError, ConnectionFailedError, NotAStoreError
 from surfw.server import WeightServer
 from surfw.storage import FilesystemBackend
+from surfw.wire import PROTOCOL
 from tests.peers import bare_client, serving, whole
 from tests.stores import make_store, payload
 
@@ -40,6 +44,24 @@ def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
     settings = ServerSettings(host="192.0.2.1", port=0, insecure=True)
     with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1 port 0"):
         asyncio.run(WeightServer(FilesystemBackend(tmp_path), settings).start())
+
+
+def test_a_host_that_cannot_be_one_is_named(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    settings = ServerSettings(host="a..b", port=0, insecure=True)
+    with pytest.raises(ConfigurationError, match=r"'a\.\.b' is not a host to listen on.*--host"):
+        asyncio.run(WeightServer(FilesystemBackend(tmp_path), settings).start())
+
+
+def test_web_pages_may_not_connect(tmp_path: Path) -> None:
+    make_store(tmp_path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            with pytest.raises(InvalidStatus, match="HTTP 403"):
+                await connect(server.url, subprotocols=[Subprotocol(PROTOCOL)], origin=Origin("https://example.org"))
+
+    asyncio.run(main())
 
 
 def test_a_folder_that_is_not_a_store_is_refused(tmp_path: Path) -> None:

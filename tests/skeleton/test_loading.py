@@ -4,15 +4,18 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, PreTrainedModel
 
-from surfw.checkpoint import Checkpoint
+from surfw.checkpoint import Checkpoint, open_directory
 from surfw.errors import CheckpointError
-from surfw.skeleton.build import Skeleton
+from surfw.skeleton.build import Skeleton, build_skeleton
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 from tests.exactness.families import FAMILIES
 from tests.skeleton.models import skeleton_for
@@ -128,6 +131,34 @@ def test_legacy_names_of_norms(tmp_path: Path) -> None:
     assert any(key.endswith("gamma") for key in load_file(tmp_path / "model.safetensors"))
     loading, _ = same_as_from_pretrained(tmp_path)
     assert loading.recipes["bert.embeddings.LayerNorm.weight"].sources == ("bert.embeddings.LayerNorm.gamma",)
+
+
+class Scale(nn.Module):
+    """Has the name of a legacy norm's weight for its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+
+
+class Scaled(PreTrainedModel):
+    config_class = LlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.LayerNorm = Scale()
+        self.post_init()
+
+
+def test_a_name_that_looks_like_a_legacy_one_and_is_not(tmp_path: Path) -> None:
+    model = Scaled(LlamaConfig())
+    with torch.no_grad():
+        model.LayerNorm.gamma.copy_(torch.arange(4))
+    model.save_pretrained(tmp_path)
+    assert Scaled.from_pretrained(tmp_path).LayerNorm.gamma.tolist() == [0, 1, 2, 3]
+    skeleton = build_skeleton(LlamaConfig(), Scaled, torch.float32, tensor_count=1, where="scaled")
+    with open_directory(tmp_path) as checkpoint:
+        assert plan(skeleton, checkpoint).recipes["LayerNorm.gamma"].sources == ("LayerNorm.gamma",)
 
 
 def test_a_base_model_out_of_a_checkpoint_with_a_head(tmp_path: Path) -> None:

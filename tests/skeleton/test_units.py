@@ -131,6 +131,15 @@ def test_shapes_of_models(model: nn.Module, expected: list[tuple[str, str, int]]
     assert listed(find_units(model)) == expected
 
 
+def test_a_container_that_is_shared_is_visited_once() -> None:
+    shared = tree(layers=nn.ModuleList([Leaf()]))
+    shared.register_parameter("own", nn.Parameter(torch.zeros(1)))
+    model = tree(one=tree(inner=shared, list=nn.ModuleList([Leaf()])), two=tree(inner=shared, leaf=Leaf()))
+    assert listed(find_units(model)) == [
+        ("one.inner.*", "own", 1), ("one.inner.layers.0", "layer", 2), ("one.list.0", "layer", 2), ("two.leaf", "part", 2),
+    ]  # fmt: skip
+
+
 def test_a_list_within_a_layer_belongs_to_the_layer() -> None:
     layer = nn.Sequential(nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)]))
     assert listed(find_units(tree(layers=nn.ModuleList([layer])))) == [("layers.0", "layer", 4)]

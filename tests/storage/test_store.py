@@ -121,6 +121,19 @@ def test_what_could_not_be_read_again_is_not_published(store: Store, config: dic
     assert asyncio.run(store.models()) == []
 
 
+def test_files_that_cannot_be_models_are_left_out(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(store.create())
+    asyncio.run(store.publish(MANIFEST))
+    for stray in ("a b.json", "x\n.json", ".json"):
+        (tmp_path / "store" / "models" / stray).write_text("{}")
+    for _ in range(2):
+        assert asyncio.run(store.models()) == [MANIFEST.name]
+    assert "holds 'x\\n', which cannot be a model's name" in caplog.text
+    assert caplog.text.count("'a b'") == 1
+
+
 def test_keys() -> None:
     assert manifest_key("org/x") == "models/org/x.json"
     assert blob_key("abcdef", ".safetensors") == "blobs/ab/abcdef.safetensors"

@@ -8,9 +8,10 @@ from surfw.wire import messages as m
 
 SIZE = st.integers(0, m.MAX_SIZE)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=256)
+SHOWN = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), max_size=256)
 
 CLIENT_MESSAGES = st.one_of(
-    st.builds(m.ClientHello, TEXT, SIZE),
+    st.builds(m.ClientHello, SHOWN, SIZE),
     st.builds(m.ListModels, SIZE),
     st.builds(m.GetManifest, SIZE, TEXT),
     st.builds(m.GetFile, SIZE, TEXT, TEXT),
@@ -19,11 +20,11 @@ CLIENT_MESSAGES = st.one_of(
     st.builds(m.Credit, SIZE),
 )
 SERVER_MESSAGES = st.one_of(
-    st.builds(m.ServerHello, TEXT, TEXT, SIZE, SIZE, SIZE),
-    st.builds(m.Models, SIZE, st.lists(TEXT, max_size=4).map(tuple)),
+    st.builds(m.ServerHello, TEXT, SHOWN, SIZE, SIZE, SIZE),
+    st.builds(m.Models, SIZE, st.lists(SHOWN, max_size=4).map(tuple)),
     st.builds(m.Begin, SIZE, SIZE, TEXT),
     st.builds(m.Data, SIZE, SIZE, SIZE),
-    st.builds(m.Failed, SIZE, TEXT, TEXT),
+    st.builds(m.Failed, SIZE, SHOWN, SHOWN),
 )
 NAMES = ["type", "id", "model", "chunk", "form", "start", "stop", "bytes", "window_bytes", "client", "path", "priority"]
 TYPES = ["hello", "models", "manifest", "file", "get", "cancel", "credit", "begin", "data", "error"]

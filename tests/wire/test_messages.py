@@ -73,3 +73,24 @@ def test_reasons_name_field_value_and_what_was_expected() -> None:
     with pytest.raises(RemoteProtocolError) as caught:
         m.parse_client_message('{"type": "cancel", "id": "seven"}')
     assert str(caught.value) == "cancel: field 'id' is 'seven', expected an integer from 0 to 9007199254740992"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        m.ServerHello(m.PROTOCOL, "\x1b[2J", 1, 1, 1),
+        m.Models(0, ("good", "a\nb")),
+        m.Failed(0, "code", "\x1b]0;title\x07"),
+        m.Failed(0, "\x9b", "text"),
+    ],
+)
+def test_what_a_server_says_to_people_does_nothing_to_their_terminals(message: m.ServerMessage) -> None:
+    with pytest.raises(RemoteProtocolError, match="expected a text of printable characters") as caught:
+        m.parse_server_message(m.encode(message))
+    assert str(caught.value).isprintable()
+    with pytest.raises(RemoteProtocolError, match="printable"):
+        m.parse_client_message(m.encode(m.ClientHello("\x1b[2J", 1)))
+
+
+def test_printable() -> None:
+    assert m.printable("größer 🙂 \x1b[2J\r\n") == "größer 🙂 ?[2J??"

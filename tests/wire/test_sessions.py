@@ -64,6 +64,12 @@ def test_hello_tells_each_side_the_others_limits() -> None:
     assert (client.requests, server.window) == (2, 4 * FRAME)
 
 
+def test_a_client_has_no_more_requests_open_than_it_likes() -> None:
+    client = ClientSession(LIMITS, client="c")
+    client.receive(encode(ServerHello(PROTOCOL, "s", FRAME, 4 * FRAME, 1 << 53)))
+    assert client.requests == 2
+
+
 def test_a_chunk_crosses() -> None:
     client, server = joined()
     assert server.receive(client.send(get(0))) == get(0)

@@ -1,0 +1,38 @@
+"""What the README says works as it stands there."""
+
+import asyncio
+import re
+from pathlib import Path
+
+import torch
+
+from surfw.chunking.chunker import prepare_model, write_model
+from surfw.storage import open_backend
+from tests.checkpoints import save_llama
+from tests.cli.run import surfw
+from tests.servers import serve
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+
+
+def test_the_first_command_prints_english(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^python3 -m venv .* && \.venv/bin/surfw (infer .*)$", README, re.MULTILINE)
+    prompt = re.fullmatch(r'infer --prompt "(.*)"', command)
+    assert prompt is not None
+    done = surfw(tmp_path, "infer", "--prompt", prompt[1], "--model", "demo")
+    assert done.returncode == 0
+    assert "the demo model" in done.stderr
+    assert done.stdout.rstrip().endswith(".")
+    assert {"layer", "weights", "memory", "model"} & set(done.stdout.lower().replace(".", " ").split())
+    assert (tmp_path / "demo").is_dir()
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    with prepare_model(str(save_llama(tmp_path / "tiny")), name="my-model") as prepared:
+        asyncio.run(write_model(prepared, open_backend(tmp_path / "store")))
+    names = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with serve(tmp_path / "store") as served:
+        exec(example.replace("ws://127.0.0.1:8765", served.url), names)
+    assert names["tokens"].shape[0] == 1
+    assert names["tokens"].shape[1] > 3
