@@ -25,7 +25,11 @@ def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Re
         folder: where to write; must have room for one copy.
         rounds: alternations with the baseline; medians are reported.
     """
-    prepared = prepare_model(model)
+    with prepare_model(model) as prepared:
+        return _measure(prepared, folder, rounds)
+
+
+def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result:
     size = prepared.plan.payload_bytes
     ours, theirs = [], []
     for _ in range(rounds):

@@ -43,18 +43,18 @@ def chunk(
     if json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     place = store or default_store()
-    prepared = prepare_model(model, name=name, revision=revision, dtype=dtype)
-    if dry_run:
+    with prepare_model(model, name=name, revision=revision, dtype=dtype) as prepared:
         facts = _facts(prepared)
-        if json:
-            render.print_json(facts)
-        else:
-            _show_plan(facts)
-        return
-    with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
-        manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
+        if dry_run:
+            if json:
+                render.print_json(facts)
+            else:
+                _show_plan(facts)
+            return
+        with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
+            manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
     if json:
-        render.print_json(_facts(prepared) | {"store": place, "digest": manifest.digest})
+        render.print_json(facts | {"store": place, "digest": manifest.digest})
     else:
         render.out.print(
             f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "

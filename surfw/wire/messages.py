@@ -4,7 +4,8 @@ A message is a JSON object; `type` names it, and the other fields are those of t
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
 - Fields that a class does not have are ignored, so that a later surfw may say more; unknown types are refused.
-- Texts are bounded and encodable, and those that people see printable; sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
+- Texts are bounded and encodable, and those that people see printable.
+- Sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
 """
 
 import json

@@ -136,7 +136,8 @@ def test_a_container_that_is_shared_is_visited_once() -> None:
     shared.register_parameter("own", nn.Parameter(torch.zeros(1)))
     model = tree(one=tree(inner=shared, list=nn.ModuleList([Leaf()])), two=tree(inner=shared, leaf=Leaf()))
     assert listed(find_units(model)) == [
-        ("one.inner.*", "own", 1), ("one.inner.layers.0", "layer", 2), ("one.list.0", "layer", 2), ("two.leaf", "part", 2),
+        ("one.inner.*", "own", 1), ("one.inner.layers.0", "layer", 2), ("one.list.0", "layer", 2),
+        ("two.leaf", "part", 2),
     ]  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from surfw.wire import (
     ServerHello,
     ServerSession,
 )
-from surfw.wire.messages import encode
+from surfw.wire.messages import PROTOCOL, encode
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
 FRAME = 128 * KIB
