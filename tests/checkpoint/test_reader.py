@@ -221,7 +221,9 @@ def test_a_damaged_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere", "../x", "a/b/c", "nowhere/"])
-def test_what_can_only_be_a_path_does_not_reach_the_hub(model):
+def test_what_can_only_be_a_path_does_not_reach_the_hub(model, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(
         CheckpointError, match=r" is not a directory here; give the directory of a checkpoint, or a hub id$"
     ):
