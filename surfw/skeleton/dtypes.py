@@ -58,6 +58,6 @@ def automatic_dtype(configured: object, stored: Iterable[str], *, where: str) ->
     if isinstance(configured, str) and configured != "auto":
         return parse_dtype(configured)
     for name in stored:
-        if torch_dtype(name).is_floating_point:
+        if torch_dtype(name).is_floating_point and torch_dtype(name).itemsize > 1:  # not float8
             return torch_dtype(name)
     raise UnsupportedModelError(f"{where} has no floating-point tensor")

@@ -141,10 +141,12 @@ def _move(source: Path, target: Path) -> None:
     """Rename within a file system and make the new name durable."""
     if not source.is_file():
         raise StorageError(f"{source} vanished before it could be moved to {target}")
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
-    fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    for folder in [target.parent, *(new.parent for new in made)]:  # a new folder is durable once its parent is synced
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
