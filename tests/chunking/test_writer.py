@@ -23,6 +23,7 @@ from surfw.storage.store import blob_key
 from tests.storage.test_backends import DictBackend
 from tests.toys import toy_chunk
 
+PAYLOAD = bytes(range(250)) * 24
 SIZES = (5000, 9 * BLOCK_BYTES + 3, 0, 700)
 
 
@@ -280,6 +281,31 @@ def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend:
     writer = ChunkWriter(backend, again, key="other", progress=lambda *_: None)
     assert run(writer, planned([(renamed, payload)])) == [long]
     assert again.reads == []  # it was noted as done
+
+
+def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backend: FilesystemBackend) -> None:
+    """Of two headers of other lengths one wins, and both models know which: a blob never changes under a manifest."""
+    start, found = threading.Barrier(2), {}
+
+    class Together(Payloads):
+        def read_into(self, chunk: PlannedChunk, start_byte: int, destination: memoryview) -> None:
+            super().read_into(chunk, start_byte, destination)
+            start.wait(60)
+
+    def write(name: str) -> None:
+        chunk, _ = toy_chunk(name, [("U8", (6000,))])
+        source = Together([(chunk, PAYLOAD)])
+        writer = ChunkWriter(backend, source, key=f"key-{len(name)}", progress=lambda *_: None)
+        found[name] = run(writer, planned([(chunk, PAYLOAD)]))[0]
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in ("short", "long" * 1500)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [stored(backend, chunk) for chunk in found.values()] == [PAYLOAD, PAYLOAD]
+    assert len({chunk.forms[0].locations for chunk in found.values()}) == 1
+    assert len(marks(backend.base)) == 1
 
 
 def test_equal_chunks_of_one_model_share_a_blob(backend: FilesystemBackend) -> None:

@@ -19,6 +19,7 @@ CODE = {
     "kernel_config": {"RMSNorm": "org/kernel:RMSNorm"},
     "use_pretrained_backbone": True,
     "attribute_map": {"innocent": "_attn_implementation_internal"},
+    "backbone": "org/backbone",
     "attn_implementation": "org/kernel",
     "_attn_implementation": "org/kernel@main:flash",
     "_attn_implementation_internal": "org/kernel",

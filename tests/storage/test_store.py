@@ -90,6 +90,17 @@ def test_models_are_visible_once_published(store: Store, tmp_path: Path) -> None
         asyncio.run(store.manifest("tory"))
 
 
+def test_files_that_cannot_be_models_are_left_out_with_a_word(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(store.publish(MANIFEST))
+    (tmp_path / "store" / "models" / "-x.json").write_text("{}")
+    for _ in range(2):
+        assert asyncio.run(store.models()) == ["toy"]
+    (record,) = caplog.records
+    assert record.getMessage() == f"{store.url} holds '-x', which cannot be a model's name; it is left out"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../b", "", "a\0"])
 def test_a_name_never_leads_out_of_the_store(store: Store, tmp_path: Path, name: str) -> None:
     (tmp_path / "x.json").write_bytes(MANIFEST.encode())
