@@ -7,10 +7,9 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from surfw.bench.result import Result, Row, describe_machine
+from surfw.bench.result import Result, Row, describe_machine, spread
 from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
 from surfw.config import GB, MB
 from surfw.runtime.memory import peak_rss_bytes
@@ -41,9 +40,9 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
             ours.append(time.perf_counter() - start)
     rate, base = size / statistics.median(ours) / GB, size / statistics.median(theirs) / GB
     rows = (
-        Row(name=f"cp, synced ({_spread(size, theirs)})", value=base, unit="GB/s"),
+        Row(name=f"cp, synced ({spread(size, theirs)})", value=base, unit="GB/s"),
         Row(
-            name=f"chunk, synced ({_spread(size, ours)})",
+            name=f"chunk, synced ({spread(size, ours)})",
             value=rate,
             unit="GB/s",
             baseline=base,
@@ -53,10 +52,6 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
         Row(name="peak resident memory of chunking", value=peak_rss_bytes() / MB, unit="MB"),
     )
     return Result(benchmark="chunk", machine=describe_machine(), rows=rows)
-
-
-def _spread(size: int, seconds: Sequence[float]) -> str:
-    return f"{size / max(seconds) / GB:.2f} to {size / min(seconds) / GB:.2f}"
 
 
 def _copy(prepared: PreparedModel, place: Path) -> float:

@@ -1,6 +1,7 @@
 """What a benchmark found, as data: rows with a baseline from the same run, and the machine. Nothing here renders."""
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from surfw.config import GIB
+from surfw.config import GB, GIB
 
 _LIBRARIES = ("surfw", "torch", "transformers", "websockets", "blake3")
 
@@ -49,6 +50,11 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
         return asdict(self)
+
+
+def spread(size_bytes: int, seconds: Sequence[float]) -> str:
+    """The slowest and the fastest of several rounds that moved as many bytes, in GB/s."""
+    return f"{size_bytes / max(seconds) / GB:.2f} to {size_bytes / min(seconds) / GB:.2f}"
 
 
 def describe_machine() -> dict[str, str]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from surfw.bench.result import Result, Row, describe_machine
+from surfw.bench.result import Result, Row, describe_machine, spread
 from surfw.client import WireSource, open_wire_source
 from surfw.client.opening import open_link
 from surfw.config import GB, MB, ServerSettings, WireLimits
@@ -139,14 +139,14 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
     """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
     base = size / statistics.median(raw.seconds) / GB
     cores = psutil.cpu_count() or 1
-    rows = [Row(name=f"raw TCP socket, {_spread(size, raw)}", value=base, unit="GB/s")]
+    rows = [Row(name=f"raw TCP socket, {spread(size, raw.seconds)}", value=base, unit="GB/s")]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
         rate = size / statistics.median(series.seconds) / GB
         busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
         ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
         rows.append(
             Row(
-                name=f"{name}, {_spread(size, series)}; both sides keep {busy:.1f} of {cores} cores busy",
+                name=f"{name}, {spread(size, series.seconds)}; both sides keep {busy:.1f} of {cores} cores busy",
                 value=rate,
                 unit="GB/s",
                 baseline=base,
@@ -157,10 +157,6 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
             )
         )
     return tuple(rows)
-
-
-def _spread(size: int, series: _Series) -> str:
-    return f"{size / max(series.seconds) / GB:.2f} to {size / min(series.seconds) / GB:.2f}"
 
 
 async def _write_store(place: Path, sizes: Sequence[int]) -> Manifest:

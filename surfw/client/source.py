@@ -52,7 +52,7 @@ class WireSource(ChunkSource):
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified."""
-        entry = next(file for file in manifest.files if file.path == path)
+        entry = manifest.file(path)
         document = Document(f"{path} of {manifest.name} from {self.url}", listed=(entry.size, entry.digest))
         await self._link.receive(lambda number: GetFile(number, manifest.name, path), document)
         return document.verified()
