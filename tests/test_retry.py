@@ -1,0 +1,45 @@
+"""A retry policy says when to try again, and no more often than it was told."""
+
+import pytest
+
+from surfw.errors import ConfigurationError
+from surfw.retry import RetryPolicy
+
+
+def test_delays_grow_by_the_backoff() -> None:
+    policy = RetryPolicy(attempts=5, first_delay_seconds=0.5, backoff=3, jitter=0)
+    assert list(policy.delays()) == [0.5, 1.5, 4.5, 13.5]
+
+
+def test_jitter_takes_a_share_away() -> None:
+    draws = iter([0.0, 0.5, 1.0])
+    policy = RetryPolicy(attempts=4, first_delay_seconds=1, backoff=1, jitter=0.4)
+    assert list(policy.delays(lambda: next(draws))) == pytest.approx([1.0, 0.8, 0.6])
+
+
+def test_chance_stays_within_the_share() -> None:
+    policy = RetryPolicy(attempts=200, first_delay_seconds=1, backoff=1, jitter=0.5)
+    delays = list(policy.delays())
+    assert len(delays) == 199
+    assert 0.5 <= min(delays) < max(delays) <= 1
+
+
+def test_one_attempt_never_waits() -> None:
+    assert list(RetryPolicy(attempts=1).delays()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attempts": 0}, "0 attempts make no sense; expected 1 to 1000"),
+        ({"attempts": 1001}, "1001 attempts"),
+        ({"first_delay_seconds": -0.1}, "a first delay of -0.1 seconds makes no sense"),
+        ({"first_delay_seconds": float("nan")}, "a first delay of nan seconds"),
+        ({"backoff": 0.9}, "a backoff of 0.9 makes no sense; expected 1 or more"),
+        ({"backoff": float("inf")}, "a backoff of inf"),
+        ({"jitter": 1.5}, "a jitter of 1.5 makes no sense; expected a share from 0 to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(values: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RetryPolicy(**values)  # type: ignore[arg-type]
