@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal, get_args
 
 from surfw.errors import ConfigurationError
 
@@ -23,6 +24,9 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
+
+OnMissing = Literal["error", "uninitialized"]
+"""What to do about weights that a model's class has and its checkpoint or manifest has not."""
 
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
@@ -53,6 +57,16 @@ def format_size(count_bytes: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
+
+
+def check_on_missing(choice: str) -> None:
+    """Make sure that it is a choice there is.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if choice not in get_args(OnMissing):
+        raise ConfigurationError(f"on_missing is {choice!r}; expected one of {', '.join(get_args(OnMissing))}")
 
 
 def surfw_home() -> Path:

@@ -41,6 +41,7 @@ __all__ = [
     "StorageError",
     "StorageFullError",
     "SurfwError",
+    "UninitializedWeightsWarning",
     "UnknownModelError",
     "UnsupportedModelError",
     "WireError",
@@ -170,3 +171,7 @@ def _some(names: Sequence[str]) -> str:
 
 class ManifestError(ModelError):
     """A manifest is malformed, or disagrees with the model it describes."""
+
+
+class UninitializedWeightsWarning(UserWarning):
+    """A model has weights that its checkpoint does not have; `on_missing="uninitialized"` asked for it all the same."""

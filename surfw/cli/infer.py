@@ -91,11 +91,9 @@ def _run(
         start = time.perf_counter()
         from surfw.models.inference import Request, answer
         from surfw.models.streaming import StreamingModel
-        from surfw.runtime.memory import available_bytes, peak_rss_bytes
+        from surfw.runtime.memory import peak_rss_bytes
 
-        budget = available_bytes() * 6 // 10
-        opened = StreamingModel.open(chosen.open, model, cache_layers=cache_layers, budget_bytes=budget, dtype=dtype)
-        with opened as streaming:
+        with StreamingModel.open(chosen.url, model, cache_size=cache_layers, dtype=dtype) as streaming:
             tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
             with view.running(streaming):
@@ -124,10 +122,8 @@ def _run(
 
 def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:
     """The tokenizer; one that cannot be used is no hindrance to a prompt of ids."""
-    from surfw.models.tokenizer import open_tokenizer
-
     try:
-        return open_tokenizer(streaming)
+        return streaming.tokenizer
     except UnsupportedModelError as exc:
         if needed:
             raise

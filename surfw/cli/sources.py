@@ -1,4 +1,4 @@
-"""Which source `infer` takes when none is named, and how a source is opened.
+"""Which source `infer` takes when none is named.
 
 In order: `--source`; `$SURFW_SOURCE`; a surfw server on 127.0.0.1:8765; the default store; the demo model.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from surfw.cli.demo import serve_demo
 from surfw.config import DEFAULT_HOST, DEFAULT_PORT, default_store
-from surfw.source import ChunkSource
 
 DEMO = "demo"
 
@@ -23,21 +22,6 @@ class ChosenSource:
 
     url: str
     reason: str
-
-    async def open(self) -> ChunkSource:
-        """Open it.
-
-        Raises:
-            SurfwError: it cannot be reached, or is not a source.
-        """
-        if self.url.startswith(("ws://", "wss://")):
-            from surfw.client import open_wire_source
-
-            return await open_wire_source(self.url)
-        from surfw.storage import open_backend
-        from surfw.storage.source import open_storage_source
-
-        return await open_storage_source(open_backend(self.url))
 
 
 @contextlib.contextmanager

@@ -62,7 +62,7 @@ class Engine:
         *,
         prefetch: bool = True,
     ) -> None:
-        """Nothing is loaded yet; `prefetch` says whether chunks are fetched ahead outside of any run."""
+        """Nothing is loaded yet; `prefetch` says whether chunks are ever fetched ahead of their use."""
         self.manifest = manifest
         self.plan = plan
         self.metrics = metrics
@@ -74,16 +74,18 @@ class Engine:
         self._pool = BufferPool()
         self._lock = threading.RLock()
         self._closed = False
-        self._run = Run(prefetch=prefetch)
+        self._run = Run()
+        self._ahead = prefetch
 
     @contextmanager
-    def running(self, run: Run) -> Iterator[None]:
-        """Work for this run: it says whether to fetch ahead, and when to stop."""
-        before, self._run = self._run, run
+    def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
+        """Work for this run, which says when to stop; without `prefetch`, fetch only what it needs."""
+        before = self._run, self._ahead
+        self._run, self._ahead = run, prefetch and self._ahead
         try:
             yield
         finally:
-            self._run = before
+            self._run, self._ahead = before
 
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
@@ -265,12 +267,13 @@ class Engine:
 
     async def _load(self, chunk: Chunk, buffer: Buffer, priority: int) -> None:
         start = time.perf_counter()
-        await self._loader.load(chunk, buffer, priority=priority)
+        stored_bytes = await self._loader.load(chunk, buffer, priority=priority)
+        self.metrics.add("fetched_bytes", stored_bytes)
         self.metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next: small parts freely, and one streamed chunk at a time."""
-        if not self._run.prefetch:
+        if not self._ahead:
             return
         sooner = set(in_use)
         for name in self._coming():

@@ -2,21 +2,21 @@
 
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextvars import ContextVar
 from typing import Any
+
+current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
+"""The run that this thread works for, so that whoever waits for the thread can interrupt it."""
 
 
 class Run:
     """A forward, or a generation, that another thread may interrupt.
 
     What runs calls `check` at every layer, and waits with `wait_for`, so that it ends within one layer's computation.
-
-    Attributes:
-        prefetch: whether layers are fetched ahead of their use in this run.
     """
 
-    def __init__(self, *, prefetch: bool = True) -> None:
+    def __init__(self) -> None:
         """Begin; nothing has interrupted it."""
-        self.prefetch = prefetch
         self._stop: Future[None] = Future()
         self._lock = threading.Lock()
 

@@ -450,7 +450,7 @@ def test_chunks_are_fetched_when_asked_for_as_many_as_there_is_room_for() -> Non
 def test_a_run_without_prefetch_fetches_only_what_it_needs() -> None:
     manifest, source = toy_model([100] * 4)
     with running(manifest, source, cache_layers=2) as engine:
-        with engine.running(Run(prefetch=False)):
+        with engine.running(Run(), prefetch=False):
             use(engine, ["c0", "c1"])
             assert source.reads == ["c0", "c1"]
         use(engine, ["c2"])

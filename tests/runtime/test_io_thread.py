@@ -9,6 +9,7 @@ import pytest
 
 from surfw.errors import ModelClosedError
 from surfw.runtime.io_thread import IoThread
+from tests.toys import Gate
 
 
 def surfw_threads() -> list[str]:
@@ -98,25 +99,15 @@ def test_a_closed_thread_takes_no_work() -> None:
 
 
 def test_a_job_is_done_only_when_its_coroutine_has_ended() -> None:
-    began, may_end = threading.Event(), threading.Event()
-
-    async def stubborn() -> str:
-        began.set()
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            while not may_end.is_set():
-                await asyncio.sleep(0)
-            raise
-        return "never"
+    gate = Gate(stubborn=True)
 
     io = IoThread()
-    job = io.submit(stubborn())
-    assert began.wait(60)
+    job = io.submit(gate.passes("end"))
+    gate.wait_for("end")
     assert job.cancel()
     io.run(where())
     assert not job.done()
-    may_end.set()
+    gate.open("end")
     with pytest.raises(CancelledError):
         job.result(60)
     assert job.cancelled()
