@@ -27,7 +27,7 @@ import psutil
 from surfw.bench.result import Result, Row, describe_machine, spread
 from surfw.client import WireSource, open_wire_source
 from surfw.client.opening import open_link
-from surfw.config import GB, MB, ServerSettings, WireLimits
+from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.server import WeightServer
 from surfw.source import Read
@@ -196,8 +196,8 @@ def _serve(place: str, size: int, ready: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:
-        settings = ServerSettings(port=0, cache_bytes=size + _SPARE_BYTES)
-        async with WeightServer(FilesystemBackend(place), settings) as server:
+        cache_mb = (size + _SPARE_BYTES) / MB
+        async with WeightServer(model_path=place, port=0, cache_size_mb=cache_mb) as server:
             ready.send(server.port)
             await server.serve_forever()
 
