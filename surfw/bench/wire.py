@@ -6,8 +6,6 @@ whatever else the machine does falls on all of them.
 """
 
 import asyncio
-import http.client
-import json
 import multiprocessing
 import os
 import signal
@@ -25,7 +23,7 @@ from typing import Any
 import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, spread
-from surfw.client import WireSource, open_wire_source
+from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.client.opening import open_link
 from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
@@ -54,11 +52,7 @@ class _Peer:
 
     def cache_misses(self) -> int:
         """Pages a surfw server had to read so far."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("GET", "/stats")
-        misses = json.load(connection.getresponse())["cache"]["misses"]
-        connection.close()
-        return int(misses)
+        return read_stats(f"ws://127.0.0.1:{self.port}")["cache"]["misses"]
 
 
 @dataclass(slots=True)
