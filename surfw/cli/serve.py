@@ -42,9 +42,9 @@ def serve(
 
     GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
     """
-    from surfw.config import MB, ServerSettings, default_store
+    from surfw.config import default_store
 
-    settings = ServerSettings(host=host, port=port, insecure=insecure, cache_bytes=cache_mb * MB)
+    settings = {"host": host, "port": port, "insecure": insecure, "cache_size_mb": cache_mb}
     show = sys.stderr.isatty() if live is None else live
     if not show:
         _log_lines()
@@ -62,10 +62,10 @@ def _log_lines() -> None:
     logger.propagate = False
 
 
-async def _serve(place: str, settings: Any, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+async def _serve(place: str, settings: dict[str, Any], *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
     from surfw.cli import render
+    from surfw.config import display_url
     from surfw.server import WeightServer
-    from surfw.storage import open_backend
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -73,9 +73,9 @@ async def _serve(place: str, settings: Any, *, show: bool, announce: bool, exit_
         loop.add_signal_handler(number, stop.set)
     if exit_with_stdin:
         loop.add_reader(sys.stdin.fileno(), stop.set)
-    async with WeightServer(open_backend(place), settings) as server:
+    async with WeightServer(model_path=place, **settings) as server:
         if announce:
-            render.print_json({"url": server.url, "store": place})
+            render.print_json({"url": server.url, "store": display_url(place)})
         if show:
             await _live_table(server, stop)
         else:
