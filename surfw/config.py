@@ -73,6 +73,8 @@ def check_on_missing(choice: str) -> None:
     """
     if choice not in get_args(OnMissing):
         raise ConfigurationError(f"on_missing is {choice!r}; expected one of {', '.join(get_args(OnMissing))}")
+
+
 def display_url(url: str) -> str:
     """The URL as it may be shown: without the user and password, and without the values of its query.
 
