@@ -8,6 +8,10 @@ from typing import NoReturn
 
 import pytest
 
+from tests.services.redis import redis_url
+
+__all__ = ["redis_url"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
