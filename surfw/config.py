@@ -23,6 +23,7 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
+DEFAULT_CLIENTS = 64
 
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
@@ -119,5 +120,5 @@ class ServerSettings:
     port: int = DEFAULT_PORT
     insecure: bool = False
     cache_bytes: int = DEFAULT_CACHE_MB * MB
-    clients: int = 64
+    clients: int = DEFAULT_CLIENTS
     limits: WireLimits = WireLimits()

@@ -20,7 +20,7 @@ from surfw.config import MIB
 from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config
+from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 from surfw.storage.base import StorageBackend
@@ -77,7 +77,12 @@ class PreparedModel:
 
 
 def prepare_model(
-    model: str, *, name: str | None = None, revision: str | None = None, dtype: str | None = None
+    model: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    show_progress: bool = False,
 ) -> PreparedModel:
     """Open a checkpoint and plan its chunks.
 
@@ -86,6 +91,7 @@ def prepare_model(
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or not there.
@@ -96,19 +102,10 @@ def prepare_model(
     if name is not None:
         check_model_name(name)
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision))
+        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision, show_progress=show_progress))
         prepared = _prepare(checkpoint, check_model_name(name or checkpoint.name), dtype, where=model)
         opened.pop_all()
     return prepared
-
-
-def _refuse_nan(config: Mapping[str, Any], where: str) -> None:
-    try:
-        json.dumps(config, allow_nan=False)
-    except ValueError as exc:
-        raise UnsupportedModelError(
-            f"config.json of {where} holds a number that JSON does not have (NaN or Infinity); save the model again"
-        ) from exc
 
 
 def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str) -> PreparedModel:
@@ -119,7 +116,7 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
         logger.warning(
             "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
         )
-    _refuse_nan(clean, where)
+    clean = tag_floats(clean)
     config = read_config(clean, where=where)
     architectures = getattr(config, "architectures", None) or [None]
     cls = resolve_class(architectures[0], config, where=where)
@@ -172,7 +169,7 @@ async def write_model(
             class_name=prepared.class_name,
             dtype=prepared.dtype,
             config=prepared.config,
-            generation_config=sanitise_config(generation)[0] if generation is not None else None,
+            generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
             files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
             ties=prepared.loading.ties,
             chunks=tuple(chunks),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
+from surfw.settings import Settings
 
 EXAMPLES = """\b
 Examples:
@@ -21,18 +22,10 @@ Examples:
 logger = logging.getLogger("surfw.server")
 
 
+@options.with_settings("store", "host", "port", "cache_mb", "insecure", "clients", "token_file", "live")
 def serve(
-    store: options.Store = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 lets the system choose.")] = 8765,
-    cache_mb: Annotated[int, typer.Option("--cache-mb", min=0, help="Size of the cache in MB.")] = 200,
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Allow listening beyond loopback, although clients are not authenticated."),
-    ] = False,
-    live: Annotated[
-        bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")
-    ] = None,
+    *,
+    configuration: options.Configuration,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
@@ -42,15 +35,11 @@ def serve(
 
     GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
     """
-    from surfw.config import MB, ServerSettings, default_store
-
-    settings = ServerSettings(host=host, port=port, insecure=insecure, cache_bytes=cache_mb * MB)
-    show = sys.stderr.isatty() if live is None else live
+    settings = configuration.settings
+    show = sys.stderr.isatty() if settings.live is None else settings.live
     if not show:
         _log_lines()
-    asyncio.run(
-        _serve(store or default_store(), settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
-    )
+    asyncio.run(_serve(settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
 
 
 def _log_lines() -> None:
@@ -62,10 +51,24 @@ def _log_lines() -> None:
     logger.propagate = False
 
 
-async def _serve(place: str, settings: Any, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
-    from surfw.cli import render
+def _make_server(settings: Settings) -> Any:
+    """The server that these settings describe."""
+    from surfw.config import MB, ServerSettings
     from surfw.server import WeightServer
     from surfw.storage import open_backend
+
+    described = ServerSettings(
+        host=settings.host,
+        port=settings.port,
+        insecure=settings.insecure,
+        cache_bytes=settings.cache_mb * MB,
+        clients=settings.clients,
+    )
+    return WeightServer(open_backend(settings.store), described)
+
+
+async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+    from surfw.cli import render
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -73,9 +76,9 @@ async def _serve(place: str, settings: Any, *, show: bool, announce: bool, exit_
         loop.add_signal_handler(number, stop.set)
     if exit_with_stdin:
         loop.add_reader(sys.stdin.fileno(), stop.set)
-    async with WeightServer(open_backend(place), settings) as server:
+    async with _make_server(settings) as server:
         if announce:
-            render.print_json({"url": server.url, "store": place})
+            render.print_json({"url": server.url, "store": settings.store})
         if show:
             await _live_table(server, stop)
         else:

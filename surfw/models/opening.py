@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from surfw.errors import ManifestError
 from surfw.manifest import Manifest
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, foreign_errors, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config
+from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
 
@@ -63,7 +63,7 @@ def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skele
     fill_buffers(skeleton, set(tensors) | set(manifest.ties), where=where)
     _set_dtypes(skeleton, manifest)
     with foreign_errors(f"the generation settings of {where}"):
-        _configure_generation(skeleton.model, generation, manifest, clean)
+        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
     return skeleton
 
 
