@@ -82,7 +82,7 @@ class Setting:
         if self.kind is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not self._fits(value):
-            raise ConfigurationError(f"{where} is {_show(value)}, expected {self.expected}")
+            raise self._refusal(value, where)
         return value
 
     def parse(self, text: str, where: str) -> Any:
@@ -98,7 +98,12 @@ class Setting:
         value: object = text
         with contextlib.suppress(ValueError, KeyError):
             value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
-        return self.check(value, where)
+        if not self._fits(value):
+            raise self._refusal(text, where)
+        return value
+
+    def _refusal(self, value: object, where: str) -> ConfigurationError:
+        return ConfigurationError(f"{where} is {_show(value)}, expected {self.expected}")
 
     def _fits(self, value: object) -> bool:
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
