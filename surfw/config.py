@@ -1,4 +1,4 @@
-"""Settings: every default once, sizes with units, and the `SURFW_*` variables.
+"""Sizes with units, folders, limits, and the defaults that several rooms share.
 
 Knows nothing of torch or the network. Values are frozen and keyword-only; a room takes the value object it needs.
 """
@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Literal, get_args
 
 from surfw.errors import ConfigurationError
 
@@ -24,10 +25,21 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
 DEFAULT_CLIENTS = 64
+DEFAULT_CONNECT_SECONDS = 5.0
+DEFAULT_SILENCE_SECONDS = 30.0
+
+OnMissing = Literal["error", "uninitialized"]
+"""What to do about weights that a model's class has and its checkpoint or manifest has not."""
 
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
 }  # fmt: skip
+_SECRET = re.compile(r"[^/]*@|[^/@]*:.*@")
+"""What stands before the host: `user@`, or `user:password@` whose password may have been left unquoted."""
+
+_CHAIN = re.compile(r"::(?=[A-Za-z0-9+.-]+://)")
+"""Between the links of a chained URL, such as `simplecache::s3://bucket`."""
+
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
 
 
@@ -54,6 +66,35 @@ def format_size(count_bytes: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
+
+
+def check_on_missing(choice: str) -> None:
+    """Make sure that it is a choice there is.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if choice not in get_args(OnMissing):
+        raise ConfigurationError(f"on_missing is {choice!r}; expected one of {', '.join(get_args(OnMissing))}")
+
+
+def display_url(url: str) -> str:
+    """The URL as it may be shown: without the user and password, and without the values of its query.
+
+    A path that is no URL stays as it is. More may be hidden than is secret, never less.
+    """
+    return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
+
+
+def _without_secrets(url: str) -> str:
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
+    if secret := _SECRET.match(rest):
+        rest = f"***@{rest[secret.end() :]}"
+    rest, asked, query = rest.partition("?")
+    shown = "&".join(f"{field.partition('=')[0]}=***" if "=" in field else "***" for field in query.split("&"))
+    return f"{scheme}{mark}{rest}?{shown}" if asked else f"{scheme}{mark}{rest}"
 
 
 def surfw_home() -> Path:
@@ -101,24 +142,3 @@ class WireLimits:
                 f"run_bytes {self.run_bytes} and window_bytes {self.window_bytes} are too small for "
                 f"frames of {self.frame_bytes}: a run holds at least one frame, a window two"
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerSettings:
-    """What a server needs to know.
-
-    Attributes:
-        host: address to listen on; anything but a loopback address needs `insecure`.
-        port: TCP port; 0 lets the system choose.
-        insecure: allow listening beyond loopback although clients are not authenticated.
-        cache_bytes: budget of the cache of stored bytes; 0 keeps nothing.
-        clients: the most connections at a time.
-        limits: sizes of messages, frames and windows.
-    """
-
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    insecure: bool = False
-    cache_bytes: int = DEFAULT_CACHE_MB * MB
-    clients: int = DEFAULT_CLIENTS
-    limits: WireLimits = WireLimits()

@@ -13,6 +13,7 @@
     │   └── RefusedError            the peer understood and refused; `code` says why
     ├── IntegrityError              bytes are not the bytes that their digest promises
     └── ModelError                  something about a model
+        ├── ModelClosedError        the model, or the client it reads from, has been closed
         ├── CheckpointError         the source checkpoint is damaged or incomplete
         ├── UnsupportedModelError   surfw cannot run this kind of model or checkpoint
         ├── UnknownModelError       no model of that name; `known` lists the ones there are
@@ -31,6 +32,7 @@ __all__ = [
     "IntegrityError",
     "LocalProtocolError",
     "ManifestError",
+    "ModelClosedError",
     "ModelError",
     "NotAStoreError",
     "NotFoundError",
@@ -39,6 +41,7 @@ __all__ = [
     "StorageError",
     "StorageFullError",
     "SurfwError",
+    "UninitializedWeightsWarning",
     "UnknownModelError",
     "UnsupportedModelError",
     "WireError",
@@ -76,7 +79,16 @@ class WireError(SurfwError):
 
 
 class ConnectionFailedError(WireError):
-    """No surfw server answers at the address, or it went away."""
+    """No surfw server answers at the address, or it went away.
+
+    Attributes:
+        transient: whether trying again may help: a connection that was refused or lost, a server with too many clients.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        """Keep beside the text whether trying again may help."""
+        super().__init__(message)
+        self.transient = transient
 
 
 class LocalProtocolError(WireError):
@@ -117,6 +129,10 @@ class ModelError(SurfwError):
     """Something about a model prevents the work."""
 
 
+class ModelClosedError(ModelError):
+    """The model, or the client it reads from, has been closed: before this use, or while it ran."""
+
+
 class CheckpointError(ModelError):
     """The source checkpoint is damaged or incomplete."""
 
@@ -155,3 +171,7 @@ def _some(names: Sequence[str]) -> str:
 
 class ManifestError(ModelError):
     """A manifest is malformed, or disagrees with the model it describes."""
+
+
+class UninitializedWeightsWarning(UserWarning):
+    """A model has weights that its checkpoint does not have; `on_missing="uninitialized"` asked for it all the same."""

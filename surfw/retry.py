@@ -1,4 +1,4 @@
-"""How often, and after how long, an operation on a network is tried again. Pure: it says how long to wait, and waits not."""
+"""How often, and after how long, an operation on a network is tried again. Pure: whoever tries does the waiting."""
 
 import random
 from collections.abc import Callable, Iterator

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, default_store
+from surfw.config import (
+    DEFAULT_CACHE_MB,
+    DEFAULT_CLIENTS,
+    DEFAULT_CONNECT_SECONDS,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    DEFAULT_SILENCE_SECONDS,
+    OnMissing,
+    default_store,
+)
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.setting import Setting
@@ -71,7 +80,7 @@ class Settings:
     cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=0)
     insecure: bool = _setting(
         False,
-        "Allow listening beyond loopback, although clients are not authenticated.",
+        "Allow listening beyond loopback without a token, or with one in clear text.",
     )
     clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
     cache_layers: int | None = _setting(
@@ -84,16 +93,24 @@ class Settings:
     top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
     seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
     live: bool | None = _setting(None, "A live table.", shown="in a terminal")
-    connect_timeout: float = _setting(5.0, "Seconds a server has to answer a connection.", least=_SHORTEST_SECONDS)
-    silence_timeout: float = _setting(30.0, "Seconds a source may send nothing.", least=_SHORTEST_SECONDS)
+    connect_timeout: float = _setting(
+        DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
+    )
+    silence_timeout: float = _setting(
+        DEFAULT_SILENCE_SECONDS,
+        "Seconds a server may send nothing while it is asked for something.",
+        least=_SHORTEST_SECONDS,
+    )
     retry_attempts: int = _setting(
         _RETRY.attempts, "Tries of a connection in all; 1 never tries again.", least=1, most=1000
     )
     retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
     retry_jitter: float = _setting(_RETRY.jitter, "Share of a delay that chance may take away.", least=0, most=1)
-    token_file: str | None = _setting(None, "A file that holds the token.", shown="none", metavar="FILE")
-    on_missing: Literal["error", "uninitialized"] = _setting("error", "What to do about weights that are not there.")
+    token_file: str | None = _setting(
+        None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
+    )
+    on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")
 
     def __post_init__(self) -> None:
         """Check every value."""

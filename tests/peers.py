@@ -12,7 +12,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
-from surfw.config import MIB, ServerSettings, WireLimits
+from surfw.config import MIB, WireLimits
 from surfw.manifest import Chunk
 from surfw.server import WeightServer
 from surfw.source import Read
@@ -24,7 +24,7 @@ from surfw.wire import PROTOCOL, ServerSession
 async def serving(store: Path | StorageBackend, **settings: Any) -> AsyncIterator[WeightServer]:
     """A server on a free port."""
     backend = FilesystemBackend(store) if isinstance(store, Path) else store
-    async with WeightServer(backend, ServerSettings(port=0, **settings)) as server:
+    async with WeightServer(backend, port=0, **settings) as server:
         yield server
 
 

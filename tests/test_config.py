@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.config import (
-    DEFAULT_CACHE_MB,
     KIB,
     MIB,
-    ServerSettings,
     WireLimits,
     default_store,
+    display_url,
     format_size,
     parse_size,
     surfw_home,
@@ -82,9 +81,6 @@ def test_default_limits_are_within_the_protocol() -> None:
     limits = WireLimits()
     assert 128 * KIB <= limits.frame_bytes <= 512 * KIB
     assert limits.frame_bytes <= limits.run_bytes <= limits.window_bytes
-    assert ServerSettings().cache_bytes == DEFAULT_CACHE_MB * 10**6 == 200_000_000
-    assert ServerSettings().host == "127.0.0.1"
-    assert not ServerSettings().insecure
 
 
 @pytest.mark.parametrize("frame_bytes", [0, 128 * KIB - 1, 512 * KIB + 1, MIB])
@@ -99,10 +95,30 @@ def test_limits_that_would_block_a_transfer_are_refused(run_bytes: int, window_b
         WireLimits(frame_bytes=256 * KIB, run_bytes=run_bytes, window_bytes=window_bytes)
 
 
-def test_settings_are_frozen_and_named() -> None:
-    server: Any = ServerSettings()
+def test_limits_are_frozen_and_named() -> None:
+    limits: Any = WireLimits()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        server.port = 1
-    limits: Any = WireLimits
+        limits.frame_bytes = 1
+    make: Any = WireLimits
     with pytest.raises(TypeError, match="positional argument"):
-        limits(MIB)
+        make(MIB)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("/a/b?x=1", "/a/b?x=1"),
+        ("ws://[::1]:8765/path", "ws://[::1]:8765/path"),
+        ("s3://bucket/model@v1", "s3://bucket/model@v1"),
+        ("s3://key:secret@bucket/prefix", "s3://***@bucket/prefix"),
+        ("https://secret@host:80/p?token=secret&secret&b=secret=", "https://***@host:80/p?token=***&***&b=***"),
+        ("redis://:secret@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://:se/cr?et#secret@host/0", "redis://***@host/0"),
+        ("redis://u:secret@secret@host/0", "redis://***@host/0"),
+        ("simplecache::s3://k:secret@b/p", "simplecache::s3://***@b/p"),
+        ("zip://x::s3://k:secret::secret@b/p?t=secret", "zip://x::s3://***@b/p?t=***"),
+    ],
+)
+def test_a_shown_url_has_no_secrets(url: str, shown: str) -> None:
+    assert display_url(url) == shown
+    assert display_url(shown) == shown

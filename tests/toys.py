@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -80,28 +81,46 @@ class ToySource(ChunkSource):
 
 
 class Gate:
-    """Lets fetches through one by one, from another thread, so that their order is the test's."""
+    """Lets fetches through one by one, from another thread, so that their order is the test's.
 
-    def __init__(self) -> None:
-        self._arrived: dict[str, threading.Event] = {}
-        self._opened: dict[str, threading.Event] = {}
+    One that is `stubborn` lets no fetch end before it is opened, not even one that is cancelled.
+    """
+
+    def __init__(self, *, stubborn: bool = False) -> None:
+        self._stubborn = stubborn
+        self._arrived: dict[str, Future[None]] = {}
+        self._opened: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
 
-    def _event(self, events: dict[str, threading.Event], name: str) -> threading.Event:
+    def _happening(self, known: dict[str, "Future[None]"], name: str) -> "Future[None]":
         with self._lock:
-            return events.setdefault(name, threading.Event())
+            if name not in known:
+                known[name] = Future()
+                known[name].set_running_or_notify_cancel()  # whoever stops waiting for it does not cancel it
+            return known[name]
 
     async def passes(self, name: str) -> None:
-        self._event(self._arrived, name).set()
-        await asyncio.to_thread(self._event(self._opened, name).wait, 60)
+        _set(self._happening(self._arrived, name))
+        opened = self._happening(self._opened, name)
+        try:
+            await asyncio.wrap_future(opened)
+        except asyncio.CancelledError:
+            if self._stubborn:
+                await asyncio.wrap_future(opened)
+            raise
 
     def wait_for(self, name: str) -> None:
         """Until a fetch of that chunk has arrived."""
-        assert self._event(self._arrived, name).wait(60), f"nobody fetched {name}"
+        self._happening(self._arrived, name).result(60)
 
     def open(self, name: str) -> None:
         """Let fetches of that chunk through, from now on."""
-        self._event(self._opened, name).set()
+        _set(self._happening(self._opened, name))
+
+
+def _set(happening: "Future[None]") -> None:
+    if not happening.done():
+        happening.set_result(None)
 
 
 def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, ToySource]:

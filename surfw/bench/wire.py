@@ -6,8 +6,6 @@ whatever else the machine does falls on all of them.
 """
 
 import asyncio
-import http.client
-import json
 import multiprocessing
 import os
 import signal
@@ -25,9 +23,9 @@ from typing import Any
 import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, spread
-from surfw.client import WireSource, open_wire_source
+from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.client.opening import open_link
-from surfw.config import GB, MB, ServerSettings, WireLimits
+from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.server import WeightServer
 from surfw.source import Read
@@ -54,11 +52,7 @@ class _Peer:
 
     def cache_misses(self) -> int:
         """Pages a surfw server had to read so far."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        connection.request("GET", "/stats")
-        misses = json.load(connection.getresponse())["cache"]["misses"]
-        connection.close()
-        return int(misses)
+        return read_stats(f"ws://127.0.0.1:{self.port}")["cache"]["misses"]
 
 
 @dataclass(slots=True)
@@ -196,8 +190,8 @@ def _serve(place: str, size: int, ready: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:
-        settings = ServerSettings(port=0, cache_bytes=size + _SPARE_BYTES)
-        async with WeightServer(FilesystemBackend(place), settings) as server:
+        cache_mb = (size + _SPARE_BYTES) / MB
+        async with WeightServer(model_path=place, port=0, cache_size_mb=cache_mb) as server:
             ready.send(server.port)
             await server.serve_forever()
 

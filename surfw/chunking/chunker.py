@@ -3,7 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,8 @@ from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.shard import translate_errors
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.writer import ChunkWriter, Progress
-from surfw.config import MIB
-from surfw.errors import UnsupportedModelError
+from surfw.config import MIB, OnMissing, check_on_missing
+from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
@@ -82,6 +83,8 @@ def prepare_model(
     name: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    model_class: Any = None,
+    on_missing: OnMissing = "error",
     show_progress: bool = False,
 ) -> PreparedModel:
     """Open a checkpoint and plan its chunks.
@@ -91,6 +94,10 @@ def prepare_model(
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+        model_class: the caller's own subclass of transformers' `PreTrainedModel`; default: the one that the
+            configuration names in its `architectures`, else the base model of its type.
+        on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class, with a warning.
+            Such a model runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
@@ -101,14 +108,18 @@ def prepare_model(
         parse_dtype(dtype)  # refused before anything is fetched, as is the name
     if name is not None:
         check_model_name(name)
+    check_on_missing(on_missing)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model, revision=revision, show_progress=show_progress))
-        prepared = _prepare(checkpoint, check_model_name(name or checkpoint.name), dtype, where=model)
+        checked = check_model_name(name or checkpoint.name)
+        prepared = _prepare(checkpoint, checked, dtype, model_class, on_missing, where=model)
         opened.pop_all()
     return prepared
 
 
-def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str) -> PreparedModel:
+def _prepare(
+    checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
+) -> PreparedModel:
     refuse_kernels(checkpoint.config, where=where)
     refuse_absurd_sizes(checkpoint.config, where=where)
     clean, dropped = sanitise_config(checkpoint.config)
@@ -117,14 +128,15 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
             "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
         )
     clean = tag_floats(clean)
-    config = read_config(clean, where=where)
+    config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
-    cls = resolve_class(architectures[0], config, where=where)
+    cls = model_class or resolve_class(architectures[0], config, where=where)
     facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
     built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
     loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
+    _report_missing(loading.missing, cls.__name__, on_missing, where)
     if loading.unused:
         logger.warning(
             "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
@@ -143,6 +155,20 @@ def _prepare(checkpoint: Checkpoint, name: str, dtype: str | None, *, where: str
             f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
         )
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
+
+
+def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
+    if missing and on_missing == "error":
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; surfw never makes weights up. Check "
+            "the architectures in config.json, or save the model again with save_pretrained"
+        )
+    if missing:
+        warnings.warn(
+            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; it is chunked without them",
+            UninitializedWeightsWarning,
+            stacklevel=2,
+        )
 
 
 async def write_model(

@@ -6,6 +6,7 @@ from typing import Any
 import typer
 
 from surfw.cli import options
+from surfw.config import display_url
 from surfw.settings import TOKEN_VARIABLE
 
 EXAMPLES = """\b
@@ -25,7 +26,8 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
 
     found = options.load_configuration(context, file, {})
     shown = {
-        name: {"value": getattr(found.settings, name), "from": origin.name} for name, origin in found.origins.items()
+        name: {"value": _shown(name, getattr(found.settings, name)), "from": origin.name}
+        for name, origin in found.origins.items()
     }
     is_set = found.settings.token is not None
     place = TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else "token_file" if is_set else "default"
@@ -41,6 +43,11 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
     for name, one in shown.items():
         table.add_row(name, _text(one["value"]), one["from"])
     render.out.print(table)
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A value without the credentials that a URL may hold."""
+    return display_url(value) if name in {"store", "source"} and value is not None else value
 
 
 def _text(value: Any) -> str:

@@ -97,23 +97,24 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
 def _open_model(chosen: ChosenSource, settings: Settings) -> Any:
     """The model at a source, as the settings want it."""
     from surfw.models.streaming import StreamingModel
-    from surfw.runtime.memory import available_bytes
 
     return StreamingModel.open(
-        chosen.open,
+        chosen.url,
         settings.model,
-        cache_layers=settings.cache_layers,
-        budget_bytes=available_bytes() * 6 // 10,
+        cache_size=settings.cache_layers,
         dtype=settings.dtype,
+        on_missing=settings.on_missing,
+        token=settings.token if chosen.is_server else None,
+        retry=settings.retry,
+        connect_timeout=settings.connect_timeout,
+        silence_timeout=settings.silence_timeout,
     )
 
 
 def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:
     """The tokenizer; one that cannot be used is no hindrance to a prompt of ids."""
-    from surfw.models.tokenizer import open_tokenizer
-
     try:
-        return open_tokenizer(streaming)
+        return streaming.tokenizer
     except UnsupportedModelError as exc:
         if needed:
             raise

@@ -42,7 +42,7 @@ class PlainView:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    def on_token(self, seconds: float) -> None:
+    def on_token(self, token: int, seconds: float) -> None:
         """A new token; the text says it all."""
 
     def done(self, facts: dict[str, Any]) -> None:
@@ -85,7 +85,7 @@ class LiveView:
         for line in lines:
             render.out.print(Text(line))
 
-    def on_token(self, seconds: float) -> None:
+    def on_token(self, token: int, seconds: float) -> None:
         """A new token."""
         self._times.append(seconds)
 

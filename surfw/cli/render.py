@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from surfw.config import format_size
+from surfw.wire import ServerStats
 
 _SHOWN_MODELS = 8
 
@@ -37,7 +38,7 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
-def server_table(stats: dict[str, Any]) -> Table:
+def server_table(stats: ServerStats) -> Table:
     """A server's counters for people."""
     server, cache, requests = stats["server"], stats["cache"], stats["requests"]
     latency = requests["latency_seconds"]

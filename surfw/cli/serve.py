@@ -53,22 +53,22 @@ def _log_lines() -> None:
 
 def _make_server(settings: Settings) -> Any:
     """The server that these settings describe."""
-    from surfw.config import MB, ServerSettings
     from surfw.server import WeightServer
-    from surfw.storage import open_backend
 
-    described = ServerSettings(
+    return WeightServer(
+        model_path=settings.store,
         host=settings.host,
         port=settings.port,
+        cache_size_mb=settings.cache_mb,
+        token=settings.token,
         insecure=settings.insecure,
-        cache_bytes=settings.cache_mb * MB,
         clients=settings.clients,
     )
-    return WeightServer(open_backend(settings.store), described)
 
 
 async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
     from surfw.cli import render
+    from surfw.config import display_url
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -78,7 +78,7 @@ async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_st
         loop.add_reader(sys.stdin.fileno(), stop.set)
     async with _make_server(settings) as server:
         if announce:
-            render.print_json({"url": server.url, "store": settings.store})
+            render.print_json({"url": server.url, "store": display_url(settings.store)})
         if show:
             await _live_table(server, stop)
         else:

@@ -1,4 +1,4 @@
-"""Which source `infer` takes when none is named, and how a source is opened.
+"""Which source `infer` takes when none is named.
 
 In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
 folder with models; the demo model.
@@ -13,7 +13,6 @@ from pathlib import Path
 from surfw.cli.demo import serve_demo
 from surfw.cli.options import Configuration
 from surfw.config import DEFAULT_HOST
-from surfw.source import ChunkSource
 
 DEMO = "demo"
 
@@ -25,20 +24,10 @@ class ChosenSource:
     url: str
     reason: str
 
-    async def open(self) -> ChunkSource:
-        """Open it.
-
-        Raises:
-            SurfwError: it cannot be reached, or is not a source.
-        """
-        if self.url.startswith(("ws://", "wss://")):
-            from surfw.client import open_wire_source
-
-            return await open_wire_source(self.url)
-        from surfw.storage import open_backend
-        from surfw.storage.source import open_storage_source
-
-        return await open_storage_source(open_backend(self.url))
+    @property
+    def is_server(self) -> bool:
+        """Whether a server is there, and not a store."""
+        return self.url.startswith(("ws://", "wss://"))
 
 
 @contextlib.contextmanager
@@ -53,7 +42,7 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
         from surfw.client import probe
 
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
-        if asyncio.run(probe(local)):
+        if asyncio.run(probe(local, token=settings.token)):
             yield ChosenSource(local, "the server on this machine")
             return
         if any((Path(settings.store) / "models").rglob("*.json")):

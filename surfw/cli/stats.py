@@ -2,7 +2,7 @@
 
 import time
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ Examples:
   surfw stats ws://127.0.0.1:8765 --watch
   surfw stats --json
 """
-_MAX_BYTES = 1 << 20
 
 
 @options.with_settings("connect_timeout", "token_file")
@@ -30,11 +29,12 @@ def stats(
 ) -> None:
     """Show a server's counters and its cache."""
     from surfw.cli import render
+    from surfw.client import read_stats
     from surfw.config import DEFAULT_HOST
 
     settings = configuration.settings
-    address, token = url or f"ws://{DEFAULT_HOST}:{settings.port}", settings.token
-    look = partial(read_stats, address, token=token, timeout_seconds=settings.connect_timeout)
+    address = url or f"ws://{DEFAULT_HOST}:{settings.port}"
+    look = partial(read_stats, address, token=settings.token, timeout_seconds=settings.connect_timeout)
     if json:
         while True:
             render.print_json(look())
@@ -50,54 +50,3 @@ def stats(
         while True:
             time.sleep(every)
             live.update(render.server_table(look()), refresh=True)
-
-
-def read_stats(url: str, *, token: str | None, timeout_seconds: float) -> dict[str, Any]:
-    """Ask a server for its statistics.
-
-    Args:
-        url: its address.
-        token: shown to it; None for none.
-        timeout_seconds: how long it may take to answer.
-
-    Raises:
-        ConnectionFailedError: no surfw server answers there.
-        ConfigurationError: the address is not one.
-    """
-    import http.client
-    import json
-    from urllib.parse import urlsplit
-
-    from surfw.cli import render
-    from surfw.config import DEFAULT_PORT
-    from surfw.errors import ConfigurationError, ConnectionFailedError
-
-    try:
-        parts = urlsplit(url if "://" in url else f"ws://{url}")
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        host, port = None, None
-    if host is None or parts.scheme not in {"ws", "wss", "http", "https"}:
-        raise ConfigurationError(f"{url!r} is not the address of a server; expected something like ws://127.0.0.1:8765")
-    secure = parts.scheme in {"wss", "https"}
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = connect(host, port or (443 if secure else DEFAULT_PORT), timeout=timeout_seconds)
-    try:
-        connection.request("GET", "/stats", headers={"Authorization": f"Bearer {token}"} if token else {})
-        response = connection.getresponse()
-        body = response.read(_MAX_BYTES)
-    except (OSError, UnicodeError, http.client.HTTPException) as exc:
-        raise ConnectionFailedError(
-            f"no surfw server at {url}: {exc or type(exc).__name__}; "
-            "start one with 'surfw serve' or name another address"
-        ) from exc
-    finally:
-        connection.close()
-    try:
-        found = json.loads(body)
-        if response.status == 200:
-            render.server_table(found)  # raises where anything that a surfw server tells is missing
-            return dict(found)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise ConnectionFailedError(f"{url} answers, but is not a surfw server (status {response.status} for GET /stats)")

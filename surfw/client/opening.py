@@ -1,8 +1,10 @@
 """Finding a server: connect, exchange hellos, and say plainly why not if there is none."""
 
 import asyncio
-import ipaddress
+import logging
 from http import HTTPStatus
+from ssl import SSLContext
+from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -10,52 +12,76 @@ from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
 from websockets.typing import Subprotocol
 
 from surfw import __version__
+from surfw.client.address import plan_headers, refusal
 from surfw.client.link import Link
-from surfw.config import MAX_FRAME_BYTES, WireLimits
+from surfw.config import MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, SurfwError
-from surfw.wire import PROTOCOL, printable
+from surfw.wire import PROTOCOL, is_loopback, printable
+
+_library_log = logging.getLogger("surfw.client.websocket")
+_library_log.setLevel(logging.WARNING)  # below that, it shows headers with tokens
 
 _CLOSE_SECONDS = 2
 _NEXT = "start one with 'surfw serve' or name another with --source"
 
 
-async def open_link(url: str, *, limits: WireLimits, connect_seconds: float, silence_seconds: float) -> Link:
-    """Connect to a surfw server, and exchange hellos.
+async def open_link(
+    url: str,
+    *,
+    limits: WireLimits,
+    connect_seconds: float,
+    silence_seconds: float,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
+) -> Link:
+    """Connect to a surfw server, and exchange hellos. The link's `url` is the address as it may be shown.
 
     Raises:
-        ConfigurationError: the address is not one.
+        ConfigurationError: the address is not one, or the token may not be sent there.
+        RefusedError: the server wants a token, or another one.
         ConnectionFailedError: nothing answers there, or something else does.
     """
-    link = Link(url, limits, silence_seconds)
+    link = Link(display_url(url), limits, silence_seconds)
+    tls: dict[str, Any] = {} if ssl is None else {"ssl": ssl}
     try:
         async with asyncio.timeout(connect_seconds):
             connection = await connect(
                 url,
+                additional_headers=plan_headers(url, token, ssl),
+                **tls,
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
                 user_agent_header=f"surfw/{__version__}",
-                proxy=None if _is_loopback(url) else True,
+                proxy=None if is_loopback(urlsplit(url).hostname or "") else True,
                 open_timeout=None,
                 ping_interval=None,
                 close_timeout=_CLOSE_SECONDS,
                 max_size=max(limits.control_bytes, MAX_FRAME_BYTES),
+                logger=_library_log,
                 create_connection=link.attach,  # type: ignore[arg-type]  # a factory is all it is used as
             )
             _require_surfw(connection)
             await link.greeted
     except (OSError, ValueError, WebSocketException, ConnectionFailedError) as exc:
-        raise _explain(link, connect_seconds, exc) from exc
+        raise _explain(link, connect_seconds, token, exc) from exc
     finally:
         if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
             link.abort()
     return link
 
 
-async def probe(url: str, timeout_seconds: float = 1.0) -> bool:
-    """Whether a surfw server answers at the address, found out within the time."""
+async def probe(
+    url: str, timeout_seconds: float = 1.0, *, token: str | None = None, ssl: SSLContext | None = None
+) -> bool:
+    """Whether a surfw server answers at the address and lets us in, found out within the time."""
     try:
         link = await open_link(
-            url, limits=WireLimits(), connect_seconds=timeout_seconds, silence_seconds=timeout_seconds
+            url,
+            limits=WireLimits(),
+            connect_seconds=timeout_seconds,
+            silence_seconds=timeout_seconds,
+            token=token,
+            ssl=ssl,
         )
     except SurfwError:
         return False
@@ -68,7 +94,7 @@ def _require_surfw(connection: ClientConnection) -> None:
         raise ConnectionFailedError(f"it does not speak {PROTOCOL}")
 
 
-def _explain(link: Link, seconds: float, exc: Exception) -> SurfwError:
+def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> SurfwError:
     """Why there is no connection."""
     match exc:
         case TimeoutError():
@@ -83,6 +109,8 @@ def _explain(link: Link, seconds: float, exc: Exception) -> SurfwError:
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
         case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
+            if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
+                return refusal(link.url, token)
             text = _refused(link, exc.response.status_code)
         case _:
             text = _foreign(link, f"{link.ended or exc}; {_NEXT}")
@@ -98,11 +126,3 @@ def _refused(link: Link, status: int) -> str:
 
 def _foreign(link: Link, why: str) -> str:
     return f"{link.url} answers, but is not a surfw server: {why}"
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ssl import SSLContext
 
 from surfw.client.link import Link
 from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document
-from surfw.config import WireLimits
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
 from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Manifest, parse_manifest
 from surfw.source import ChunkSource, Read
@@ -91,18 +92,31 @@ class WireSource(ChunkSource):
 
 
 async def open_wire_source(
-    url: str, *, limits: WireLimits | None = None, connect_timeout: float = 5.0, silence_timeout: float = 30.0
+    url: str,
+    *,
+    limits: WireLimits | None = None,
+    connect_timeout: float = DEFAULT_CONNECT_SECONDS,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
 ) -> WireSource:
     """A source over the server at a `ws://` or `wss://` address.
 
     Waits `connect_timeout` seconds for the server to say hello, and later as long as no `silence_timeout` seconds pass
-    without a byte while something is asked for.
+    without a byte while something is asked for. `token` is what the server wants to be shown, if anything; `ssl` says
+    whose certificates to trust for `wss://`, in place of the system's.
 
     Raises:
-        ConfigurationError: the address is not one.
+        ConfigurationError: the address is not one, or the token would go there in clear text.
+        RefusedError: the server wants a token, or another one.
         ConnectionFailedError: nothing answers there, or something else does.
     """
     link = await open_link(
-        url, limits=limits or WireLimits(), connect_seconds=connect_timeout, silence_seconds=silence_timeout
+        url,
+        limits=limits or WireLimits(),
+        connect_seconds=connect_timeout,
+        silence_seconds=silence_timeout,
+        token=token,
+        ssl=ssl,
     )
     return WireSource(link)

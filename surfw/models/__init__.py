@@ -1,5 +1,19 @@
 """Models for people: a streaming model is transformers' own model over a source of weights."""
 
+from surfw.models.base import StreamingBaseModel
+from surfw.models.client import WeightClient
+from surfw.models.families import StreamingBertModel, StreamingGPTModel, StreamingLlamaModel, StreamingT5Model
+from surfw.models.statistics import CacheInfo, InferenceStats
 from surfw.models.streaming import StreamingModel
 
-__all__ = ["StreamingModel"]
+__all__ = [
+    "CacheInfo",
+    "InferenceStats",
+    "StreamingBaseModel",
+    "StreamingBertModel",
+    "StreamingGPTModel",
+    "StreamingLlamaModel",
+    "StreamingModel",
+    "StreamingT5Model",
+    "WeightClient",
+]

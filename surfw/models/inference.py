@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.models.streaming import StreamingModel
+from surfw.models.base import StreamingBaseModel
 
 _TOP_PREDICTIONS = 5
 _RESERVED_POSITIONS = 2
@@ -77,7 +77,7 @@ class Answer:
 class TokenClock(BaseStreamer):
     """Notes when each token came, and passes it on to a streamer of text."""
 
-    def __init__(self, text: TextStreamer | None, on_token: Callable[[float], None]) -> None:
+    def __init__(self, text: TextStreamer | None, on_token: Callable[[int, float], None]) -> None:
         """Start the clock; `generate()` puts the prompt first, or the decoder's start."""
         self.start = time.perf_counter()
         self.times: list[float] = []
@@ -91,7 +91,7 @@ class TokenClock(BaseStreamer):
             self._skip = False
         else:
             self.times.append(time.perf_counter() - self.start)
-            self._on_token(self.times[-1])
+            self._on_token(int(value.reshape(-1)[-1]), self.times[-1])
         if self._text is not None:
             self._text.put(value)
 
@@ -113,12 +113,12 @@ class _TextOut(TextStreamer):
 
 
 def answer(
-    model: StreamingModel,
+    model: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
     request: Request,
     *,
     on_text: Callable[[str], None] = lambda _: None,
-    on_token: Callable[[float], None] = lambda _: None,
+    on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
 ) -> Answer:
     """Run a request.
 
@@ -127,7 +127,7 @@ def answer(
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
         on_text: called with the text as it comes.
-        on_token: called for each new token, with the seconds since the start.
+        on_token: called with each new token id, and the seconds since the start.
 
     Raises:
         ConfigurationError: the request does not fit the model.
@@ -158,7 +158,7 @@ def answer(
 
 
 def _encode(
-    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
 ) -> dict[str, torch.Tensor]:
     """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
     vocabulary = model.model.config.get_text_config().vocab_size
@@ -168,7 +168,7 @@ def _encode(
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
         raise ConfigurationError(
-            f"{model.manifest.name} has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3"
+            f"{model.manifest.name} has no tokenizer; give the prompt as token ids, with --prompt-ids 1,2,3"
         )
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         messages = [{"role": "system", "content": request.system}] if request.system else []
@@ -200,13 +200,13 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
 
 
 def _generate(
-    model: StreamingModel,
+    model: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
     request: Request,
     inputs: dict[str, torch.Tensor],
     *,
     on_text: Callable[[str], None],
-    on_token: Callable[[float], None],
+    on_token: Callable[[int, float], None],
 ) -> Answer:
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so --stop cannot be used with it")
@@ -236,7 +236,7 @@ def _generate(
 
 
 @contextmanager
-def _defaults(model: StreamingModel, config: GenerationConfig) -> Iterator[None]:
+def _defaults(model: StreamingBaseModel, config: GenerationConfig) -> Iterator[None]:
     """Make these settings the model's own for a while: `generate()` takes its own for what a given one leaves open."""
     before = model.model.generation_config
     model.model.generation_config = config
@@ -246,7 +246,7 @@ def _defaults(model: StreamingModel, config: GenerationConfig) -> Iterator[None]
         model.model.generation_config = before
 
 
-def _generation_config(model: StreamingModel, request: Request) -> GenerationConfig:
+def _generation_config(model: StreamingBaseModel, request: Request) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(model.model.generation_config)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
@@ -265,13 +265,14 @@ def _generation_config(model: StreamingModel, request: Request) -> GenerationCon
 
 
 def _encoder(
-    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
 ) -> Answer:
     """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
     prompt_tokens = inputs["input_ids"].shape[1]
     logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
     start = time.perf_counter()
-    output = model(**inputs, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
+    arguments: dict[str, Any] = dict(inputs)
+    output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
     took = time.perf_counter() - start
     result = Answer(prompt_tokens=prompt_tokens, ttft_seconds=took)
     logits = getattr(output, "logits", None)
@@ -287,7 +288,7 @@ def _encoder(
 
 
 def _predictions(
-    model: StreamingModel, tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor, logits: torch.Tensor
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor, logits: torch.Tensor
 ) -> list[dict[str, Any]] | None:
     """The likeliest tokens at each mask, or the likeliest labels; None where neither fits."""
     config = model.model.config

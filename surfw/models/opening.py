@@ -5,23 +5,41 @@ built.
 """
 
 import logging
+import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from surfw.errors import ManifestError
+from surfw.config import GIB, OnMissing, format_size
+from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest
-from surfw.skeleton.build import Skeleton, build_skeleton, fill_buffers, foreign_errors, read_config, resolve_class
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, foreign_errors, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
+from surfw.skeleton.units import Slot
 
 logger = logging.getLogger("surfw.models")
 
+_MAX_MISSING_BYTES = 4 * GIB
 
-def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skeleton:
-    """Build the model of a manifest, without weights, in the stored dtype or another one.
+
+def open_skeleton(
+    manifest: Manifest,
+    dtype: torch.dtype | None = None,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    on_missing: OnMissing = "error",
+) -> Skeleton:
+    """Build the model of a manifest, without weights.
+
+    Args:
+        manifest: what is known of it.
+        dtype: run in this dtype; default: the one it is stored in.
+        model_class: the caller's own class; default: the manifest's, from transformers or registered there.
+        on_missing: `uninitialized` gives parameters that the manifest has no weights for those of a new model.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
@@ -33,38 +51,60 @@ def open_skeleton(manifest: Manifest, dtype: torch.dtype | None = None) -> Skele
     generation, dropped_generation = sanitise_config(manifest.generation_config or {})
     for line in dropped + dropped_generation:
         logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
-    config = read_config(clean, where=where)
-    cls = resolve_class(manifest.class_name, config, where=where)
+    config = read_config(clean, where=where, model_class=model_class)
+    cls = model_class or resolve_class(manifest.class_name, config, where=where)
     tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
     shapes = {tensor.shape for tensor in tensors.values()}
+    strict = on_missing == "error"
     skeleton = build_skeleton(
         config,
         cls,
         dtype or parse_dtype(manifest.dtype),
         tensor_count=len(tensors) + len(manifest.ties),
-        accepts=shapes.__contains__,
+        accepts=shapes.__contains__ if strict else lambda _: True,
         where=where,
     )
     for name, slot in skeleton.slots.items():
         stored = tensors.get(manifest.ties.get(name, name))
-        if stored is None and not slot.is_buffer:
-            raise ManifestError(
-                f"{where}: the manifest has no weights for {name} of {cls.__name__}; chunk the model again"
-            )
         if stored is not None and tuple(slot.tensor.shape) != stored.shape:
             raise ManifestError(
                 f"{where}: {name} has shape {stored.shape} in the manifest, "
                 f"{tuple(slot.tensor.shape)} in {cls.__name__}"
             )
-    unknown = (set(tensors) | set(manifest.ties)) - set(skeleton.slots)
+    loaded = set(tensors) | set(manifest.ties)
+    missing = [slot for name, slot in skeleton.slots.items() if name not in loaded and not slot.is_buffer]
+    if missing:
+        _report_missing(missing, cls.__name__, on_missing, where)
+    unknown = loaded - set(skeleton.slots)
     if unknown:
         raise ManifestError(f"{where}: {cls.__name__} has no place for {min(unknown)}; chunk the model again")
     _check_order(manifest, skeleton)
-    fill_buffers(skeleton, set(tensors) | set(manifest.ties), where=where)
+    fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
     with foreign_errors(f"the generation settings of {where}"):
         _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
     return skeleton
+
+
+def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, where: str) -> None:
+    first = missing[0].name
+    if on_missing == "error":
+        raise ManifestError(
+            f"{where}: the manifest has no weights for {first} of {cls}; chunk the model again, or compute with "
+            "weights that nobody trained: on_missing='uninitialized'"
+        )
+    size = sum(slot.tensor.nbytes for slot in missing)
+    if size > _MAX_MISSING_BYTES:
+        raise ManifestError(
+            f"{where}: {cls} wants {format_size(size)} of weights that the manifest does not have, expected at most "
+            f"{format_size(_MAX_MISSING_BYTES)}; the configuration does not belong to these weights"
+        )
+    warnings.warn(
+        f"{where}: {len(missing)} weights of {cls} are UNINITIALIZED, such as {first}: what it computes with them is "
+        "meaningless until they are trained",
+        UninitializedWeightsWarning,
+        stacklevel=2,
+    )
 
 
 def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:

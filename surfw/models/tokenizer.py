@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surfw.checkpoint.layout import TOKENIZER_FILES
 from surfw.errors import UnsupportedModelError
-from surfw.models.streaming import StreamingModel
+from surfw.manifest import Manifest
 from surfw.skeleton.config import sanitise_config
 
 logger = logging.getLogger("surfw.models")
@@ -19,14 +20,13 @@ logger = logging.getLogger("surfw.models")
 _PATH_KEY = re.compile(r"_?name_or_path|vocab|merges|.*_files?|.*_path")
 
 
-def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of an open model; None if the model has none.
+def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, of files that are read by their names; None if the model has none.
 
     Raises:
         IntegrityError: a file is not what the manifest promises.
         UnsupportedModelError: transformers cannot make a tokenizer of the files.
     """
-    manifest = model.manifest
     if not manifest.files:
         return None
     with tempfile.TemporaryDirectory(prefix="surfw-tokenizer-") as folder:
@@ -34,7 +34,7 @@ def open_tokenizer(model: StreamingModel) -> PreTrainedTokenizerBase | None:
             if file.path not in TOKENIZER_FILES:
                 logger.warning("%s: ignored, because no tokenizer has such a file", file.path)
                 continue
-            data = model.read_file(file.path)
+            data = read_file(file.path)
             (Path(folder) / file.path).write_bytes(
                 _sanitise(data, file.path) if file.path == "tokenizer_config.json" else data
             )

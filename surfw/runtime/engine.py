@@ -13,18 +13,21 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from surfw.config import format_size
+from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, BufferPool
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.runtime.residency import ResidencyPlan
+from surfw.runtime.run import Run
 from surfw.runtime.schedule import Schedule
 
 logger = logging.getLogger("surfw.runtime")
@@ -49,8 +52,17 @@ class _Entry:
 class Engine:
     """Chunks of one model, in and out of memory. Used by one forward pass at a time."""
 
-    def __init__(self, manifest: Manifest, plan: ResidencyPlan, loader: Loader, io: IoThread, metrics: Metrics) -> None:
-        """Nothing is loaded yet."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: ResidencyPlan,
+        loader: Loader,
+        io: IoThread,
+        metrics: Metrics,
+        *,
+        prefetch: bool = True,
+    ) -> None:
+        """Nothing is loaded yet; `prefetch` says whether chunks are ever fetched ahead of their use."""
         self.manifest = manifest
         self.plan = plan
         self.metrics = metrics
@@ -62,30 +74,39 @@ class Engine:
         self._pool = BufferPool()
         self._lock = threading.RLock()
         self._closed = False
+        self._run = Run()
+        self._ahead = prefetch
+
+    @contextmanager
+    def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
+        """Work for this run, which says when to stop; without `prefetch`, fetch only what it needs."""
+        before = self._run, self._ahead
+        self._run, self._ahead = run, prefetch and self._ahead
+        try:
+            yield
+        finally:
+            self._run, self._ahead = before
 
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
 
         Raises:
-            SurfwError: a chunk could not be loaded.
+            SurfwError: a chunk could not be loaded, or the run was interrupted.
         """
         names = self._uses[module]
         tensors: dict[str, torch.Tensor] = {}
-        held: list[str] = []
+        entries = self._hold(module, names)
         try:
-            with self._lock:
-                self._schedule.observe(module)
-                entries = [self._hold(name, names, held) for name in names]
-                self._prefetch(names)
             for entry, ready in entries:
                 self._count(entry, ready=ready)
                 if not ready:
-                    self._wait(entry)
+                    self._wait(entry.load)
+                tensors |= self._tensors(entry)
+                if not ready:
                     with self._lock:
                         self._prefetch(names)  # what was waited for is no longer in flight
-                tensors |= self._tensors(entry)
         except BaseException:
-            self._let_go(held)
+            self._let_go(names)
             raise
         return tensors
 
@@ -95,6 +116,7 @@ class Engine:
         self._let_go(names)
         with self._lock:
             if not self._closed:
+                self._trim()
                 self._prefetch(names)
 
     def pin(self, module: str) -> dict[str, torch.Tensor]:
@@ -126,10 +148,50 @@ class Engine:
         with self._lock:
             self._prefetch(())
 
+    def fetch(self, names: Sequence[str]) -> list[Future[None]]:
+        """Start to fetch chunks, as many as there is room for once idle ones are evicted; the first ones go first.
+
+        Returns:
+            What is on its way, or there, in the order of the names.
+        """
+        wanted: set[str] = set()
+        loads: list[Future[None]] = []
+        with self._lock:
+            self._drop_failed(names)
+            for name in names:
+                entry = self._entries.get(name)
+                if entry is None:
+                    if self._closed or (name not in self.plan.pinned and not self._room(wanted)):
+                        break
+                    entry = self._start(name, _AHEAD)
+                wanted.add(name)
+                self._entries.move_to_end(name)
+                loads.append(entry.load)
+        return loads
+
+    def resize(self, cache_layers: int) -> None:
+        """Keep another number of chunks from now on: evict at once what is too much and idle, the rest after its use.
+
+        Raises:
+            ConfigurationError: fewer than one chunk is to be kept.
+        """
+        with self._lock:
+            self.plan = self.plan.resized(cache_layers)
+            self._trim()
+            self._pool.clear()
+
+    def clear(self) -> None:
+        """Forget every chunk that is not in use, and give its memory back."""
+        with self._lock:
+            for name, entry in list(self._entries.items()):
+                if entry.users == 0:
+                    self._drop(name)
+            self._pool.clear()
+
     def resident(self) -> list[str]:
         """Names of the chunks in memory, least recently used first."""
         with self._lock:
-            return [name for name, entry in self._entries.items() if entry.load.done()]
+            return [name for name, entry in self._entries.items() if entry.load.done() and not _failed(entry.load)]
 
     @property
     def resident_bytes(self) -> int:
@@ -147,19 +209,23 @@ class Engine:
         for load in loads:
             load.cancel()
 
-    def _hold(self, name: str, together: Sequence[str], held: list[str]) -> tuple[_Entry, bool]:
-        """Mark a chunk as used, starting its load if need be, and say whether it is ready."""
-        entry = self._entries.get(name)
-        if entry is not None and entry.load.done() and _failed(entry.load):
-            self._drop(name)
-            entry = None
-        if entry is None:
-            self._make_room(name, together)
-            entry = self._start(name, _DEMAND)
-        entry.users += 1
-        held.append(name)
-        self._entries.move_to_end(name)
-        return entry, entry.load.done()
+    def _hold(self, module: str, names: Sequence[str]) -> list[tuple[_Entry, bool]]:
+        """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
+        while True:
+            with self._lock:
+                self._run.check()
+                self._drop_failed(names)
+                obstacle = self._make_room(names)
+                if obstacle is None:
+                    self._schedule.observe(module)
+                    entries = [self._entries.get(name) or self._start(name, _DEMAND) for name in names]
+                    for name, entry in zip(names, entries, strict=True):
+                        entry.users += 1
+                        self._entries.move_to_end(name)
+                    ready = [entry.load.done() for entry in entries]
+                    self._prefetch(names)
+                    return list(zip(entries, ready, strict=True))
+            self._wait(obstacle)
 
     def _let_go(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -176,11 +242,13 @@ class Engine:
             self.metrics.add("prefetched")
         entry.used_before = True
 
-    def _wait(self, entry: _Entry) -> None:
+    def _wait(self, load: Future[None]) -> None:
         with self.metrics.span("stall"):
-            entry.load.result()
+            self._run.wait_for(load)
 
     def _tensors(self, entry: _Entry) -> dict[str, torch.Tensor]:
+        if entry.load.cancelled():
+            raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read")
         entry.load.result()
         if not entry.tensors:
             views = self._loader.tensors(entry.chunk, entry.buffer)
@@ -199,11 +267,14 @@ class Engine:
 
     async def _load(self, chunk: Chunk, buffer: Buffer, priority: int) -> None:
         start = time.perf_counter()
-        await self._loader.load(chunk, buffer, priority=priority)
+        stored_bytes = await self._loader.load(chunk, buffer, priority=priority)
+        self.metrics.add("fetched_bytes", stored_bytes)
         self.metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next: small parts freely, and one streamed chunk at a time."""
+        if not self._ahead:
+            return
         sooner = set(in_use)
         for name in self._coming():
             if name in self._entries:
@@ -243,27 +314,49 @@ class Engine:
                 return True
         return False
 
-    def _make_room(self, name: str, together: Sequence[str]) -> None:
-        """Room for a chunk that is needed now, if need be at the cost of one that was fetched ahead."""
-        if name in self.plan.pinned or len(self._streamed()) < self.plan.buffers:
-            return
-        victims = self._evictable(together)
-        if victims:
+    def _make_room(self, names: Sequence[str]) -> Future[None] | None:
+        """Room for chunks that are needed now, if need be at the cost of one that was fetched ahead.
+
+        Returns:
+            What has to end before there is room: the load of a chunk that was guessed wrong, now cancelled.
+        """
+        missing = sum(name not in self._entries and name not in self.plan.pinned for name in names)
+        while missing and len(self._streamed()) + missing > self.plan.buffers:
+            victims = self._evictable(names)
+            if not victims:
+                return None
             victim = min(victims, key=lambda one: not self._entries[one].used_before)  # of equals, the first
-            _settle(self._entries[victim].load)
+            load = self._entries[victim].load
+            if not load.done():
+                load.cancel()
+                return load
             self._drop(victim)
+        return None
+
+    def _trim(self) -> None:
+        """Evict what the plan has no buffer for, as far as nobody uses it, and nothing of it is in flight."""
+        surplus = len(self._streamed()) - self.plan.buffers
+        idle = [name for name in self._evictable(()) if self._entries[name].load.done()]
+        for name in idle[: max(0, surplus)]:
+            self._drop(name)
+        if surplus > 0:
+            self._pool.clear()
+
+    def _drop_failed(self, names: Sequence[str]) -> None:
+        for name in names:
+            entry = self._entries.get(name)
+            if entry is not None and entry.users == 0 and entry.load.done() and _failed(entry.load):
+                self._drop(name)
 
     def _drop(self, name: str) -> None:
+        """Forget a chunk. A buffer that is still written to is not used again."""
         entry = self._entries.pop(name)
         entry.tensors.clear()
-        if not entry.pinned:
+        if not entry.load.done():
+            entry.load.cancel()
+        elif not entry.pinned:
             self._pool.give_back(entry.buffer)
 
 
 def _failed(load: Future[None]) -> bool:
     return load.cancelled() or load.exception() is not None
-
-
-def _settle(load: Future[None]) -> None:
-    """Wait until a load has let go of its buffer, however it ends: whoever needs the chunk loads it again."""
-    wait([load])

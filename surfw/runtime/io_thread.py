@@ -3,42 +3,100 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from surfw.errors import ModelClosedError
+
 T = TypeVar("T")
+_WORKERS = 8
+
+
+class Job(Future[T]):
+    """A coroutine on an I/O thread.
+
+    Done only when the coroutine has ended. `cancel` asks it to end early; until it has, the job is not done, and
+    whatever memory the coroutine writes to is still its own.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the loop; nothing runs yet."""
+        super().__init__()
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        self._unwanted = False
+
+    def cancel(self) -> bool:
+        """Ask the coroutine to end; False if it has ended."""
+        if self.done():
+            return False
+        self._unwanted = True
+        self._loop.call_soon_threadsafe(self._cancel_task)
+        return True
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> None:
+        """Start the coroutine; called on the loop."""
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._end)
+        if self._unwanted:
+            self._task.cancel()
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif exc := task.exception():
+            self.set_exception(exc)
+        else:
+            self.set_result(task.result())
 
 
 class IoThread:
     """Runs coroutines for code that is not asynchronous."""
 
     def __init__(self, name: str = "surfw-io") -> None:
-        """Start the thread."""
+        """Start the thread; blocking calls of coroutines run in threads whose names begin with its name."""
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_WORKERS, thread_name_prefix=f"{name}-worker"))
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._lock = threading.Lock()
+        self._closed = False
         self._thread.start()
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a coroutine; the future can be waited for, or cancelled, from any thread."""
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("the thread has been closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+    def submit(self, work: Coroutine[Any, Any, T]) -> Job[T]:
+        """Start a coroutine; the job can be waited for, or cancelled, from any thread.
+
+        Raises:
+            ModelClosedError: the thread has been closed.
+        """
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise ModelClosedError("the client has been closed; open it again")
+            job: Job[T] = Job(self._loop)
+            self._loop.call_soon_threadsafe(job.begin, work)
+        return job
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine to its end; an interrupt cancels it."""
-        future = self.submit(work)
+        job = self.submit(work)
         try:
-            return future.result()
+            return job.result()
         except BaseException:
-            future.cancel()
+            job.cancel()
             raise
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread."""
-        if not self._thread.is_alive():
-            return
-        self.submit(_cancel_others()).result()
+        """Cancel what still runs, and end the thread. Closing twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.run_until_complete(self._loop.shutdown_default_executor())

@@ -33,8 +33,11 @@ class Loader:
         """How large a buffer the chunk's tensors need."""
         return plan_layout(self._sizes(chunk))[1]
 
-    async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> None:
+    async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> int:
         """Fill the buffer with the chunk's tensors.
+
+        Returns:
+            How many stored bytes were fetched for it.
 
         Raises:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
@@ -49,6 +52,7 @@ class Loader:
         spread(stored.view, stored_sizes)
         if stored is not buffer:
             await asyncio.to_thread(self._cast, chunk, stored, buffer)
+        return form.stored_bytes
 
     def tensors(self, chunk: Chunk, buffer: Buffer) -> dict[str, torch.Tensor]:
         """Views over a filled buffer, by tensor name; they keep its memory alive."""

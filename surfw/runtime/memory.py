@@ -24,6 +24,11 @@ def available_bytes() -> int:
     return available
 
 
+def default_budget_bytes() -> int:
+    """What weights may take where nobody says: a good half of what there is, as activations need memory too."""
+    return available_bytes() * 6 // 10
+
+
 def peak_rss_bytes() -> int:
     """The process's own high-water mark of resident memory.
 

@@ -4,7 +4,7 @@ The engine obeys the plan; it decides nothing of this itself. The policy here is
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
@@ -22,12 +22,23 @@ class ResidencyPlan:
         streamed: the others, with the bytes each takes in memory.
         slots: how many streamed chunks are kept; one more may be in flight.
         pinned_bytes: memory of the pinned chunks.
+        least_slots: the fewest slots that the model can run with.
     """
 
     pinned: frozenset[str]
     streamed: Mapping[str, int]
     slots: int
     pinned_bytes: int
+    least_slots: int = 1
+
+    def resized(self, cache_layers: int) -> "ResidencyPlan":
+        """The same plan with another number of chunks to keep.
+
+        Raises:
+            ConfigurationError: fewer than one chunk is to be kept.
+        """
+        check_cache_layers(cache_layers)
+        return replace(self, slots=max(min(cache_layers, len(self.streamed)), self.least_slots))
 
     @property
     def buffers(self) -> int:
@@ -67,19 +78,33 @@ def plan_residency(
     Raises:
         ConfigurationError: fewer than one chunk is to be kept.
     """
-    if cache_layers is not None and cache_layers < 1:
-        raise ConfigurationError(
-            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
-        )
+    if cache_layers is not None:
+        check_cache_layers(cache_layers)
     pinned = frozenset(
         name for name, size in sizes.items() if kinds[name] == "own" or (kinds[name] == "part" and size <= _SMALL_BYTES)
     )
     streamed = {name: size for name, size in sizes.items() if name not in pinned}
     pinned_bytes = sum(sizes[name] for name in pinned)
     together = max((len(set(use.chunks) - pinned) for use in order), default=1)
-    slots = len(streamed)
-    if cache_layers is not None:
-        slots = min(cache_layers, len(streamed))
-    elif streamed and budget_bytes is not None and pinned_bytes + sum(streamed.values()) > budget_bytes:
+    least = max(1, together - 1)
+    slots = len(streamed) if cache_layers is None else min(cache_layers, len(streamed))
+    if (
+        cache_layers is None
+        and streamed
+        and budget_bytes is not None
+        and pinned_bytes + sum(streamed.values()) > budget_bytes
+    ):
         slots = (budget_bytes - pinned_bytes) // max(streamed.values()) - 1
-    return ResidencyPlan(pinned, streamed, max(slots, 1, together - 1), pinned_bytes)
+    return ResidencyPlan(pinned, streamed, max(slots, least), pinned_bytes, least)
+
+
+def check_cache_layers(cache_layers: int) -> None:
+    """Make sure that something is to be kept.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if isinstance(cache_layers, bool) or not isinstance(cache_layers, int) or cache_layers < 1:
+        raise ConfigurationError(
+            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
+        )

@@ -1,5 +1,6 @@
 """A store behind a WebSocket, through a cache. Imports neither torch nor transformers."""
 
 from surfw.server.server import WeightServer
+from surfw.wire import ServerHealth, ServerStats
 
-__all__ = ["WeightServer"]
+__all__ = ["ServerHealth", "ServerStats", "WeightServer"]

@@ -2,43 +2,73 @@
 
 Names, chunk ids and file names from clients are only ever keys of dictionaries: of the store's own listing, and of
 manifests that were read from it. Nothing that a client says becomes a storage key.
+
+A manifest is read once for all who ask meanwhile, and parsed in a thread; what was parsed is kept as long as the stored
+bytes stay as they are. The listing is looked at again for a name that is not in it, and when it is no longer fresh.
 """
 
+import asyncio
+import logging
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from surfw.config import MIB
-from surfw.errors import ManifestError, RefusedError
+from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
+from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
 
+log = logging.getLogger("surfw.server")
+
+FRESH_SECONDS = 2.0
+"""How old a listing may be when a chunk or a file is looked up: after that long, a removed model is gone here too."""
+
 _CACHE_BYTES = 64 * MIB
+_READS = 2
+"""The most manifests that are read at a time: one that is being parsed takes many times its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A model: its manifest with locations, and the manifest as it may cross the wire, with its digest."""
+    """A model as it is in the store.
+
+    Attributes:
+        manifest: with locations.
+        public: the manifest as it may cross the wire, encoded.
+        digest: the BLAKE3 of `public`.
+        revision: what the storage said of the stored manifest, if it can tell.
+        stored: the BLAKE3 of the stored manifest.
+    """
 
     manifest: Manifest
     public: bytes
     digest: str
+    revision: str | None
+    stored: str
 
 
 class Catalog:
     """Looks up what requests name. Whatever is not there is refused, with a code and a text for the client."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, fresh_seconds: float = FRESH_SECONDS) -> None:
         """Name the store; nothing is read yet."""
         self.names: Sequence[str] = ()
         """The models there were when last looked."""
         self._store = store
+        self._fresh_seconds = fresh_seconds
+        self._listed = float("-inf")
         self._entries: LruCache[str, Entry] = LruCache(_CACHE_BYTES, lambda entry: len(entry.public))
+        self._reads = SingleFlight(self._read, _READS)
 
     async def models(self) -> Sequence[str]:
-        """The names of the models there are now."""
+        """The names of the models there are now; what is kept of others is forgotten."""
         self.names = tuple(await self._store.models())
+        self._listed = time.monotonic()
+        for name in set(self._entries) - set(self.names):
+            del self._entries[name]
         return self.names
 
     async def read(self, model: str) -> Entry:
@@ -48,17 +78,39 @@ class Catalog:
             RefusedError: the store has no such model.
             StorageError, ManifestError: it cannot be read.
         """
-        known = {name: name for name in await self.models()}
-        if model not in known:
-            raise RefusedError(f"there is no model {model[:80]!a} here", code="unknown-model")
-        manifest = await self._store.manifest(known[model])
-        public = manifest.public().encode()
-        entry = self._entries[known[model]] = Entry(manifest, public, payload_digest(public))
-        return entry
+        name = _own(model, self.names) or _own(model, await self.models())
+        if name is None:
+            raise _unknown(model)
+        try:
+            return await self._reads.join(name)
+        except UnknownModelError as exc:  # it was removed since it was listed
+            await self.models()
+            raise _unknown(model) from exc
 
     async def entry(self, model: str) -> Entry:
         """The model as it was when its manifest was last asked for, or as it is now."""
+        if time.monotonic() - self._listed >= self._fresh_seconds:
+            self._listed = time.monotonic()  # one of those who ask looks, and the others go on
+            try:
+                await self.models()
+            except StorageError as exc:  # what is in the cache can be served without the storage
+                log.warning("the models of %s cannot be listed: %s", self._store.url, exc)
         return self._entries.get(model) or await self.read(model)
+
+    async def _read(self, name: str) -> Entry:
+        kept = self._entries.get(name)
+        revision = await self._store.manifest_revision(name)
+        if kept is not None and revision is not None and kept.revision == revision:
+            return kept
+        data = await self._store.manifest_bytes(name)
+        entry = await asyncio.to_thread(_make_entry, self._store, name, data, revision, kept)
+        self._entries[name] = entry
+        return entry
+
+    async def close(self) -> None:
+        """Stop reading, and forget everything."""
+        await self._reads.close()
+        self._entries.clear()
 
     async def chunk(self, request: Get) -> Sequence[Location]:
         """Where the stored bytes that are asked for lie.
@@ -95,3 +147,23 @@ class Catalog:
             if file.path == request.path:
                 return Location(file.object, 0, file.size), file.digest
         raise RefusedError(f"{manifest.name} has no file {request.path[:80]!a}", code="unknown-file")
+
+
+def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
+    """Parse a stored manifest, unless it is the one that was kept; runs in a thread."""
+    stored = payload_digest(data)
+    if kept is not None and kept.stored == stored:
+        return replace(kept, revision=revision)
+    manifest = store.parse_manifest(name, data)
+    manifest.by_id  # noqa: B018 - made here, not on the event loop
+    public = manifest.public().encode()
+    return Entry(manifest, public, payload_digest(public), revision, stored)
+
+
+def _own(model: str, names: Sequence[str]) -> str | None:
+    """The store's own spelling of a name from the wire."""
+    return next((name for name in names if name == model), None)
+
+
+def _unknown(model: str) -> RefusedError:
+    return RefusedError(f"there is no model {model[:80]!a} here", code="unknown-model")

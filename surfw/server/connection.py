@@ -5,6 +5,7 @@ server does wrong is an `error` for the request; the details, such as where thin
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
 from surfw.server.outlet import Outlet
 from surfw.server.pages import PageCache
-from surfw.server.pieces import HeldPiece, Piece, plan_pieces
+from surfw.server.pieces import HeldPiece, Piece, plan_pieces, use_ahead
 from surfw.wire import (
     Begin,
     Cancel,
@@ -157,20 +158,15 @@ class Connection:
         """Send pieces in runs, each in its turn. The next piece is read while the one before it is sent."""
         if at == stop:
             self._outlet.send(self._session.send(Data(request_id, at, stop)))
-        piece = next(pieces, None)
-        while piece is not None:
-            await piece.use()
-            following = next(pieces, None)
-            if following is not None:
-                following.read_ahead()
-            sent = 0
-            while sent < piece.size:
-                async with self._outlet.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
-                    run = (await piece.view())[sent : sent + self._room()]
-                    self._outlet.send_run(self._session.send(Data(request_id, at, at + len(run))), run)
-                sent += len(run)
-                at += len(run)
-            piece = following
+        async with contextlib.aclosing(use_ahead(pieces)) as ready:
+            async for piece in ready:
+                sent = 0
+                while sent < piece.size:
+                    async with self._outlet.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
+                        run = (await piece.view())[sent : sent + self._room()]
+                        self._outlet.send_run(self._session.send(Data(request_id, at, at + len(run))), run)
+                    sent += len(run)
+                    at += len(run)
 
     def _room(self) -> int:
         """How long a run may be now: whole frames, unless the window has room for less than one."""

@@ -1,9 +1,13 @@
-"""Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only."""
+"""Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only.
+
+A server with a token wants to see it before it tells anything but its health, and before any WebSocket exists.
+"""
 
 import json
+import logging
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,12 +16,16 @@ from prometheus_client.registry import Collector
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from surfw.wire import PROTOCOL
+from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits
+
+log = logging.getLogger("surfw.server")
 
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
 Plain HTTP: GET /livez, /readyz, /stats (JSON), /metrics (Prometheus).
 """
+_OPEN_PATHS = {"/livez", "/readyz"}
+"""Where no token is wanted: they tell no more than that there is a server, and whether it works."""
 
 
 class Source(Protocol):
@@ -27,19 +35,20 @@ class Source(Protocol):
     def full(self) -> bool:
         """Whether no more clients are taken."""
 
-    async def check_storage(self) -> bool:
-        """Whether the storage can be reached now, and holds a store."""
+    async def health(self) -> ServerHealth:
+        """Whether the server and its storage can be reached now."""
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> ServerStats:
         """The counters."""
 
 
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, source: Source) -> None:
-        """Name what is reported on."""
+    def __init__(self, source: Source, token: str | None) -> None:
+        """Name what is reported on, and the token that has to be shown, if any."""
         self._source = source
+        self._token = token
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_StatsCollector(source))
         self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
@@ -52,28 +61,42 @@ class HttpEndpoints:
     async def process_request(self, connection: ServerConnection, request: Request) -> Response | None:
         """The answer to a request; None lets the WebSocket handshake go on."""
         path = request.path.partition("?")[0]
-        if endpoint := self._endpoints.get(path):
-            return await endpoint(connection)
-        if path != "/":
+        endpoint = self._endpoints.get(path)
+        if endpoint is None and path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, f"There is nothing at this path.\n{_HELP}")
-        if "Upgrade" not in request.headers:
+        if endpoint is None and "Upgrade" not in request.headers:
             response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
             response.headers["Upgrade"] = "websocket"
             return response
+        if path not in _OPEN_PATHS and not self._admits(connection, request):
+            response = connection.respond(HTTPStatus.UNAUTHORIZED, "Show the token: Authorization: Bearer TOKEN\n")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        if endpoint is not None:
+            return await endpoint(connection)
         if self._source.full:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
+
+    def _admits(self, connection: ServerConnection, request: Request) -> bool:
+        if self._token is None:
+            return True
+        shown = request.headers.get_all("Authorization")
+        if admits(self._token, shown):
+            return True
+        log.warning("%s is refused: %s", connection.remote_address, "another token" if shown else "no token")
+        return False
 
     async def _livez(self, connection: ServerConnection) -> Response:
         return connection.respond(HTTPStatus.OK, "ok\n")
 
     async def _readyz(self, connection: ServerConnection) -> Response:
-        if await self._source.check_storage():
+        if (await self._source.health())["ready"]:
             return connection.respond(HTTPStatus.OK, "ok\n")
         return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
 
     async def _stats(self, connection: ServerConnection) -> Response:
-        await self._source.check_storage()
+        await self._source.health()
         return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._source.stats()) + "\n"), "application/json")
 
     async def _metrics(self, connection: ServerConnection) -> Response:
@@ -96,7 +119,7 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._source.stats()
         cache, requests = stats["cache"], stats["requests"]
-        counters = {
+        counters: dict[str, tuple[str, float]] = {
             "cache_hits": ("Uses of cached pages", cache["hits"]),
             "cache_misses": ("Uses of pages that had to be read", cache["misses"]),
             "cache_coalesced": ("Uses that joined another use's read", cache["coalesced"]),
@@ -104,7 +127,7 @@ class _StatsCollector(Collector):
             "requests": ("Requests received", requests["total"]),
             "sent_bytes": ("Bytes of models sent", stats["bytes_sent"]),
         }
-        gauges = {
+        gauges: dict[str, tuple[str, float]] = {
             "cache_bytes": ("Bytes in the cache", cache["bytes"]),
             "cache_capacity_bytes": ("Budget of the cache", cache["capacity_bytes"]),
             "requests_in_flight": ("Requests being answered", requests["in_flight"]),

@@ -2,20 +2,20 @@
 
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
-- Uses of a page that is being read join that read (*single-flight*). Giving up a use does not stop it for the others.
+- Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
 - Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
-  had to be read for this use, perhaps ahead of it).
+  had to be read for this use).
 - Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`.
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
 """
 
-import asyncio
 from dataclasses import dataclass
 
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
 from surfw.server.cache import LruCache
+from surfw.server.single_flight import SingleFlight
 from surfw.storage import StorageBackend
 
 PAGE_BYTES = 4 * MIB
@@ -50,10 +50,8 @@ class PageCache:
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
-        self._reads: dict[Page, asyncio.Task[memoryview]] = {}
-        self._read_ahead: set[Page] = set()
+        self._reads = SingleFlight(self._read, slots=min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
         self._reading_bytes = 0
-        self._slots = asyncio.Semaphore(min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
 
     async def use(self, page: Page) -> None:
         """Have the page read, and count the use.
@@ -61,12 +59,10 @@ class PageCache:
         Raises:
             StorageError: it cannot be read.
         """
-        ahead = page in self._read_ahead
-        self._read_ahead.discard(page)
-        if ahead or (page not in self.cache and page not in self._reads):
-            self._metrics.add("misses")
+        if page in self.cache:
+            self._metrics.add("hits")
         else:
-            self._metrics.add("hits" if page in self.cache else "coalesced")
+            self._metrics.add("coalesced" if page in self._reads else "misses")
         await self.view(page)
 
     async def view(self, page: Page) -> memoryview:
@@ -78,47 +74,26 @@ class PageCache:
         cached = self.cache.get(page)
         if cached is not None:
             return cached
-        return await asyncio.shield(self._reads.get(page) or self._start(page))
-
-    def read_ahead(self, page: Page) -> None:
-        """Start reading a page that will be used soon."""
-        if page not in self.cache and page not in self._reads:
-            self._read_ahead.add(page)
-            self._start(page)
-
-    def _start(self, page: Page) -> asyncio.Task[memoryview]:
-        task = asyncio.create_task(self._read(page), name=f"surfw read {page.object}")
-        self._reads[page] = task
-        task.add_done_callback(lambda task: self._finished(page, task))
-        return task
-
-    def _finished(self, page: Page, task: asyncio.Task[memoryview]) -> None:
-        del self._reads[page]
-        if task.cancelled() or task.exception():  # looked at here, for a read ahead that nobody waits for any more
-            self._read_ahead.discard(page)
+        return await self._reads.join(page)
 
     async def _read(self, page: Page) -> memoryview:
         size = page.stop - page.start
-        async with self._slots:
-            self._reading_bytes += size
-            try:
-                self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
-                buffer = bytearray(size)
-                await self._backend.read_into(page.object, page.start, memoryview(buffer))
-                self.healthy = True
-            except StorageError as exc:
-                self.healthy = isinstance(exc, NotFoundError)
-                raise
-            finally:
-                self._reading_bytes -= size
+        self._reading_bytes += size
+        try:
+            self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
+            buffer = bytearray(size)
+            await self._backend.read_into(page.object, page.start, memoryview(buffer))
+            self.healthy = True
+        except StorageError as exc:
+            self.healthy = isinstance(exc, NotFoundError)
+            raise
+        finally:
+            self._reading_bytes -= size
         view = memoryview(buffer).toreadonly()
         self.cache[page] = view
         return view
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
-        reads = list(self._reads.values())
-        for read in reads:
-            read.cancel()
-        await asyncio.gather(*reads, return_exceptions=True)
+        await self._reads.close()
         self.cache.clear()

@@ -1,6 +1,7 @@
 """What an answer's bytes are made of: pieces in order, from memory or from pages of the storage."""
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,9 +26,6 @@ class Piece(Protocol):
     async def view(self) -> memoryview:
         """The bytes, for use until the next `await`."""
 
-    def read_ahead(self) -> None:
-        """The bytes will be used soon."""
-
 
 @dataclass(frozen=True, slots=True)
 class HeldPiece:
@@ -46,9 +44,6 @@ class HeldPiece:
     async def view(self) -> memoryview:
         """The bytes."""
         return memoryview(self.data)
-
-    def read_ahead(self) -> None:
-        """Nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +68,6 @@ class StoredPiece:
         """The bytes."""
         return (await self.pages.view(self.page))[self.start : self.stop]
 
-    def read_ahead(self) -> None:
-        """Start reading the page."""
-        self.pages.read_ahead(self.page)
-
 
 def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, stop: int) -> Iterator[Piece]:
     """The pieces that make up bytes `start` to `stop` of what lies at the locations.
@@ -94,3 +85,26 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
             last = min(first + PAGE_BYTES, length)
             page = Page(location.object, location.start + first, location.start + last)
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first)
+
+
+async def use_ahead(pieces: Iterator[Piece]) -> AsyncGenerator[Piece, None]:
+    """The pieces in order, each once its bytes are at hand; the use of the next one has then begun.
+
+    Close the generator: that gives up the use that has begun.
+
+    Raises:
+        StorageError: a piece cannot be read.
+    """
+    using: asyncio.Task[None] | None = None
+    try:
+        piece = next(pieces, None)
+        while piece is not None:
+            await (using or piece.use())
+            following = next(pieces, None)
+            using = asyncio.create_task(following.use()) if following is not None else None
+            yield piece
+            piece = following
+    finally:
+        if using is not None:
+            using.cancel()
+            await asyncio.gather(using, return_exceptions=True)

@@ -1,108 +1,171 @@
 """The server: a store, a cache of its pages, and a port where clients and monitors are answered.
 
-Its process imports neither torch nor transformers. It trusts no client: see `wire` for what is refused, `catalog` for
-what can be named, `pages` and `outlet` for what bounds its memory.
+Its process imports neither torch nor transformers. It trusts no client: see `wire` for what is refused, `listening` for
+who may come, `catalog` for what can be named, `pages` and `outlet` for what bounds its memory.
 """
 
 import asyncio
-import errno
-import ipaddress
 import logging
+import math
 import time
+from pathlib import Path
+from ssl import SSLContext
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import psutil
-from websockets.asyncio.server import Server, ServerConnection, serve
-from websockets.typing import Subprotocol
+from websockets.asyncio.server import Server, ServerConnection
 
 from surfw import __version__
-from surfw.config import ServerSettings
+from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics, hit_rate
 from surfw.server.catalog import Catalog
 from surfw.server.connection import Connection
 from surfw.server.http import HttpEndpoints
+from surfw.server.listening import Listening
 from surfw.server.pages import PageCache
-from surfw.storage import StorageBackend, Store
-from surfw.wire import PROTOCOL
+from surfw.storage import StorageBackend, Store, open_backend
+from surfw.wire import ServerHealth, ServerStats
 
 log = logging.getLogger("surfw.server")
-_library_log = log.getChild("websocket")
-_library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say with the client's address
 
 _CHECK_SECONDS = 2
-"""Less than `_OPEN_SECONDS`, within which a request must be answered: one whose storage hangs too."""
-_PING_SECONDS = 30
-_PONG_SECONDS = 90
-"""A client may be busy with a layer for a while before it answers a ping."""
-_OPEN_SECONDS = 5
-_CLOSE_SECONDS = 3
+"""Less than what a plain request may take: it is answered also where the storage hangs."""
 
 
 class WeightServer:
-    """Serves a store; use it as an async context manager, or `start` and `stop` it. The backend stays the caller's."""
+    """Serves a store; use it as an async context manager, or `start` and `stop` it, also again and again."""
 
-    def __init__(self, backend: StorageBackend, settings: ServerSettings | None = None) -> None:
-        """Name the storage; nothing is opened yet."""
-        self.settings = settings or ServerSettings()
-        self._store = Store(backend)
-        self._metrics = Metrics()
-        self._catalog = Catalog(self._store)
-        self._pages = PageCache(backend, self.settings.cache_bytes, self._metrics)
+    def __init__(
+        self,
+        storage_backend: StorageBackend | None = None,
+        model_path: str | Path | None = None,
+        host: str = DEFAULT_HOST,
+        port: int = DEFAULT_PORT,
+        cache_size_mb: float = DEFAULT_CACHE_MB,
+        *,
+        token: str | None = None,
+        ssl: SSLContext | None = None,
+        insecure: bool = False,
+        clients: int = DEFAULT_CLIENTS,
+        limits: WireLimits | None = None,
+    ) -> None:
+        """Say what to serve, and where; nothing is read yet.
+
+        Args:
+            storage_backend: the storage of the store. It stays the caller's, who closes it.
+            model_path: in its place, the store's folder or URL, opened and closed by the server.
+            host: address to listen on; other machines reach it only with `token` and `ssl`, or `insecure`.
+            port: TCP port; 0 lets the system choose.
+            cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; 0 keeps next to nothing.
+            token: what clients have to show; None lets everybody in who reaches the port.
+            ssl: a server's context with its certificates, for `wss://`.
+            insecure: listen beyond loopback without a token, or with a token in clear text.
+            clients: the most connections at a time.
+            limits: sizes of messages, frames and windows.
+
+        Raises:
+            ConfigurationError: one of them cannot be used.
+        """
+        if (storage_backend is None) == (model_path is None):
+            raise ConfigurationError(
+                f"{'neither' if model_path is None else 'both'} of storage_backend and model_path "
+                f"{'was' if model_path is None else 'were'} given; a server serves one of them"
+            )
+        if not (cache_size_mb >= 0 and math.isfinite(cache_size_mb)):
+            raise ConfigurationError(f"cache_size_mb is {cache_size_mb}; expected a number of MB from 0 on")
+        if clients < 1:
+            raise ConfigurationError(f"clients is {clients}; expected at least 1 connection")
+        self._listening = Listening(host=host, port=port, token=token, tls=ssl, insecure=insecure)
+        self._model_path = model_path
+        self._cache_bytes = int(cache_size_mb * MB)
+        self._clients = clients
+        self._limits = limits or WireLimits()
         self._connections: set[Connection] = set()
         self._process = psutil.Process()
         self._websockets: Server | None = None
+        self._changing = asyncio.Lock()
+        self._stopped = asyncio.Event()
+        self._lay_out(self._open_own() if storage_backend is None else storage_backend)
+
+    def _open_own(self) -> StorageBackend:
+        assert self._model_path is not None, "without one there is the caller's backend"
+        return open_backend(self._model_path)
+
+    def _lay_out(self, backend: StorageBackend) -> None:
+        """Everything that lives from a start to the stop after it."""
+        self._backend = backend
+        self._store = Store(backend)
+        self._metrics = Metrics()
+        self._catalog = Catalog(self._store)
+        self._pages = PageCache(backend, self._cache_bytes, self._metrics)
+        self._released = False
 
     async def start(self) -> None:
         """Listen.
 
         Raises:
-            ConfigurationError: the address cannot be used.
+            ConfigurationError: the address cannot be used, or the server is started already.
             NotAStoreError: the storage holds no store.
             StorageError: the storage cannot be read.
         """
-        settings = self.settings
-        if not settings.insecure and not _is_loopback(settings.host):
-            raise ConfigurationError(
-                f"{settings.host} may be reached from other machines, and clients are not authenticated; "
-                "listen on 127.0.0.1, or add --insecure"
-            )
-        await self._store.check()
-        await self._catalog.models()
-        self._process.cpu_percent()
-        try:
-            self._websockets = await serve(
-                self._serve_client,
-                settings.host,
-                settings.port,
-                origins=[None],  # browsers name one: no web page may talk to a server on loopback
-                subprotocols=[Subprotocol(PROTOCOL)],
-                compression=None,
-                process_request=HttpEndpoints(self).process_request,
-                server_header=f"surfw/{__version__}",
-                ping_interval=_PING_SECONDS,
-                ping_timeout=_PONG_SECONDS,
-                open_timeout=_OPEN_SECONDS,
-                close_timeout=_CLOSE_SECONDS,
-                max_size=settings.limits.control_bytes,
-                write_limit=settings.limits.frame_bytes,
-                logger=_library_log,
-            )
-        except (OSError, UnicodeError) as exc:  # the latter for a host that cannot be a name
-            raise ConfigurationError(_cannot_listen(settings, exc)) from exc
+        async with self._changing:
+            if self._websockets is not None:
+                raise ConfigurationError(f"the server at {self.url} is started already; stop it before the next start")
+            if self._released:
+                self._lay_out(self._backend if self._model_path is None else self._open_own())
+            self._stopped = asyncio.Event()
+            try:
+                await self._prepare()
+                endpoints = HttpEndpoints(self, self._listening.token)
+                self._websockets = await self._listening.open(
+                    self._serve_client, endpoints.process_request, self._limits
+                )
+            except BaseException:
+                await self._release()
+                raise
 
     async def stop(self) -> None:
         """Say goodbye to the clients, stop reading, and free the port. Stopping twice is fine."""
-        if self._websockets is not None:
+        async with self._changing:
+            if self._websockets is None:
+                return
             self._websockets.close(code=1001, reason="the server is stopping")
             await self._websockets.wait_closed()
-        await self._pages.close()
+            await self._release()
+            self._websockets = None
+            self._stopped.set()
 
     async def serve_forever(self) -> None:
-        """Wait until the server is stopped, or the wait is cancelled."""
-        if self._websockets is not None:
-            await self._websockets.wait_closed()
+        """Wait until the server is stopped. One that is not started is started, and stopped if the wait is cancelled.
+
+        Raises:
+            SurfwError: it cannot be started; see `start`.
+        """
+        starting = self._websockets is None
+        if starting:
+            await self.start()
+        try:
+            await self._stopped.wait()
+        except asyncio.CancelledError:
+            if starting:
+                await self.stop()
+            raise
+
+    async def _prepare(self) -> None:
+        """Make sure of what the server lives on, before it listens."""
+        await self._store.check()
+        await self._catalog.models()
+        self._process.cpu_percent()
+
+    async def _release(self) -> None:
+        """Let go of everything that was laid out."""
+        await self._catalog.close()
+        await self._pages.close()
+        if self._model_path is not None:
+            await self._backend.close()
+        self._released = True
 
     async def __aenter__(self) -> Self:
         """Start."""
@@ -117,29 +180,24 @@ class WeightServer:
 
     @property
     def port(self) -> int:
-        """The port that is listened on; the one of the settings before the start."""
+        """The port that is listened on; while nothing is, the one that was asked for."""
         if self._websockets is None or not self._websockets.sockets:
-            return self.settings.port
+            return self._listening.port
         return int(self._websockets.sockets[0].getsockname()[1])
 
     @property
     def url(self) -> str:
         """Where clients find the server."""
-        host = self.settings.host
-        return f"ws://[{host}]:{self.port}" if ":" in host else f"ws://{host}:{self.port}"
+        return self._listening.url(self.port)
 
     @property
     def full(self) -> bool:
         """Whether no more clients are taken."""
-        return len(self._connections) >= self.settings.clients
+        return len(self._connections) >= self._clients
 
     async def _serve_client(self, websocket: ServerConnection) -> None:
         connection = Connection(
-            websocket,
-            catalog=self._catalog,
-            pages=self._pages,
-            limits=self.settings.limits,
-            metrics=self._metrics,
+            websocket, catalog=self._catalog, pages=self._pages, limits=self._limits, metrics=self._metrics
         )
         self._connections.add(connection)
         try:
@@ -147,8 +205,13 @@ class WeightServer:
         finally:
             self._connections.discard(connection)
 
-    async def check_storage(self) -> bool:
-        """Whether the storage can be reached now, and holds a store; looks for new models too."""
+    async def health(self) -> ServerHealth:
+        """Whether the server listens, and whether its storage can be reached now; looks for new models too."""
+        live = self._websockets is not None
+        ready = live and await self._check_storage()
+        return {"live": live, "ready": ready, "storage": self._store.url, "models": list(self._catalog.names)}
+
+    async def _check_storage(self) -> bool:
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self._store.check()
@@ -159,8 +222,8 @@ class WeightServer:
             self._pages.healthy = False
         return self._pages.healthy
 
-    def stats(self) -> dict[str, Any]:
-        """The counters, as `surfw stats --json` prints them."""
+    def stats(self) -> ServerStats:
+        """The counters since the start, as `surfw stats --json` prints them."""
         metrics, cache = self._metrics, self._pages.cache
         hits, misses = metrics.count("hits"), metrics.count("misses")
         return {
@@ -186,22 +249,3 @@ class WeightServer:
             "storage": {"url": self._store.url, "healthy": self._pages.healthy},
             "resources": {"rss_bytes": self._process.memory_info().rss, "cpu_percent": self._process.cpu_percent()},
         }
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _cannot_listen(settings: ServerSettings, exc: OSError | UnicodeError) -> str:
-    if isinstance(exc, UnicodeError):
-        return f"{settings.host!a} is not a host to listen on; choose another with --host"
-    if exc.errno == errno.EADDRINUSE:
-        return (
-            f"port {settings.port} on {settings.host} is in use; stop what listens there, or choose another with --port"
-            " (0 takes a free one)"
-        )
-    reason = exc.strerror or exc
-    return f"cannot listen on {settings.host} port {settings.port}: {reason}; choose others with --host and --port"

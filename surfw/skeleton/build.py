@@ -65,20 +65,37 @@ class Skeleton:
         return ties
 
 
-def read_config(config: Mapping[str, Any], *, where: str) -> PreTrainedConfig:
+def read_config(
+    config: Mapping[str, Any], *, where: str, model_class: type[PreTrainedModel] | None = None
+) -> PreTrainedConfig:
     """The configuration object of a decoded `config.json`.
 
+    Args:
+        config: the decoded file.
+        where: names the model in errors.
+        model_class: the caller's own class, whose `config_class` is taken; default: what transformers knows, or what
+            was registered.
+
     Raises:
-        UnsupportedModelError: transformers knows no such model type, and none was registered, or refuses the values.
+        UnsupportedModelError: there is no such model type, it is not that of `model_class`, or its values are refused.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+    if model_class is not None:
+        config_class: Any = model_class.config_class
+        if model_type != getattr(config_class, "model_type", None):
+            raise UnsupportedModelError(
+                f"{where} has model type {str(model_type)[:80]!r}, but {model_class.__name__} is for "
+                f"{getattr(config_class, 'model_type', None)!r}; open it with another class"
+            )
+    elif isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING:
+        config_class = transformers.CONFIG_MAPPING[model_type]
+    else:
         raise UnsupportedModelError(
             f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not "
-            "know; register its classes with AutoConfig.register and AutoModel.register first"
+            "know; name its class (model_class=…), or register it with AutoConfig.register and AutoModel.register"
         )
     with foreign_errors(f"the configuration of {where}"), _no_hub():
-        found = transformers.CONFIG_MAPPING[model_type].from_dict(untag_floats(dict(config)))
+        found: PreTrainedConfig = config_class.from_dict(untag_floats(dict(config)))
         _refuse_implementations(found, where)
         return found
 
@@ -167,8 +184,10 @@ def build_skeleton(
     return Skeleton(model, dtype)
 
 
-def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
-    """Give every buffer that no checkpoint provides its value, by transformers' own initialisation.
+def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
+    """Give everything that no checkpoint provides its value, by transformers' own initialisation.
+
+    That is buffers, and parameters that the caller has decided to do without.
 
     Args:
         skeleton: changed in place.
@@ -180,7 +199,10 @@ def fill_buffers(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
     """
     model = skeleton.model
     for slot in skeleton.slots.values():
-        slot.tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001 - transformers' own mark
+        if not slot.is_buffer and slot.name not in loaded:
+            slot.put(nn.Parameter(_unmade(slot.tensor), requires_grad=False))
+        else:
+            slot.tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001 - transformers' own mark
     missing = [(s.module, s.leaf) for s in skeleton.slots.values() if s.is_buffer and s.name not in loaded]
     computed = [
         (module, leaf)

@@ -86,11 +86,13 @@ class Loading:
         recipes: by the name of each target; a recipe with several targets stands under each.
         ties: name of a tensor that is stored under another name, to that name.
         unused: source tensors that the model has no place for.
+        missing: parameters of the model that are not in the checkpoint.
     """
 
     recipes: Mapping[str, Recipe]
     ties: Mapping[str, str]
     unused: tuple[str, ...]
+    missing: tuple[str, ...]
 
 
 @dataclass
@@ -111,7 +113,7 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
         where: names the checkpoint in errors.
 
     Raises:
-        CheckpointError: weights are missing, have other shapes, or cannot be converted.
+        CheckpointError: weights have other shapes, or cannot be converted.
     """
     dtypes = target_dtypes(skeleton)
     groups, unused = _group(skeleton, sources)
@@ -128,16 +130,10 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
             )
     ties = _ties(skeleton, recipes, equal)
     recipes = {name: recipe for name, recipe in recipes.items() if name not in ties}
-    missing = [
+    missing = tuple(
         name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
-    ]
-    if missing:
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} weights of {type(skeleton.model).__name__}, such as {missing[0]}; surfw "
-            "never makes weights up. Check the architectures in config.json, or save the model again with "
-            "save_pretrained"
-        )
-    return Loading(recipes, ties, tuple(unused))
+    )
+    return Loading(recipes, ties, tuple(unused), missing)
 
 
 def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group], list[str]]:

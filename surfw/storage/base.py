@@ -68,6 +68,11 @@ class StorageBackend(ABC):
         """The object's length in bytes."""
         return len(await self.load(key))
 
+    async def revision(self, key: str) -> str | None:
+        """A text that changes whenever the object does, told without reading it; None if that cannot be told."""
+        check_key(key)
+        return None
+
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` (end-exclusive) of an object.
 

@@ -26,12 +26,20 @@ class FilesystemBackend(FsspecBackend):
         self.base = Path(base_dir).expanduser().absolute()
         super().__init__(str(self.base))
 
-    def _open(self, **options: Any) -> tuple[Any, str]:
-        return fsspec.filesystem("file", **options), self.url  # a path is no URL, whatever characters it has
+    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
+        return fsspec.filesystem("file", **options), url  # a path is no URL, whatever characters it has
 
     def local_path(self, key: str) -> Path:
         """The object's file."""
         return self.base / check_key(key)
+
+    async def revision(self, key: str) -> str | None:
+        """Which file it is, and when it was written; files are replaced by others, never changed."""
+        path = self.local_path(key)
+        with suppress(OSError):
+            found = await asyncio.to_thread(path.stat)
+            return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+        return None
 
     def spool(self) -> Path:
         """A folder on the same file system, so that adopting a file is a rename."""

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
+from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import StorageBackend, check_key, expect_length
 
@@ -44,16 +45,16 @@ class FsspecBackend(StorageBackend):
 
     def __init__(self, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
-        self.url = url
-        self.fs, self.root = self._open(**options)
+        self.url = display_url(url)
+        self.fs, self.root = self._open(url, **options)
 
-    def _open(self, **options: Any) -> tuple[Any, str]:
+    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
         try:
             with translate_errors(f"storage {self.url}"):
-                fs, root = fsspec.core.url_to_fs(self.url, **options)
+                fs, root = fsspec.core.url_to_fs(url, **options)
                 return fs, str(root)
         except ValueError as exc:
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {exc}") from exc
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {str(exc).replace(url, self.url)}") from exc
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""

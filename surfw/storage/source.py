@@ -17,9 +17,10 @@ _PIECE_BYTES = 8 * BLOCK_BYTES
 class StorageSource(ChunkSource):
     """Reads a store directly."""
 
-    def __init__(self, backend: StorageBackend) -> None:
-        """Name the backend; call `open_storage_source` to check that a store is there."""
+    def __init__(self, backend: StorageBackend, *, owned: bool = True) -> None:
+        """Name the backend, and whether it is closed with this; `open_storage_source` also checks the store."""
         self.store = Store(backend)
+        self._owned = owned
         self.url = backend.url
         self._fetched_bytes = 0
 
@@ -72,8 +73,9 @@ class StorageSource(ChunkSource):
                 await _to_its_end(checking)
 
     async def close(self) -> None:
-        """Close the backend."""
-        await self.store.backend.close()
+        """Close the backend, if it belongs to this."""
+        if self._owned:
+            await self.store.backend.close()
 
 
 async def _to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
@@ -86,12 +88,12 @@ async def _to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> N
         raise
 
 
-async def open_storage_source(backend: StorageBackend) -> StorageSource:
-    """A source over the backend, which must hold a store.
+async def open_storage_source(backend: StorageBackend, *, owned: bool = True) -> StorageSource:
+    """A source over the backend, which must hold a store; an `owned` backend is closed with the source.
 
     Raises:
         NotAStoreError: it does not.
     """
-    source = StorageSource(backend)
+    source = StorageSource(backend, owned=owned)
     await source.store.check()
     return source

@@ -9,10 +9,12 @@
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
 """
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
 
+from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
@@ -32,7 +34,7 @@ class Store:
     def __init__(self, backend: StorageBackend) -> None:
         """Name the backend; nothing is read yet."""
         self.backend = backend
-        self.url = backend.url
+        self.url = display_url(backend.url)
         self._strays: set[str] = set()
 
     async def check(self) -> None:
@@ -96,10 +98,30 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
+        return await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
+
+    async def manifest_bytes(self, model: str) -> bytes:
+        """The model's manifest as it is stored; see `parse_manifest`.
+
+        Raises:
+            UnknownModelError: there is none.
+        """
         try:
-            data = await self.backend.load(manifest_key(model))
+            return await self.backend.load(manifest_key(model))
         except NotFoundError as exc:
             raise UnknownModelError(model, await self.models(), where=self.url) from exc
+
+    async def manifest_revision(self, model: str) -> str | None:
+        """What changes whenever the model's manifest does; None if the storage cannot tell, or there is none."""
+        return await self.backend.revision(manifest_key(model))
+
+    def parse_manifest(self, model: str, data: bytes) -> Manifest:
+        """The manifest from its stored bytes. Large ones take long: call it in a thread.
+
+        Raises:
+            ManifestError: it is not valid.
+            StorageError: it is another model's.
+        """
         manifest = parse_manifest(data, where=f"{self.url}, model {model}")
         if manifest.name != model:
             raise StorageError(f"{manifest_key(model)} in {self.url} is the manifest of {manifest.name!r}")

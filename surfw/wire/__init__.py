@@ -5,6 +5,7 @@ Two sessions joined in memory are the whole protocol. Its one promise: *whatever
 raises `RemoteProtocolError`, never anything else*; what our own side may not send raises `LocalProtocolError`.
 """
 
+from surfw.wire.access import admits, bearer, check_token, is_loopback
 from surfw.wire.client_session import Arrival, ClientSession
 from surfw.wire.frames import binary_header
 from surfw.wire.messages import (
@@ -24,6 +25,7 @@ from surfw.wire.messages import (
     ServerHello,
     printable,
 )
+from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
 from surfw.wire.server_session import ServerSession
 
 __all__ = [
@@ -41,9 +43,17 @@ __all__ = [
     "GetManifest",
     "ListModels",
     "Models",
+    "RedisState",
     "Request",
+    "ServerHealth",
     "ServerHello",
     "ServerSession",
+    "ServerStats",
+    "admits",
+    "bearer",
     "binary_header",
+    "check_token",
+    "is_loopback",
+    "parse_stats",
     "printable",
 ]

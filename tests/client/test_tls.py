@@ -2,40 +2,27 @@
 
 import asyncio
 import contextlib
-import shutil
-import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from surfw.client import open_wire_source
-from surfw.errors import ConnectionFailedError
+from surfw.client import open_wire_source, probe
+from surfw.errors import ConfigurationError, ConnectionFailedError
+from tests.certificates import for_client, for_server, make_certificate
 from tests.peers import serving, whole
 from tests.stores import make_store, payload
-
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A key and a self-signed certificate for 127.0.0.1, in one file."""
-    key, found, both = tmp_path / "key.pem", tmp_path / "cert.pem", tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-         "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(found)],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    both.write_bytes(key.read_bytes() + found.read_bytes())
-    return both
+    return make_certificate(tmp_path)
 
 
 @contextlib.asynccontextmanager
 async def terminating_tls(port: int, certificate: Path) -> AsyncIterator[str]:
     """A TLS server that passes everything on to a port, as a reverse proxy would; its address."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(certificate)
+    context = for_server(certificate)
     tasks = set()
 
     async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,3 +58,28 @@ def test_a_chunk_arrives_through_tls(tmp_path: Path, certificate: Path, monkeypa
 
     asyncio.run(main())
     assert bytes(memory) == payload(tmp_path / "store", manifest.chunks[0])
+
+
+def test_a_chunk_arrives_from_a_server_with_tls_of_its_own(tmp_path: Path, certificate: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=[20_000_001])
+    read, memory = whole(manifest.chunks[0])
+
+    async def main() -> None:
+        async with serving(tmp_path / "store", ssl=for_server(certificate)) as server:
+            assert server.url == f"wss://127.0.0.1:{server.port}"
+            with pytest.raises(ConnectionFailedError, match="certificate verify failed"):
+                await open_wire_source(server.url)
+            with pytest.raises(ConnectionFailedError, match="answers, but is not a surfw server"):
+                await open_wire_source(server.url.replace("wss", "ws"), connect_timeout=1)
+            async with await open_wire_source(server.url, ssl=for_client(certificate)) as source:
+                await source.fetch(manifest, [read])
+            assert await probe(server.url, 5, ssl=for_client(certificate))
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert bytes(memory) == payload(tmp_path / "store", manifest.chunks[0])
+
+
+def test_an_ssl_context_is_not_for_an_address_without_tls(certificate: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"ws://127\.0\.0\.1:1 is an address without TLS.*expected wss://"):
+        asyncio.run(open_wire_source("ws://127.0.0.1:1", ssl=for_client(certificate)))

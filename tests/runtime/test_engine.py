@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.errors import StorageError
+from surfw.errors import ConfigurationError, ModelClosedError, StorageError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
-from surfw.runtime import engine as engine_module
 from surfw.runtime.engine import Engine
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.runtime.residency import plan_residency
+from surfw.runtime.run import Run
 from surfw.source import Read
 from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model
 
@@ -203,23 +204,40 @@ def test_a_chunk_that_arrives_too_late_for_one_who_does_not_need_it_gives_its_bu
         assert engine.resident_bytes == 2 * PAGE
 
 
-def test_a_buffer_is_used_again_only_when_nothing_writes_to_it_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+class Stalled(Metrics):
+    """Notes that execution has begun to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = threading.Event()
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        with super().span(name):
+            if name == "stall":
+                self.waits.set()
+            yield
+
+
+def test_a_wrong_guess_is_cancelled_and_its_buffer_used_again_only_when_nothing_writes_to_it_any_more() -> None:
     manifest, source = toy_model([100] * 3)
-    source.gate = Gate()
+    source.gate, metrics = Gate(stubborn=True), Stalled()
     for name in ("c0", "c2"):
         source.gate.open(name)
-    settling, wait = threading.Event(), engine_module.wait
-    monkeypatch.setattr(engine_module, "wait", lambda loads: (settling.set(), wait(loads)))
-    with running(manifest, source, cache_layers=1) as engine:
+    with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
         engine.acquire("c0")
         source.gate.wait_for("c1")  # fetched ahead, into the other buffer
+        guess = engine._entries["c1"].load
+        metrics.waits.clear()
         found: list[dict[str, bytes]] = []
         other = threading.Thread(target=lambda: found.append(data(engine.acquire("c2"))))
         other.start()
-        assert settling.wait(60)
+        assert metrics.waits.wait(60)
+        assert engine.resident() == ["c0"]  # the engine can be asked while a run waits
         assert "c2" not in source.reads
         source.gate.open("c1")
         other.join()
+        assert guess.cancelled()
         assert source.reads == ["c0", "c1", "c2"]
         assert found == [{"c2.t0": source.payloads[manifest.by_name["c2"].id]}]
 
@@ -303,7 +321,8 @@ def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
         source.gate.wait_for("c0")
         (entry,) = engine._entries.values()
         engine.close()
-        assert entry.load.cancelled()
+        with pytest.raises(CancelledError):
+            entry.load.result(60)
         assert (engine.resident(), engine.resident_bytes) == ([], 0)
         engine.release("c0")
         assert engine.resident_bytes == 0
@@ -366,3 +385,122 @@ def test_the_invariants_hold_on_any_schedule(
         assert driver.held == {}
         assert all(entry.users == 0 for entry in engine._entries.values())
         assert sum(counts(engine).values()) <= 2 * len(steps)
+
+
+def test_more_slots_are_used_at_once() -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, cache_layers=1) as engine:
+        use(engine, [f"c{i}" for i in range(6)] * 2)
+        assert len(engine.resident()) == 2
+        engine.resize(10)
+        assert engine.plan.slots == 6
+        use(engine, [f"c{i}" for i in range(6)])
+        before = engine.metrics.count("hits")
+        use(engine, [f"c{i}" for i in range(6)])
+        assert engine.metrics.count("hits") == before + 6
+
+
+def test_fewer_slots_evict_what_is_idle_at_once_and_the_rest_after_its_use() -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source) as engine:
+        use(engine, [f"c{i}" for i in range(6)])
+        held = [data(engine.acquire(name)) for name in ("c0", "c1", "c2")]
+        engine.resize(1)
+        assert engine.resident() == ["c0", "c1", "c2"]
+        assert engine.resident_bytes == 3 * PAGE
+        assert held == [{f"c{i}.t0": source.payloads[manifest.by_name[f"c{i}"].id]} for i in range(3)]
+        for name in ("c0", "c1", "c2"):
+            engine.release(name)
+        settle(engine)
+        assert engine.resident_bytes == 2 * PAGE
+        with pytest.raises(ConfigurationError, match="a cache of 0 layers is too small"):
+            engine.resize(0)
+
+
+def test_clearing_keeps_what_is_in_use_only() -> None:
+    manifest, source = toy_model([100] * 4)
+    with running(manifest, source) as engine:
+        use(engine, ["c0", "c1", "c2", "c3"])
+        held = engine.acquire("c1")
+        engine.clear()
+        assert engine.resident() == ["c1"]
+        assert engine.resident_bytes == PAGE
+        assert data(held) == {"c1.t0": source.payloads[manifest.by_name["c1"].id]}
+        engine.release("c1")
+        use(engine, ["c2"])
+        assert source.reads[:5] == ["c0", "c1", "c2", "c3", "c2"]
+
+
+def test_chunks_are_fetched_when_asked_for_as_many_as_there_is_room_for() -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, cache_layers=2) as engine:
+        loads = engine.fetch(["c4", "c1", "c5", "c0"])
+        assert len(loads) == 3
+        for load in loads:
+            load.result(60)
+        assert engine.resident() == ["c4", "c1", "c5"]
+        loads = engine.fetch(["c0"])
+        loads[0].result(60)
+        assert engine.resident() == ["c1", "c5", "c0"]
+        assert counts(engine) == {"hits": 0, "prefetched": 0, "stalls": 0}
+        engine.acquire("c0")
+        assert counts(engine) == {"hits": 0, "prefetched": 1, "stalls": 0}
+
+
+def test_a_run_without_prefetch_fetches_only_what_it_needs() -> None:
+    manifest, source = toy_model([100] * 4)
+    with running(manifest, source, cache_layers=2) as engine:
+        with engine.running(Run(), prefetch=False):
+            use(engine, ["c0", "c1"])
+            assert source.reads == ["c0", "c1"]
+        use(engine, ["c2"])
+        assert source.reads[:4] == ["c0", "c1", "c2", "c3"]
+
+
+def test_an_interrupt_ends_a_wait_and_leaves_an_engine_that_works() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.gate, metrics = Gate(), Stalled()
+    with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
+        run, raised = Run(), []
+
+        def work() -> None:
+            with engine.running(run), suppress(StorageError):
+                try:
+                    engine.acquire("c0")
+                except StorageError as exc:
+                    raised.append(str(exc))
+                    raise
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert metrics.waits.wait(60)
+        run.interrupt(StorageError("enough"))
+        run.interrupt(StorageError("too late"))
+        thread.join(60)
+        assert raised == ["enough"]
+        with pytest.raises(StorageError, match="enough"), engine.running(run):
+            engine.acquire("c1")
+        for name in ("c0", "c1", "c2"):
+            source.gate.open(name)
+        assert data(engine.acquire("c0")) == {"c0.t0": source.payloads[manifest.by_name["c0"].id]}
+        assert sum(entry.users for entry in engine._entries.values()) == 1
+
+
+def test_closing_the_thread_below_ends_a_wait() -> None:
+    manifest, source = toy_model([100] * 2)
+    source.gate, metrics = Gate(), Stalled()
+    with running(manifest, source, metrics=metrics) as engine:
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                engine.acquire("c0")
+            except ModelClosedError as exc:
+                errors.append(exc)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert metrics.waits.wait(60)
+        engine._io.close()
+        thread.join(60)
+        assert [str(error) for error in errors] == [f"the source of {manifest.name} was closed while it was read"]

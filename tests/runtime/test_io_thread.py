@@ -2,11 +2,14 @@
 
 import asyncio
 import threading
+from concurrent.futures import CancelledError
 from typing import Any
 
 import pytest
 
+from surfw.errors import ModelClosedError
 from surfw.runtime.io_thread import IoThread
+from tests.toys import Gate
 
 
 def surfw_threads() -> list[str]:
@@ -58,21 +61,26 @@ def test_closing_cancels_what_runs_and_waits_for_its_end() -> None:
 
 
 def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    cancelled = threading.Event()
+    started, cancelled = threading.Event(), threading.Event()
 
     async def forever() -> None:
+        started.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             cancelled.set()
             raise
 
+    def interrupt() -> None:
+        assert started.wait(60)
+        raise KeyboardInterrupt
+
     io = IoThread()
     submit = io.submit
 
     def interrupted(work: Any) -> Any:
         future: Any = submit(work)
-        monkeypatch.setattr(future, "result", _interrupt)
+        monkeypatch.setattr(future, "result", interrupt)
         return future
 
     monkeypatch.setattr(io, "submit", interrupted)
@@ -83,12 +91,35 @@ def test_an_interrupt_cancels_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     io.close()
 
 
-def _interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 def test_a_closed_thread_takes_no_work() -> None:
     io = IoThread()
     io.close()
-    with pytest.raises(RuntimeError, match="the thread has been closed"):
+    with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
         io.submit(where())
+
+
+def test_a_job_is_done_only_when_its_coroutine_has_ended() -> None:
+    gate = Gate(stubborn=True)
+
+    io = IoThread()
+    job = io.submit(gate.passes("end"))
+    gate.wait_for("end")
+    assert job.cancel()
+    io.run(where())
+    assert not job.done()
+    gate.open("end")
+    with pytest.raises(CancelledError):
+        job.result(60)
+    assert job.cancelled()
+    assert not job.cancel()
+    io.close()
+
+
+def test_blocking_calls_run_in_threads_that_end_with_it() -> None:
+    async def blocking() -> str:
+        return await asyncio.to_thread(lambda: threading.current_thread().name)
+
+    io = IoThread()
+    assert io.run(blocking()).startswith("surfw-io-worker")
+    io.close()
+    assert surfw_threads() == []

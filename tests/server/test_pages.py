@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import pytest
-
 from surfw.errors import StorageError
 from surfw.metrics import Metrics
 from surfw.server.pages import MIN_CACHE_BYTES, PAGE_BYTES, Page, PageCache
+from tests.peers import until
 from tests.server.backends import GatedBackend
 
 CONTENT = bytes(range(256)) * (6 * PAGE_BYTES // 256)
@@ -84,31 +83,55 @@ def test_a_failed_read_fails_all_who_wait_and_is_not_kept(tmp_path: Path) -> Non
     run(tmp_path, test)
 
 
-def test_reading_ahead_makes_the_next_use_a_miss_that_does_not_wait(tmp_path: Path) -> None:
+def test_a_queued_read_that_nobody_waits_for_is_dropped(tmp_path: Path) -> None:
     async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        begun = [asyncio.create_task(pages.use(page(index))) for index in (0, 1)]
+        await backend.reading.wait()
+        left, left_too, stays = (asyncio.create_task(pages.use(page(index))) for index in (2, 3, 3))
+        await asyncio.sleep(0)
+        for use in (*begun, left, left_too):
+            use.cancel()
+        await asyncio.wait([*begun, left, left_too])
         backend.gate.set()
-        pages.read_ahead(page(0))
-        pages.read_ahead(page(0))
-        await pages.view(page(0))
-        assert counts(metrics) == (0, 0, 0)
-        await pages.use(page(0))
-        await pages.use(page(0))
-        assert backend.reads == 1
-        assert counts(metrics) == (1, 1, 0)
+        await stays
+        assert set(pages.cache) == {page(0), page(1), page(3)}, "what has begun goes on, and what another waits for"
+        assert backend.reads == 3
+        await pages.use(page(2))
+        assert backend.reads == 4
 
     run(tmp_path, test)
 
 
-def test_a_failed_read_ahead_is_nobodys_error(tmp_path: Path) -> None:
+def test_a_read_that_was_dropped_can_be_asked_for_at_once(tmp_path: Path) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        begun = [asyncio.create_task(pages.use(page(index))) for index in (0, 1)]
+        await backend.reading.wait()
+        left = asyncio.create_task(pages.use(page(2)))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.wait([left])
+        again = asyncio.create_task(pages.use(page(2)))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(*begun, again)
+        assert bytes(await pages.view(page(2))) == CONTENT[2 * PAGE_BYTES : 3 * PAGE_BYTES]
+        assert counts(metrics) == (0, 4, 0)
+
+    run(tmp_path, test)
+
+
+def test_a_failure_that_nobody_waits_for_is_nobodys_error(tmp_path: Path) -> None:
     async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
         backend.failing = True
+        use = asyncio.create_task(pages.use(page(0)))
+        await backend.reading.wait()
+        use.cancel()
+        await asyncio.wait([use])
         backend.gate.set()
-        pages.read_ahead(page(0))
-        with pytest.raises(StorageError):
-            await pages.view(page(0))
+        await until(lambda: page(0) not in pages._reads)
         backend.failing = False
         await pages.use(page(0))
-        assert counts(metrics) == (0, 1, 0)
+        assert counts(metrics) == (0, 2, 0)
 
     run(tmp_path, test)
 
@@ -143,7 +166,9 @@ def test_a_cache_that_is_told_to_keep_nothing_has_room_to_work(tmp_path: Path) -
 
 def test_closing_ends_reads_that_hang(tmp_path: Path) -> None:
     async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
-        pages.read_ahead(page(0))
+        use = asyncio.create_task(pages.use(page(0)))
         await backend.reading.wait()
+        await pages.close()
+        assert (await asyncio.gather(use, return_exceptions=True))[0].__class__ is asyncio.CancelledError
 
     run(tmp_path, test)

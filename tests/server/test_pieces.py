@@ -1,6 +1,7 @@
 """Every byte of a range lies in exactly one piece, in order, and pages are the same for whoever asks."""
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.pages import PAGE_BYTES, PageCache
-from surfw.server.pieces import HeldPiece, StoredPiece, plan_pieces
+from surfw.server.pieces import HeldPiece, Piece, StoredPiece, plan_pieces, use_ahead
 from surfw.storage import FilesystemBackend
 
 NOWHERE = PageCache(FilesystemBackend(Path("/nonexistent")), 0, Metrics())
@@ -52,3 +53,48 @@ def test_a_held_piece_is_its_bytes() -> None:
     piece = HeldPiece(b"manifest")
     asyncio.run(piece.use())
     assert (piece.size, bytes(asyncio.run(piece.view()))) == (8, b"manifest")
+
+
+class Announced:
+    """A piece that writes down when its use begins, and when it is given up."""
+
+    size = 1
+
+    def __init__(self, name: str, seen: list[str], *, hangs: bool = False) -> None:
+        self.name, self.seen, self.hangs = name, seen, hangs
+
+    async def use(self) -> None:
+        self.seen.append(f"use {self.name}")
+        try:
+            if self.hangs:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.seen.append(f"give up {self.name}")
+            raise
+
+    async def view(self) -> memoryview:
+        return memoryview(self.name.encode())
+
+
+def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None:
+    seen: list[str] = []
+    pieces = [Announced("a", seen), Announced("b", seen), Announced("c", seen, hangs=True), Announced("d", seen)]
+
+    async def main() -> None:
+        async with contextlib.aclosing(use_ahead(iter(pieces))) as ready:
+            async for piece in ready:
+                seen.append(f"send {bytes(await piece.view()).decode()}")
+                await asyncio.sleep(0)
+                if piece is pieces[1]:
+                    break
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert seen == ["use a", "send a", "use b", "send b", "use c", "give up c"]
+
+
+def test_no_pieces_are_no_pieces() -> None:
+    async def main() -> list[Piece]:
+        return [piece async for piece in use_ahead(iter(()))]
+
+    assert asyncio.run(main()) == []

@@ -10,7 +10,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Origin, Subprotocol
 
 from surfw.client import open_wire_source
-from surfw.config import MIB, ServerSettings
+from surfw.config import MIB
 from surfw.errors import ConfigurationError, ConnectionFailedError, NotAStoreError
 from surfw.server import WeightServer
 from surfw.storage import FilesystemBackend
@@ -24,7 +24,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(tmp_path) as first:
-            second = WeightServer(FilesystemBackend(tmp_path), ServerSettings(port=first.port))
+            second = WeightServer(FilesystemBackend(tmp_path), port=first.port)
             with pytest.raises(ConfigurationError, match=f"port {first.port} on 127.0.0.1 is in use.*--port"):
                 await second.start()
             await second.stop()
@@ -36,21 +36,21 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 def test_listening_beyond_loopback_must_be_asked_for(tmp_path: Path, host: str) -> None:
     make_store(tmp_path)
     with pytest.raises(ConfigurationError, match=r"not authenticated.*--insecure"):
-        asyncio.run(WeightServer(FilesystemBackend(tmp_path), ServerSettings(host=host, port=0)).start())
+        asyncio.run(WeightServer(FilesystemBackend(tmp_path), host=host, port=0).start())
 
 
 def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
     make_store(tmp_path)
-    settings = ServerSettings(host="192.0.2.1", port=0, insecure=True)
+    server = WeightServer(FilesystemBackend(tmp_path), host="192.0.2.1", port=0, insecure=True)
     with pytest.raises(ConfigurationError, match=r"cannot listen on 192\.0\.2\.1 port 0"):
-        asyncio.run(WeightServer(FilesystemBackend(tmp_path), settings).start())
+        asyncio.run(server.start())
 
 
 def test_a_host_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     make_store(tmp_path)
-    settings = ServerSettings(host="a..b", port=0, insecure=True)
+    server = WeightServer(FilesystemBackend(tmp_path), host="a..b", port=0, insecure=True)
     with pytest.raises(ConfigurationError, match=r"'a\.\.b' is not a host to listen on.*--host"):
-        asyncio.run(WeightServer(FilesystemBackend(tmp_path), settings).start())
+        asyncio.run(server.start())
 
 
 def test_web_pages_may_not_connect(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_web_pages_may_not_connect(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError, match="not a surfw store"):
-        asyncio.run(WeightServer(FilesystemBackend(tmp_path), ServerSettings(port=0)).start())
+        asyncio.run(WeightServer(FilesystemBackend(tmp_path), port=0).start())
 
 
 def test_stopping_says_goodbye_and_leaves_nothing(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_stopping_says_goodbye_and_leaves_nothing(tmp_path: Path) -> None:
     threads = set(threading.enumerate())
 
     async def main() -> None:
-        server = WeightServer(FilesystemBackend(tmp_path), ServerSettings(port=0))
+        server = WeightServer(FilesystemBackend(tmp_path), port=0)
         await server.start()
         waiting = asyncio.create_task(server.serve_forever())
         async with bare_client(server.url, window_bytes=MIB) as client:

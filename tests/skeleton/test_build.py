@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from surfw.errors import UnsupportedModelError
 from surfw.skeleton import build
-from surfw.skeleton.build import build_skeleton, fill_buffers, read_config, resolve_class
+from surfw.skeleton.build import build_skeleton, fill_rest, read_config, resolve_class
 from tests.exactness.families import FAMILIES
 from tests.skeleton.models import settings_of, skeleton_of
 
@@ -93,7 +93,7 @@ def test_buffers_are_those_of_from_pretrained(family: str, dtype: torch.dtype, t
     loaded = getattr(transformers, FAMILIES[family].class_name).from_pretrained(tmp_path, dtype=dtype)
     skeleton = skeleton_of(family, dtype=dtype)
     stored = {name for name, slot in skeleton.slots.items() if not slot.is_buffer}
-    fill_buffers(skeleton, stored, where=family)
+    fill_rest(skeleton, stored, where=family)
     ours, theirs = dict(skeleton.model.named_buffers()), dict(loaded.named_buffers())
     assert set(ours) == set(theirs)
     for name, buffer in theirs.items():
@@ -103,7 +103,7 @@ def test_buffers_are_those_of_from_pretrained(family: str, dtype: torch.dtype, t
 
 def test_buffers_that_a_checkpoint_brings_stay_away() -> None:
     skeleton = skeleton_of("bart")
-    fill_buffers(skeleton, set(skeleton.slots), where="bart")
+    fill_rest(skeleton, set(skeleton.slots), where="bart")
     assert skeleton.slots["final_logits_bias"].tensor.is_meta
 
 
@@ -113,7 +113,7 @@ def test_building_draws_no_random_numbers_and_leaves_no_traces() -> None:
     torch.manual_seed(7)
     before = transformers.PreTrainedModel.tie_weights
     skeleton = skeleton_of("llama", dtype=torch.bfloat16)
-    fill_buffers(skeleton, set(), where="llama")
+    fill_rest(skeleton, set(), where="llama")
     assert torch.rand(1) == expected
     assert torch.get_default_dtype() == torch.float32
     assert transformers.PreTrainedModel.tie_weights is before
@@ -271,7 +271,7 @@ def test_a_buffer_that_nobody_makes_is_an_error_and_no_garbage() -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"toy: the buffer .* of ToyModel is neither in the checkpoint nor made"
     ):
-        fill_buffers(skeleton, {"linear.weight", "linear.bias"}, where="toy")
+        fill_rest(skeleton, {"linear.weight", "linear.bias"}, where="toy")
 
 
 @pytest.mark.parametrize("loaded", [set(), {"steps"}])
@@ -279,7 +279,7 @@ def test_a_buffer_that_the_class_makes_is_taken(loaded: set[str]) -> None:
     skeleton = build_skeleton(ToyConfig(), ToyWithInit, torch.float32, tensor_count=3, where="toy")
     if loaded:
         skeleton.slots["steps"].put(torch.arange(3))
-    fill_buffers(skeleton, loaded, where="toy")
+    fill_rest(skeleton, loaded, where="toy")
     buffers = copy.deepcopy(dict(skeleton.model.named_buffers()))
     assert buffers["mask"].tolist() == [2, 2, 2]
     assert buffers["steps"].tolist() == [0, 1, 2]
@@ -290,7 +290,7 @@ def test_absurd_buffers_are_refused_before_they_are_made(monkeypatch: pytest.Mon
     monkeypatch.setattr(build, "_MAX_BUFFER_BYTES", 100)
     skeleton.model.register_buffer("large", torch.empty(101, dtype=torch.uint8, device="meta"), persistent=False)
     with pytest.raises(UnsupportedModelError, match=r"gpt2 wants .* bytes of buffers, expected at most 100"):
-        fill_buffers(skeleton, set(skeleton.slots), where="gpt2")
+        fill_rest(skeleton, set(skeleton.slots), where="gpt2")
     assert skeleton.model.large.is_meta
 
 

@@ -1,0 +1,419 @@
+"""`StreamingBaseModel`: opening, running and closing any model whose weights arrive while it runs.
+
+The point to extend for a model of one's own. Runs happen in the caller's thread, or, for the asynchronous calls, in one
+thread that belongs to the model; no call of this module blocks an event loop unless it is a plain call that computes.
+"""
+
+import asyncio
+import contextvars
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, ClassVar, Self, TypeVar, Unpack
+
+import torch
+from transformers import PreTrainedModel
+
+from surfw.config import OnMissing, check_on_missing
+from surfw.errors import ConfigurationError, ModelClosedError, ModelError, UnsupportedModelError
+from surfw.manifest import Manifest
+from surfw.metrics import Metrics
+from surfw.models.client import Source, WeightClient
+from surfw.models.opened import OpenedModel, OpenSettings, find_manifest
+from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, check_device
+from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
+from surfw.runtime.residency import ResidencyPlan, check_cache_layers
+from surfw.runtime.run import Run, current_run
+
+T = TypeVar("T")
+
+
+class StreamingBaseModel:
+    """A transformers model over a source of weights; call it as you would call the resident one.
+
+    For a model class of your own that transformers does not know, subclass this and name it:
+
+        class StreamingMyModel(StreamingBaseModel):
+            model_class = MyModel  # a transformers.PreTrainedModel, with its config_class
+
+    Forwards of one model run one after another, whichever threads and tasks they come from. Everything else
+    (statistics, prefetching, resizing, closing) may be called at any time from any thread. A model that was opened has
+    to be closed; `with` and `async with` do both.
+
+    Attributes:
+        model_class: the class to build; None takes the one in the model's configuration, from transformers or
+            registered there.
+        model_types: the configuration's `model_type`s that this class is for; empty for any.
+        metrics: counters `hits`, `prefetched`, `stalls`, `fetched_bytes`; spans `stall`, `forward`; latencies `fetch`,
+            `inference`.
+    """
+
+    model_class: ClassVar[type[PreTrainedModel] | None] = None
+    model_types: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        source: Source,
+        model: str | None = None,
+        *,
+        cache_size: int | None = None,
+        memory_budget: int | str | None = None,
+        prefetch: bool = True,
+        device: str | torch.device = "cpu",
+        dtype: str | None = None,
+        on_missing: OnMissing = "error",
+        **connection: Unpack[ConnectionOptions],
+    ) -> None:
+        """Note what is wanted; the first use opens it: a call, `warmup`, entering its context.
+
+        Args:
+            source: a server (`ws://host:port`, `wss://…`), a store (a folder, a storage URL, a `StorageBackend`), or a
+                `WeightClient` that several models share.
+            model: its name there, in full or a unique last part; None for the only one.
+            cache_size: how many layers are kept in memory; one more may be in flight. Default: as many as fit into a
+                good half of the memory that is available.
+            memory_budget: in place of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
+            prefetch: fetch the next layers while one computes.
+            device: where to compute; only the CPU.
+            dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the one it is stored in.
+            on_missing: `error`, or `uninitialized`: compute with weights that the checkpoint does not have, with a
+                warning. The only way ever to do so.
+            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`; see `WeightClient`.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
+        """
+        if cache_size is not None and memory_budget is not None:
+            raise ConfigurationError(
+                f"cache_size {cache_size} and memory_budget {memory_budget} exclude each other; give one of them"
+            )
+        if cache_size is not None:
+            check_cache_layers(cache_size)
+        check_on_missing(on_missing)
+        check_device(device)
+        shared = isinstance(source, WeightClient)
+        if shared and connection:
+            raise ConfigurationError(f"{min(connection)} belongs to the WeightClient; give it there")
+        self.metrics = Metrics()
+        self._client = source if isinstance(source, WeightClient) else WeightClient(source, **connection)
+        self._wanted = model
+        self._settings = OpenSettings(
+            cache_size=cache_size,
+            budget_bytes=budget_bytes(memory_budget),
+            prefetch=prefetch,
+            dtype=dtype,
+            on_missing=on_missing,
+            model_class=self.model_class,
+            owns_client=not shared,
+        )
+        self._opening = threading.Lock()  # held while the model is being opened
+        self._state = threading.Lock()  # guards what follows; never held for long
+        self._opened: OpenedModel | None = None
+        self._compute: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    @classmethod
+    def _over(cls, source: Source, model: str | None, **options: Unpack[OpenOptions]) -> Self:
+        return cls(source, model, **options)
+
+    @classmethod
+    def open(cls, source: Source, model: str | None = None, **options: Unpack[OpenOptions]) -> Self:
+        """Open a model now; only its manifest is read before this returns. Arguments as of the class.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or an event loop runs in this thread: use `open_async`.
+            UnknownModelError: the source has no such model.
+            SurfwError: the source cannot be reached, or the model cannot be built.
+        """
+        _refuse_event_loop(cls.__name__)
+        return cls._over(source, model, **options).__enter__()
+
+    @classmethod
+    async def open_async(cls, source: Source, model: str | None = None, **options: Unpack[OpenOptions]) -> Self:
+        """As `open`, in a thread beside the event loop."""
+        return await cls._over(source, model, **options).__aenter__()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Transformers' own model, in evaluation mode."""
+        return self._open_here().model
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the source says of the model."""
+        return self._open_here().manifest
+
+    @property
+    def plan(self) -> ResidencyPlan:
+        """What stays in memory."""
+        return self._open_here().plan
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the order they run; `warmup` and `prefetch_next_layers` count them from 0."""
+        return list(self._open_here().layers)
+
+    def __call__(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
+        """One forward pass; arguments and result are those of the transformers model.
+
+        Args:
+            *args: as of the transformers model.
+            enable_prefetch: fetch layers ahead of their use in this pass, unless the model was opened without prefetch.
+            **kwargs: as of the transformers model.
+
+        Raises:
+            SurfwError: weights could not be had.
+            ModelClosedError: the model is closed, or was closed meanwhile.
+        """
+        with self._running(prefetch=enable_prefetch) as model:
+            return model(*args, **kwargs)
+
+    async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
+        """One forward pass in a thread of the model's own, beside the event loop; else as a call.
+
+        When it is cancelled, the pass ends at its next layer, and only then this does.
+        """
+        return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
+        with self._running() as model:
+            generate: Any = model.generate
+            return generate(*args, **kwargs)
+
+    async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
+        """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""
+        return await self._in_thread(lambda: self.generate(*args, **kwargs))
+
+    async def warmup(self, layers: Iterable[int] | None = None) -> list[str]:
+        """Bring layers into memory before they are needed, as many as the cache has room for.
+
+        Args:
+            layers: counted from 0 in the order they run; default: from the first on.
+
+        Returns:
+            The names of those that are in memory now.
+
+        Raises:
+            ConfigurationError: there is no such layer.
+            SurfwError: one could not be loaded.
+        """
+        opened = await self._in_thread(self._open)
+        return await _arrived(opened, range(len(opened.layers)) if layers is None else layers)
+
+    async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
+        """Bring the layers after one into memory; after the last one comes the first, as in decoding.
+
+        Args:
+            current_layer: counted from 0 in the order they run.
+            prefetch_count: how many.
+
+        Returns:
+            The names of those that are in memory now; fewer than asked for, if the cache has no room for more.
+
+        Raises:
+            ConfigurationError: there is no such layer, or the count is negative.
+            SurfwError: one could not be loaded.
+        """
+        opened = await self._in_thread(self._open)
+        count = len(opened.layers)
+        if prefetch_count < 0 or not 0 <= current_layer < count:
+            raise ConfigurationError(
+                f"cannot prefetch {prefetch_count} layers after layer {current_layer}: {opened.manifest.name} has "
+                f"{count} layers, counted from 0"
+            )
+        following = range(current_layer + 1, current_layer + 1 + min(prefetch_count, count - 1))
+        return await _arrived(opened, [index % count for index in following])
+
+    def get_cache_info(self) -> CacheInfo:
+        """What is kept in memory, and how often weights were found there."""
+        return cache_info(self.metrics, self._opened, self.cache_size)
+
+    def get_inference_stats(self) -> InferenceStats:
+        """What the runs so far took."""
+        return inference_stats(self.metrics)
+
+    def statistics(self) -> dict[str, Any]:
+        """Both, in the form that `surfw infer --json` prints."""
+        return full_statistics(self.metrics, self._opened)
+
+    def clear_cache(self) -> None:
+        """Forget every layer that is not in use, and give its memory back. Counters go on."""
+        if self._opened is not None:
+            self._opened.clear()
+
+    @property
+    def cache_size(self) -> int:
+        """How many layers are kept in memory; 0 for a model that is not open and has not been told.
+
+        Setting it takes effect at once, also while the model runs: what is too much is evicted, or, where it is in use
+        just now, after its use.
+        """
+        opened = self._opened
+        return opened.plan.slots if opened else self._settings.cache_size or 0
+
+    @cache_size.setter
+    def cache_size(self, layers: int) -> None:
+        check_cache_layers(layers)
+        with self._state:
+            self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
+            if self._opened is not None:
+                self._opened.resize(layers)
+
+    def read_file(self, path: str) -> bytes:
+        """A tokenizer file that the model's manifest lists."""
+        return self._open_here().read_file(path)
+
+    def close(self) -> None:
+        """Stop what runs, leave the source unless it is shared, and transformers' model without weights and hooks.
+
+        A run that goes on in another thread ends with `ModelClosedError` at its next layer, and this waits for it; one
+        that calls this from within is closed at its end. Closing twice is fine.
+        """
+        with self._opening, self._state:
+            self._closed = True
+            opened, compute = self._opened, self._compute
+        closed = opened.close() if opened else True
+        if compute is not None:
+            compute.shutdown(wait=closed and current_run.get() is None)
+        if opened is None and self._settings.owns_client:
+            self._client.close()
+
+    async def close_async(self) -> None:
+        """As `close`, beside the event loop."""
+        await asyncio.to_thread(contextvars.Context().run, self.close)
+
+    def __enter__(self) -> Self:
+        """Open the model, if it is not open."""
+        try:
+            self._open_here()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        """Open the model, if it is not open, beside the event loop."""
+        try:
+            await self._in_thread(self._open)
+        except BaseException:
+            await self.close_async()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Close, beside the event loop."""
+        await self.close_async()
+
+    def __repr__(self) -> str:
+        """What it is, and where its weights come from."""
+        state = "closed" if self._closed else "open" if self._opened else "not open yet"
+        return f"<{type(self).__name__} {self._wanted or 'the only model'} of {self._client.url}, {state}>"
+
+    def __del__(self) -> None:
+        """Complain about a model that nobody closed."""
+        if getattr(self, "_opened", None) is not None and not self._closed:
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
+
+    def _open(self) -> OpenedModel:
+        """The open model; the first call opens it."""
+        with self._opening:
+            if self._closed:
+                raise ModelClosedError(f"{self!r} cannot be used; open it again")
+            if self._opened is not None:
+                return self._opened
+            settings = self._settings
+            try:
+                manifest = find_manifest(self._client, self._wanted)
+                self._check_type(manifest)
+                opened = OpenedModel(self._client, manifest, settings, self.metrics)
+            except BaseException:
+                if settings.owns_client:
+                    self._client.close()
+                raise
+            with self._state:
+                self._opened = opened
+                if self._settings.cache_size not in {None, settings.cache_size}:  # it was set meanwhile
+                    opened.resize(self._settings.cache_size or opened.plan.slots)
+            return opened
+
+    def _open_here(self) -> OpenedModel:
+        """The open model, for callers in a thread where an event loop may run."""
+        if self._opened is None and not self._closed:
+            _refuse_event_loop(type(self).__name__)
+        return self._open()
+
+    def _check_type(self, manifest: Manifest) -> None:
+        found = manifest.config.get("model_type")
+        if self.model_types and found not in self.model_types:
+            raise UnsupportedModelError(
+                f"{manifest.name} is a {manifest.class_name} of type {str(found)[:80]!r}, but {type(self).__name__} is "
+                f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
+            )
+
+    @contextmanager
+    def _running(self, *, prefetch: bool = True) -> Iterator[PreTrainedModel]:
+        """Transformers' model for one run."""
+        opened = self._open_here()
+        start = time.perf_counter()
+        with opened.running(current_run.get() or Run(), prefetch=prefetch) as model:
+            yield model
+        self.metrics.latency("inference").observe(time.perf_counter() - start)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Do it in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
+        run = Run()
+        context = contextvars.copy_context()
+        context.run(current_run.set, run)
+        future = self._executor().submit(context.run, work)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            run.interrupt(ModelError("the run was cancelled"))
+            await _ended(future)
+            raise
+
+    def _executor(self) -> ThreadPoolExecutor:
+        with self._state:
+            if self._closed:
+                raise ModelClosedError(f"{self!r} cannot be used; open it again")
+            if self._compute is None:
+                self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
+            return self._compute
+
+
+async def _arrived(opened: OpenedModel, layers: Iterable[int]) -> list[str]:
+    """Have layers fetched, and wait for them; whoever stops waiting stops no fetch."""
+    loads = opened.fetch_layers(list(layers))
+    await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(load)) for _, load in loads))
+    return [name for name, _ in loads]
+
+
+async def _ended(future: "Future[Any]") -> None:
+    """Wait until a future is done, and let its error be."""
+    if not future.cancelled():
+        waiter = asyncio.wrap_future(future)
+        await asyncio.wait([waiter])
+        if not waiter.cancelled():
+            waiter.exception()
+
+
+def _refuse_event_loop(name: str) -> None:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise ConfigurationError(
+        f"opening a model here would block the event loop; use 'await {name}.open_async(…)' or 'async with'"
+    )

@@ -1,0 +1,66 @@
+"""The keywords of everything that opens a model, and what they are checked for."""
+
+import ssl as tls
+from typing import TypedDict
+
+import torch
+
+from surfw.config import OnMissing, parse_size
+from surfw.errors import ConfigurationError
+from surfw.retry import RetryPolicy
+
+
+class ConnectionOptions(TypedDict, total=False):
+    """How a server is reached; see `WeightClient`."""
+
+    token: str | None
+    ssl: tls.SSLContext | None
+    retry: RetryPolicy | None
+    connect_timeout: float
+    silence_timeout: float
+
+
+class ModelOptions(ConnectionOptions, total=False):
+    """How a model is opened, but for its memory; see `StreamingBaseModel`."""
+
+    prefetch: bool
+    device: str | torch.device
+    dtype: str | None
+    on_missing: OnMissing
+
+
+class OpenOptions(ModelOptions, total=False):
+    """How a model is opened; see `StreamingBaseModel`."""
+
+    cache_size: int | None
+    memory_budget: int | str | None
+
+
+def check_device(device: str | torch.device) -> None:
+    """Make sure that surfw computes there.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigurationError(f"device {str(device)[:80]!r} is not one; expected 'cpu'") from exc
+    if kind != "cpu":
+        raise ConfigurationError(f"device {str(device)!r} cannot be used: surfw computes on the CPU; leave it out")
+
+
+def budget_bytes(memory_budget: int | str | None) -> int | None:
+    """A budget in bytes, of a number of bytes or a size such as `1.5GB`.
+
+    Raises:
+        ConfigurationError: it is not a size, or none at all.
+    """
+    if memory_budget is None:
+        return None
+    size = parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ConfigurationError(
+            f"a memory budget of {memory_budget!r} makes no sense; expected bytes, or a size as '1.5GB'"
+        )
+    return size

@@ -1,0 +1,91 @@
+"""What a model's runs took and what is kept in memory, as plain data."""
+
+from typing import Any, TypedDict
+
+from surfw.config import MB
+from surfw.metrics import Metrics, hit_rate
+from surfw.models.opened import OpenedModel
+
+
+class CacheInfo(TypedDict):
+    """What is kept in memory.
+
+    A *hit* is a layer that was resident when execution reached it; `misses` had to be fetched for this very use.
+    `cached_components` are the names of the chunks in memory, least recently used first; `memory_usage_mb` is what
+    their buffers take, in millions of bytes.
+    """
+
+    hits: int
+    misses: int
+    hit_rate: float
+    cached_components: list[str]
+    cache_size: int
+    memory_usage_mb: float
+
+
+class InferenceStats(TypedDict):
+    """What the runs so far took, in seconds.
+
+    `avg_inference_time` is the mean over completed runs: calls of the model, and generations as a whole.
+    `stall_seconds` were spent waiting for weights, `compute_seconds` are the rest of all runs; `fetch_seconds` add up
+    all fetches, of which most go on beside the computation.
+    """
+
+    cache_hit_rate: float
+    avg_inference_time: float
+    total_inferences: int
+    stall_seconds: float
+    fetch_seconds: float
+    compute_seconds: float
+
+
+def cache_info(metrics: Metrics, opened: OpenedModel | None, cache_size: int) -> CacheInfo:
+    """What is kept in memory; nothing of a model that is not open."""
+    hits, misses = _counts(metrics)
+    return {
+        "hits": hits,
+        "misses": misses,
+        "hit_rate": hit_rate(hits, misses),
+        "cached_components": opened.resident if opened else [],
+        "cache_size": cache_size,
+        "memory_usage_mb": (opened.resident_bytes if opened else 0) / MB,
+    }
+
+
+def inference_stats(metrics: Metrics) -> InferenceStats:
+    """What the runs so far took."""
+    runs = metrics.latency("inference")
+    return {
+        "cache_hit_rate": hit_rate(*_counts(metrics)),
+        "avg_inference_time": runs.total_seconds / runs.count if runs.count else 0.0,
+        "total_inferences": runs.count,
+        "stall_seconds": metrics.seconds("stall"),
+        "fetch_seconds": metrics.latency("fetch").total_seconds,
+        "compute_seconds": _compute_seconds(metrics),
+    }
+
+
+def full_statistics(metrics: Metrics, opened: OpenedModel | None) -> dict[str, Any]:
+    """All of it, in the form that `surfw infer --json` prints."""
+    hits, misses = _counts(metrics)
+    return {
+        "cache": {
+            "hits": hits,
+            "misses": misses,
+            "prefetched": metrics.count("prefetched"),
+            "stalls": metrics.count("stalls"),
+            "hit_rate": hit_rate(hits, misses),
+            "resident_bytes": opened.resident_bytes if opened else 0,
+            "fetched_bytes": metrics.count("fetched_bytes"),
+        },
+        "time": {"stall_seconds": metrics.seconds("stall"), "compute_seconds": _compute_seconds(metrics)},
+        "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
+    }
+
+
+def _counts(metrics: Metrics) -> tuple[int, int]:
+    return metrics.count("hits"), metrics.count("prefetched") + metrics.count("stalls")
+
+
+def _compute_seconds(metrics: Metrics) -> float:
+    return max(0.0, metrics.seconds("forward") - metrics.seconds("stall"))

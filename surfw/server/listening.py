@@ -1,0 +1,130 @@
+"""Where a server listens, and to whom: the address, TLS, and the token; and why it cannot listen there."""
+
+import errno
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.http11 import Request, Response
+from websockets.typing import Subprotocol
+
+from surfw import __version__
+from surfw.config import WireLimits
+from surfw.errors import ConfigurationError
+from surfw.wire import PROTOCOL, check_token, is_loopback
+
+_library_log = logging.getLogger("surfw.server.websocket")
+_library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say, and shows headers with tokens
+
+_PING_SECONDS = 30
+_PONG_SECONDS = 90
+"""A client may be busy with a layer for a while before it answers a ping."""
+OPEN_SECONDS = 5
+"""Within which a plain request must be answered, and a WebSocket be open."""
+_CLOSE_SECONDS = 3
+_MAX_PORT = 65535
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listening:
+    """An address to listen on.
+
+    Attributes:
+        host: anything but a loopback address needs a token and TLS, or `insecure`.
+        port: TCP port; 0 lets the system choose.
+        token: what clients have to show; None lets everybody in.
+        tls: certificates for `wss://`; None for `ws://`.
+        insecure: listen beyond loopback although a client or what it reads is not protected.
+    """
+
+    host: str
+    port: int
+    token: str | None = field(default=None, repr=False)
+    tls: ssl.SSLContext | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be used on any machine.
+
+        Raises:
+            ConfigurationError: the port or the token is none, or the TLS context is a client's.
+        """
+        if not 0 <= self.port <= _MAX_PORT:
+            raise ConfigurationError(f"port {self.port} is none; expected 0 (a free one) to {_MAX_PORT}")
+        if self.token is not None:
+            check_token(self.token)
+        if self.tls is not None and self.tls.protocol is ssl.PROTOCOL_TLS_CLIENT:
+            raise ConfigurationError(
+                "the SSL context is for clients; make one with ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) "
+                "and load_cert_chain"
+            )
+
+    def url(self, port: int) -> str:
+        """Where clients find the server that listens on the port."""
+        scheme = "ws" if self.tls is None else "wss"
+        return f"{scheme}://[{self.host}]:{port}" if ":" in self.host else f"{scheme}://{self.host}:{port}"
+
+    async def open(
+        self,
+        serve_client: Callable[[ServerConnection], Awaitable[None]],
+        process_request: Callable[[ServerConnection, Request], Awaitable[Response | None]],
+        limits: WireLimits,
+    ) -> Server:
+        """Listen.
+
+        Raises:
+            ConfigurationError: the address cannot be used, or may not be used so.
+        """
+        self._check_exposure()
+        tls: dict[str, Any] = {}
+        if self.tls is not None:
+            seconds = {"ssl_handshake_timeout": OPEN_SECONDS, "ssl_shutdown_timeout": _CLOSE_SECONDS}
+            tls = {"ssl": self.tls} | seconds
+        try:
+            return await serve(
+                serve_client,
+                self.host,
+                self.port,
+                origins=[None],  # browsers name one: no web page may talk to a server on loopback
+                subprotocols=[Subprotocol(PROTOCOL)],
+                compression=None,
+                process_request=process_request,
+                server_header=f"surfw/{__version__}",
+                ping_interval=_PING_SECONDS,
+                ping_timeout=_PONG_SECONDS,
+                open_timeout=OPEN_SECONDS,
+                close_timeout=_CLOSE_SECONDS,
+                max_size=limits.control_bytes,
+                write_limit=limits.frame_bytes,
+                logger=_library_log,
+                **tls,
+            )
+        except (OSError, UnicodeError) as exc:  # the latter for a host that cannot be a name
+            raise ConfigurationError(self._cannot_listen(exc)) from exc
+
+    def _check_exposure(self) -> None:
+        """Refuse an open door to other machines, unless it is meant."""
+        if self.insecure or is_loopback(self.host) or (self.token and self.tls):
+            return
+        if self.token is None:
+            reason = "clients are not authenticated"
+        else:
+            reason = "without TLS anybody on the way reads the token, and the weights, in clear text"
+        raise ConfigurationError(
+            f"{self.host} may be reached from other machines, and {reason}; listen on 127.0.0.1, "
+            "set a token and TLS, or allow it with --insecure (insecure=True)"
+        )
+
+    def _cannot_listen(self, exc: OSError | UnicodeError) -> str:
+        if isinstance(exc, UnicodeError):
+            return f"{self.host!a} is not a host to listen on; choose another with --host"
+        if exc.errno == errno.EADDRINUSE:
+            return (
+                f"port {self.port} on {self.host} is in use; stop what listens there, or choose another with --port"
+                " (0 takes a free one)"
+            )
+        reason = exc.strerror or exc
+        return f"cannot listen on {self.host} port {self.port}: {reason}; choose others with --host and --port"

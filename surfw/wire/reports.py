@@ -1,0 +1,113 @@
+"""What a server tells of itself over plain HTTP: the shapes of `/stats` and of its health.
+
+A report from a server is not trusted: `parse_stats` takes what has the shape, and nothing else.
+"""
+
+import json
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+
+from surfw.errors import RemoteProtocolError
+
+
+class ServerFacts(TypedDict):
+    """Which surfw it is, and for how long it has been up."""
+
+    version: str
+    uptime_seconds: float
+
+
+class CacheStats(TypedDict):
+    """The cache of stored bytes; a use is a hit, a miss, or coalesced with another use's read."""
+
+    hits: int
+    misses: int
+    coalesced: int
+    hit_rate: float
+    bytes: int
+    capacity_bytes: int
+    evictions: int
+    policy: str
+
+
+class RequestStats(TypedDict):
+    """Requests of all clients, with `p50`, `p95` and `p99` of the recent ones' seconds."""
+
+    total: int
+    in_flight: int
+    latency_seconds: dict[str, float]
+
+
+class StorageState(TypedDict):
+    """Where the store lies, without credentials, and whether it answered when last asked."""
+
+    url: str
+    healthy: bool
+
+
+class ResourceStats(TypedDict):
+    """What the server's process takes; the CPU since the last look."""
+
+    rss_bytes: int
+    cpu_percent: float
+
+
+class RedisState(TypedDict):
+    """Where the Redis tier is, without credentials, and whether it answered when last asked."""
+
+    url: str
+    reachable: bool
+
+
+class ServerStats(TypedDict):
+    """A server's counters since its start. `redis` is there if the server has such a tier."""
+
+    server: ServerFacts
+    models: list[str]
+    cache: CacheStats
+    requests: RequestStats
+    bytes_sent: int
+    clients: int
+    storage: StorageState
+    resources: ResourceStats
+    redis: NotRequired[RedisState]
+
+
+class ServerHealth(TypedDict):
+    """Whether a server listens (`live`), and whether its storage answers too (`ready`), with the models there are."""
+
+    live: bool
+    ready: bool
+    storage: str
+    models: list[str]
+
+
+def parse_stats(data: bytes) -> ServerStats:
+    """Statistics from the JSON of a server.
+
+    Raises:
+        RemoteProtocolError: they are not statistics of a surfw server.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise RemoteProtocolError("its statistics are not JSON") from exc
+    if not _has_shape(document, ServerStats):
+        raise RemoteProtocolError("its statistics have another shape")
+    stats: ServerStats = document
+    return stats
+
+
+def _has_shape(value: Any, shape: Any) -> bool:
+    """Whether a value is of a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one."""
+    if is_typeddict(shape):
+        hints = get_type_hints(shape)
+        return isinstance(value, dict) and all(
+            _has_shape(value[key], hints[key]) if key in value else key not in shape.__required_keys__ for key in hints
+        )
+    if get_origin(shape) is list:
+        return isinstance(value, list) and all(_has_shape(item, get_args(shape)[0]) for item in value)
+    if get_origin(shape) is dict:
+        return isinstance(value, dict) and all(_has_shape(item, get_args(shape)[1]) for item in value.values())
+    if shape is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))

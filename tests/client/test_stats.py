@@ -1,0 +1,122 @@
+"""A server's statistics and health, asked for from elsewhere."""
+
+import asyncio
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surfw.client import is_ready, read_stats
+from surfw.errors import ConfigurationError, ConnectionFailedError
+from tests.certificates import for_client, for_server, make_certificate
+from tests.peers import serving, tcp_server
+from tests.stores import make_store
+
+
+def test_stats_are_those_of_the_server(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", "a", [10])
+    tls = make_certificate(tmp_path)
+
+    async def main() -> None:
+        for options, client in (({}, None), ({"ssl": for_server(tls)}, for_client(tls))):
+            async with serving(tmp_path / "store", **options) as server:
+                stats = await asyncio.to_thread(read_stats, server.url, ssl=client)
+                own = server.stats()
+                assert stats["models"] == ["a"]
+                assert stats.keys() == own.keys()
+                assert (stats["cache"], stats["storage"]) == (own["cache"], own["storage"])
+                assert await asyncio.to_thread(is_ready, server.url, ssl=client)
+
+    asyncio.run(main())
+
+
+def test_a_host_and_a_port_are_enough(tmp_path: Path) -> None:
+    make_store(tmp_path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for prefix in ("", "ws://", "http://"):
+                stats = await asyncio.to_thread(read_stats, f"{prefix}127.0.0.1:{server.port}")
+                assert stats["models"] == ["toy/model"]
+
+    asyncio.run(main())
+
+
+def test_a_server_is_not_ready_while_its_storage_is_away(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+
+    async def main() -> None:
+        async with serving(tmp_path / "store", token="t") as server:
+            assert await asyncio.to_thread(is_ready, server.url)
+            shutil.move(tmp_path / "store", tmp_path / "elsewhere")
+            assert not await asyncio.to_thread(is_ready, server.url)
+        with pytest.raises(ConnectionFailedError, match="no surfw server at"):
+            await asyncio.to_thread(is_ready, server.url)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("url", ["", "ftp://host", "ws://host:99999", "ws://user:secret@host:port", "ws://["])
+def test_an_address_that_is_none(url: str) -> None:
+    for ask in (read_stats, is_ready):
+        with pytest.raises(ConfigurationError, match="is not the address of a server") as caught:
+            ask(url)
+        assert "secret" not in str(caught.value)
+
+
+def remove(*path: str) -> Callable[[Any], None]:
+    def change(stats: Any) -> None:
+        for name in path[:-1]:
+            stats = stats[name]
+        del stats[path[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        remove("models"),
+        remove("cache", "hits"),
+        remove("storage"),
+        lambda stats: stats.update(models="a"),
+        lambda stats: stats.update(models=[1]),
+        lambda stats: stats.update(clients="1"),
+        lambda stats: stats.update(clients=True),
+        lambda stats: stats["storage"].update(healthy=1),
+        lambda stats: stats["requests"].update(latency_seconds={"p50": None}),
+        lambda stats: stats.update(redis={"url": "redis://h"}),
+    ],
+    ids=range(10),
+)
+def test_what_is_not_a_surfw_servers_is_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
+    make_store(tmp_path)
+    said: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said[0]) + said[0])
+        await writer.drain()
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            good: Any = server.stats()
+        async with tcp_server(answer) as url:
+            said[:] = [json.dumps(good | {"more": 1}).encode()]
+            assert (await asyncio.to_thread(read_stats, url))["models"] == ["toy/model"]
+            bad = copy.deepcopy(good)
+            change(bad)
+            said[:] = [json.dumps(bad).encode()]
+            with pytest.raises(ConnectionFailedError, match=r"not a surfw server .*its statistics have another shape"):
+                await asyncio.to_thread(read_stats, url)
+            said[:] = [b"hello"]
+            with pytest.raises(ConnectionFailedError, match=r"not a surfw server .*its statistics are not JSON"):
+                await asyncio.to_thread(read_stats, url)
+            with pytest.raises(ConnectionFailedError, match=r"not a surfw server \(status 200 for GET /readyz\)"):
+                await asyncio.to_thread(is_ready, url)
+
+    asyncio.run(main())
