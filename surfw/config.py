@@ -1,4 +1,4 @@
-"""Settings: every default once, sizes with units, and the `SURFW_*` variables.
+"""Sizes with units, folders, limits, and the defaults that several rooms share.
 
 Knows nothing of torch or the network. Values are frozen and keyword-only; a room takes the value object it needs.
 """
@@ -24,6 +24,9 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
+DEFAULT_CLIENTS = 64
+DEFAULT_CONNECT_SECONDS = 5.0
+DEFAULT_SILENCE_SECONDS = 30.0
 
 OnMissing = Literal["error", "uninitialized"]
 """What to do about weights that a model's class has and its checkpoint or manifest has not."""

@@ -1,4 +1,4 @@
-"""Brings generated parts of the repository up to date: completions, and the help texts in the README."""
+"""Brings generated parts of the repository up to date: completions, and help texts and settings in the README."""
 
 import os
 import re
@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import surfw.cli.main  # noqa: F401 - the commands declare their options
+from surfw.cli.options import commands_with
+from surfw.settings import SETTINGS
+
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("chunk", "serve", "infer", "stats", "bench wire", "bench chunk")
+COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk")
 
 
 def completions() -> dict[Path, str]:
@@ -20,13 +24,30 @@ def completions() -> dict[Path, str]:
 
 
 def readme() -> str:
-    """The README with the help texts as they are now."""
+    """The README with the help texts and the settings as they are now."""
     text = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         shown = _run([*command.split(), "--help"]).rstrip()
-        block = f"<!-- help:{command} -->\n```\n$ surfw {command} --help\n{shown}\n```\n<!-- end -->"
-        text = re.sub(rf"<!-- help:{command} -->.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
-    return text
+        text = _fill(text, f"help:{command}", f"```\n$ surfw {command} --help\n{shown}\n```")
+    return _fill(text, "settings", settings_table())
+
+
+def settings_table() -> str:
+    """Every setting, from the registry."""
+    rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
+    for name, setting in SETTINGS.items():
+        commands = ", ".join(commands_with(name))
+        bounds = f" ({setting.expected})" if setting.choices or setting.least is not None else ""
+        default = setting.default_text or ("false" if setting.kind is bool else "none")
+        option = f"`{setting.option}`: {commands}" if commands else "none"
+        rows.append(f"| `{name}` | `{setting.variable}` | {option} | {default} | {setting.help}{bounds} |")
+    return "\n".join(rows)
+
+
+def _fill(text: str, name: str, block: str) -> str:
+    return re.sub(
+        rf"<!-- {name} -->.*?<!-- end -->", lambda _: f"<!-- {name} -->\n{block}\n<!-- end -->", text, flags=re.DOTALL
+    )
 
 
 def _run(arguments: list[str], **environment: str) -> str:

@@ -8,7 +8,9 @@ here.
 import glob
 import logging
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from surfw.checkpoint.layout import (
     CONFIG_FILE,
@@ -26,8 +28,13 @@ logger = logging.getLogger("surfw.checkpoint")
 _ANSWER_SECONDS = 10
 
 
-def download_model(repo_id: str, revision: str | None) -> Path:
+def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
     """The directory of the hub cache that holds a model's files, after fetching those that are not there yet.
+
+    Args:
+        repo_id: `org/name`.
+        revision: branch, tag or commit.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
         CheckpointError: the model cannot be reached, or is damaged.
@@ -41,14 +48,15 @@ def download_model(repo_id: str, revision: str | None) -> Path:
     if CONFIG_FILE not in names:
         raise no_checkpoint(f"hub model {repo_id}")
     small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
-    folder = _fetch(repo_id, revision, small | ({entry} if entry.endswith(".json") else set()))
+    fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
+    folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
     read_config(folder)
     shards = read_weights(folder, entry).shards
     if missing := set(shards) - names:
         raise CheckpointError(
             f"hub model {repo_id} is incomplete: its {entry} names {min(missing)}, which is not there; ask its owner"
         )
-    return _fetch(repo_id, revision, shards)
+    return fetch(shards)
 
 
 def _list_files(repo_id: str, revision: str | None) -> set[str]:
@@ -59,11 +67,19 @@ def _list_files(repo_id: str, revision: str | None) -> set[str]:
     return {file.rfilename for file in found.siblings or ()}
 
 
-def _fetch(repo_id: str, revision: str | None, names: Collection[str]) -> Path:
+def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_progress: bool) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
 
+    class NoBar(tqdm):
+        """Counts in silence, whatever the environment says."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings | {"disable": True})  # type: ignore[no-untyped-call]
+
+    bar = tqdm if show_progress else NoBar
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_exactly(names)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_exactly(names), tqdm_class=bar))
     except Exception as exc:
         raise CheckpointError(
             f"hub model {repo_id} could not be downloaded ({_reason(exc, revision)}); "

@@ -90,12 +90,13 @@ class Checkpoint:
         self.close()
 
 
-def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
@@ -106,7 +107,7 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
-        return open_directory(download_model(model, revision), name=model)
+        return open_directory(download_model(model, revision, show_progress=show_progress), name=model)
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"

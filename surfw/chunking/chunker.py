@@ -21,7 +21,7 @@ from surfw.config import MIB, OnMissing, check_on_missing
 from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config
+from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 from surfw.storage.base import StorageBackend
@@ -85,6 +85,7 @@ def prepare_model(
     dtype: str | None = None,
     model_class: Any = None,
     on_missing: OnMissing = "error",
+    show_progress: bool = False,
 ) -> PreparedModel:
     """Open a checkpoint and plan its chunks.
 
@@ -97,6 +98,7 @@ def prepare_model(
             configuration names in its `architectures`, else the base model of its type.
         on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class, with a warning.
             Such a model runs only where this is asked for again.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or not there.
@@ -108,20 +110,11 @@ def prepare_model(
         check_model_name(name)
     check_on_missing(on_missing)
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision))
+        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision, show_progress=show_progress))
         checked = check_model_name(name or checkpoint.name)
         prepared = _prepare(checkpoint, checked, dtype, model_class, on_missing, where=model)
         opened.pop_all()
     return prepared
-
-
-def _refuse_nan(config: Mapping[str, Any], where: str) -> None:
-    try:
-        json.dumps(config, allow_nan=False)
-    except ValueError as exc:
-        raise UnsupportedModelError(
-            f"config.json of {where} holds a number that JSON does not have (NaN or Infinity); save the model again"
-        ) from exc
 
 
 def _prepare(
@@ -134,7 +127,7 @@ def _prepare(
         logger.warning(
             "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
         )
-    _refuse_nan(clean, where)
+    clean = tag_floats(clean)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -202,7 +195,7 @@ async def write_model(
             class_name=prepared.class_name,
             dtype=prepared.dtype,
             config=prepared.config,
-            generation_config=sanitise_config(generation)[0] if generation is not None else None,
+            generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
             files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
             ties=prepared.loading.ties,
             chunks=tuple(chunks),

@@ -1,7 +1,6 @@
 """`surfw chunk`: a checkpoint into a store."""
 
 import asyncio
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,9 +17,11 @@ Examples:
 """
 
 
+@options.with_settings("store")
 def chunk(
+    *,
     model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
-    store: options.Store = None,
+    configuration: options.Configuration,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
@@ -37,13 +38,12 @@ def chunk(
     """
     from surfw.chunking.chunker import prepare_model, write_model
     from surfw.cli import render
-    from surfw.config import default_store, format_size
+    from surfw.config import format_size
     from surfw.storage import open_backend
 
-    if json:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    place = store or default_store()
-    with prepare_model(model, name=name, revision=revision, dtype=dtype) as prepared:
+    place = configuration.settings.store
+    bars = not json and render.err.is_terminal
+    with prepare_model(model, name=name, revision=revision, dtype=dtype, show_progress=bars) as prepared:
         facts = _facts(prepared)
         if dry_run:
             if json:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ def serve_demo() -> Iterator[str]:
         command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", "0", "--no-live"]
         server = subprocess.Popen(
             [*command, "--announce", "--exit-with-stdin"],
+            env={name: value for name, value in os.environ.items() if not name.startswith("SURFW_")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
+from surfw.cli.sources import ChosenSource, choose_source
 from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.settings import Settings
 
 EXAMPLES = """\b
 Examples:
@@ -18,42 +20,24 @@ Examples:
 """
 
 
+@options.with_settings(
+    "model", "source", "cache_layers", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
+    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_jitter",
+    "token_file", "live",
+)  # fmt: skip
 def infer(
+    *,
     prompt: Annotated[str | None, typer.Option(help="The prompt; - reads it from stdin.")] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="Token ids in place of a prompt; new ids are printed too.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Name of the model, or its last part. [default: the only one there is]")
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="ws://host:port, a folder or a storage URL. [default: $SURFW_SOURCE, else a server on this machine, "
-            "else the default store, else the demo model]",
-        ),
-    ] = None,
-    cache_layers: Annotated[
-        int | None, typer.Option(min=1, help="Layers kept in memory; one more may be in flight. [default: what fits]")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="Sample with this temperature. [default: greedy]")
-    ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this much probability.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Seed of the random numbers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Run in this dtype, such as bfloat16. [default: as stored]")] = None,
+    configuration: options.Configuration,
     json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
-    live: Annotated[
-        bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")
-    ] = None,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
@@ -65,35 +49,25 @@ def infer(
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
     text = _read_prompt(prompt, ids)
-    is_live = (sys.stdout.isatty() if live is None else live) and not json and not quiet
+    settings = configuration.settings
+    is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
     view = LiveView() if is_live else PlainView(json=json, quiet=quiet, ids=ids is not None)
     request = {
-        "prompt": text, "prompt_ids": ids, "system": system, "raw": raw, "max_new_tokens": max_new_tokens,
-        "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or (),
-        "ignore_eos": ignore_eos,
+        "prompt": text, "prompt_ids": ids, "system": system, "raw": raw, "stop": stop or (),
+        "ignore_eos": ignore_eos, "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature,
+        "top_p": settings.top_p, "top_k": settings.top_k, "seed": settings.seed,
     }  # fmt: skip
-    _run(view, request, source=source, model=model, cache_layers=cache_layers, dtype=dtype)
+    _run(view, request, configuration)
 
 
-def _run(
-    view: Any,
-    request: dict[str, Any],
-    *,
-    source: str | None,
-    model: str | None,
-    cache_layers: int | None,
-    dtype: str | None,
-) -> None:
-    from surfw.cli.sources import choose_source
-
-    with choose_source(source, model) as chosen:
+def _run(view: Any, request: dict[str, Any], configuration: options.Configuration) -> None:
+    with choose_source(configuration) as chosen:
         view.note(f"source: {chosen.url} ({chosen.reason})")
         start = time.perf_counter()
         from surfw.models.inference import Request, answer
-        from surfw.models.streaming import StreamingModel
         from surfw.runtime.memory import peak_rss_bytes
 
-        with StreamingModel.open(chosen.url, model, cache_size=cache_layers, dtype=dtype) as streaming:
+        with _open_model(chosen, configuration.settings) as streaming:
             tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
             with view.running(streaming):
@@ -118,6 +92,23 @@ def _run(
                 if getattr(result, name) is not None:
                     facts[name] = getattr(result, name)
             view.done(facts)
+
+
+def _open_model(chosen: ChosenSource, settings: Settings) -> Any:
+    """The model at a source, as the settings want it."""
+    from surfw.models.streaming import StreamingModel
+
+    return StreamingModel.open(
+        chosen.url,
+        settings.model,
+        cache_size=settings.cache_layers,
+        dtype=settings.dtype,
+        on_missing=settings.on_missing,
+        token=settings.token if chosen.is_server else None,
+        retry=settings.retry,
+        connect_timeout=settings.connect_timeout,
+        silence_timeout=settings.silence_timeout,
+    )
 
 
 def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, chunk, infer, serve, stats
+from surfw.cli import bench, chunk, config, infer, options, serve, stats
 from surfw.errors import SurfwError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("chunk", epilog=chunk.EXAMPLES)(chunk.chunk)
 app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
 app.command("infer", epilog=infer.EXAMPLES)(infer.infer)
 app.command("stats", epilog=stats.EXAMPLES)(stats.stats)
+app.command("config", epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")
 
 
@@ -42,6 +43,7 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    config: options.ConfigFile = None,
 ) -> None:
     """Options of every command."""
 

@@ -1,11 +1,101 @@
-"""Options that several commands share."""
+"""Options that several commands share: those of the settings, `--config`, and `--json`.
 
-from typing import Annotated
+Typer reads the options; what goes before what is `surfw.settings`' business. So no option has a default of its own, and
+one that is not given is None.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-Store = Annotated[
-    str | None,
-    typer.Option("--store", metavar="URL", help="The store: a folder or a storage URL. [default: $SURFW_HOME/store]"),
-]
+from surfw.setting import Setting
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TABLE, Origin, Settings, trace_settings
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help=f"A TOML file with settings in [{TABLE}]. [env var: {CONFIG_VARIABLE}]"
+    ),
+]
+
+_PLACE = "configuration"
+_OFFERED: dict[str, tuple[str, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings of a command, and where each comes from."""
+
+    settings: Settings
+    origins: Mapping[str, Origin]
+
+
+def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:
+    """Settings from the options, the variables and the file that `--config` names, before or after the command.
+
+    Raises:
+        ConfigurationError: one of them cannot be used.
+    """
+    found = trace_settings(config or context.find_root().params.get("config"), arguments)
+    return Configuration(
+        Settings(**{name: value for name, (value, _) in found.items()}),
+        {name: where for name, (_, where) in found.items()},
+    )
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of these settings, and `--config`.
+
+    The options stand where the command has its parameter `configuration`, which receives a `Configuration`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(context: typer.Context, config: Path | None, **given: Any) -> None:
+            arguments = {name: given.pop(name) for name in names}
+            given[_PLACE] = load_configuration(context, config, arguments)
+            command(**given)
+
+        shown = [_parameter("context", typer.Context)]
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name == _PLACE:
+                shown += [_parameter(name, _annotation(SETTINGS[name]), None) for name in names]
+            else:
+                shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        shown.append(_parameter("config", ConfigFile, None))
+        run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]  # what typer reads
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+        _OFFERED[command.__name__] = names
+        return run
+
+    return decorate
+
+
+def commands_with(name: str) -> list[str]:
+    """The commands that have this setting as an option."""
+    return [command for command, names in _OFFERED.items() if name in names]
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _annotation(setting: Setting) -> Any:
+    """The type and the option of a setting, as typer wants them."""
+    notes = [f"env var: {setting.variable}"] + [f"default: {setting.default_text}"] * bool(setting.default_text)
+    option = f"{setting.option}/--no-{setting.option[2:]}" if setting.kind is bool else setting.option
+    declared = typer.Option(
+        option,
+        metavar=setting.metavar,
+        min=setting.least,
+        max=setting.most,
+        help=f"{setting.help} [{'; '.join(notes)}]",
+    )
+    kind = Literal[setting.choices] if setting.choices else setting.kind
+    return Annotated[kind | None, declared]

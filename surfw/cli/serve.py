@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
+from surfw.settings import Settings
 
 EXAMPLES = """\b
 Examples:
@@ -21,18 +22,10 @@ Examples:
 logger = logging.getLogger("surfw.server")
 
 
+@options.with_settings("store", "host", "port", "cache_mb", "insecure", "clients", "token_file", "live")
 def serve(
-    store: options.Store = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 lets the system choose.")] = 8765,
-    cache_mb: Annotated[int, typer.Option("--cache-mb", min=0, help="Size of the cache in MB.")] = 200,
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Allow listening beyond loopback, although clients are not authenticated."),
-    ] = False,
-    live: Annotated[
-        bool | None, typer.Option("--live/--no-live", help="A live table. [default: in a terminal]")
-    ] = None,
+    *,
+    configuration: options.Configuration,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
@@ -42,15 +35,11 @@ def serve(
 
     GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
     """
-    from surfw.config import default_store
-
-    settings = {"host": host, "port": port, "insecure": insecure, "cache_size_mb": cache_mb}
-    show = sys.stderr.isatty() if live is None else live
+    settings = configuration.settings
+    show = sys.stderr.isatty() if settings.live is None else settings.live
     if not show:
         _log_lines()
-    asyncio.run(
-        _serve(store or default_store(), settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
-    )
+    asyncio.run(_serve(settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
 
 
 def _log_lines() -> None:
@@ -62,10 +51,24 @@ def _log_lines() -> None:
     logger.propagate = False
 
 
-async def _serve(place: str, settings: dict[str, Any], *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+def _make_server(settings: Settings) -> Any:
+    """The server that these settings describe."""
+    from surfw.server import WeightServer
+
+    return WeightServer(
+        model_path=settings.store,
+        host=settings.host,
+        port=settings.port,
+        cache_size_mb=settings.cache_mb,
+        token=settings.token,
+        insecure=settings.insecure,
+        clients=settings.clients,
+    )
+
+
+async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
     from surfw.cli import render
     from surfw.config import display_url
-    from surfw.server import WeightServer
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -73,9 +76,9 @@ async def _serve(place: str, settings: dict[str, Any], *, show: bool, announce: 
         loop.add_signal_handler(number, stop.set)
     if exit_with_stdin:
         loop.add_reader(sys.stdin.fileno(), stop.set)
-    async with WeightServer(model_path=place, **settings) as server:
+    async with _make_server(settings) as server:
         if announce:
-            render.print_json({"url": server.url, "store": display_url(place)})
+            render.print_json({"url": server.url, "store": display_url(settings.store)})
         if show:
             await _live_table(server, stop)
         else:

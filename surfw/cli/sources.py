@@ -1,17 +1,18 @@
 """Which source `infer` takes when none is named.
 
-In order: `--source`; `$SURFW_SOURCE`; a surfw server on 127.0.0.1:8765; the default store; the demo model.
+In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
+folder with models; the demo model.
 """
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from surfw.cli.demo import serve_demo
-from surfw.config import DEFAULT_HOST, DEFAULT_PORT, default_store
+from surfw.cli.options import Configuration
+from surfw.config import DEFAULT_HOST
 
 DEMO = "demo"
 
@@ -23,23 +24,30 @@ class ChosenSource:
     url: str
     reason: str
 
+    @property
+    def is_server(self) -> bool:
+        """Whether a server is there, and not a store."""
+        return self.url.startswith(("ws://", "wss://"))
+
 
 @contextlib.contextmanager
-def choose_source(source: str | None, model: str | None) -> Iterator[ChosenSource]:
+def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
     """The source to take; the demo's server runs as long as the context."""
-    named = source or (os.environ.get("SURFW_SOURCE") if model != DEMO else None)
-    if named:
-        yield ChosenSource(named, "named with --source" if source else "named by SURFW_SOURCE")
+    settings, origin = configuration.settings, configuration.origins["source"]
+    if settings.source is not None and (settings.model != DEMO or origin.kind == "argument"):
+        how = {"argument": "with --source", "variable": f"by {origin.name}"}.get(origin.kind, f"in {origin.name}")
+        yield ChosenSource(settings.source, f"named {how}")
         return
-    if model != DEMO:
+    if settings.model != DEMO:
         from surfw.client import probe
 
-        local = f"ws://{DEFAULT_HOST}:{DEFAULT_PORT}"
-        if asyncio.run(probe(local)):
+        local = f"ws://{DEFAULT_HOST}:{settings.port}"
+        if asyncio.run(probe(local, token=settings.token)):
             yield ChosenSource(local, "the server on this machine")
             return
-        if any((Path(default_store()) / "models").rglob("*.json")):
-            yield ChosenSource(default_store(), "the default store")
+        if any((Path(settings.store) / "models").rglob("*.json")):
+            is_default = configuration.origins["store"].kind == "default"
+            yield ChosenSource(settings.store, "the default store" if is_default else "the store")
             return
     with serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")

@@ -1,6 +1,7 @@
 """`surfw stats`: a server's counters."""
 
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -15,28 +16,37 @@ Examples:
 """
 
 
+@options.with_settings("connect_timeout", "token_file")
 def stats(
-    url: Annotated[str, typer.Argument(help="The server's address.")] = "ws://127.0.0.1:8765",
+    *,
+    url: Annotated[
+        str | None, typer.Argument(help="The server's address. [default: the server on this machine]")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing them, until interrupted.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
+    configuration: options.Configuration,
     json: options.Json = False,
 ) -> None:
     """Show a server's counters and its cache."""
     from surfw.cli import render
     from surfw.client import read_stats
+    from surfw.config import DEFAULT_HOST
 
+    settings = configuration.settings
+    address = url or f"ws://{DEFAULT_HOST}:{settings.port}"
+    look = partial(read_stats, address, token=settings.token, timeout_seconds=settings.connect_timeout)
     if json:
         while True:
-            render.print_json(read_stats(url))
+            render.print_json(look())
             if not watch:
                 return
             time.sleep(every)
     if not watch:
-        render.out.print(render.server_table(read_stats(url)))
+        render.out.print(render.server_table(look()))
         return
     from rich.live import Live
 
-    with Live(render.server_table(read_stats(url)), console=render.out, auto_refresh=False) as live:
+    with Live(render.server_table(look()), console=render.out, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(render.server_table(read_stats(url)), refresh=True)
+            live.update(render.server_table(look()), refresh=True)

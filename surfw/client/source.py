@@ -11,7 +11,7 @@ from typing import TypeVar
 from surfw.client.link import Link
 from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document
-from surfw.config import WireLimits
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
 from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Manifest, parse_manifest
 from surfw.retry import RetryPolicy
@@ -177,8 +177,8 @@ async def open_wire_source(
     url: str,
     *,
     limits: WireLimits | None = None,
-    connect_timeout: float = 5.0,
-    silence_timeout: float = 30.0,
+    connect_timeout: float = DEFAULT_CONNECT_SECONDS,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     token: str | None = None,
     ssl: SSLContext | None = None,
     retry: RetryPolicy | None = None,

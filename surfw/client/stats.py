@@ -6,7 +6,7 @@ from ssl import SSLContext
 from urllib.parse import urlsplit
 
 from surfw.client.address import plan_headers, refusal
-from surfw.config import DEFAULT_PORT, display_url
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
 from surfw.wire import ServerStats, parse_stats, printable
 
@@ -16,7 +16,11 @@ _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
 
 
 def read_stats(
-    url: str, *, token: str | None = None, ssl: SSLContext | None = None, timeout_seconds: float = 5.0
+    url: str,
+    *,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
+    timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
 ) -> ServerStats:
     """Ask a server for its statistics.
 
@@ -44,7 +48,7 @@ def read_stats(
     raise ConnectionFailedError(f"{shown} answers, but is not a surfw server ({why})")
 
 
-def is_ready(url: str, *, ssl: SSLContext | None = None, timeout_seconds: float = 5.0) -> bool:
+def is_ready(url: str, *, ssl: SSLContext | None = None, timeout_seconds: float = DEFAULT_CONNECT_SECONDS) -> bool:
     """Whether a server's storage answers too, so that it can serve. No token is needed for that.
 
     Raises:

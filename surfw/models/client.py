@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from surfw.client import open_wire_source
-from surfw.config import WireLimits
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.runtime.io_thread import IoThread
@@ -40,8 +40,8 @@ class WeightClient:
         token: str | None = None,
         ssl: tls.SSLContext | None = None,
         retry: RetryPolicy | None = None,
-        connect_timeout: float = 5.0,
-        silence_timeout: float = 30.0,
+        connect_timeout: float = DEFAULT_CONNECT_SECONDS,
+        silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 

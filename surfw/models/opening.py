@@ -16,7 +16,7 @@ from surfw.config import GIB, OnMissing, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, foreign_errors, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config
+from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
 from surfw.skeleton.units import Slot
@@ -82,7 +82,7 @@ def open_skeleton(
     fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
     with foreign_errors(f"the generation settings of {where}"):
-        _configure_generation(skeleton.model, generation, manifest, clean)
+        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
     return skeleton
 
 

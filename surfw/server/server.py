@@ -17,7 +17,7 @@ import psutil
 from websockets.asyncio.server import Server, ServerConnection
 
 from surfw import __version__
-from surfw.config import DEFAULT_CACHE_MB, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits
+from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics, hit_rate
 from surfw.server.catalog import Catalog
@@ -48,7 +48,7 @@ class WeightServer:
         token: str | None = None,
         ssl: SSLContext | None = None,
         insecure: bool = False,
-        clients: int = 64,
+        clients: int = DEFAULT_CLIENTS,
         limits: WireLimits | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.

@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
 from surfw.errors import SurfwError, UnsupportedModelError
-from surfw.skeleton.config import IMPLEMENTATIONS
+from surfw.skeleton.config import IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")
@@ -95,8 +95,7 @@ def read_config(
             "know; name its class (model_class=…), or register it with AutoConfig.register and AutoModel.register"
         )
     with foreign_errors(f"the configuration of {where}"), _no_hub():
-        plain = PreTrainedConfig._decode_special_floats(dict(config))  # noqa: SLF001 - as transformers reads config.json
-        found: PreTrainedConfig = config_class.from_dict(plain)
+        found: PreTrainedConfig = config_class.from_dict(untag_floats(dict(config)))
         _refuse_implementations(found, where)
         return found
 

@@ -5,6 +5,7 @@ generation. surfw never fetches or runs any. `sanitise_config` takes such reques
 moment a checkpoint is chunked, when its owner can still be asked to change it. Knows neither torch nor transformers.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +24,8 @@ _CODE_KEYS = {
 }  # fmt: skip
 _IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts?|attention)_implementation(_internal|_autoset)?")
 _LAYER_KEY = re.compile(r"(num|n)_.*layers?|n_layers?|.*_layers|num_blocks|num_experts|.*_experts")
+_FLOAT_KEY = "__float__"
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LABELS_KEY = "num_labels"
 _MAX_LAYERS = 10_000
 _MAX_LABELS = 100_000
@@ -68,6 +71,31 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
+
+
+def tag_floats(value: Any) -> Any:
+    """The value with the numbers that JSON does not have in the form in which transformers writes them.
+
+    `config.json` files are read by Python, which knows `NaN`, `Infinity` and `-Infinity`; others that read JSON do not.
+    transformers 5 writes `{"__float__": "Infinity"}`. The depth is bounded by `sanitise_config`.
+    """
+    if isinstance(value, dict):
+        return {key: tag_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [tag_floats(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT_KEY: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def untag_floats(value: Any) -> Any:
+    """What `tag_floats` was given; every other value as it is."""
+    if isinstance(value, dict):
+        tag = value.get(_FLOAT_KEY) if len(value) == 1 else None
+        if isinstance(tag, str) and tag in _FLOATS:
+            return _FLOATS[tag]
+        return {key: untag_floats(inner) for key, inner in value.items()}
+    return [untag_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:

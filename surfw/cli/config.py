@@ -1,0 +1,57 @@
+"""`surfw config`: every setting, its value, and where it comes from."""
+
+import os
+from typing import Any
+
+import typer
+
+from surfw.cli import options
+from surfw.config import display_url
+from surfw.settings import TOKEN_VARIABLE
+
+EXAMPLES = """\b
+Examples:
+  surfw config
+  surfw --config surfw.toml config
+  surfw config --json
+"""
+
+
+def config(context: typer.Context, file: options.ConfigFile = None, json: options.Json = False) -> None:
+    """Show every setting, its value, and where it comes from.
+
+    A token is never shown, only whether there is one.
+    """
+    from surfw.cli import render
+
+    found = options.load_configuration(context, file, {})
+    shown = {
+        name: {"value": _shown(name, getattr(found.settings, name)), "from": origin.name}
+        for name, origin in found.origins.items()
+    }
+    is_set = found.settings.token is not None
+    place = TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else "token_file" if is_set else "default"
+    shown["token"] = {"value": "set" if is_set else "not set", "from": place}
+    if json:
+        render.print_json(shown)
+        return
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("setting", "value", "from"):
+        table.add_column(heading, overflow="fold")
+    for name, one in shown.items():
+        table.add_row(name, _text(one["value"]), one["from"])
+    render.out.print(table)
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A value without the credentials that a URL may hold."""
+    return display_url(value) if name in {"store", "source"} and value is not None else value
+
+
+def _text(value: Any) -> str:
+    """A value as a person writes it."""
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)

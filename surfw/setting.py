@@ -1,0 +1,126 @@
+"""One setting: its type, its bounds, and how a value of it is told from something else.
+
+Knows no particular setting, and neither the environment nor files. Whatever is wrong with a value ends in one line that
+names where it came from, what it is and what was expected.
+"""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from surfw.errors import ConfigurationError
+
+_WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_SHOWN = 80
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What is known of a setting.
+
+    Attributes:
+        name: the keyword in Python and the key in a file.
+        kind: the type of its values.
+        optional: whether it may be None, which no variable and no file can say.
+        default_text: the default in words; empty for a switch that is off.
+        help: its meaning, in one line.
+        least: the smallest number; None for any.
+        most: the largest number; None for any.
+        choices: the only texts; empty for any.
+        metavar: what help shows in place of the type.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+    default_text: str
+    help: str
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str | None = None
+
+    @property
+    def variable(self) -> str:
+        """The environment variable: `SURFW_PORT`."""
+        return f"SURFW_{self.name.upper()}"
+
+    @property
+    def option(self) -> str:
+        """The option of the command line: `--port`."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def expected(self) -> str:
+        """What a value has to be, in words."""
+        if self.choices:
+            return " or ".join(self.choices)
+        if self.kind not in {int, float}:
+            return "true or false" if self.kind is bool else "a text that is not empty"
+        number = "a whole number" if self.kind is int else "a number"
+        if self.least is None:
+            return number
+        return f"{number} from {self.least} to {self.most}" if self.most is not None else f"{number} >= {self.least}"
+
+    def check(self, value: object, where: str) -> Any:
+        """A value of this setting; whole numbers do as numbers, and paths as texts.
+
+        Args:
+            value: from an argument or a file.
+            where: names it in errors, such as `surfw.toml: port`.
+
+        Raises:
+            ConfigurationError: it is of another type, or out of bounds.
+        """
+        if value is None and self.optional:
+            return None
+        if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):
+                value = float(value)
+        if self.kind is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        if not self._fits(value):
+            raise self._refusal(value, where)
+        return value
+
+    def parse(self, text: str, where: str) -> Any:
+        """A value of this setting, from its text in a variable.
+
+        Args:
+            text: the variable's value.
+            where: names it in errors, such as `SURFW_PORT`.
+
+        Raises:
+            ConfigurationError: the text is none of this setting's type, or the value is out of bounds.
+        """
+        value: object = text
+        with contextlib.suppress(ValueError, KeyError):
+            value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
+        if not self._fits(value):
+            raise self._refusal(text, where)
+        return value
+
+    def _refusal(self, value: object, where: str) -> ConfigurationError:
+        return ConfigurationError(f"{where} is {_show(value)}, expected {self.expected}")
+
+    def _fits(self, value: object) -> bool:
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
+            return False
+        if isinstance(value, str):
+            return value in self.choices if self.choices else bool(value.strip())
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        return (self.least is None or self.least <= value) and (self.most is None or value <= self.most)
+
+
+def _show(value: object) -> str:
+    """A value that was refused, short enough for a line."""
+    try:
+        text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,0 +1,278 @@
+"""The settings: the one registry of what can be set, and where a value comes from.
+
+A field of `Settings` is a setting, with its type, its default, its bounds and its meaning. Its name is the keyword in
+Python and the key in a file; `SURFW_` and the name in capitals is its variable; the command line makes its options from
+the same fields. An argument goes before a variable, a variable before the file, the file before the default. A secret
+is no setting: it is read when it is asked for, and never shown.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from surfw.config import (
+    DEFAULT_CACHE_MB,
+    DEFAULT_CLIENTS,
+    DEFAULT_CONNECT_SECONDS,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    DEFAULT_SILENCE_SECONDS,
+    OnMissing,
+    default_store,
+)
+from surfw.errors import ConfigurationError
+from surfw.retry import RetryPolicy
+from surfw.setting import Setting
+
+CONFIG_VARIABLE = "SURFW_CONFIG"
+"""Names a TOML file, as `--config` does."""
+
+TOKEN_VARIABLE = "SURFW_TOKEN"  # noqa: S105 - a name
+"""Holds the token itself: the one variable that has no option and no key."""
+
+TABLE = "tool.surfw"
+"""The table of a TOML file that holds settings."""
+
+_RETRY = RetryPolicy()
+_SHORTEST_SECONDS = 0.001
+_MOST_TOKEN_BYTES = 64 * 1024
+
+
+def _setting(
+    default: Any,
+    meaning: str,
+    *,
+    shown: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    metavar: str | None = None,
+) -> Any:
+    """A field with what `Setting` knows of it; `shown` says in words what no default or a computed one means."""
+    known = {"help": meaning, "default_text": shown, "least": least, "most": most, "metavar": metavar}
+    return (
+        field(default_factory=default, metadata=known) if callable(default) else field(default=default, metadata=known)
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """All settings, checked. `Settings.load()` also asks the environment and a file; `Settings()` has the defaults.
+
+    Raises:
+        ConfigurationError: a value is of another type, or out of bounds.
+    """
+
+    store: str = _setting(
+        default_store, "The store: a folder or a storage URL.", shown="$SURFW_HOME/store", metavar="URL"
+    )
+    source: str | None = _setting(
+        None,
+        "ws://host:port, a folder or a storage URL.",
+        shown="a server on this machine, else the store, else the demo model",
+        metavar="URL",
+    )
+    model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
+    host: str = _setting(DEFAULT_HOST, "Address to listen on.")
+    port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
+    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=0)
+    insecure: bool = _setting(
+        False,
+        "Allow listening beyond loopback without a token, or with one in clear text.",
+    )
+    clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
+    cache_layers: int | None = _setting(
+        None, "Layers kept in memory; one more may be in flight.", shown="what fits", least=1
+    )
+    dtype: str | None = _setting(None, "Run in this dtype, such as bfloat16.", shown="as stored")
+    max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
+    temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
+    top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
+    top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
+    seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
+    live: bool | None = _setting(None, "A live table.", shown="in a terminal")
+    connect_timeout: float = _setting(
+        DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
+    )
+    silence_timeout: float = _setting(
+        DEFAULT_SILENCE_SECONDS,
+        "Seconds a server may send nothing while it is asked for something.",
+        least=_SHORTEST_SECONDS,
+    )
+    retry_attempts: int = _setting(
+        _RETRY.attempts, "Tries of a connection in all; 1 never tries again.", least=1, most=1000
+    )
+    retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
+    retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
+    retry_jitter: float = _setting(_RETRY.jitter, "Share of a delay that chance may take away.", least=0, most=1)
+    token_file: str | None = _setting(
+        None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
+    )
+    on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, setting.check(getattr(self, name), name))
+
+    @classmethod
+    def load(cls, config: str | os.PathLike[str] | None = None, **arguments: Any) -> Self:
+        """The settings from arguments, `SURFW_*` variables, a file and the defaults, the first of these going first.
+
+        Args:
+            config: a TOML file with a table `[tool.surfw]`; default: the one that `$SURFW_CONFIG` names, if any.
+            arguments: settings by name; None means that it is not given.
+
+        Raises:
+            ConfigurationError: a value cannot be used, a name is unknown, or the file cannot be read.
+        """
+        return cls(**{name: value for name, (value, _) in trace_settings(config, arguments).items()})
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """How often, and after how long, a connection is tried again."""
+        return RetryPolicy(
+            attempts=self.retry_attempts,
+            first_delay_seconds=self.retry_first_delay,
+            backoff=self.retry_backoff,
+            jitter=self.retry_jitter,
+        )
+
+    @property
+    def token(self) -> str | None:
+        """The token: what `$SURFW_TOKEN` holds, else what `token_file` holds, else None. It is read at every use.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or holds no token.
+        """
+        if given := os.environ.get(TOKEN_VARIABLE):
+            return _check_token(given, TOKEN_VARIABLE)
+        if self.token_file is None:
+            return None
+        path = Path(self.token_file).expanduser()
+        try:
+            with path.open("rb") as file:
+                text = file.read(_MOST_TOKEN_BYTES).decode(errors="replace")
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or type(exc).__name__
+            raise ConfigurationError(
+                f"token_file {path} cannot be read: {reason}; name a file that holds the token"
+            ) from exc
+        return _check_token(text, f"token_file {path}")
+
+
+def _check_token(text: str, where: str) -> str:
+    """The token without white space around it; errors do not show it."""
+    token = text.strip()
+    if not token:
+        raise ConfigurationError(f"{where} is empty, expected a token; put one in, or unset it")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(f"{where} holds no token, expected one word of printable ASCII characters")
+    return token
+
+
+def _read_registry() -> dict[str, Setting]:
+    """The settings by name, from the fields of `Settings`."""
+    hints = get_type_hints(Settings)
+    found = {}
+    for one in fields(Settings):
+        kinds = [kind for kind in get_args(hints[one.name]) or (hints[one.name],) if kind is not type(None)]
+        choices = get_args(hints[one.name]) if get_origin(hints[one.name]) is Literal else ()
+        shown = one.metadata["default_text"]
+        if shown is None:
+            shown = "" if one.default is None or one.default is False else str(one.default)
+        found[one.name] = Setting(
+            name=one.name,
+            kind=str if choices else kinds[0],
+            optional=type(None) in get_args(hints[one.name]),
+            choices=choices,
+            **{**one.metadata, "default_text": shown},
+        )
+    return found
+
+
+SETTINGS: Mapping[str, Setting] = _read_registry()
+"""What is known of each setting, by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value comes from.
+
+    Attributes:
+        kind: which of the four ways.
+        name: the argument, the variable, or the path of the file; `default` for a default.
+    """
+
+    kind: Literal["argument", "variable", "file", "default"]
+    name: str
+
+
+def trace_settings(
+    config: str | os.PathLike[str] | None, arguments: Mapping[str, Any]
+) -> dict[str, tuple[Any, Origin]]:
+    """Every setting's value, and where it comes from; arguments and results are those of `Settings.load`.
+
+    Raises:
+        ConfigurationError: as `Settings.load` does.
+    """
+    for name in arguments:
+        if name not in SETTINGS:
+            raise ConfigurationError(f"there is no setting {name}{_closest(name, SETTINGS)}")
+    file = config or os.environ.get(CONFIG_VARIABLE)
+    path = Path(file).expanduser() if file else None
+    table = read_settings_file(path) if path is not None else {}
+    defaults = Settings()
+    found: dict[str, tuple[Any, Origin]] = {}
+    for name, setting in SETTINGS.items():
+        if (given := arguments.get(name)) is not None:
+            found[name] = setting.check(given, name), Origin("argument", name)
+        elif text := os.environ.get(setting.variable):
+            found[name] = setting.parse(text, setting.variable), Origin("variable", setting.variable)
+        elif name in table:
+            found[name] = table[name], Origin("file", str(path))
+        else:
+            found[name] = getattr(defaults, name), Origin("default", "default")
+    return found
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file, checked.
+
+    Raises:
+        ConfigurationError: it cannot be read, is no TOML, has no table `[tool.surfw]`, or something in it is wrong.
+    """
+    import tomllib
+
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigurationError(
+            f"settings file {path} cannot be read: {exc.strerror or type(exc).__name__}; name another with --config or "
+            f"{CONFIG_VARIABLE}"
+        ) from exc
+    except (ValueError, RecursionError) as exc:
+        raise ConfigurationError(f"settings file {path} is not TOML: {exc}; correct it there") from exc
+    tool = document.get("tool")
+    table = tool.get("surfw") if isinstance(tool, dict) else None
+    if not isinstance(table, dict):
+        raise ConfigurationError(f"settings file {path} has no table [{TABLE}]; settings stand below that line")
+    return {key: _check_entry(path, key, value) for key, value in table.items()}
+
+
+def _check_entry(path: Path, key: str, value: object) -> Any:
+    if isinstance(value, dict):
+        raise ConfigurationError(
+            f"{path}: {key} is a table, expected settings in [{TABLE}] itself{_closest(key, SETTINGS)}"
+        )
+    if key not in SETTINGS:
+        raise ConfigurationError(f"{path}: there is no setting {key}{_closest(key, SETTINGS)}")
+    return SETTINGS[key].check(value, f"{path}: {key}")
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else "; 'surfw config' lists all settings"
