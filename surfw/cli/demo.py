@@ -12,11 +12,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from surfw.checkpoint.demo import demo_checkpoint
 from surfw.config import surfw_home
 from surfw.errors import StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
 
-CHECKPOINT = Path(__file__).parent.parent / "demo"
+CHECKPOINT = demo_checkpoint()
 
 
 @contextlib.contextmanager

@@ -103,9 +103,9 @@ class WireSource(ChunkSource):
                 if transfer.verified_bytes:
                     delays = self._retry.delays()
                 if not await self._wait(exc, delays):
-                    last = "" if exc is first else f"; the last attempt: {exc}"
+                    size, last = whole.stop - whole.start, "" if exc is first else f"; the last attempt: {exc}"
                     raise ConnectionFailedError(
-                        f"{first}, after {reached} of {whole.stop - whole.start} bytes of chunk {whole.chunk.name}{last}; "
+                        f"{first}, after {reached} of {size} bytes of chunk {whole.chunk.name}{last}; "
                         "see what became of it, and run it again"
                     ) from exc
             else:

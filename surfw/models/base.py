@@ -330,7 +330,7 @@ class StreamingBaseModel:
         """The open model; the first call opens it."""
         with self._opening:
             if self._closed:
-                raise ModelClosedError(f"{self!r} cannot be used; open it again")
+                raise self._closed_error()
             if self._opened is not None:
                 return self._opened
             settings = self._settings
@@ -340,7 +340,7 @@ class StreamingBaseModel:
                 opened = OpenedModel(self._client, manifest, settings, self.metrics)
             except BaseException:
                 if settings.owns_client:
-                    self._client.close()
+                    self._client.disconnect()
                 raise
             with self._state:
                 self._opened = opened
@@ -349,10 +349,15 @@ class StreamingBaseModel:
             return opened
 
     def _open_here(self) -> OpenedModel:
-        """The open model, for callers in a thread where an event loop may run."""
-        if self._opened is None and not self._closed:
+        """The open model, for callers in a thread where an event loop may run; closed, it still tells its facts."""
+        if self._opened is not None:
+            return self._opened
+        if not self._closed:
             _refuse_event_loop(type(self).__name__)
         return self._open()
+
+    def _closed_error(self) -> ModelClosedError:
+        return ModelClosedError(f"{self._wanted or f'the model of {self._client.url}'} is closed; open it again")
 
     def _check_type(self, manifest: Manifest) -> None:
         found = manifest.config.get("model_type")
@@ -387,7 +392,7 @@ class StreamingBaseModel:
     def _executor(self) -> ThreadPoolExecutor:
         with self._state:
             if self._closed:
-                raise ModelClosedError(f"{self!r} cannot be used; open it again")
+                raise self._closed_error()
             if self._compute is None:
                 self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
             return self._compute

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.retry import RetryPolicy
 from surfw.runtime.io_thread import IoThread
 from surfw.source import ChunkSource
@@ -66,6 +66,7 @@ class WeightClient:
         self._lock = threading.Lock()
         self._io: IoThread | None = None
         self._source: ChunkSource | None = None
+        self._closed = False
 
     @property
     def io(self) -> IoThread:
@@ -79,9 +80,12 @@ class WeightClient:
         """The source, opened at the first use; belongs to the event loop of `io`.
 
         Raises:
+            ModelClosedError: the client is closed.
             SurfwError: it cannot be reached.
         """
         with self._lock:
+            if self._closed:
+                raise ModelClosedError(f"the client of {self.url} is closed; open it again")
             if self._source is None:
                 io = IoThread()
                 try:
@@ -111,7 +115,12 @@ class WeightClient:
         return self.run(lambda source: source.models())
 
     def close(self) -> None:
-        """Leave the source. Models that still read through it fail. Closing twice is fine."""
+        """Leave the source for good. Models that still read through it fail. Closing twice is fine."""
+        self._closed = True
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Leave the source; the next use opens it again."""
         with self._lock:
             io, source = self._io, self._source
             self._io = self._source = None

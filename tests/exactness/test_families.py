@@ -3,7 +3,6 @@
 import asyncio
 import copy
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import transformers
 from transformers import PreTrainedModel
 
 from surfw.chunking.chunker import prepare_model, write_model
-from surfw.client import open_wire_source
 from surfw.manifest import Manifest
 from surfw.models import StreamingModel
 from surfw.storage import open_backend
@@ -53,7 +51,7 @@ def test_streamed_equals_resident(name: str, store: Path, server: Served, tmp_pa
     expected = [outputs(resident, inputs(resident, batch)) for batch in (1, 2)]
     for cache_layers in (1, 2, None):
         before = server.stats()["bytes_sent"]
-        with StreamingModel.open(partial(open_wire_source, server.url), name, cache_layers=cache_layers) as streaming:
+        with StreamingModel.open(server.url, name, cache_size=cache_layers) as streaming:
             assert not streaming.model.training
             for batch, want in zip((1, 2), expected, strict=True):
                 given = inputs(resident, batch)

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import importlib.util
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from surfw.chunking.chunker import prepare_model, write_model
-from surfw.client import open_wire_source
 from surfw.models import StreamingModel
 from surfw.models.inference import Request, answer
-from surfw.models.tokenizer import open_tokenizer
 from surfw.storage import open_backend
 from tests.servers import serve
 
@@ -39,7 +36,7 @@ def test_real_bert_is_bit_equal(cache_layers: int | None, tmp_path: Path) -> Non
     assert manifest.layer_count == 6
     texts = ["The weights arrive while the model runs.", "A cat sleeps."]
     with serve(tmp_path / "store") as served:
-        with StreamingModel.open(partial(open_wire_source, served.url), cache_layers=cache_layers) as streaming:
+        with StreamingModel.open(served.url, cache_size=cache_layers) as streaming:
             for batch in (texts[:1], texts):
                 given = tokenizer(batch, return_tensors="pt", padding=True)
                 with torch.no_grad():
@@ -64,7 +61,7 @@ def test_embeddings_mean_something(tmp_path: Path) -> None:
         assert result.embedding is not None
         return torch.nn.functional.normalize(torch.tensor(result.embedding), dim=0)
 
-    with serve(tmp_path / "store") as served, StreamingModel.open(partial(open_wire_source, served.url)) as streaming:
-        tokenizer = open_tokenizer(streaming)
+    with serve(tmp_path / "store") as served, StreamingModel.open(served.url) as streaming:
+        tokenizer = streaming.tokenizer
         cat, kitten, tax = (embed(text) for text in ("A cat sleeps.", "A kitten is napping.", "Income tax law of 1954"))
     assert cat @ kitten > 0.5 > cat @ tax

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, inference
 from surfw.models.inference import Answer, Request, TokenClock, answer
-from surfw.models.tokenizer import open_tokenizer
 from surfw.storage import open_backend
 from surfw.storage.source import open_storage_source
 
@@ -42,7 +41,7 @@ def llama(opened: Callable[[str], StreamingModel]) -> StreamingModel:
 
 @pytest.fixture
 def tokenizer(llama: StreamingModel) -> PreTrainedTokenizerBase:
-    found = open_tokenizer(llama)
+    found = llama.tokenizer
     assert found is not None
     return found
 
@@ -67,10 +66,16 @@ def test_a_prompt_is_continued_as_transformers_does(
     llama: StreamingModel, tokenizer: PreTrainedTokenizerBase, checkpoints: Path
 ) -> None:
     pieces: list[str] = []
-    seconds: list[float] = []
+    tokens: list[tuple[int, float]] = []
     result = answer(
-        llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=9), on_text=pieces.append, on_token=seconds.append
+        llama,
+        tokenizer,
+        Request(prompt=PROMPT, max_new_tokens=9),
+        on_text=pieces.append,
+        on_token=lambda *token: tokens.append(token),
     )
+    seconds = [when for _, when in tokens]
+    assert [token for token, _ in tokens] == result.token_ids
     ids = AutoTokenizer.from_pretrained(checkpoints / "llama")(PROMPT).input_ids
     assert result.token_ids == greedy(checkpoints, "llama", ids, 9)
     assert result.prompt_tokens == len(ids)
@@ -90,8 +95,10 @@ def test_ids_are_taken_as_they_are(llama: StreamingModel, checkpoints: Path) -> 
 
 
 def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
-    seconds: list[float] = []
-    result = answer(opened("t5"), None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4), on_token=seconds.append)
+    tokens: list[tuple[int, float]] = []
+    request = Request(prompt_ids=[5, 9, 77], max_new_tokens=4)
+    result = answer(opened("t5"), None, request, on_token=lambda *token: tokens.append(token))
+    seconds = [when for _, when in tokens]
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
     assert len(seconds) == len(result.token_ids)  # the decoder's start is none of them
@@ -156,7 +163,7 @@ def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> 
         ({"prompt_ids": [300]}, "token ids of llama lie between 0 and 299"),
         ({"prompt_ids": [-1]}, "token ids of llama lie between 0 and 299"),
         ({"prompt_ids": [2**70]}, "token ids of llama lie between 0 and 299"),
-        ({"prompt": "x"}, "llama has no tokenizer; give the prompt as ids, with --prompt-ids 1,2,3"),
+        ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids, with --prompt-ids 1,2,3"),
         ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so --stop cannot be used with it"),
     ],
 )
@@ -207,7 +214,7 @@ def test_an_encoder_gives_the_mean_of_its_last_states(
     opened: Callable[[str], StreamingModel], checkpoints: Path
 ) -> None:
     bert = opened("bert")
-    result = answer(bert, open_tokenizer(bert), Request(prompt=PROMPT))
+    result = answer(bert, bert.tokenizer, Request(prompt=PROMPT))
     inputs = AutoTokenizer.from_pretrained(checkpoints / "bert")(PROMPT, return_tensors="pt")
     with torch.no_grad():
         states = resident(checkpoints, "bert")(**inputs, output_hidden_states=True).hidden_states[-1]
@@ -219,7 +226,7 @@ def test_an_encoder_gives_the_mean_of_its_last_states(
 
 def test_a_mask_is_filled_with_the_likeliest_tokens(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
     bert = opened("bert")
-    result = answer(bert, open_tokenizer(bert), Request(prompt="Weights [MASK] while the [MASK] runs."))
+    result = answer(bert, bert.tokenizer, Request(prompt="Weights [MASK] while the [MASK] runs."))
     tokenizer = AutoTokenizer.from_pretrained(checkpoints / "bert")
     inputs = tokenizer("Weights [MASK] while the [MASK] runs.", return_tensors="pt")
     with torch.no_grad():
@@ -251,12 +258,13 @@ def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], 
 def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 13.0])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
-    told: list[float] = []
-    clock = TokenClock(None, told.append)
+    told: list[tuple[int, float]] = []
+    clock = TokenClock(None, lambda *token: told.append(token))
     for token in ([[1, 2, 3]], [4], [5]):
         clock.put(torch.tensor(token))
     clock.end()
-    assert clock.times == told == [1.0, 3.0]
+    assert clock.times == [1.0, 3.0]
+    assert told == [(4, 1.0), (5, 3.0)]
 
 
 def test_an_answer_starts_empty() -> None:

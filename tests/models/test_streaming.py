@@ -13,7 +13,14 @@ import pytest
 import torch
 import transformers
 
-from surfw.errors import ConfigurationError, IntegrityError, NotAStoreError, StorageError, UnknownModelError
+from surfw.errors import (
+    ConfigurationError,
+    IntegrityError,
+    ModelClosedError,
+    NotAStoreError,
+    StorageError,
+    UnknownModelError,
+)
 from surfw.models import StreamingModel
 from surfw.runtime.absent import AbsentParameter
 from surfw.source import ChunkSource
@@ -46,7 +53,7 @@ def test_logits_are_those_of_the_resident_model(
     store: Path, checkpoints: Path, name: str, cache_layers: int | None
 ) -> None:
     expected = logits(resident(checkpoints, name), name)
-    with StreamingModel.open(opener(store), name, cache_layers=cache_layers) as model:
+    with StreamingModel.open(opener(store), name, cache_size=cache_layers) as model:
         for _ in range(2):
             assert torch.equal(logits(model, name), expected)
 
@@ -56,7 +63,7 @@ def test_deberta_uses_its_relative_positions_outside_of_their_module(
 ) -> None:
     with (
         caplog.at_level(logging.WARNING, "surfw"),
-        StreamingModel.open(opener(store), "deberta-outside-weights", cache_layers=1) as model,
+        StreamingModel.open(opener(store), "deberta-outside-weights", cache_size=1) as model,
     ):
         table = model.model.deberta.encoder.rel_embeddings.weight
         assert isinstance(table, AbsentParameter)
@@ -68,7 +75,7 @@ def test_deberta_uses_its_relative_positions_outside_of_their_module(
 
 def test_generation_is_transformers_own(store: Path, checkpoints: Path) -> None:
     expected = resident(checkpoints, "llama").generate(IDS, max_new_tokens=6, do_sample=False)
-    with StreamingModel.open(opener(store), "llama", cache_layers=2) as model:
+    with StreamingModel.open(opener(store), "llama", cache_size=2) as model:
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), expected)
 
 
@@ -78,7 +85,7 @@ def test_another_dtype_is_that_of_from_pretrained(store: Path, checkpoints: Path
     wanted = {"bfloat16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
     model = resident(checkpoints, name, dtype=wanted)
     expected = logits(model, name)
-    with StreamingModel.open(opener(store), name, cache_layers=1, dtype=dtype) as streaming:
+    with StreamingModel.open(opener(store), name, cache_size=1, dtype=dtype) as streaming:
         assert {n: p.dtype for n, p in streaming.model.named_parameters(remove_duplicate=False)} == {
             n: p.dtype for n, p in model.named_parameters(remove_duplicate=False)
         }
@@ -106,7 +113,7 @@ def test_what_was_done_is_told_in_numbers(store: Path) -> None:
 
 
 def test_at_most_the_kept_layers_and_one_more_are_in_memory(store: Path) -> None:
-    with StreamingModel.open(opener(store), "llama", cache_layers=1) as model:
+    with StreamingModel.open(opener(store), "llama", cache_size=1) as model:
         assert model.plan.buffers == 2
         model(input_ids=IDS)
         layer = model.plan.streamed["model.layers.0"]
@@ -131,7 +138,7 @@ def test_only_the_manifest_is_read_before_the_model_is_open(store: Path) -> None
 
 
 def test_closing_leaves_transformers_model_without_weights_and_without_hooks(store: Path) -> None:
-    model = StreamingModel.open(opener(store), "llama", cache_layers=1)
+    model = StreamingModel.open(opener(store), "llama", cache_size=1)
     model(input_ids=IDS)
     model.close()
     model.close()
@@ -141,7 +148,7 @@ def test_closing_leaves_transformers_model_without_weights_and_without_hooks(sto
     assert {parameter.device.type for parameter in model.model.parameters()} == {"meta"}
     assert not any(isinstance(parameter, AbsentParameter) for parameter in model.model.parameters())
     for use in (lambda: model(input_ids=IDS), lambda: model.generate(IDS)):
-        with pytest.raises(ConfigurationError, match="llama is closed; open it again"):
+        with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
             use()
 
 
@@ -160,7 +167,7 @@ class FailsOnce(FilesystemBackend):
 def test_a_source_that_fails_once_fails_one_forward_at_most(store: Path, checkpoints: Path) -> None:
     expected = logits(resident(checkpoints, "llama"), "llama")
     backend = FailsOnce(store)
-    with StreamingModel.open(lambda: open_storage_source(backend), "llama", cache_layers=1) as model:
+    with StreamingModel.open(lambda: open_storage_source(backend), "llama", cache_size=1) as model:
         with contextlib.suppress(StorageError):  # unless what failed was fetched ahead, and is loaded again when needed
             logits(model, "llama")
         assert backend.failed
@@ -186,7 +193,7 @@ def test_an_interrupt_leaves_a_model_that_works(store: Path, checkpoints: Path) 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with StreamingModel.open(opener(store), "llama", cache_layers=1) as model:
+    with StreamingModel.open(opener(store), "llama", cache_size=1) as model:
         for _ in range(3):
             handle = model.model.model.layers[1].mlp.register_forward_hook(interrupt)
             with pytest.raises(KeyboardInterrupt):
@@ -200,7 +207,7 @@ def test_forwards_of_several_threads_run_one_after_another(store: Path, checkpoi
     expected = logits(resident(checkpoints, "bert"), "bert")
     found: list[bool] = []
     start = threading.Barrier(3)
-    with StreamingModel.open(opener(store), "bert", cache_layers=1) as model:
+    with StreamingModel.open(opener(store), "bert", cache_size=1) as model:
 
         def run() -> None:
             start.wait()
@@ -247,7 +254,6 @@ class Tracked(StorageSource):
     [
         ({"model": "nothing"}, UnknownModelError),
         ({"model": None}, UnknownModelError),
-        ({"model": "llama", "cache_layers": 0}, ConfigurationError),
         ({"model": "llama", "dtype": "int4"}, ConfigurationError),
     ],
 )
@@ -284,8 +290,8 @@ def test_a_source_that_cannot_be_closed_still_ends_the_thread(store: Path) -> No
 
 
 def test_the_plan_follows_the_budget(store: Path) -> None:
-    with StreamingModel.open(opener(store), "llama", budget_bytes=10**9) as model:
+    with StreamingModel.open(opener(store), "llama", memory_budget=10**9) as model:
         assert model.plan.everything_fits
-    with StreamingModel.open(opener(store), "llama", budget_bytes=0) as model:
+    with StreamingModel.open(opener(store), "llama", memory_budget=1) as model:
         assert model.plan.slots == 1
         model(input_ids=IDS)

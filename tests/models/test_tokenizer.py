@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 from surfw.chunking.chunker import prepare_model, write_model
 from surfw.errors import IntegrityError, UnsupportedModelError
 from surfw.models import StreamingModel
-from surfw.models.tokenizer import open_tokenizer
 from surfw.storage import FilesystemBackend, open_backend
 from surfw.storage.source import open_storage_source
 
@@ -37,7 +36,7 @@ def test_the_tokenizer_is_the_checkpoints(store: Path, checkpoints: Path, name: 
     text = "A layer is fetched while the one before it computes."
     expected = AutoTokenizer.from_pretrained(checkpoints / name)
     with StreamingModel.open(opener(store), name) as model:
-        tokenizer = open_tokenizer(model)
+        tokenizer = model.tokenizer
     assert tokenizer is not None
     assert tokenizer(text).input_ids == expected(text).input_ids
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -46,7 +45,7 @@ def test_the_tokenizer_is_the_checkpoints(store: Path, checkpoints: Path, name: 
 
 def test_a_model_without_a_tokenizer_has_none(store: Path) -> None:
     with StreamingModel.open(opener(store), "t5") as model:
-        assert open_tokenizer(model) is None
+        assert model.tokenizer is None
 
 
 def test_code_of_a_tokenizer_is_ignored_with_a_word(
@@ -57,7 +56,7 @@ def test_code_of_a_tokenizer_is_ignored_with_a_word(
 
     store = changed(checkpoints, tmp_path, "tokenizer_config.json", ask_for_code)
     with caplog.at_level(logging.WARNING, "surfw"), StreamingModel.open(opener(store)) as model:
-        tokenizer = open_tokenizer(model)
+        tokenizer = model.tokenizer
     assert tokenizer is not None
     assert type(tokenizer).__module__.startswith("transformers.")
     (record,) = caplog.records
@@ -80,7 +79,7 @@ def test_files_that_make_no_tokenizer(checkpoints: Path, tmp_path: Path, file: s
     store = changed(checkpoints, tmp_path, file, lambda _: content)
     complaint = "^the tokenizer of llama cannot be used: .*; give the prompt as ids, with --prompt-ids$"
     with StreamingModel.open(opener(store)) as model, pytest.raises(UnsupportedModelError, match=complaint):
-        open_tokenizer(model)
+        _ = model.tokenizer
 
 
 def test_a_damaged_file_is_noticed(store: Path) -> None:
@@ -93,4 +92,4 @@ def test_a_damaged_file_is_noticed(store: Path) -> None:
         StreamingModel.open(lambda: open_storage_source(Damaged(store)), "llama") as model,
         pytest.raises(IntegrityError, match=r"tokenizer.* of llama in .* is damaged; chunk the model again"),
     ):
-        open_tokenizer(model)
+        _ = model.tokenizer

@@ -113,12 +113,31 @@ def test_building_draws_no_random_numbers_and_leaves_no_traces() -> None:
     torch.manual_seed(7)
     before = transformers.PreTrainedModel.tie_weights
     skeleton = skeleton_of("llama", dtype=torch.bfloat16)
-    fill_rest(skeleton, set(), where="llama")
+    fill_rest(skeleton, set(skeleton.slots), where="llama")
     assert torch.rand(1) == expected
     assert torch.get_default_dtype() == torch.float32
     assert transformers.PreTrainedModel.tie_weights is before
     assert not torch_module._global_parameter_registration_hooks
     assert not torch_module._global_module_registration_hooks
+
+
+def test_parameters_that_nobody_brings_are_those_of_a_new_model() -> None:
+    skeleton = skeleton_of("llama")
+    missing = "model.layers.1.mlp.up_proj.weight"
+    torch.manual_seed(7)
+    fill_rest(skeleton, set(skeleton.slots) - {missing}, where="llama")
+    torch.manual_seed(7)
+    found = skeleton.slots[missing].tensor
+    expected = torch.empty(found.shape).normal_(std=skeleton.model.config.initializer_range)
+    assert torch.equal(found, expected)
+    assert all(slot.tensor.is_meta for name, slot in skeleton.slots.items() if name != missing)
+
+
+def test_a_class_of_ones_own_brings_its_configuration() -> None:
+    cls = transformers.LlamaForCausalLM
+    assert type(read_config({"model_type": "llama"}, where="here", model_class=cls)) is transformers.LlamaConfig
+    with pytest.raises(UnsupportedModelError, match="here has model type 'bert', but LlamaForCausalLM is for 'llama'"):
+        read_config({"model_type": "bert"}, where="here", model_class=cls)
 
 
 def test_ties_of_transformers_are_not_made_and_those_of_the_class_are_seen() -> None:
@@ -197,7 +216,8 @@ def test_models_are_built_one_after_another(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("model_type", [None, 5, "", "lama", "surfw-toy", "__class__"])
 def test_an_unknown_model_type_says_what_to_register(model_type: Any) -> None:
     with pytest.raises(
-        UnsupportedModelError, match=r"here has model type .* does not know; register its classes with Auto"
+        UnsupportedModelError,
+        match=r"here has model type .* does not know; name its class \(model_class=…\), or register it with Auto",
     ):
         read_config({"model_type": model_type}, where="here")
 

@@ -1,0 +1,136 @@
+"""`ModelChunker`: a checkpoint into a store, for people who write Python."""
+
+import asyncio
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
+from surfw.chunking.writer import Progress
+from surfw.config import OnMissing
+from surfw.errors import ConfigurationError
+from surfw.manifest import Manifest
+from surfw.storage import FilesystemBackend, StorageBackend
+
+DEFAULT_OUTPUT_DIR = "./chunks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What came of a checkpoint.
+
+    Attributes:
+        name: the model's name in the store.
+        class_name: the class that is built to run it.
+        dtype: the dtype it is built with.
+        layers: how many of its chunks are layers.
+        chunks: how many chunks it has; fine-tunes share those that are equal.
+        payload_bytes: the size of all its weights.
+        digest: BLAKE3 of its manifest: equal for equal models.
+        store: where it lies.
+    """
+
+    name: str
+    class_name: str
+    dtype: str
+    layers: int
+    chunks: int
+    payload_bytes: int
+    digest: str
+    store: str
+
+
+class ModelChunker:
+    """Cuts one checkpoint into chunks by layer, and writes them into a store."""
+
+    def __init__(
+        self,
+        model_name: str | os.PathLike[str],
+        output_dir: str | os.PathLike[str] | None = None,
+        *,
+        storage_backend: StorageBackend | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        dtype: str | None = None,
+        model_class: Any = None,
+        on_missing: OnMissing = "error",
+        progress: Progress | None = None,
+    ) -> None:
+        """Note what is wanted; nothing is read or written yet.
+
+        Args:
+            model_name: a hub id (`org/name`), or a local directory.
+            output_dir: the folder that is, or becomes, the store; default: `./chunks`, unless a backend is given.
+            storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
+            name: the model's name in the store; default: the hub id, or the directory's name.
+            revision: branch, tag or commit of the hub repository.
+            dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
+            model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
+                know.
+            on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
+            progress: called with the bytes just finished and the name of their chunk, from a worker thread.
+
+        Raises:
+            ConfigurationError: both a folder and a backend are given.
+        """
+        if output_dir is not None and storage_backend is not None:
+            raise ConfigurationError("output_dir and storage_backend exclude each other; give one of them")
+        self._backend = storage_backend
+        self._output_dir = DEFAULT_OUTPUT_DIR if output_dir is None else output_dir
+        self._progress = progress or (lambda *_: None)
+        self._model = os.fspath(model_name)
+        self._options: dict[str, Any] = {
+            "name": name,
+            "revision": revision,
+            "dtype": dtype,
+            "model_class": model_class,
+            "on_missing": on_missing,
+        }
+
+    async def chunk_model(self) -> ModelInfo:
+        """Do it, with what computes and reads in threads beside the event loop.
+
+        A run that is cancelled or fails leaves nothing visible in the store; the next one goes on where it stopped.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, incomplete, or not there.
+            UnsupportedModelError: surfw cannot run it.
+            StorageError: the storage cannot take it.
+        """
+        with await self._prepare() as prepared:
+            if self._backend is not None:
+                manifest = await write_model(prepared, self._backend, progress=self._progress)
+                return _describe(manifest, self._backend)
+            backend = FilesystemBackend(self._output_dir)
+            try:
+                return _describe(await write_model(prepared, backend, progress=self._progress), backend)
+            finally:
+                await backend.close()
+
+    def chunk_model_sync(self) -> ModelInfo:
+        """As `chunk_model`, where no event loop runs."""
+        return asyncio.run(self.chunk_model())
+
+    async def _prepare(self) -> PreparedModel:
+        """Open and plan in a thread; if this is cancelled, close what the thread has opened."""
+        preparing = asyncio.ensure_future(asyncio.to_thread(prepare_model, self._model, **self._options))
+        try:
+            return await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            (outcome,) = await asyncio.gather(preparing, return_exceptions=True)
+            if isinstance(outcome, PreparedModel):
+                outcome.close()
+            raise
+
+
+def _describe(manifest: Manifest, backend: StorageBackend) -> ModelInfo:
+    return ModelInfo(
+        name=manifest.name,
+        class_name=manifest.class_name,
+        dtype=manifest.dtype,
+        layers=manifest.layer_count,
+        chunks=len(manifest.chunks),
+        payload_bytes=manifest.payload_bytes,
+        digest=manifest.digest,
+        store=backend.url,
+    )
