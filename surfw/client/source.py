@@ -121,6 +121,9 @@ class WireSource(ChunkSource):
         try:
             await (await self._connected()).receive(ask, transfer)
             await transfer.verified()
+        except ConnectionFailedError:
+            await transfer.verified()  # what has arrived need not come again
+            raise
         finally:
             await transfer.settle()
 
