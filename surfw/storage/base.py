@@ -108,7 +108,7 @@ class StorageBackend(ABC):
 
     def spool(self) -> Path:
         """A local folder for files on their way into the storage; another one for each storage."""
-        return surfw_home() / "partial" / blake3(self.url.encode()).hexdigest()[:16]
+        return spool_folder(self.url)
 
     async def adopt(self, key: str, path: Path) -> None:
         """Move a finished local file into the storage."""
@@ -119,6 +119,11 @@ class StorageBackend(ABC):
     async def close(self) -> None:
         """Release what the backend holds."""
         return
+
+
+def spool_folder(place: str) -> Path:
+    """A local folder for files on their way to a place, of its own for each."""
+    return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
 
 
 def expect_length(data: bytes, length: int, key: str, url: str) -> bytes:

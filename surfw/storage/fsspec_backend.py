@@ -17,7 +17,7 @@ import fsspec
 
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
-from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
+from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, spool_folder
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
@@ -46,6 +46,7 @@ class FsspecBackend(StorageBackend):
     def __init__(self, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = display_url(url)
+        self._spool = spool_folder(url)  # URLs that are shown alike may be different places
         self.fs, self.root = self._open(url, **options)
 
     def _open(self, url: str, **options: Any) -> tuple[Any, str]:
@@ -55,6 +56,10 @@ class FsspecBackend(StorageBackend):
                 return fs, str(root)
         except ValueError as exc:
             raise ConfigurationError(f"storage {self.url} cannot be opened: {str(exc).replace(url, self.url)}") from exc
+
+    def spool(self) -> Path:
+        """A local folder for files on their way into this storage."""
+        return self._spool
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""

@@ -40,7 +40,7 @@ def bearer(token: str) -> dict[str, str]:
 def admits(token: str, shown: Sequence[str]) -> bool:
     """Whether the values of a request's `Authorization` headers show the token, found out in constant time."""
     scheme, _, secret = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
-    same = hmac.compare_digest(secret.strip().encode(errors="surrogateescape"), token.encode())
+    same = hmac.compare_digest(secret.strip().encode(errors="surrogatepass"), token.encode())
     return same and scheme.lower() == "bearer"
 
 

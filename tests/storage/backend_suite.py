@@ -91,6 +91,14 @@ class BackendSuite:
         with pytest.raises(StorageError, match="ends"):
             asyncio.run(backend.read_into(KEY, 2, memoryview(bytearray(3))))
 
+    def test_a_revision_changes_with_the_object_or_is_not_told(self, backend: StorageBackend) -> None:
+        assert asyncio.run(backend.revision(KEY)) is None
+        asyncio.run(backend.save(KEY, b"first"))
+        first = asyncio.run(backend.revision(KEY))
+        assert asyncio.run(backend.revision(KEY)) == first
+        asyncio.run(backend.save(KEY, b"other"))
+        assert first is None or asyncio.run(backend.revision(KEY)) not in {None, first}
+
     def test_keys_are_listed_by_prefix_and_sorted(self, backend: StorageBackend) -> None:
         assert asyncio.run(backend.list()) == []
         assert asyncio.run(backend.list("models/")) == []
@@ -122,7 +130,7 @@ class BackendSuite:
         for work in (
             backend.load(key), backend.save(key, b"!"), backend.exists(key), backend.size(key),
             backend.load_range(key, 0, 1), backend.read_into(key, 0, memoryview(bytearray(1))),
-            backend.adopt(key, tmp_path / "x"),
+            backend.adopt(key, tmp_path / "x"), backend.revision(key),
         ):  # fmt: skip
             with pytest.raises(StorageError, match=r"storage key .* is refused"):
                 asyncio.run(work)

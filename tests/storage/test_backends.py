@@ -1,5 +1,6 @@
 """The backends there are, and one with nothing but the four methods, prove themselves by the same suite."""
 
+import asyncio
 import uuid
 from pathlib import Path
 from typing import BinaryIO
@@ -116,3 +117,16 @@ def test_an_unknown_scheme_is_a_wrong_setting() -> None:
 def test_each_storage_has_a_spool_of_its_own() -> None:
     folders = {FsspecBackend(f"memory://{name}").spool() for name in "abc"}
     assert len(folders) == 3
+
+
+def test_a_backend_shows_no_credentials() -> None:
+    backend = FsspecBackend("memory://me:secret@place/store")
+    assert backend.url == "memory://***@place/store"
+    assert "secret" in backend.root, "it still goes where it was told to"
+    assert backend.spool() != FsspecBackend("memory://you:secret@place/store").spool()
+    with pytest.raises(NotFoundError) as caught:
+        asyncio.run(backend.load("a"))
+    assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match=r"^storage nowhere://\*\*\*@place cannot be opened") as refused:
+        open_backend("nowhere://me:secret@place")
+    assert "secret" not in str(refused.value)

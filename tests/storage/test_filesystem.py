@@ -232,3 +232,9 @@ def test_what_a_library_behind_a_file_system_raises_becomes_ours(monkeypatch: py
     for work in (backend.load("x"), backend.load_range("x", 0, 1), backend.list()):
         with pytest.raises(StorageError, match="memory://x: NoCredentialsError: Unable to locate credentials"):
             asyncio.run(work)
+
+
+def test_a_file_tells_its_revision(tmp_path: Path) -> None:
+    backend = FilesystemBackend(tmp_path)
+    asyncio.run(backend.save("a", b"1"))
+    assert asyncio.run(backend.revision("a")) is not None

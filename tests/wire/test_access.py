@@ -1,0 +1,47 @@
+"""A token is said in one way, and heard in that way only."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw.errors import ConfigurationError
+from surfw.wire import admits, bearer, check_token, is_loopback
+
+TOKENS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
+
+
+@given(TOKENS)
+def test_what_is_said_is_heard(token: str) -> None:
+    assert admits(token, list(bearer(token).values()))
+
+
+@given(TOKENS, TOKENS)
+def test_another_token_is_not_admitted(token: str, other: str) -> None:
+    assert admits(token, list(bearer(other).values())) == (token == other)
+
+
+@given(TOKENS, st.lists(st.text(max_size=60), max_size=3))
+def test_any_header_is_admitted_or_not(token: str, shown: list[str]) -> None:
+    assert admits(token, shown) == (
+        len(shown) == 1 and shown[0].lower().startswith("bearer ") and shown[0][7:].strip() == token
+    )
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_token_or_refused(text: str) -> None:
+    with contextlib.suppress(ConfigurationError):
+        assert check_token(text).isascii()
+        assert text.strip() == text != ""
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+        ("192.0.2.1", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False), ("", False),
+    ],
+)  # fmt: skip
+def test_what_cannot_leave_the_machine(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback

@@ -1,0 +1,59 @@
+"""Statistics have the documented shape, or are refused with one kind of error."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from surfw.errors import RemoteProtocolError
+from surfw.wire import ServerStats, parse_stats
+
+STATS: ServerStats = {
+    "server": {"version": "1", "uptime_seconds": 2},
+    "models": ["a", "org/b"],
+    "cache": {
+        "hits": 1, "misses": 2, "coalesced": 3, "hit_rate": 0.5, "bytes": 4, "capacity_bytes": 5, "evictions": 6,
+        "policy": "lru",
+    },
+    "requests": {"total": 7, "in_flight": 8, "latency_seconds": {"p50": 0.1, "p95": 0.2, "p99": 1}},
+    "bytes_sent": 9,
+    "clients": 10,
+    "storage": {"url": "/store", "healthy": True},
+    "resources": {"rss_bytes": 11, "cpu_percent": 12.5},
+}  # fmt: skip
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN, max_size=3)
+
+
+def test_statistics_are_read_as_they_were_told() -> None:
+    assert parse_stats(json.dumps(STATS).encode()) == STATS
+    with_redis = STATS | {"redis": {"url": "redis://h", "reachable": False}}
+    assert parse_stats(json.dumps(with_redis).encode()) == with_redis
+
+
+@pytest.mark.parametrize("key", sorted(STATS))
+@given(value=JSON)
+def test_a_part_of_another_shape_is_refused(key: str, value: object) -> None:
+    changed = STATS | {key: value}
+    fits = (key == "models" and isinstance(value, list) and all(isinstance(one, str) for one in value)) or (
+        key in {"bytes_sent", "clients"} and isinstance(value, int) and not isinstance(value, bool)
+    )
+    if fits:
+        assert parse_stats(json.dumps(changed).encode()) == changed
+    else:
+        with pytest.raises(RemoteProtocolError, match="its statistics have another shape"):
+            parse_stats(json.dumps(changed).encode())
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_statistics_or_refused(data: bytes) -> None:
+    with contextlib.suppress(RemoteProtocolError):
+        parse_stats(data)
+        raise AssertionError("so few bytes are no statistics")
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="not JSON"):
+        parse_stats(b"[" * 200_000)
