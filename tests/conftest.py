@@ -8,6 +8,11 @@ from typing import NoReturn
 
 import pytest
 
+from tests.services.redis import redis_url
+from tests.services.s3 import s3
+
+__all__ = ["redis_url", "s3"]
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.client.opening import open_link
 from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
+from surfw.retry import RetryPolicy
 from surfw.server import WeightServer
 from surfw.source import Read
 from surfw.storage import FilesystemBackend, Store
@@ -93,11 +95,11 @@ async def _measure(
     """The series of the raw socket, of surfw unverified and of surfw as it is."""
     raw, unverified, verified = _Series(), _Series(), _Series()
     url = f"ws://127.0.0.1:{server.port}"
-    link = await open_link(url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)
+    connect = partial(open_link, url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
         async with (
             await open_wire_source(url) as source,
-            WireSource(link, unverified_for_measurement_only=True) as blind,
+            WireSource(connect, RetryPolicy(), await connect(), unverified_for_measurement_only=True) as blind,
         ):
             manifest = await source.manifest(_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from websockets.client import ClientProtocol
+from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.client.connection import WireConnection
@@ -50,6 +51,7 @@ class Link:
         self.url = url
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended: str | None = None
+        self._transient = False
         self._session = ClientSession(limits, client=f"surfw/{__version__}")
         self._connection: WireConnection | None = None
         self._silence_seconds = silence_seconds
@@ -105,7 +107,7 @@ class Link:
         while not answer.done():
             patience = max(asked, self.heard or asked) + self._silence_seconds - loop.time()
             if patience <= 0:
-                self._end(f"said nothing for {self._silence_seconds:g} seconds")
+                self._end(f"said nothing for {self._silence_seconds:g} seconds", transient=True)
             else:
                 await asyncio.wait([answer], timeout=patience)
         return answer.result()
@@ -193,15 +195,17 @@ class Link:
         if error:
             self._end(f"broke the protocol: {error}")
         elif self._connection and self._connection.close_reason:
-            self._end(f"closed the connection: {self._connection.close_reason}")
+            stops = self._connection.close_code == CloseCode.GOING_AWAY
+            self._end(f"closed the connection: {self._connection.close_reason}", transient=stops)
         else:
-            self._end("went away")
+            self._end("went away", transient=True)
 
-    def _end(self, what: str) -> None:
+    def _end(self, what: str, *, transient: bool = False) -> None:
         """Fail everything that waits, and all that will be asked; the first reason counts."""
         if self.ended:
             return
         self.ended = printable(what)
+        self._transient = transient
         if self._connection:
             self._connection.drop()
         waiting: list[asyncio.Future[Any]] = [self.greeted, *(pending.done for pending in self._pending.values())]
@@ -211,7 +215,7 @@ class Link:
         self._slots.release()  # wakes those who wait for a slot, one by the other
 
     def _over(self) -> ConnectionFailedError:
-        return ConnectionFailedError(f"the server at {self.url} {self.ended}")
+        return ConnectionFailedError(f"the server at {self.url} {self.ended}", transient=self._transient)
 
     def abort(self) -> None:
         """Drop the connection without a word."""

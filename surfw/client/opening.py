@@ -1,6 +1,7 @@
 """Finding a server: connect, exchange hellos, and say plainly why not if there is none."""
 
 import asyncio
+import errno
 import logging
 from http import HTTPStatus
 from ssl import SSLContext
@@ -22,6 +23,7 @@ _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it shows headers with tokens
 
 _CLOSE_SECONDS = 2
+_UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve' or name another with --source"
 
 
@@ -95,7 +97,8 @@ def _require_surfw(connection: ClientConnection) -> None:
 
 
 def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> SurfwError:
-    """Why there is no connection."""
+    """Why there is no connection, and whether trying again may help."""
+    transient = False
     match exc:
         case TimeoutError():
             silent = link.heard is None
@@ -106,15 +109,17 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case OSError():
             reason = "connection refused" if isinstance(exc, ConnectionRefusedError) else exc.strerror or exc
             text = f"no surfw server at {link.url}: {reason}; {_NEXT}"
+            transient = isinstance(exc, ConnectionError) or exc.errno in _UNREACHABLE
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
         case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
             if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
                 return refusal(link.url, token)
             text = _refused(link, exc.response.status_code)
+            transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         case _:
             text = _foreign(link, f"{link.ended or exc}; {_NEXT}")
-    return ConnectionFailedError(printable(text))
+    return ConnectionFailedError(printable(text), transient=transient)
 
 
 def _refused(link: Link, status: int) -> str:

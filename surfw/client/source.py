@@ -1,9 +1,12 @@
 """A server as a `ChunkSource`: what a fetch returns was received into its destination and verified there."""
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ssl import SSLContext
+from typing import TypeVar
 
 from surfw.client.link import Link
 from surfw.client.opening import open_link
@@ -11,19 +14,36 @@ from surfw.client.transfer import ChunkTransfer, Document
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
 from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Manifest, parse_manifest
+from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read
-from surfw.wire import Get, GetFile, GetManifest
+from surfw.wire import Get, GetFile, GetManifest, Request
+
+logger = logging.getLogger("surfw.client")
+
+T = TypeVar("T")
+Connect = Callable[[], Awaitable[Link]]
+"""Makes a link to one and the same server."""
 
 _VERIFIERS = 2
 
 
 class WireSource(ChunkSource):
-    """Models of a server. Belongs to the event loop it was opened in."""
+    """Models of a server. Belongs to the event loop it was opened in.
 
-    def __init__(self, link: Link, *, unverified_for_measurement_only: bool = False) -> None:
-        """Take over the connection; use `open_wire_source` to make one. `bench wire` alone leaves bytes unverified."""
+    A connection that is lost is made again, as often as the retry policy says; a chunk then goes on behind the blocks
+    that were already verified, and its attempts are counted anew whenever there were any.
+    """
+
+    def __init__(
+        self, connect: Connect, retry: RetryPolicy, link: Link, *, unverified_for_measurement_only: bool = False
+    ) -> None:
+        """Take over a link; use `open_wire_source` to make one. `bench wire` alone leaves bytes unverified."""
         self.url = link.url
+        self._connect = connect
+        self._retry = retry
         self._link = link
+        self._connecting = asyncio.Lock()
+        self._closed = False
         self._fetched_bytes = 0
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
         self._verify = not unverified_for_measurement_only
@@ -35,18 +55,18 @@ class WireSource(ChunkSource):
 
     async def models(self) -> list[str]:
         """The names of the models there are."""
-        return sorted(await self._link.models())
+        return sorted(await self._persistently(lambda link: link.models()))
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
-        document = Document(f"the manifest of {model} from {self.url}")
+        what = f"the manifest of {model} from {self.url}"
         try:
-            await self._link.receive(lambda number: GetManifest(number, model), document)
+            data = await self._receive(lambda number: GetManifest(number, model), lambda: Document(what))
         except RefusedError as exc:
             if exc.code != "unknown-model":
                 raise
             raise UnknownModelError(model, await self.models(), where=self.url) from exc
-        manifest = parse_manifest(document.verified(), where=self.url)
+        manifest = parse_manifest(data, where=self.url)
         if manifest.name != model:
             raise ManifestError(f"{self.url} answered for {model} with the manifest of {manifest.name}")
         return manifest
@@ -54,9 +74,11 @@ class WireSource(ChunkSource):
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
-        document = Document(f"{path} of {manifest.name} from {self.url}", listed=(entry.size, entry.digest))
-        await self._link.receive(lambda number: GetFile(number, manifest.name, path), document)
-        return document.verified()
+        what = f"{path} of {manifest.name} from {self.url}"
+        return await self._receive(
+            lambda number: GetFile(number, manifest.name, path),
+            lambda: Document(what, listed=(entry.size, entry.digest)),
+        )
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""
@@ -68,27 +90,87 @@ class WireSource(ChunkSource):
                 fetch.cancel()
             await asyncio.gather(*fetches, return_exceptions=True)
 
-    async def _fetch(self, model: str, read: Read, priority: int) -> None:
-        chunk, form = read.chunk, read.form
-        transfer = ChunkTransfer(read, self._verifiers if self._verify else None, where=self.url)
+    async def _fetch(self, model: str, whole: Read, priority: int) -> None:
+        done, reached, delays, first = 0, 0, self._retry.delays(), None
+        while True:
+            read = Read(whole.chunk, whole.form, whole.start + done, whole.stop, whole.destination[done:])
+            transfer = ChunkTransfer(read, self._verifiers if self._verify else None, where=self.url)
+            try:
+                await self._attempt(model, read, priority, transfer)
+            except ConnectionFailedError as exc:
+                first, reached = first or exc, max(reached, done + transfer.received)
+                done += transfer.verified_bytes
+                if transfer.verified_bytes:
+                    delays = self._retry.delays()
+                if not await self._wait(exc, delays):
+                    last = "" if exc is first else f"; the last attempt: {exc}"
+                    raise ConnectionFailedError(
+                        f"{first}, after {reached} of {whole.stop - whole.start} bytes of chunk {whole.chunk.name}{last}; "
+                        "see what became of it, and run it again"
+                    ) from exc
+            else:
+                self._fetched_bytes += whole.stop - whole.start
+                return
+
+    async def _attempt(self, model: str, read: Read, priority: int, transfer: ChunkTransfer) -> None:
+        """Have a transfer done over the link; however it ends, nobody touches its destination afterwards."""
+
+        def ask(number: int) -> Get:
+            return Get(number, model, read.chunk.id, read.form.codec, read.start, read.stop, priority)
+
         try:
-            await self._link.receive(
-                lambda number: Get(number, model, chunk.id, form.codec, read.start, read.stop, priority), transfer
-            )
+            await (await self._connected()).receive(ask, transfer)
             await transfer.verified()
-        except ConnectionFailedError as exc:
-            raise ConnectionFailedError(
-                f"{exc}, after {transfer.received} of {read.stop - read.start} bytes of chunk {chunk.name}; "
-                "see what became of it, and run the command again"
-            ) from exc
         finally:
             await transfer.settle()
-        self._fetched_bytes += transfer.received
+
+    async def _receive(self, make: Callable[[int], Request], into: Callable[[], Document]) -> bytes:
+        """A whole document, from the start on with every attempt."""
+
+        async def attempt(link: Link) -> bytes:
+            document = into()
+            await link.receive(make, document)
+            return document.verified()
+
+        return await self._persistently(attempt)
+
+    async def _persistently(self, attempt: Callable[[Link], Awaitable[T]]) -> T:
+        """Do it, again if the connection is lost meanwhile."""
+        delays = self._retry.delays()
+        while True:
+            try:
+                return await attempt(await self._connected())
+            except ConnectionFailedError as exc:
+                if not await self._wait(exc, delays):
+                    raise
+
+    async def _connected(self) -> Link:
+        """The link, made again if it is over."""
+        async with self._connecting:
+            if self._link.ended and not self._closed:
+                self._link = await self._connect()
+                logger.info("connected to %s again", self.url)
+            return self._link
+
+    async def _wait(self, error: ConnectionFailedError, delays: Iterator[float]) -> bool:
+        """Wait before the next attempt; False if there is none."""
+        return not self._closed and await wait_before_retry(error, delays)
 
     async def close(self) -> None:
         """Leave the server."""
+        self._closed = True
         await self._link.close()
         self._verifiers.shutdown()
+
+
+async def wait_before_retry(error: ConnectionFailedError, delays: Iterator[float]) -> bool:
+    """Wait before the next attempt; False if there is none, or if it would not help."""
+    delay = next(delays, None) if error.transient else None
+    if delay is None:
+        return False
+    logger.info("%s; trying again in %.2f seconds", error, delay)
+    await asyncio.sleep(delay)
+    return True
 
 
 async def open_wire_source(
@@ -99,19 +181,27 @@ async def open_wire_source(
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     token: str | None = None,
     ssl: SSLContext | None = None,
+    retry: RetryPolicy | None = None,
 ) -> WireSource:
     """A source over the server at a `ws://` or `wss://` address.
 
-    Waits `connect_timeout` seconds for the server to say hello, and later as long as no `silence_timeout` seconds pass
-    without a byte while something is asked for. `token` is what the server wants to be shown, if anything; `ssl` says
-    whose certificates to trust for `wss://`, in place of the system's.
+    Args:
+        url: the address.
+        limits: sizes that both sides hold each other to.
+        connect_timeout: seconds the server has to say hello.
+        silence_timeout: seconds without a byte, while something is asked for, after which a connection is given up.
+        token: what the server wants to be shown, if anything.
+        ssl: whose certificates to trust for `wss://`, in place of the system's.
+        retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
 
     Raises:
         ConfigurationError: the address is not one, or the token would go there in clear text.
         RefusedError: the server wants a token, or another one.
         ConnectionFailedError: nothing answers there, or something else does.
     """
-    link = await open_link(
+    retry = retry or RetryPolicy()
+    connect = partial(
+        open_link,
         url,
         limits=limits or WireLimits(),
         connect_seconds=connect_timeout,
@@ -119,4 +209,10 @@ async def open_wire_source(
         token=token,
         ssl=ssl,
     )
-    return WireSource(link)
+    delays = retry.delays()
+    while True:
+        try:
+            return WireSource(connect, retry, await connect())
+        except ConnectionFailedError as exc:
+            if not await wait_before_retry(exc, delays):
+                raise

@@ -89,6 +89,7 @@ class ChunkTransfer:
         self._where = where
         self._checked = 0
         self._checks: list[Future[None]] = []
+        self._ends: list[int] = []
 
     def begin(self, message: Begin) -> None:
         """Sessions let no `begin` through for a chunk."""
@@ -109,7 +110,9 @@ class ChunkTransfer:
         first = (self._read.start + self._checked) // BLOCK_BYTES
         run = self._read.destination[self._checked : end]
         chunk, form = self._read.chunk, self._read.form
-        self._checks.append(self._verifiers.submit(verify_blocks, chunk, form, first, run, where=self._where))
+        check = self._verifiers.submit(verify_blocks, chunk, form, first, run, where=self._where)
+        self._checks.append(check)
+        self._ends.append(end)
         self._checked = end
 
     async def verified(self) -> None:
@@ -120,6 +123,16 @@ class ChunkTransfer:
         """
         for check in self._checks:
             await asyncio.wrap_future(check)
+
+    @property
+    def verified_bytes(self) -> int:
+        """How many bytes from the start of the range on are verified."""
+        verified = 0
+        for check, end in zip(self._checks, self._ends, strict=True):
+            if not check.done() or check.cancelled() or check.exception():
+                break
+            verified = end
+        return verified
 
     async def settle(self) -> None:
         """Wait until no thread looks at the destination any more."""

@@ -85,6 +85,7 @@ class WeightServer:
         self._connections: set[Connection] = set()
         self._process = psutil.Process()
         self._websockets: Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
         self._lay_out(self._open_own() if storage_backend is None else storage_backend)
@@ -102,6 +103,12 @@ class WeightServer:
         self._pages = PageCache(backend, self._cache_bytes, self._metrics)
         self._released = False
 
+    def _alone(self) -> asyncio.Lock:
+        """Held while the server starts or stops; another one in each event loop that it is used in."""
+        if self._loop is not asyncio.get_running_loop():
+            self._loop, self._changing = asyncio.get_running_loop(), asyncio.Lock()
+        return self._changing
+
     async def start(self) -> None:
         """Listen.
 
@@ -110,7 +117,7 @@ class WeightServer:
             NotAStoreError: the storage holds no store.
             StorageError: the storage cannot be read.
         """
-        async with self._changing:
+        async with self._alone():
             if self._websockets is not None:
                 raise ConfigurationError(f"the server at {self.url} is started already; stop it before the next start")
             if self._released:
@@ -128,7 +135,7 @@ class WeightServer:
 
     async def stop(self) -> None:
         """Say goodbye to the clients, stop reading, and free the port. Stopping twice is fine."""
-        async with self._changing:
+        async with self._alone():
             if self._websockets is None:
                 return
             self._websockets.close(code=1001, reason="the server is stopping")

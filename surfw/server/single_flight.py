@@ -38,6 +38,9 @@ class SingleFlight(Generic[Key, Value]):
     def __contains__(self, key: object) -> bool:
         return key in self._flights
 
+    def __len__(self) -> int:
+        return len(self._flights)
+
     async def join(self, key: Key) -> Value:
         """What the work for the key gives; what it raises goes to all who wait."""
         flight = self._flights.get(key) or self._start(key)

@@ -11,10 +11,8 @@ __all__ = ["FilesystemBackend", "FsspecBackend", "StorageBackend", "Store", "ope
 
 
 def open_backend(url: str | Path) -> StorageBackend:
-    """The backend for a local path or a storage URL; the scheme decides."""
+    """The backend for a local path or a storage URL; the scheme decides. Nothing is made yet."""
     text = str(url)
-    if "://" not in text:
-        return FilesystemBackend(text)
-    if text.startswith("file://"):
-        return FilesystemBackend(text.removeprefix("file://"))
+    if "://" not in text or text.startswith("file://"):
+        return FilesystemBackend(text.removeprefix("file://"), create=False)
     return FsspecBackend(text)

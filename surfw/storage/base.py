@@ -32,6 +32,17 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_prefix(prefix: str) -> str:
+    """The prefix itself, if a key may start with it; the empty one is the prefix of all keys.
+
+    Raises:
+        StorageError: no key starts so.
+    """
+    if prefix:
+        check_key(prefix.removesuffix("/"))
+    return prefix
+
+
 class StorageBackend(ABC):
     """Named objects of bytes. A custom backend needs `load`, `save`, `exists` and `list`."""
 

@@ -12,19 +12,26 @@ from typing import Any, BinaryIO
 import fsspec
 
 from surfw.errors import StorageError
-from surfw.storage.base import check_key
+from surfw.storage.base import check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 
 _ATTEMPTS = 100
 
 
 class FilesystemBackend(FsspecBackend):
-    """Objects as files under a folder, which is made when the first object is written."""
+    """Objects as files under a folder."""
 
-    def __init__(self, base_dir: str | os.PathLike[str]) -> None:
-        """Name the folder; nothing is touched yet."""
+    def __init__(self, base_dir: str | os.PathLike[str], *, create: bool = True) -> None:
+        """Name the folder, and make it unless told not to; then it is made when the first object is written.
+
+        Raises:
+            StorageError: it cannot be made.
+        """
         self.base = Path(base_dir).expanduser().absolute()
         super().__init__(str(self.base))
+        if create:
+            with translate_errors(f"making the folder {self.base}"):
+                self.base.mkdir(parents=True, exist_ok=True)
 
     def _open(self, url: str, **options: Any) -> tuple[Any, str]:
         return fsspec.filesystem("file", **options), url  # a path is no URL, whatever characters it has
@@ -82,7 +89,7 @@ class FilesystemBackend(FsspecBackend):
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix."""
-        folder = prefix.rpartition("/")[0]
+        folder = check_prefix(prefix).rpartition("/")[0]
         return sorted(await asyncio.to_thread(lambda: [key for key in self._keys(folder) if key.startswith(prefix)]))
 
     async def stranger(self, known: str) -> str | None:
@@ -91,7 +98,7 @@ class FilesystemBackend(FsspecBackend):
 
     def _keys(self, folder: str) -> Iterator[str]:
         """The keys of all files below a folder, as they are found."""
-        top = self.base / check_key(folder) if folder else self.base
+        top = self.base / folder
         with translate_errors(f"listing {self.url}"):
             for path, _, names in os.walk(top, onerror=_unless_missing):
                 for name in names:

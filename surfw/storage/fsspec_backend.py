@@ -17,7 +17,7 @@ import fsspec
 
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
-from surfw.storage.base import StorageBackend, check_key, expect_length
+from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
@@ -113,8 +113,15 @@ class FsspecBackend(StorageBackend):
         await self._call(key, move)
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
-        return bool(await self._call(key, self.fs.isfile))
+        """Whether the object is there; a storage that does not say is an error."""
+
+        def look(path: str) -> bool:
+            try:
+                return bool(self.fs.info(path)["type"] == "file")
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+        return await self._call(key, look)
 
     async def size(self, key: str) -> int:
         """The object's length."""
@@ -122,13 +129,13 @@ class FsspecBackend(StorageBackend):
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix."""
-        folder = prefix.rpartition("/")[0]
+        folder = check_prefix(prefix).rpartition("/")[0]
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
             with self._translate(f"listing {self.url}"):
                 try:
-                    paths = self.fs.find(f"{root}/{check_key(folder)}" if folder else root)
+                    paths = self.fs.find(f"{root}/{folder}" if folder else root)
                 except FileNotFoundError:
                     return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)

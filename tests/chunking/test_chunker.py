@@ -187,7 +187,7 @@ def test_what_cannot_be_chunked_is_refused_before_anything_is_written(
     with pytest.raises(error) as caught:
         chunk(backend, checkpoint)
     assert text in str(caught.value)
-    assert not backend.base.exists()
+    assert list(backend.base.iterdir()) == []
     assert open_files() == before  # the checkpoint was closed
 
 
@@ -232,7 +232,7 @@ def test_only_the_very_same_work_is_gone_on_with(checkpoint: Path) -> None:
 
 
 def test_a_place_with_other_things_is_left_alone(backend: FilesystemBackend, saved: Path) -> None:
-    backend.base.mkdir()
+    backend.base.mkdir(exist_ok=True)
     (backend.base / "thesis.doc").write_text("precious")
     with pytest.raises(NotAStoreError, match=r"holds other things \(such as thesis\.doc\)"):
         chunk(backend, saved)

@@ -368,6 +368,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with (
         pytest.raises(StorageError, match=r"preparing .*/file/partial/k"),
-        make(FilesystemBackend(tmp_path / "file"), Payloads([])).locked(),
+        make(FilesystemBackend(tmp_path / "file", create=False), Payloads([])).locked(),
     ):
         raise AssertionError("locked nothing")

@@ -110,6 +110,28 @@ def test_cancel_while_the_storage_is_read(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_what_a_client_that_leaves_has_asked_for_is_not_read(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[100 + index for index in range(10)])
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with serving(backend, cache_size_mb=0) as server, bare_client(server.url) as stays:
+            async with bare_client(server.url) as leaves:
+                for index in range(9):
+                    await leaves.say("get", id=index, **wanting(manifest, index))
+                await until(lambda: len(server._pages._reads) == 9)
+            await until(lambda: server.stats()["clients"] == 1)
+            assert len(server._pages._reads) == 2, "what has begun goes on, and the queue is gone"
+            await stays.say("get", id=0, **wanting(manifest, 9))
+            await until(lambda: len(server._pages._reads) == 3)
+            backend.gate.set()
+            assert await runs(stays, 1) == [(0, 0, 109)]
+            await until(lambda: not server._pages._reads)
+            assert backend.reads == 3
+
+    asyncio.run(main())
+
+
 def test_two_clients_share_one_read(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[1_000_000])
 

@@ -1,9 +1,12 @@
 """A server starts or says why not, serves what the store holds now, and stops without leaving anything behind."""
 
 import asyncio
+import ssl
 import threading
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
@@ -15,7 +18,8 @@ from surfw.errors import ConfigurationError, ConnectionFailedError, NotAStoreErr
 from surfw.server import WeightServer
 from surfw.storage import FilesystemBackend
 from surfw.wire import PROTOCOL
-from tests.peers import bare_client, serving, whole
+from tests.certificates import for_server, make_certificate
+from tests.peers import bare_client, serving, until, whole
 from tests.stores import make_store, payload
 
 
@@ -163,3 +167,204 @@ def test_stats_have_the_documented_shape(tmp_path: Path) -> None:
             assert stats["storage"] == {"url": str(tmp_path), "healthy": True}
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({}, "neither of storage_backend and model_path was given"),
+        ({"storage_backend": FilesystemBackend("x"), "model_path": "x"}, "both of .* were given; a server serves one"),
+        ({"model_path": "x", "cache_size_mb": -1}, "cache_size_mb is -1; expected a number of MB from 0 on"),
+        ({"model_path": "x", "cache_size_mb": float("nan")}, "cache_size_mb is nan"),
+        ({"model_path": "x", "cache_size_mb": float("inf")}, "cache_size_mb is inf"),
+        ({"model_path": "x", "clients": 0}, "clients is 0; expected at least 1"),
+        ({"model_path": "x", "port": 65536}, "port 65536 is none"),
+        ({"model_path": "x", "port": -1}, "port -1 is none"),
+        ({"model_path": "x", "ssl": ssl.create_default_context()}, "the SSL context is for clients"),
+        ({"model_path": "nothing://here"}, "storage nothing://here cannot be opened"),
+    ],
+    ids=range(10),
+)
+def test_arguments_that_cannot_be_used(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint):
+        WeightServer(**arguments)
+
+
+class Closable(FilesystemBackend):
+    """A folder that says when it is closed."""
+
+    closed = 0
+
+    async def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_storage_that_is_given_stays_open_and_one_that_is_named_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path / "store")
+    opened: list[Closable] = []
+
+    def open_closable(url: Path) -> Closable:
+        opened.append(Closable(url))
+        return opened[-1]
+
+    monkeypatch.setattr("surfw.server.server.open_backend", open_closable)
+
+    async def main() -> None:
+        given = Closable(tmp_path / "store")
+        async with WeightServer(given, port=0):
+            pass
+        assert (given.closed, opened) == (0, [])
+        server = WeightServer(model_path=tmp_path / "store", port=0)
+        for _ in range(2):
+            async with server, await open_wire_source(server.url) as source:
+                assert await source.models() == ["toy/model"]
+        assert [backend.closed for backend in opened] == [1, 1]
+        empty = WeightServer(model_path=tmp_path, port=0)
+        with pytest.raises(NotAStoreError):
+            await empty.start()
+        assert opened[-1].closed == 1
+
+    asyncio.run(main())
+
+
+def test_a_server_is_started_once_and_again_after_a_stop(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+    server = WeightServer(model_path=str(tmp_path), port=0, cache_size_mb=50.5)
+
+    async def main() -> None:
+        await server.stop()
+        for _ in range(2):
+            await server.start()
+            with pytest.raises(ConfigurationError, match=rf"^the server at {server.url} is started already; stop it"):
+                await server.start()
+            async with await open_wire_source(server.url) as source:
+                read, memory = whole(manifest.chunks[0])
+                await source.fetch(manifest, [read])
+            assert bytes(memory) == payload(tmp_path, manifest.chunks[0])
+            stats = server.stats()
+            assert (stats["requests"]["total"], stats["cache"]["misses"]) == (1, 1), "counted since the start"
+            assert stats["cache"]["capacity_bytes"] == 50_500_000
+            await asyncio.gather(server.stop(), server.stop())
+            assert server.stats()["cache"]["bytes"] == 0
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    for _ in range(2):
+        asyncio.run(main())
+
+
+def test_serving_forever_starts_and_ends_when_the_server_is_stopped(tmp_path: Path) -> None:
+    make_store(tmp_path)
+
+    async def main() -> None:
+        server = WeightServer(model_path=tmp_path, port=0)
+        serving_forever = asyncio.create_task(server.serve_forever())
+        await until(lambda: server.port != 0)
+        async with await open_wire_source(server.url) as source:
+            assert await source.models() == ["toy/model"]
+        await server.stop()
+        await serving_forever
+        serving_forever = asyncio.create_task(server.serve_forever())
+        await until(lambda: server.port != 0)
+        url = server.url
+        serving_forever.cancel()
+        await asyncio.wait([serving_forever])
+        assert serving_forever.cancelled()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+        with pytest.raises(ConnectionFailedError, match="connection refused"):
+            await open_wire_source(url)
+
+    asyncio.run(main())
+
+
+def test_a_wait_that_is_given_up_leaves_a_server_that_others_started(tmp_path: Path) -> None:
+    make_store(tmp_path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            waiting = asyncio.create_task(server.serve_forever())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+            async with await open_wire_source(server.url) as source:
+                assert await source.models() == ["toy/model"]
+
+    asyncio.run(main())
+
+
+def test_no_socket_stays_after_the_stop(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    process = psutil.Process()
+
+    async def main() -> None:
+        before = process.net_connections()
+        async with serving(tmp_path) as server, bare_client(server.url):
+            assert len(process.net_connections()) > len(before)
+        assert [one for one in process.net_connections() if one not in before and one.status != "TIME_WAIT"] == []
+
+    asyncio.run(main())
+
+
+def test_health_is_data(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    make_store(store)
+
+    async def main() -> None:
+        server = WeightServer(model_path=store, port=0)
+        idle = {"live": False, "ready": False, "storage": str(store), "models": []}
+        assert await server.health() == idle
+        async with server:
+            up = {"live": True, "ready": True, "storage": str(store), "models": ["toy/model"]}
+            assert await server.health() == up
+            store.rename(tmp_path / "elsewhere")
+            assert await server.health() == up | {"ready": False}
+            (tmp_path / "elsewhere").rename(store)
+            await asyncio.to_thread(make_store, store, "a", [1])
+            assert await server.health() == up | {"models": ["a", "toy/model"]}
+        assert not (await server.health())["live"]
+
+    asyncio.run(main())
+
+
+def test_a_token_beyond_loopback_needs_tls(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    tls = for_server(make_certificate(tmp_path))
+
+    async def main() -> None:
+        with pytest.raises(ConfigurationError, match=r"reads the token, and the weights, in clear text; .*--insecure"):
+            async with serving(tmp_path / "store", host="0.0.0.0", token="t"):
+                raise AssertionError("it started")
+        with pytest.raises(ConfigurationError, match="clients are not authenticated"):
+            async with serving(tmp_path / "store", host="0.0.0.0", ssl=tls):
+                raise AssertionError("it started")
+        async with serving(tmp_path / "store", host="0.0.0.0", token="t", ssl=tls) as server:
+            assert server.url == f"wss://0.0.0.0:{server.port}"
+        for token in (None, "t"):
+            async with serving(tmp_path / "store", host="0.0.0.0", token=token, insecure=True) as server:
+                assert server.url == f"ws://0.0.0.0:{server.port}"
+
+    asyncio.run(main())
+
+
+def test_the_credentials_of_a_storage_are_shown_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_store(tmp_path / "store")
+    shown = "custom://***@host/store?key=***"
+
+    class Elsewhere(FilesystemBackend):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.url = "custom://me:secret@host/store?key=secret"
+
+    async def main() -> None:
+        async with serving(Elsewhere(tmp_path / "store")) as server:
+            assert server.stats()["storage"]["url"] == (await server.health())["storage"] == shown
+            (tmp_path / "store/surfw.json").unlink()
+            assert not (await server.health())["ready"]
+        with pytest.raises(NotAStoreError) as caught:
+            await server.start()
+        assert str(caught.value).startswith(f"{shown} is not a surfw store")
+
+    asyncio.run(main())
+    assert shown in caplog.text
+    assert "secret" not in caplog.text

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
-from surfw.storage import FilesystemBackend, FsspecBackend, filesystem
+from surfw.storage import FilesystemBackend, FsspecBackend, filesystem, open_backend
 from surfw.storage.filesystem import create_file, read_file_into
 from surfw.storage.fsspec_backend import translate_errors
 
@@ -26,8 +26,29 @@ def backend(tmp_path: Path) -> FilesystemBackend:
     return FilesystemBackend(tmp_path / "store")
 
 
+def test_the_folder_is_there_at_once(tmp_path: Path) -> None:
+    assert FilesystemBackend(tmp_path / "a" / "b").base.is_dir()
+    assert FilesystemBackend(str(tmp_path / "a" / "b")).base.is_dir()
+
+
+def test_a_folder_that_is_only_named_is_not_made(tmp_path: Path) -> None:
+    backend = open_backend(tmp_path / "a" / "b")
+    assert asyncio.run(backend.list()) == []
+    assert not asyncio.run(backend.exists("x"))
+    assert not (tmp_path / "a").exists()
+    asyncio.run(backend.save("x", b"1"))
+    assert (tmp_path / "a" / "b" / "x").read_bytes() == b"1"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StorageError, match=r"making the folder /.*/file: File exists"):
+        FilesystemBackend(tmp_path / "file")
+    with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
+        FilesystemBackend(tmp_path / "file" / "below")
+
+
 def test_objects_are_files_below_the_folder(backend: FilesystemBackend) -> None:
-    assert not backend.base.exists()
     asyncio.run(backend.save("models/org/x.json", b"{}"))
     assert backend.local_path("models/org/x.json").read_bytes() == b"{}"
     assert files(backend.base) == {"models/org/x.json": b"{}"}
@@ -160,7 +181,7 @@ def test_many_readers_and_writers_of_one_key_see_whole_objects(backend: Filesyst
 def test_listing_a_place_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match=r"listing .*/file: Not a directory"):
-        asyncio.run(FilesystemBackend(tmp_path / "file").list())
+        asyncio.run(FilesystemBackend(tmp_path / "file", create=False).list())
 
 
 def test_a_stranger_is_found_without_walking_everything(

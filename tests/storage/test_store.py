@@ -43,7 +43,7 @@ def test_what_an_interrupted_first_run_left_is_no_obstacle(store: Store, tmp_pat
 
 
 def test_a_place_with_other_things_is_left_alone(store: Store, tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
+    (tmp_path / "store").mkdir(exist_ok=True)
     (tmp_path / "store" / "thesis.doc").write_text("precious")
     with pytest.raises(
         NotAStoreError, match=r"holds other things \(such as thesis\.doc\) and no surfw\.json; choose an"
@@ -64,7 +64,7 @@ def test_a_place_with_other_things_is_left_alone(store: Store, tmp_path: Path) -
     ],
 )
 def test_a_marker_that_says_something_else(store: Store, tmp_path: Path, marker: bytes, complaint: str) -> None:
-    (tmp_path / "store").mkdir()
+    (tmp_path / "store").mkdir(exist_ok=True)
     (tmp_path / "store" / "surfw.json").write_bytes(marker)
     for work in (store.check(), store.create()):
         with pytest.raises(NotAStoreError) as caught:
@@ -77,7 +77,7 @@ def test_models_are_visible_once_published(store: Store, tmp_path: Path) -> None
     asyncio.run(store.create())
     (tmp_path / "store" / "partial").mkdir(exist_ok=True)
     (tmp_path / "store" / "partial" / "x.json").write_text("{}")
-    (tmp_path / "store" / "models").mkdir()
+    (tmp_path / "store" / "models").mkdir(exist_ok=True)
     (tmp_path / "store" / "models" / "notes.txt").write_text("no model")
     assert asyncio.run(store.models()) == []
     with pytest.raises(UnknownModelError, match="holds no model yet"):

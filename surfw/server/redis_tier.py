@@ -1,0 +1,112 @@
+"""The place of a cache in Redis that servers share: its connection, and whether it can be reached.
+
+Nothing depends on it. Where it cannot be reached, the server goes on without it, and says so; when it comes back, the
+next look finds it. Nothing here shows the credentials of its URL.
+"""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from surfw.config import display_url
+from surfw.errors import ConfigurationError
+from surfw.wire import RedisState, printable
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+log = logging.getLogger("surfw.server")
+
+_SECONDS = 1.0
+"""How long Redis may take to answer, its connection included."""
+
+_SCHEMES = ("redis://", "rediss://", "unix://")
+
+
+class RedisTier:
+    """A Redis that several servers share. `open` it in the event loop it is used in, and `close` it there."""
+
+    def __init__(self, url: str) -> None:
+        """Name it; nothing is connected yet.
+
+        Raises:
+            ConfigurationError: the URL is not one of a Redis, or the `redis` package is missing.
+        """
+        self.url = display_url(url)
+        self._secret_url = url
+        self._client: Redis | None = None
+        self._reachable = False
+        self._told: bool | None = None
+        _make_client(url, self.url)
+
+    @property
+    def state(self) -> RedisState:
+        """Where it is, and whether it answered when last asked."""
+        return {"url": self.url, "reachable": self._reachable}
+
+    async def open(self) -> None:
+        """Connect, if it can be reached; a warning says so if it cannot."""
+        self._client = _make_client(self._secret_url, self.url)
+        self._told = None
+        await self.check()
+
+    async def check(self) -> bool:
+        """Whether it answers now, found out within a second; logs when that has changed."""
+        if self._client is None:
+            return False
+        from redis.exceptions import RedisError
+
+        reason = ""
+        try:
+            async with asyncio.timeout(_SECONDS):
+                await self._client.ping()
+        except TimeoutError:
+            reason = f"no answer within {_SECONDS:g} seconds"
+        except (RedisError, OSError, ValueError) as exc:  # the latter for an answer that is not Redis's
+            reason = printable(str(exc)) or type(exc).__name__
+        self._reachable = not reason
+        if self._reachable != self._told:
+            self._tell(reason)
+        return self._reachable
+
+    def _tell(self, reason: str) -> None:
+        """Log what has changed since it was last told."""
+        if reason:
+            log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
+        else:
+            log.info("Redis at %s is reached", self.url)
+        self._told = self._reachable
+
+    async def close(self) -> None:
+        """Disconnect. Closing twice is fine."""
+        client, self._client, self._reachable = self._client, None, False
+        if client is not None:
+            await client.aclose()
+
+
+def _make_client(url: str, shown: str) -> "Redis":
+    """A client that has not connected yet."""
+    try:
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+    except ImportError as exc:
+        raise ConfigurationError(
+            f"Redis at {shown} needs the package 'redis', which is not installed; pip install \"surfw[redis]\""
+        ) from exc
+    usable = url.startswith(_SCHEMES)
+    if usable:
+        try:
+            client: Redis = Redis.from_url(
+                url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
+            )
+            # A connection that is made and not connected finds options that do not exist.
+            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        except (ValueError, TypeError):
+            usable = False
+    if not usable:  # raised here, so that no traceback shows what could not be read: it may be a part of a password
+        raise ConfigurationError(
+            f"{shown} is not the URL of a Redis; expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix://PATH, "
+            "with a password that is percent-encoded"
+        )
+    return client

@@ -1,0 +1,173 @@
+"""A connection that is lost is made again, and a chunk goes on behind what was verified."""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection
+
+from surfw.client import open_wire_source
+from surfw.config import KIB, MIB
+from surfw.errors import ConnectionFailedError, IntegrityError
+from surfw.retry import RetryPolicy
+from surfw.server import WeightServer
+from surfw.storage import FilesystemBackend
+from tests.peers import pretending, until, whole
+from tests.servers import serve
+from tests.stores import make_store, payload
+
+AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0)
+
+
+def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Callable[[ServerConnection], Awaitable[None]]]:
+    """A server that hangs up after so many bytes of its first, second, … answer, later not at all; what it was asked."""
+    asked: list[dict[str, Any]] = []
+    left = list(lengths)
+
+    async def answer(websocket: ServerConnection) -> None:
+        request = json.loads(await websocket.recv())
+        asked.append(request)
+        start = request["start"]
+        length = left.pop(0) if left else request["stop"] - start
+        for at in range(start, start + length, 512 * KIB):
+            stop = min(at + 512 * KIB, start + length)
+            await websocket.send(json.dumps({"type": "data", "id": request["id"], "start": at, "stop": stop}))
+            await websocket.send(data[at:stop])
+        if start + length == request["stop"]:
+            await websocket.wait_closed()
+        else:
+            await until(lambda: websocket.transport.get_write_buffer_size() == 0)
+            await websocket.close(1001, "the server is stopping")
+
+    return asked, answer
+
+
+def test_a_chunk_goes_on_behind_the_verified_blocks(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[20 * MIB + 100])
+    chunk = manifest.chunks[0]
+    data = payload(tmp_path, chunk)
+    asked, answer = sends(data, 9 * MIB + 512 * KIB, 0, 5 * MIB)
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            read, memory = whole(chunk)
+            await source.fetch(manifest, [read])
+            assert memory == data
+            assert source.fetched_bytes == len(data)
+
+    asyncio.run(main())
+    starts = [request["start"] for request in asked]
+    assert starts[0] == 0
+    assert starts[1] == starts[2] == 8 * MIB  # runs of 4 MiB are verified together
+    assert starts[3] == 12 * MIB
+
+
+def test_a_damaged_block_is_not_asked_for_again(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[8 * MIB])
+    asked, answer = sends(bytes(8 * MIB))
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            with pytest.raises(IntegrityError, match="is damaged"):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+    assert len(asked) == 1
+
+
+def test_attempts_without_progress_come_to_an_end(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[8 * MIB])
+    asked, answer = sends(bytes(8 * MIB), 0, 0, 0)
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            with pytest.raises(
+                ConnectionFailedError, match=r"closed the connection: the server is stopping, after 0 of 8388608 bytes"
+            ):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+    assert len(asked) == 3
+
+
+def test_a_server_that_is_killed_and_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = make_store(tmp_path, sizes=[60 * MIB, MIB])
+    expected = [payload(tmp_path, chunk) for chunk in manifest.chunks]
+
+    async def main() -> None:
+        with serve(tmp_path) as served:
+            policy = RetryPolicy(attempts=600, first_delay_seconds=0.05, backoff=1)
+            source = await open_wire_source(served.url, retry=policy)
+            reads = [whole(chunk) for chunk in manifest.chunks]
+            fetching = asyncio.create_task(source.fetch(manifest, [read for read, _ in reads]))
+            await until(lambda: any(reads[0][1][:4096]))
+            served.process.send_signal(signal.SIGKILL)
+            served.process.wait()
+            with serve(tmp_path, "--port", served.url.rpartition(":")[2]):
+                await fetching
+                assert [bytes(memory) for _, memory in reads] == expected
+                assert await source.models() == ["toy/model"]
+                await source.close()
+
+    with caplog.at_level(logging.INFO, "surfw.client"):
+        asyncio.run(main())
+    assert "trying again in" in caplog.text
+    assert "again" in caplog.text
+
+
+def test_opening_waits_for_a_server_that_is_about_to_start(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = int(listener.getsockname()[1])
+
+    async def main() -> None:
+        policy = RetryPolicy(attempts=600, first_delay_seconds=0.02, backoff=1)
+        opening = asyncio.create_task(open_wire_source(f"ws://127.0.0.1:{port}", retry=policy))
+        await asyncio.sleep(0)
+        async with WeightServer(FilesystemBackend(tmp_path), port=port), await opening as source:
+            assert await source.models() == ["toy/model"]
+
+    asyncio.run(main())
+
+
+def test_closing_ends_the_attempts(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+    asked, answer = sends(bytes(MIB), *[0] * 100)
+
+    async def main() -> None:
+        policy = RetryPolicy(attempts=1000, first_delay_seconds=0.01, backoff=1)
+        async with pretending(answer) as url:
+            source = await open_wire_source(url, retry=policy)
+            fetching = asyncio.create_task(source.fetch(manifest, [whole(manifest.chunks[0])[0]]))
+            await until(lambda: len(asked) == 3)
+            await source.close()
+            with pytest.raises(ConnectionFailedError):
+                await fetching
+
+    asyncio.run(main())
+    assert len(asked) < 10
+
+
+def test_what_breaks_the_protocol_is_not_tried_again(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+    connections: list[ServerConnection] = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        connections.append(websocket)
+        await websocket.recv()
+        await websocket.send("nonsense")
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            with pytest.raises(ConnectionFailedError, match="broke the protocol"):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
+    assert len(connections) == 1

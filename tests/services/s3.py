@@ -1,0 +1,57 @@
+"""An S3 server for the tests: the gateway of `ceph`, with fresh buckets and two accounts."""
+
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import botocore.session
+import pytest
+
+from tests.services.ceph import OWNER, PROGRAMS, STRANGER, Account, ceph_gateway
+from tests.services.processes import missing
+
+
+@dataclass(frozen=True)
+class S3Service:
+    """Where the server is, and who may use it.
+
+    Attributes:
+        endpoint: its URL.
+        key: the access key of the account that owns the buckets.
+        secret: that account's secret key.
+        stranger: another account, which may not use the buckets of the first.
+    """
+
+    endpoint: str
+    key: str = OWNER.key
+    secret: str = OWNER.secret
+    stranger: Account = STRANGER
+
+    @property
+    def client(self) -> Any:
+        """botocore's own client, for what surfw does not do."""
+        return botocore.session.Session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.key,
+            aws_secret_access_key=self.secret,
+        )
+
+    def bucket(self) -> str:
+        """A new bucket's name."""
+        name = f"surfw-{uuid.uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+    """A real S3 server with its data in memory; tests share it, so take a bucket of your own."""
+    from tests.conftest import require
+
+    if absent := missing(*PROGRAMS, "setpriv"):
+        require(f"{absent[0]} is not installed; apt-get install ceph-mon ceph-osd radosgw")
+    with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
+        yield S3Service(endpoint)
