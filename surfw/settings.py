@@ -110,7 +110,7 @@ class Settings:
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )
-    on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")
+    on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
     def __post_init__(self) -> None:
         """Check every value."""

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import pytest
 
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
 from tests.services.s3 import s3
 
@@ -27,10 +28,11 @@ def require(reason: str) -> NoReturn:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is read from or written to the home of whoever runs the tests."""
+    """Neither the home nor the settings of whoever runs the tests are read, and nothing is written there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SURFW_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("SURFW_SOURCE", raising=False)
+        for name in (CONFIG_VARIABLE, TOKEN_VARIABLE, *(setting.variable for setting in SETTINGS.values())):
+            patch.delenv(name, raising=False)
         yield
 
 

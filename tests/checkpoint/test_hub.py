@@ -27,6 +27,11 @@ try:
 except SurfwError as error:
     print(json.dumps(f"{type(error).__name__}: {error}"))
 """
+_DOWNLOAD = """
+import sys
+from surfw.checkpoint import open_checkpoint
+open_checkpoint(sys.argv[1], show_progress=sys.argv[2] == "shown").close()
+"""
 _SINGLE = {
     "config.json": json.dumps(CONFIG).encode(),
     "generation_config.json": b'{"eos_token_id": 2}',
@@ -71,6 +76,21 @@ def test_only_what_is_needed_is_fetched_and_the_cache_serves_without_a_hub(tmp_p
         assert len(hub.served) == 4
     assert open_in_process(tmp_path, nowhere) == _OPENED
     assert open_in_process(tmp_path, nowhere, HF_HUB_OFFLINE="1") == _OPENED
+
+
+@pytest.mark.parametrize("settings", [{}, {"HF_HUB_DISABLE_PROGRESS_BARS": "0"}])
+@pytest.mark.parametrize("wish", ["shown", "silent"])
+def test_bars_are_drawn_only_where_they_are_asked_for(wish, settings, tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    kept |= {"HF_HOME": str(tmp_path), "NO_PROXY": "*", "TQDM_POSITION": "-1"} | settings  # -1: as in a terminal
+    with serve(_SINGLE) as hub:
+        command = [sys.executable, "-c", _DOWNLOAD, MODEL, wish]
+        done = subprocess.run(
+            command, env=kept | {"HF_ENDPOINT": hub.url}, capture_output=True, text=True, check=True, timeout=120
+        )
+    assert done.stdout == ""
+    assert ("100%" in done.stderr) == (wish == "shown")
+    assert ("it/s" in done.stderr or "B/s" in done.stderr) == (wish == "shown")
 
 
 def test_shards_are_those_of_the_index(tmp_path):

@@ -1,7 +1,9 @@
 """What the README says works as it stands there."""
 
 import asyncio
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import torch
@@ -25,6 +27,15 @@ def test_the_first_command_prints_english(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith(".")
     assert {"layer", "weights", "memory", "model"} & set(done.stdout.lower().replace(".", " ").split())
     assert (tmp_path / "demo").is_dir()
+
+
+def test_the_example_of_a_settings_file_is_one(tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```toml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    (tmp_path / "surfw.toml").write_text(example)
+    shown = json.loads(surfw(tmp_path, "--config", str(tmp_path / "surfw.toml"), "config", "--json").stdout)
+    given = {name: one["value"] for name, one in shown.items() if one["from"] == str(tmp_path / "surfw.toml")}
+    assert given == tomllib.loads(example)["tool"]["surfw"]
+    assert {"store", "port", "model", "live"} <= given.keys()
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:

@@ -1,14 +1,23 @@
 """What may be believed of a configuration that somebody else wrote: no code, and no absurd sizes."""
 
 import json
+import math
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedConfig
 
 from surfw.errors import UnsupportedModelError
-from surfw.skeleton.config import IMPLEMENTATIONS, refuse_absurd_sizes, refuse_kernels, sanitise_config
+from surfw.skeleton.config import (
+    IMPLEMENTATIONS,
+    refuse_absurd_sizes,
+    refuse_kernels,
+    sanitise_config,
+    tag_floats,
+    untag_floats,
+)
 
 CODE = {
     "auto_map": {"AutoModel": "modeling_evil.Evil"},
@@ -162,3 +171,29 @@ def test_a_configuration_that_is_nested_without_end_is_refused() -> None:
 def test_a_clean_configuration_is_still_json() -> None:
     clean, _ = sanitise_config({"a": [1, {"b": None}], **CODE})
     assert json.loads(json.dumps(clean)) == clean == {"a": [1, {"b": None}]}
+
+
+def test_numbers_that_json_does_not_have_are_tagged_as_transformers_tags_them() -> None:
+    config = json.loads('{"limits": [0.0, Infinity, [-Infinity]], "part": {"eps": NaN, "on": true}, "name": null}')
+    tagged = tag_floats(config)
+    assert tagged == PreTrainedConfig._encode_special_floats(config)
+    assert json.loads(json.dumps(tagged, allow_nan=False)) == tagged
+    read = untag_floats(tagged)
+    assert math.isnan(read["part"].pop("eps"))
+    config["part"].pop("eps")
+    assert read == config
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.just("__float__"), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+@given(JSON)
+def test_tags_are_read_as_transformers_reads_them(value: Any) -> None:
+    assert untag_floats(value) == PreTrainedConfig._decode_special_floats(value)
+    assert tag_floats(value) == PreTrainedConfig._encode_special_floats(value)
