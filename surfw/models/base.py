@@ -290,8 +290,9 @@ class StreamingBaseModel:
 
     def __enter__(self) -> Self:
         """Open the model, if it is not open."""
+        self._refuse_to_block()
         try:
-            self._open_here()
+            self._open()
         except BaseException:
             self.close()
             raise
@@ -352,9 +353,12 @@ class StreamingBaseModel:
         """The open model, for callers in a thread where an event loop may run; closed, it still tells its facts."""
         if self._opened is not None:
             return self._opened
-        if not self._closed:
-            _refuse_event_loop(type(self).__name__)
+        self._refuse_to_block()
         return self._open()
+
+    def _refuse_to_block(self) -> None:
+        if self._opened is None and not self._closed:
+            _refuse_event_loop(type(self).__name__)
 
     def _closed_error(self) -> ModelClosedError:
         return ModelClosedError(f"{self._wanted or f'the model of {self._client.url}'} is closed; open it again")

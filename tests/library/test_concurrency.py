@@ -1,0 +1,386 @@
+"""Models run beside the event loop and beside each other, can be stopped at any time, and leave nothing behind."""
+
+import asyncio
+import contextlib
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from surfw import ModelClosedError, ModelError, StreamingModel, WeightClient
+from surfw.runtime.absent import AbsentParameter
+from surfw.storage import FilesystemBackend
+from tests.library.conftest import run
+from tests.library.test_calls import IDS, MASK, logits, resident
+from tests.servers import Served
+
+LOOP_SECONDS = 0.05
+
+
+def is_as_it_was(model: Any) -> bool:
+    """Whether transformers' model has neither hooks nor weights of ours."""
+    clean = not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return clean and all(one.is_meta and not isinstance(one, AbsentParameter) for one in model.parameters())
+
+
+def at_layer(model: StreamingModel, index: int, do: Callable[[], object]) -> Any:
+    """Do something whenever a layer is about to run."""
+    return model.model.model.layers[index].register_forward_pre_hook(lambda *_: (do(), None)[1])
+
+
+def test_forwards_of_two_models_overlap(server: Served, checkpoints: Path) -> None:
+    meeting = threading.Barrier(2)
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as one, StreamingModel(server.url, "llama") as other:
+            for model in (one, other):
+                at_layer(model, 2, lambda: meeting.wait(60))  # passed only if both are within their forward
+            outputs = await asyncio.gather(one.forward_async(input_ids=IDS), other.forward_async(input_ids=IDS))
+            assert all(torch.equal(output.logits, logits(checkpoints, "llama")) for output in outputs)
+
+    run(main)
+
+
+def test_forwards_of_one_model_run_one_after_another(server: Served, checkpoints: Path) -> None:
+    inside = most = 0
+
+    def enter(*_: Any) -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+
+    def leave(*_: Any) -> None:
+        nonlocal inside
+        inside -= 1
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama", cache_size=1) as model:
+            model.model.register_forward_pre_hook(enter)
+            model.model.register_forward_hook(leave)
+            outputs = await asyncio.gather(
+                *(model.forward_async(input_ids=IDS) for _ in range(4)),
+                *(asyncio.to_thread(model, input_ids=IDS) for _ in range(4)),
+            )
+            assert all(torch.equal(output.logits, logits(checkpoints, "llama")) for output in outputs)
+
+    run(main)
+    assert most == 1
+
+
+def test_the_loop_goes_on_while_a_model_computes(server: Served) -> None:
+    """The loop's own thread never works for surfw for long. Its processor time is told, which others do not add to."""
+    longest, beats = 0.0, 0
+
+    async def heartbeat() -> None:
+        nonlocal longest, beats
+        while True:
+            start = time.thread_time()
+            await asyncio.sleep(0)
+            longest, beats = max(longest, time.thread_time() - start), beats + 1
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama", cache_size=1) as model, asyncio.timeout(60):
+            heart = asyncio.create_task(heartbeat())
+            for _ in range(3):
+                await model.forward_async(input_ids=IDS)
+            _ = [token async for token in model.stream([5, 9, 77], max_new_tokens=20, ignore_eos=True)]
+            await model.warmup()
+            heart.cancel()
+            await asyncio.wait([heart])
+
+    run(main)
+    assert beats > 100
+    assert longest < LOOP_SECONDS
+
+
+def test_other_threads_compute_with_the_same_number_of_threads(server: Served, checkpoints: Path) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as model:
+            at_layer(model, 0, lambda: seen.append(torch.get_num_threads()))
+            output = await model.forward_async(input_ids=IDS)
+            assert torch.equal(output.logits, logits(checkpoints, "llama"))
+
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            run(main)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("where", ["another thread", "the loop", "beside the loop"])
+def test_closing_in_the_middle_of_a_forward(where: str, server: Served) -> None:
+    inside = threading.Event()
+
+    async def main() -> None:
+        model = await StreamingModel.open_async(server.url, "llama", cache_size=1)
+        closing = threading.Event()
+
+        def pause() -> None:
+            inside.set()
+            assert closing.wait(60)
+
+        at_layer(model, 2, pause)
+        forward = asyncio.create_task(model.forward_async(input_ids=IDS))
+        assert await asyncio.to_thread(inside.wait, 60)
+        hooks = [module._forward_pre_hooks for module in model.model.model.layers]
+        if where == "the loop":
+            threading.Timer(0.05, closing.set).start()
+            model.close()
+        elif where == "another thread":
+            closer = threading.Thread(target=model.close)
+            closer.start()
+            closing.set()
+            await asyncio.to_thread(closer.join, 60)
+        else:
+            closer_task = asyncio.create_task(model.close_async())
+            await asyncio.sleep(0)
+            closing.set()
+            await closer_task
+        with contextlib.suppress(ModelClosedError):  # unless it was at its last layer
+            await forward
+        hooks[2].clear()  # the test's own
+        assert is_as_it_was(model.model)
+        for use in (lambda: model(input_ids=IDS), lambda: model.generate(IDS)):
+            with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
+                use()
+        for work in (model.forward_async(input_ids=IDS), model.warmup([0])):
+            with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
+                await work
+        model.close()
+
+    run(main)
+
+
+def test_closing_while_a_forward_waits_for_its_weights(store: Path) -> None:
+    reading, never = threading.Event(), threading.Event()
+
+    class Slow(FilesystemBackend):
+        async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+            reading.set()
+            await asyncio.Event().wait()
+            never.set()
+
+    async def main() -> None:
+        model = await StreamingModel.open_async(Slow(store), "llama")
+        forward = asyncio.create_task(model.forward_async(input_ids=IDS))
+        assert await asyncio.to_thread(reading.wait, 60)
+        await model.close_async()
+        with pytest.raises(ModelClosedError, match="llama was closed while it ran"):
+            await forward
+        assert is_as_it_was(model.model)
+
+    run(main)
+    assert not never.is_set()
+
+
+def test_a_hook_may_close_the_model_it_runs_in(server: Served) -> None:
+    for asynchronous in (False, True):
+        model = StreamingModel.open(server.url, "llama", cache_size=1)
+        handle = at_layer(model, 2, model.close)
+        with pytest.raises(ModelClosedError, match="llama was closed while it ran"):
+            if asynchronous:
+                asyncio.run(model.forward_async(input_ids=IDS))
+            else:
+                model(input_ids=IDS)
+        handle.remove()
+        assert is_as_it_was(model.model)
+
+
+def test_a_task_that_is_cancelled_ends_its_forward(server: Served, checkpoints: Path) -> None:
+    inside, go_on, after = threading.Event(), threading.Event(), []
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama", cache_size=1) as model:
+
+            def pause() -> None:
+                inside.set()
+                assert go_on.wait(60)
+
+            handles = [at_layer(model, 2, pause), at_layer(model, 4, lambda: after.append(1))]
+            forward = asyncio.create_task(model.forward_async(input_ids=IDS))
+            waiting = asyncio.create_task(model.forward_async(input_ids=IDS))
+            assert await asyncio.to_thread(inside.wait, 60)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            forward.cancel()
+            await asyncio.sleep(0)
+            go_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await forward
+            assert after == []
+            for handle in handles:
+                handle.remove()
+            output = await model.forward_async(input_ids=IDS)
+            assert torch.equal(output.logits, logits(checkpoints, "llama"))
+            assert model.get_inference_stats()["total_inferences"] == 1
+            inner = model.model
+        assert is_as_it_was(inner)
+
+    run(main)
+
+
+def test_opening_that_is_cancelled_leaves_nothing(store: Path) -> None:
+    reading = threading.Event()
+
+    class Slow(FilesystemBackend):
+        async def load(self, key: str) -> bytes:
+            reading.set()
+            await asyncio.sleep(0.1)
+            return await super().load(key)
+
+    async def main() -> None:
+        opening = asyncio.create_task(StreamingModel.open_async(Slow(store), "llama"))
+        assert await asyncio.to_thread(reading.wait, 60)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+
+    run(main)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_exception_in_a_hook_is_the_callers(asynchronous: bool, server: Served, checkpoints: Path) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("on purpose")
+
+    with StreamingModel.open(server.url, "llama", cache_size=1) as model:
+        for _ in range(2):
+            handle = at_layer(model, 3, fail)
+            with pytest.raises(ZeroDivisionError, match="on purpose"):
+                if asynchronous:
+                    asyncio.run(model.forward_async(input_ids=IDS))
+                else:
+                    model(input_ids=IDS)
+            handle.remove()
+            assert torch.equal(model(input_ids=IDS).logits, logits(checkpoints, "llama"))
+        inner = model.model
+    assert is_as_it_was(inner)
+
+
+def test_whoever_stops_reading_a_stream_stops_the_generation(server: Served) -> None:
+    steps = []
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama", cache_size=2) as model:
+            at_layer(model, 0, lambda: steps.append(1))
+            stream = model.stream([5, 9, 77], max_new_tokens=400, ignore_eos=True)
+            assert isinstance(await anext(stream), int)
+            await stream.aclose()  # type: ignore[attr-defined]
+            made = len(steps)
+            assert made < 100
+            with contextlib.suppress(asyncio.CancelledError):
+                reader = asyncio.create_task(_read(model))
+                await asyncio.sleep(0)
+                reader.cancel()
+                await reader
+            await model.forward_async(input_ids=IDS)
+
+    run(main)
+
+
+async def _read(model: StreamingModel) -> list[int]:
+    return [token async for token in model.stream([5, 9, 77], max_new_tokens=400, ignore_eos=True)]
+
+
+def test_a_stream_is_never_far_ahead_of_its_reader(server: Served) -> None:
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as model:
+            made: list[int] = []
+            at_layer(model, 0, lambda: made.append(1))
+            read = 0
+            async for _ in model.stream([5, 9, 77], max_new_tokens=60, ignore_eos=True):
+                read += 1
+                await asyncio.sleep(0.001)
+                assert len(made) <= read + 18
+            assert read == 60
+
+    run(main)
+
+
+@pytest.mark.parametrize("sizes", [[1, 6, 2, 8, 1], [3, 1, 3, 1]])
+def test_the_cache_may_change_its_size_while_a_model_generates(
+    sizes: list[int], server: Served, checkpoints: Path
+) -> None:
+    expected = resident(checkpoints, "llama").generate(IDS, attention_mask=MASK, max_new_tokens=24, do_sample=False)
+
+    with StreamingModel.open(server.url, "llama", cache_size=4) as model:
+        turns = iter(sizes * 100)
+        handles = [at_layer(model, index, lambda: setattr(model, "cache_size", next(turns))) for index in (1, 4)]
+        stop = threading.Event()
+
+        def shake() -> None:
+            while not stop.is_set():
+                for size in sizes:
+                    model.cache_size = size
+                model.clear_cache()
+                model.get_cache_info()
+
+        shaker = threading.Thread(target=shake)
+        shaker.start()
+        try:
+            found = model.generate(IDS, attention_mask=MASK, max_new_tokens=24, do_sample=False)
+        finally:
+            stop.set()
+            shaker.join()
+        assert torch.equal(found, expected)
+        for handle in handles:
+            handle.remove()
+        model.cache_size = 1
+        model(input_ids=IDS)
+        streamed = [name for name in model.get_cache_info()["cached_components"] if name in model.plan.streamed]
+        assert len(streamed) <= 2
+
+
+def test_two_models_and_two_threads_over_one_client(server: Served, checkpoints: Path) -> None:
+    expected = {name: logits(checkpoints, name) for name in ("llama", "bert")}
+    found: list[bool] = []
+    with WeightClient(server.url) as client:
+        opened = {name: StreamingModel.open(client, name, cache_size=1) for name in expected}
+        start = threading.Barrier(4)
+
+        def use(name: str) -> None:
+            start.wait(60)
+            for _ in range(5):
+                found.append(torch.equal(opened[name](input_ids=IDS, attention_mask=MASK).logits, expected[name]))
+
+        threads = [threading.Thread(target=use, args=(name,)) for name in ("llama", "bert") * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for model in opened.values():
+            model.close()
+    assert found == [True] * 20
+
+
+def test_closing_a_shared_client_stops_its_models(store: Path) -> None:
+    client = WeightClient(store)
+    model = StreamingModel.open(client, "llama", cache_size=1)
+    client.close()
+    with pytest.raises(ModelError, match="closed"):
+        model(input_ids=IDS)
+    model.close()
+    with pytest.raises(ModelClosedError, match="the client of .* is closed; open it again"):
+        client.models()
+
+
+def test_a_model_that_is_forgotten_complains(store: Path) -> None:
+    model = StreamingModel.open(store, "bert")
+    opened, client = model._opened, model._client
+    assert opened is not None
+    with pytest.warns(ResourceWarning, match="StreamingModel bert of .* was never closed"):
+        del model
+        gc.collect()
+    opened.close()
+    client.close()
