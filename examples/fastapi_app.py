@@ -1,0 +1,49 @@
+"""A web service that streams tokens: one model for all requests, opened when the service starts.
+
+    pip install fastapi uvicorn
+    SURFW_SOURCE=ws://127.0.0.1:8765 uvicorn fastapi_app:app --app-dir examples
+    curl -N 'http://127.0.0.1:8000/generate?prompt=Weight+streaming+is'
+
+Whoever hangs up stops the generation. Forwards of one model run one after another, so requests take turns.
+Without SURFW_SOURCE it serves the small model that comes with surfw, from a store made for this.
+"""
+
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.responses import StreamingResponse
+
+from surfw import ModelChunker, Settings, StreamingModel, demo_checkpoint
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Keep the model open as long as the service runs."""
+    settings = Settings.load()  # SURFW_* variables, and the file that SURFW_CONFIG names
+    with tempfile.TemporaryDirectory() as store:
+        if settings.source is None:
+            await ModelChunker(demo_checkpoint(), output_dir=store).chunk_model()
+        source = settings.source or store
+        async with StreamingModel(source, settings.model, cache_size=settings.cache_layers) as model:
+            app.state.model = model
+            yield
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.get("/generate")
+async def generate(request: Request, prompt: str, max_new_tokens: int = 64) -> StreamingResponse:
+    """Tokens as plain text, as they come."""
+    return StreamingResponse(
+        request.app.state.model.stream(prompt, max_new_tokens=max_new_tokens), media_type="text/plain; charset=utf-8"
+    )
+
+
+@app.get("/stats")
+async def stats(request: Request) -> dict[str, object]:
+    """What is kept in memory, and what the runs took."""
+    model = request.app.state.model
+    return {"cache": model.get_cache_info(), "inference": model.get_inference_stats()}
