@@ -58,7 +58,7 @@ class WeightServer:
             model_path: in its place, the store's folder or URL, opened and closed by the server.
             host: address to listen on; other machines reach it only with `token` and `ssl`, or `insecure`.
             port: TCP port; 0 lets the system choose.
-            cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; 0 keeps next to nothing.
+            cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; at least 16 MiB are used.
             token: what clients have to show; None lets everybody in who reaches the port.
             ssl: a server's context with its certificates, for `wss://`.
             insecure: listen beyond loopback without a token, or with a token in clear text.

@@ -94,6 +94,7 @@ def test_a_queued_read_that_nobody_waits_for_is_dropped(tmp_path: Path) -> None:
         await asyncio.wait([*begun, left, left_too])
         backend.gate.set()
         await stays
+        await until(lambda: not pages._reads)
         assert set(pages.cache) == {page(0), page(1), page(3)}, "what has begun goes on, and what another waits for"
         assert backend.reads == 3
         await pages.use(page(2))
