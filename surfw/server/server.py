@@ -49,7 +49,7 @@ class WeightServer:
         self._store = Store(backend)
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
-        self._pages = PageCache(backend, self.settings.cache_bytes, self._metrics)
+        self._pages = PageCache(self._store.backend, self.settings.cache_bytes, self._metrics)
         self._connections: set[Connection] = set()
         self._process = psutil.Process()
         self._websockets: Server | None = None
