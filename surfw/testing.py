@@ -49,10 +49,10 @@ class BrokenStream(io.RawIOBase):
         """A piece.
 
         Raises:
-            OSError: on the third call.
+            OSError: on the third call, and if all is asked for at once.
         """
         self._left -= 1
-        if not self._left:
+        if not self._left or size < 0:
             raise OSError(5, "Input/output error")
         return b"x" * 1000
 
