@@ -9,6 +9,7 @@ Subclass the suite in a test file of your own, and give it the backend:
         def backend(self):
             return MyBackend(...)
 
+Put `pytest.register_assert_rewrite("surfw.testing")` before the import to see the values where an assertion fails.
 A backend with only the four methods passes. It is tested as surfw uses it: keys are checked before they reach it,
 foreign exceptions become surfw's, and what it does not implement is built on what it does. Every operation runs on an
 event loop of its own, as surfw may use one backend on several loops, one after another.

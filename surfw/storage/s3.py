@@ -143,26 +143,32 @@ class S3Backend(FsspecBackend):
             return StorageError(f"{self.url}: wrong credentials: {_WRONG_CREDENTIALS[code]}; give others")
         return None
 
-    def _code(self, exc: BaseException | None) -> str:
-        """S3's own code for what went wrong."""
-        while exc is not None and not hasattr(exc, "response"):
-            exc = exc.__cause__
-        code = str(exc.response.get("Error", {}).get("Code", "")) if exc is not None else ""
-        return self._reason_for_403() if code == "403" else code
-
-    def _reason_for_403(self) -> str:
-        """An answer to HEAD has no body that says why; the one to a listing has."""
+    def _code(self, exc: BaseException) -> str:
+        """S3's own code for what went wrong; an answer to HEAD has no body that says it, the one to a listing has."""
+        code = _code_of(exc)
+        if code != "403":
+            return code
         try:
             self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
-        except OSError as exc:
-            return self._code(exc.__cause__) if exc.__cause__ is not None else "403"
-        return "403"
+        except OSError as why:
+            return _code_of(why) or code
+        return code
 
     async def close(self) -> None:
         """Close the connections; a later use opens new ones."""
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
+
+
+def _code_of(exc: BaseException | None) -> str:
+    """The code in S3's answer, which s3fs has as the cause of its exception; empty if there was no answer."""
+    while exc is not None:
+        response = getattr(exc, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        exc = exc.__cause__
+    return ""
 
 
 def _check_endpoint(url: str) -> None:
