@@ -1,6 +1,6 @@
 """A model class of one's own, which transformers does not know: chunked, streamed, and equal to the resident model.
 
-    python examples/custom_model.py
+python examples/custom_model.py
 """
 
 import tempfile
@@ -36,6 +36,7 @@ class TinyMixer(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor) -> BaseModelOutput:
+        """States of shape (batch, tokens, width), of ids of shape (batch, tokens)."""
         hidden = self.embeddings(input_ids)
         for layer in self.layers:
             hidden = hidden + torch.tanh(layer(hidden))

@@ -38,6 +38,7 @@ from .server import ServerStats as ServerStats
 from .server import WeightServer as WeightServer
 from .settings import Settings as Settings
 from .storage import FilesystemBackend as FilesystemBackend
+from .storage import S3Backend as S3Backend
 from .storage import StorageBackend as StorageBackend
 
 __version__: str

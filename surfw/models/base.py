@@ -99,6 +99,8 @@ class StreamingBaseModel:
         shared = isinstance(source, WeightClient)
         if shared and connection:
             raise ConfigurationError(f"{min(connection)} belongs to the WeightClient; give it there")
+        if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         self.metrics = Metrics()
         self._client = source if isinstance(source, WeightClient) else WeightClient(source, **connection)
         self._wanted = model

@@ -100,7 +100,7 @@ class WeightServer:
         self._store = Store(backend)
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
-        self._pages = PageCache(backend, self._cache_bytes, self._metrics)
+        self._pages = PageCache(self._store.backend, self._cache_bytes, self._metrics)
         self._released = False
 
     def _alone(self) -> asyncio.Lock:

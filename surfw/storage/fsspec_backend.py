@@ -9,7 +9,7 @@ import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -121,12 +121,14 @@ class FsspecBackend(StorageBackend):
         """Whether the object is there; a storage that does not say is an error."""
 
         def look(path: str) -> bool:
-            try:
+            with suppress(NotADirectoryError):
                 return bool(self.fs.info(path)["type"] == "file")
-            except (FileNotFoundError, NotADirectoryError):
-                return False
+            return False
 
-        return await self._call(key, look)
+        try:
+            return await self._call(key, look)
+        except NotFoundError:
+            return False
 
     async def size(self, key: str) -> int:
         """The object's length."""
@@ -138,11 +140,11 @@ class FsspecBackend(StorageBackend):
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
-            with self._translate(f"listing {self.url}"):
-                try:
+            try:
+                with self._translate(f"listing {self.url}"):
                     paths = self.fs.find(f"{root}/{folder}" if folder else root)
-                except FileNotFoundError:
-                    return []
+            except NotFoundError:
+                return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
             return sorted(key for key in keys if key.startswith(prefix))
 

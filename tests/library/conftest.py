@@ -70,7 +70,7 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture
-def _in(tmp_path: Path) -> Iterator[Path]:
+def here(tmp_path: Path) -> Iterator[Path]:
     """A working directory of its own."""
     before = Path.cwd()
     os.chdir(tmp_path)

@@ -28,6 +28,7 @@ from surfw import (
     WeightServer,
 )
 from tests.library.conftest import run
+from tests.peers import until
 from tests.servers import Served
 
 IDS = torch.tensor([[5, 9, 77, 3, 120]])
@@ -45,43 +46,43 @@ def logits(checkpoints: Path, name: str, **inputs: torch.Tensor) -> torch.Tensor
     return found
 
 
-def test_a_model_is_chunked_into_a_folder(checkpoints: Path, _in: Path) -> None:
+def test_a_model_is_chunked_into_a_folder(checkpoints: Path, here: Path) -> None:
     model_name = str(checkpoints / "bert")
 
     async def main() -> None:
         chunker = ModelChunker(model_name, output_dir="./chunks")
         info = await chunker.chunk_model()
         assert (info.name, info.class_name, info.dtype) == ("bert", "BertForMaskedLM", "float32")
-        assert (info.layers, info.store) == (3, str(_in / "chunks"))
+        assert (info.layers, info.store) == (3, str(here / "chunks"))
         assert info.chunks > info.layers
         assert info.payload_bytes == sum(one.numel() * 4 for one in resident(checkpoints, "bert").parameters())
 
     run(main)
-    assert (_in / "chunks" / "models" / "bert.json").is_file()
+    assert (here / "chunks" / "models" / "bert.json").is_file()
 
 
-def test_the_folder_is_named_by_default(checkpoints: Path, _in: Path) -> None:
+def test_the_folder_is_named_by_default(checkpoints: Path, here: Path) -> None:
     info = ModelChunker(str(checkpoints / "bert")).chunk_model_sync()
-    assert info.store == str(_in / "chunks")
-    assert json.loads((_in / "chunks" / "models" / "bert.json").read_text())["name"] == "bert"
+    assert info.store == str(here / "chunks")
+    assert json.loads((here / "chunks" / "models" / "bert.json").read_text())["name"] == "bert"
 
 
-def test_a_model_is_chunked_into_a_backend(checkpoints: Path, _in: Path) -> None:
+def test_a_model_is_chunked_into_a_backend(checkpoints: Path, here: Path) -> None:
     model_name = str(checkpoints / "bert")
 
     async def main() -> None:
         backend = FilesystemBackend(base_dir="./chunks/bert-tiny")
-        assert (_in / "chunks" / "bert-tiny").is_dir()
+        assert (here / "chunks" / "bert-tiny").is_dir()
         chunker = ModelChunker(model_name, storage_backend=backend)
         info = await chunker.chunk_model()
-        assert info.store == str(_in / "chunks" / "bert-tiny")
+        assert info.store == str(here / "chunks" / "bert-tiny")
         assert await backend.exists("models/bert.json")
         assert info.digest == (await ModelChunker(model_name, "./other").chunk_model()).digest
 
     run(main)
 
 
-def test_a_folder_and_a_backend_exclude_each_other(_in: Path) -> None:
+def test_a_folder_and_a_backend_exclude_each_other(here: Path) -> None:
     with pytest.raises(ConfigurationError, match="output_dir and storage_backend exclude each other"):
         ModelChunker("x", "./chunks", storage_backend=FilesystemBackend("./chunks"))
 
@@ -112,8 +113,7 @@ def test_a_server_serves_a_backend(store: Path) -> None:
         async with server:
             assert await asyncio.to_thread(names, server.url) == ["bert", "gpt2", "llama", "t5"]
         forever = asyncio.create_task(server.serve_forever())
-        while not server.port:
-            await asyncio.sleep(0)
+        await until(lambda: server.port != 0)
         await server.stop()
         await forever
 
@@ -266,12 +266,12 @@ def test_a_store_is_a_source(store: Path, tmp_path: Path) -> None:
 def test_opening_never_blocks_a_running_loop(server: Served) -> None:
     async def main() -> None:
         with pytest.raises(
-            ConfigurationError, match="would block the event loop; use 'await StreamingModel.open_async"
+            ConfigurationError, match=r"would block the event loop; use 'await StreamingModel\.open_async"
         ):
             StreamingModel.open(server.url, model="llama")
         model = StreamingLlamaModel("llama", websocket_uri=server.url)
         for use in (model.__enter__, lambda: model(input_ids=IDS), lambda: model.model, lambda: model.generate(IDS)):
-            with pytest.raises(ConfigurationError, match="use 'await StreamingLlamaModel.open_async"):
+            with pytest.raises(ConfigurationError, match=r"use 'await StreamingLlamaModel\.open_async"):
                 use()
         model = await StreamingModel.open_async(server.url, model="llama")
         assert model(input_ids=IDS).logits.shape[:2] == IDS.shape  # open, a call is the caller's own decision
@@ -333,7 +333,7 @@ def test_a_stream_refuses_what_does_not_fit(server: Served) -> None:
         async with StreamingModel(server.url, model="bert") as model:
             with pytest.raises(ConfigurationError, match=r"bert \(BertForMaskedLM\) does not generate; call it"):
                 _ = [token async for token in model.stream("Weights")]
-            with pytest.raises(ConfigurationError, match="stream\\(\\) cannot take these options: .*'loud'"):
+            with pytest.raises(ConfigurationError, match=r"stream\(\) cannot take these options: .*'loud'"):
                 model.stream("Weights", loud=True)
 
     run(main)

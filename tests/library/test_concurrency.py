@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +25,11 @@ def is_as_it_was(model: Any) -> bool:
     """Whether transformers' model has neither hooks nor weights of ours."""
     clean = not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     return clean and all(one.is_meta and not isinstance(one, AbsentParameter) for one in model.parameters())
+
+
+def run_once(model: StreamingModel, *, asynchronous: bool) -> Any:
+    """One forward, in the one way or the other."""
+    return asyncio.run(model.forward_async(input_ids=IDS)) if asynchronous else model(input_ids=IDS)
 
 
 def at_layer(model: StreamingModel, index: int, do: Callable[[], object]) -> Any:
@@ -188,10 +192,7 @@ def test_a_hook_may_close_the_model_it_runs_in(server: Served) -> None:
         model = StreamingModel.open(server.url, "llama", cache_size=1)
         handle = at_layer(model, 2, model.close)
         with pytest.raises(ModelClosedError, match="llama was closed while it ran"):
-            if asynchronous:
-                asyncio.run(model.forward_async(input_ids=IDS))
-            else:
-                model(input_ids=IDS)
+            run_once(model, asynchronous=asynchronous)
         handle.remove()
         assert is_as_it_was(model.model)
 
@@ -258,10 +259,7 @@ def test_an_exception_in_a_hook_is_the_callers(asynchronous: bool, server: Serve
         for _ in range(2):
             handle = at_layer(model, 3, fail)
             with pytest.raises(ZeroDivisionError, match="on purpose"):
-                if asynchronous:
-                    asyncio.run(model.forward_async(input_ids=IDS))
-                else:
-                    model(input_ids=IDS)
+                run_once(model, asynchronous=asynchronous)
             handle.remove()
             assert torch.equal(model(input_ids=IDS).logits, logits(checkpoints, "llama"))
         inner = model.model
@@ -371,7 +369,7 @@ def test_closing_a_shared_client_stops_its_models(store: Path) -> None:
     with pytest.raises(ModelError, match="closed"):
         model(input_ids=IDS)
     model.close()
-    with pytest.raises(ModelClosedError, match="the client of .* is closed; open it again"):
+    with pytest.raises(ModelClosedError, match=r"the client of .* is closed; open it again"):
         client.models()
 
 
@@ -379,8 +377,9 @@ def test_a_model_that_is_forgotten_complains(store: Path) -> None:
     model = StreamingModel.open(store, "bert")
     opened, client = model._opened, model._client
     assert opened is not None
-    with pytest.warns(ResourceWarning, match="StreamingModel bert of .* was never closed"):
-        del model
-        gc.collect()
+    forgotten = [model]
+    del model
+    with pytest.warns(ResourceWarning, match=r"StreamingModel bert of .* was never closed"):
+        forgotten.clear()
     opened.close()
     client.close()
