@@ -20,6 +20,9 @@ BLOCK_BYTES = MIB
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
 
+SHARED_LOADS_BYTES = 256 * MB
+"""Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200

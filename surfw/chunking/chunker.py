@@ -163,17 +163,18 @@ async def write_model(
     """
     store = Store(backend)
     await store.create()
-    writer = ChunkWriter(backend, _PayloadReader(prepared), key=prepared.key, progress=progress)
+    writer = ChunkWriter(store.backend, _PayloadReader(prepared), key=prepared.key, progress=progress)
     with writer.locked():
         chunks = await writer.write(prepared.plan)
         generation = prepared.checkpoint.generation_config
+        files = sorted(prepared.checkpoint.files)
         manifest = Manifest(
             name=prepared.name,
             class_name=prepared.class_name,
             dtype=prepared.dtype,
             config=prepared.config,
             generation_config=sanitise_config(generation)[0] if generation is not None else None,
-            files=tuple([await _write_file(prepared, backend, path) for path in sorted(prepared.checkpoint.files)]),
+            files=tuple([await _write_file(prepared, store.backend, path) for path in files]),
             ties=prepared.loading.ties,
             chunks=tuple(chunks),
             order=prepared.plan.order,

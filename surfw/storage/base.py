@@ -1,19 +1,22 @@
 """What a storage has to be: four methods, and optional ones with working defaults built on the four.
 
-A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` is the one gate: every backend passes
-every key through it before the key touches anything, so a key such as `../x` or `/etc/passwd` reaches no storage.
+A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` is the one gate: every key passes it
+before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
+`/etc/passwd` reaches no storage.
 """
 
 import asyncio
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import StorageError
+
+Data = TypeVar("Data", bytes, memoryview)
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
@@ -44,14 +47,32 @@ def check_prefix(prefix: str) -> str:
 
 
 class StorageBackend(ABC):
-    """Named objects of bytes. A custom backend needs `load`, `save`, `exists` and `list`."""
+    """Named objects of bytes. Subclass it, and implement `load`, `save`, `exists` and `list`: nothing else is needed.
+
+    What surfw guarantees to a custom backend:
+
+    - **Keys** are relative paths of plain parts, such as `blobs/ab/abcd.safetensors`: ASCII letters, digits, `.`, `_`
+      and `-`, joined by `/`, at most 512 characters; no part starts with `.` or `-`. They are checked before the
+      backend sees them, as are prefixes, so none is absolute or leads upwards.
+    - **Calls** come on an event loop: surfw's own thread in a model, the server's loop in a server, the caller's in a
+      chunker. Several calls may be under way at once. One backend may be used on several loops one after another, so
+      whatever belongs to a loop, such as a connection, must not be kept for the next one.
+    - **Whole objects** are loaded once for all the ranges that are read of them, if the backend has no faster
+      `load_range` or `read_into`. While they are being read, objects of 256 MB in all are kept, or the last one.
+
+    **Errors**: raise `surfw.NotFoundError` for an object that is not there (`KeyError` and `FileNotFoundError` are
+    taken for it), `surfw.StorageFullError` if there is no space, `surfw.StorageError` for everything else. Any other
+    exception is reported as a `StorageError` with the backend's class, the key, and the exception.
+
+    `surfw.testing.StorageBackendSuite` is a test suite for custom backends.
+    """
 
     url: str = "custom storage"
-    """Where the objects lie, for people and for error messages."""
+    """Where the objects lie, for people and for error messages; without secrets."""
 
     @abstractmethod
     async def load(self, key: str) -> bytes:
-        """The whole object.
+        """The whole object, as bytes, bytearray or memoryview.
 
         Raises:
             NotFoundError: there is no such object.
@@ -60,7 +81,12 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write an object, whole or not at all: a reader never sees half of it.
+        """Write an object, or replace it, whole or not at all: a reader never sees half of it.
+
+        Args:
+            key: the object's name.
+            data: the bytes, or a binary file to read to its end; the caller closes it. If reading it fails, nothing
+                may be written.
 
         Raises:
             StorageFullError: no space is left.
@@ -69,11 +95,21 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object is there.
+
+        Raises:
+            StorageError: that could not be found out.
+        """
 
     @abstractmethod
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix, sorted."""
+        """The whole keys of all objects that start with the prefix, in any order; nothing is left out.
+
+        A prefix is the beginning of a text, not a folder: `models/a` lists `models/a.json` and `models/ab/c.json`.
+
+        Raises:
+            StorageError: they could not be listed.
+        """
 
     async def size(self, key: str) -> int:
         """The object's length in bytes."""
@@ -126,7 +162,7 @@ def spool_folder(place: str) -> Path:
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
 
 
-def expect_length(data: bytes, length: int, key: str, url: str) -> bytes:
+def expect_length(data: Data, length: int, key: str, url: str) -> Data:
     """The data, if it has the length that was asked for.
 
     Raises:

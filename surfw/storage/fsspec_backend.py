@@ -9,7 +9,7 @@ import errno
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -46,20 +46,21 @@ class FsspecBackend(StorageBackend):
     def __init__(self, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = display_url(url)
-        self._spool = spool_folder(url)  # URLs that are shown alike may be different places
-        self.fs, self.root = self._open(url, **options)
+        self._address = url  # with what is not shown
+        self.fs, self.root = self._open(**options)
 
-    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
+    def _open(self, **options: Any) -> tuple[Any, str]:
         try:
             with translate_errors(f"storage {self.url}"):
-                fs, root = fsspec.core.url_to_fs(url, **options)
+                fs, root = fsspec.core.url_to_fs(self._address, **options)
                 return fs, str(root)
         except ValueError as exc:
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {str(exc).replace(url, self.url)}") from exc
+            reason = str(exc).replace(self._address, self.url)
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
 
     def spool(self) -> Path:
-        """A local folder for files on their way into this storage."""
-        return self._spool
+        """A local folder for files on their way into this storage; URLs that are shown alike may be other places."""
+        return spool_folder(self._address)
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""
@@ -121,12 +122,14 @@ class FsspecBackend(StorageBackend):
         """Whether the object is there; a storage that does not say is an error."""
 
         def look(path: str) -> bool:
-            try:
+            with suppress(NotADirectoryError):
                 return bool(self.fs.info(path)["type"] == "file")
-            except (FileNotFoundError, NotADirectoryError):
-                return False
+            return False
 
-        return await self._call(key, look)
+        try:
+            return await self._call(key, look)
+        except NotFoundError:
+            return False
 
     async def size(self, key: str) -> int:
         """The object's length."""
@@ -138,11 +141,11 @@ class FsspecBackend(StorageBackend):
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
-            with self._translate(f"listing {self.url}"):
-                try:
+            try:
+                with self._translate(f"listing {self.url}"):
                     paths = self.fs.find(f"{root}/{folder}" if folder else root)
-                except FileNotFoundError:
-                    return []
+            except NotFoundError:
+                return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
             return sorted(key for key in keys if key.startswith(prefix))
 

@@ -18,6 +18,7 @@ from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
+from surfw.storage.custom import adapt_backend
 
 logger = logging.getLogger("surfw.storage")
 
@@ -32,9 +33,9 @@ class Store:
     """Chunked models in a storage backend."""
 
     def __init__(self, backend: StorageBackend) -> None:
-        """Name the backend; nothing is read yet."""
-        self.backend = backend
-        self.url = display_url(backend.url)
+        """Name the backend, which is adapted if it is a custom one; nothing is read yet."""
+        self.backend = adapt_backend(backend)
+        self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
 
     async def check(self) -> None:

@@ -18,9 +18,9 @@ from surfw.chunking.writer import ChunkWriter
 from surfw.config import BLOCK_BYTES
 from surfw.errors import CheckpointError, StorageError, StorageFullError
 from surfw.manifest import Chunk
-from surfw.storage import FilesystemBackend, StorageBackend
+from surfw.storage import FilesystemBackend, StorageBackend, adapt_backend
 from surfw.storage.store import blob_key
-from tests.storage.test_backends import DictBackend
+from tests.storage.dict_backend import DictBackend
 from tests.toys import toy_chunk
 
 PAYLOAD = bytes(range(250)) * 24
@@ -95,7 +95,7 @@ def marks(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("kind", ["files", "four methods"])
 def test_chunks_are_written_as_they_are_described(kind: str, tmp_path: Path) -> None:
-    storage: StorageBackend = FilesystemBackend(tmp_path / "store") if kind == "files" else DictBackend()
+    storage: StorageBackend = FilesystemBackend(tmp_path / "store") if kind == "files" else adapt_backend(DictBackend())
     chunks, progress = toys(), []
     made = run(make(storage, Payloads(chunks), progress), planned(chunks))
     assert sum(progress) == sum(SIZES)
@@ -140,7 +140,7 @@ def test_every_byte_is_read_once_in_order_and_stored_once(layers: list[list[int]
     chunks = [
         toy_chunk(f"l{index}", [("U8", (size,)) for size in sizes], seed=index) for index, sizes in enumerate(layers)
     ]
-    source, backend = Payloads(chunks), DictBackend()
+    source, backend = Payloads(chunks), adapt_backend(DictBackend())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer_module, "_PIECE_BYTES", piece)
         patch.setattr(writer_module, "block_digests", lambda _: b"")

@@ -1,5 +1,6 @@
 """An S3 server for the tests: the gateway of `ceph`, with fresh buckets and two accounts."""
 
+import functools
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,13 @@ import pytest
 
 from tests.services.ceph import OWNER, PROGRAMS, STRANGER, Account, ceph_gateway
 from tests.services.processes import missing
+
+
+@functools.cache
+def _client(endpoint: str, key: str, secret: str) -> Any:
+    return botocore.session.Session().create_client(
+        "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=secret
+    )
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,7 @@ class S3Service:
     @property
     def client(self) -> Any:
         """botocore's own client, for what surfw does not do."""
-        return botocore.session.Session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=self.key,
-            aws_secret_access_key=self.secret,
-        )
+        return _client(self.endpoint, self.key, self.secret)
 
     def bucket(self) -> str:
         """A new bucket's name."""

@@ -1,0 +1,46 @@
+"""A model in S3: chunk it into a bucket, serve it from there, and generate.
+
+    export SURFW_EXAMPLE_BUCKET=my-bucket
+    python examples/llama_s3_example.py [MODEL]
+
+MODEL is a hub id or a local directory; by default the small LLaMA that comes with surfw. Credentials and region
+are found as every AWS tool finds them: `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or `AWS_PROFILE`, or the
+machine's role.
+`SURFW_EXAMPLE_ENDPOINT` is the address of an S3 server that is not Amazon's, such as http://127.0.0.1:9000.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from surfw import ModelChunker, S3Backend, StreamingModel, WeightServer, demo_checkpoint
+
+
+async def main(checkpoint: str) -> None:
+    """From the checkpoint through S3 to a text."""
+    backend = S3Backend(
+        os.environ["SURFW_EXAMPLE_BUCKET"],
+        prefix="surfw-example",
+        endpoint_url=os.environ.get("SURFW_EXAMPLE_ENDPOINT"),
+    )
+    chunker = ModelChunker(checkpoint, storage_backend=backend)
+    await chunker.chunk_model()
+    print(f"{checkpoint} is in {backend.url}")
+
+    prompt = "Weight streaming is"
+    print(prompt, end="", flush=True)
+    async with (
+        WeightServer(storage_backend=backend, port=0) as server,
+        await StreamingModel.open_async(server.url, model=Path(checkpoint).name) as model,
+    ):
+        async for text in model.stream(prompt, max_new_tokens=40):
+            print(text, end="", flush=True)
+    print()
+    await backend.close()
+
+
+if __name__ == "__main__":
+    if "SURFW_EXAMPLE_BUCKET" not in os.environ:
+        sys.exit("set SURFW_EXAMPLE_BUCKET to the name of a bucket that you may write to")
+    asyncio.run(main(sys.argv[1] if len(sys.argv) > 1 else str(demo_checkpoint())))

@@ -1,0 +1,189 @@
+"""The boundary to storages that others wrote: behind it they are as surfw's own.
+
+Invariants: every key and prefix passes the check before a custom backend sees it; every foreign exception becomes
+surfw's, naming the backend's class and the key; what a backend gives has the type it should have; a backend that can
+only load whole objects loads each once for all its ranges (see `shared_loads`).
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from surfw.config import SHARED_LOADS_BYTES
+from surfw.errors import ConfigurationError, NotFoundError, StorageError, SurfwError
+from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
+from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
+from surfw.storage.shared_loads import SharedLoads
+
+
+def adapt_backend(backend: StorageBackend) -> StorageBackend:
+    """A backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
+
+    Raises:
+        ConfigurationError: it is no backend.
+    """
+    if isinstance(backend, FsspecBackend | AdaptedBackend):
+        return backend
+    _expect_backend(backend)
+    return AdaptedBackend(backend)
+
+
+def _expect_backend(given: object) -> None:
+    if not isinstance(given, StorageBackend):
+        seen = f"the class {given.__name__}" if isinstance(given, type) else f"{type(given).__name__} object"
+        raise ConfigurationError(f"{seen} is no storage backend; give an instance of a subclass of StorageBackend")
+
+
+class AdaptedBackend(StorageBackend):
+    """A custom backend, held to the rules. It is made by `adapt_backend`."""
+
+    def __init__(self, inner: StorageBackend) -> None:
+        """Wrap `inner`; nothing is called yet."""
+        self.inner = inner
+        self.url = str(inner.url)
+        self._shared = SharedLoads(self.load, SHARED_LOADS_BYTES)
+
+    def _own(self, method: str) -> bool:
+        """Whether the custom backend has this optional method itself."""
+        return getattr(type(self.inner), method) is not getattr(StorageBackend, method)
+
+    def _call(self, method: str, about: str = "") -> str:
+        return f"{type(self.inner).__name__}.{method}({about})"
+
+    @contextmanager
+    def _reading(self, method: str, key: str) -> Iterator[None]:
+        """Check the key, and translate errors; a `KeyError` says that the object is not there."""
+        with self._translate(method, check_key(key)):
+            try:
+                yield
+            except KeyError as exc:
+                raise NotFoundError(f"{key} in {self.url}: not found") from exc
+
+    @contextmanager
+    def _translate(self, method: str, about: str = "") -> Iterator[None]:
+        """Foreign exceptions as surfw's; those that are surfw's pass."""
+        what = f"{self._call(method, about)} in {self.url}"
+        try:
+            with translate_errors(what):
+                yield
+        except SurfwError:
+            raise
+        except Exception as exc:
+            text = " ".join(str(exc).split())[:300]
+            raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
+
+    def _bytes(self, data: object, method: str, key: str) -> bytes:
+        if isinstance(data, bytes):
+            return data
+        if isinstance(data, bytearray | memoryview):
+            return bytes(data)
+        raise StorageError(f"{self._call(method, key)} gave {type(data).__name__}, expected bytes")
+
+    async def load(self, key: str) -> bytes:
+        """The whole object."""
+        with self._reading("load", key):
+            return self._bytes(await self.inner.load(key), "load", key)
+
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        """Write an object."""
+        with self._translate("save", check_key(key)):
+            try:
+                await self.inner.save(key, data)
+            finally:
+                self._shared.forget(key)
+
+    async def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        try:
+            with self._reading("exists", key):
+                return bool(await self.inner.exists(key))
+        except NotFoundError:
+            return False
+
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys that start with the prefix, sorted."""
+        with self._translate("list", check_prefix(prefix)):
+            found: object = await self.inner.list(prefix)
+        if isinstance(found, str | bytes) or not isinstance(found, Collection):
+            raise StorageError(f"{self._call('list', prefix)} gave {type(found).__name__}, expected a list of keys")
+        for key in found:
+            if not isinstance(key, str) or not key.startswith(prefix):
+                raise StorageError(
+                    f"{self._call('list', prefix)} gave {str(key)[:80]!r} ({type(key).__name__}), "
+                    "expected whole keys as strings that start with the prefix"
+                )
+        return sorted(found)
+
+    async def size(self, key: str) -> int:
+        """The object's length in bytes."""
+        with self._reading("size", key):
+            return int(await self.inner.size(key)) if self._own("size") else len(await self._shared.get(key))
+
+    async def revision(self, key: str) -> str | None:
+        """What changes whenever the object does; None if the custom backend does not tell."""
+        with self._reading("revision", key):
+            told: object = await self.inner.revision(key)
+        if told is not None and not isinstance(told, str):
+            raise StorageError(f"{self._call('revision', key)} gave {type(told).__name__}, expected a text or None")
+        return told
+
+    async def load_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object."""
+        if self._own("load_range"):
+            with self._reading("load_range", key):
+                data = self._bytes(await self.inner.load_range(key, start, stop), "load_range", key)
+            return expect_length(data, stop - start, key, self.url)
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+        """Fill `destination` with the object's bytes from `start` on."""
+        stop = start + destination.nbytes
+        if self._own("read_into"):
+            with self._reading("read_into", key):
+                await self.inner.read_into(key, start, destination)
+        elif self._own("load_range"):
+            destination[:] = await self.load_range(key, start, stop)
+        else:
+            whole = memoryview(await self._shared.get(check_key(key), stop))
+            destination[:] = expect_length(whole[start:stop], stop - start, key, self.url)
+
+    async def stranger(self, known: str) -> str | None:
+        """A key that does not start with `known`, if there is one."""
+        if not self._own("stranger"):
+            return await super().stranger(known)
+        with self._translate("stranger", check_prefix(known)):
+            return await self.inner.stranger(known)
+
+    def local_path(self, key: str) -> Path | None:
+        """The object's file, where objects are local files; None elsewhere."""
+        with self._translate("local_path", check_key(key)):
+            return self.inner.local_path(key)
+
+    def spool(self) -> Path:
+        """A local folder for files on their way into the storage."""
+        with self._translate("spool"):
+            return self.inner.spool()
+
+    async def adopt(self, key: str, path: Path) -> None:
+        """Move a finished local file into the storage."""
+        with self._translate("adopt", check_key(key)):
+            if not self._own("adopt"):
+                await super().adopt(key, path)
+                return
+            try:
+                await self.inner.adopt(key, path)
+            finally:
+                self._shared.forget(key)
+
+    async def let_go(self) -> None:
+        """Stop loading, and let go of what was loaded; the custom backend stays open."""
+        await self._shared.close()
+
+    async def close(self) -> None:
+        """Let go of what was loaded, and close the custom backend."""
+        await self.let_go()
+        with self._translate("close"):
+            await self.inner.close()

@@ -1,0 +1,182 @@
+"""A bucket of S3, or of a server that speaks its protocol, as a storage: a thin constructor over s3fs.
+
+Credentials, region and endpoint that are not given are found as botocore finds them: environment, profile, role.
+Invariants: no connection, credential or listing is shared with another backend; no secret is in `url` or in a message.
+Requests run on fsspec's own event loop thread.
+"""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from surfw.errors import ConfigurationError, StorageError
+from surfw.storage.base import check_prefix
+from surfw.storage.fsspec_backend import FsspecBackend
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+_CONNECT_SECONDS = 5
+_ATTEMPTS, _ROUNDS = 2, 3
+"""How often botocore tries a request, and how often s3fs has it do so: a silent endpoint fails in half a minute."""
+
+_WRONG_CREDENTIALS = {
+    "InvalidAccessKeyId": "the access key is not known there",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
+    "InvalidToken": "the session token is not valid",
+    "ExpiredToken": "the session token has expired",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+}
+
+
+class S3Backend(FsspecBackend):
+    """Objects in a bucket of S3, under a prefix."""
+
+    def __init__(
+        self,
+        bucket_name: str,
+        prefix: str = "",
+        *,
+        region_name: str | None = None,
+        endpoint_url: str | None = None,
+        aws_access_key_id: str | None = None,
+        aws_secret_access_key: str | None = None,
+        aws_session_token: str | None = None,
+        profile_name: str | None = None,
+    ) -> None:
+        """Name the bucket; nothing is contacted yet.
+
+        Args:
+            bucket_name: the bucket, which must exist.
+            prefix: comes before every key, such as `models/mine`.
+            region_name: the bucket's region, such as `eu-central-1`.
+            endpoint_url: of a server other than Amazon's, such as `http://127.0.0.1:9000`.
+            aws_access_key_id: given together with the secret key, or not at all.
+            aws_secret_access_key: the secret key.
+            aws_session_token: for temporary credentials.
+            profile_name: of the shared credentials and configuration files.
+
+        Raises:
+            ConfigurationError: an argument cannot be used.
+        """
+        if not _BUCKET.fullmatch(bucket_name):
+            raise ConfigurationError(
+                f"{bucket_name[:80]!r} is not a bucket's name; expected the name alone, "
+                "at least 3 letters, digits, dots and dashes"
+            )
+        if bool(aws_access_key_id) != bool(aws_secret_access_key) or (aws_session_token and not aws_access_key_id):
+            raise ConfigurationError(
+                f"the credentials for s3://{bucket_name} are incomplete; give aws_access_key_id and "
+                "aws_secret_access_key together, or neither to have them found"
+            )
+        if endpoint_url is not None:
+            _check_endpoint(endpoint_url)
+        self.bucket, self.endpoint_url = bucket_name, endpoint_url
+        self.prefix = prefix.strip("/")
+        try:
+            check_prefix(self.prefix)
+        except StorageError as exc:
+            raise ConfigurationError(f"prefix {prefix[:80]!r} is refused; write one such as models/mine") from exc
+        super().__init__(
+            f"s3://{bucket_name}/{self.prefix}".rstrip("/"),
+            key=aws_access_key_id,
+            secret=aws_secret_access_key,
+            token=aws_session_token,
+            endpoint_url=endpoint_url,
+            client_kwargs={"region_name": region_name} if region_name else {},
+            **({"profile": profile_name} if profile_name else {}),
+        )
+
+    def _open(self, **options: Any) -> tuple[Any, str]:
+        import s3fs
+
+        retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+        fs = s3fs.S3FileSystem(
+            skip_instance_cache=True,  # fsspec would share one with whoever gives the same arguments
+            use_listings_cache=False,
+            config_kwargs={"connect_timeout": _CONNECT_SECONDS, "retries": retries},
+            **options,
+        )
+        fs.retries = _ROUNDS
+        return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    @contextmanager
+    def _translate(self, what: str) -> Iterator[None]:
+        """As in other storages, with what S3 and botocore say in their own way."""
+        with super()._translate(what):
+            try:
+                yield
+            except Exception as exc:
+                if error := self._explain(exc):
+                    raise error from exc
+                raise
+
+    def _explain(self, exc: BaseException) -> StorageError | ConfigurationError | None:
+        """The error in surfw's words, or None for what all storages have in common."""
+        from botocore import exceptions as boto
+
+        if isinstance(exc, boto.ProfileNotFound):
+            return ConfigurationError(f"{self.url}: {exc}; name one of those in ~/.aws/config, or give credentials")
+        if isinstance(exc, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
+            return ConfigurationError(
+                f"{self.url}: no usable credentials were found; give them as arguments, in AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or as a profile"
+            )
+        if isinstance(exc, boto.ConnectionError | boto.HTTPClientError):
+            where = self.endpoint_url or "its endpoint"
+            return StorageError(
+                f"{self.url}: {where} cannot be reached ({type(exc).__name__}); check the address and the network"
+            )
+        return self._explain_code(self._code(exc))
+
+    def _explain_code(self, code: str) -> StorageError | ConfigurationError | None:
+        if code == "NoSuchBucket":
+            return StorageError(f"{self.url}: there is no bucket {self.bucket}; make it, or name another")
+        if code == "InvalidBucketName":
+            return ConfigurationError(f"{self.url}: {self.bucket} is not a name for a bucket there; name another")
+        if code in {"AccessDenied", "403"}:
+            return StorageError(
+                f"{self.url}: permission denied; these credentials may not do this in bucket {self.bucket}"
+            )
+        if code in _WRONG_CREDENTIALS:
+            return StorageError(f"{self.url}: wrong credentials: {_WRONG_CREDENTIALS[code]}; give others")
+        return None
+
+    def _code(self, exc: BaseException) -> str:
+        """S3's own code for what went wrong; an answer to HEAD has no body that says it, the one to a listing has."""
+        code = _code_of(exc)
+        if code != "403":
+            return code
+        try:
+            self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+        except OSError as why:
+            return _code_of(why) or code
+        return code
+
+    async def close(self) -> None:
+        """Close the connections; a later use opens new ones."""
+        creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
+        if creator is not None:
+            await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
+
+
+def _code_of(exc: BaseException | None) -> str:
+    """The code in S3's answer, which s3fs has as the cause of its exception; empty if there was no answer."""
+    while exc is not None:
+        response = getattr(exc, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+        exc = exc.__cause__
+    return ""
+
+
+def _check_endpoint(url: str) -> None:
+    """Raises: ConfigurationError, for what is no address of a server, or holds a password."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError("endpoint_url must not hold credentials; give them as arguments of their own")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigurationError(
+            f"endpoint_url {url[:80]!r} is not understood; write one such as http://127.0.0.1:9000"
+        )

@@ -1,0 +1,46 @@
+"""What surfw's own backends do beyond the public suite: they check keys themselves, and name what is missing."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from surfw.errors import NotFoundError, StorageError
+from surfw.storage import StorageBackend
+from surfw.testing import KEY, StorageBackendSuite
+
+
+class OwnBackendSuite(StorageBackendSuite):
+    """One behaviour for each test; the backend is not adapted."""
+
+    @pytest.fixture
+    def storage(self, backend: StorageBackend) -> StorageBackend:
+        return backend
+
+    def test_errors_name_the_object_and_what_is_wrong(self, backend: StorageBackend) -> None:
+        asyncio.run(backend.save("x", b"1234"))
+        for work in (backend.load(KEY), backend.size(KEY), backend.load_range(KEY, 0, 1)):
+            with pytest.raises(NotFoundError, match=r"abcd\.bin.*not found"):
+                asyncio.run(work)
+        with pytest.raises(StorageError, match=r"x.* ends"):
+            asyncio.run(backend.load_range("x", 2, 5))
+
+    @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "", "a//b", "a/../../x", "a\\b", "a\0b", ".hidden", "a/"])
+    def test_keys_that_lead_elsewhere_reach_nothing(self, backend: StorageBackend, key: str, tmp_path: Path) -> None:
+        (tmp_path / "x").write_text("canary")
+        for work in (
+            backend.load(key), backend.save(key, b"!"), backend.exists(key), backend.size(key),
+            backend.load_range(key, 0, 1), backend.read_into(key, 0, memoryview(bytearray(1))),
+            backend.adopt(key, tmp_path / "x"), backend.revision(key),
+        ):  # fmt: skip
+            with pytest.raises(StorageError, match=r"storage key .* is refused"):
+                asyncio.run(work)
+        with pytest.raises(StorageError, match="is refused"):
+            backend.local_path(key)
+        assert (tmp_path / "x").read_text() == "canary"
+        assert asyncio.run(backend.list()) == []
+
+    @pytest.mark.parametrize("prefix", ["../", "/etc/", "a/../", "models/../../x", "..", "a//", "/", "a\0"])
+    def test_prefixes_that_lead_elsewhere_are_refused(self, backend: StorageBackend, prefix: str) -> None:
+        with pytest.raises(StorageError, match="is refused"):
+            asyncio.run(backend.list(prefix))
