@@ -94,6 +94,15 @@ class StorageBackendSuite:
         asyncio.run(storage.save(KEY, io.BytesIO(data)))
         assert asyncio.run(storage.load(KEY)) == data
 
+    def test_a_revision_changes_with_the_object_or_is_not_told(self, storage: StorageBackend) -> None:
+        """What is told stays the same as long as the object does, and no longer."""
+        assert asyncio.run(storage.revision(KEY)) is None
+        asyncio.run(storage.save(KEY, b"first"))
+        first = asyncio.run(storage.revision(KEY))
+        assert asyncio.run(storage.revision(KEY)) == first
+        asyncio.run(storage.save(KEY, b"other"))
+        assert first is None or asyncio.run(storage.revision(KEY)) not in {None, first}
+
     def test_saving_again_replaces(self, storage: StorageBackend) -> None:
         """Nothing of a longer predecessor is left, whichever way it was read before."""
         asyncio.run(storage.save(KEY, b"a long first one"))

@@ -121,10 +121,12 @@ class AdaptedBackend(StorageBackend):
             return int(await self.inner.size(key)) if self._own("size") else len(await self._shared.get(key))
 
     async def revision(self, key: str) -> str | None:
-        """A text that changes whenever the object does; None if that cannot be told."""
+        """What changes whenever the object does; None if the custom backend does not tell."""
         with self._reading("revision", key):
-            found: object = await self.inner.revision(key)
-        return None if found is None else str(found)
+            told: object = await self.inner.revision(key)
+        if told is not None and not isinstance(told, str):
+            raise StorageError(f"{self._call('revision', key)} gave {type(told).__name__}, expected a text or None")
+        return told
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
@@ -176,8 +178,12 @@ class AdaptedBackend(StorageBackend):
             finally:
                 self._shared.forget(key)
 
+    async def let_go(self) -> None:
+        """Stop loading, and let go of what was loaded; the custom backend stays open."""
+        await self._shared.close()
+
     async def close(self) -> None:
         """Let go of what was loaded, and close the custom backend."""
-        await self._shared.close()
+        await self.let_go()
         with self._translate("close"):
             await self.inner.close()

@@ -33,8 +33,8 @@ class FilesystemBackend(FsspecBackend):
             with translate_errors(f"making the folder {self.base}"):
                 self.base.mkdir(parents=True, exist_ok=True)
 
-    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
-        return fsspec.filesystem("file", **options), url  # a path is no URL, whatever characters it has
+    def _open(self, **options: Any) -> tuple[Any, str]:
+        return fsspec.filesystem("file", **options), self._address  # a path is no URL, whatever characters it has
 
     def local_path(self, key: str) -> Path:
         """The object's file."""

@@ -46,20 +46,21 @@ class FsspecBackend(StorageBackend):
     def __init__(self, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = display_url(url)
-        self._spool = spool_folder(url)  # URLs that are shown alike may be different places
-        self.fs, self.root = self._open(url, **options)
+        self._address = url  # with what is not shown
+        self.fs, self.root = self._open(**options)
 
-    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
+    def _open(self, **options: Any) -> tuple[Any, str]:
         try:
             with translate_errors(f"storage {self.url}"):
-                fs, root = fsspec.core.url_to_fs(url, **options)
+                fs, root = fsspec.core.url_to_fs(self._address, **options)
                 return fs, str(root)
         except ValueError as exc:
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {str(exc).replace(url, self.url)}") from exc
+            reason = str(exc).replace(self._address, self.url)
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
 
     def spool(self) -> Path:
-        """A local folder for files on their way into this storage."""
-        return self._spool
+        """A local folder for files on their way into this storage; URLs that are shown alike may be other places."""
+        return spool_folder(self._address)
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""

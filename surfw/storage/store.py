@@ -35,7 +35,7 @@ class Store:
     def __init__(self, backend: StorageBackend) -> None:
         """Name the backend, which is adapted if it is a custom one; nothing is read yet."""
         self.backend = adapt_backend(backend)
-        self.url = display_url(backend.url)
+        self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
 
     async def check(self) -> None:

@@ -20,6 +20,7 @@ from surfw.storage import FilesystemBackend
 from surfw.wire import PROTOCOL
 from tests.certificates import for_server, make_certificate
 from tests.peers import bare_client, serving, until, whole
+from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store, payload
 
 
@@ -225,6 +226,32 @@ def test_a_storage_that_is_given_stays_open_and_one_that_is_named_is_closed(
         with pytest.raises(NotAStoreError):
             await empty.start()
         assert opened[-1].closed == 1
+
+    asyncio.run(main())
+
+
+def test_a_custom_storage_that_hangs_is_left_at_the_stop(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+    objects = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    class Hanging(DictBackend):
+        loading = asyncio.Event()
+
+        async def load(self, key: str) -> bytes:
+            if key.startswith("blobs/"):
+                self.loading.set()
+                await asyncio.Event().wait()
+            return await super().load(key)
+
+    async def main() -> None:
+        backend = Hanging(objects)
+        async with serving(backend) as server, await open_wire_source(server.url) as source:
+            fetching = asyncio.create_task(source.fetch(manifest, [whole(manifest.chunks[0])[0]]))
+            await backend.loading.wait()
+            await server.stop()
+            with pytest.raises(ConnectionFailedError, match="the server is stopping"):
+                await fetching
+        assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
 

@@ -31,7 +31,7 @@ class OwnBackendSuite(StorageBackendSuite):
         for work in (
             backend.load(key), backend.save(key, b"!"), backend.exists(key), backend.size(key),
             backend.load_range(key, 0, 1), backend.read_into(key, 0, memoryview(bytearray(1))),
-            backend.adopt(key, tmp_path / "x"),
+            backend.adopt(key, tmp_path / "x"), backend.revision(key),
         ):  # fmt: skip
             with pytest.raises(StorageError, match=r"storage key .* is refused"):
                 asyncio.run(work)
