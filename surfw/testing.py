@@ -161,15 +161,6 @@ class StorageBackendSuite:
         asyncio.run(storage.read_into(KEY, 50, memoryview(memory)[1:5]))
         assert memory == b".2345."
 
-    def test_a_revision_changes_with_the_object_or_is_not_told(self, storage: StorageBackend) -> None:
-        """Whoever keeps what was read may trust it for as long as the revision stays."""
-        assert asyncio.run(storage.revision(KEY)) is None
-        asyncio.run(storage.save(KEY, b"first"))
-        first = asyncio.run(storage.revision(KEY))
-        assert asyncio.run(storage.revision(KEY)) == first
-        asyncio.run(storage.save(KEY, b"other"))
-        assert first is None or asyncio.run(storage.revision(KEY)) not in {None, first}
-
     def test_a_range_beyond_the_end_is_an_error(self, storage: StorageBackend) -> None:
         """A short answer is never taken for a whole one."""
         asyncio.run(storage.save(KEY, b"1234"))

@@ -88,7 +88,7 @@ class S3Backend(FsspecBackend):
             **({"profile": profile_name} if profile_name else {}),
         )
 
-    def _open(self, url: str, **options: Any) -> tuple[Any, str]:
+    def _open(self, **options: Any) -> tuple[Any, str]:
         import s3fs
 
         retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
