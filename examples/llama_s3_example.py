@@ -12,7 +12,6 @@ machine's role.
 import asyncio
 import os
 import sys
-from pathlib import Path
 
 from surfw import ModelChunker, S3Backend, StreamingModel, WeightServer, demo_checkpoint
 
@@ -25,14 +24,14 @@ async def main(checkpoint: str) -> None:
         endpoint_url=os.environ.get("SURFW_EXAMPLE_ENDPOINT"),
     )
     chunker = ModelChunker(checkpoint, storage_backend=backend)
-    await chunker.chunk_model()
-    print(f"{checkpoint} is in {backend.url}")
+    info = await chunker.chunk_model()
+    print(f"{info.name} is in {info.store}")
 
     prompt = "Weight streaming is"
     print(prompt, end="", flush=True)
     async with (
         WeightServer(storage_backend=backend, port=0) as server,
-        await StreamingModel.open_async(server.url, model=Path(checkpoint).name) as model,
+        await StreamingModel.open_async(server.url, model=info.name) as model,
     ):
         async for text in model.stream(prompt, max_new_tokens=40):
             print(text, end="", flush=True)

@@ -13,7 +13,7 @@ from surfw.config import OnMissing
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.models.client import WeightClient
+from surfw.models.client import SourceThread
 from surfw.models.opening import cast_dtypes, open_skeleton
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
@@ -46,7 +46,7 @@ class OpenedModel:
         layers: names of the chunks that are layers, in the order they run.
     """
 
-    def __init__(self, client: WeightClient, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> None:
+    def __init__(self, client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> None:
         """Build the model, and begin to fetch what it needs first."""
         self.manifest = manifest
         self.client = client
@@ -177,7 +177,7 @@ class OpenedModel:
         return ModelClosedError(f"{self.manifest.name} {what}")
 
 
-def find_manifest(client: WeightClient, name: str | None) -> Manifest:
+def find_manifest(client: SourceThread, name: str | None) -> Manifest:
     """The manifest of the model with this name, in full or a unique last part, or of the only one there is.
 
     Raises:

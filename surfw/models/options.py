@@ -1,6 +1,6 @@
 """The keywords of everything that opens a model, and what they are checked for."""
 
-import ssl as tls
+from ssl import SSLContext
 from typing import TypedDict
 
 import torch
@@ -14,7 +14,7 @@ class ConnectionOptions(TypedDict, total=False):
     """How a server is reached; see `WeightClient`."""
 
     token: str | None
-    ssl: tls.SSLContext | None
+    ssl: SSLContext | None
     retry: RetryPolicy | None
     connect_timeout: float
     silence_timeout: float
