@@ -1,12 +1,14 @@
-"""Brings generated parts of the repository up to date: completions, and help texts and settings in the README."""
+"""Brings generated parts of the repository up to date: completions; help texts, settings and errors in the README."""
 
 import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import surfw.cli.main  # noqa: F401 - the commands declare their options
+from surfw import errors
 from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
 
@@ -24,12 +26,18 @@ def completions() -> dict[Path, str]:
 
 
 def readme() -> str:
-    """The README with the help texts and the settings as they are now."""
+    """The README with the help texts, the settings and the errors as they are now."""
     text = (ROOT / "README.md").read_text()
     for command in COMMANDS:
         shown = _run([*command.split(), "--help"]).rstrip()
         text = _fill(text, f"help:{command}", f"```\n$ surfw {command} --help\n{shown}\n```")
-    return _fill(text, "settings", settings_table())
+    return _fill(_fill(text, "settings", settings_table()), "errors", f"```\n{error_tree()}\n```")
+
+
+def error_tree() -> str:
+    """The tree that the errors' own module shows."""
+    lines = (errors.__doc__ or "").splitlines()
+    return textwrap.dedent("\n".join(line for line in lines if line.startswith("    ")))
 
 
 def settings_table() -> str:

@@ -1,18 +1,11 @@
 """What the README says works as it stands there."""
 
-import asyncio
 import json
 import re
 import tomllib
 from pathlib import Path
 
-import torch
-
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.storage import open_backend
-from tests.checkpoints import save_llama
 from tests.cli.run import surfw
-from tests.servers import serve
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
 
@@ -36,14 +29,3 @@ def test_the_example_of_a_settings_file_is_one(tmp_path: Path) -> None:
     given = {name: one["value"] for name, one in shown.items() if one["from"] == str(tmp_path / "surfw.toml")}
     assert given == tomllib.loads(example)["tool"]["surfw"]
     assert {"store", "port", "model", "live"} <= given.keys()
-
-
-def test_the_python_example_runs(tmp_path: Path) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    with prepare_model(str(save_llama(tmp_path / "tiny")), name="my-model") as prepared:
-        asyncio.run(write_model(prepared, open_backend(tmp_path / "store")))
-    names = {"input_ids": torch.tensor([[5, 6, 7]])}
-    with serve(tmp_path / "store") as served:
-        exec(example.replace("ws://127.0.0.1:8765", served.url), names)
-    assert names["tokens"].shape[0] == 1
-    assert names["tokens"].shape[1] > 3

@@ -66,7 +66,10 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, no thread, socket or buffer of surfw is left after it that was not there before."""
     before = leftovers()
     yield
-    assert sorted(set(leftovers()) - set(before)) == []
+    left = sorted(set(leftovers()) - set(before))
+    if "s3" in request.fixturenames:  # whose own client keeps its connections
+        left = [one for one in left if not one.startswith("socket:")]
+    assert left == []
 
 
 @pytest.fixture

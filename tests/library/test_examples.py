@@ -1,0 +1,112 @@
+"""Every example runs as its first lines say, in a process of its own, with no hub."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+from tests.services.s3 import S3Service
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+TESTED = {"custom_backend", "custom_model", "fastapi_app", "inference_example", "llama_example", "llama_s3_example"}
+SENTENCE = "Weight streaming is a way to run a model whose weights do not fit into memory."
+
+
+def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
+    """What an example prints."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ResourceWarning", str(EXAMPLES / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def test_no_example_is_left_out() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == TESTED
+
+
+def test_a_llama(tmp_path: Path) -> None:
+    shown = run(tmp_path, "llama_example")
+    assert shown.startswith("demo: 8 layers, 3.5 MB in 10 chunks\n")
+    assert SENTENCE in shown
+    assert re.search(r"\n\d+% hits with 3 layers kept, [\d.]+ s stalled, [\d.]+ s computing\n$", shown)
+
+
+def test_a_llama_of_ones_own(tmp_path: Path) -> None:
+    from tests.checkpoints import save_llama
+
+    assert run(tmp_path, "llama_example", str(save_llama(tmp_path / "mine"))).startswith("mine: 4 layers, ")
+
+
+def test_a_llama_in_s3(tmp_path: Path, s3: S3Service) -> None:
+    shown = run(
+        tmp_path,
+        "llama_s3_example",
+        SURFW_EXAMPLE_BUCKET=s3.bucket(),
+        SURFW_EXAMPLE_ENDPOINT=s3.endpoint,
+        AWS_ACCESS_KEY_ID=s3.key,
+        AWS_SECRET_ACCESS_KEY=s3.secret,
+    )
+    assert shown.startswith("demo is in s3://surfw-")
+    assert SENTENCE in shown
+
+
+def test_inference(tmp_path: Path) -> None:
+    shown = run(tmp_path, "inference_example")
+    assert "demo: LlamaForCausalLM with 8 layers\nwarm: model.layers.0, model.layers.1, model.layers.2\n" in shown
+    assert "twice the same: True\n" in shown
+    assert "'cache_size': 8" in shown
+    assert "'total_inferences': 4" in shown
+
+
+def test_a_backend_of_ones_own(tmp_path: Path) -> None:
+    shown = run(tmp_path, "custom_backend")
+    assert shown.startswith("The dictionary holds ")
+    assert SENTENCE in shown
+
+
+def test_a_model_class_of_ones_own(tmp_path: Path) -> None:
+    assert run(tmp_path, "custom_model") == (
+        "checkpoint: 6 layers in 8 chunks\nequal to the resident model: True; similar to itself: 1.000\n"
+    )
+
+
+def test_a_web_service(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", str(EXAMPLES), "--port", str(port)]
+    service = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert service.stderr is not None
+    try:
+        for line in service.stderr:
+            if "Uvicorn running on" in line:
+                break
+        url = f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(
+            f"{url}/generate?prompt=Weight+streaming+is&max_new_tokens=40", timeout=60
+        ) as answer:
+            assert f"Weight streaming is{answer.read().decode()}".startswith(SENTENCE)
+        with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+            assert b'"total_inferences":1' in answer.read()
+        with socket.create_connection(("127.0.0.1", port)) as caller:  # and hang up in the middle
+            caller.sendall(b"GET /generate?prompt=A&max_new_tokens=200 HTTP/1.1\r\nHost: x\r\n\r\n")
+            caller.recv(1)
+        with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
+            assert answer.status == 200
+    finally:
+        service.send_signal(signal.SIGINT)
+        rest = service.stderr.read()
+        assert service.wait(60) in {0, -signal.SIGINT}
+        service.stderr.close()
+    assert "Traceback" not in rest, rest

@@ -1,0 +1,142 @@
+"""The README's Python runs as it stands there, from the first snippet to the last."""
+
+import ast
+import asyncio
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+import surfw
+from surfw import ModelChunker
+from tests.checkpoints import save_bert, save_llama
+from tests.exactness.families import FAMILIES
+from tests.servers import serve
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def example(name: str) -> Any:
+    """An example's module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_models(folder: Path) -> Any:
+    """What the snippets call my-model, my-bert, my-gpt, my-t5, my-mixer and my-headless; the class of the mixer."""
+    save_llama(folder / "my-model")
+    save_bert(folder / "my-bert")
+    torch.manual_seed(0)
+    FAMILIES["gpt2"].build().save_pretrained(folder / "my-gpt")
+    FAMILIES["t5"].build().save_pretrained(folder / "my-t5")
+    custom = example("custom_model")
+    custom.TinyMixer(custom.TinyConfig()).save_pretrained(folder / "my-mixer")
+    headless = folder / "my-headless"
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=130, **sizes)).save_pretrained(headless)
+    config = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps(config | {"architectures": ["BertForSequenceClassification"]}))
+    return custom.TinyMixer
+
+
+def places(request: pytest.FixtureRequest) -> dict[str, str]:
+    """This machine's places for those in the snippets; none for a service that is not installed here."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(pytest.skip.Exception):
+        found["redis://127.0.0.1:6379"] = request.getfixturevalue("redis_url")
+    with contextlib.suppress(pytest.skip.Exception):
+        s3 = request.getfixturevalue("s3")
+        found |= {"http://127.0.0.1:9000": s3.endpoint, "my-bucket": s3.bucket()}
+        found |= {"my-key": s3.key, "my-secret": s3.secret}
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Everything the snippets have defined, after they ran one after another in an empty folder."""
+    folder = tmp_path_factory.mktemp("readme")
+    names: dict[str, Any] = {"__name__": "readme", "TinyMixer": save_models(folder)}
+    for name in ("my-model", "my-bert", "my-gpt", "my-t5"):
+        ModelChunker(folder / name, folder / "served").chunk_model_sync()
+    here = places(request)
+    away = [place for place in ("redis://127.0.0.1:6379", "http://127.0.0.1:9000") if place not in here]
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with serve(folder / "served") as served:
+            here["ws://127.0.0.1:8765"] = served.url
+            for snippet in SNIPPETS:
+                if not any(place in snippet for place in away):
+                    run(snippet, here, names)
+        yield names
+    finally:
+        os.chdir(before)
+
+
+def run(snippet: str, here: dict[str, str], names: dict[str, Any]) -> None:
+    """Run a snippet with this machine's places, as `python -m asyncio` would."""
+    for written, place in here.items():
+        snippet = snippet.replace(written, place)
+    code = compile(snippet, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if code.co_flags & inspect.CO_COROUTINE:
+        asyncio.run(eval(code, names))
+    else:
+        eval(code, names)
+
+
+def test_the_snippets_did_what_they_say(told: dict[str, Any]) -> None:
+    assert told["info"].name in {"demo", "my-model"}  # the latter where there is no S3
+    assert told["health"]["ready"]
+    assert told["stats"]["cache"]["capacity_bytes"] == 200_000_000
+    assert told["output"].logits.shape[:2] == (1, 16)
+    assert 16 < told["tokens"].shape[1] <= 36
+    assert told["cache"]["cache_size"] == 2
+    assert told["times"]["total_inferences"] == 3
+    assert told["settings"].cache_layers == 3
+    (missing,) = {str(one.message) for one in told["told"] if "UNINITIALIZED" in str(one.message)}
+    assert missing.startswith("my-headless: 2 weights of BertForSequenceClassification are UNINITIALIZED")
+
+
+def test_the_snippets_use_every_public_name(told: dict[str, Any]) -> None:
+    used = {
+        name
+        for snippet in SNIPPETS
+        for line in ast.walk(ast.parse(snippet))
+        if isinstance(line, ast.ImportFrom) and line.module == "surfw"
+        for name in (alias.name for alias in line.names)
+    }
+    errors = {name for name in surfw.__all__ if name.endswith("Error")}
+    assert used <= set(surfw.__all__)
+    assert set(surfw.__all__) - errors <= used
+    assert len(errors & used) >= 5
+
+
+def test_the_backend_of_the_readme_passes_the_suite_of_the_readme(tmp_path: Path) -> None:
+    backend = next(snippet for snippet in SNIPPETS if "class DictBackend" in snippet)
+    suite = next(snippet for snippet in SNIPPETS if "StorageBackendSuite" in snippet)
+    (tmp_path / "test_it.py").write_text(f"{backend}\n\n{suite}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    passed = re.search(r"^(\d+) passed", done.stdout, re.MULTILINE)
+    assert passed is not None
+    assert int(passed[1]) >= 15
