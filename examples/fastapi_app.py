@@ -26,7 +26,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         if settings.source is None:
             await ModelChunker(demo_checkpoint(), output_dir=store).chunk_model()
         source = settings.source or store
-        async with StreamingModel(source, settings.model, cache_size=settings.cache_layers) as model:
+        async with StreamingModel(
+            source,
+            settings.model,
+            cache_size=settings.cache_layers,
+            retry=settings.retry,
+            token=settings.token if source.startswith(("ws://", "wss://")) else None,
+        ) as model:
             app.state.model = model
             yield
 

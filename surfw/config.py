@@ -40,6 +40,8 @@ _UNITS = {
 _SECRET = re.compile(r"[^/]*@|[^/@]*:.*@")
 """What stands before the host: `user@`, or `user:password@` whose password may have been left unquoted."""
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)]+")
+
 _CHAIN = re.compile(r"::(?=[A-Za-z0-9+.-]+://)")
 """Between the links of a chained URL, such as `simplecache::s3://bucket`."""
 
@@ -87,6 +89,11 @@ def display_url(url: str) -> str:
     A path that is no URL stays as it is. More may be hidden than is secret, never less.
     """
     return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
+
+
+def display_text(text: str) -> str:
+    """A text of others, such as an exception's, with every URL in it as it may be shown."""
+    return _URL.sub(lambda found: display_url(found[0]), text)
 
 
 def _without_secrets(url: str) -> str:

@@ -155,7 +155,7 @@ class UnknownModelError(ModelError):
         if not self.known:
             text = f"{where} holds no model yet; put one there with 'surfw chunk MODEL'"
         elif name is None:
-            text = f"{where} holds {len(self.known)} models; choose one with --model: {_some(self.known)}"
+            text = f"{where} holds {len(self.known)} models; choose one by its name: {_some(self.known)}"
         elif len(fitting) > 1:
             text = f"{where} has {len(fitting)} models {name[:80]!r}; give the name in full: {_some(fitting)}"
         else:

@@ -13,19 +13,21 @@ _MOST_ATTEMPTS = 1000
 class RetryPolicy:
     """Tries after a transient error: a connection that was refused, or lost.
 
-    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, of which a share of up to `jitter` is left out at
-    random, so that many clients of one server do not come back at the same moment.
+    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, but never more than `most_delay_seconds`; a share of
+    it of up to `jitter` is left out at random, so that many clients of one server do not come back at the same moment.
 
     Attributes:
         attempts: how often it is tried in all; 1 never tries again.
         first_delay_seconds: before the second attempt.
         backoff: by how much every further delay is longer than the one before it; at least 1.
+        most_delay_seconds: what no delay is longer than.
         jitter: the share of a delay that chance may take away, from 0 to 1.
     """
 
     attempts: int = 4
     first_delay_seconds: float = 0.1
     backoff: float = 4.0
+    most_delay_seconds: float = 30.0
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
@@ -42,12 +44,16 @@ class RetryPolicy:
             )
         if not 1 <= self.backoff < float("inf"):
             raise ConfigurationError(f"a backoff of {self.backoff} makes no sense; expected 1 or more")
+        if not 0 <= self.most_delay_seconds < float("inf"):
+            raise ConfigurationError(
+                f"a longest delay of {self.most_delay_seconds} seconds makes no sense; expected 0 or more"
+            )
         if not 0 <= self.jitter <= 1:
             raise ConfigurationError(f"a jitter of {self.jitter} makes no sense; expected a share from 0 to 1")
 
     def delays(self, draw: Callable[[], float] = random.random) -> Iterator[float]:
         """The seconds to wait before the second, third, … attempt; `draw` gives numbers from 0 to 1."""
-        delay = self.first_delay_seconds
+        delay = min(self.first_delay_seconds, self.most_delay_seconds)
         for _ in range(self.attempts - 1):
             yield delay * (1 - self.jitter * draw())
-            delay *= self.backoff
+            delay = min(delay * self.backoff, self.most_delay_seconds)

@@ -106,6 +106,7 @@ class Settings:
     )
     retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
+    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Seconds that no delay is longer than.", least=0)
     retry_jitter: float = _setting(_RETRY.jitter, "Share of a delay that chance may take away.", least=0, most=1)
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
@@ -137,20 +138,20 @@ class Settings:
             attempts=self.retry_attempts,
             first_delay_seconds=self.retry_first_delay,
             backoff=self.retry_backoff,
+            most_delay_seconds=self.retry_most_delay,
             jitter=self.retry_jitter,
         )
 
     @property
     def token(self) -> str | None:
-        """The token: what `$SURFW_TOKEN` holds, else what `token_file` holds, else None. It is read at every use.
+        """The token: what `token_file` holds, else what `$SURFW_TOKEN` holds, else None. It is read at every use.
 
         Raises:
             ConfigurationError: the file cannot be read, or holds no token.
         """
-        if given := os.environ.get(TOKEN_VARIABLE):
-            return _check_token(given, TOKEN_VARIABLE)
         if self.token_file is None:
-            return None
+            given = os.environ.get(TOKEN_VARIABLE)
+            return _check_token(given, TOKEN_VARIABLE) if given else None
         path = Path(self.token_file).expanduser()
         try:
             with path.open("rb") as file:
@@ -235,6 +236,8 @@ def trace_settings(
             found[name] = table[name], Origin("file", str(path))
         else:
             found[name] = getattr(defaults, name), Origin("default", "default")
+    if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
+        found["token_file"] = None, Origin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
 
 

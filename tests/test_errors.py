@@ -27,9 +27,9 @@ def test_the_classes_are_the_tree_that_is_drawn() -> None:
         for name, cls in inspect.getmembers(errors, inspect.isclass)
         if issubclass(cls, SurfwError) and cls is not SurfwError
     }
-    assert len(drawn) == 16
+    assert len(drawn) == 17
     assert defined == drawn
-    assert sorted(errors.__all__) == sorted(["SurfwError", *drawn])
+    assert sorted(errors.__all__) == sorted(["SurfwError", "UninitializedWeightsWarning", *drawn])
 
 
 def test_errors_keep_what_a_program_needs_beside_the_text() -> None:
@@ -43,7 +43,7 @@ def test_errors_keep_what_a_program_needs_beside_the_text() -> None:
     ("name", "known", "text"),
     [
         ("x", [], "here holds no model yet; put one there with 'surfw chunk MODEL'"),
-        (None, ["b", "a"], "here holds 2 models; choose one with --model: a, b"),
+        (None, ["b", "a"], "here holds 2 models; choose one by its name: a, b"),
         ("x", ["b", "a"], "here has no model 'x'; it has: a, b"),
         ("m", ["b/m", "a/m", "c"], "here has 2 models 'm'; give the name in full: a/m, b/m"),
     ],

@@ -24,6 +24,13 @@ def test_chance_stays_within_the_share() -> None:
     assert 0.5 <= min(delays) < max(delays) <= 1
 
 
+def test_no_delay_is_longer_than_the_longest() -> None:
+    policy = RetryPolicy(attempts=6, first_delay_seconds=1, backoff=10, most_delay_seconds=50, jitter=0)
+    assert list(policy.delays()) == [1, 10, 50, 50, 50]
+    assert max(RetryPolicy(attempts=1000).delays()) <= 30
+    assert list(RetryPolicy(attempts=2, first_delay_seconds=9, most_delay_seconds=2, jitter=0).delays()) == [2]
+
+
 def test_one_attempt_never_waits() -> None:
     assert list(RetryPolicy(attempts=1).delays()) == []
 
@@ -37,6 +44,7 @@ def test_one_attempt_never_waits() -> None:
         ({"first_delay_seconds": float("nan")}, "a first delay of nan seconds"),
         ({"backoff": 0.9}, "a backoff of 0.9 makes no sense; expected 1 or more"),
         ({"backoff": float("inf")}, "a backoff of inf"),
+        ({"most_delay_seconds": -1}, "a longest delay of -1 seconds makes no sense"),
         ({"jitter": 1.5}, "a jitter of 1.5 makes no sense; expected a share from 0 to 1"),
     ],
 )

@@ -37,6 +37,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "retry_attempts": (1, 2, 1000),
     "retry_first_delay": (0.0, 0.5, 2.5),
     "retry_backoff": (1.0, 2.5, 3.5),
+    "retry_most_delay": (0.0, 5.0, 60.0),
     "retry_jitter": (0.0, 0.25, 1.0),
     "token_file": ("/a", "/b", "/c"),
     "on_missing": ("uninitialized", "error", "uninitialized"),
@@ -261,11 +262,13 @@ def test_any_text_of_a_variable_gives_a_value_or_is_refused(name: str, text: str
 
 def test_the_retry_policy_is_made_of_settings_at_any_allowed_value() -> None:
     assert Settings().retry == RetryPolicy()
-    names = ("retry_attempts", "retry_first_delay", "retry_backoff", "retry_jitter")
+    names = ("retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter")
     for edge in (0, 2):
         values = [THREE[name][edge] for name in names]
         policy = Settings(**dict(zip(names, values, strict=True))).retry
-        assert [policy.attempts, policy.first_delay_seconds, policy.backoff, policy.jitter] == values
+        assert [
+            policy.attempts, policy.first_delay_seconds, policy.backoff, policy.most_delay_seconds, policy.jitter,
+        ] == values  # fmt: skip
 
 
 def test_the_token_is_read_when_it_is_asked_for_and_never_shown(
@@ -277,9 +280,11 @@ def test_the_token_is_read_when_it_is_asked_for_and_never_shown(
     settings = Settings(token_file=str(file))
     assert settings.token == "s3cret"
     monkeypatch.setenv(TOKEN_VARIABLE, "other\n")
-    assert settings.token == Settings().token == "other"
+    assert Settings().token == "other"
+    assert settings.token == Settings.load(token_file=str(file)).token == "s3cret"  # an argument goes first
+    assert Settings.load(write(tmp_path, f'token_file = "{file}"')).token == "other"
     monkeypatch.setenv(TOKEN_VARIABLE, "")
-    assert settings.token == "s3cret"
+    assert Settings.load(write(tmp_path, f'token_file = "{file}"')).token == "s3cret"
     assert "s3cret" not in repr(settings)
     assert "token" not in SETTINGS
     with pytest.raises(ConfigurationError, match="there is no setting token; did you mean token_file"):

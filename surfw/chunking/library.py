@@ -7,10 +7,11 @@ from typing import Any
 
 from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
 from surfw.chunking.writer import Progress
-from surfw.config import OnMissing
+from surfw.config import OnMissing, display_url
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.storage import FilesystemBackend, StorageBackend
+from surfw.threads import refuse_event_loop
 
 DEFAULT_OUTPUT_DIR = "./chunks"
 
@@ -108,7 +109,12 @@ class ModelChunker:
                 await backend.close()
 
     def chunk_model_sync(self) -> ModelInfo:
-        """As `chunk_model`, where no event loop runs."""
+        """As `chunk_model`, where no event loop runs.
+
+        Raises:
+            ConfigurationError: one does.
+        """
+        refuse_event_loop("chunking a model", "'await chunker.chunk_model()'")
         return asyncio.run(self.chunk_model())
 
     async def _prepare(self) -> PreparedModel:
@@ -132,5 +138,5 @@ def _describe(manifest: Manifest, backend: StorageBackend) -> ModelInfo:
         chunks=len(manifest.chunks),
         payload_bytes=manifest.payload_bytes,
         digest=manifest.digest,
-        store=backend.url,
+        store=display_url(backend.url),
     )

@@ -38,7 +38,7 @@ def chunk(
     """
     from surfw.chunking.chunker import prepare_model, write_model
     from surfw.cli import render
-    from surfw.config import format_size
+    from surfw.config import display_url, format_size
     from surfw.storage import open_backend
 
     place = configuration.settings.store
@@ -53,12 +53,13 @@ def chunk(
             return
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
             manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
+    shown = display_url(place)
     if json:
-        render.print_json(facts | {"store": place, "digest": manifest.digest})
+        render.print_json(facts | {"store": shown, "digest": manifest.digest})
     else:
         render.out.print(
             f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
-            f"{format_size(manifest.payload_bytes)} in {place}",
+            f"{format_size(manifest.payload_bytes)} in {shown}",
             soft_wrap=True,
         )
 

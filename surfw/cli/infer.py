@@ -9,6 +9,7 @@ import typer
 
 from surfw.cli import options
 from surfw.cli.sources import ChosenSource, choose_source
+from surfw.config import display_url
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
@@ -22,7 +23,8 @@ Examples:
 
 @options.with_settings(
     "model", "source", "cache_layers", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
-    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_jitter",
+    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay",
+    "retry_jitter",
     "token_file", "live",
 )  # fmt: skip
 def infer(
@@ -62,7 +64,7 @@ def infer(
 
 def _run(view: Any, request: dict[str, Any], configuration: options.Configuration) -> None:
     with choose_source(configuration) as chosen:
-        view.note(f"source: {chosen.url} ({chosen.reason})")
+        view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
         start = time.perf_counter()
         from surfw.models.inference import Request, answer
         from surfw.runtime.memory import peak_rss_bytes
@@ -75,7 +77,7 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
             statistics = streaming.statistics()
             facts = {
                 "model": streaming.manifest.name,
-                "source": chosen.url,
+                "source": display_url(chosen.url),
                 "text": result.text,
                 "token_ids": result.token_ids,
                 "prompt_tokens": result.prompt_tokens,
@@ -114,7 +116,7 @@ def _open_model(chosen: ChosenSource, settings: Settings) -> Any:
 def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:
     """The tokenizer; one that cannot be used is no hindrance to a prompt of ids."""
     try:
-        return streaming.tokenizer
+        return streaming.find_tokenizer()
     except UnsupportedModelError as exc:
         if needed:
             raise

@@ -24,7 +24,7 @@ _library_log.setLevel(logging.WARNING)  # below that, it shows headers with toke
 
 _CLOSE_SECONDS = 2
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
-_NEXT = "start one with 'surfw serve' or name another with --source"
+_NEXT = "start one with 'surfw serve', or name another"
 
 
 async def open_link(

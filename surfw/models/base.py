@@ -7,11 +7,9 @@ thread that belongs to the model; no call of this module blocks an event loop un
 import asyncio
 import contextvars
 import threading
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
@@ -20,15 +18,17 @@ import torch
 from transformers import PreTrainedModel
 
 from surfw.config import OnMissing, check_on_missing
-from surfw.errors import ConfigurationError, ModelClosedError, ModelError, UnsupportedModelError
+from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
+from surfw.models.beside import beside, ended
 from surfw.models.client import Source, WeightClient
 from surfw.models.opened import OpenedModel, OpenSettings, find_manifest
 from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.residency import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
+from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
 
@@ -97,8 +97,9 @@ class StreamingBaseModel:
         check_on_missing(on_missing)
         check_device(device)
         shared = isinstance(source, WeightClient)
-        if shared and connection:
-            raise ConfigurationError(f"{min(connection)} belongs to the WeightClient; give it there")
+        given = sorted(name for name, value in connection.items() if value is not None)
+        if shared and given:
+            raise ConfigurationError(f"{given[0]} belongs to the WeightClient; give it there")
         if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
             raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
         self.metrics = Metrics()
@@ -115,6 +116,7 @@ class StreamingBaseModel:
         )
         self._opening = threading.Lock()  # held while the model is being opened
         self._state = threading.Lock()  # guards what follows; never held for long
+        self._opening_run: Run | None = None
         self._opened: OpenedModel | None = None
         self._compute: ThreadPoolExecutor | None = None
         self._closed = False
@@ -132,7 +134,7 @@ class StreamingBaseModel:
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
-        _refuse_event_loop(cls.__name__)
+        refuse_event_loop(*_opening(cls.__name__))
         return cls._over(source, model, **options).__enter__()
 
     @classmethod
@@ -172,8 +174,18 @@ class StreamingBaseModel:
             SurfwError: weights could not be had.
             ModelClosedError: the model is closed, or was closed meanwhile.
         """
-        with self._running(prefetch=enable_prefetch) as model:
-            return model(*args, **kwargs)
+        return self.run(lambda model: model(*args, **kwargs), enable_prefetch=enable_prefetch)
+
+    def run(self, work: Callable[[PreTrainedModel], T], *, enable_prefetch: bool = True) -> T:
+        """Do something with transformers' model while nobody else runs it; it counts as one inference.
+
+        Raises:
+            SurfwError: weights could not be had.
+            ModelClosedError: the model is closed, or was closed meanwhile.
+        """
+        opened = self._open_here()
+        with opened.running(current_run.get() or Run(), prefetch=enable_prefetch) as model:
+            return work(model)
 
     async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
         """One forward pass in a thread of the model's own, beside the event loop; else as a call.
@@ -184,9 +196,8 @@ class StreamingBaseModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
-        with self._running() as model:
-            generate: Any = model.generate
-            return generate(*args, **kwargs)
+        untyped: Callable[[Any], Any] = lambda model: model.generate(*args, **kwargs)  # noqa: E731
+        return self.run(untyped)
 
     async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""
@@ -205,7 +216,7 @@ class StreamingBaseModel:
             ConfigurationError: there is no such layer.
             SurfwError: one could not be loaded.
         """
-        opened = await self._in_thread(self._open)
+        opened = await self._open_beside()
         return await _arrived(opened, range(len(opened.layers)) if layers is None else layers)
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
@@ -222,7 +233,7 @@ class StreamingBaseModel:
             ConfigurationError: there is no such layer, or the count is negative.
             SurfwError: one could not be loaded.
         """
-        opened = await self._in_thread(self._open)
+        opened = await self._open_beside()
         count = len(opened.layers)
         if prefetch_count < 0 or not 0 <= current_layer < count:
             raise ConfigurationError(
@@ -268,8 +279,9 @@ class StreamingBaseModel:
                 self._opened.resize(layers)
 
     def read_file(self, path: str) -> bytes:
-        """A tokenizer file that the model's manifest lists."""
-        return self._open_here().read_file(path)
+        """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
+        refuse_event_loop("reading a file", f"'await asyncio.to_thread(model.read_file, {path!r})'")
+        return self._open().read_file(path)
 
     def close(self) -> None:
         """Stop what runs, leave the source unless it is shared, and transformers' model without weights and hooks.
@@ -277,8 +289,10 @@ class StreamingBaseModel:
         A run that goes on in another thread ends with `ModelClosedError` at its next layer, and this waits for it; one
         that calls this from within is closed at its end. Closing twice is fine.
         """
+        self._closed = True
+        if opening := self._opening_run:
+            opening.interrupt(self._closed_error())
         with self._opening, self._state:
-            self._closed = True
             opened, compute = self._opened, self._compute
         closed = opened.close() if opened else True
         if compute is not None:
@@ -337,6 +351,8 @@ class StreamingBaseModel:
             if self._opened is not None:
                 return self._opened
             settings = self._settings
+            run = self._opening_run = current_run.get() or Run()
+            outer = current_run.set(run)
             try:
                 manifest = find_manifest(self._client, self._wanted)
                 self._check_type(manifest)
@@ -345,6 +361,9 @@ class StreamingBaseModel:
                 if settings.owns_client:
                     self._client.disconnect()
                 raise
+            finally:
+                self._opening_run = None
+                current_run.reset(outer)
             with self._state:
                 self._opened = opened
                 if self._settings.cache_size not in {None, settings.cache_size}:  # it was set meanwhile
@@ -358,9 +377,13 @@ class StreamingBaseModel:
         self._refuse_to_block()
         return self._open()
 
+    async def _open_beside(self) -> OpenedModel:
+        """The open model, opened in the model's thread if need be, but not waiting for what runs there."""
+        return await self._in_thread(self._open) if self._opened is None else self._opened
+
     def _refuse_to_block(self) -> None:
         if self._opened is None and not self._closed:
-            _refuse_event_loop(type(self).__name__)
+            refuse_event_loop(*_opening(type(self).__name__))
 
     def _closed_error(self) -> ModelClosedError:
         return ModelClosedError(f"{self._wanted or f'the model of {self._client.url}'} is closed; open it again")
@@ -373,27 +396,9 @@ class StreamingBaseModel:
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
 
-    @contextmanager
-    def _running(self, *, prefetch: bool = True) -> Iterator[PreTrainedModel]:
-        """Transformers' model for one run."""
-        opened = self._open_here()
-        start = time.perf_counter()
-        with opened.running(current_run.get() or Run(), prefetch=prefetch) as model:
-            yield model
-        self.metrics.latency("inference").observe(time.perf_counter() - start)
-
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Do it in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
-        run = Run()
-        context = contextvars.copy_context()
-        context.run(current_run.set, run)
-        future = self._executor().submit(context.run, work)
-        try:
-            return await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            run.interrupt(ModelError("the run was cancelled"))
-            await _ended(future)
-            raise
+        return await beside(self._executor(), work)
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._state:
@@ -407,24 +412,16 @@ class StreamingBaseModel:
 async def _arrived(opened: OpenedModel, layers: Iterable[int]) -> list[str]:
     """Have layers fetched, and wait for them; whoever stops waiting stops no fetch."""
     loads = opened.fetch_layers(list(layers))
-    await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(load)) for _, load in loads))
-    return [name for name, _ in loads]
+    arrived = []
+    for name, load in loads:
+        await ended(load)
+        if not load.cancelled():
+            load.result()
+            arrived.append(name)
+        elif opened.closed:
+            raise ModelClosedError(f"{opened.manifest.name} was closed while its layers were fetched")
+    return arrived
 
 
-async def _ended(future: "Future[Any]") -> None:
-    """Wait until a future is done, and let its error be."""
-    if not future.cancelled():
-        waiter = asyncio.wrap_future(future)
-        await asyncio.wait([waiter])
-        if not waiter.cancelled():
-            waiter.exception()
-
-
-def _refuse_event_loop(name: str) -> None:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return
-    raise ConfigurationError(
-        f"opening a model here would block the event loop; use 'await {name}.open_async(…)' or 'async with'"
-    )
+def _opening(name: str) -> tuple[str, str]:
+    return "opening a model", f"'await {name}.open_async(…)' or 'async with'"

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ssl import SSLContext
 from types import TracebackType
@@ -11,11 +12,13 @@ from typing import Any, Self, TypeVar
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url
 from surfw.errors import ConfigurationError, ModelClosedError
+from surfw.models.beside import beside
 from surfw.retry import RetryPolicy
 from surfw.runtime.io_thread import IoThread
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.source import open_storage_source
+from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
 
@@ -89,7 +92,7 @@ class SourceThread:
         if io is None or source is None:
             return
         try:
-            io.run(source.close())
+            io.submit(source.close()).result()  # also where the run that this belongs to was interrupted
         finally:
             io.close()
 
@@ -130,6 +133,9 @@ class WeightClient(SourceThread):
         is_server = isinstance(source, str) and source.startswith(_SERVERS)
         if (token is not None or ssl is not None) and not is_server:
             raise ConfigurationError("token and ssl are for servers; expected a ws:// or wss:// address with them")
+        for name, seconds in (("connect_timeout", connect_timeout), ("silence_timeout", silence_timeout)):
+            if not 0 < seconds < float("inf"):
+                raise ConfigurationError(f"{name} is {seconds}; expected a number of seconds over 0")
         connect = partial(
             open_wire_source,
             token=token,
@@ -144,9 +150,30 @@ class WeightClient(SourceThread):
         """The names of the models there are, sorted.
 
         Raises:
+            ConfigurationError: an event loop runs here, and would be blocked: use `models_async`.
             SurfwError: the source cannot be reached.
         """
+        refuse_event_loop("asking for the models", "'await client.models_async()'")
         return self.run(lambda source: source.models())
+
+    async def models_async(self) -> list[str]:
+        """As `models`, beside the event loop."""
+        with ThreadPoolExecutor(1, thread_name_prefix="surfw-client") as executor:
+            return await beside(executor, self.models)
+
+    async def close_async(self) -> None:
+        """As `close`, beside the event loop."""
+        await in_thread(self.close)
+
+    async def __aenter__(self) -> Self:
+        """Enter the context."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        """Close, beside the event loop."""
+        await self.close_async()
 
     def __enter__(self) -> Self:
         """Enter the context."""

@@ -22,7 +22,7 @@ class _Family(StreamingModel):
         self,
         model_name: str | None = None,
         websocket_uri: Source = DEFAULT_URI,
-        cache_size: int | None = DEFAULT_CACHE_SIZE,
+        cache_size: int | None = None,
         *,
         memory_budget: int | str | None = None,
         **options: Unpack[ModelOptions],
@@ -32,12 +32,12 @@ class _Family(StreamingModel):
         Args:
             model_name: the model's name at the server; None for the only one there.
             websocket_uri: the server, or any other source that `StreamingModel` takes.
-            cache_size: how many layers are kept in memory; None for as many as fit.
-            memory_budget: in place of the default `cache_size`, what weights in memory may take.
+            cache_size: how many layers are kept in memory; 5, unless there is a `memory_budget`.
+            memory_budget: in place of it, what weights in memory may take.
             **options: see `StreamingBaseModel`.
         """
-        if memory_budget is not None and cache_size == DEFAULT_CACHE_SIZE:
-            cache_size = None
+        if cache_size is None and memory_budget is None:
+            cache_size = DEFAULT_CACHE_SIZE
         super().__init__(websocket_uri, model_name, cache_size=cache_size, memory_budget=memory_budget, **options)
 
     @classmethod

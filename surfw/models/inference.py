@@ -5,8 +5,7 @@ Generation, sampling, chat templates and stopping are transformers' own. Nothing
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +34,7 @@ class Request:
         temperature: sample with this temperature; None or 0 for greedy decoding, unless `top_p` or `top_k` is given.
         top_p: sample from the smallest set of tokens with this probability.
         top_k: sample from this many tokens.
-        seed: of torch's random numbers.
+        seed: of torch's random numbers, which all models of a process share.
         stop: texts that end the generation.
         ignore_eos: generate `max_new_tokens`, whatever the model says of an end.
     """
@@ -139,8 +138,6 @@ def answer(
             "use it from Python, as a StreamingModel"
         )
     inputs = _encode(model, tokenizer, request)
-    if request.seed is not None:
-        torch.manual_seed(request.seed)
     try:
         if model.model.can_generate():
             return _generate(model, tokenizer, request, inputs, on_text=on_text, on_token=on_token)
@@ -168,7 +165,7 @@ def _encode(
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
         raise ConfigurationError(
-            f"{model.manifest.name} has no tokenizer; give the prompt as token ids, with --prompt-ids 1,2,3"
+            f"{model.manifest.name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"
         )
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         messages = [{"role": "system", "content": request.system}] if request.system else []
@@ -179,7 +176,7 @@ def _encode(
         except Exception as exc:  # a template is a program of the model's maker, and raises what it likes
             raise ConfigurationError(
                 f"the chat template of {model.manifest.name} refuses the prompt ({type(exc).__name__}: "
-                f"{str(exc)[:200]}); leave --system out, or give the prompt as it is with --raw"
+                f"{str(exc)[:200]}); leave the system message out, or give the prompt as it is (raw)"
             ) from exc
     elif request.system:
         raise ConfigurationError(
@@ -193,6 +190,8 @@ def _encode(
 
 
 def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
+    if not all(isinstance(one, int) for one in ids):
+        raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
     if not ids:
         raise ConfigurationError("the prompt is empty; give at least one token")
     if not all(0 <= one < vocabulary for one in ids):
@@ -209,8 +208,7 @@ def _generate(
     on_token: Callable[[int, float], None],
 ) -> Answer:
     if request.stop and tokenizer is None:
-        raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so --stop cannot be used with it")
-    config = _generation_config(model, request)
+        raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so no text can end its generation")
     text = _TextOut(tokenizer, on_text) if tokenizer is not None else None
     is_encoder_decoder = bool(model.model.config.is_encoder_decoder)
     inputs.pop("token_type_ids", None)
@@ -218,8 +216,7 @@ def _generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     clock = TokenClock(text, on_token)
     try:
-        with _defaults(model, config):
-            output = model.generate(**inputs, generation_config=config, streamer=clock, **stopping)
+        output = model.run(lambda inner: _generate_with(inner, request, streamer=clock, **inputs, **stopping))
     except ValueError as exc:
         raise ConfigurationError(f"{model.manifest.name} cannot generate so: {exc}") from exc
     took = time.perf_counter() - clock.start
@@ -235,20 +232,22 @@ def _generate(
     )
 
 
-@contextmanager
-def _defaults(model: StreamingBaseModel, config: GenerationConfig) -> Iterator[None]:
-    """Make these settings the model's own for a while: `generate()` takes its own for what a given one leaves open."""
-    before = model.model.generation_config
-    model.model.generation_config = config
+def _generate_with(model: Any, request: Request, **arguments: Any) -> torch.Tensor:
+    """Generate as the request says, and in no other way: `generate()` takes the model's own for what it leaves open."""
+    before = model.generation_config
+    config = model.generation_config = _generation_config(before, request)
+    if request.seed is not None:
+        torch.manual_seed(request.seed)
     try:
-        yield
+        found: torch.Tensor = model.generate(generation_config=config, **arguments)
+        return found
     finally:
-        model.model.generation_config = before
+        model.generation_config = before
 
 
-def _generation_config(model: StreamingBaseModel, request: Request) -> GenerationConfig:
+def _generation_config(own: GenerationConfig, request: Request) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
-    config = copy.deepcopy(model.model.generation_config)
+    config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
     config.do_sample = request.samples

@@ -1,6 +1,7 @@
 """A model that is open: transformers' model without weights, and the engine and hooks that bring them."""
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing
+from surfw.config import OnMissing, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
 from surfw.models.opening import cast_dtypes, open_skeleton
+from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.loader import Loader
@@ -22,6 +24,9 @@ from surfw.runtime.memory import default_budget_bytes
 from surfw.runtime.residency import ResidencyPlan, plan_residency
 from surfw.runtime.run import Run
 from surfw.skeleton.dtypes import parse_dtype
+
+_LOOK_SECONDS = 0.05
+"""How often a run that waits for its turn looks whether it is still wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +61,7 @@ class OpenedModel:
         skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
         self.model: PreTrainedModel = skeleton.model
         loader = Loader(client.source, manifest, cast_dtypes(manifest, skeleton))
-        decides_itself = settings.cache_size is None and settings.budget_bytes is None
-        plan = plan_residency(
-            {chunk.name: chunk.kind for chunk in manifest.chunks},
-            {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
-            manifest.order,
-            cache_layers=settings.cache_size,
-            budget_bytes=default_budget_bytes() if decides_itself else settings.budget_bytes,
-        )
+        plan = _plan(manifest, loader, settings)
         self.layers = [name for name in _in_order(manifest) if manifest.by_name[name].kind == "layer"]
         self._engine = Engine(manifest, plan, loader, client.io, metrics, prefetch=settings.prefetch)
         self._hooks = StreamingHooks(skeleton, manifest, self._engine)
@@ -81,14 +79,16 @@ class OpenedModel:
         Raises:
             ModelClosedError: it is closed, or was closed meanwhile.
         """
-        with self._running:
+        with self._alone(run):
             with self._state:
                 if self._closing.is_set():
                     raise self._closed_error("is closed; open it again")
                 outer, self._current = self._current, (run, threading.get_ident())
+            start = time.perf_counter()
             try:
                 with self._engine.running(run, prefetch=prefetch), self._metrics.span("forward"), torch.no_grad():
                     yield self.model
+                self._metrics.latency("inference").observe(time.perf_counter() - start)
             except BaseException:
                 self._hooks.recover()
                 raise
@@ -98,6 +98,21 @@ class OpenedModel:
                     close_now = self._closing.is_set() and outer is None
                 if close_now:
                     self._finish()
+
+    @contextmanager
+    def _alone(self, run: Run) -> Iterator[None]:
+        """Wait for one's turn to run the model, unless the run is interrupted before it comes."""
+        while not self._running.acquire(timeout=_LOOK_SECONDS):
+            run.check()
+        try:
+            yield
+        finally:
+            self._running.release()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, or is about to be."""
+        return self._closing.is_set()
 
     @property
     def plan(self) -> ResidencyPlan:
@@ -175,6 +190,25 @@ class OpenedModel:
 
     def _closed_error(self, what: str) -> ModelClosedError:
         return ModelClosedError(f"{self.manifest.name} {what}")
+
+
+def _plan(manifest: Manifest, loader: Loader, settings: OpenSettings) -> ResidencyPlan:
+    budget = settings.budget_bytes
+    decides_itself = settings.cache_size is None and budget is None
+    plan = plan_residency(
+        {chunk.name: chunk.kind for chunk in manifest.chunks},
+        {chunk.name: buffer_capacity(loader.buffer_bytes(chunk)) for chunk in manifest.chunks},
+        manifest.order,
+        cache_layers=settings.cache_size,
+        budget_bytes=default_budget_bytes() if decides_itself else budget,
+        scratch_bytes=loader.scratch_bytes,
+    )
+    if budget is not None and plan.peak_bytes > budget:
+        raise ConfigurationError(
+            f"a memory budget of {format_size(budget)} is too small for the weights of {manifest.name}, which need "
+            f"{format_size(plan.peak_bytes)} ({plan.peak_bytes} bytes) at least; give that or more"
+        )
+    return plan
 
 
 def find_manifest(client: SourceThread, name: str | None) -> Manifest:

@@ -1,46 +1,77 @@
 """`StreamingModel`: any transformers model whose weights arrive while it runs, with its tokenizer and its text."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, overload
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import fields
+from typing import Any, Self, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.inference import Request, answer
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
+from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
 """How many pieces of text a generation may be ahead of who reads them."""
 
 
+_OPTIONS = {field.name for field in fields(Request)} - {"prompt", "prompt_ids"}
+
+
 class StreamingModel(StreamingBaseModel):
     """Any model of transformers over a source of weights; see `StreamingBaseModel` for opening and running it."""
 
-    _tokenizer: PreTrainedTokenizerBase | None = None
+    _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
     _tokenizer_read = False
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The model's tokenizer, read at the first use; None if it has none.
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, transformers' own; read at the first use, or when the model is opened asynchronously.
 
         Raises:
+            UnsupportedModelError: the model has none, or transformers cannot make one of its files.
             IntegrityError: a file is not what the manifest promises.
-            UnsupportedModelError: transformers cannot make a tokenizer of the files.
+            ConfigurationError: reading it here would block an event loop.
         """
+        found = self.find_tokenizer()
+        if found is None:
+            raise UnsupportedModelError(
+                f"{self.manifest.name} has no tokenizer; make one yourself, and give the model token ids"
+            )
+        return found
+
+    def find_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """As `tokenizer`, or None if the model has none."""
         if not self._tokenizer_read:
-            self._tokenizer = open_tokenizer(self.manifest, self.read_file)
-            self._tokenizer_read = True
+            refuse_event_loop("reading the tokenizer", "'async with' or 'open_async' to open the model, which read it")
+            self._read_tokenizer()
+        if isinstance(self._tokenizer, SurfwError):
+            raise self._tokenizer
         return self._tokenizer
 
-    @overload
-    def stream(self, prompt: str, **options: Any) -> AsyncIterator[str]: ...
-    @overload
-    def stream(self, prompt: Sequence[int], **options: Any) -> AsyncIterator[int]: ...
+    def _read_tokenizer(self) -> None:
+        try:
+            self._tokenizer = open_tokenizer(self.manifest, self.read_file)
+        except SurfwError as exc:
+            self._tokenizer = exc
+        self._tokenizer_read = True
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncIterator[Any]:
+    async def __aenter__(self) -> Self:
+        """Open the model, if it is not open, and read its tokenizer, beside the event loop."""
+        await super().__aenter__()
+        if not self._tokenizer_read:
+            await self._in_thread(self._read_tokenizer)
+        return self
+
+    @overload
+    def stream(self, prompt: str, **options: Any) -> AsyncGenerator[str, None]: ...
+    @overload
+    def stream(self, prompt: Sequence[int], **options: Any) -> AsyncGenerator[int, None]: ...
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Any, None]:
         """Generate beside the event loop, and give the answer as it comes.
 
         When whoever reads it stops, or falls behind, so does the generation.
@@ -54,14 +85,15 @@ class StreamingModel(StreamingBaseModel):
             ConfigurationError: the model does not generate, or an option does not fit it.
             SurfwError: weights could not be had.
         """
-        try:
-            if isinstance(prompt, str):
-                return self._stream(Request(prompt=prompt, **options), is_text=True)
-            return self._stream(Request(prompt_ids=prompt, **options), is_text=False)
-        except TypeError as exc:
-            raise ConfigurationError(f"stream() cannot take these options: {exc}") from exc
+        if unknown := sorted(set(options) - _OPTIONS):
+            raise ConfigurationError(f"stream() has no option {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
+        if not isinstance(prompt, str | Sequence):
+            raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
+        if isinstance(prompt, str):
+            return self._stream(Request(prompt=prompt, **options), is_text=True)
+        return self._stream(Request(prompt_ids=prompt, **options), is_text=False)
 
-    async def _stream(self, request: Request, *, is_text: bool) -> AsyncIterator[Any]:
+    async def _stream(self, request: Request, *, is_text: bool) -> AsyncGenerator[Any, None]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
 
         def give(piece: Any) -> None:
@@ -90,7 +122,7 @@ class StreamingModel(StreamingBaseModel):
             raise ConfigurationError(
                 f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
             )
-        tokenizer = self.tokenizer if is_text or request.stop else None
+        tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
         else:

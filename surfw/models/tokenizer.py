@@ -45,7 +45,7 @@ def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> Pre
             first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
             raise UnsupportedModelError(
                 f"the tokenizer of {manifest.name} cannot be used: {type(exc).__name__}: {first[:300]}; "
-                "give the prompt as ids, with --prompt-ids"
+                "give the prompt as token ids (--prompt-ids 1,2,3)"
             ) from exc
 
 

@@ -8,18 +8,23 @@ from surfw.errors import SurfwError
 _HUGE = 2 << 20
 
 
+def buffer_capacity(size_bytes: int) -> int:
+    """What a buffer of this size really takes: whole pages, huge ones where that is not wasteful."""
+    unit = _HUGE if size_bytes >= _HUGE else mmap.PAGESIZE
+    return max(unit, -(-size_bytes // unit) * unit)
+
+
 class Buffer:
     """A piece of page-aligned memory."""
 
     def __init__(self, size_bytes: int) -> None:
-        """Map at least `size_bytes`, a whole number of huge pages where that is not wasteful."""
-        unit = _HUGE if size_bytes >= _HUGE else mmap.PAGESIZE
-        self.capacity_bytes = max(unit, -(-size_bytes // unit) * unit)
+        """Map at least `size_bytes`."""
+        self.capacity_bytes = buffer_capacity(size_bytes)
         try:
             self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as exc:
             raise SurfwError(f"there is no memory for a chunk of {size_bytes} bytes: {exc.strerror}") from exc
-        if unit == _HUGE:
+        if size_bytes >= _HUGE:
             with suppress(OSError):  # a kernel without huge pages: ordinary ones do
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)

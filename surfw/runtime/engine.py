@@ -164,6 +164,7 @@ class Engine:
                     if self._closed or (name not in self.plan.pinned and not self._room(wanted)):
                         break
                     entry = self._start(name, _AHEAD)
+                    entry.used_before = True  # it was asked for on its own, not for the use that finds it there
                 wanted.add(name)
                 self._entries.move_to_end(name)
                 loads.append(entry.load)

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from surfw.errors import ModelClosedError
+from surfw.runtime.run import current_run
 
 T = TypeVar("T")
 _WORKERS = 8
@@ -30,6 +31,8 @@ class Job(Future[T]):
         """Ask the coroutine to end; False if it has ended."""
         if self.done():
             return False
+        if self._unwanted:
+            return True
         self._unwanted = True
         self._loop.call_soon_threadsafe(self._cancel_task)
         return True
@@ -82,10 +85,18 @@ class IoThread:
         return job
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine to its end; an interrupt cancels it."""
+        """Run a coroutine to its end; an interrupt, of the program or of the run this belongs to, cancels it.
+
+        Raises:
+            ModelClosedError: the thread is closed, or was closed meanwhile.
+        """
         job = self.submit(work)
         try:
+            if run := current_run.get():
+                run.wait_for(job)
             return job.result()
+        except CancelledError as exc:
+            raise ModelClosedError("the client was closed while it was used; open it again") from exc
         except BaseException:
             job.cancel()
             raise

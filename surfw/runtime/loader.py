@@ -12,10 +12,11 @@ import torch
 
 from surfw.codec import choose_form
 from surfw.manifest import Chunk, Manifest
-from surfw.runtime.buffers import Buffer
+from surfw.runtime.buffers import Buffer, buffer_capacity
 from surfw.runtime.layout import plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
+from surfw.threads import in_thread
 
 
 class Loader:
@@ -28,6 +29,7 @@ class Loader:
         self.source = source
         self.manifest = manifest
         self._dtypes = dtypes or {}
+        self._scratch_turn = asyncio.Semaphore(1)
 
     def buffer_bytes(self, chunk: Chunk) -> int:
         """How large a buffer the chunk's tensors need."""
@@ -43,16 +45,31 @@ class Loader:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
             StorageError, WireError: they could not be had.
         """
+        if not self._casts(chunk):
+            return await self._read(chunk, buffer, priority)
+        async with self._scratch_turn:
+            scratch = Buffer(self._stored_bytes(chunk))
+            count = await self._read(chunk, scratch, priority)
+            await in_thread(self._cast, chunk, scratch, buffer)
+        return count
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory beside the buffers: one chunk at a time is cast, from a scratch buffer."""
+        casting = [chunk for chunk in self.manifest.chunks if self._casts(chunk)]
+        return max((buffer_capacity(self._stored_bytes(chunk)) for chunk in casting), default=0)
+
+    async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
+        """The chunk's stored tensors into a buffer, each at its place there."""
         form = choose_form(chunk)
-        stored_sizes = [tensor.nbytes for tensor in chunk.tensors]
-        stored = Buffer(plan_layout(stored_sizes)[1]) if self._casts(chunk) else buffer
         if form.stored_bytes:
-            read = Read(chunk, form, 0, form.stored_bytes, stored.view[: form.stored_bytes])
+            read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
             await self.source.fetch(self.manifest, [read], priority=priority)
-        spread(stored.view, stored_sizes)
-        if stored is not buffer:
-            await asyncio.to_thread(self._cast, chunk, stored, buffer)
+        spread(buffer.view, [tensor.nbytes for tensor in chunk.tensors])
         return form.stored_bytes
+
+    def _stored_bytes(self, chunk: Chunk) -> int:
+        return plan_layout([tensor.nbytes for tensor in chunk.tensors])[1]
 
     def tensors(self, chunk: Chunk, buffer: Buffer) -> dict[str, torch.Tensor]:
         """Views over a filled buffer, by tensor name; they keep its memory alive."""

@@ -23,6 +23,7 @@ class ResidencyPlan:
         slots: how many streamed chunks are kept; one more may be in flight.
         pinned_bytes: memory of the pinned chunks.
         least_slots: the fewest slots that the model can run with.
+        scratch_bytes: memory that a chunk passes through on its way, where it is converted.
     """
 
     pinned: frozenset[str]
@@ -30,6 +31,7 @@ class ResidencyPlan:
     slots: int
     pinned_bytes: int
     least_slots: int = 1
+    scratch_bytes: int = 0
 
     def resized(self, cache_layers: int) -> "ResidencyPlan":
         """The same plan with another number of chunks to keep.
@@ -49,8 +51,8 @@ class ResidencyPlan:
     def peak_bytes(self) -> int:
         """The most memory weights can take: a buffer that is reused may come to have the largest chunk's size."""
         if self.buffers == len(self.streamed):
-            return self.pinned_bytes + sum(self.streamed.values())
-        return self.pinned_bytes + self.buffers * max(self.streamed.values())
+            return self.pinned_bytes + self.scratch_bytes + sum(self.streamed.values())
+        return self.pinned_bytes + self.scratch_bytes + self.buffers * max(self.streamed.values())
 
     @property
     def everything_fits(self) -> bool:
@@ -65,6 +67,7 @@ def plan_residency(
     *,
     cache_layers: int | None = None,
     budget_bytes: int | None = None,
+    scratch_bytes: int = 0,
 ) -> ResidencyPlan:
     """Decide what stays.
 
@@ -73,7 +76,9 @@ def plan_residency(
         sizes: the bytes each chunk takes in memory.
         order: the order of uses.
         cache_layers: keep this many chunks (one more may be in flight).
-        budget_bytes: without `cache_layers`, keep as many as fit into this; without both, keep all.
+        budget_bytes: without `cache_layers`, keep as many as fit into this, or the fewest there can be if none does;
+            without both, keep all.
+        scratch_bytes: memory for conversions, which counts as well.
 
     Raises:
         ConfigurationError: fewer than one chunk is to be kept.
@@ -88,14 +93,11 @@ def plan_residency(
     together = max((len(set(use.chunks) - pinned) for use in order), default=1)
     least = max(1, together - 1)
     slots = len(streamed) if cache_layers is None else min(cache_layers, len(streamed))
-    if (
-        cache_layers is None
-        and streamed
-        and budget_bytes is not None
-        and pinned_bytes + sum(streamed.values()) > budget_bytes
-    ):
-        slots = (budget_bytes - pinned_bytes) // max(streamed.values()) - 1
-    return ResidencyPlan(pinned, streamed, max(slots, least), pinned_bytes, least)
+    if cache_layers is None and streamed and budget_bytes is not None:
+        left = budget_bytes - pinned_bytes - scratch_bytes
+        if sum(streamed.values()) > left:
+            slots = left // max(streamed.values()) - 1
+    return ResidencyPlan(pinned, streamed, max(slots, least), pinned_bytes, least, scratch_bytes)
 
 
 def check_cache_layers(cache_layers: int) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from ssl import SSLContext
 
-from surfw.config import DEFAULT_HOST, DEFAULT_PORT, WireLimits
+from surfw.config import DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, WireLimits
 from surfw.server.redis_tier import RedisTier
 from surfw.server.server import WeightServer
 from surfw.wire import ServerHealth, ServerStats
@@ -26,7 +26,7 @@ class AdvancedWeightServer(WeightServer):
         token: str | None = None,
         ssl: SSLContext | None = None,
         insecure: bool = False,
-        clients: int = 64,
+        clients: int = DEFAULT_CLIENTS,
         limits: WireLimits | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.

@@ -120,11 +120,11 @@ class Listening:
 
     def _cannot_listen(self, exc: OSError | UnicodeError) -> str:
         if isinstance(exc, UnicodeError):
-            return f"{self.host!a} is not a host to listen on; choose another with --host"
+            return f"{self.host!a} is not a host to listen on; choose another"
         if exc.errno == errno.EADDRINUSE:
             return (
-                f"port {self.port} on {self.host} is in use; stop what listens there, or choose another with --port"
+                f"port {self.port} on {self.host} is in use; stop what listens there, or choose another"
                 " (0 takes a free one)"
             )
         reason = exc.strerror or exc
-        return f"cannot listen on {self.host} port {self.port}: {reason}; choose others with --host and --port"
+        return f"cannot listen on {self.host} port {self.port}: {reason}; choose others"

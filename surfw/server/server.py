@@ -26,7 +26,6 @@ from surfw.server.http import HttpEndpoints
 from surfw.server.listening import Listening
 from surfw.server.pages import PageCache
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.custom import AdaptedBackend
 from surfw.wire import ServerHealth, ServerStats
 
 log = logging.getLogger("surfw.server")
@@ -173,8 +172,8 @@ class WeightServer:
         await self._pages.close()
         if self._model_path is not None:
             await self._store.backend.close()
-        elif isinstance(self._store.backend, AdaptedBackend):  # made by the store; what it adapts is the caller's
-            await self._store.backend.let_go()
+        else:
+            await self._store.let_go()
         self._released = True
 
     async def __aenter__(self) -> Self:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from surfw.config import SHARED_LOADS_BYTES
+from surfw.config import SHARED_LOADS_BYTES, display_text
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, SurfwError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
@@ -70,7 +70,7 @@ class AdaptedBackend(StorageBackend):
         except SurfwError:
             raise
         except Exception as exc:
-            text = " ".join(str(exc).split())[:300]
+            text = display_text(" ".join(str(exc).split()))[:300]
             raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
 
     def _bytes(self, data: object, method: str, key: str) -> bytes:

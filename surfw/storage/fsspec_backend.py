@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
-from surfw.config import display_url
+from surfw.config import display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, spool_folder
 
@@ -35,7 +35,7 @@ def translate_errors(what: str) -> Iterator[None]:
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"{what}: no space is left; free some and run the same command again") from exc
-        raise StorageError(f"{what}: {exc.strerror or str(exc) or type(exc).__name__}") from exc
+        raise StorageError(f"{what}: {display_text(exc.strerror or str(exc)) or type(exc).__name__}") from exc
     except ImportError as exc:
         raise ConfigurationError(f"{what}: {exc}") from exc
 
@@ -84,7 +84,7 @@ class FsspecBackend(StorageBackend):
         except SurfwError:
             raise
         except Exception as exc:
-            raise StorageError(f"{what}: {type(exc).__name__}: {str(exc)[:300]}") from exc
+            raise StorageError(f"{what}: {type(exc).__name__}: {display_text(str(exc))[:300]}") from exc
 
     async def load(self, key: str) -> bytes:
         """The whole object."""

@@ -1,8 +1,7 @@
 """A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
@@ -10,6 +9,7 @@ from surfw.manifest import Manifest, payload_digest
 from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import StorageBackend
 from surfw.storage.store import Store, segments
+from surfw.threads import to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
 
@@ -60,7 +60,7 @@ class StorageSource(ChunkSource):
                 piece = read.destination[start - read.start : stop - read.start]
                 at = 0
                 for key, offset, length in segments(read.form.locations, start, stop):
-                    await _to_its_end(self.store.backend.read_into(key, offset, piece[at : at + length]))
+                    await to_its_end(self.store.backend.read_into(key, offset, piece[at : at + length]))
                     at += length
                 if checking:
                     await checking
@@ -70,22 +70,14 @@ class StorageSource(ChunkSource):
                 self._fetched_bytes += len(piece)
         finally:
             if checking:
-                await _to_its_end(checking)
+                await to_its_end(checking)
 
     async def close(self) -> None:
         """Close the backend, if it belongs to this."""
         if self._owned:
             await self.store.backend.close()
-
-
-async def _to_its_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
-    """Await work that a thread may be doing; when cancelled, only after the thread has let go of the destination."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.gather(task, return_exceptions=True)
-        raise
+        else:
+            await self.store.let_go()
 
 
 async def open_storage_source(backend: StorageBackend, *, owned: bool = True) -> StorageSource:

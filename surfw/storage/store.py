@@ -18,7 +18,7 @@ from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
-from surfw.storage.custom import adapt_backend
+from surfw.storage.custom import AdaptedBackend, adapt_backend
 
 logger = logging.getLogger("surfw.storage")
 
@@ -35,8 +35,14 @@ class Store:
     def __init__(self, backend: StorageBackend) -> None:
         """Name the backend, which is adapted if it is a custom one; nothing is read yet."""
         self.backend = adapt_backend(backend)
+        self._given = backend
         self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
+
+    async def let_go(self) -> None:
+        """Let go of what was loaded for this store alone; the backend stays open."""
+        if isinstance(self.backend, AdaptedBackend) and self.backend is not self._given:
+            await self.backend.let_go()
 
     async def check(self) -> None:
         """Make sure that a store lies here.

@@ -35,7 +35,7 @@ def test_no_server_says_what_to_do() -> None:
     with pytest.raises(ConnectionFailedError) as caught:
         asyncio.run(open_wire_source(url))
     assert str(caught.value) == (
-        f"no surfw server at {url}: connection refused; start one with 'surfw serve' or name another with --source"
+        f"no surfw server at {url}: connection refused; start one with 'surfw serve', or name another"
     )
 
 

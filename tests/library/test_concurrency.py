@@ -4,19 +4,28 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from surfw import ModelClosedError, ModelError, StreamingModel, WeightClient
+from surfw import (
+    ConfigurationError,
+    ModelChunker,
+    ModelClosedError,
+    ModelError,
+    RetryPolicy,
+    StreamingModel,
+    WeightClient,
+)
 from surfw.runtime.absent import AbsentParameter
 from surfw.storage import FilesystemBackend
 from tests.library.conftest import run
 from tests.library.test_calls import IDS, MASK, logits, resident
 from tests.servers import Served
+from tests.toys import Gate
 
 LOOP_SECONDS = 0.05
 
@@ -76,30 +85,43 @@ def test_forwards_of_one_model_run_one_after_another(server: Served, checkpoints
     assert most == 1
 
 
-def test_the_loop_goes_on_while_a_model_computes(server: Served) -> None:
-    """The loop's own thread never works for surfw for long. Its processor time is told, which others do not add to."""
-    longest, beats = 0.0, 0
+async def longest_silence(work: Callable[[], Awaitable[object]]) -> float:
+    """The longest time, in seconds, that the loop did not go round while the work was done."""
+    longest, last, done = 0.0, time.perf_counter(), False
 
-    async def heartbeat() -> None:
-        nonlocal longest, beats
-        while True:
-            start = time.thread_time()
+    async def beat() -> None:
+        nonlocal longest, last
+        while not done:
             await asyncio.sleep(0)
-            longest, beats = max(longest, time.thread_time() - start), beats + 1
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+
+    heart = asyncio.create_task(beat())
+    await work()
+    done = True
+    await heart
+    return longest
+
+
+def test_the_loop_goes_on_while_a_model_computes(server: Served) -> None:
+    """Another program may hold the loop up, so the best of several rounds counts: surfw itself would in every one."""
 
     async def main() -> None:
-        async with StreamingModel(server.url, "llama", cache_size=1) as model, asyncio.timeout(60):
-            heart = asyncio.create_task(heartbeat())
-            for _ in range(3):
+        async with StreamingModel(server.url, "llama", cache_size=1) as model:
+
+            async def work() -> None:
+                at_layer(model, 3, lambda: time.sleep(0.2))  # a layer that takes long
                 await model.forward_async(input_ids=IDS)
-            _ = [token async for token in model.stream([5, 9, 77], max_new_tokens=20, ignore_eos=True)]
-            await model.warmup()
-            heart.cancel()
-            await asyncio.wait([heart])
+                await model.warmup()
+                _ = [token async for token in model.stream([5, 9, 77], max_new_tokens=3, ignore_eos=True)]
+                model.model.model.layers[3]._forward_pre_hooks.popitem()
+
+            silences = [await longest_silence(work)]
+            while len(silences) < 20 and min(silences) >= LOOP_SECONDS:
+                silences.append(await longest_silence(work))
+            assert min(silences) < LOOP_SECONDS
 
     run(main)
-    assert beats > 100
-    assert longest < LOOP_SECONDS
 
 
 def test_other_threads_compute_with_the_same_number_of_threads(server: Served, checkpoints: Path) -> None:
@@ -127,32 +149,30 @@ def test_closing_in_the_middle_of_a_forward(where: str, server: Served) -> None:
 
     async def main() -> None:
         model = await StreamingModel.open_async(server.url, "llama", cache_size=1)
-        closing = threading.Event()
+        opened = model._opened
+        assert opened is not None
+        after: list[int] = []
 
         def pause() -> None:
             inside.set()
-            assert closing.wait(60)
+            assert opened._closing.wait(60)
 
-        at_layer(model, 2, pause)
+        handles = [at_layer(model, 2, pause), at_layer(model, 4, lambda: after.append(1))]
         forward = asyncio.create_task(model.forward_async(input_ids=IDS))
         assert await asyncio.to_thread(inside.wait, 60)
-        hooks = [module._forward_pre_hooks for module in model.model.model.layers]
         if where == "the loop":
-            threading.Timer(0.05, closing.set).start()
             model.close()
         elif where == "another thread":
             closer = threading.Thread(target=model.close)
             closer.start()
-            closing.set()
             await asyncio.to_thread(closer.join, 60)
         else:
-            closer_task = asyncio.create_task(model.close_async())
-            await asyncio.sleep(0)
-            closing.set()
-            await closer_task
-        with contextlib.suppress(ModelClosedError):  # unless it was at its last layer
+            await model.close_async()
+        with pytest.raises(ModelClosedError, match="llama was closed while it ran"):
             await forward
-        hooks[2].clear()  # the test's own
+        assert after == []
+        for handle in handles:
+            handle.remove()
         assert is_as_it_was(model.model)
         for use in (lambda: model(input_ids=IDS), lambda: model.generate(IDS)):
             with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
@@ -274,7 +294,7 @@ def test_whoever_stops_reading_a_stream_stops_the_generation(server: Served) -> 
             at_layer(model, 0, lambda: steps.append(1))
             stream = model.stream([5, 9, 77], max_new_tokens=400, ignore_eos=True)
             assert isinstance(await anext(stream), int)
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
             made = len(steps)
             assert made < 100
             with contextlib.suppress(asyncio.CancelledError):
@@ -371,6 +391,157 @@ def test_closing_a_shared_client_stops_its_models(store: Path) -> None:
     model.close()
     with pytest.raises(ModelClosedError, match=r"the client of .* is closed; open it again"):
         client.models()
+
+
+class Held(FilesystemBackend):
+    """Reads of weights wait until they are let go, and end only then, as those of a thread do."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(store)
+        self.gate = Gate(stubborn=True)
+
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+        await self.gate.passes("any")
+        await super().read_into(key, start, destination)
+
+
+def test_layers_are_fetched_while_the_model_runs(server: Served) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as model:
+
+            def pause() -> None:
+                inside.set()
+                assert go_on.wait(60)
+
+            at_layer(model, 0, pause)
+            forward = asyncio.create_task(model.forward_async(input_ids=IDS))
+            assert await asyncio.to_thread(inside.wait, 60)
+            assert await model.prefetch_next_layers(current_layer=2, prefetch_count=2) == model.layers[3:5]
+            assert await model.warmup([5]) == model.layers[5:]
+            assert not forward.done()
+            go_on.set()
+            await forward
+
+    run(main)
+
+
+def test_a_run_that_waits_for_its_turn_can_be_cancelled(server: Served) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as model:
+
+            def pause() -> None:
+                inside.set()
+                assert go_on.wait(60)
+
+            at_layer(model, 0, pause)
+            other = asyncio.create_task(asyncio.to_thread(model, input_ids=IDS))
+            assert await asyncio.to_thread(inside.wait, 60)
+            queued = asyncio.create_task(model.forward_async(input_ids=IDS))
+            await asyncio.sleep(0)
+            queued.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await queued
+            assert not other.done()
+            go_on.set()
+            await other
+
+    run(main)
+
+
+def test_opening_ends_when_it_is_cancelled_or_closed_though_it_would_try_for_long() -> None:
+    patient = RetryPolicy(attempts=1000, first_delay_seconds=60)
+
+    async def main() -> None:
+        opening = asyncio.create_task(StreamingModel.open_async("ws://127.0.0.1:1", "llama", retry=patient))
+        await asyncio.sleep(0.1)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        model = StreamingModel("ws://127.0.0.1:1", "llama", retry=patient)
+        warming = asyncio.create_task(model.warmup())
+        while model._opening_run is None:  # noqa: ASYNC110 - it has no event
+            await asyncio.sleep(0.01)
+        await model.close_async()
+        with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
+            await warming
+        async with WeightClient("ws://127.0.0.1:1", retry=patient) as client:
+            asking = asyncio.create_task(client.models_async())
+            await asyncio.sleep(0.1)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    run(main)
+
+
+def test_clearing_and_closing_while_layers_are_fetched(store: Path) -> None:
+    async def main() -> None:
+        backend = Held(store)
+        model = await StreamingModel.open_async(backend, "llama", prefetch=False)
+        warming = asyncio.create_task(model.warmup([0, 1]))
+        await asyncio.to_thread(backend.gate.wait_for, "any")
+        model.clear_cache()
+        backend.gate.open("any")
+        assert await warming == []  # what was cleared is not there
+        assert await model.warmup([0, 1]) == model.layers[:2]
+        await model.close_async()
+
+        backend = Held(store)
+        model = await StreamingModel.open_async(backend, "llama", prefetch=False)
+        warming = asyncio.create_task(model.warmup([0, 1]))
+        await asyncio.to_thread(backend.gate.wait_for, "any")
+        closing = asyncio.create_task(model.close_async())
+        await asyncio.sleep(0)
+        backend.gate.open("any")
+        await closing
+        with pytest.raises(ModelClosedError, match="llama was closed while its layers were fetched"):
+            await warming
+
+    run(main)
+
+
+def test_a_stream_leaves_the_settings_of_other_generations_alone(server: Served) -> None:
+    async def main() -> None:
+        async with StreamingModel(server.url, "llama") as model:
+            inputs = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 6}
+            expected = await model.generate_async(**inputs)
+
+            async def sample() -> None:
+                for seed in range(6):
+                    options = {"temperature": 5.0, "seed": seed, "max_new_tokens": 6, "ignore_eos": True}
+                    _ = [token async for token in model.stream([5, 9, 77], **options)]
+
+            sampling = asyncio.create_task(sample())
+            others = [await asyncio.to_thread(model.generate, **inputs) for _ in range(12)]
+            await sampling
+            assert all(torch.equal(one, expected) for one in others)
+
+    run(main)
+
+
+def test_what_would_block_the_loop_is_refused(server: Served) -> None:
+    async def main() -> None:
+        model = StreamingModel(server.url, "llama")
+        await model.warmup([0])
+        with pytest.raises(ConfigurationError, match="the tokenizer here would block the event loop; use"):
+            _ = model.tokenizer
+        with pytest.raises(ConfigurationError, match="reading a file here would block the event loop"):
+            model.read_file("tokenizer.json")
+        await model.close_async()
+        async with StreamingModel(server.url, "llama") as model:
+            assert model.tokenizer("Weights").input_ids
+        async with WeightClient(server.url) as client:
+            with pytest.raises(ConfigurationError, match=r"use 'await client\.models_async"):
+                client.models()
+            assert await client.models_async() == ["bert", "gpt2", "llama", "t5"]
+        with pytest.raises(ConfigurationError, match="chunking a model here would block"):
+            ModelChunker("x").chunk_model_sync()
+
+    run(main)
 
 
 def test_a_model_that_is_forgotten_complains(store: Path) -> None:

@@ -163,8 +163,8 @@ def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> 
         ({"prompt_ids": [300]}, "token ids of llama lie between 0 and 299"),
         ({"prompt_ids": [-1]}, "token ids of llama lie between 0 and 299"),
         ({"prompt_ids": [2**70]}, "token ids of llama lie between 0 and 299"),
-        ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids, with --prompt-ids 1,2,3"),
-        ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so --stop cannot be used with it"),
+        ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
+        ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so no text can end its generation"),
     ],
 )
 def test_requests_that_do_not_fit_the_model(llama: StreamingModel, request_of: dict[str, Any], text: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -292,6 +293,19 @@ def test_a_source_that_cannot_be_closed_still_ends_the_thread(store: Path) -> No
 def test_the_plan_follows_the_budget(store: Path) -> None:
     with StreamingModel.open(opener(store), "llama", memory_budget=10**9) as model:
         assert model.plan.everything_fits
-    with StreamingModel.open(opener(store), "llama", memory_budget=1) as model:
-        assert model.plan.slots == 1
-        model(input_ids=IDS)
+    with pytest.raises(ConfigurationError) as caught:
+        StreamingModel.open(opener(store), "llama", memory_budget=1)
+    found = re.fullmatch(
+        r"a memory budget of 1 B is too small for the weights of llama, which need .* \((\d+) bytes\) at least; .*",
+        str(caught.value),
+    )
+    assert found is not None
+    least = int(found[1])
+    for budget, dtype in ((least, None), (least + 300_000, "bfloat16")):
+        with StreamingModel.open(opener(store), "llama", memory_budget=budget, dtype=dtype) as model:
+            assert model.plan.peak_bytes <= budget
+            for _ in range(2):
+                model(input_ids=IDS)
+                assert model.statistics()["cache"]["resident_bytes"] + model.plan.scratch_bytes <= budget
+    with pytest.raises(ConfigurationError, match="is too small"):
+        StreamingModel.open(opener(store), "llama", memory_budget=least - 1)

@@ -45,7 +45,9 @@ def test_the_tokenizer_is_the_checkpoints(store: Path, checkpoints: Path, name: 
 
 def test_a_model_without_a_tokenizer_has_none(store: Path) -> None:
     with StreamingModel.open(opener(store), "t5") as model:
-        assert model.tokenizer is None
+        assert model.find_tokenizer() is None
+        with pytest.raises(UnsupportedModelError, match="t5 has no tokenizer; make one yourself"):
+            _ = model.tokenizer
 
 
 def test_code_of_a_tokenizer_is_ignored_with_a_word(
@@ -77,7 +79,7 @@ def test_code_of_a_tokenizer_is_ignored_with_a_word(
 )
 def test_files_that_make_no_tokenizer(checkpoints: Path, tmp_path: Path, file: str, content: str) -> None:
     store = changed(checkpoints, tmp_path, file, lambda _: content)
-    complaint = "^the tokenizer of llama cannot be used: .*; give the prompt as ids, with --prompt-ids$"
+    complaint = "^the tokenizer of llama cannot be used: .*; give the prompt as token ids \\(--prompt-ids 1,2,3\\)$"
     with StreamingModel.open(opener(store)) as model, pytest.raises(UnsupportedModelError, match=complaint):
         _ = model.tokenizer
 

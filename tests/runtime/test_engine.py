@@ -444,7 +444,7 @@ def test_chunks_are_fetched_when_asked_for_as_many_as_there_is_room_for() -> Non
         assert engine.resident() == ["c1", "c5", "c0"]
         assert counts(engine) == {"hits": 0, "prefetched": 0, "stalls": 0}
         engine.acquire("c0")
-        assert counts(engine) == {"hits": 0, "prefetched": 1, "stalls": 0}
+        assert counts(engine) == {"hits": 1, "prefetched": 0, "stalls": 0}
 
 
 def test_a_run_without_prefetch_fetches_only_what_it_needs() -> None:

@@ -105,6 +105,7 @@ def test_a_job_is_done_only_when_its_coroutine_has_ended() -> None:
     job = io.submit(gate.passes("end"))
     gate.wait_for("end")
     assert job.cancel()
+    assert job.cancel()  # asked twice, it still ends only when it has let go
     io.run(where())
     assert not job.done()
     gate.open("end")

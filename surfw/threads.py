@@ -1,0 +1,46 @@
+"""Threads and event loops: work that is never left behind, and loops that are never blocked."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from surfw.errors import ConfigurationError
+
+T = TypeVar("T")
+
+
+async def to_its_end(work: "Coroutine[Any, Any, T] | asyncio.Task[T]") -> T:
+    """Await work that writes to memory which others will use again.
+
+    However often this is cancelled meanwhile, it ends only when the work has, and then with the cancellation.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if cancelled is None:
+        return task.result()
+    if not task.cancelled():
+        task.exception()  # nobody looks at it any more
+    raise cancelled
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    """As `asyncio.to_thread`, to its end."""
+    return await to_its_end(asyncio.to_thread(function, *arguments, **options))
+
+
+def refuse_event_loop(what: str, instead: str) -> None:
+    """Refuse to do what takes long where an event loop runs.
+
+    Raises:
+        ConfigurationError: one runs in this thread.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise ConfigurationError(f"{what} here would block the event loop; use {instead}")
