@@ -4,6 +4,7 @@ python examples/custom_model.py
 """
 
 import tempfile
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ class TinyConfig(PreTrainedConfig):
 
     model_type = "tiny-mixer"
 
-    def __init__(self, width: int = 64, depth: int = 6, vocab_size: int = 100, **kwargs: object) -> None:
+    def __init__(self, width: int = 64, depth: int = 6, vocab_size: int = 100, **kwargs: Any) -> None:
         self.width, self.depth, self.vocab_size = width, depth, vocab_size
         super().__init__(**kwargs)
 

@@ -33,8 +33,9 @@ async def main(source: str, name: str | None) -> None:
         tokens = await model.generate_async(**inputs, max_new_tokens=12, do_sample=False)
         print("generated:", model.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
-        print("cache:", {key: value for key, value in model.get_cache_info().items() if key != "cached_components"})
-        print("times:", {key: round(value, 3) for key, value in model.get_inference_stats().items()})
+        cache, times = model.get_cache_info(), model.get_inference_stats()
+        print(f"cache: {cache['hits']} hits, {cache['misses']} misses, {cache['memory_usage_mb']:.1f} MB")
+        print(f"times: {times['total_inferences']} inferences of {times['avg_inference_time'] * 1000:.0f} ms")
 
 
 if __name__ == "__main__":

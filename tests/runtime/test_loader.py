@@ -1,7 +1,10 @@
 """From stored bytes to tensors: the values, their alignment, and other dtypes than the stored ones."""
 
 import asyncio
+import threading
 from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from surfw.errors import IntegrityError
 from surfw.manifest import DTYPE_BITS, Chunk
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.skeleton.dtypes import torch_dtype
 from tests.toys import ToySource, damage, toy_chunk, toy_manifest
@@ -94,3 +98,60 @@ def test_damage_is_reported() -> None:
     chunk, payload = toy_chunk("c", [("U8", (100,))])
     with pytest.raises(IntegrityError, match="chunk c from toys is damaged"):
         load(damage(chunk), payload)
+
+
+def test_a_load_that_is_cancelled_ends_only_when_its_cast_no_longer_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    began, may_end, wrote = threading.Event(), threading.Event(), []
+    cast = Loader._cast
+
+    def slow(self: Loader, *arguments: Any) -> None:
+        began.set()
+        assert may_end.wait(60)
+        cast(self, *arguments)
+        wrote.append(1)
+
+    monkeypatch.setattr(Loader, "_cast", slow)
+    chunk, payload = toy_chunk("c", [("F32", (100,))])
+    manifest = toy_manifest([chunk])
+    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, {"c.t0": torch.bfloat16})
+    io = IoThread()
+    job = io.submit(loader.load(chunk, Buffer(loader.buffer_bytes(chunk)), priority=0))
+    assert began.wait(60)
+    job.cancel()
+    job.cancel()
+    io.run(asyncio.sleep(0))
+    assert not job.done()
+    may_end.set()
+    with pytest.raises(CancelledError):
+        job.result(60)
+    assert wrote == [1]
+    io.close()
+
+
+def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
+    made = [toy_chunk(f"c{i}", [("F32", (2000 * (i + 1),))], seed=i) for i in range(3)]
+    manifest = toy_manifest([chunk for chunk, _ in made])
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    running = most = 0
+
+    class Counting(Loader):
+        async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(0)
+            try:
+                return await super()._read(chunk, buffer, priority)
+            finally:
+                running -= 1
+
+    loader = Counting(source, manifest, {f"c{i}.t0": torch.float16 for i in range(3)})
+    assert loader.scratch_bytes == 24576  # 6000 values of 4 bytes, in pages
+    assert Loader(source, manifest).scratch_bytes == 0
+
+    async def main() -> None:
+        loads = (loader.load(chunk, Buffer(loader.buffer_bytes(chunk)), priority=0) for chunk, _ in made)
+        assert await asyncio.gather(*loads) == [8000, 16000, 24000]
+
+    asyncio.run(main())
+    assert most == 1
