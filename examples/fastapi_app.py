@@ -11,8 +11,9 @@ Without SURFW_SOURCE it serves the small model that comes with surfw, from a sto
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Annotated
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import StreamingResponse
 
 from surfw import ModelChunker, Settings, StreamingModel, demo_checkpoint
@@ -41,7 +42,9 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.get("/generate")
-async def generate(request: Request, prompt: str, max_new_tokens: int = 64) -> StreamingResponse:
+async def generate(
+    request: Request, prompt: str, max_new_tokens: Annotated[int, Query(ge=1, le=1000)] = 64
+) -> StreamingResponse:
     """Tokens as plain text, as they come."""
     return StreamingResponse(
         request.app.state.model.stream(prompt, max_new_tokens=max_new_tokens), media_type="text/plain; charset=utf-8"

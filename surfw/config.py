@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from types import UnionType
 from typing import Literal, get_args
 
 from surfw.errors import ConfigurationError
@@ -89,6 +90,16 @@ def display_url(url: str) -> str:
     A path that is no URL stays as it is. More may be hidden than is secret, never less.
     """
     return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
+
+
+def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
+    """Make sure that an argument has a type that can be used; a `bool` is no number.
+
+    Raises:
+        ConfigurationError: it has another.
+    """
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigurationError(f"{name} is {value!a:.80}, expected {what}")
 
 
 def display_text(text: str) -> str:

@@ -36,6 +36,10 @@ class RetryPolicy:
         Raises:
             ConfigurationError: a value is out of its bounds.
         """
+        for name in ("attempts", "first_delay_seconds", "backoff", "most_delay_seconds", "jitter"):
+            value, kind = getattr(self, name), int if name == "attempts" else int | float
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigurationError(f"{name} is {value!a:.80}, expected a number")
         if not 1 <= self.attempts <= _MOST_ATTEMPTS:
             raise ConfigurationError(f"{self.attempts} attempts make no sense; expected 1 to {_MOST_ATTEMPTS}")
         if not 0 <= self.first_delay_seconds < float("inf"):

@@ -10,12 +10,13 @@ trap 'exit 130' INT TERM
 trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -rf "$work"' EXIT
 
 surfw chunk "$checkpoint" --store "$work/store" --name smoke >&2
-surfw serve --store "$work/store" --port "$port" --no-live 2>"$work/server.log" &
+surfw serve --store "$work/store" --port "$port" --no-live --announce >"$work/address" 2>"$work/server.log" &
 server=$!
 tries=0
-until curl --silent --fail --output /dev/null "http://127.0.0.1:$port/readyz"; do
+# Only our own server writes its address there: one that has the port already is not taken for it.
+until [ -s "$work/address" ] && curl --silent --fail --output /dev/null "http://127.0.0.1:$port/readyz"; do
     tries=$((tries + 1))
-    if [ "$tries" -gt 100 ] || ! kill -0 "$server" 2>/dev/null; then
+    if [ "$tries" -gt 300 ] || ! kill -0 "$server" 2>/dev/null; then
         cat "$work/server.log" >&2
         exit 1
     fi

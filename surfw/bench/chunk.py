@@ -12,6 +12,7 @@ from pathlib import Path
 from surfw.bench.result import Result, Row, describe_machine, spread
 from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
 from surfw.config import GB, MB
+from surfw.errors import ConfigurationError
 from surfw.runtime.memory import peak_rss_bytes
 from surfw.storage import open_backend
 
@@ -24,6 +25,8 @@ def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Re
         folder: where to write; must have room for one copy.
         rounds: alternations with the baseline; medians are reported.
     """
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigurationError(f"{folder} is no folder, expected one with room for a copy of the model")
     with prepare_model(model) as prepared:
         return _measure(prepared, folder, rounds)
 

@@ -20,7 +20,7 @@ from surfw.chunking.writer import ChunkWriter, Progress
 from surfw.config import MIB, OnMissing, check_on_missing
 from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
-from surfw.skeleton.build import build_skeleton, read_config, resolve_class
+from surfw.skeleton.build import build_skeleton, check_model_class, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
@@ -109,6 +109,7 @@ def prepare_model(
     if name is not None:
         check_model_name(name)
     check_on_missing(on_missing)
+    check_model_class(model_class)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(open_checkpoint(model, revision=revision, show_progress=show_progress))
         checked = check_model_name(name or checkpoint.name)
@@ -161,7 +162,8 @@ def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, whe
     if missing and on_missing == "error":
         raise CheckpointError(
             f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; surfw never makes weights up. Check "
-            "the architectures in config.json, or save the model again with save_pretrained"
+            "the architectures in config.json, save the model again with save_pretrained, or chunk it without them: "
+            "--on-missing uninitialized (on_missing='uninitialized')"
         )
     if missing:
         warnings.warn(

@@ -7,10 +7,10 @@ from typing import Any
 
 from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
 from surfw.chunking.writer import Progress
-from surfw.config import OnMissing, display_url
+from surfw.config import OnMissing, display_url, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
-from surfw.storage import FilesystemBackend, StorageBackend
+from surfw.storage import FilesystemBackend, StorageBackend, open_backend
 from surfw.threads import refuse_event_loop
 
 DEFAULT_OUTPUT_DIR = "./chunks"
@@ -61,7 +61,8 @@ class ModelChunker:
 
         Args:
             model_name: a hub id (`org/name`), or a local directory.
-            output_dir: the folder that is, or becomes, the store; default: `./chunks`, unless a backend is given.
+            output_dir: the folder or storage URL that is, or becomes, the store; default: `./chunks`, unless a backend
+                is given.
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
             name: the model's name in the store; default: the hub id, or the directory's name.
             revision: branch, tag or commit of the hub repository.
@@ -74,6 +75,13 @@ class ModelChunker:
         Raises:
             ConfigurationError: both a folder and a backend are given.
         """
+        expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
+        if not os.fspath(model_name):
+            raise ConfigurationError("model_name is empty, expected a hub id or a local directory")
+        for key, value in (("name", name), ("revision", revision), ("dtype", dtype)):
+            expect(key, value, str | None, "a text or None")
+        if output_dir is not None:
+            expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
         if output_dir is not None and storage_backend is not None:
             raise ConfigurationError("output_dir and storage_backend exclude each other; give one of them")
         self._backend = storage_backend
@@ -102,7 +110,8 @@ class ModelChunker:
             if self._backend is not None:
                 manifest = await write_model(prepared, self._backend, progress=self._progress)
                 return _describe(manifest, self._backend)
-            backend = FilesystemBackend(self._output_dir)
+            place = os.fspath(self._output_dir)
+            backend = open_backend(place) if "://" in place else FilesystemBackend(place)
             try:
                 return _describe(await write_model(prepared, backend, progress=self._progress), backend)
             finally:

@@ -17,7 +17,7 @@ Examples:
 """
 
 
-@options.with_settings("store")
+@options.with_settings("store", "on_missing")
 def chunk(
     *,
     model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
@@ -43,7 +43,14 @@ def chunk(
 
     place = configuration.settings.store
     bars = not json and render.err.is_terminal
-    with prepare_model(model, name=name, revision=revision, dtype=dtype, show_progress=bars) as prepared:
+    with prepare_model(
+        model,
+        name=name,
+        revision=revision,
+        dtype=dtype,
+        on_missing=configuration.settings.on_missing,
+        show_progress=bars,
+    ) as prepared:
         facts = _facts(prepared)
         if dry_run:
             if json:

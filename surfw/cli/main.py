@@ -7,13 +7,14 @@ import io
 import logging
 import os
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 from surfw import __version__
 from surfw.cli import bench, chunk, config, infer, options, serve, stats
-from surfw.errors import SurfwError
+from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
     name="surfw",
@@ -55,6 +56,17 @@ class _OneLine(logging.Formatter):
         return f"surfw: {record.levelname.lower()}: {one_line(record.getMessage())}"
 
 
+_show_other_warning = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning that surfw means for people is one line, as its other ones are."""
+    if issubclass(category, UninitializedWeightsWarning):
+        logging.getLogger("surfw").warning("%s", message)
+    else:
+        _show_other_warning(message, category, *where, **more)
+
+
 def main() -> None:
     """Run the command line, and exit."""
     for stream in (sys.stdout, sys.stderr):
@@ -64,6 +76,7 @@ def main() -> None:
     handler.setFormatter(_OneLine())
     handler.setLevel(logging.WARNING)
     logging.getLogger("surfw").addHandler(handler)
+    warnings.showwarning = _show_warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

@@ -79,6 +79,7 @@ async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_st
     async with _make_server(settings) as server:
         if announce:
             render.print_json({"url": server.url, "store": display_url(settings.store)})
+        logger.info("%s serves %s", server.url, display_url(settings.store))
         if show:
             await _live_table(server, stop)
         else:

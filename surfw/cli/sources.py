@@ -13,6 +13,7 @@ from pathlib import Path
 from surfw.cli.demo import serve_demo
 from surfw.cli.options import Configuration
 from surfw.config import DEFAULT_HOST
+from surfw.errors import ConfigurationError
 
 DEMO = "demo"
 
@@ -45,9 +46,14 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
         if asyncio.run(probe(local, token=settings.token)):
             yield ChosenSource(local, "the server on this machine")
             return
-        if any((Path(settings.store) / "models").rglob("*.json")):
-            is_default = configuration.origins["store"].kind == "default"
-            yield ChosenSource(settings.store, "the default store" if is_default else "the store")
+        is_default = configuration.origins["store"].kind == "default"
+        if not is_default or any((Path(settings.store).expanduser() / "models").rglob("*.json")):
+            yield ChosenSource(settings.store, "the default store" if is_default else "the store that is set")
             return
+        if settings.model is not None:
+            raise ConfigurationError(
+                f"there is no model {settings.model[:80]!a}: no server answers at {local}, and {settings.store} holds "
+                "no models; name the source with --source, or chunk the model first"
+            )
     with serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")

@@ -4,7 +4,7 @@ import asyncio
 import errno
 import logging
 from http import HTTPStatus
-from ssl import SSLContext
+from ssl import SSLCertVerificationError, SSLContext, SSLError
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -105,6 +105,15 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             waited = f"within {seconds:g} seconds; {_NEXT}"
             text = (
                 f"no surfw server at {link.url}: no answer {waited}" if silent else _foreign(link, f"no hello {waited}")
+            )
+        case SSLCertVerificationError():
+            text = (
+                f"the certificate of {link.url} is not trusted: {exc.verify_message}; trust whoever signed it, with "
+                "ssl= or SSL_CERT_FILE"
+            )
+        case SSLError():
+            text = (
+                f"{link.url} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
             )
         case OSError():
             reason = "connection refused" if isinstance(exc, ConnectionRefusedError) else exc.strerror or exc

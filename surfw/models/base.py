@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, check_on_missing
+from surfw.config import OnMissing, check_on_missing, expect
 from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
@@ -28,6 +28,7 @@ from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, c
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.residency import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
+from surfw.skeleton.build import check_model_class
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -94,6 +95,9 @@ class StreamingBaseModel:
             )
         if cache_size is not None:
             check_cache_layers(cache_size)
+        expect("model", model, str | None, "a model's name or None")
+        expect("dtype", dtype, str | None, "a dtype's name or None")
+        check_model_class(self.model_class)
         check_on_missing(on_missing)
         check_device(device)
         shared = isinstance(source, WeightClient)
@@ -196,6 +200,10 @@ class StreamingBaseModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
+        if not self.model.can_generate():
+            raise ConfigurationError(
+                f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
+            )
         untyped: Callable[[Any], Any] = lambda model: model.generate(*args, **kwargs)  # noqa: E731
         return self.run(untyped)
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from surfw.client import open_wire_source
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.models.beside import beside
 from surfw.retry import RetryPolicy
@@ -133,7 +133,11 @@ class WeightClient(SourceThread):
         is_server = isinstance(source, str) and source.startswith(_SERVERS)
         if (token is not None or ssl is not None) and not is_server:
             raise ConfigurationError("token and ssl are for servers; expected a ws:// or wss:// address with them")
+        expect("token", token, str | None, "a text or None")
+        expect("ssl", ssl, SSLContext | None, "an ssl.SSLContext or None")
+        expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
         for name, seconds in (("connect_timeout", connect_timeout), ("silence_timeout", silence_timeout)):
+            expect(name, seconds, int | float, "a number of seconds over 0")
             if not 0 < seconds < float("inf"):
                 raise ConfigurationError(f"{name} is {seconds}; expected a number of seconds over 0")
         connect = partial(
@@ -205,12 +209,16 @@ def _opener(source: Any, connect: Callable[[str], Awaitable[ChunkSource]]) -> Op
         if place.startswith(_SERVERS):
             return partial(connect, place)
         return lambda: open_storage_source(open_backend(place))
-    if not callable(source):
+    if isinstance(source, type) or not callable(source):
         raise ConfigurationError(
-            f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {type(source).__name__}"
+            f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"
         )
     opener: OpenSource = source
     return opener
+
+
+def _kind(source: object) -> str:
+    return f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
 
 
 async def _call(opener: OpenSource) -> ChunkSource:

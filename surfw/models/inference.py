@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
+from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 
@@ -51,12 +52,35 @@ class Request:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
 
+    def __post_init__(self) -> None:
+        """Refuse what no generation can be asked for.
+
+        Raises:
+            ConfigurationError: a value has another type, or is out of its bounds.
+        """
+        _expect_number("max_new_tokens", self.max_new_tokens, int, 1)
+        _expect_number("temperature", self.temperature, int | float, 0)
+        _expect_number("top_p", self.top_p, int | float, 0, 1)
+        _expect_number("top_k", self.top_k, int, 1)
+        _expect_number("seed", self.seed, int, 0, 2**63 - 1)
+        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
+            raise ConfigurationError(f"stop is {self.stop!a:.80}, expected a list of texts that are not empty")
+
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn, not chosen."""
         return bool(self.temperature) or (
             self.temperature is None and (self.top_p is not None or self.top_k is not None)
         )
+
+
+def _expect_number(name: str, value: Any, kind: Any, least: int, most: float = float("inf")) -> None:
+    if value is None and name != "max_new_tokens":
+        return
+    bounds = f"{least} or more" if most == float("inf") else f"from {least} to {most}"
+    expect(name, value, kind, f"a number, {bounds}")
+    if not least <= value <= most or value == float("inf"):
+        raise ConfigurationError(f"{name} is {value}, expected a number, {bounds}")
 
 
 @dataclass(kw_only=True)

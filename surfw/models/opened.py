@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, format_size
+from surfw.config import OnMissing, expect, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
@@ -139,6 +139,7 @@ class OpenedModel:
         if self._closing.is_set():
             raise self._closed_error("is closed; open it again")
         for index in indices:
+            expect("a layer", index, int, "its number, counted from 0")
             if not 0 <= index < len(self.layers):
                 raise ConfigurationError(
                     f"{self.manifest.name} has no layer {index}; it has {len(self.layers)}, counted from 0"

@@ -74,12 +74,14 @@ class StreamingModel(StreamingBaseModel):
     def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Any, None]:
         """Generate beside the event loop, and give the answer as it comes.
 
-        When whoever reads it stops, or falls behind, so does the generation.
+        When whoever reads it falls behind, the generation waits, and with it everybody else who wants to run this
+        model, until the stream has ended or is closed (`aclose`).
 
         Args:
             prompt: a text, for text; or token ids, for token ids.
-            **options: `max_new_tokens`, `temperature`, `top_p`, `top_k`, `seed`, `stop`, `ignore_eos`, `system`, `raw`;
-                see `Request`.
+            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample in place of
+                taking the likeliest token, and `seed`; `stop`, texts that end it; `ignore_eos`, to go on after the
+                model's end token; `system`, a system message, and `raw`, for models with a chat template.
 
         Raises:
             ConfigurationError: the model does not generate, or an option does not fit it.

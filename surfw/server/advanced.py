@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from ssl import SSLContext
 
-from surfw.config import DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, WireLimits
+from surfw.config import DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, WireLimits, expect
 from surfw.server.redis_tier import RedisTier
 from surfw.server.server import WeightServer
 from surfw.wire import ServerHealth, ServerStats
@@ -46,6 +46,7 @@ class AdvancedWeightServer(WeightServer):
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.
         """
+        expect("redis_url", redis_url, str, "redis://…, rediss://… or unix://…")
         self._redis = RedisTier(redis_url)
         super().__init__(
             model_path=chunks_dir,

@@ -12,7 +12,7 @@ from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
 from surfw import __version__
-from surfw.config import WireLimits
+from surfw.config import WireLimits, expect
 from surfw.errors import ConfigurationError
 from surfw.wire import PROTOCOL, check_token, is_loopback
 
@@ -52,6 +52,10 @@ class Listening:
         Raises:
             ConfigurationError: the port or the token is none, or the TLS context is a client's.
         """
+        expect("host", self.host, str, "a name or an address")
+        expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
+        expect("token", self.token, str | None, "a text or None")
+        expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext or None")
         if not 0 <= self.port <= _MAX_PORT:
             raise ConfigurationError(f"port {self.port} is none; expected 0 (a free one) to {_MAX_PORT}")
         if self.token is not None:
@@ -114,8 +118,8 @@ class Listening:
         else:
             reason = "without TLS anybody on the way reads the token, and the weights, in clear text"
         raise ConfigurationError(
-            f"{self.host} may be reached from other machines, and {reason}; listen on 127.0.0.1, "
-            "set a token and TLS, or allow it with --insecure (insecure=True)"
+            f"{self.host} may be reached from other machines, and {reason}; listen on 127.0.0.1 behind a proxy with "
+            "TLS, set a token and TLS (ssl=, from Python), or allow it with --insecure (insecure=True)"
         )
 
     def _cannot_listen(self, exc: OSError | UnicodeError) -> str:

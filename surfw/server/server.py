@@ -17,7 +17,7 @@ import psutil
 from websockets.asyncio.server import Server, ServerConnection
 
 from surfw import __version__
-from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits
+from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits, expect
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics, hit_rate
 from surfw.server.catalog import Catalog
@@ -73,6 +73,11 @@ class WeightServer:
                 f"{'neither' if model_path is None else 'both'} of storage_backend and model_path "
                 f"{'was' if model_path is None else 'were'} given; a server serves one of them"
             )
+        expect("cache_size_mb", cache_size_mb, int | float, "a number of MB from 0 on")
+        expect("clients", clients, int, "a whole number from 1 on")
+        expect("limits", limits, WireLimits | None, "WireLimits or None")
+        if model_path is not None:
+            expect("model_path", model_path, str | Path, "a store's folder or URL")
         if not (cache_size_mb >= 0 and math.isfinite(cache_size_mb)):
             raise ConfigurationError(f"cache_size_mb is {cache_size_mb}; expected a number of MB from 0 on")
         if clients < 1:

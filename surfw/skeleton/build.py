@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
-from surfw.errors import SurfwError, UnsupportedModelError
+from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.skeleton.config import IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
@@ -111,6 +111,20 @@ def _refuse_implementations(config: PreTrainedConfig, where: str) -> None:
     for name in config.sub_configs:
         if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
             _refuse_implementations(inner, where)
+
+
+def check_model_class(model_class: object) -> None:
+    """Make sure that what a caller names as its own class is one, if anything is named.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    is_class = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if model_class is not None and not is_class:
+        raise ConfigurationError(
+            f"model_class is {getattr(model_class, '__name__', model_class)!a:.80}, expected a subclass of "
+            "transformers.PreTrainedModel"
+        )
 
 
 def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
@@ -273,8 +287,8 @@ def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where:
         if parameter is not None and not accepts(tuple(parameter.shape)):
             raise UnsupportedModelError(
                 f"the configuration of {where} asks for a {type(module).__name__} with a {name} of shape "
-                f"{tuple(parameter.shape)}, which none of its tensors has; "
-                "the configuration does not belong to these weights"
+                f"{tuple(parameter.shape)}, which none of its tensors has; the configuration does not belong to these "
+                "weights, or this one is missing (on_missing='uninitialized' makes it up)"
             )
 
     def on_module(*_: Any) -> None:

@@ -28,6 +28,8 @@ def check_key(key: str) -> str:
     Raises:
         StorageError: it is absolute, leads upwards, is empty or has characters a key may not have.
     """
+    if not isinstance(key, str):
+        raise StorageError(f"storage key {key!a:.80} is refused: expected a text")
     if len(key) > _MAX_KEY or not all(_PART.fullmatch(part) for part in key.split("/")):
         raise StorageError(
             f"storage key {key[:80]!r} is refused: expected a relative path of plain parts, such as blobs/ab/abcd"

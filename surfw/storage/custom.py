@@ -5,10 +5,11 @@ surfw's, naming the backend's class and the key; what a backend gives has the ty
 only load whole objects loads each once for all its ranges (see `shared_loads`).
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Collection, Iterator
 from contextlib import contextmanager
+from inspect import isawaitable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from surfw.config import SHARED_LOADS_BYTES, display_text
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, SurfwError
@@ -73,6 +74,14 @@ class AdaptedBackend(StorageBackend):
             text = display_text(" ".join(str(exc).split()))[:300]
             raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
 
+    def _asynchronous(self, method: str, given: object) -> Awaitable[Any]:
+        if not isawaitable(given):
+            name = f"{type(self.inner).__name__}.{method}"
+            raise StorageError(
+                f"{name} gave {type(given).__name__}, and nothing to await; write it as 'async def {method}'"
+            )
+        return given
+
     def _bytes(self, data: object, method: str, key: str) -> bytes:
         if isinstance(data, bytes):
             return data
@@ -83,13 +92,13 @@ class AdaptedBackend(StorageBackend):
     async def load(self, key: str) -> bytes:
         """The whole object."""
         with self._reading("load", key):
-            return self._bytes(await self.inner.load(key), "load", key)
+            return self._bytes(await self._asynchronous("load", self.inner.load(key)), "load", key)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write an object."""
         with self._translate("save", check_key(key)):
             try:
-                await self.inner.save(key, data)
+                await self._asynchronous("save", self.inner.save(key, data))
             finally:
                 self._shared.forget(key)
 
@@ -97,14 +106,14 @@ class AdaptedBackend(StorageBackend):
         """Whether the object is there."""
         try:
             with self._reading("exists", key):
-                return bool(await self.inner.exists(key))
+                return bool(await self._asynchronous("exists", self.inner.exists(key)))
         except NotFoundError:
             return False
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix, sorted."""
         with self._translate("list", check_prefix(prefix)):
-            found: object = await self.inner.list(prefix)
+            found: object = await self._asynchronous("list", self.inner.list(prefix))
         if isinstance(found, str | bytes) or not isinstance(found, Collection):
             raise StorageError(f"{self._call('list', prefix)} gave {type(found).__name__}, expected a list of keys")
         for key in found:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from surfw.errors import StorageError
+from surfw.config import display_url
+from surfw.errors import ConfigurationError, StorageError
 from surfw.storage.base import check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 
 _ATTEMPTS = 100
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class FilesystemBackend(FsspecBackend):
@@ -25,8 +28,14 @@ class FilesystemBackend(FsspecBackend):
         """Name the folder, and make it unless told not to; then it is made when the first object is written.
 
         Raises:
+            ConfigurationError: this is a URL.
             StorageError: it cannot be made.
         """
+        if _URL.match(os.fspath(base_dir)):
+            raise ConfigurationError(
+                f"{display_url(os.fspath(base_dir))} is a URL, expected a folder; S3Backend is for S3, and whatever "
+                "takes a store takes its URL"
+            )
         self.base = Path(base_dir).expanduser().absolute()
         super().__init__(str(self.base))
         if create:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from surfw.config import expect
 from surfw.errors import ConfigurationError, StorageError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
@@ -60,6 +61,8 @@ class S3Backend(FsspecBackend):
         Raises:
             ConfigurationError: an argument cannot be used.
         """
+        expect("bucket_name", bucket_name, str, "a bucket's name")
+        expect("prefix", prefix, str, "a text such as models/mine")
         if not _BUCKET.fullmatch(bucket_name):
             raise ConfigurationError(
                 f"{bucket_name[:80]!r} is not a bucket's name; expected the name alone, "

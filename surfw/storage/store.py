@@ -26,6 +26,7 @@ MARKER = "surfw.json"
 FORMAT = "surfw.store"
 STORE_VERSION = 1
 _MODELS = "models/"
+_OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
 
 
@@ -55,7 +56,7 @@ class Store:
         except NotFoundError as exc:
             raise NotAStoreError(
                 f"{self.url} is not a surfw store ({MARKER} is missing); name the folder or URL that "
-                "'surfw chunk --store' wrote to"
+                f"'surfw chunk --store' wrote to{_OR_SERVER if self.url.startswith('http') else ''}"
             ) from exc
         try:
             document = json.loads(data)
