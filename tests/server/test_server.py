@@ -30,7 +30,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as first:
             second = WeightServer(FilesystemBackend(tmp_path), port=first.port)
-            with pytest.raises(ConfigurationError, match=f"port {first.port} on 127.0.0.1 is in use.*--port"):
+            with pytest.raises(ConfigurationError, match=f"port {first.port} on 127.0.0.1 is in use; stop what listens there, or choose another"):
                 await second.start()
             await second.stop()
 
@@ -54,7 +54,7 @@ def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
 def test_a_host_that_cannot_be_one_is_named(tmp_path: Path) -> None:
     make_store(tmp_path)
     server = WeightServer(FilesystemBackend(tmp_path), host="a..b", port=0, insecure=True)
-    with pytest.raises(ConfigurationError, match=r"'a\.\.b' is not a host to listen on.*--host"):
+    with pytest.raises(ConfigurationError, match=r"'a\.\.b' is not a host to listen on; choose another"):
         asyncio.run(server.start())
 
 
