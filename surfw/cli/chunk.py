@@ -1,6 +1,5 @@
 """`surfw chunk`: a checkpoint into a store."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -36,6 +35,8 @@ def chunk(
 
     An interrupted run leaves nothing visible; the same command goes on where it stopped.
     """
+    import asyncio
+
     from surfw.chunking.chunker import prepare_model, write_model
     from surfw.cli import render
     from surfw.config import display_url, format_size

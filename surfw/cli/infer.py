@@ -3,15 +3,17 @@
 import logging
 import sys
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surfw.cli import options
-from surfw.cli.sources import ChosenSource, choose_source
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
+
+if TYPE_CHECKING:
+    from surfw.cli.sources import ChosenSource
 
 EXAMPLES = """\b
 Examples:
@@ -63,6 +65,8 @@ def infer(
 
 
 def _run(view: Any, request: dict[str, Any], configuration: options.Configuration) -> None:
+    from surfw.cli.sources import choose_source
+
     with choose_source(configuration) as chosen:
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
         start = time.perf_counter()
@@ -96,7 +100,7 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
             view.done(facts)
 
 
-def _open_model(chosen: ChosenSource, settings: Settings) -> Any:
+def _open_model(chosen: "ChosenSource", settings: Settings) -> Any:
     """The model at a source, as the settings want it."""
     from surfw.models.streaming import StreamingModel
 

@@ -1,16 +1,18 @@
 """`surfw serve`: a store behind a WebSocket."""
 
-import asyncio
 import contextlib
 import logging
 import signal
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surfw.cli import options
 from surfw.settings import Settings
+
+if TYPE_CHECKING:
+    import asyncio
 
 EXAMPLES = """\b
 Examples:
@@ -39,6 +41,8 @@ def serve(
     show = sys.stderr.isatty() if settings.live is None else settings.live
     if not show:
         _log_lines()
+    import asyncio
+
     asyncio.run(_serve(settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
 
 
@@ -67,6 +71,8 @@ def _make_server(settings: Settings) -> Any:
 
 
 async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+    import asyncio
+
     from surfw.cli import render
     from surfw.config import display_url
 
@@ -86,7 +92,9 @@ async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_st
             await stop.wait()
 
 
-async def _live_table(server: Any, stop: asyncio.Event) -> None:
+async def _live_table(server: Any, stop: "asyncio.Event") -> None:
+    import asyncio
+
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text

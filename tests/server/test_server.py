@@ -30,7 +30,10 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     async def main() -> None:
         async with serving(tmp_path) as first:
             second = WeightServer(FilesystemBackend(tmp_path), port=first.port)
-            with pytest.raises(ConfigurationError, match=f"port {first.port} on 127.0.0.1 is in use; stop what listens there, or choose another"):
+            with pytest.raises(
+                ConfigurationError,
+                match=f"port {first.port} on 127.0.0.1 is in use; stop what listens there, or choose another",
+            ):
                 await second.start()
             await second.stop()
 
