@@ -76,8 +76,8 @@ class StreamingBaseModel:
             source: a server (`ws://host:port`, `wss://…`), a store (a folder, a storage URL, a `StorageBackend`), or a
                 `WeightClient` that several models share.
             model: its name there, in full or a unique last part; None for the only one.
-            cache_size: how many layers are kept in memory; one more may be in flight. Default: as many as fit into a
-                good half of the memory that is available.
+            cache_size: how many layers are kept in memory, counting embeddings and heads of over 1 MiB; one more may be
+                in flight. Default: as many as fit into a good half of the memory that is available.
             memory_budget: in place of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
             prefetch: fetch the next layers while one computes.
             device: where to compute; only the CPU.
