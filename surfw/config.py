@@ -84,6 +84,11 @@ def check_on_missing(choice: str) -> None:
         raise ConfigurationError(f"on_missing is {choice!r}; expected one of {', '.join(get_args(OnMissing))}")
 
 
+def is_server_url(place: str) -> bool:
+    """Whether an address is that of a surfw server; others are stores."""
+    return place.startswith(("ws://", "wss://"))
+
+
 def display_url(url: str) -> str:
     """The URL as it may be shown: without the user and password, and without the values of its query.
 

@@ -96,11 +96,15 @@ def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
 
 def _facts(prepared: Any) -> dict[str, Any]:
     """What a dry run tells."""
+    from surfw.runtime.buffers import buffer_capacity
     from surfw.runtime.layout import plan_layout
     from surfw.runtime.residency import plan_residency
 
     kinds = {chunk.name: chunk.kind for chunk in prepared.plan.chunks}
-    sizes = {c.name: plan_layout([tensor.info.nbytes for tensor in c.tensors])[1] for c in prepared.plan.chunks}
+    sizes = {
+        chunk.name: buffer_capacity(plan_layout([tensor.info.nbytes for tensor in chunk.tensors])[1])
+        for chunk in prepared.plan.chunks
+    }
     least = plan_residency(kinds, sizes, prepared.plan.order, cache_layers=1)
     return {
         "model": prepared.name,

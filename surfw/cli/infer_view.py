@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surfw.cli import render
-from surfw.config import format_size
+from surfw.config import format_size, is_server_url
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
@@ -156,7 +156,7 @@ def summary(facts: dict[str, Any]) -> str:
 def bottleneck(source: str, stall_seconds: float, spent_seconds: float) -> str:
     """Why it was not faster."""
     share = stall_seconds / spent_seconds if spent_seconds else 0.0
-    on = "the link" if source.startswith(("ws://", "wss://")) else "storage"
+    on = "the link" if is_server_url(source) else "storage"
     if share >= _MOSTLY:
         return f"stalled {share:.0%} on {on}: keep more layers (--cache-layers), or bring the weights closer"
     return f"stalled {share:.0%} on {on}, computing the rest of the time"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from surfw.cli.demo import serve_demo
 from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST
+from surfw.config import DEFAULT_HOST, is_server_url
 from surfw.errors import ConfigurationError
 
 DEMO = "demo"
@@ -28,7 +28,7 @@ class ChosenSource:
     @property
     def is_server(self) -> bool:
         """Whether a server is there, and not a store."""
-        return self.url.startswith(("ws://", "wss://"))
+        return is_server_url(self.url)
 
 
 @contextlib.contextmanager

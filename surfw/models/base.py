@@ -200,10 +200,7 @@ class StreamingBaseModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
-        if not self.model.can_generate():
-            raise ConfigurationError(
-                f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
-            )
+        self._expect_generation()
         untyped: Callable[[Any], Any] = lambda model: model.generate(*args, **kwargs)  # noqa: E731
         return self.run(untyped)
 
@@ -374,8 +371,8 @@ class StreamingBaseModel:
                 current_run.reset(outer)
             with self._state:
                 self._opened = opened
-                if self._settings.cache_size not in {None, settings.cache_size}:  # it was set meanwhile
-                    opened.resize(self._settings.cache_size or opened.plan.slots)
+                if (size := self._settings.cache_size) is not None and size != settings.cache_size:
+                    opened.resize(size)  # it was set meanwhile
             return opened
 
     def _open_here(self) -> OpenedModel:
@@ -395,6 +392,12 @@ class StreamingBaseModel:
 
     def _closed_error(self) -> ModelClosedError:
         return ModelClosedError(f"{self._wanted or f'the model of {self._client.url}'} is closed; open it again")
+
+    def _expect_generation(self) -> None:
+        if not self.model.can_generate():
+            raise ConfigurationError(
+                f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
+            )
 
     def _check_type(self, manifest: Manifest) -> None:
         found = manifest.config.get("model_type")

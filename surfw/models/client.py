@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from surfw.client import open_wire_source
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.models.beside import beside
 from surfw.retry import RetryPolicy
@@ -21,8 +21,6 @@ from surfw.storage.source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
-
-_SERVERS = ("ws://", "wss://")
 
 OpenSource = Callable[[], Awaitable[ChunkSource]]
 """Opens a source of one's own; it runs on the client's event loop."""
@@ -130,7 +128,7 @@ class WeightClient(SourceThread):
         Raises:
             ConfigurationError: this is no source, or it takes no token.
         """
-        is_server = isinstance(source, str) and source.startswith(_SERVERS)
+        is_server = isinstance(source, str) and is_server_url(source)
         if (token is not None or ssl is not None) and not is_server:
             raise ConfigurationError("token and ssl are for servers; expected a ws:// or wss:// address with them")
         expect("token", token, str | None, "a text or None")
@@ -206,7 +204,7 @@ def _opener(source: Any, connect: Callable[[str], Awaitable[ChunkSource]]) -> Op
         place = os.fspath(source)
         if not place:
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
-        if place.startswith(_SERVERS):
+        if is_server_url(place):
             return partial(connect, place)
         return lambda: open_storage_source(open_backend(place))
     if isinstance(source, type) or not callable(source):

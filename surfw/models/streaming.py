@@ -120,10 +120,7 @@ class StreamingModel(StreamingBaseModel):
                 work.exception()  # whoever stopped reading does not look at it
 
     def _generate_for(self, request: Request, give: Callable[[Any], None], *, is_text: bool) -> None:
-        if not self.model.can_generate():
-            raise ConfigurationError(
-                f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
-            )
+        self._expect_generation()
         tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)

@@ -11,10 +11,10 @@ from inspect import isawaitable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from surfw.config import SHARED_LOADS_BYTES, display_text
-from surfw.errors import ConfigurationError, NotFoundError, StorageError, SurfwError
+from surfw.config import SHARED_LOADS_BYTES
+from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
-from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
+from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
 from surfw.storage.shared_loads import SharedLoads
 
 
@@ -64,15 +64,8 @@ class AdaptedBackend(StorageBackend):
     @contextmanager
     def _translate(self, method: str, about: str = "") -> Iterator[None]:
         """Foreign exceptions as surfw's; those that are surfw's pass."""
-        what = f"{self._call(method, about)} in {self.url}"
-        try:
-            with translate_errors(what):
-                yield
-        except SurfwError:
-            raise
-        except Exception as exc:
-            text = display_text(" ".join(str(exc).split()))[:300]
-            raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
+        with translate_all_errors(f"{self._call(method, about)} in {self.url}"):
+            yield
 
     def _asynchronous(self, method: str, given: object) -> Awaitable[Any]:
         if not isawaitable(given):

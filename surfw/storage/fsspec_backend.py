@@ -40,6 +40,19 @@ def translate_errors(what: str) -> Iterator[None]:
         raise ConfigurationError(f"{what}: {exc}") from exc
 
 
+@contextmanager
+def translate_all_errors(what: str) -> Iterator[None]:
+    """As `translate_errors`, and also what a library, or a backend of others, raises of its own."""
+    try:
+        with translate_errors(what):
+            yield
+    except SurfwError:
+        raise
+    except Exception as exc:
+        text = display_text(" ".join(str(exc).split()))[:300]
+        raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
+
+
 class FsspecBackend(StorageBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
@@ -77,14 +90,9 @@ class FsspecBackend(StorageBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """As `translate_errors`, and also what the libraries behind a file system raise of their own."""
-        try:
-            with translate_errors(what):
-                yield
-        except SurfwError:
-            raise
-        except Exception as exc:
-            raise StorageError(f"{what}: {type(exc).__name__}: {display_text(str(exc))[:300]}") from exc
+        """All errors as surfw's; a backend adds what its library says in its own way."""
+        with translate_all_errors(what):
+            yield
 
     async def load(self, key: str) -> bytes:
         """The whole object."""

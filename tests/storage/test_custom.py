@@ -15,20 +15,8 @@ from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, Store, adapt_backend, custom
 from surfw.storage.source import StorageSource, open_storage_source
 from tests.checkpoints import save_llama
+from tests.storage.conftest import DATA, KEY
 from tests.storage.dict_backend import DictBackend
-
-KEY = "blobs/ab/x"
-DATA = bytes(range(256)) * 86
-
-
-@pytest.fixture
-def plain() -> DictBackend:
-    return DictBackend({KEY: DATA})
-
-
-@pytest.fixture
-def adapted(plain: DictBackend) -> StorageBackend:
-    return adapt_backend(plain)
 
 
 def test_own_backends_and_adapted_ones_pass_as_they_are(tmp_path: Path, adapted: StorageBackend) -> None:

@@ -11,31 +11,19 @@ import pytest
 from surfw.client import open_wire_source
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Chunk
-from surfw.storage import StorageBackend, adapt_backend
+from surfw.storage import StorageBackend
 from surfw.storage.shared_loads import SharedLoads
 from surfw.storage.source import open_storage_source
 from tests.peers import serving, until, whole
+from tests.storage.conftest import DATA, KEY
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store
-
-KEY = "blobs/ab/x"
-DATA = bytes(range(256)) * 86
 
 
 def ranges(count: int = 22) -> list[tuple[int, int]]:
     """Ranges that cut the data into pieces."""
     step = len(DATA) // count + 1
     return [(at, min(at + step, len(DATA))) for at in range(0, len(DATA), step)]
-
-
-@pytest.fixture
-def plain() -> DictBackend:
-    return DictBackend({KEY: DATA})
-
-
-@pytest.fixture
-def adapted(plain: DictBackend) -> StorageBackend:
-    return adapt_backend(plain)
 
 
 def test_22_ranges_at_once_are_one_load(plain: DictBackend, adapted: StorageBackend) -> None:

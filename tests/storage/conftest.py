@@ -1,0 +1,19 @@
+"""A backend of others over a dictionary with one object, as it is and as surfw sees it."""
+
+import pytest
+
+from surfw.storage import StorageBackend, adapt_backend
+from tests.storage.dict_backend import DictBackend
+
+KEY = "blobs/ab/x"
+DATA = bytes(range(256)) * 86
+
+
+@pytest.fixture
+def plain() -> DictBackend:
+    return DictBackend({KEY: DATA})
+
+
+@pytest.fixture
+def adapted(plain: DictBackend) -> StorageBackend:
+    return adapt_backend(plain)
