@@ -195,7 +195,7 @@ def test_closing_while_a_forward_waits_for_its_weights(store: Path) -> None:
             never.set()
 
     async def main() -> None:
-        model = await StreamingModel.open_async(Slow(store), "llama")
+        model = await StreamingModel.open_async(Slow(store), "llama", prefetch=False)  # the forward alone reads
         forward = asyncio.create_task(model.forward_async(input_ids=IDS))
         assert await asyncio.to_thread(reading.wait, 60)
         await model.close_async()
