@@ -35,6 +35,9 @@ DEFAULT_SILENCE_SECONDS = 30.0
 OnMissing = Literal["error", "uninitialized"]
 """What to do about weights that a model's class has and its checkpoint or manifest has not."""
 
+Policy = Literal["auto", "lru"]
+"""Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
+
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
 }  # fmt: skip
@@ -64,6 +67,14 @@ def parse_size(text: str) -> int:
     return int(Decimal(match[1]) * _UNITS[unit])
 
 
+def is_size(text: str) -> bool:
+    """Whether a text is a size of one byte or more."""
+    try:
+        return parse_size(text) > 0
+    except ConfigurationError:
+        return False
+
+
 def format_size(count_bytes: float) -> str:
     """A size for people, in decimal units: `88.1 MB`."""
     value = float(count_bytes)
@@ -80,8 +91,21 @@ def check_on_missing(choice: str) -> None:
     Raises:
         ConfigurationError: it is not.
     """
-    if choice not in get_args(OnMissing):
-        raise ConfigurationError(f"on_missing is {choice!r}; expected one of {', '.join(get_args(OnMissing))}")
+    _check_choice("on_missing", choice, get_args(OnMissing))
+
+
+def check_policy(choice: str) -> None:
+    """Make sure that it is a policy there is.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    _check_choice("policy", choice, get_args(Policy))
+
+
+def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
+    if choice not in choices:
+        raise ConfigurationError(f"{name} is {choice!a:.80}; expected one of {', '.join(choices)}")
 
 
 def is_server_url(place: str) -> bool:

@@ -88,6 +88,18 @@ class Metrics:
                 del self._open[key]
                 self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def off_the_record(self) -> Iterator[None]:
+        """Take back, in the end, whatever was counted and timed meanwhile; until then it can be read as always."""
+        with self._lock:
+            before = self._counters.copy(), dict(self._seconds), self._latencies
+            self._latencies = {}
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._counters, self._seconds, self._latencies = before
+
     def snapshot(self) -> dict[str, dict[str, float]]:
         """All counters and spans, as plain data."""
         with self._lock:

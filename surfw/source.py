@@ -93,6 +93,27 @@ class ChunkSource(ABC):
             StorageError, WireError: they could not be had.
         """
 
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
+        """The form's stored bytes, verified, where they can be mapped: no copy of them is made.
+
+        The memory may be written to, which changes nothing but this view. It is page-aligned, and stays valid after
+        `close`.
+
+        Returns:
+            None where they have to be fetched.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError: they could not be had.
+        """
+        del manifest, chunk, form
+        return None
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that fetching takes beside the destinations."""
+        return 0
+
     @abstractmethod
     async def close(self) -> None:
         """Release connections, threads and files. Closing twice is fine."""

@@ -9,10 +9,13 @@ from surfw.errors import ConfigurationError
 T = TypeVar("T")
 
 
-async def to_its_end(work: "Coroutine[Any, Any, T] | asyncio.Task[T]") -> T:
+async def to_its_end(
+    work: "Coroutine[Any, Any, T] | asyncio.Future[T]", *, on_cancel: Callable[[], object] = lambda: None
+) -> T:
     """Await work that writes to memory which others will use again.
 
-    However often this is cancelled meanwhile, it ends only when the work has, and then with the cancellation.
+    However often this is cancelled meanwhile, it ends only when the work has, and then with the cancellation;
+    `on_cancel` may tell the work to end sooner.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -21,6 +24,7 @@ async def to_its_end(work: "Coroutine[Any, Any, T] | asyncio.Task[T]") -> T:
             await asyncio.wait([task])
         except asyncio.CancelledError as exc:
             cancelled = exc
+            on_cancel()
     if cancelled is None:
         return task.result()
     if not task.cancelled():

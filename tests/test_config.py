@@ -13,9 +13,12 @@ from surfw.config import (
     KIB,
     MIB,
     WireLimits,
+    check_on_missing,
+    check_policy,
     default_store,
     display_url,
     format_size,
+    is_size,
     parse_size,
     surfw_home,
 )
@@ -32,6 +35,22 @@ from surfw.errors import ConfigurationError
 )  # fmt: skip
 def test_sizes_have_units(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+def test_a_size_is_a_byte_or_more() -> None:
+    assert [is_size(text) for text in ("1", "1.2GB", "0.0001k", "0", "0GB", "much", "", "-1")] == [True] * 2 + [
+        False
+    ] * 6
+
+
+def test_choices_are_checked() -> None:
+    check_policy("auto")
+    check_policy("lru")
+    check_on_missing("uninitialized")
+    with pytest.raises(ConfigurationError, match=r"^policy is 'fifo'; expected one of auto, lru$"):
+        check_policy("fifo")
+    with pytest.raises(ConfigurationError, match=r"^on_missing is 'lru'; expected one of error, uninitialized$"):
+        check_on_missing("lru")
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-1", "1e3", "1.MB", "1,5GB", "3 apples", "1KI", "٣", "9" * 400, "1 2"])

@@ -122,3 +122,18 @@ def test_a_latency_is_made_once() -> None:
 @pytest.mark.parametrize(("hits", "misses", "rate"), [(0, 0, 0.0), (3, 1, 0.75), (0, 5, 0.0), (5, 0, 1.0)])
 def test_hit_rate(hits: int, misses: int, rate: float) -> None:
     assert hit_rate(hits, misses) == rate
+
+
+def test_what_is_off_the_record_is_taken_back() -> None:
+    metrics = Metrics()
+    metrics.add("hits", 2)
+    metrics.add_seconds("stall", 1.5)
+    metrics.latency("fetch").observe(0.25)
+    with metrics.off_the_record():
+        metrics.add("hits")
+        metrics.add("misses")
+        metrics.add_seconds("stall", 1)
+        metrics.latency("fetch").observe(4)
+        assert (metrics.count("hits"), metrics.seconds("stall")) == (3, 2.5)
+    assert metrics.snapshot() == {"counters": {"hits": 2}, "seconds": {"stall": 1.5}}
+    assert (metrics.latency("fetch").count, metrics.latency("fetch").total_seconds) == (1, 0.25)

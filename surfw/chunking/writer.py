@@ -27,7 +27,7 @@ from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Chunk, Form, Location, block_digests
 from surfw.storage.base import StorageBackend
-from surfw.storage.filesystem import create_file
+from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.store import blob_key
 
@@ -185,6 +185,7 @@ class ChunkWriter:
                 fd = os.open(scratch, os.O_RDONLY)
                 try:
                     os.fsync(fd)
+                    forget_pages(fd)
                 finally:
                     os.close(fd)
 

@@ -42,6 +42,7 @@ class Link:
     """One connection, with many requests at a time.
 
     Attributes:
+        limits: what both sides hold each other to.
         greeted: done when hellos were exchanged, or failed if the connection was over before.
         ended: what ended the connection, once it is over: "went away", for example.
     """
@@ -49,6 +50,7 @@ class Link:
     def __init__(self, url: str, limits: WireLimits, silence_seconds: float) -> None:
         """Nothing is connected yet: see `open_link`."""
         self.url = url
+        self.limits = limits
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended: str | None = None
         self._transient = False

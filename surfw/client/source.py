@@ -53,6 +53,11 @@ class WireSource(ChunkSource):
         """Stored bytes delivered so far."""
         return self._fetched_bytes
 
+    @property
+    def buffered_bytes(self) -> int:
+        """What a server may have sent that is not in place yet."""
+        return self._link.limits.window_bytes
+
     async def models(self) -> list[str]:
         """The names of the models there are."""
         return sorted(await self._persistently(lambda link: link.models()))

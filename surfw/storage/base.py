@@ -140,7 +140,10 @@ class StorageBackend(ABC):
         return next((key for key in await self.list() if not key.startswith(known)), None)
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, where objects are local files; None elsewhere."""
+        """The object's file, where objects are local files; None elsewhere.
+
+        It is read, or mapped, past the backend: a backend that changes bytes on their way has none.
+        """
         check_key(key)
         return None
 

@@ -45,13 +45,16 @@ class FilesystemBackend(FsspecBackend):
     def _open(self, **options: Any) -> tuple[Any, str]:
         return fsspec.filesystem("file", **options), self._address  # a path is no URL, whatever characters it has
 
-    def local_path(self, key: str) -> Path:
+    def local_path(self, key: str) -> Path | None:
         """The object's file."""
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
         return self.base / check_key(key)
 
     async def revision(self, key: str) -> str | None:
         """Which file it is, and when it was written; files are replaced by others, never changed."""
-        path = self.local_path(key)
+        path = self._path(key)
         with suppress(OSError):
             found = await asyncio.to_thread(path.stat)
             return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
@@ -69,7 +72,7 @@ class FilesystemBackend(FsspecBackend):
 
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         """Read straight into the destination, in a thread."""
-        await asyncio.to_thread(read_file_into, self.local_path(key), start, destination)
+        await asyncio.to_thread(read_file_into, self._path(key), start, destination)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write beside the final place, sync, then rename: there whole, or not at all."""
@@ -83,7 +86,8 @@ class FilesystemBackend(FsspecBackend):
                         shutil.copyfileobj(data, out, 8 << 20)
                     out.flush()
                     os.fsync(out.fileno())
-                _move(scratch, self.local_path(key))
+                    forget_pages(out.fileno())
+                _move(scratch, self._path(key))
 
         await asyncio.to_thread(write)
 
@@ -92,7 +96,7 @@ class FilesystemBackend(FsspecBackend):
 
         def move() -> None:
             with translate_errors(f"writing {key} to {self.url}"):
-                _move(path, self.local_path(key))
+                _move(path, self._path(key))
 
         await asyncio.to_thread(move)
 
@@ -149,6 +153,15 @@ def create_file(path: Path) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     raise StorageError(f"{path} cannot be made: something removes its folder again and again")
+
+
+def forget_pages(fd: int) -> None:
+    """Leave the page cache to others: what was written piece by piece lies there in small pages.
+
+    Whoever maps the file later gets large ones then, with which a model was seen to compute 5 % faster.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

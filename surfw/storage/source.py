@@ -1,15 +1,18 @@
 """A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read."""
 
 import asyncio
+import mmap
 from collections.abc import Sequence
+from functools import partial
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
-from surfw.manifest import Manifest, payload_digest
+from surfw.manifest import Chunk, Form, Manifest, payload_digest
 from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import StorageBackend
-from surfw.storage.store import Store, segments
-from surfw.threads import to_its_end
+from surfw.storage.local_reader import FileRange, LocalReader, map_file
+from surfw.storage.store import MARKER, Store, segments
+from surfw.threads import in_thread, to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
 
@@ -23,6 +26,7 @@ class StorageSource(ChunkSource):
         self._owned = owned
         self.url = backend.url
         self._fetched_bytes = 0
+        self._local = LocalReader()
 
     @property
     def fetched_bytes(self) -> int:
@@ -46,9 +50,38 @@ class StorageSource(ChunkSource):
         return data
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination, piece by piece."""
+        """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others."""
         for read in reads:
-            await self._fetch(read)
+            if file := self._file(read.form, read.start, read.stop):
+                check = partial(self._verify, read.chunk, read.form, read.start)
+                await self._local.read(file, read.destination, check, urgent=priority == 0)
+                self._fetched_bytes += read.stop - read.start
+            else:
+                await self._fetch(read)
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
+        """The form's bytes as they lie in a local file, in pages that all processes share; verified here, once."""
+        file = self._file(form, 0, form.stored_bytes)
+        if file is None or not form.stored_bytes or file.start % mmap.ALLOCATIONGRANULARITY:
+            return None
+        mapped = await in_thread(map_file, file)
+        await self._local.check(mapped, partial(self._verify, chunk, form, 0))
+        self._fetched_bytes += form.stored_bytes
+        return mapped
+
+    def _file(self, form: Form, start: int, stop: int) -> FileRange | None:
+        """Where these stored bytes lie in one local file; None if they do not."""
+        parts = segments(form.locations, start, stop)
+        path = self.store.backend.local_path(parts[0][0]) if len(parts) == 1 else None
+        return FileRange(path, parts[0][1], parts[0][1] + parts[0][2]) if path else None
+
+    def _verify(self, chunk: Chunk, form: Form, start: int, at: int, piece: memoryview) -> None:
+        verify_blocks(chunk, form, (start + at) // BLOCK_BYTES, piece, where=self.url)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """A piece that a backend hands over before it is put in place; files are read in place."""
+        return 0 if self.store.backend.local_path(MARKER) else _PIECE_BYTES
 
     async def _fetch(self, read: Read) -> None:
         if not read.form.locations:
@@ -74,6 +107,7 @@ class StorageSource(ChunkSource):
 
     async def close(self) -> None:
         """Close the backend, if it belongs to this."""
+        await in_thread(self._local.close)
         if self._owned:
             await self.store.backend.close()
         else:

@@ -134,6 +134,9 @@ class SlowBackend(FilesystemBackend):
         self.go_on = threading.Event()
         self.read_to_the_end = False
 
+    def local_path(self, key: str) -> None:
+        return None
+
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         def read() -> None:
             self.reading.set()
