@@ -11,6 +11,9 @@ from math import prod
 from surfw.config import BLOCK_BYTES
 from surfw.errors import NotFoundError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks, nbytes, payload_digest
+from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.layout import plan_layout
+from surfw.runtime.residency import Needs, describe_needs
 from surfw.source import ChunkSource, Read, verify_blocks
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
@@ -54,6 +57,7 @@ class ToySource(ChunkSource):
     url: str = "toys"
     reads: list[str] = field(default_factory=list)
     closed: int = 0
+    priorities: list[int] = field(default_factory=list)
     gate: "Gate | None" = None
 
     async def models(self) -> list[str]:
@@ -70,6 +74,7 @@ class ToySource(ChunkSource):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         for read in reads:
             self.reads.append(read.chunk.name)
+            self.priorities.append(priority)
             self.before_fetch(read)
             if self.gate is not None:
                 await self.gate.passes(read.chunk.name)
@@ -128,6 +133,16 @@ def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, T
     made = [toy_chunk(f"c{index}", [("U8", (size,))], kind=kind, seed=index) for index, size in enumerate(sizes)]
     manifest = toy_manifest([chunk for chunk, _ in made])
     return manifest, ToySource({manifest.name: manifest}, {chunk.id: payload for chunk, payload in made})
+
+
+def toy_needs(manifest: Manifest) -> Needs:
+    """What a model needs in memory."""
+    sizes = {
+        chunk.name: buffer_capacity(plan_layout([tensor.nbytes for tensor in chunk.tensors])[1])
+        for chunk in manifest.chunks
+    }
+    kinds = {chunk.name: chunk.kind for chunk in manifest.chunks}
+    return describe_needs(manifest.name, kinds, sizes, manifest.order)
 
 
 def damage(chunk: Chunk) -> Chunk:

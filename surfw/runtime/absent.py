@@ -1,13 +1,13 @@
 """What stands in a module while its weights are not there.
 
 An absent tensor knows its shape and dtype and holds nothing. Asking for its facts is free; computing with it, which
-happens where a model uses a weight outside of the forward of the module that owns it, brings the weight first. So no
-model can ever compute with weights that are missing. Below, it lies on the meta device, where torch itself refuses to
-compute.
+happens where a model uses a weight outside of the forward of the module that owns it, brings the weight first, unless
+what is asked for can be had without the whole of it. So no model can ever compute with weights that are missing. Below,
+it lies on the meta device, where torch itself refuses to compute.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -18,11 +18,18 @@ _FACTS = {
 }  # fmt: skip
 _VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
 
+Load = Callable[[], torch.Tensor]
+"""Brings the whole weight."""
+Apply = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
+"""The result of a function of torch whose second argument, or whose `weight`, is the absent tensor; NotImplemented if
+the whole weight has to be brought for it."""
+
 
 class _Absent(torch.Tensor):
     """Loads itself when torch is asked to compute with it."""
 
-    _surfw_load: Callable[[], torch.Tensor]
+    _surfw_load: Load
+    _surfw_apply: Apply | None
 
     @classmethod
     def __torch_function__(
@@ -41,6 +48,11 @@ class _Absent(torch.Tensor):
         else:
             known = name in _FACTS
         if not known:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            apply = weight._surfw_apply if isinstance(weight, _Absent) else None  # noqa: SLF001 - ours
+            result = apply(func, args, kwargs) if apply else NotImplemented
+            if result is not NotImplemented:
+                return result
             args = _present(args)
             kwargs = {key: _present(value) for key, value in kwargs.items()}
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on, see torch.overrides
@@ -61,22 +73,23 @@ A = TypeVar("A", bound=_Absent)
 class AbsentParameter(_Absent, torch.nn.Parameter):
     """In the place of a parameter."""
 
-    def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
         """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load)
+        return _make(cls, like, load, apply)
 
 
 class AbsentBuffer(_Absent):
     """In the place of a buffer that is part of the checkpoint."""
 
-    def __new__(cls, like: torch.Tensor, load: Callable[[], torch.Tensor]) -> Self:
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
         """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load)
+        return _make(cls, like, load, apply)
 
 
-def _make(cls: type[A], like: torch.Tensor, load: Callable[[], torch.Tensor]) -> A:
+def _make(cls: type[A], like: torch.Tensor, load: Load, apply: Apply | None) -> A:
     absent: A = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
     absent._surfw_load = load  # noqa: SLF001 - ours
+    absent._surfw_apply = apply  # noqa: SLF001 - ours
     return absent
 
 

@@ -9,25 +9,36 @@ _HUGE = 2 << 20
 
 
 def buffer_capacity(size_bytes: int) -> int:
-    """What a buffer of this size really takes: whole pages, huge ones where that is not wasteful."""
-    unit = _HUGE if size_bytes >= _HUGE else mmap.PAGESIZE
-    return max(unit, -(-size_bytes // unit) * unit)
+    """What a buffer of this size really takes: whole pages."""
+    return max(mmap.PAGESIZE, -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
 
 
 class Buffer:
-    """A piece of page-aligned memory."""
+    """A piece of page-aligned memory; huge pages, as far as it fills them, because devices write faster into those."""
 
     def __init__(self, size_bytes: int) -> None:
         """Map at least `size_bytes`."""
         self.capacity_bytes = buffer_capacity(size_bytes)
+        huge_bytes = size_bytes // _HUGE * _HUGE
+        mapped_bytes = -(-size_bytes // _HUGE) * _HUGE if huge_bytes else self.capacity_bytes  # whole, to be aligned
         try:
-            self._map = mmap.mmap(-1, self.capacity_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = mmap.mmap(-1, mapped_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as exc:
             raise SurfwError(f"there is no memory for a chunk of {size_bytes} bytes: {exc.strerror}") from exc
-        if size_bytes >= _HUGE:
+        if huge_bytes:
             with suppress(OSError):  # a kernel without huge pages: ordinary ones do
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.view = memoryview(self._map)
+                self._map.madvise(mmap.MADV_HUGEPAGE, 0, huge_bytes)
+                if mapped_bytes > huge_bytes:
+                    self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
+        self.view = memoryview(self._map)[: self.capacity_bytes]
+
+
+class MappedBuffer:
+    """Memory that is a file's: filled already, and shared with whoever maps the file."""
+
+    def __init__(self, view: memoryview) -> None:
+        """Take a page-aligned view, which may be written to."""
+        self.view = view
 
 
 class BufferPool:

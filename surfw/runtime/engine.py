@@ -1,49 +1,64 @@
 """Obeys a residency plan: which chunk is in which buffer, what is in flight, what may be evicted.
 
+Pinned chunks have memory of their own, and stay. The others pass through the ring: a few buffers of one size, which
+are used again and again. What comes next is fetched ahead as far as the ring has buffers that nobody uses, across the
+end of a pass as well; what was guessed wrong makes way. The plan is made anew when another schedule has been learned,
+and when room has to be left for something else.
+
 Counting: a chunk that is resident when execution reaches it is a *hit*. A chunk fetched for this very use is
 *prefetched* if it was ready in time, and a *stall* if execution had to wait for it. The three are counted apart.
 
-Invariants, all under one lock: at most `plan.buffers` streamed chunks are in memory, those in flight included, unless
-more are in use at once; a chunk in use is never evicted; a failed load leaves nothing behind and is reported to the one
-who needs the chunk.
+Invariants, all under one lock: at most `plan.ring_buffers` chunks are in the ring, those in flight included, unless
+more are in use at once; the others take no more than the plan's pinned chunks and its room for floating ones; a chunk
+in use is never evicted; a failed load leaves nothing behind and is reported to the one who needs the chunk.
 """
 
 import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from surfw.config import format_size
+from surfw.config import MIB, format_size
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.buffers import Buffer, BufferPool
+from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
 from surfw.runtime.io_thread import IoThread
-from surfw.runtime.loader import Loader
-from surfw.runtime.residency import ResidencyPlan
+from surfw.runtime.loader import Loader, as_parameter
+from surfw.runtime.residency import (
+    Limit,
+    Needs,
+    ResidencyPlan,
+    floating_victims,
+    least_bytes,
+    next_uses,
+    plan_residency,
+)
 from surfw.runtime.run import Run
-from surfw.runtime.schedule import Schedule
+from surfw.runtime.schedule import Phases, Schedule
+from surfw.runtime.tables import TableUnit
 
 logger = logging.getLogger("surfw.runtime")
 
-_LOOKAHEAD = 16
-_DEMAND, _AHEAD = 0, 1
+_LEAST_WINDOW_BYTES = 64 * MIB
+_DEMAND, _LAST_PRIORITY = 0, 1 << 30
 
 
 @dataclass
 class _Entry:
-    """A chunk in memory, or on its way there."""
+    """A chunk in memory, or on its way there; `buffer` is None while it is being mapped."""
 
     chunk: Chunk
-    buffer: Buffer
+    size_bytes: int
+    in_ring: bool
+    buffer: Buffer | MappedBuffer | None
     load: Future[None]
-    pinned: bool
     users: int = 0
     used_before: bool = False
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -55,33 +70,61 @@ class Engine:
     def __init__(
         self,
         manifest: Manifest,
-        plan: ResidencyPlan,
+        needs: Needs,
+        limit: Limit,
         loader: Loader,
+        *,
         io: IoThread,
         metrics: Metrics,
-        *,
+        phases: Phases | None = None,
+        tables: Mapping[str, TableUnit] | None = None,
         prefetch: bool = True,
     ) -> None:
-        """Nothing is loaded yet; `prefetch` says whether chunks are ever fetched ahead of their use."""
+        """Make a plan; nothing is loaded yet.
+
+        Args:
+            manifest: the model.
+            needs: what it needs.
+            limit: what may be kept.
+            loader: brings chunks into buffers.
+            io: the thread it works in.
+            metrics: counts hits, prefetched chunks and stalls.
+            phases: what is known of the order in which modules run; default: the manifest's, as a cycle.
+            tables: modules that can run while their tables are not in memory.
+            prefetch: whether chunks are ever fetched ahead of their use.
+
+        Raises:
+            ConfigurationError: the limit is too small for the model.
+        """
         self.manifest = manifest
-        self.plan = plan
         self.metrics = metrics
+        self._needs = needs
+        self._limit = limit
+        self._forced: frozenset[str] = frozenset()  # used outside of their modules' forward, so they stay
+        self._whole: frozenset[str] = frozenset()  # tables that rows were not enough of
         self._loader = loader
         self._io = io
         self._uses = {use.module: use.chunks for use in manifest.order}
-        self._schedule = Schedule(list(self._uses))
+        self._tables = tables or {}
+        self._schedule = Schedule(phases or Phases(cycle=tuple(self._uses)))
+        self._planned_version = self._schedule.version
+        self.plan = self._make_plan()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._pool = BufferPool()
         self._lock = threading.RLock()
         self._closed = False
         self._run = Run()
         self._ahead = prefetch
+        self._asked = _DEMAND
+        self._is_settled = False  # whether all that stays is there, and nothing else
 
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
         """Work for this run, which says when to stop; without `prefetch`, fetch only what it needs."""
         before = self._run, self._ahead
         self._run, self._ahead = run, prefetch and self._ahead
+        with self._lock:
+            self._schedule.begin()
         try:
             yield
         finally:
@@ -115,9 +158,32 @@ class Engine:
         names = self._uses[module]
         self._let_go(names)
         with self._lock:
-            if not self._closed:
+            if not self._closed and not (self.plan.everything_fits and self._is_settled):
+                self._keep_floating(names)
                 self._trim()
-                self._prefetch(names)
+                self._prefetch(names if self.plan.policy == "lru" else ())
+
+    def by_rows(self, module: str) -> bool:
+        """Whether a module is to look single rows up: its table is not in memory."""
+        unit = self._tables.get(module)
+        if unit is None:
+            return False
+        with self._lock:
+            if self.plan.tables.isdisjoint(unit.chunks):
+                return False
+            entries = [self._entries.get(name) for name in unit.chunks]
+            return not all(entry and entry.load.done() and not _failed(entry.load) for entry in entries)
+
+    def passes(self, module: str) -> None:
+        """Note that a module runs that looks rows up, and fetch what comes after it.
+
+        Raises:
+            SurfwError: the run was interrupted.
+        """
+        with self._lock:
+            self._run.check()
+            self._observe(module)
+            self._prefetch(())
 
     def pin(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of a module whose weights are used outside of its own forward; they stay from now on."""
@@ -126,16 +192,65 @@ class Engine:
         return tensors
 
     def keep(self, module: str) -> None:
-        """Never evict the chunks that a module uses now."""
+        """Never evict the chunks that a module uses now.
+
+        Raises:
+            ConfigurationError: there is no room to keep them.
+        """
         with self._lock:
-            for name in self._uses[module]:
-                entry = self._entries[name]
-                if not entry.pinned:
-                    entry.pinned = True
-                    logger.warning(
-                        "%s uses weights of %s outside of its forward; they stay in memory (%s)",
-                        self.manifest.name, module, format_size(entry.buffer.capacity_bytes),
-                    )  # fmt: skip
+            forced = frozenset(self._uses[module]) - self._forced - self._needs.fixed
+            if not forced:
+                return
+            before, self._forced = self._forced, self._forced | forced
+            try:
+                self._replan()
+            except BaseException:
+                self._forced = before
+                raise
+            for name in sorted(forced):
+                self._entries[name].in_ring = False
+                logger.warning(
+                    "%s uses weights of %s outside of its forward; they stay in memory (%s)",
+                    self.manifest.name, module, format_size(self._entries[name].size_bytes),
+                )  # fmt: skip
+            self._trim()
+
+    def reserve(self, size_bytes: int, *, or_less: bool = False) -> None:
+        """Leave so much of the budget free from now on, in place of what was left free before.
+
+        Args:
+            size_bytes: how much.
+            or_less: leave less where the model needs it to run.
+
+        Raises:
+            ConfigurationError: the model does not run with the rest; all stays as it was.
+        """
+        with self._lock:
+            if or_less and self._limit.budget_bytes is not None:
+                size_bytes = max(0, min(size_bytes, self._limit.budget_bytes - least_bytes(*self._planned())))
+            if size_bytes != self._limit.reserved_bytes:
+                before, self._limit = self._limit, replace(self._limit, reserved_bytes=size_bytes)
+                try:
+                    self._replan()
+                except BaseException:
+                    self._limit = before
+                    raise
+
+    def plan_with(self, limit: Limit) -> ResidencyPlan:
+        """The plan that there would be with another limit; nothing changes.
+
+        Raises:
+            ConfigurationError: the limit is too small for the model.
+        """
+        with self._lock:
+            return self._make_plan(limit)
+
+    @property
+    def least_budget_bytes(self) -> int:
+        """The smallest budget that the model runs with, and that leaves what is reserved now."""
+        with self._lock:
+            needs, cycle, before = self._planned()
+            return least_bytes(needs, cycle, before) + self._limit.reserved_bytes
 
     def release_all(self) -> None:
         """Nothing runs: whatever was acquired may be evicted."""
@@ -148,26 +263,26 @@ class Engine:
         with self._lock:
             self._prefetch(())
 
-    def fetch(self, names: Sequence[str]) -> list[Future[None]]:
+    def fetch(self, names: Sequence[str]) -> list[tuple[str, Future[None]]]:
         """Start to fetch chunks, as many as there is room for once idle ones are evicted; the first ones go first.
 
         Returns:
-            What is on its way, or there, in the order of the names.
+            The chunks that are on their way, or there, in the order of the names.
         """
         wanted: set[str] = set()
-        loads: list[Future[None]] = []
+        loads: list[tuple[str, Future[None]]] = []
         with self._lock:
             self._drop_failed(names)
             for name in names:
                 entry = self._entries.get(name)
                 if entry is None:
-                    if self._closed or (name not in self.plan.pinned and not self._room(wanted)):
-                        break
-                    entry = self._start(name, _AHEAD)
+                    if self._closed or not (self._has_place(name) or self._ring_has_room(wanted)):
+                        continue
+                    entry = self._start(name, self._next_priority())
                     entry.used_before = True  # it was asked for on its own, not for the use that finds it there
                 wanted.add(name)
                 self._entries.move_to_end(name)
-                loads.append(entry.load)
+                loads.append((name, entry.load))
         return loads
 
     def resize(self, cache_layers: int) -> None:
@@ -177,8 +292,8 @@ class Engine:
             ConfigurationError: fewer than one chunk is to be kept.
         """
         with self._lock:
-            self.plan = self.plan.resized(cache_layers)
-            self._trim()
+            self._limit = Limit(cache_layers=cache_layers, policy=self._limit.policy)
+            self._replan()
             self._pool.clear()
 
     def clear(self) -> None:
@@ -198,7 +313,30 @@ class Engine:
     def resident_bytes(self) -> int:
         """Memory of all buffers that hold a chunk or receive one."""
         with self._lock:
-            return sum(entry.buffer.capacity_bytes for entry in self._entries.values())
+            return sum(entry.size_bytes for entry in self._entries.values())
+
+    @property
+    def claimed_bytes(self) -> int:
+        """The most memory that the plan, and what is reserved beside it, may come to take."""
+        with self._lock:
+            return self.plan.peak_bytes + self.plan.reserved_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Memory of filled buffers that are not mapped files: what the system counts as in use."""
+        with self._lock:
+            filled = (entry for entry in self._entries.values() if entry.load.done())
+            return sum(entry.size_bytes for entry in filled if isinstance(entry.buffer, Buffer))
+
+    @property
+    def run(self) -> Run:
+        """The run that it works for, or worked for last."""
+        return self._run
+
+    @property
+    def limit(self) -> Limit:
+        """How much may be kept."""
+        return self._limit
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
@@ -212,14 +350,17 @@ class Engine:
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[_Entry, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
+        with self._lock:
+            self._run.check()
+            self._observe(module)
+            self._plan_for(names)
         while True:
             with self._lock:
                 self._run.check()
                 self._drop_failed(names)
                 obstacle = self._make_room(names)
                 if obstacle is None:
-                    self._schedule.observe(module)
-                    entries = [self._entries.get(name) or self._start(name, _DEMAND) for name in names]
+                    entries = [self._entries.get(name) or self._start(name, _DEMAND, names) for name in names]
                     for name, entry in zip(names, entries, strict=True):
                         entry.users += 1
                         self._entries.move_to_end(name)
@@ -227,6 +368,20 @@ class Engine:
                     self._prefetch(names)
                     return list(zip(entries, ready, strict=True))
             self._wait(obstacle)
+
+    def _plan_for(self, names: Sequence[str]) -> None:
+        """Have a plan with a place for these chunks: one of them may be a table that rows are not enough of.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if not self.plan.absent.isdisjoint(names):
+            before, self._whole = self._whole, self._whole | self.plan.absent.intersection(names)
+            try:
+                self._replan()
+            except BaseException:
+                self._whole = before
+                raise
 
     def _let_go(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -252,62 +407,141 @@ class Engine:
             raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read")
         entry.load.result()
         if not entry.tensors:
+            assert entry.buffer is not None, f"{entry.chunk.name} is loaded and has no memory"
             views = self._loader.tensors(entry.chunk, entry.buffer)
-            entry.tensors = {name: torch.nn.Parameter(view, requires_grad=False) for name, view in views.items()}
+            entry.tensors = {name: as_parameter(view) for name, view in views.items()}
         return entry.tensors
 
-    def _start(self, name: str, priority: int) -> _Entry:
+    def _start(self, name: str, priority: int, needed: Collection[str] = ()) -> _Entry:
+        """Begin to load a chunk; into memory of its own if it has a place there, else through the ring."""
         chunk = self.manifest.by_name[name]
-        size = self._loader.buffer_bytes(chunk)
-        pinned = name in self.plan.pinned
-        buffer = Buffer(size) if pinned else self._pool.take(size)
-        load = self._io.submit(self._load(chunk, buffer, priority))
-        entry = _Entry(chunk, buffer, load, pinned)
+        size = self._needs.sizes[name]
+        in_ring = not self._has_place(name, needed)
+        buffer: Buffer | None = None
+        if in_ring:
+            buffer = self._pool.take(max(size, self.plan.ring_bytes))
+        elif not self.plan.everything_fits:
+            buffer = Buffer(size)
+        entry = _Entry(chunk, buffer.capacity_bytes if buffer else size, in_ring, buffer, Future())
+        entry.load = self._io.submit(self._load(entry, priority))
         self._entries[name] = entry
         return entry
 
-    async def _load(self, chunk: Chunk, buffer: Buffer, priority: int) -> None:
+    async def _load(self, entry: _Entry, priority: int) -> None:
         start = time.perf_counter()
-        stored_bytes = await self._loader.load(chunk, buffer, priority=priority)
+        stored_bytes = None
+        if entry.buffer is None:
+            entry.buffer = mapped = await self._loader.map(entry.chunk)
+            stored_bytes = entry.chunk.payload_bytes if mapped else None
+        if stored_bytes is None:
+            entry.buffer = buffer = entry.buffer if isinstance(entry.buffer, Buffer) else Buffer(entry.size_bytes)
+            stored_bytes = await self._loader.load(entry.chunk, buffer, priority=priority)
         self.metrics.add("fetched_bytes", stored_bytes)
         self.metrics.latency("fetch").observe(time.perf_counter() - start)
 
+    def _observe(self, module: str) -> None:
+        """Note what runs. Another schedule gets another plan, where its cycle begins."""
+        self._schedule.observe(module)
+        if self._schedule.version != self._planned_version:
+            _, cycle = self._schedule.cycle()
+            if cycle and module == cycle[0]:
+                self._replan()
+
+    def _make_plan(self, limit: Limit | None = None) -> ResidencyPlan:
+        needs, cycle, before = self._planned()
+        return plan_residency(needs, limit or self._limit, cycle, before)
+
+    def _planned(self) -> tuple[Needs, list[str], list[str]]:
+        """What a plan is made for: the needs, and the chunks in the cycle and before it."""
+        before, cycle = self._schedule.cycle()
+        return self._needs_now(), self._chunks(cycle), self._chunks(before)
+
+    def _needs_now(self) -> Needs:
+        return replace(self._needs, fixed=self._needs.fixed | self._forced, tables=self._tables_now())
+
+    def _tables_now(self) -> frozenset[str]:
+        return self._needs.tables - self._forced - self._whole
+
+    def _replan(self) -> None:
+        before, self.plan = self.plan, self._make_plan()
+        if before.ring_bytes != self.plan.ring_bytes:
+            self._pool.clear()
+        self._planned_version = self._schedule.version
+        self._is_settled = False
+        self._trim()
+
+    def _chunks(self, modules: Sequence[str]) -> list[str]:
+        """The chunks that modules use, in order; not those that stay anyway, and not tables that are looked up in."""
+        tables = self._tables_now()
+        return [
+            name
+            for module in modules
+            for name in self._uses[module]
+            if name not in self._needs.fixed and not (module in self._tables and name in tables)
+        ]
+
     def _prefetch(self, in_use: Sequence[str]) -> None:
-        """Start to fetch what runs next: small parts freely, and one streamed chunk at a time."""
-        if not self._ahead:
+        """Start to fetch what runs next, as far as there is room, and no more at a time than a window of bytes."""
+        if not self._ahead or len(self._entries) >= len(self.plan.sizes):
             return
+        window = max(_LEAST_WINDOW_BYTES, 2 * max(self.plan.sizes.values(), default=0))
+        flying = sum(entry.size_bytes for entry in self._entries.values() if not entry.load.done())
         sooner = set(in_use)
         for name in self._coming():
-            if name in self._entries:
-                sooner.add(name)
-            elif name in self.plan.pinned:
-                self._start(name, _AHEAD)
-            else:
-                if not self._in_flight() and self._room(sooner):
-                    self._start(name, _AHEAD)
-                return
+            if name not in self._entries:
+                has_room = not flying or flying + self._needs.sizes[name] <= window
+                if not has_room or not (self._has_place(name) or self._ring_has_room(sooner)):
+                    return
+                flying += self._start(name, self._next_priority()).size_bytes
+            sooner.add(name)
+
+    def _next_priority(self) -> int:
+        """What is asked for ahead comes after what is needed now, and in the order of asking."""
+        self._asked = self._asked % _LAST_PRIORITY + 1
+        return self._asked
 
     def _coming(self) -> Iterator[str]:
         seen: set[str] = set()
-        for module in self._schedule.upcoming(_LOOKAHEAD):
+        for module in self._schedule.upcoming(len(self._uses)):
+            by_rows = self.plan.tables if module in self._tables else frozenset[str]()
             for name in self._uses[module]:
-                if name not in seen:
+                if name not in seen and name not in by_rows:
                     seen.add(name)
                     yield name
 
-    def _in_flight(self) -> bool:
-        return any(not entry.load.done() and not entry.pinned for entry in self._entries.values())
+    def _has_place(self, name: str, needed: Collection[str] = ()) -> bool:
+        """Whether a chunk has memory of its own; what is neither pinned any more nor needed makes way for it."""
+        if name in self._needs.fixed or name in self._forced:
+            return True
+        if name not in self.plan.pinned:
+            return False
+        size, excess = self._needs.sizes[name], self._excess_bytes()
+        return size + excess <= 0 or self._evict_unpinned(size + excess, needed)
 
-    def _streamed(self) -> list[str]:
-        return [name for name, entry in self._entries.items() if not entry.pinned]
+    def _excess_bytes(self) -> int:
+        """By how much the memory outside of the ring is more than the plan allows; negative where there is room."""
+        held = sum(entry.size_bytes for entry in self._entries.values() if not entry.in_ring)
+        return held - self.plan.pinned_bytes - self.plan.room_bytes
+
+    def _evict_unpinned(self, size_bytes: int, needed: Collection[str] = ()) -> bool:
+        """Evict what lies outside of the ring, is not pinned and idle, until so much is free; False if it is not."""
+        for name, entry in list(self._entries.items()):
+            is_idle = entry.users == 0 and entry.load.done() and name not in needed
+            if size_bytes > 0 and is_idle and not entry.in_ring and name not in self.plan.pinned:
+                size_bytes -= entry.size_bytes
+                self._drop(name)
+        return size_bytes <= 0
+
+    def _in_ring(self) -> list[str]:
+        return [name for name, entry in self._entries.items() if entry.in_ring]
 
     def _evictable(self, needed: Collection[str]) -> list[str]:
-        """Streamed chunks that nobody uses and that are not needed, least recently used first."""
-        return [name for name in self._streamed() if self._entries[name].users == 0 and name not in needed]
+        """Chunks in the ring that nobody uses and that are not needed, least recently used first."""
+        return [name for name in self._in_ring() if self._entries[name].users == 0 and name not in needed]
 
-    def _room(self, sooner: Collection[str]) -> bool:
-        """Whether there is a buffer for a chunk to fetch ahead, evicting one that is not needed sooner."""
-        if len(self._streamed()) < self.plan.buffers:
+    def _ring_has_room(self, sooner: Collection[str]) -> bool:
+        """Whether the ring has a buffer for a chunk to fetch ahead, evicting one that is not needed sooner."""
+        if len(self._in_ring()) < self.plan.ring_buffers:
             return True
         for victim in self._evictable(sooner):
             if self._entries[victim].load.done():
@@ -321,8 +555,8 @@ class Engine:
         Returns:
             What has to end before there is room: the load of a chunk that was guessed wrong, now cancelled.
         """
-        missing = sum(name not in self._entries and name not in self.plan.pinned for name in names)
-        while missing and len(self._streamed()) + missing > self.plan.buffers:
+        missing = sum(name not in self._entries and not self._has_place(name, names) for name in names)
+        while missing and len(self._in_ring()) + missing > self.plan.ring_buffers:
             victims = self._evictable(names)
             if not victims:
                 return None
@@ -334,10 +568,34 @@ class Engine:
             self._drop(victim)
         return None
 
+    def _keep_floating(self, names: Sequence[str]) -> None:
+        """Take chunks that have just been used out of the ring, if they are better kept than others are."""
+        for name in names:
+            entry = self._entries.get(name)
+            if entry is None or name not in self.plan.floating or not entry.in_ring or entry.users:
+                continue
+            held = {
+                one: other.size_bytes
+                for one, other in self._entries.items()
+                if not other.in_ring and one in self.plan.floating and not other.users
+            }
+            future = next_uses(self._chunks(list(self._schedule.upcoming(2 * len(self._uses)))))
+            free = self.plan.room_bytes - sum(held.values())
+            victims = floating_victims(name, held, entry.size_bytes, free, future)
+            if victims is not None:
+                for victim in victims:
+                    self._entries[victim].in_ring = True  # its buffer takes the place of the one that is kept
+                    self._drop(victim)
+                entry.in_ring = False
+
     def _trim(self) -> None:
-        """Evict what the plan has no buffer for, as far as nobody uses it, and nothing of it is in flight."""
-        surplus = len(self._streamed()) - self.plan.buffers
+        """Evict what the plan has no room for, as far as nobody uses it, and nothing of it is in flight."""
+        self._is_settled = self._evict_unpinned(self._excess_bytes()) and len(self._entries) >= len(self.plan.sizes)
         idle = [name for name in self._evictable(()) if self._entries[name].load.done()]
+        for name in [one for one in idle if self._entries[one].size_bytes > self.plan.ring_bytes]:
+            self._drop(name)  # of a ring that was larger
+            idle.remove(name)
+        surplus = len(self._in_ring()) - self.plan.ring_buffers
         for name in idle[: max(0, surplus)]:
             self._drop(name)
         if surplus > 0:
@@ -352,11 +610,18 @@ class Engine:
     def _drop(self, name: str) -> None:
         """Forget a chunk. A buffer that is still written to is not used again."""
         entry = self._entries.pop(name)
+        self._is_settled = False
+        for tensor in entry.tensors.values():
+            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
         entry.tensors.clear()
         if not entry.load.done():
             entry.load.cancel()
-        elif not entry.pinned:
+        elif entry.in_ring and isinstance(entry.buffer, Buffer) and self._fits_ring(entry.buffer):
             self._pool.give_back(entry.buffer)
+
+    def _fits_ring(self, buffer: Buffer) -> bool:
+        """Whether it is one of this plan's ring, not of an earlier one."""
+        return self.plan.ring_buffers > 0 and buffer.capacity_bytes == buffer_capacity(self.plan.ring_bytes)
 
 
 def _failed(load: Future[None]) -> bool:

@@ -3,7 +3,7 @@
 The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from surfw.errors import ManifestError
 from surfw.manifest import Manifest
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.engine import Engine
+from surfw.runtime.tables import Tables
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.units import Slot, Unit
 
@@ -21,9 +22,11 @@ from surfw.skeleton.units import Slot, Unit
 class StreamingHooks:
     """The hooks of one model."""
 
-    def __init__(self, skeleton: Skeleton, manifest: Manifest, engine: Engine) -> None:
-        """Attach to every unit that the manifest's order names."""
+    def __init__(self, skeleton: Skeleton, manifest: Manifest, engine: Engine, tables: Tables | None = None) -> None:
+        """Attach to every unit that the manifest's order names; `tables` knows which run without theirs in memory."""
         self._engine = engine
+        self._tables = tables
+        self._without_tables: set[str] = set()  # paths of the units that now run so
         self._ties = manifest.ties
         self._original = {slot.name: slot.tensor for unit in skeleton.units for slot in unit.slots}
         provided = _provided(manifest)
@@ -52,14 +55,15 @@ class StreamingHooks:
     def recover(self) -> None:
         """Take away what a forward that was interrupted has left in place."""
         if self._handles:
-            for slot in self._slots:
-                slot.put(self._absent[slot.name])
+            self._without_tables.clear()
+            self._take_away(self._slots)
             self._engine.release_all()
 
     def _attach(self, unit: Unit, slots: Sequence[Slot]) -> None:
         for slot in slots:
             kind = AbsentBuffer if slot.is_buffer else AbsentParameter
-            absent = kind(slot.tensor, partial(self._bring, unit, slots, slot))
+            apply = partial(self._apply, unit, self._stored(slot)) if self._tables else None
+            absent = kind(slot.tensor, partial(self._bring, unit, slots, slot), apply)
             self._absent[slot.name] = absent
             slot.put(absent)
         before, after = partial(self._before, unit, slots), partial(self._after, unit, slots)
@@ -69,27 +73,59 @@ class StreamingHooks:
         ]
 
     def _before(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any) -> None:
-        self._put(slots, self._engine.acquire(unit.path))
+        if self._tables and self._tables.row_wise(unit.path):
+            self._engine.passes(unit.path)
+            self._without_tables.add(unit.path)
+            others = self._tables.others(unit.path)
+            self._put([slot for slot in slots if self._stored(slot) in others], others)
+        else:
+            self._put(slots, self._engine.acquire(unit.path))
 
     def _after(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any, output: Any) -> None:
+        if unit.path in self._without_tables:
+            self._without_tables.remove(unit.path)
+            self._take_away(slots)
+            return
         if slots[0].tensor is self._absent[slots[0].name]:
             return  # its weights never came: the forward failed before it began
         if _shares_memory(output, slots):
             self._engine.keep(unit.path)
-        for slot in slots:
-            slot.put(self._absent[slot.name])
+        self._take_away(slots)
         self._engine.release(unit.path)
 
+    def _apply(
+        self, unit: Unit, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """What torch is asked to do with an absent weight, done without the whole of it if that can be."""
+        if self._tables and (unit.path in self._without_tables or self._tables.row_wise(unit.path)):
+            return self._tables.apply(name, function, args, kwargs)
+        return NotImplemented
+
     def _bring(self, unit: Unit, slots: Sequence[Slot], slot: Slot) -> torch.Tensor:
-        """Load a unit for a model that uses its weights from outside; from now on they stay in memory."""
-        tensors = self._engine.pin(unit.path)
-        self._put(slots, tensors)
+        """Load a unit whose weights are needed while they are absent.
+
+        If it runs, they were to be read in parts, and this cannot be: they go after its forward. If not, the model uses
+        them from outside: from now on they stay in memory.
+        """
+        if unit.path in self._without_tables:
+            self._put(slots, self._engine.acquire(unit.path))
+            self._without_tables.remove(unit.path)
+        else:
+            self._put(slots, self._engine.pin(unit.path))
         return slot.tensor
 
     def _put(self, slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor]) -> None:
         for slot in slots:
-            tensor = tensors[self._ties.get(slot.name, slot.name)]
+            tensor = tensors[self._stored(slot)]
             slot.put(tensor.data if slot.is_buffer else tensor)
+
+    def _stored(self, slot: Slot) -> str:
+        """The name under which a slot's tensor is stored."""
+        return self._ties.get(slot.name, slot.name)
+
+    def _take_away(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            slot.put(self._absent[slot.name])
 
 
 def _shares_memory(output: Any, slots: Sequence[Slot]) -> bool:

@@ -12,8 +12,8 @@ import torch
 
 from surfw.codec import choose_form
 from surfw.manifest import Chunk, Manifest
-from surfw.runtime.buffers import Buffer, buffer_capacity
-from surfw.runtime.layout import plan_layout, spread
+from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
+from surfw.runtime.layout import ALIGNMENT, plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 from surfw.threads import in_thread
@@ -53,11 +53,21 @@ class Loader:
             await in_thread(self._cast, chunk, scratch, buffer)
         return count
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Memory beside the buffers: one chunk at a time is cast, from a scratch buffer."""
-        casting = [chunk for chunk in self.manifest.chunks if self._casts(chunk)]
-        return max((buffer_capacity(self._stored_bytes(chunk)) for chunk in casting), default=0)
+    async def map(self, chunk: Chunk) -> MappedBuffer | None:
+        """The chunk's tensors where they are stored, if they can be used there as they are.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError: they could not be had.
+        """
+        if self._casts(chunk) or choose_form(chunk).codec != "none":
+            return None
+        view = await self.source.view(self.manifest, chunk, choose_form(chunk))
+        return MappedBuffer(view) if view is not None else None
+
+    def scratch_bytes(self, chunk: Chunk) -> int:
+        """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""
+        return buffer_capacity(self._stored_bytes(chunk)) if self._casts(chunk) else 0
 
     async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
         """The chunk's stored tensors into a buffer, each at its place there."""
@@ -71,8 +81,13 @@ class Loader:
     def _stored_bytes(self, chunk: Chunk) -> int:
         return plan_layout([tensor.nbytes for tensor in chunk.tensors])[1]
 
-    def tensors(self, chunk: Chunk, buffer: Buffer) -> dict[str, torch.Tensor]:
-        """Views over a filled buffer, by tensor name; they keep its memory alive."""
+    def tensors(self, chunk: Chunk, buffer: Buffer | MappedBuffer) -> dict[str, torch.Tensor]:
+        """Views over a filled buffer, by tensor name; they keep its memory alive.
+
+        Of a mapped one, the few tensors that do not lie at multiples of 64 bytes are copied.
+        """
+        if isinstance(buffer, MappedBuffer):
+            return _mapped_views(chunk, buffer)
         return _views(chunk, buffer, self._targets(chunk))
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
@@ -93,6 +108,15 @@ class Loader:
         return any(tensor.name in self._dtypes for tensor in chunk.tensors)
 
 
+def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
+    """A parameter over these values that wants gradients as those of `from_pretrained` do, although there are none.
+
+    Torch chooses by that: where the input's strides are unusual, `matmul` with a weight that wants none goes another
+    way, which took 60 times as long for a head of 32000 rows, and need not give the same bits.
+    """
+    return torch.nn.Parameter(values, requires_grad=values.is_floating_point() or values.is_complex())
+
+
 def _views(chunk: Chunk, buffer: Buffer, dtypes: Sequence[torch.dtype]) -> dict[str, torch.Tensor]:
     shapes = [tensor.shape for tensor in chunk.tensors]
     sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -102,3 +126,13 @@ def _views(chunk: Chunk, buffer: Buffer, dtypes: Sequence[torch.dtype]) -> dict[
         info.name: flat[at : at + size].view(dtype).view(info.shape) if size else torch.empty(info.shape, dtype=dtype)
         for info, dtype, size, at in places
     }
+
+
+def _mapped_views(chunk: Chunk, buffer: MappedBuffer) -> dict[str, torch.Tensor]:
+    flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
+    found = {}
+    for info in chunk.tensors:
+        stored = flat[info.offset : info.offset + info.nbytes]
+        placed = stored.clone() if info.offset % ALIGNMENT else stored
+        found[info.name] = placed.view(torch_dtype(info.dtype)).view(info.shape)
+    return found

@@ -1,103 +1,390 @@
-"""What stays in memory and what is streamed through it. Pure: sizes and a budget in, a plan out.
+"""What stays in memory and what is streamed through it. Pure: sizes, a schedule and a budget in, a plan out.
 
-The engine obeys the plan; it decides nothing of this itself. The policy here is a plain LRU over the streamed chunks.
+Decoding runs the layers in a cycle. There, an LRU cache that is smaller than the cycle never hits: what it evicts is
+what comes next. The best that any policy can do, if it may decide not to keep what it has just read, is to hit as often
+per cycle as it has places (L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM
+Systems Journal 5(2), 1966: evict what is needed last, which in a cycle is what was just read). Keeping a fixed set
+reaches that. So a plan names chunks that stay, spread evenly over the depth, so that reading and computing overlap
+everywhere; the others pass through a ring of buffers.
+
+Chunks that run several times in a cycle go first: each place they have saves more than one read. Where not even those
+fit, they share the room by Belady's rule, see `floating_victims`.
+
+The engine obeys the plan; it decides nothing of this itself.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
+from surfw.config import Policy, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
 
 _SMALL_BYTES = 1 << 20
+_RING = 2
+_ROUNDS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class ResidencyPlan:
-    """A decision about memory.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a model needs, as far as memory is concerned.
 
     Attributes:
-        pinned: chunks that stay once they are there: small parts beside the layers, and weights that a containing
-            module holds directly, which are in use as long as all of its layers are.
-        streamed: the others, with the bytes each takes in memory.
-        slots: how many streamed chunks are kept; one more may be in flight.
-        pinned_bytes: memory of the pinned chunks.
-        least_slots: the fewest slots that the model can run with.
-        scratch_bytes: memory that a chunk passes through on its way, where it is converted.
+        name: the model's, for errors.
+        sizes: the bytes that each chunk takes in memory.
+        fixed: chunks that stay once they are there: small parts beside the layers, and weights that a containing module
+            holds directly, which are in use as long as all of its layers are.
+        together: the most chunks, without the fixed ones, that one module uses.
+        tables: chunks of which single rows can be read, so that they need not be in memory to be looked up in.
+        table_bytes: memory that reading rows takes, in place of the tables.
+        overhead_bytes: memory beside the chunks, such as what is in flight.
+        scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
     """
 
-    pinned: frozenset[str]
-    streamed: Mapping[str, int]
-    slots: int
-    pinned_bytes: int
-    least_slots: int = 1
-    scratch_bytes: int = 0
+    name: str
+    sizes: Mapping[str, int]
+    fixed: frozenset[str] = frozenset()
+    together: int = 1
+    tables: frozenset[str] = frozenset()
+    table_bytes: int = 0
+    overhead_bytes: int = 0
+    scratch: Mapping[str, int] = field(default_factory=dict)
 
-    def resized(self, cache_layers: int) -> "ResidencyPlan":
-        """The same plan with another number of chunks to keep.
-
-        Raises:
-            ConfigurationError: fewer than one chunk is to be kept.
-        """
-        check_cache_layers(cache_layers)
-        return replace(self, slots=max(min(cache_layers, len(self.streamed)), self.least_slots))
-
-    @property
-    def buffers(self) -> int:
-        """The most streamed chunks in memory at a time, the one in flight included."""
-        return min(self.slots + 1, len(self.streamed)) if self.streamed else 0
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory weights can take: a buffer that is reused may come to have the largest chunk's size."""
-        if self.buffers == len(self.streamed):
-            return self.pinned_bytes + self.scratch_bytes + sum(self.streamed.values())
-        return self.pinned_bytes + self.scratch_bytes + self.buffers * max(self.streamed.values())
-
-    @property
-    def everything_fits(self) -> bool:
-        """Whether every chunk stays."""
-        return self.slots >= len(self.streamed)
+    def beside(self, names: Iterable[str]) -> int:
+        """Memory beside the chunks where no others than these are ever in memory, in bytes."""
+        return self.overhead_bytes + max((self.scratch.get(name, 0) for name in names), default=0)
 
 
-def plan_residency(
-    kinds: Mapping[str, str],
-    sizes: Mapping[str, int],
-    order: Sequence[Use],
-    *,
-    cache_layers: int | None = None,
-    budget_bytes: int | None = None,
-    scratch_bytes: int = 0,
-) -> ResidencyPlan:
-    """Decide what stays.
+def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int], order: Sequence[Use]) -> Needs:
+    """What follows from chunks alone: no tables, and nothing beside the chunks.
 
     Args:
+        name: the model's.
         kinds: the kind of each chunk, see `manifest.Chunk`.
         sizes: the bytes each chunk takes in memory.
         order: the order of uses.
-        cache_layers: keep this many chunks (one more may be in flight).
-        budget_bytes: without `cache_layers`, keep as many as fit into this, or the fewest there can be if none does;
-            without both, keep all.
-        scratch_bytes: memory for conversions, which counts as well.
+    """
+    fixed = frozenset(
+        one for one, size in sizes.items() if kinds[one] == "own" or (kinds[one] == "part" and size <= _SMALL_BYTES)
+    )
+    together = max((len(set(use.chunks) - fixed) for use in order), default=1)
+    return Needs(name=name, sizes=sizes, fixed=fixed, together=max(1, together))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """How much may be kept: so many bytes, or so many layers and one in flight; without both, everything.
+
+    Attributes:
+        budget_bytes: for weights, for what is in flight, and for what is reserved.
+        cache_layers: in place of it, the number of chunks to keep, the fixed ones not counted.
+        reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
+        policy: `auto`, or `lru`: a plain LRU cache in place of the plan's choice.
+    """
+
+    budget_bytes: int | None = None
+    cache_layers: int | None = None
+    reserved_bytes: int = 0
+    policy: Policy = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse a number of layers that nothing can run with."""
+        if self.cache_layers is not None:
+            check_cache_layers(self.cache_layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResidencyPlan:
+    """A decision about memory. All sizes are in bytes.
+
+    Attributes:
+        pinned: chunks that stay once they are there.
+        floating: chunks that run several times in a cycle and do not all fit: they share `room_bytes`.
+        streamed: the chunks that are not pinned, with the memory each takes.
+        sizes: the memory each chunk takes that is ever in memory.
+        tables: chunks that are looked up in by reading single rows wherever they are not in memory.
+        absent: those of them that are never in memory.
+        ring_buffers: through how many buffers the streamed chunks pass.
+        ring_bytes: the size of each of them.
+        room_bytes: memory that the floating chunks share.
+        overhead_bytes: memory beside the chunks.
+        reserved_bytes: what is left free, for the KV cache.
+        budget_bytes: what all of it may take, if there is a budget.
+        cache_layers: how many chunks were to be kept, if they were counted.
+        bytes_per_pass: what is read in one pass through the cycle, in the memory's dtype, once the pinned chunks are
+            there. Rows of tables are not counted.
+        policy: `auto` or `lru`.
+    """
+
+    pinned: frozenset[str]
+    floating: frozenset[str] = frozenset()
+    sizes: Mapping[str, int]
+    tables: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
+    ring_buffers: int
+    ring_bytes: int
+    room_bytes: int = 0
+    overhead_bytes: int = 0
+    reserved_bytes: int = 0
+    budget_bytes: int | None = None
+    cache_layers: int | None = None
+    bytes_per_pass: int = 0
+    policy: Policy = "auto"
+    fixed: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def streamed(self) -> dict[str, int]:
+        """The chunks that are not pinned, with the memory each takes."""
+        return {name: size for name, size in self.sizes.items() if name not in self.pinned}
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory of the chunks that stay."""
+        return sum(self.sizes[name] for name in self.pinned)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that weights take, with what is beside them; the reserve is not counted."""
+        return self.pinned_bytes + self.room_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
+
+    @property
+    def slots(self) -> int:
+        """How many chunks are kept in memory, the fixed ones not counted; one more may be in flight."""
+        if self.cache_layers is not None:
+            return min(self.cache_layers, len(self.sizes) - len(self.fixed))
+        kept = len(self.pinned - self.fixed)
+        return kept + max(0, self.ring_buffers - 1)
+
+    @property
+    def buffers(self) -> int:
+        """The most chunks in memory at a time, those in flight included and the fixed ones not counted."""
+        return len(self.pinned - self.fixed) + self.ring_buffers
+
+    @property
+    def everything_fits(self) -> bool:
+        """Whether every chunk stays, and nothing is read twice."""
+        return not self.streamed and not self.absent
+
+    def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
+        """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
+
+        Returns:
+            None where nothing is read in a pass, so that reading is no limit.
+        """
+        return tokens_per_pass * bytes_per_second / self.bytes_per_pass if self.bytes_per_pass else None
+
+
+def plan_residency(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str] = ()) -> ResidencyPlan:
+    """Decide what stays.
+
+    Args:
+        needs: the model.
+        limit: how much may be kept.
+        cycle: names of the chunks in the order in which they run again and again, lookups in tables left out; a chunk
+            may recur.
+        before: chunks that run before the cycle begins, such as those of an encoder.
 
     Raises:
-        ConfigurationError: fewer than one chunk is to be kept.
+        ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
-    if cache_layers is not None:
-        check_cache_layers(cache_layers)
-    pinned = frozenset(
-        name for name, size in sizes.items() if kinds[name] == "own" or (kinds[name] == "part" and size <= _SMALL_BYTES)
+    if limit.cache_layers is not None:
+        return _plan_layers(needs, limit.cache_layers, limit.policy, cycle, before)
+    if limit.budget_bytes is None:
+        return _everything(needs, limit)
+    if sum(needs.sizes.values()) + needs.beside(needs.sizes) + limit.reserved_bytes <= limit.budget_bytes:
+        return _everything(needs, limit)
+    made = _plan_bytes(needs, limit, cycle, before)
+    if made is not None:
+        return made
+    least = least_bytes(needs, cycle, before) + limit.reserved_bytes
+    reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
+    instead = ", or ask for fewer tokens" if limit.reserved_bytes else ""
+    raise ConfigurationError(
+        f"a memory budget of {format_size(limit.budget_bytes)} is too small for {needs.name}, which needs "
+        f"{format_size(least)} ({least} bytes) at least{reserve}; give that or more{instead}"
     )
-    streamed = {name: size for name, size in sizes.items() if name not in pinned}
-    pinned_bytes = sum(sizes[name] for name in pinned)
-    together = max((len(set(use.chunks) - pinned) for use in order), default=1)
-    least = max(1, together - 1)
-    slots = len(streamed) if cache_layers is None else min(cache_layers, len(streamed))
-    if cache_layers is None and streamed and budget_bytes is not None:
-        left = budget_bytes - pinned_bytes - scratch_bytes
-        if sum(streamed.values()) > left:
-            slots = left // max(streamed.values()) - 1
-    return ResidencyPlan(pinned, streamed, max(slots, least), pinned_bytes, least, scratch_bytes)
+
+
+def _plan_bytes(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str]) -> ResidencyPlan | None:
+    """The plan that reads least; None if there is none. The ring's size decides what has to stay, so all are tried."""
+    assert limit.budget_bytes is not None, "without a budget everything stays"
+    sizes, overhead = _in_memory(needs, cycle, before)
+    absent = frozenset(needs.sizes).difference(sizes)
+    fixed = needs.fixed & set(sizes)
+    ring = max(_RING, needs.together)
+    free = limit.budget_bytes - limit.reserved_bytes - overhead
+    best: ResidencyPlan | None = None
+    for ring_bytes in [*sorted({size for name, size in sizes.items() if name not in fixed}, reverse=True), 0]:
+        stays = fixed | {name for name, size in sizes.items() if size > ring_bytes}
+        room = free - sum(sizes[name] for name in stays) - ring * ring_bytes
+        if room < 0:
+            continue
+        others = {name: size for name, size in sizes.items() if name not in stays}
+        if limit.policy == "lru" and others:
+            kept = floating = frozenset[str]()
+            room, buffers = 0, ring + room // ring_bytes
+        else:
+            kept, floating = _choose(others, room, cycle, before)
+            room, buffers = (room if floating else 0), ring if others else 0
+        made = ResidencyPlan(
+            pinned=stays | kept, floating=floating, sizes=sizes, tables=needs.tables, absent=absent,
+            ring_buffers=buffers, ring_bytes=ring_bytes, room_bytes=room, overhead_bytes=overhead,
+            reserved_bytes=limit.reserved_bytes, budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed,
+        )  # fmt: skip
+        made = replace(made, bytes_per_pass=bytes_per_pass(made, cycle))
+        if best is None or _cost(made) < _cost(best):
+            best = made
+    return best
+
+
+def _in_memory(needs: Needs, cycle: Collection[str], before: Collection[str]) -> tuple[dict[str, int], int]:
+    """The chunks that are ever in memory, with their sizes, and the memory beside them."""
+    absent = needs.tables - set(cycle) - set(before)
+    overhead = needs.table_bytes if needs.tables else 0
+    sizes = {name: size for name, size in needs.sizes.items() if name not in absent}
+    return sizes, overhead + needs.beside(sizes)
+
+
+def _cost(plan: ResidencyPlan) -> tuple[int, int]:
+    return plan.bytes_per_pass, sum(plan.streamed.values())
+
+
+def least_bytes(needs: Needs, cycle: Collection[str], before: Collection[str] = ()) -> int:
+    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and what is beside."""
+    ring = max(_RING, needs.together)
+    least = needs.beside(needs.sizes) + sum(needs.sizes.values())
+    sizes, overhead = _in_memory(needs, cycle, before)
+    for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
+        stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
+        least = min(least, overhead + stays + ring * ring_bytes)
+    return least
+
+
+def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
+    return ResidencyPlan(
+        pinned=frozenset(needs.sizes), sizes=needs.sizes, ring_buffers=0, ring_bytes=0, fixed=needs.fixed,
+        overhead_bytes=needs.beside(needs.sizes), reserved_bytes=limit.reserved_bytes, budget_bytes=limit.budget_bytes,
+        policy=limit.policy,
+    )  # fmt: skip
+
+
+def _plan_layers(
+    needs: Needs, cache_layers: int, policy: Policy, cycle: Sequence[str], before: Collection[str]
+) -> ResidencyPlan:
+    """Keep a number of chunks, whatever their size, and have room for one more on its way."""
+    others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
+    buffers = max(cache_layers + 1, needs.together)
+    if buffers >= len(others):
+        return replace(_everything(needs, Limit(policy=policy)), cache_layers=cache_layers)
+    ring = buffers if policy == "lru" else max(_RING, needs.together)
+    places = dict.fromkeys(others, 1)
+    kept, floating = _choose(places, buffers - ring, cycle, before)
+    largest = max(size for name, size in others.items() if name not in kept)
+    room = (buffers - ring) * largest if floating else 0
+    made = ResidencyPlan(
+        pinned=needs.fixed | kept, floating=floating, sizes=needs.sizes, ring_buffers=ring, ring_bytes=largest,
+        room_bytes=room, overhead_bytes=needs.beside(needs.sizes), policy=policy, fixed=needs.fixed,
+        cache_layers=cache_layers,
+    )  # fmt: skip
+    return replace(made, bytes_per_pass=bytes_per_pass(made, cycle))
+
+
+def _choose(
+    sizes: Mapping[str, int], room: int, cycle: Sequence[str], before: Collection[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Which chunks stay, and which share the room because not even those that recur all fit."""
+    uses = Counter(name for name in cycle if name in sizes)
+    recurring = [name for name, count in uses.items() if count > 1]
+    needed = sum(sizes[name] for name in recurring)
+    if needed > room:
+        return frozenset(), frozenset(recurring)
+    once = [name for name, count in uses.items() if count == 1]
+    rarely = [name for name in sizes if name not in uses]
+    kept = set(recurring)
+    left = room - needed
+    for names in (once, rarely):
+        for chosen in _spread_over_groups(names, sizes, set(before), left):
+            kept.add(chosen)
+            left -= sizes[chosen]
+    return frozenset(kept), frozenset()
+
+
+def _spread_over_groups(
+    names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], room: int
+) -> Iterator[str]:
+    """As many chunks as fit: those that also ran before the cycle first, then the large ones; spread among equals."""
+    rank = {name: (name not in before, -sizes[name]) for name in names}
+    for (_, negative), group in groupby(sorted(names, key=rank.__getitem__), key=rank.__getitem__):
+        equal, size = list(group), -negative
+        count = min(len(equal), room // size) if size else len(equal)
+        room -= count * size
+        yield from (equal[(2 * index + 1) * len(equal) // (2 * count)] for index in range(count))
+
+
+def floating_victims(
+    name: str, held: Mapping[str, int], size: int, free: int, next_use: Mapping[str, int]
+) -> list[str] | None:
+    """Which floating chunks make way for one that has just been used, so that it can stay until its next use.
+
+    Belady's rule with bypass: it stays in place of those that are needed after it, and not at all if there are none.
+
+    Args:
+        name: the chunk, which is not held.
+        held: the floating chunks that are kept, with their sizes.
+        size: the chunk's size.
+        free: room that nobody takes.
+        next_use: how soon each chunk is needed again; a chunk that is not in it is never needed again.
+
+    Returns:
+        The chunks to evict, the last needed first; None if it does not stay.
+    """
+    never = len(next_use) + max(next_use.values(), default=0) + 1
+    when = next_use.get(name, never)
+    victims: list[str] = []
+    for other in sorted(held, key=lambda one: -next_use.get(one, never)):
+        if free >= size:
+            break
+        if next_use.get(other, never) <= when:
+            return None
+        victims.append(other)
+        free += held[other]
+    return victims if free >= size and when < never else None
+
+
+def next_uses(future: Sequence[str]) -> dict[str, int]:
+    """How soon each chunk is needed, from a sequence of coming uses."""
+    found: dict[str, int] = {}
+    for index, name in enumerate(future):
+        found.setdefault(name, index)
+    return found
+
+
+def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
+    """What one pass reads once all that stays is there: every use but those of what is kept, or was used just before.
+
+    What the ring holds all of stays there too. A smaller LRU cache is taken to miss whatever is not pinned.
+    """
+    through_ring = {name for name in cycle if name in plan.sizes and name not in plan.pinned}
+    if len(through_ring) <= plan.ring_buffers:
+        return 0
+    held: dict[str, int] = {}
+    read = 0
+    for _ in range(_ROUNDS if plan.floating else 1):
+        read = 0
+        for index, name in enumerate(cycle):
+            if name in plan.pinned or name in held or name not in plan.sizes:
+                continue
+            size = plan.sizes[name]
+            if plan.policy == "lru" or name != cycle[index - 1]:
+                read += size
+            if name in plan.floating:
+                future = next_uses([*cycle[index + 1 :], *cycle[: index + 1]])
+                victims = floating_victims(name, held, size, plan.room_bytes - sum(held.values()), future)
+                if victims is not None:
+                    held = {one: held[one] for one in held if one not in victims} | {name: size}
+    return read
 
 
 def check_cache_layers(cache_layers: int) -> None:

@@ -14,11 +14,11 @@ from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import plan_residency
+from surfw.runtime.residency import Limit
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import safetensors_dtype
 from surfw.skeleton.units import Unit, find_units
-from tests.toys import ToySource, toy_manifest
+from tests.toys import ToySource, toy_manifest, toy_needs
 
 
 @dataclass
@@ -74,14 +74,8 @@ def streamed(build: Callable[[], nn.Module], *, cache_layers: int | None = 1) ->
         model = build().eval()
     manifest, source = describe(model, resident.state_dict())
     loader = Loader(source, manifest)
-    plan = plan_residency(
-        {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
-        manifest.order,
-        cache_layers=cache_layers,
-    )
     io = IoThread()
-    engine = Engine(manifest, plan, loader, io, Metrics())
+    engine = Engine(manifest, toy_needs(manifest), Limit(cache_layers=cache_layers), loader, io=io, metrics=Metrics())
     hooks = StreamingHooks(skeleton_of(model), manifest, engine)
     try:
         with torch.no_grad():

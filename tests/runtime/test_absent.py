@@ -105,6 +105,25 @@ def test_computing_brings_the_values(absent: Any, compute: Callable[[Any], Any])
     assert absent.loads.count >= 1
 
 
+def test_what_can_be_had_without_the_whole_is_not_brought() -> None:
+    asked, loads = [], Loads()
+
+    def apply(function: Any, args: Any, kwargs: Any) -> Any:
+        asked.append(function)
+        return NotImplemented if function is nn.functional.linear else "a part of it"
+
+    weight: Any = AbsentParameter(torch.empty(3, 4, device="meta"), loads, apply)
+    ids, given = torch.tensor([2, 0]), torch.ones(2, 4)
+    assert nn.functional.embedding(ids, weight) == "a part of it"
+    assert nn.functional.embedding(input=ids, weight=weight) == "a part of it"
+    assert loads.count == 0
+    assert torch.equal(nn.functional.linear(given, weight), nn.functional.linear(given, REAL))
+    assert loads.count == 1
+    assert torch.equal(weight + 1, REAL + 1)
+    assert weight.shape == (3, 4)
+    assert asked == [nn.functional.embedding, nn.functional.embedding, nn.functional.linear]
+
+
 def test_it_is_what_a_module_expects() -> None:
     module = nn.Linear(4, 3, bias=False, device="meta")
     loads = Loads()

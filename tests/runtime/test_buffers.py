@@ -19,7 +19,7 @@ HUGE = 2 << 20
         (1, mmap.PAGESIZE),
         (mmap.PAGESIZE + 1, 2 * mmap.PAGESIZE),
         (HUGE, HUGE),
-        (HUGE + 1, 2 * HUGE),
+        (HUGE + 1, HUGE + mmap.PAGESIZE),
     ],
 )
 def test_a_buffer_has_whole_pages_of_writable_zeros(size: int, capacity: int) -> None:

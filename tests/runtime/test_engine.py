@@ -5,40 +5,49 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surfw.config import Policy
 from surfw.errors import ConfigurationError, ModelClosedError, StorageError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
 from surfw.runtime.engine import Engine
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import plan_residency
+from surfw.runtime.residency import Limit
 from surfw.runtime.run import Run
+from surfw.runtime.schedule import Phases
+from surfw.runtime.tables import TableUnit
 from surfw.source import Read
-from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model
+from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model, toy_needs
 
 PAGE = 4096
 
 
 @contextmanager
 def running(
-    manifest: Manifest, source: ToySource, *, cache_layers: int | None = None, metrics: Metrics | None = None
+    manifest: Manifest,
+    source: ToySource,
+    *,
+    cache_layers: int | None = None,
+    budget_bytes: int | None = None,
+    policy: Policy | None = None,
+    phases: Phases | None = None,
+    tables: dict[str, TableUnit] | None = None,
+    metrics: Metrics | None = None,
 ) -> Iterator[Engine]:
-    """An engine over a source; nothing of it is left afterwards."""
-    loader = Loader(source, manifest)
-    plan = plan_residency(
-        {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {chunk.name: loader.buffer_bytes(chunk) for chunk in manifest.chunks},
-        manifest.order,
-        cache_layers=cache_layers,
-    )
+    """An engine over a source, a plain LRU cache where layers are counted; nothing of it is left afterwards."""
     io = IoThread()
-    engine = Engine(manifest, plan, loader, io, metrics or Metrics())
+    policy = policy or ("auto" if budget_bytes else "lru")
+    limit = Limit(cache_layers=cache_layers, budget_bytes=budget_bytes, policy=policy)
+    loader = Loader(source, manifest)
+    needs = replace(toy_needs(manifest), tables=frozenset(tables or ()))
+    engine = Engine(manifest, needs, limit, loader, io=io, metrics=metrics or Metrics(), phases=phases, tables=tables)
     try:
         yield engine
     finally:
@@ -116,23 +125,136 @@ def test_the_three_kinds_of_use_are_counted_apart() -> None:
         assert engine.metrics.seconds("stall") > 0
 
 
-def test_one_streamed_chunk_is_fetched_ahead_at_a_time_and_small_parts_freely() -> None:
-    made = [toy_chunk(f"c{i}", [("U8", (50,))]) for i in range(4)]
-    made += [toy_chunk(f"p{i}", [("U8", (50,))], kind="part") for i in range(3)]
-    manifest = toy_manifest([chunk for chunk, _ in made])
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made}, gate=Gate())
-    assert source.gate is not None
-    with running(manifest, source) as engine:
+def test_the_ring_fetches_as_far_ahead_as_it_has_buffers_that_nobody_uses() -> None:
+    manifest, source = toy_model([100] * 8)
+    source.gate = Gate()
+    with running(manifest, source, cache_layers=1, policy="auto") as engine:
         engine.warm()
-        source.gate.wait_for("c0")
-        assert source.reads == ["c0"]
-        engine._schedule.observe("c3")
-        engine.warm()
-        for name in ("p0", "p1", "p2"):
+        for name in ("c0", "c1"):
             source.gate.wait_for(name)
-        assert sorted(source.reads) == ["c0", "p0", "p1", "p2"]
+        assert source.reads == ["c0", "c1"]
         for name in engine.manifest.by_name:
             source.gate.open(name)
+        use(engine, ["c0"])
+        assert engine.resident() == ["c1", "c2"]
+        engine.acquire("c1")
+        assert engine.resident_bytes == 2 * PAGE
+
+
+def test_what_is_fetched_ahead_is_asked_for_in_order_and_after_what_is_needed_now() -> None:
+    manifest, source = toy_model([100] * 8)
+    with running(manifest, source, cache_layers=3) as engine:
+        use(engine, ["c0", "c1", "c2"])
+        priorities = dict(zip(source.reads, source.priorities, strict=True))
+        assert priorities["c0"] == 0
+        ahead = [priority for name, priority in priorities.items() if name != "c0"]
+        assert ahead == sorted(set(ahead))
+        assert min(ahead) > 0
+
+
+def test_no_more_than_a_window_of_bytes_is_in_flight_ahead() -> None:
+    manifest, source = toy_model([40 << 20] * 5)
+    source.gate = Gate()
+    with running(manifest, source, policy="auto") as engine:
+        engine.warm()
+        for name in ("c0", "c1"):
+            source.gate.wait_for(name)
+        assert source.reads == ["c0", "c1"]
+        source.gate.open("c0")
+        engine.acquire("c0")
+        source.gate.wait_for("c2")
+        assert source.reads == ["c0", "c1", "c2"]
+        for name in engine.manifest.by_name:
+            source.gate.open(name)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 5, 8, 13, 21, 40])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_no_policy_hits_more_often_on_a_cycle(layers: int, share: float) -> None:
+    manifest, source = toy_model([100] * layers)
+    slots, turns = int(share * layers), 4
+    cycle = [f"c{index}" for index in range(layers)]
+    with running(manifest, source, budget_bytes=(slots + 2) * PAGE) as engine:
+        use(engine, cycle * turns)
+        kept = layers if slots + 2 >= layers else slots
+        assert counts(engine)["hits"] == kept * (turns - 1)
+        assert engine.resident_bytes <= (slots + 2) * PAGE
+        ahead = len(source.reads) - (layers + (layers - kept) * (turns - 1))
+        assert 0 <= ahead <= 2  # for the turn that would come next
+        assert sum(counts(engine).values()) == layers * turns
+        assert counts(engine)["stalls"] <= 1
+
+
+def test_chunks_that_recur_share_the_room_by_beladys_rule() -> None:
+    names = [f"c{index}" for index in range(6)]
+    made = [toy_chunk(name, [("U8", (100,))], seed=index) for index, name in enumerate(names)]
+    order = [
+        Use(f"{name}.{turn}", (name,))
+        for pair in ("01", "23", "45")
+        for turn in range(2)
+        for name in (f"c{pair[0]}", f"c{pair[1]}")
+    ]
+    manifest = toy_manifest([chunk for chunk, _ in made], order=order)
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    modules = [use.module for use in order]
+    with running(manifest, source, budget_bytes=4 * PAGE) as engine:
+        assert engine.plan.floating == set(names)
+        use(engine, modules)
+        before = counts(engine)["hits"]
+        use(engine, modules)
+        assert counts(engine)["hits"] - before == 6  # each pair is read once, and found there the second time
+        assert engine.resident_bytes <= 4 * PAGE
+
+
+def test_an_encoder_runs_once_and_a_decoder_in_a_cycle() -> None:
+    manifest, source = toy_model([100] * 13)
+    encoder, decoder = [f"c{index}" for index in range(5)], [f"c{index}" for index in range(5, 13)]
+    phases = Phases(once=tuple(encoder), cycle=tuple(decoder))
+    with running(manifest, source, budget_bytes=5 * PAGE, phases=phases) as engine:
+        assert engine.plan.pinned < set(decoder)
+        for _ in range(2):
+            with engine.running(Run()):
+                use(engine, encoder + decoder * 3)
+        assert counts(engine)["hits"] == 3 * 2 + 3 * 3
+        assert counts(engine)["stalls"] <= 2
+        assert engine.plan.bytes_per_pass == 5 * PAGE
+        assert engine.resident_bytes <= 5 * PAGE
+
+
+def test_another_schedule_than_expected_gets_another_plan() -> None:
+    manifest, source = toy_model([100] * 10)
+    with running(manifest, source, budget_bytes=6 * PAGE) as engine:
+        assert len(engine.plan.pinned) == 4
+        half = [f"c{index}" for index in range(5)]
+        use(engine, half * 6)
+        assert engine.plan.pinned >= set(half) - {"c0", "c1", "c2", "c3", "c4"}
+        before = source.reads.copy()
+        use(engine, half * 2)
+        assert len(engine.plan.pinned & set(half)) == 4
+        assert len(source.reads) - len(before) <= 2 + 2
+        assert engine.resident_bytes <= 6 * PAGE
+
+
+def test_what_is_reserved_is_given_up_by_the_weights_and_comes_back() -> None:
+    manifest, source = toy_model([100] * 10)
+    cycle = [f"c{index}" for index in range(10)]
+    with running(manifest, source, budget_bytes=8 * PAGE) as engine:
+        use(engine, cycle * 2)
+        assert engine.resident_bytes == 8 * PAGE
+        engine.reserve(3 * PAGE)
+        assert engine.resident_bytes <= 5 * PAGE
+        use(engine, cycle * 2)
+        assert engine.resident_bytes <= 5 * PAGE
+        with pytest.raises(ConfigurationError, match=r"a memory budget of .* is too small for toy, .* for the KV"):
+            engine.reserve(7 * PAGE)
+        use(engine, cycle)
+        engine.reserve(0)
+        use(engine, cycle * 2)
+        assert engine.resident_bytes == 8 * PAGE
+        assert all(
+            data(engine.acquire(name)) == {f"{name}.t0": source.payloads[manifest.by_name[name].id]}
+            for name in cycle[:2]
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,20 +269,10 @@ def test_used_chunks_make_way_for_those_that_come(cache_layers: int, kept: set[s
 
 
 def test_the_least_recently_used_chunk_makes_way_for_one_that_is_needed_now() -> None:
-    manifest, source = toy_model([100] * 4)
-    source.gate = Gate()
-    for name in ("c0", "c1", "c3"):
-        source.gate.open(name)
-    with running(manifest, source, cache_layers=2) as engine:
-        engine.acquire("c1")
-        engine.release("c1")
-        source.gate.wait_for("c2")  # fetched ahead; nothing else is, as long as it is in flight
-        engine.acquire("c0")
-        engine.release("c0")
-        engine.acquire("c3")
-        assert engine.resident() == ["c0", "c3"]
-        source.gate.open("c2")
-        engine.release("c3")
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, cache_layers=2) as engine, engine.running(Run(), prefetch=False):
+        use(engine, ["c1", "c0", "c4", "c1", "c3"])
+        assert engine.resident() == ["c4", "c1", "c3"]
 
 
 def test_what_is_needed_sooner_is_not_evicted_for_what_is_needed_later() -> None:
@@ -319,7 +431,7 @@ def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
     with running(manifest, source) as engine:
         engine.warm()
         source.gate.wait_for("c0")
-        (entry,) = engine._entries.values()
+        entry = engine._entries["c0"]
         engine.close()
         with pytest.raises(CancelledError):
             entry.load.result(60)
@@ -436,11 +548,12 @@ def test_chunks_are_fetched_when_asked_for_as_many_as_there_is_room_for() -> Non
     with running(manifest, source, cache_layers=2) as engine:
         loads = engine.fetch(["c4", "c1", "c5", "c0"])
         assert len(loads) == 3
-        for load in loads:
+        assert [name for name, _ in loads] == ["c4", "c1", "c5"]
+        for _, load in loads:
             load.result(60)
         assert engine.resident() == ["c4", "c1", "c5"]
-        loads = engine.fetch(["c0"])
-        loads[0].result(60)
+        ((_, load),) = engine.fetch(["c0"])
+        load.result(60)
         assert engine.resident() == ["c1", "c5", "c0"]
         assert counts(engine) == {"hits": 0, "prefetched": 0, "stalls": 0}
         engine.acquire("c0")
@@ -504,3 +617,113 @@ def test_closing_the_thread_below_ends_a_wait() -> None:
         engine._io.close()
         thread.join(60)
         assert [str(error) for error in errors] == [f"the source of {manifest.name} was closed while it was read"]
+
+
+def test_buffers_of_an_earlier_plan_are_not_kept_for_a_later_one() -> None:
+    manifest, source = toy_model([40 * PAGE] * 3 + [10 * PAGE] * 6)
+    names = [f"c{index}" for index in range(9)]
+    with running(manifest, source, budget_bytes=200 * PAGE) as engine:
+        use(engine, names * 2)
+        for reserved in (100, 25):
+            engine.reserve(reserved * PAGE)
+            use(engine, names * 2)
+            held = sum(buffer.capacity_bytes for buffer in engine._pool._free)
+            assert engine.resident_bytes + held + reserved * PAGE <= 200 * PAGE
+
+
+def test_a_chunk_that_is_needed_with_another_one_does_not_make_way_for_it() -> None:
+    made = [toy_chunk(f"c{index}", [("U8", (100,))], seed=index) for index in range(8)]
+    chunks = [chunk for chunk, _ in made]
+    order = [Use("ab", ("c0", "c1")), *(Use(f"m{index}", (f"c{index}",)) for index in range(2, 8))]
+    manifest = toy_manifest(chunks, order=order)
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    with running(manifest, source, budget_bytes=5 * PAGE) as engine:
+        for schedule in (["ab", "m2", "m3"], ["ab", *(f"m{index}" for index in range(2, 8))], ["m4", "ab", "m5"]):
+            for _ in range(3):
+                for module in schedule:
+                    tensors = engine.acquire(module)
+                    assert len(tensors) == (2 if module == "ab" else 1)
+                    engine.release(module)
+                    assert engine.resident_bytes <= 5 * PAGE
+
+
+def test_what_cannot_be_kept_is_refused_and_the_engine_still_works() -> None:
+    manifest, source = toy_model([100] * 6)
+    with running(manifest, source, budget_bytes=2 * PAGE) as engine:
+        with pytest.raises(ConfigurationError, match=r"a memory budget of .* is too small for toy"):
+            engine.pin("c3")
+        engine.release("c3")
+        engine.reserve(0)
+        use(engine, [f"c{index}" for index in range(6)] * 2)
+        assert engine.resident_bytes <= 2 * PAGE
+
+
+def test_a_table_that_rows_are_not_enough_of_has_a_place_in_the_plan_or_none_at_all() -> None:
+    manifest, source = toy_model([3 * PAGE, 100, 100, 100])
+    table = {"c0": TableUnit("c0", ("c0",), ("c0.t0",), ())}
+    for budget, fits in ((3, False), (5, True)):
+        with running(manifest, source, budget_bytes=budget * PAGE, tables=table) as engine:
+            use(engine, ["c1", "c2", "c3"])
+            assert engine.by_rows("c0")
+            if fits:
+                use(engine, ["c0"])
+                assert "c0" in engine.plan.sizes
+            else:
+                with pytest.raises(ConfigurationError, match=r"a memory budget of .* is too small for toy"):
+                    engine.acquire("c0")
+                use(engine, ["c1", "c2", "c3"])
+            assert engine.resident_bytes <= budget * PAGE
+
+
+def test_a_backward_pass_through_weights_that_are_gone_fails() -> None:
+    made = [toy_chunk(f"c{index}", [("F32", (4,))], seed=index) for index in range(6)]
+    manifest = toy_manifest([chunk for chunk, _ in made])
+    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    with running(manifest, source, budget_bytes=2 * PAGE) as engine:
+        given = torch.ones(4, requires_grad=True)
+        seen = (given * engine.acquire("c0")["c0.t0"]).sum()
+        engine.release("c0")
+        use(engine, ["c1", "c2", "c3"])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            seen.backward()
+
+
+pages = st.integers(1, 5).map(lambda count: count * PAGE)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(pages, min_size=3, max_size=7),
+    st.lists(st.integers(0, 12), min_size=1, max_size=5),
+    st.integers(10, 30),
+    st.sampled_from(["auto", "lru"]),
+)
+def test_whatever_is_reserved_all_buffers_fit_beside_it(
+    sizes: list[int], reserves: list[int], budget: int, policy: Policy
+) -> None:
+    """Also those that wait for their next use, and those of a ring that was larger before."""
+    manifest, source = toy_model(sizes)
+    cycle = list(manifest.by_name)
+    with suppress(ConfigurationError), running(manifest, source, budget_bytes=budget * PAGE, policy=policy) as engine:
+        for reserved in reserves:
+            with suppress(ConfigurationError):
+                engine.reserve(reserved * PAGE)
+            for name in cycle * 2:
+                use(engine, [name])
+                free = sum(buffer.capacity_bytes for buffer in engine._pool._free)
+                room = budget * PAGE - engine.limit.reserved_bytes
+                assert engine.resident_bytes + free <= room, engine.plan
+                assert engine.plan.peak_bytes <= room
+
+
+def test_another_limit_can_be_asked_for_and_changes_nothing() -> None:
+    manifest, source = toy_model([PAGE] * 4)
+    with running(manifest, source, budget_bytes=3 * PAGE) as engine:
+        before, limit = engine.plan, engine.limit
+        assert (before.bytes_per_pass, engine.plan_with(Limit(budget_bytes=4 * PAGE)).bytes_per_pass) == (3 * PAGE, 0)
+        assert engine.least_budget_bytes == 2 * PAGE
+        with pytest.raises(ConfigurationError, match=f"{2 * PAGE} bytes"):
+            engine.plan_with(Limit(budget_bytes=2 * PAGE - 1))
+        assert (engine.plan, engine.limit) == (before, limit)
+        engine.reserve(PAGE)
+        assert engine.least_budget_bytes == 3 * PAGE

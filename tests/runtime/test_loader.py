@@ -1,9 +1,11 @@
 """From stored bytes to tensors: the values, their alignment, and other dtypes than the stored ones."""
 
 import asyncio
+import mmap
 import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.errors import IntegrityError
-from surfw.manifest import DTYPE_BITS, Chunk
-from surfw.runtime.buffers import Buffer
+from surfw.errors import IntegrityError, ManifestError
+from surfw.manifest import DTYPE_BITS, Chunk, Form, Manifest
+from surfw.runtime.buffers import Buffer, MappedBuffer
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.skeleton.dtypes import torch_dtype
@@ -146,8 +148,8 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
                 running -= 1
 
     loader = Counting(source, manifest, {f"c{i}.t0": torch.float16 for i in range(3)})
-    assert loader.scratch_bytes == 24576  # 6000 values of 4 bytes, in pages
-    assert Loader(source, manifest).scratch_bytes == 0
+    assert [loader.scratch_bytes(chunk) for chunk, _ in made] == [8192, 16384, 24576]  # values of 4 bytes, in pages
+    assert Loader(source, manifest).scratch_bytes(made[0][0]) == 0
 
     async def main() -> None:
         loads = (loader.load(chunk, Buffer(loader.buffer_bytes(chunk)), priority=0) for chunk, _ in made)
@@ -155,3 +157,53 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
 
     asyncio.run(main())
     assert most == 1
+
+
+class Mapped(ToySource):
+    """A source whose payloads lie in memory that begins at a page, as mapped files do."""
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview:
+        memory = mmap.mmap(-1, form.stored_bytes)
+        memory[:] = self.payloads[chunk.id]
+        return memoryview(memory)
+
+
+def mapped(chunk: Chunk, payload: bytes, dtypes: Mapping[str, torch.dtype] | None = None) -> tuple[Loader, Any]:
+    manifest = toy_manifest([chunk])
+    loader = Loader(Mapped({"toy": manifest}, {chunk.id: payload}), manifest, dtypes)
+    return loader, asyncio.run(loader.map(chunk))
+
+
+@settings(deadline=None)
+@given(tensors)
+def test_mapped_tensors_have_the_same_bytes_at_multiples_of_64(shapes: list[tuple[str, tuple[int, ...]]]) -> None:
+    chunk, payload = toy_chunk("c", shapes)
+    if not payload:
+        return
+    loader, buffer = mapped(chunk, payload)
+    for info, tensor in zip(chunk.tensors, loader.tensors(chunk, buffer).values(), strict=True):
+        assert (tuple(tensor.shape), tensor.dtype) == (info.shape, torch_dtype(info.dtype))
+        assert raw(tensor) == payload[info.offset : info.offset + info.nbytes]
+        assert not tensor.numel() or tensor.data_ptr() % 64 == 0
+
+
+def test_only_mapped_tensors_that_lie_elsewhere_are_copied() -> None:
+    chunk, payload = toy_chunk("c", [("F32", (16,)), ("BF16", (3,)), ("F32", (4, 2)), ("U8", (26,)), ("F32", (5,))])
+    assert [info.offset for info in chunk.tensors] == [0, 64, 70, 102, 128]
+    loader, buffer = mapped(chunk, payload)
+    found = loader.tensors(chunk, buffer)
+    buffer.view[:] = bytes(len(payload))
+    zeros = [not any(raw(tensor)) for tensor in found.values()]
+    assert zeros == [True, True, False, False, True], "those that are views have changed"
+
+
+def test_what_cannot_be_used_as_it_is_stored_is_not_mapped() -> None:
+    chunk, payload = toy_chunk("c", [("F32", (16,)), ("F32", (16,))])
+    assert isinstance(mapped(chunk, payload)[1], MappedBuffer)
+    assert mapped(chunk, payload, {"c.t1": torch.bfloat16})[1] is None
+    packed = replace(chunk, forms=(replace(chunk.forms[0], codec="lossless"),))
+    manifest = toy_manifest([packed])
+    with pytest.raises(ManifestError, match="is stored as lossless"):
+        asyncio.run(Loader(Mapped({"toy": manifest}, {}), manifest).map(packed))
+    manifest = toy_manifest([chunk])
+    assert asyncio.run(Loader(ToySource({"toy": manifest}, {}), manifest).map(chunk)) is None

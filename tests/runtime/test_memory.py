@@ -1,15 +1,37 @@
-"""What the process took, and what there still is."""
+"""What weights may take, what others may still come to take, and what the process took."""
 
+import gc
+import json
+import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 
 from surfw.runtime import memory
-from surfw.runtime.memory import available_bytes, peak_rss_bytes
+from surfw.runtime.memory import (
+    MemoryClaim,
+    anonymous_bytes,
+    claimed_bytes,
+    deciding,
+    default_budget_bytes,
+    headroom_bytes,
+    peak_rss_bytes,
+)
+from tests.runtime.machines import MIB, NO_LIMIT, V1_MOUNTS, V2_MOUNTS, group_v1, group_v2, machine
 
-MIB = 1 << 20
+GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever models of other tests have left open."""
+    monkeypatch.setattr(memory, "_claims", WeakSet())
 
 
 def test_the_peak_remembers_what_was_given_back() -> None:
@@ -29,27 +51,165 @@ def test_the_peak_is_the_processs_own() -> None:
     assert len(held) == 200 * MIB
 
 
-def test_without_proc_the_system_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "_STATUS", tmp_path / "nothing")
-    assert peak_rss_bytes() > MIB
+def test_without_proc_the_system_is_asked(tmp_path: Path) -> None:
+    assert peak_rss_bytes(tmp_path) > MIB
+    assert anonymous_bytes(tmp_path) > MIB
 
 
-def cgroup(folder: Path, limit: str, usage: str) -> tuple[Path, Path]:
-    (folder / "limit").write_text(limit)
-    (folder / "usage").write_text(usage)
-    return folder / "limit", folder / "usage"
+def test_a_mapped_file_is_not_anonymous_memory(tmp_path: Path) -> None:
+    program = (
+        "import mmap, sys\n"
+        "from surfw.runtime.memory import anonymous_bytes\n"
+        "before = anonymous_bytes()\n"
+        "with open(sys.argv[1]) as file: mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "touched = sum(mapped[::4096])\n"
+        "between = anonymous_bytes()\n"
+        "block = bytearray(b'1') * (64 << 20)\n"
+        "print(between - before, anonymous_bytes() - between)\n"
+    )
+    (tmp_path / "file").write_bytes(bytes(64 * MIB))
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (tmp_path / "file").unlink()
+    mapped, block = map(int, done.stdout.split())
+    assert mapped < 16 * MIB
+    assert 64 * MIB <= block < 80 * MIB
 
 
-@pytest.mark.parametrize(
-    ("limit", "usage", "expected"), [("1000\n", "400\n", 600), ("1000", "1500", 0), ("max\n", "400\n", 12345)]
-)
-def test_a_cgroup_limits_what_is_available(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, usage: str, expected: int
-) -> None:
-    class Machine:
-        available = 12345
+def test_the_headroom_is_a_share_of_what_is_large() -> None:
+    assert headroom_bytes(0) == headroom_bytes(1000 * MIB) == 192 * MIB
+    assert headroom_bytes(16_000 * MIB) == 800 * MIB
 
-    monkeypatch.setattr(memory.psutil, "virtual_memory", Machine)
-    missing = (tmp_path / "no", tmp_path / "no")
-    monkeypatch.setattr(memory, "_CGROUPS", (missing, cgroup(tmp_path, limit, usage)))
-    assert available_bytes() == expected
+
+def test_the_default_is_what_the_machine_has_where_no_group_has_less(tmp_path: Path) -> None:
+    root = machine(tmp_path, groups="4:memory:/a\n", mounts=V1_MOUNTS)
+    group_v1(root, "a", NO_LIMIT, total_rss=100 * MIB)
+    assert default_budget_bytes(root) == (12_000 - 800) * MIB
+
+
+def test_the_default_is_the_smallest_over_the_levels(tmp_path: Path) -> None:
+    """The group's own limit is far; its ancestor's is near, and another process of it has taken 500 MiB."""
+    root = machine(tmp_path, groups="0::/a/b\n", mounts=V2_MOUNTS)
+    group_v2(root, "a/b", limit=4000 * MIB, anon=100 * MIB)
+    group_v2(root, "a", limit=1200 * MIB, anon=600 * MIB)
+    assert default_budget_bytes(root) == (1200 - 600 - 192) * MIB
+
+
+@pytest.mark.parametrize("in_use", [9, 500, 5000])
+def test_the_default_is_never_negative(in_use: int, tmp_path: Path) -> None:
+    root = machine(tmp_path, groups="0::/a\n", mounts=V2_MOUNTS)
+    group_v2(root, "a", limit=200 * MIB, anon=in_use * MIB)
+    assert default_budget_bytes(root) == 0
+
+
+def test_other_models_claim_what_they_do_not_hold_yet(tmp_path: Path) -> None:
+    root = machine(tmp_path, groups="", mounts=())
+    all_of_it = default_budget_bytes(root)
+    held = {"first": 0, "second": 900 * MIB}
+    with closing(MemoryClaim(1000 * MIB, lambda: held["first"])) as first:
+        assert default_budget_bytes(root) == all_of_it - 1000 * MIB
+        held["first"] = 400 * MIB
+        assert default_budget_bytes(root) == all_of_it - 600 * MIB, "what it holds counts as memory in use"
+        with closing(MemoryClaim(500 * MIB, lambda: held["second"])):
+            assert default_budget_bytes(root) == all_of_it - 600 * MIB, "who holds more than it claimed gives nothing"
+            first.peak_bytes = 10**18
+            assert default_budget_bytes(root) == 0
+        first.peak_bytes = 401 * MIB
+        assert default_budget_bytes(root) == all_of_it - MIB
+    assert default_budget_bytes(root) == all_of_it
+    first.close()
+    assert claimed_bytes() == 0
+
+
+def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
+    claim = MemoryClaim(1000, lambda: 0)
+    assert claimed_bytes() == 1000
+    del claim
+    gc.collect()
+    assert claimed_bytes() == 0
+
+
+def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> None:
+    """Each takes two thirds of what there is; none of it is taken twice."""
+    root = machine(tmp_path, groups="", mounts=())
+    all_of_it = default_budget_bytes(root)
+    start, claims = threading.Barrier(8), []
+
+    def open_one() -> None:
+        start.wait()
+        with deciding:
+            claims.append(MemoryClaim(default_budget_bytes(root) * 2 // 3, lambda: 0))
+
+    threads = [threading.Thread(target=open_one) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected, left = [], all_of_it
+    for _ in range(8):
+        expected.append(left * 2 // 3)
+        left -= expected[-1]
+    assert [claim.peak_bytes for claim in claims] == expected
+    assert default_budget_bytes(root) == left
+    for claim in claims:
+        claim.close()
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Path]:
+    """A group of version 1 that may take 500 MiB, in which there is another without a limit of its own."""
+    outer = GROUPS / f"surfw-{os.getpid()}"
+    if not (GROUPS / "memory.limit_in_bytes").exists():
+        pytest.skip("there is no hierarchy of version 1 at /sys/fs/cgroup/memory")
+    with ExitStack() as made:
+        try:
+            for folder in (outer, outer / "inner"):
+                folder.mkdir()
+                made.callback(folder.rmdir)
+            (outer / "memory.limit_in_bytes").write_text(str(500 * MIB))
+        except OSError as exc:
+            pytest.skip(f"control groups cannot be made here: {exc}")
+        yield outer / "inner"
+
+
+INSIDE = """
+import json, mmap, os, sys
+from pathlib import Path
+from surfw.runtime.memory import anonymous_bytes, default_budget_bytes
+
+group, file, MIB = Path(sys.argv[1]), Path(sys.argv[2]), 1 << 20
+def cached():
+    rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(rows["total_inactive_file"]) + int(rows["total_active_file"])
+told = {"empty": default_budget_bytes(), "own": anonymous_bytes()}
+with file.open("wb") as written:
+    for _ in range(300):
+        written.write(bytes(MIB))
+    written.flush()
+    os.fsync(written.fileno())
+told |= {"cached": cached(), "full": default_budget_bytes()}
+shared = mmap.mmap(-1, 50 * MIB)
+shared[::4096] = b"1" * len(shared[::4096])
+told["shared"] = default_budget_bytes()
+shared.close()
+block = mmap.mmap(-1, default_budget_bytes(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+block[::4096] = b"1" * len(block[::4096])
+told |= {"taken": default_budget_bytes(), "block": len(block)}
+file.unlink()
+print(json.dumps(told))
+"""
+
+
+def test_a_real_group_is_respected_and_its_page_cache_is_not_counted(group: Path, tmp_path: Path) -> None:
+    enter = f'echo $$ > {group}/cgroup.procs && exec "$@"'
+    command = ["sh", "-c", enter, "-", sys.executable, "-c", INSIDE, str(group), str(tmp_path / "file")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    slack = 16 * MIB
+    assert told["cached"] > 250 * MIB, "the group is full of page cache"
+    assert told["empty"] == pytest.approx(500 * MIB - 192 * MIB - told["own"], abs=slack)
+    assert told["full"] == pytest.approx(told["empty"], abs=slack)
+    assert told["shared"] == pytest.approx(told["full"] - 50 * MIB, abs=slack), "shared memory is no page cache"
+    assert told["block"] == pytest.approx(told["full"], abs=slack), "all of it can be taken: the page cache makes way"
+    assert told["taken"] < slack

@@ -1,12 +1,17 @@
 """What runs next: the manifest's order at first, then what was seen."""
 
+from collections.abc import Sequence
 from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surfw.runtime.schedule import Schedule
+from surfw.runtime.schedule import Phases, Schedule
+
+
+def schedule_of(order: Sequence[str]) -> Schedule:
+    return Schedule(Phases(cycle=tuple(order)))
 
 
 def upcoming(schedule: Schedule, count: int) -> list[str]:
@@ -19,34 +24,34 @@ def run(schedule: Schedule, modules: str) -> None:
 
 
 def test_the_order_of_the_manifest_is_a_cycle() -> None:
-    schedule = Schedule(["a", "b", "c"])
+    schedule = schedule_of(["a", "b", "c"])
     assert upcoming(schedule, 5) == ["a", "b", "c", "a", "b"]
     schedule.observe("b")
     assert upcoming(schedule, 3) == ["c", "a", "b"]
 
 
 def test_nothing_is_known_of_an_empty_order() -> None:
-    schedule = Schedule([])
+    schedule = schedule_of([])
     assert upcoming(schedule, 3) == []
     schedule.observe("x")
     assert upcoming(schedule, 3) == []
 
 
 def test_a_module_outside_of_the_order_is_learned() -> None:
-    schedule = Schedule(["a", "b"])
+    schedule = schedule_of(["a", "b"])
     run(schedule, "axbaxb")
     assert upcoming(schedule, 4) == ["a", "x", "b", "a"]
 
 
 def test_another_order_replaces_the_manifests() -> None:
-    schedule = Schedule(["a", "b", "c"])
+    schedule = schedule_of(["a", "b", "c"])
     run(schedule, "acbacb")
     assert upcoming(schedule, 6) == ["a", "c", "b", "a", "c", "b"]
 
 
 def test_phases_are_told_apart_by_what_ran_before() -> None:
     """T5: an embedding (s) leads into the encoder (e, f) once, then into a cycle of decoder (d, g) and head (h)."""
-    schedule = Schedule(list("sefdgh"))
+    schedule = schedule_of(list("sefdgh"))
     run(schedule, "sef" + "sdgh" * 2)
     assert upcoming(schedule, 8) == list("sdghsdgh")
     run(schedule, "sef")
@@ -55,7 +60,7 @@ def test_phases_are_told_apart_by_what_ran_before() -> None:
 
 def test_a_layer_that_runs_many_times() -> None:
     """ALBERT: one layer (l), four times, between an embedding (e) and a pooler (p)."""
-    schedule = Schedule(list("elp"))
+    schedule = schedule_of(list("elp"))
     run(schedule, "ellllp" * 2)
     assert upcoming(schedule, 2) == ["e", "l"]
     run(schedule, "el")
@@ -66,11 +71,11 @@ def test_a_layer_that_runs_many_times() -> None:
 def test_any_cycle_is_learned(modules: list[str], length: int, further: int) -> None:
     cycle = modules[:length]
     seen = [*cycle * 3, *cycle[:further]]
-    schedule = Schedule(list("abcdefgh"))
+    schedule = schedule_of(list("abcdefgh"))
     run(schedule, "".join(seen))
     assert upcoming(schedule, 10) == [cycle[(len(seen) + step) % length] for step in range(10)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 16])
 def test_as_many_as_are_asked_for(count: int) -> None:
-    assert len(list(islice(Schedule(["a", "b"]).upcoming(count), 20))) == count
+    assert len(list(islice(schedule_of(["a", "b"]).upcoming(count), 20))) == count

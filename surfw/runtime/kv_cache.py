@@ -1,0 +1,130 @@
+"""What a generation remembers: the bytes its KV cache will take, from the configuration, and those that one holds.
+
+Beside the loading of weights: a budget for weights has to leave room for it. Knows no model by its name; the numbers
+come from the names that transformers' configurations share. Nothing here computes, and no tensor is copied.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+_NO_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
+"""Types of layers that keep no key and value per token, but a state of a fixed size or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvCost:
+    """What one sequence adds to the KV cache, a beam counting as a sequence.
+
+    Attributes:
+        prompt_token_bytes: for each token of the prompt. With an encoder: for each position that the encoder puts out,
+            which the layers of the decoder look at.
+        new_token_bytes: for each generated token that is put into the model again, which the last one is not. With an
+            encoder: for each token that is put into the decoder, its start token included.
+    """
+
+    prompt_token_bytes: int
+    new_token_bytes: int
+
+    def total_bytes(self, prompt_tokens: int, new_tokens: int, *, sequences: int = 1) -> int:
+        """All of a generation's cache, with so many tokens in each of its sequences."""
+        return sequences * (prompt_tokens * self.prompt_token_bytes + new_tokens * self.new_token_bytes)
+
+
+def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
+    """What generation with a model of this configuration adds to its KV cache.
+
+    Exact where every layer keeps a key and a value of every token (or, in latent attention, what both are made of). An
+    upper bound where a layer keeps less: within a sliding window, when layers share their keys, or when it compresses
+    them. Layers that keep a state of a fixed size (Mamba, linear attention) count as nothing, and so does a model
+    without attention. What concatenating briefly doubles, one layer at a time, is not counted.
+
+    Args:
+        config: of a model that generates; of one that does not, what it would take as a decoder.
+        dtype: what the model computes in.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = list(_attention_layers(config, text))
+    own = sum(_numbers_per_token(layer) for layer in layers) * dtype.itemsize
+    if not config.is_encoder_decoder:
+        return KvCost(own, own)
+    return KvCost(sum(_plain_numbers(layer, "cross_") for layer in layers) * dtype.itemsize, own)
+
+
+def cache_bytes(past_key_values: object) -> int:
+    """The memory that a cache of transformers holds: all of its tensors, of whatever kind of layer, also legacy tuples.
+
+    A view counts with all the memory that it keeps alive, as a sliding window's does after a long prompt; memory that
+    several tensors share counts once. None holds nothing.
+    """
+    held = {}
+    for tensor in _tensors(past_key_values, set()):
+        if not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def _attention_layers(config: PreTrainedConfig, text: PreTrainedConfig) -> Iterator[Any]:
+    """The configuration of every layer that keeps keys and values."""
+    count = getattr(config, "num_decoder_layers", None) if config.is_encoder_decoder else None
+    if count is not None:  # T5's other count is the encoder's
+        yield from [text] * count
+        return
+    if getattr(text, "num_hidden_layers", None) is None:  # a class of one's own that says nothing of layers
+        return
+    layers = list(text.per_layer_config)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(layers)
+    for layer, kind in zip(layers, kinds, strict=False):
+        if kind not in _NO_KEYS:
+            yield layer
+
+
+def _numbers_per_token(layer: Any) -> int:
+    """How many numbers a layer's self-attention keeps of a token."""
+    latent = getattr(layer, "kv_lora_rank", None)
+    numbers = latent + layer.qk_rope_head_dim if latent else _plain_numbers(layer)
+    return int(numbers + (getattr(layer, "index_head_dim", None) or 0))
+
+
+def _plain_numbers(layer: Any, prefix: str = "") -> int:
+    """A key and a value for each of the heads that have their own; `prefix` stands before names of cross-attention."""
+    attention_heads = _first(layer, "num_attention_heads")
+    if not attention_heads:
+        return 0
+    shared_by_all = getattr(layer, "multi_query", False) and not getattr(layer, "new_decoder_architecture", False)
+    heads = 1 if shared_by_all else _first(layer, f"{prefix}num_key_value_heads", "num_key_value_heads")
+    key = _first(layer, f"{prefix}head_dim", "head_dim", "d_kv") or layer.hidden_size // attention_heads
+    return (heads or attention_heads) * (key + (_first(layer, "v_head_dim") or key))
+
+
+def _first(layer: Any, *names: str) -> int:
+    """The first of these numbers that the configuration has; of a list, the largest. 0 if it has none."""
+    for name in names:
+        value = getattr(layer, name, None)
+        if value:
+            return int(max(value) if isinstance(value, list | tuple) else value)
+    return 0
+
+
+def _tensors(place: object, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Every tensor in a cache, however deep."""
+    if id(place) in seen:
+        return
+    seen.add(id(place))
+    if isinstance(place, torch.Tensor):
+        yield place
+        return
+    inner: Iterable[object] = ()
+    if isinstance(place, Mapping):
+        inner = place.values()
+    elif isinstance(place, list | tuple):
+        inner = place
+    elif not isinstance(place, type | nn.Module | PreTrainedConfig):
+        inner = getattr(place, "__dict__", {}).values()
+    for part in inner:
+        yield from _tensors(part, seen)

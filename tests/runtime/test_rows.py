@@ -1,0 +1,198 @@
+"""Rows of a table are those of the whole table, wherever blocks end; what is read is what holds them."""
+
+import threading
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import embedding
+
+from surfw.config import BLOCK_BYTES, MIB
+from surfw.errors import IntegrityError, ModelClosedError, ModelError
+from surfw.runtime.rows import RowReader, plan_groups, plan_runs
+from tests.runtime.nets import raw
+from tests.runtime.parts import Parts, parts_of
+from tests.toys import Gate, damage
+
+KIB = 1024
+
+
+def table(rows: int, width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    before=st.sampled_from([0, 4, MIB - 8, MIB, 3 * MIB + 12]),
+    width=st.sampled_from([1, 96 * KIB, 256 * KIB, 300 * KIB, 700 * KIB]),
+    rows=st.integers(1, 9),
+    ids=st.lists(st.integers(0, 8), max_size=12),
+    scratch=st.sampled_from([1, 2, 16]),
+    keep=st.sampled_from([0, 1, 8]),
+    target=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_rows_are_those_of_the_whole_table(
+    before: int, width: int, rows: int, ids: list[int], scratch: int, keep: int, target: torch.dtype
+) -> None:
+    wanted = torch.tensor([one % rows for one in ids], dtype=torch.int64)
+    whole = table(rows, width)
+    with parts_of(torch.zeros(before, dtype=torch.uint8), whole, torch.ones(5)) as parts:
+        reader = RowReader(parts.blocks, {"t1": target}, scratch_bytes=scratch * MIB, keep_bytes=keep * MIB)
+        for _ in range(2):
+            seen = reader.lookup("t1", wanted)
+            assert seen.dtype == target
+            assert raw(seen) == raw(embedding(wanted, whole.to(target)))
+        assert raw(reader.tensor("t2")) == raw(torch.ones(5))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", [(), (0,), (6,), (2, 3), (1, 2, 3)])
+def test_ids_have_any_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with parts_of(table(50, 8)) as parts:
+        assert torch.equal(RowReader(parts.blocks).lookup("t0", ids), embedding(ids, parts.tensors[0]))
+
+
+@pytest.mark.parametrize("bad", [-1, 50, 1 << 40])
+def test_ids_out_of_range_are_refused_as_torch_does_before_anything_is_read(bad: int) -> None:
+    ids = torch.tensor([3, bad])
+    with parts_of(table(50, 8)) as parts:
+        with pytest.raises(IndexError, match="index out of range in self") as theirs:
+            embedding(ids, parts.tensors[0])
+        with pytest.raises(IndexError, match="index out of range in self") as ours:
+            RowReader(parts.blocks).lookup("t0", ids)
+        assert str(ours.value) == str(theirs.value)
+        assert parts.reads == []
+
+
+def test_neighbouring_blocks_are_one_read_and_all_reads_one_fetch() -> None:
+    fetches = []
+    with parts_of(table(12, 256 * KIB)) as parts:  # a row is a block
+        fetch = parts.source.fetch
+
+        async def counted(*arguments: object, **options: object) -> None:
+            fetches.append(1)
+            await fetch(*arguments, **options)  # type: ignore[arg-type]
+
+        parts.source.fetch = counted  # type: ignore[method-assign]
+        RowReader(parts.blocks).lookup("t0", torch.tensor([7, 2, 3, 4, 7, 11, 10]))
+        assert parts.blocks_read() == [[2, 3, 4], [7], [10, 11]]
+        assert len(fetches) == 1
+        assert parts.metrics.count("fetched_bytes") == 6 * MIB
+        assert parts.metrics.count("row_reads") == 1
+
+
+def test_a_long_prompt_goes_through_the_table_piece_by_piece() -> None:
+    with parts_of(table(9, 256 * KIB)) as parts:
+        reader = RowReader(parts.blocks, scratch_bytes=4 * MIB, keep_bytes=0)
+        assert torch.equal(reader.lookup("t0", torch.arange(9)), parts.tensors[0])
+        assert parts.blocks_read() == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+        assert reader.buffer_bytes == 4 * MIB
+
+
+def test_a_row_across_two_blocks_needs_both_and_a_larger_one_all_of_its_own() -> None:
+    with parts_of(torch.zeros(MIB - 4, dtype=torch.uint8), table(100, 2)) as parts:
+        assert torch.equal(RowReader(parts.blocks).lookup("t1", torch.tensor([0])), parts.tensors[1][:1])
+        assert parts.blocks_read() == [[0, 1]]
+    with parts_of(table(3, 600 * KIB)) as parts:  # 2.34 blocks
+        reader = RowReader(parts.blocks, scratch_bytes=MIB)
+        assert torch.equal(reader.lookup("t0", torch.tensor([1])), parts.tensors[0][1:2])
+        assert parts.blocks_read() == [[2, 3, 4]]
+
+
+def test_blocks_used_last_stay() -> None:
+    with parts_of(table(6, 256 * KIB)) as parts:
+        reader = RowReader(parts.blocks, keep_bytes=2 * MIB)
+
+        def look_up(*ids: int) -> list[list[int]]:
+            assert torch.equal(reader.lookup("t0", torch.tensor(ids)), parts.tensors[0][list(ids)])
+            return parts.blocks_read()
+
+        assert look_up(0) == [[0]]
+        assert look_up(1) == [[1]]
+        assert look_up(0) == []
+        assert look_up(2) == [[2]]
+        assert look_up(0) == []
+        assert look_up(1) == [[1]]
+        assert look_up(3, 0, 5) == [[3], [5]]
+        assert look_up(3, 5) == []
+        reader.clear()
+        assert look_up(3) == [[3]]
+
+
+def test_damage_is_reported_and_nothing_damaged_stays() -> None:
+    with parts_of(table(40, 256)) as parts:
+        whole = parts.chunk
+        reader = RowReader(parts.blocks)
+        reader._homes["t0"] = (damage(whole), whole.tensors[0])
+        with pytest.raises(IntegrityError, match="chunk c from toys is damaged: block 0 has BLAKE3"):
+            reader.lookup("t0", torch.tensor([1]))
+        reader._homes["t0"] = (whole, whole.tensors[0])
+        assert torch.equal(reader.lookup("t0", torch.tensor([1])), parts.tensors[0][1:2])
+        assert len(parts.blocks_read()) == 2
+
+
+def interrupted(parts: Parts, gate: Gate) -> None:
+    gate.wait_for("c")
+    parts.run.interrupt(ModelError("no longer wanted"))
+
+
+def test_an_interrupted_run_ends_and_memory_still_written_to_is_not_used_again() -> None:
+    gate = Gate(stubborn=True)
+    with parts_of(table(40, 256)) as parts:
+        parts.source.gate = gate
+        reader = RowReader(parts.blocks)
+        thread = threading.Thread(target=interrupted, args=(parts, gate))
+        thread.start()
+        with pytest.raises(ModelError, match="no longer wanted"):
+            reader.lookup("t0", torch.tensor([1]))
+        thread.join()
+        assert reader._scratch is None
+        gate.open("c")
+
+
+def test_a_closed_source_is_a_clear_error() -> None:
+    with parts_of(table(40, 256)) as parts:
+        parts.io.close()
+        with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
+            RowReader(parts.blocks).lookup("t0", torch.tensor([1]))
+
+
+def test_a_source_that_is_closed_meanwhile_is_a_clear_error() -> None:
+    gate = Gate()
+    with parts_of(table(40, 256)) as parts:
+        parts.source.gate = gate
+
+        def close() -> None:
+            gate.wait_for("c")
+            parts.io.close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        with pytest.raises(ModelClosedError, match="the source of toy was closed while it was read"):
+            RowReader(parts.blocks).lookup("t0", torch.tensor([1]))
+        thread.join()
+
+
+ranges = st.lists(st.tuples(st.integers(0, 5 * MIB), st.integers(1, 3 * MIB)), max_size=8).map(
+    lambda pairs: sorted((start, start + length) for start, length in pairs)
+)
+
+
+@given(ranges, st.integers(1, 4))
+def test_groups_hold_every_range_once_in_few_blocks(wanted: list[tuple[int, int]], most: int) -> None:
+    groups = list(plan_groups(wanted, most))
+    assert [one for group, _ in groups for one in group] == wanted
+    for group, blocks in groups:
+        touched = {block for start, stop in group for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES))}
+        assert blocks == sorted(touched)
+        assert len(blocks) <= most or len(group) == 1
+
+
+@given(st.sets(st.integers(0, 30)).map(sorted))
+def test_runs_are_neighbours_and_nothing_else(blocks: list[int]) -> None:
+    runs = list(plan_runs(blocks))
+    assert [block for first, last in runs for block in range(first, last + 1)] == blocks
+    assert all(second[0] > first[1] + 1 for first, second in pairwise(runs))
