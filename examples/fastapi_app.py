@@ -31,6 +31,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             source,
             settings.model,
             cache_size=settings.cache_layers,
+            memory_budget=settings.memory_budget,
+            policy=settings.policy,
             retry=settings.retry,
             token=settings.token if source.startswith(("ws://", "wss://")) else None,
         ) as model:

@@ -24,6 +24,7 @@ from .errors import UnknownModelError as UnknownModelError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import WireError as WireError
 from .models import CacheInfo as CacheInfo
+from .models import Explanation as Explanation
 from .models import InferenceStats as InferenceStats
 from .models import StreamingBaseModel as StreamingBaseModel
 from .models import StreamingBertModel as StreamingBertModel

@@ -7,6 +7,7 @@ names where it came from, what it is and what was expected.
 import contextlib
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,8 @@ class Setting:
         most: the largest number; None for any.
         choices: the only texts; empty for any.
         metavar: what help shows in place of the type.
+        form: what a text has to be, in words, where not every text will do; such as `a size such as 1.5GB`.
+        has_form: whether a text is that; None for any text.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Setting:
     most: float | None = None
     choices: tuple[str, ...] = ()
     metavar: str | None = None
+    form: str = ""
+    has_form: Callable[[str], bool] | None = None
 
     @property
     def variable(self) -> str:
@@ -58,7 +63,7 @@ class Setting:
         if self.choices:
             return " or ".join(self.choices)
         if self.kind not in {int, float}:
-            return "true or false" if self.kind is bool else "a text that is not empty"
+            return "true or false" if self.kind is bool else self.form or "a text that is not empty"
         number = "a whole number" if self.kind is int else "a number"
         if self.least is None:
             return number
@@ -109,7 +114,9 @@ class Setting:
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return False
         if isinstance(value, str):
-            return value in self.choices if self.choices else bool(value.strip())
+            if self.choices:
+                return value in self.choices
+            return self.has_form(value) if self.has_form else bool(value.strip())
         if isinstance(value, bool) or not isinstance(value, int | float):
             return True
         if isinstance(value, float) and not math.isfinite(value):

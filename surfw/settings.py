@@ -8,7 +8,7 @@ is no setting: it is read when it is asked for, and never shown.
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -21,24 +21,29 @@ from surfw.config import (
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
     OnMissing,
+    Policy,
     default_store,
+    is_size,
 )
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.setting import Setting
+from surfw.token import TOKEN_VARIABLE, read_token
 
 CONFIG_VARIABLE = "SURFW_CONFIG"
 """Names a TOML file, as `--config` does."""
 
-TOKEN_VARIABLE = "SURFW_TOKEN"  # noqa: S105 - a name
-"""Holds the token itself: the one variable that has no option and no key."""
-
 TABLE = "tool.surfw"
 """The table of a TOML file that holds settings."""
 
+_PLACES = ("argument", "variable", "file", "default")
+"""Where a value can come from, the nearest first."""
+
+_EXCLUSIVE = ("cache_layers", "memory_budget")
+"""Two settings that say the same thing in two ways, and have no default. The one from the nearer place counts."""
+
 _RETRY = RetryPolicy()
 _SHORTEST_SECONDS = 0.001
-_MOST_TOKEN_BYTES = 64 * 1024
 
 
 def _setting(
@@ -49,9 +54,14 @@ def _setting(
     least: float | None = None,
     most: float | None = None,
     metavar: str | None = None,
+    form: str = "",
+    has_form: Callable[[str], bool] | None = None,
 ) -> Any:
     """A field with what `Setting` knows of it; `shown` says in words what no default or a computed one means."""
-    known = {"help": meaning, "default_text": shown, "least": least, "most": most, "metavar": metavar}
+    known = {
+        "help": meaning, "default_text": shown, "least": least, "most": most, "metavar": metavar, "form": form,
+        "has_form": has_form,
+    }  # fmt: skip
     return (
         field(default_factory=default, metadata=known) if callable(default) else field(default=default, metadata=known)
     )
@@ -86,6 +96,15 @@ class Settings:
     cache_layers: int | None = _setting(
         None, "Layers kept in memory; one more may be in flight.", shown="what fits", least=1
     )
+    memory_budget: str | None = _setting(
+        None,
+        "What weights in memory may take, in place of cache_layers.",
+        shown="what memory there is",
+        metavar="SIZE",
+        form="a size such as 1.2GB",
+        has_form=is_size,
+    )
+    policy: Policy = _setting("auto", "Which layers stay: a part that is chosen once, or those used last.")  # noqa: RUF009 - it makes a field
     dtype: str | None = _setting(None, "Run in this dtype, such as bfloat16.", shown="as stored")
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
@@ -117,6 +136,8 @@ class Settings:
         """Check every value."""
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(getattr(self, name), name))
+        if None not in [getattr(self, name) for name in _EXCLUSIVE]:
+            raise _exclude_each_other(" and ".join(_EXCLUSIVE))
 
     @classmethod
     def load(cls, config: str | os.PathLike[str] | None = None, **arguments: Any) -> Self:
@@ -149,29 +170,7 @@ class Settings:
         Raises:
             ConfigurationError: the file cannot be read, or holds no token.
         """
-        if self.token_file is None:
-            given = os.environ.get(TOKEN_VARIABLE)
-            return _check_token(given, TOKEN_VARIABLE) if given else None
-        path = Path(self.token_file).expanduser()
-        try:
-            with path.open("rb") as file:
-                text = file.read(_MOST_TOKEN_BYTES).decode(errors="replace")
-        except (OSError, ValueError) as exc:
-            reason = getattr(exc, "strerror", None) or type(exc).__name__
-            raise ConfigurationError(
-                f"token_file {path} cannot be read: {reason}; name a file that holds the token"
-            ) from exc
-        return _check_token(text, f"token_file {path}")
-
-
-def _check_token(text: str, where: str) -> str:
-    """The token without white space around it; errors do not show it."""
-    token = text.strip()
-    if not token:
-        raise ConfigurationError(f"{where} is empty, expected a token; put one in, or unset it")
-    if not token.isascii() or not token.isprintable() or " " in token:
-        raise ConfigurationError(f"{where} holds no token, expected one word of printable ASCII characters")
-    return token
+        return read_token(self.token_file)
 
 
 def _read_registry() -> dict[str, Setting]:
@@ -226,19 +225,50 @@ def trace_settings(
     path = Path(file).expanduser() if file else None
     table = read_settings_file(path) if path is not None else {}
     defaults = Settings()
+    origins = {name: _find_origin(setting, arguments, table, path) for name, setting in SETTINGS.items()}
+    yielding, to = _decide_between(origins)
     found: dict[str, tuple[Any, Origin]] = {}
     for name, setting in SETTINGS.items():
-        if (given := arguments.get(name)) is not None:
-            found[name] = setting.check(given, name), Origin("argument", name)
-        elif text := os.environ.get(setting.variable):
-            found[name] = setting.parse(text, setting.variable), Origin("variable", setting.variable)
-        elif name in table:
-            found[name] = table[name], Origin("file", str(path))
+        origin = origins[name]
+        if name == yielding:
+            found[name] = None, origins[to]
+        elif origin.kind == "argument":
+            found[name] = setting.check(arguments[name], name), origin
+        elif origin.kind == "variable":
+            found[name] = setting.parse(os.environ[setting.variable], setting.variable), origin
         else:
-            found[name] = getattr(defaults, name), Origin("default", "default")
+            found[name] = table[name] if origin.kind == "file" else getattr(defaults, name), origin
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
         found["token_file"] = None, Origin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
+
+
+def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> Origin:
+    """The nearest place that gives a setting."""
+    if arguments.get(setting.name) is not None:
+        return Origin("argument", setting.name)
+    if os.environ.get(setting.variable):
+        return Origin("variable", setting.variable)
+    return Origin("file", str(path)) if setting.name in table else Origin("default", "default")
+
+
+def _decide_between(origins: Mapping[str, Origin]) -> tuple[str | None, str]:
+    """Of two settings that exclude each other, the one that yields, if both are given, and the one that is nearer.
+
+    Raises:
+        ConfigurationError: both are given in the same place.
+    """
+    nearer, other = sorted(_EXCLUSIVE, key=lambda name: _PLACES.index(origins[name].kind))
+    if (place := origins[other]).kind == "default":
+        return None, nearer
+    if place.kind == origins[nearer].kind:
+        names = " and ".join(SETTINGS[name].variable if place.kind == "variable" else name for name in _EXCLUSIVE)
+        raise _exclude_each_other(f"{place.name}: {names}" if place.kind == "file" else names)
+    return other, nearer
+
+
+def _exclude_each_other(names: str) -> ConfigurationError:
+    return ConfigurationError(f"{names} exclude each other; give one of them")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:

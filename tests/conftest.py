@@ -8,7 +8,8 @@ from typing import NoReturn
 
 import pytest
 
-from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
+from surfw.settings import CONFIG_VARIABLE, SETTINGS
+from surfw.token import TOKEN_VARIABLE
 from tests.services.redis import redis_url
 from tests.services.s3 import s3
 

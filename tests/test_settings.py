@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from hypothesis import strategies as st
 from surfw.config import default_store
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
-from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE, Origin, Settings, trace_settings
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, Origin, Settings, trace_settings
+from surfw.token import TOKEN_VARIABLE
 
 THREE: dict[str, tuple[Any, Any, Any]] = {
     "store": ("/a", "s3://bucket/b", "c"),
@@ -25,6 +25,8 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "insecure": (False, True, True),
     "clients": (1, 2, 3),
     "cache_layers": (1, 2, 3),
+    "memory_budget": ("1.2GB", "500 MiB", "4096"),
+    "policy": ("lru", "auto", "lru"),
     "dtype": ("float32", "bfloat16", "float16"),
     "max_new_tokens": (1, 2, 3),
     "temperature": (0.0, 0.5, 1.5),
@@ -103,6 +105,55 @@ def test_settings_are_frozen_and_keyword_only() -> None:
         untyped("store")
 
 
+LAYERS, BUDGET = "cache_layers", "memory_budget"
+
+
+@pytest.mark.parametrize("nearer", [LAYERS, BUDGET])
+@pytest.mark.parametrize(("near", "far"), [("argument", "variable"), ("argument", "file"), ("variable", "file")])
+def test_of_two_settings_that_exclude_each_other_the_nearer_one_counts(
+    nearer: str, near: str, far: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    farther = LAYERS if nearer == BUDGET else BUDGET
+    places = {near: nearer, far: farther}
+    values: dict[str, Any] = {LAYERS: 4, BUDGET: "1GB"}
+    file = write(tmp_path, f"{farther} = {toml(values[farther])}" if far == "file" else "")
+    if variable := places.get("variable"):
+        monkeypatch.setenv(SETTINGS[variable].variable, str(values[variable]))
+    arguments = {nearer: values[nearer]} if near == "argument" else {}
+    settings = Settings.load(file, **arguments)
+    assert (getattr(settings, nearer), getattr(settings, farther)) == (values[nearer], None)
+    found = trace_settings(file, arguments)
+    assert found[nearer][1].kind == near
+    assert found[farther] == (None, found[nearer][1]), "what decided that it is not set"
+
+
+def test_what_yields_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SURFW_MEMORY_BUDGET", "much")
+    assert Settings.load(cache_layers=4).memory_budget is None
+    monkeypatch.setenv("SURFW_CACHE_LAYERS", "4")
+    assert Settings.load(memory_budget="1GB").cache_layers is None, "an argument decides between two variables"
+
+
+def test_two_settings_that_exclude_each_other_are_refused_in_one_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {LAYERS: 4, BUDGET: "1GB"}
+    file = write(tmp_path, "cache_layers = 4\nmemory_budget = '1GB'")
+    for attempt, names in (
+        (lambda: Settings(**both), "cache_layers and memory_budget"),
+        (lambda: Settings.load(**both), "cache_layers and memory_budget"),
+        (lambda: Settings.load(file), f"{file}: cache_layers and memory_budget"),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            attempt()
+        assert str(caught.value) == f"{names} exclude each other; give one of them"
+    monkeypatch.setenv("SURFW_CACHE_LAYERS", "4")
+    assert Settings.load(file).memory_budget is None, "a variable decides between two of a file"
+    monkeypatch.setenv("SURFW_MEMORY_BUDGET", "1GB")
+    with pytest.raises(ConfigurationError, match=r"^SURFW_CACHE_LAYERS and SURFW_MEMORY_BUDGET exclude each other; "):
+        Settings.load()
+
+
 def test_origins_name_the_variable_and_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = write(tmp_path, "port = 1")
     monkeypatch.setenv("SURFW_HOST", "::1")
@@ -167,6 +218,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("model", 7, "is 7, expected a text that is not empty"),
     ("model", ["a"], "is ['a'], expected a text that is not empty"),
     ("on_missing", "ignore", "is 'ignore', expected error or uninitialized"),
+    ("policy", "fifo", "is 'fifo', expected auto or lru"),
+    ("memory_budget", "much", "is 'much', expected a size such as 1.2GB"),
+    ("memory_budget", "0 GB", "is '0 GB', expected a size such as 1.2GB"),
+    ("memory_budget", "", "is '', expected a size such as 1.2GB"),
+    ("memory_budget", 10**9, "is 1000000000, expected a size such as 1.2GB"),
     ("host", 9**99, f"is {str(9**99)[:80]}…, expected a text that is not empty"),
 ]
 
@@ -198,6 +254,9 @@ def test_what_does_not_fit_is_refused_as_an_argument_and_in_a_file(
         ("insecure", "maybe", "true or false"),
         ("model", " ", "a text that is not empty"),
         ("on_missing", "ERROR", "error or uninitialized"),
+        ("policy", "LRU", "auto or lru"),
+        ("memory_budget", "1.2 gallons", "a size such as 1.2GB"),
+        ("memory_budget", "-1GB", "a size such as 1.2GB"),
     ],
 )
 def test_a_variable_that_does_not_fit_is_refused_where_it_counts(
@@ -289,31 +348,3 @@ def test_the_token_is_read_when_it_is_asked_for_and_never_shown(
     assert "token" not in SETTINGS
     with pytest.raises(ConfigurationError, match="there is no setting token; did you mean token_file"):
         Settings.load(write(tmp_path, 'token = "s3cret"'))
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "is empty, expected a token; put one in, or unset it"),
-        (b" \n", "is empty, expected a token; put one in, or unset it"),
-        (b"s3cret two", "holds no token, expected one word of printable ASCII characters"),
-        (b"s3cret\r\nX: y", "holds no token, expected one word of printable ASCII characters"),
-        (b"s3cret\xff", "holds no token, expected one word of printable ASCII characters"),
-    ],
-)
-def test_what_is_no_token(content: bytes, said: str, tmp_path: Path) -> None:
-    file = tmp_path / "token"
-    file.write_bytes(content)
-    with pytest.raises(ConfigurationError) as caught:
-        _ = Settings(token_file=str(file)).token
-    assert str(caught.value) == f"token_file {file} {said}"
-
-
-def test_a_token_file_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="absent cannot be read: No such file or directory; name a file that"):
-        _ = Settings(token_file=str(tmp_path / "absent")).token
-    monkeypatch.setenv(TOKEN_VARIABLE, "a b")
-    with pytest.raises(ConfigurationError, match=r"^SURFW_TOKEN holds no token, expected one word") as caught:
-        _ = Settings().token
-    assert "a b" not in str(caught.value)
-    assert os.environ[TOKEN_VARIABLE] == "a b"

@@ -98,21 +98,21 @@ def _facts(prepared: Any) -> dict[str, Any]:
     """What a dry run tells."""
     from surfw.runtime.buffers import buffer_capacity
     from surfw.runtime.layout import plan_layout
-    from surfw.runtime.residency import plan_residency
+    from surfw.runtime.residency import describe_needs, least_bytes
 
     kinds = {chunk.name: chunk.kind for chunk in prepared.plan.chunks}
     sizes = {
         chunk.name: buffer_capacity(plan_layout([tensor.info.nbytes for tensor in chunk.tensors])[1])
         for chunk in prepared.plan.chunks
     }
-    least = plan_residency(kinds, sizes, prepared.plan.order, cache_layers=1)
+    needs = describe_needs(prepared.name, kinds, sizes, prepared.plan.order)
     return {
         "model": prepared.name,
         "class": prepared.class_name,
         "dtype": prepared.dtype,
         "payload_bytes": prepared.plan.payload_bytes,
         "layers": sum(chunk.kind == "layer" for chunk in prepared.plan.chunks),
-        "least_budget_bytes": least.peak_bytes,
+        "least_budget_bytes": least_bytes(needs, list(sizes)),
         "chunks": [
             {"name": chunk.name, "kind": chunk.kind, "tensors": len(chunk.tensors), "bytes": chunk.payload_bytes}
             for chunk in prepared.plan.chunks

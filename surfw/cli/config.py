@@ -7,7 +7,7 @@ import typer
 
 from surfw.cli import options
 from surfw.config import display_url
-from surfw.settings import TOKEN_VARIABLE
+from surfw.token import TOKEN_VARIABLE
 
 EXAMPLES = """\b
 Examples:

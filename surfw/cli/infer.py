@@ -20,14 +20,14 @@ Examples:
   surfw infer --prompt 'Weight streaming is'
   echo Hello | surfw infer --prompt - --model org/name
   surfw infer --source ws://127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
+  surfw infer --memory-budget 2GB --explain
 """
 
 
 @options.with_settings(
-    "model", "source", "cache_layers", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
-    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay",
-    "retry_jitter",
-    "token_file", "live",
+    "model", "source", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature", "top_p", "top_k",
+    "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay",
+    "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
 )  # fmt: skip
 def infer(
     *,
@@ -40,6 +40,9 @@ def infer(
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
     configuration: options.Configuration,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Measure, and tell first what limits it; without a prompt, only that.")
+    ] = False,
     json: options.Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
 ) -> None:
@@ -52,8 +55,15 @@ def infer(
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
-    text = _read_prompt(prompt, ids)
     settings = configuration.settings
+    if explain and prompt is None and ids is None:
+        _explain_only(configuration, json=json, quiet=quiet)
+        return
+    if explain and quiet and not json:
+        raise typer.BadParameter(
+            "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
+        )
+    text = _read_prompt(prompt, ids)
     is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
     view = LiveView() if is_live else PlainView(json=json, quiet=quiet, ids=ids is not None)
     request = {
@@ -61,10 +71,39 @@ def infer(
         "ignore_eos": ignore_eos, "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature,
         "top_p": settings.top_p, "top_k": settings.top_k, "seed": settings.seed,
     }  # fmt: skip
-    _run(view, request, configuration)
+    _run(view, request, configuration, explain=explain)
 
 
-def _run(view: Any, request: dict[str, Any], configuration: options.Configuration) -> None:
+def _explain_only(configuration: options.Configuration, *, json: bool, quiet: bool) -> None:
+    """No prompt: the explanation is the result."""
+    from surfw.cli import explain_view, render
+    from surfw.cli.infer_view import PlainView
+    from surfw.cli.sources import choose_source
+
+    with choose_source(configuration) as chosen:
+        PlainView(json=json, quiet=quiet, ids=False).note(f"source: {display_url(chosen.url)} ({chosen.reason})")
+        with _open_model(chosen, configuration.settings) as streaming:
+            found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
+            if json:
+                facts = {"model": found.model, "source": display_url(chosen.url)}
+                render.print_json(facts | {"explain": explain_view.facts(found, configuration.origins)})
+            else:
+                explain_view.show(found, configuration.origins, render.out)
+
+
+def _explain(view: Any, streaming: Any, tokenizer: Any, request: Any, configuration: options.Configuration) -> Any:
+    """Explain the run that comes now."""
+    from surfw.cli import explain_view
+    from surfw.models.inference import count_prompt_tokens
+
+    view.note("measuring")
+    prompt_tokens = count_prompt_tokens(streaming, tokenizer, request)
+    found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
+    view.explain(found, configuration.origins)
+    return explain_view.facts(found, configuration.origins)
+
+
+def _run(view: Any, request: dict[str, Any], configuration: options.Configuration, *, explain: bool) -> None:
     from surfw.cli.sources import choose_source
 
     with choose_source(configuration) as chosen:
@@ -76,8 +115,10 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
         with _open_model(chosen, configuration.settings) as streaming:
             tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
+            asked = Request(**request)
+            explained = _explain(view, streaming, tokenizer, asked, configuration) if explain else None
             with view.running(streaming):
-                result = answer(streaming, tokenizer, Request(**request), on_text=view.on_text, on_token=view.on_token)
+                result = answer(streaming, tokenizer, asked, on_text=view.on_text, on_token=view.on_token)
             statistics = streaming.statistics()
             facts = {
                 "model": streaming.manifest.name,
@@ -92,8 +133,11 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
                 "tokens_per_second": result.tokens_per_second,
                 "cache": statistics["cache"],
                 "time": statistics["time"],
+                "plan": statistics["plan"],
                 "peak_rss_bytes": peak_rss_bytes(),
             }
+            if explained is not None:
+                facts["explain"] = explained
             for name in ("embedding", "predictions"):
                 if getattr(result, name) is not None:
                     facts[name] = getattr(result, name)
@@ -108,6 +152,8 @@ def _open_model(chosen: "ChosenSource", settings: Settings) -> Any:
         chosen.url,
         settings.model,
         cache_size=settings.cache_layers,
+        memory_budget=settings.memory_budget,
+        policy=settings.policy,
         dtype=settings.dtype,
         on_missing=settings.on_missing,
         token=settings.token if chosen.is_server else None,

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from surfw.cli import render
+from surfw.cli import explain_view, render
 from surfw.config import format_size, is_server_url
 
 _SHOWN_VALUES = 8
@@ -30,6 +30,11 @@ class PlainView:
         """A line about what is going on."""
         if not self._quiet:
             print(f"surfw: {text}", file=sys.stderr, flush=True)
+
+    def explain(self, explanation: Any, origins: Any) -> None:
+        """What limits the run that comes now."""
+        if not self._json:
+            explain_view.show(explanation, origins, render.err)
 
     @contextmanager
     def running(self, streaming: Any) -> Iterator[None]:
@@ -70,6 +75,11 @@ class LiveView:
     def note(self, text: str) -> None:
         """A line about what is going on."""
         render.err.print(f"surfw: {text}", style="dim", soft_wrap=True)
+
+    def explain(self, explanation: Any, origins: Any) -> None:
+        """What limits the run that comes now."""
+        explain_view.show(explanation, origins, render.err)
+        render.err.print()
 
     @contextmanager
     def running(self, streaming: Any) -> Iterator[None]:
@@ -118,7 +128,9 @@ def weights_table(statistics: dict[str, Any]) -> Table:
         "",
         [
             ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
-            ("fetched, resident", f"{format_size(cache['fetched_bytes'])}, {format_size(cache['resident_bytes'])}"),
+            ("fetched", format_size(cache["fetched_bytes"])),
+            ("weights in memory", _memory_used(statistics)),
+            ("KV cache", format_size(cache["kv_cache_bytes"])),
             ("fetch latency p50 / p95", f"{render.seconds(latency['p50'])} / {render.seconds(latency['p95'])}"),
             (
                 "stalled, computing",
@@ -126,6 +138,14 @@ def weights_table(statistics: dict[str, Any]) -> Table:
             ),
         ],
     )
+
+
+def _memory_used(statistics: dict[str, Any]) -> str:
+    """What weights take now, and of what."""
+    used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
+    if plan is None or plan["budget_bytes"] is None:
+        return used
+    return f"{used} of a budget of {format_size(plan['budget_bytes'])}"
 
 
 def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: float | None) -> None:
@@ -149,17 +169,20 @@ def summary(facts: dict[str, Any]) -> str:
         parts.append(f"{facts['prompt_tokens']} tokens in {render.seconds(spent)}")
     parts.append(f"{cache['hits']} hits, {cache['prefetched']} prefetched, {cache['stalls']} stalls")
     parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
-    parts.append(bottleneck(facts["source"], time["stall_seconds"], spent))
+    parts.append(bottleneck(facts["source"], time["stall_seconds"], spent, facts["plan"]))
     return "; ".join(parts)
 
 
-def bottleneck(source: str, stall_seconds: float, spent_seconds: float) -> str:
-    """Why it was not faster."""
+def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: dict[str, Any]) -> str:
+    """Why it was not faster, and what to do about it."""
     share = stall_seconds / spent_seconds if spent_seconds else 0.0
     on = "the link" if is_server_url(source) else "storage"
-    if share >= _MOSTLY:
-        return f"stalled {share:.0%} on {on}: keep more layers (--cache-layers), or bring the weights closer"
-    return f"stalled {share:.0%} on {on}, computing the rest of the time"
+    if share < _MOSTLY:
+        return f"stalled {share:.0%} on {on}, computing the rest of the time"
+    if not plan["streamed"]:
+        return f"stalled {share:.0%} on {on}, until all weights were there"
+    more = "more memory" if plan["limited_by"] == "default" else "more memory (--memory-budget)"
+    return f"stalled {share:.0%} on {on}: {more} keeps more layers, or bring the weights closer"
 
 
 def encoder_text(facts: dict[str, Any]) -> str:

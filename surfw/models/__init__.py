@@ -2,12 +2,14 @@
 
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import WeightClient
+from surfw.models.explain import Explanation
 from surfw.models.families import StreamingBertModel, StreamingGPTModel, StreamingLlamaModel, StreamingT5Model
 from surfw.models.statistics import CacheInfo, InferenceStats
 from surfw.models.streaming import StreamingModel
 
 __all__ = [
     "CacheInfo",
+    "Explanation",
     "InferenceStats",
     "StreamingBaseModel",
     "StreamingBertModel",

@@ -17,14 +17,16 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, check_on_missing, expect
+from surfw.config import OnMissing, Policy, check_on_missing, check_policy, expect
 from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.beside import beside, ended
 from surfw.models.client import Source, WeightClient
+from surfw.models.explain import Explanation, explain
 from surfw.models.opened import OpenedModel, OpenSettings, find_manifest
 from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, check_device
+from surfw.models.room import generation_size
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.residency import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
@@ -68,6 +70,7 @@ class StreamingBaseModel:
         device: str | torch.device = "cpu",
         dtype: str | None = None,
         on_missing: OnMissing = "error",
+        policy: Policy = "auto",
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         """Note what is wanted; the first use opens it: a call, `warmup`, entering its context.
@@ -77,13 +80,17 @@ class StreamingBaseModel:
                 `WeightClient` that several models share.
             model: its name there, in full or a unique last part; None for the only one.
             cache_size: how many layers are kept in memory, counting embeddings and heads of over 1 MiB; one more may be
-                in flight. Default: as many as fit into a good half of the memory that is available.
+                in flight. Default: as many as fit into the memory there is.
             memory_budget: in place of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
+                Default: what the machine and this process's control groups have left, less a headroom and what other
+                open models may still take.
             prefetch: fetch the next layers while one computes.
             device: where to compute; only the CPU.
             dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the one it is stored in.
             on_missing: `error`, or `uninitialized`: compute with weights that the checkpoint does not have, with a
                 warning. The only way ever to do so.
+            policy: which layers stay where not all fit. `auto`: a part of them that is chosen once, for the order in
+                which they run; `lru`: those that were used last.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`; see `WeightClient`.
 
         Raises:
@@ -99,6 +106,7 @@ class StreamingBaseModel:
         expect("dtype", dtype, str | None, "a dtype's name or None")
         check_model_class(self.model_class)
         check_on_missing(on_missing)
+        check_policy(policy)
         check_device(device)
         shared = isinstance(source, WeightClient)
         given = sorted(name for name, value in connection.items() if value is not None)
@@ -115,6 +123,7 @@ class StreamingBaseModel:
             prefetch=prefetch,
             dtype=dtype,
             on_missing=on_missing,
+            policy=policy,
             model_class=self.model_class,
             owns_client=not shared,
         )
@@ -198,11 +207,28 @@ class StreamingBaseModel:
         """
         return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
 
+    def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
+        """Leave memory for the KV cache of a generation of one's own, as `generate` does of itself.
+
+        Args:
+            prompt_tokens: in each sequence.
+            new_tokens: in each sequence, at most.
+            sequences: rows of the batch, times beams.
+
+        Raises:
+            ConfigurationError: the memory budget is too small for it.
+        """
+        self._open_here().leave_room(prompt_tokens, new_tokens, sequences)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
         self._expect_generation()
-        untyped: Callable[[Any], Any] = lambda model: model.generate(*args, **kwargs)  # noqa: E731
-        return self.run(untyped)
+
+        def generate(model: Any) -> Any:
+            self.leave_room(*generation_size(model, args, kwargs))
+            return model.generate(*args, **kwargs)
+
+        return self.run(generate)
 
     async def generate_async(self, *args: Any, **kwargs: Any) -> Any:
         """As `generate`, in a thread of the model's own; cancelled as `forward_async`."""
@@ -247,6 +273,35 @@ class StreamingBaseModel:
             )
         following = range(current_layer + 1, current_layer + 1 + min(prefetch_count, count - 1))
         return await _arrived(opened, [index % count for index in following])
+
+    def explain(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
+        """Measure how fast weights arrive and the model computes, and say what limits it and what more memory brings.
+
+        Takes some seconds: two passes of the model, and reading up to 256 MB of what does not stay in memory. The
+        statistics leave them out.
+
+        Args:
+            prompt_tokens: of the prompt; a pass of a model that does not generate has so many.
+            new_tokens: that will be generated; if any, room is left for the KV cache of it all, as `leave_room` does.
+
+        Raises:
+            ConfigurationError: a number cannot be used, the memory budget is too small for the KV cache, or an event
+                loop runs in this thread: use `explain_async`.
+            SurfwError: weights could not be had.
+        """
+        refuse_event_loop("measuring a model", "'await model.explain_async()'")
+        for name, count, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0)):
+            expect(name, count, int, f"a number, {least} or more")
+            if count < least:
+                raise ConfigurationError(f"{name} is {count}, expected a number, {least} or more")
+        opened = self._open()
+        if new_tokens and opened.model.can_generate():
+            opened.leave_room(prompt_tokens, new_tokens)
+        return explain(opened, self.metrics, prompt_tokens=prompt_tokens)
+
+    async def explain_async(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
+        """As `explain`, in a thread of the model's own, beside the event loop."""
+        return await self._in_thread(lambda: self.explain(prompt_tokens=prompt_tokens, new_tokens=new_tokens))
 
     def get_cache_info(self) -> CacheInfo:
         """What is kept in memory, and how often weights were found there."""

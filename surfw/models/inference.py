@@ -178,6 +178,15 @@ def answer(
         ) from exc
 
 
+def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> int:
+    """How many tokens the prompt of a request has, with its chat template.
+
+    Raises:
+        ConfigurationError: the request does not fit the model.
+    """
+    return int(_encode(model, tokenizer, request)["input_ids"].shape[1])
+
+
 def _encode(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
 ) -> dict[str, torch.Tensor]:
@@ -240,7 +249,7 @@ def _generate(
     prompt_tokens = inputs["input_ids"].shape[1]
     clock = TokenClock(text, on_token)
     try:
-        output = model.run(lambda inner: _generate_with(inner, request, streamer=clock, **inputs, **stopping))
+        output = model.run(lambda inner: _generate_with(model, inner, request, streamer=clock, **inputs, **stopping))
     except ValueError as exc:
         raise ConfigurationError(f"{model.manifest.name} cannot generate so: {exc}") from exc
     took = time.perf_counter() - clock.start
@@ -256,8 +265,9 @@ def _generate(
     )
 
 
-def _generate_with(model: Any, request: Request, **arguments: Any) -> torch.Tensor:
+def _generate_with(streaming: StreamingBaseModel, model: Any, request: Request, **arguments: Any) -> torch.Tensor:
     """Generate as the request says, and in no other way: `generate()` takes the model's own for what it leaves open."""
+    streaming.leave_room(arguments["input_ids"].shape[1], request.max_new_tokens)
     before = model.generation_config
     config = model.generation_config = _generation_config(before, request)
     if request.seed is not None:

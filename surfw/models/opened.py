@@ -1,29 +1,45 @@
 """A model that is open: transformers' model without weights, and the engine and hooks that bring them."""
 
+import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, expect, format_size
+from surfw.config import MIB, OnMissing, Policy, expect
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
 from surfw.models.opening import cast_dtypes, open_skeleton
+from surfw.models.room import GenerationRoom
+from surfw.runtime.blocks import BlockReader
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.loader import Loader
-from surfw.runtime.memory import default_budget_bytes
-from surfw.runtime.residency import ResidencyPlan, plan_residency
+from surfw.runtime.memory import MemoryClaim, deciding, default_budget_bytes, rss_bytes
+from surfw.runtime.residency import Limit, Needs, ResidencyPlan, describe_needs
+from surfw.runtime.rows import RowReader
 from surfw.runtime.run import Run
+from surfw.runtime.schedule import Phases
+from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
+
+logger = logging.getLogger("surfw.models")
+
+LimitedBy = Literal["memory_budget", "cache_layers", "default"]
+"""Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
+
+_ROWS_BYTES = 4 * MIB
+"""For blocks of tables that are being read, and as much for those that were used last."""
 
 _LOOK_SECONDS = 0.05
 """How often a run that waits for its turn looks whether it is still wanted."""
@@ -38,6 +54,7 @@ class OpenSettings:
     prefetch: bool
     dtype: str | None
     on_missing: OnMissing
+    policy: Policy
     model_class: type[PreTrainedModel] | None
     owns_client: bool
 
@@ -49,6 +66,7 @@ class OpenedModel:
         model: transformers' own model, in evaluation mode.
         manifest: what the source says of it.
         layers: names of the chunks that are layers, in the order they run.
+        base_bytes: resident memory of the process before the first of the model's weights came.
     """
 
     def __init__(self, client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> None:
@@ -60,16 +78,38 @@ class OpenedModel:
         dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
         skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
         self.model: PreTrainedModel = skeleton.model
-        loader = Loader(client.source, manifest, cast_dtypes(manifest, skeleton))
-        plan = _plan(manifest, loader, settings)
+        dtypes = cast_dtypes(manifest, skeleton)
+        loader = Loader(client.source, manifest, dtypes)
+        units = tables_of(skeleton, manifest)
+        blocks = BlockReader(client.source, manifest, client.io, metrics, lambda: self._engine.run)
+        rows = RowReader(blocks, dtypes, scratch_bytes=_ROWS_BYTES, keep_bytes=_ROWS_BYTES)
         self.layers = [name for name in _in_order(manifest) if manifest.by_name[name].kind == "layer"]
-        self._engine = Engine(manifest, plan, loader, client.io, metrics, prefetch=settings.prefetch)
-        self._hooks = StreamingHooks(skeleton, manifest, self._engine)
+        needs = _needs(manifest, loader, units, rows)
+        with deciding:
+            self._engine = Engine(
+                manifest,
+                needs,
+                _limit(settings),
+                loader,
+                io=client.io,
+                metrics=metrics,
+                phases=_phases(manifest, skeleton),
+                tables=units,
+                prefetch=settings.prefetch,
+            )
+            self._claim = MemoryClaim(self._engine.claimed_bytes, lambda: self._engine.anonymous_bytes)
+        if self._engine.plan.policy == "lru" and self._engine.plan.streamed:
+            _warn_of_lru(manifest, self._engine.plan)
+        self._room = GenerationRoom(self.model, self._engine, self._claim, is_exact=settings.budget_bytes is not None)
+        self._tables = StreamedTables(units, rows, self._engine.by_rows)
+        self._hooks = StreamingHooks(skeleton, manifest, self._engine, self._tables)
         self._running = threading.RLock()  # held while the model runs
         self._state = threading.Lock()  # guards the two below; never held for long
         self._current: tuple[Run, int] | None = None
         self._closing = threading.Event()
         self._closed = False
+        self._budget_is_given = settings.budget_bytes is not None
+        self.base_bytes = rss_bytes()
         self._engine.warm()
 
     @contextmanager
@@ -120,6 +160,18 @@ class OpenedModel:
         return self._engine.plan
 
     @property
+    def engine(self) -> Engine:
+        """What keeps to the plan."""
+        return self._engine
+
+    @property
+    def limited_by(self) -> LimitedBy:
+        """What limits the weights in memory: what somebody said, or what memory there was."""
+        if self._engine.limit.cache_layers is not None:
+            return "cache_layers"
+        return "memory_budget" if self._budget_is_given else "default"
+
+    @property
     def resident(self) -> list[str]:
         """Names of the chunks in memory, least recently used first."""
         return self._engine.resident()
@@ -145,15 +197,34 @@ class OpenedModel:
                     f"{self.manifest.name} has no layer {index}; it has {len(self.layers)}, counted from 0"
                 )
         names = list(dict.fromkeys(self.layers[index] for index in indices))
-        return list(zip(names, self._engine.fetch(names), strict=False))
+        return self._engine.fetch(names)
+
+    def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
+        """Leave memory for the KV cache of the generation that comes now.
+
+        Raises:
+            ConfigurationError: the memory budget that was given is too small for it.
+        """
+        self._room.leave(prompt_tokens, new_tokens, sequences)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """What the KV cache took after the last forward that had one."""
+        return self._room.held_bytes
 
     def resize(self, cache_size: int) -> None:
         """Keep another number of layers from now on."""
         self._engine.resize(cache_size)
+        self._claim.peak_bytes = self._engine.claimed_bytes
 
     def clear(self) -> None:
-        """Forget every chunk that is not in use."""
+        """Forget every chunk that is not in use; rows of tables too, unless the model runs just now."""
         self._engine.clear()
+        if self._running.acquire(blocking=False):
+            try:
+                self._tables.clear()
+            finally:
+                self._running.release()
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file of the model."""
@@ -186,30 +257,64 @@ class OpenedModel:
             with ExitStack() as last:
                 if self._owns_client:
                     last.callback(self.client.close)
+                last.callback(self._claim.close)
                 last.callback(self._engine.close)
+                self._room.close()
+                self._tables.clear()
                 self._hooks.detach()
 
     def _closed_error(self, what: str) -> ModelClosedError:
         return ModelClosedError(f"{self.manifest.name} {what}")
 
 
-def _plan(manifest: Manifest, loader: Loader, settings: OpenSettings) -> ResidencyPlan:
-    budget = settings.budget_bytes
-    decides_itself = settings.cache_size is None and budget is None
-    plan = plan_residency(
+def _needs(manifest: Manifest, loader: Loader, units: Mapping[str, TableUnit], rows: RowReader) -> Needs:
+    known = describe_needs(
+        manifest.name,
         {chunk.name: chunk.kind for chunk in manifest.chunks},
         {chunk.name: buffer_capacity(loader.buffer_bytes(chunk)) for chunk in manifest.chunks},
         manifest.order,
-        cache_layers=settings.cache_size,
-        budget_bytes=default_budget_bytes() if decides_itself else budget,
-        scratch_bytes=loader.scratch_bytes,
     )
-    if budget is not None and plan.peak_bytes > budget:
-        raise ConfigurationError(
-            f"a memory budget of {format_size(budget)} is too small for the weights of {manifest.name}, which need "
-            f"{format_size(plan.peak_bytes)} ({plan.peak_bytes} bytes) at least; give that or more"
-        )
-    return plan
+    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
+    size = {tensor.name: tensor.nbytes for chunk in manifest.chunks for tensor in chunk.tensors}
+    looked_up = {name for unit in units.values() for name in unit.looked_up}
+    others = {name for unit in units.values() for name in unit.others}
+    return replace(
+        known,
+        overhead_bytes=min(loader.source.buffered_bytes, 2 * max(known.sizes.values(), default=0)),
+        scratch={chunk.name: loader.scratch_bytes(chunk) for chunk in manifest.chunks},
+        tables=frozenset(home[name] for name in looked_up) - known.fixed,
+        table_bytes=rows.buffer_bytes + sum(size[name] for name in others),
+    )
+
+
+def _limit(settings: OpenSettings) -> Limit:
+    if settings.cache_size is not None:
+        return Limit(cache_layers=settings.cache_size, policy=settings.policy)
+    budget = settings.budget_bytes
+    return Limit(budget_bytes=default_budget_bytes() if budget is None else budget, policy=settings.policy)
+
+
+def _warn_of_lru(manifest: Manifest, plan: ResidencyPlan) -> None:
+    logger.warning(
+        "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy 'auto' "
+        "keeps a part of them",
+        manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
+    )  # fmt: skip
+
+
+def _phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
+    """In which order modules will run: all in a cycle, or, where a model has an encoder and a decoder, that one's."""
+    order = tuple(use.module for use in manifest.order)
+    model: Any = skeleton.model
+    if not (model.config.is_encoder_decoder and model.can_generate()):
+        return Phases(cycle=order)
+    inside = {id(module) for module in model.get_encoder().modules()}
+    again = {id(module) for module in model.get_decoder().modules()}
+    units = {unit.path: id(unit.module) for unit in skeleton.units}
+    return Phases(
+        once=tuple(path for path in order if units.get(path) in inside),
+        cycle=tuple(path for path in order if units.get(path) not in inside or units.get(path) in again),
+    )
 
 
 def find_manifest(client: SourceThread, name: str | None) -> Manifest:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from surfw.config import GIB, OnMissing, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest
+from surfw.runtime.loader import as_parameter
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, foreign_errors, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, torch_dtype
@@ -113,7 +114,7 @@ def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
     for name, slot in skeleton.slots.items():
         dtype = wanted(manifest.ties.get(name, name))
         if not slot.is_buffer and slot.tensor.dtype != dtype:
-            slot.put(torch.nn.Parameter(slot.tensor.to(dtype), requires_grad=False))
+            slot.put(as_parameter(slot.tensor.to(dtype)))
 
 
 def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 import torch
 
-from surfw.config import OnMissing, parse_size
+from surfw.config import OnMissing, Policy, is_size, parse_size
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 
@@ -21,12 +21,13 @@ class ConnectionOptions(TypedDict, total=False):
 
 
 class ModelOptions(ConnectionOptions, total=False):
-    """How a model is opened, but for its memory; see `StreamingBaseModel`."""
+    """How a model is opened, but for how much memory it takes; see `StreamingBaseModel`."""
 
     prefetch: bool
     device: str | torch.device
     dtype: str | None
     on_missing: OnMissing
+    policy: Policy
 
 
 class OpenOptions(ModelOptions, total=False):
@@ -58,9 +59,9 @@ def budget_bytes(memory_budget: int | str | None) -> int | None:
     """
     if memory_budget is None:
         return None
-    size = parse_size(memory_budget) if isinstance(memory_budget, str) else memory_budget
+    size = parse_size(memory_budget) if isinstance(memory_budget, str) and is_size(memory_budget) else memory_budget
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ConfigurationError(
-            f"a memory budget of {memory_budget!r} makes no sense; expected bytes, or a size as '1.5GB'"
+            f"memory_budget is {memory_budget!a:.80}, expected a number of bytes, or a size such as '1.2GB'"
         )
     return size

@@ -77,9 +77,24 @@ def full_statistics(metrics: Metrics, opened: OpenedModel | None) -> dict[str, A
             "hit_rate": hit_rate(hits, misses),
             "resident_bytes": opened.resident_bytes if opened else 0,
             "fetched_bytes": metrics.count("fetched_bytes"),
+            "kv_cache_bytes": opened.kv_cache_bytes if opened else 0,
         },
         "time": {"stall_seconds": metrics.seconds("stall"), "compute_seconds": _compute_seconds(metrics)},
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
+        "plan": _plan_facts(opened) if opened else None,
+    }
+
+
+def _plan_facts(opened: OpenedModel) -> dict[str, Any]:
+    """The few facts of the plan that say why a run is as fast as it is."""
+    plan = opened.plan
+    return {
+        "limited_by": opened.limited_by,
+        "budget_bytes": plan.budget_bytes,
+        "reserved_bytes": plan.reserved_bytes,
+        "pinned": len(plan.pinned),
+        "streamed": len(plan.streamed),
+        "bytes_per_pass": plan.bytes_per_pass,
     }
 
 

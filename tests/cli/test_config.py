@@ -81,6 +81,34 @@ def test_a_mistake_in_a_variable_is_one_line_and_one_in_an_option_is_usage(tmp_p
     assert endless == "temperature is inf, expected a number >= 0"
 
 
+def test_of_the_budget_and_the_layers_the_nearer_one_counts(tmp_path: Path) -> None:
+    def shown(*arguments: str, **extra: str) -> list[object]:
+        found = json.loads(surfw(tmp_path, *arguments, "config", "--json", **extra).stdout)
+        return [found["cache_layers"], found["memory_budget"]]
+
+    file = write(tmp_path, "cache_layers = 4")
+    assert shown("--config", file) == [{"value": 4, "from": file}, {"value": None, "from": "default"}]
+    budget = {"value": "1.2GB", "from": "SURFW_MEMORY_BUDGET"}
+    assert shown("--config", file, SURFW_MEMORY_BUDGET="1.2GB") == [budget | {"value": None}, budget]
+
+
+def test_infer_keeps_within_the_budget_that_is_nearest(tmp_path: Path) -> None:
+    assert surfw(tmp_path, "chunk", str(save_llama(tmp_path / "tiny"))).returncode == 0
+    arguments = ["infer", "--source", str(tmp_path / "store"), "--prompt-ids", "5,6", "--max-new-tokens", "1"]
+    small = complaint(surfw(tmp_path, *arguments, "--memory-budget", "1B", SURFW_CACHE_LAYERS="4"))
+    assert small.startswith("a memory budget of 1 B is too small for tiny")
+    assert complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="1B")) == small
+    for options in (["--cache-layers", "4"], ["--memory-budget", "1GB", "--policy", "lru"]):
+        assert surfw(tmp_path, *arguments, *options, SURFW_MEMORY_BUDGET="1B").returncode == 0
+    both = complaint(surfw(tmp_path, *arguments, "--cache-layers", "4", "--memory-budget", "1GB"))
+    assert both == "cache_layers and memory_budget exclude each other; give one of them"
+    wrong = complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="much"))
+    assert wrong == "SURFW_MEMORY_BUDGET is 'much', expected a size such as 1.2GB"
+    wrong = complaint(surfw(tmp_path, *arguments, "--memory-budget", "much"))
+    assert wrong == "memory_budget is 'much', expected a size such as 1.2GB"
+    assert surfw(tmp_path, *arguments, "--policy", "fifo").returncode == 2
+
+
 def test_infer_takes_an_option_before_a_variable_before_the_file(tmp_path: Path) -> None:
     model = str(save_llama(tmp_path / "tiny"))
     assert surfw(tmp_path, "chunk", model, SURFW_STORE=str(tmp_path / "mine")).returncode == 0

@@ -189,6 +189,9 @@ def test_closing_while_a_forward_waits_for_its_weights(store: Path) -> None:
     reading, never = threading.Event(), threading.Event()
 
     class Slow(FilesystemBackend):
+        def local_path(self, key: str) -> None:
+            return None
+
         async def read_into(self, key: str, start: int, destination: memoryview) -> None:
             reading.set()
             await asyncio.Event().wait()
@@ -399,6 +402,9 @@ class Held(FilesystemBackend):
     def __init__(self, store: Path) -> None:
         super().__init__(store)
         self.gate = Gate(stubborn=True)
+
+    def local_path(self, key: str) -> None:
+        return None
 
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         await self.gate.passes("any")

@@ -139,7 +139,7 @@ def test_types_are_seen_from_outside(tmp_path: Path) -> None:
         "async def main() -> float:\n"
         "    info = await ModelChunker('x').chunk_model()\n"
         "    async with WeightServer(model_path=info.store, port=0) as server:\n"
-        "        model = await StreamingModel.open_async(server.url, model='x', memory_budget='1GB')\n"
+        "        model = await StreamingModel.open_async(server.url, model='x', memory_budget='1GB', policy='lru')\n"
         "        async for text in model.stream('a'):\n"
         "            print(text.upper())\n"
         "        async for token in model.stream([1]):\n"

@@ -43,6 +43,16 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a backend's class": (lambda: StreamingModel(FilesystemBackend), "not the class FilesystemBackend"),
     "a class that is a text": (lambda: NoClass(URL), "model_class is 'LlamaForCausalLM', expected a subclass of"),
     "both sizes": (lambda: StreamingBertModel("b", URL, 5, memory_budget="1GB"), "exclude each other"),
+    "a budget in words": (
+        lambda: StreamingModel(URL, memory_budget="much"),
+        "memory_budget is 'much', expected a number of bytes, or a size such as '1.2GB'",
+    ),
+    "a budget of nothing": (lambda: StreamingModel(URL, memory_budget="0GB"), "memory_budget is '0GB', expected"),
+    "half a byte": (lambda: StreamingModel(URL, memory_budget=0.5), "memory_budget is 0.5, expected"),
+    "a policy of one's own": (
+        lambda: StreamingBertModel("b", URL, policy="fifo"), "policy is 'fifo'; expected one of auto, lru",
+    ),
+    "a policy that is no name": (lambda: StreamingModel(URL, policy=5), "policy is 5; expected one of auto, lru"),
     "a port in words": (lambda: WeightServer(model_path="x", port="a"), "port is 'a', expected a whole number"),
     "half a port": (lambda: WeightServer(model_path="x", port=80.5), "port is 80.5, expected a whole number"),
     "a cache in words": (lambda: WeightServer(model_path="x", cache_size_mb="a"), "cache_size_mb is 'a', expected"),

@@ -153,7 +153,14 @@ def test_closing_leaves_transformers_model_without_weights_and_without_hooks(sto
             use()
 
 
-class FailsOnce(FilesystemBackend):
+class NoFiles(FilesystemBackend):
+    """Lets nobody read its files past itself."""
+
+    def local_path(self, key: str) -> None:
+        return None
+
+
+class FailsOnce(NoFiles):
     """Its first read of a weight fails."""
 
     failed = False
@@ -177,7 +184,7 @@ def test_a_source_that_fails_once_fails_one_forward_at_most(store: Path, checkpo
 
 
 def test_a_damaged_chunk_fails_every_forward(store: Path, tmp_path: Path) -> None:
-    class Damaged(FilesystemBackend):
+    class Damaged(NoFiles):
         async def read_into(self, key: str, start: int, destination: memoryview) -> None:
             await super().read_into(key, start, destination)
             destination[0] ^= 1
@@ -278,6 +285,7 @@ def test_a_source_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_a_source_that_cannot_be_closed_still_ends_the_thread(store: Path) -> None:
     class Stubborn(StorageSource):
         async def close(self) -> None:
+            await super().close()
             raise StorageError("will not close")
 
     async def open_stubborn() -> ChunkSource:
@@ -296,7 +304,7 @@ def test_the_plan_follows_the_budget(store: Path) -> None:
     with pytest.raises(ConfigurationError) as caught:
         StreamingModel.open(opener(store), "llama", memory_budget=1)
     found = re.fullmatch(
-        r"a memory budget of 1 B is too small for the weights of llama, which need .* \((\d+) bytes\) at least; .*",
+        r"a memory budget of 1 B is too small for llama, which needs .* \((\d+) bytes\) at least; .*",
         str(caught.value),
     )
     assert found is not None
@@ -306,6 +314,6 @@ def test_the_plan_follows_the_budget(store: Path) -> None:
             assert model.plan.peak_bytes <= budget
             for _ in range(2):
                 model(input_ids=IDS)
-                assert model.statistics()["cache"]["resident_bytes"] + model.plan.scratch_bytes <= budget
+                assert model.statistics()["cache"]["resident_bytes"] + model.plan.overhead_bytes <= budget
     with pytest.raises(ConfigurationError, match="is too small"):
         StreamingModel.open(opener(store), "llama", memory_budget=least - 1)

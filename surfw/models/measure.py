@@ -1,0 +1,249 @@
+"""How fast a model's weights can be read, and how fast it computes: measured on the spot, in a few seconds.
+
+Both go the way that a run goes: reads come through the model's own source and are verified; passes are forwards of the
+model itself. Both are bounded, and both tell what they saw, not what they expected.
+"""
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from surfw.codec import choose_form
+from surfw.config import BLOCK_BYTES, MB, MIB
+from surfw.manifest import Chunk, Manifest
+from surfw.metrics import Metrics
+from surfw.models.opened import OpenedModel
+from surfw.runtime.buffers import Buffer
+from surfw.runtime.run import Run
+from surfw.source import ChunkSource, Read
+
+READ_SECONDS, READ_BYTES = 1.5, 256 * MB
+"""After this long, or this much, no further piece is read."""
+
+PASS_SECONDS = 5.0
+"""After this long a pass is broken off, and what it did until then has to do."""
+
+_PASSES = 8
+_QUICK_PASSES_SECONDS = 2.0
+"""After this long, no further pass is begun."""
+
+_READERS = 2
+_LARGEST_PIECE = 32 * MIB
+_QUICK_SECONDS = 0.1
+_SPARE_POSITIONS = 2
+"""Positions that some families, such as RoBERTa, keep for themselves."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computing:
+    """What passes of the model took.
+
+    Attributes:
+        seconds: computing in one pass: the modules with weights alone, when nothing else is to be done meanwhile.
+        share: how much of the weights took part in the measurement; below 1, `seconds` is scaled up from it.
+    """
+
+    seconds: float
+    share: float
+
+
+class _Enough(Exception):  # noqa: N818 - no error: it ends a pass that takes too long
+    """The pass has had its time."""
+
+
+def settle(opened: OpenedModel) -> None:
+    """Wait a little for what is on its way, so that nothing else is read while reading is measured."""
+    wait([load for _, load in opened.fetch_layers(range(len(opened.layers)))], READ_SECONDS)
+
+
+def measure_reading(opened: OpenedModel) -> float | None:
+    """Read chunks that the plan does not keep, each once at most, until it has been enough.
+
+    Returns:
+        Stored bytes per second; None if nothing is streamed.
+
+    Raises:
+        SurfwError: a chunk could not be had.
+    """
+    plan, manifest = opened.plan, opened.manifest
+    chunks = [chunk for chunk in manifest.chunks if chunk.name in plan.streamed]
+    if not any(choose_form(chunk).stored_bytes for chunk in chunks):
+        return None
+    return opened.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
+
+
+async def _read_for_a_while(source: ChunkSource, manifest: Manifest, chunks: Sequence[Chunk]) -> float:
+    """Two reads at a time, as a run has them; pieces grow as long as they come quickly."""
+    pieces = _Pieces(chunks)
+    largest = min(_LARGEST_PIECE, max(choose_form(chunk).stored_bytes for chunk in chunks))
+    views = [Buffer(largest).view for _ in range(_READERS)]
+    for view in views:
+        view[:] = bytes(len(view))  # touched once, so that the pages are there
+    start = time.perf_counter()
+
+    async def read(view: memoryview) -> int:
+        done, length = 0, BLOCK_BYTES
+        while time.perf_counter() - start < READ_SECONDS and (piece := pieces.take(length, view)):
+            began = time.perf_counter()
+            await source.fetch(manifest, [piece])
+            done += piece.stop - piece.start
+            if time.perf_counter() - began < _QUICK_SECONDS:
+                length = min(2 * length, _LARGEST_PIECE)
+        return done
+
+    done = sum(await asyncio.gather(*map(read, views)))
+    return done / (time.perf_counter() - start)
+
+
+class _Pieces:
+    """The stored bytes of chunks, cut into pieces of any length as they are asked for."""
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        self._left = [chunk for chunk in reversed(chunks) if choose_form(chunk).stored_bytes]
+        self._at = 0
+        self._allowed = READ_BYTES
+
+    def take(self, length: int, view: memoryview) -> Read | None:
+        """The next bytes, into that memory; None when there are no more, or enough were taken."""
+        if not self._left or self._allowed <= 0:
+            return None
+        chunk, start = self._left[-1], self._at
+        form = choose_form(chunk)
+        stop = min(start + length, form.stored_bytes)
+        if stop == form.stored_bytes:
+            self._left.pop()
+        self._at = 0 if stop == form.stored_bytes else stop
+        self._allowed -= stop - start
+        return Read(chunk, form, start, stop, view[: stop - start])
+
+
+def measure_computing(opened: OpenedModel, metrics: Metrics, prompt_tokens: int) -> Computing | None:
+    """Run passes that read nothing ahead, and add up the least time that each module with weights took.
+
+    A pass of a model that generates has one token, as in decoding; that of another has the whole prompt. Where not even
+    the first pass ends in time, what was done of it is scaled up.
+
+    Returns:
+        None for a model that takes no token ids, and where not even one layer ran in time.
+
+    Raises:
+        SurfwError: weights could not be had.
+        ModelClosedError: the model was closed meanwhile.
+    """
+    if opened.model.main_input_name != "input_ids":
+        return None
+    run = Run()
+    timer = threading.Timer(PASS_SECONDS, run.interrupt, [_Enough()])
+    start = time.perf_counter()
+    with ExitStack() as last:
+        watch = _Stopwatch(opened, metrics)
+        last.callback(watch.close)
+        last.callback(timer.join)
+        last.callback(timer.cancel)
+        timer.start()
+        with suppress(_Enough), opened.running(run, prefetch=False) as model:
+            first, again = _passes(model, prompt_tokens)
+            first()
+            watch.end_pass()
+            for _ in range(_PASSES):
+                again()
+                watch.end_pass()
+                if time.perf_counter() - start > _QUICK_PASSES_SECONDS:
+                    break
+    return watch.result()
+
+
+class _Stopwatch:
+    """Times the modules of a model that have weights and hold no others, waiting left out."""
+
+    def __init__(self, opened: OpenedModel, metrics: Metrics) -> None:
+        """Begin with the first pass."""
+        uses = {use.module: use.chunks for use in opened.manifest.order}
+        inner = [name for name in uses if name and not any(other.startswith(f"{name}.") for other in uses)]
+        size = {chunk.name: chunk.payload_bytes for chunk in opened.manifest.chunks}
+        self._bytes = {name: sum(size[chunk] for chunk in uses[name]) for name in inner}
+        self._metrics = metrics
+        self._took: dict[str, float] = {}
+        self._least: dict[str, float] = {}
+        self._began = 0.0
+        self._recurring: frozenset[str] = frozenset()
+        self._hooks: list[RemovableHandle] = []
+        for name in inner:
+            module = opened.model.get_submodule(name)
+            self._hooks += [
+                module.register_forward_pre_hook(self._begin),
+                module.register_forward_hook(partial(self._end, name), prepend=True),
+            ]
+
+    def end_pass(self) -> None:
+        """A pass has ended; modules that ran in the last one recur."""
+        for name, seconds in self._took.items():
+            self._least[name] = min(seconds, self._least.get(name, seconds))
+        self._recurring = frozenset(self._took)
+        self._took.clear()
+
+    def result(self) -> Computing | None:
+        """What is known at the end: of passes that have ended, or else of the one that was broken off."""
+        seconds = sum(self._least[name] for name in self._recurring)
+        share = 1.0
+        if not self._recurring:
+            seconds = sum(self._took.values())
+            share = sum(self._bytes[name] for name in self._took) / max(1, sum(self._bytes.values()))
+        return Computing(seconds=seconds / share, share=share) if seconds and share else None
+
+    def close(self) -> None:
+        """Time no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, *_: object) -> None:
+        self._began = self._clock()
+
+    def _end(self, name: str, *_: object) -> None:
+        self._took[name] = self._took.get(name, 0.0) + self._clock() - self._began
+
+    def _clock(self) -> float:
+        """Seconds in which the model ran and did not wait."""
+        return self._metrics.seconds("forward") - self._metrics.seconds("stall")
+
+
+def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A first forward, and one that can be repeated: without the encoder, where a decoder follows it."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + _SPARE_POSITIONS
+    tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - _SPARE_POSITIONS))
+    ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
+    options: dict[str, Any] = {}
+    if model.can_generate() and _takes(model, "use_cache"):
+        options["use_cache"] = False
+    if model.config.is_encoder_decoder:
+        options["decoder_input_ids"] = ids
+    if not (model.config.is_encoder_decoder and model.can_generate()):
+        return (lambda: model(input_ids=ids, **options),) * 2
+    seen: list[torch.Tensor] = []
+    return (
+        lambda: seen.append(model(input_ids=ids, return_dict=True, **options).encoder_last_hidden_state),
+        lambda: model(encoder_outputs=(seen[0],), **options),
+    )
+
+
+def _harmless_id(config: Any) -> int:
+    """A token that every model of its kind takes: its end token, if it names one."""
+    end = getattr(config, "eos_token_id", None)
+    end = end[0] if isinstance(end, list) and end else end
+    return min(end if isinstance(end, int) else 1, int(config.vocab_size) - 1)
+
+
+def _takes(model: Any, name: str) -> bool:
+    parameters = inspect.signature(model.forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

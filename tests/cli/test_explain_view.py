@@ -1,0 +1,108 @@
+"""What people read of an explanation, and of a run that waited, says what is so."""
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from surfw.cli.explain_view import explanation_rows, facts, show
+from surfw.cli.infer_view import bottleneck
+from surfw.models import Explanation
+from surfw.settings import Origin
+
+STREAMED = Explanation(
+    model="toy", source="/store", limited_by="memory_budget", budget_bytes=1_000_000_000, cache_layers=None,
+    policy="auto", layers=22, kept_layers=7, pinned=9, pinned_bytes=747_700_000, ring_buffers=2, ring_bytes=88_100_000,
+    shared_bytes=0, by_rows=("embed",), overhead_bytes=8_400_000, reserved_bytes=270_300,
+    peak_bytes=932_500_000, least_budget_bytes=264_500_000, base_bytes=414_000_000, bytes_per_pass=1_320_000_000,
+    bytes_per_second=2.64e9, compute_seconds=0.125, compute_share=1.0, unit="tokens", reading_ceiling=2.0,
+    computing_ceiling=8.0, bottleneck="storage", more_bytes_per_pass=264_000_000, more_ceiling=8.0,
+)  # fmt: skip
+FITS = replace(
+    STREAMED, limited_by="default", kept_layers=22, pinned=25, pinned_bytes=2_200_000_000, ring_buffers=0, ring_bytes=0,
+    by_rows=(), bytes_per_pass=0, bytes_per_second=None, reading_ceiling=None, bottleneck="compute",
+    more_bytes_per_pass=None, more_ceiling=None,
+)  # fmt: skip
+ARGUMENT, DEFAULT = Origin("argument", "memory_budget"), Origin("default", "default")
+
+
+def rows(one: Explanation, origin: Origin = ARGUMENT) -> dict[str, str]:
+    return dict(explanation_rows(one, origin))
+
+
+def test_what_is_streamed_is_told_from_the_budget_to_the_bottleneck() -> None:
+    assert rows(STREAMED) == {
+        "memory budget": "1.0 GB, as --memory-budget says",
+        "stays in memory": "7 of 22 layers and 2 other parts, 747.7 MB",
+        "the rest passes through": "a ring of 2 buffers of 88.1 MB",
+        "read by rows": "embed",
+        "beside the weights": "8.4 MB, and 270.3 kB for the KV cache",
+        "peak": "932.5 MB; the least it runs with is 264.5 MB",
+        "outside of the budget": "414.0 MB of the process itself, and activations",
+        "read in a pass": "1.3 GB, from storage at 2.64 GB/s (measured)",
+        "reading allows": "2.00 tokens/s (bandwidth ÷ bytes in a pass)",
+        "computing allows": "8.00 tokens/s (125.0 ms in a pass, measured)",
+        "bottleneck": "storage: at most 2.00 tokens/s",
+        "1 GB more would bring": "264.0 MB read in a pass, at most 8.00 tokens/s",
+    }
+
+
+def test_where_everything_fits_nothing_is_said_of_reading() -> None:
+    found = rows(FITS, DEFAULT)
+    assert found["memory budget"] == "1.0 GB, which is what memory there is, less a headroom"
+    assert found["stays in memory"] == "everything: 22 layers and 3 other parts, 2.2 GB; nothing is streamed"
+    assert found["bottleneck"] == "computing: at most 8.00 tokens/s"
+    assert not {"read in a pass", "reading allows", "1 GB more would bring", "the rest passes through"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "origin", "row", "text"),
+    [
+        ({}, Origin("variable", "SURFW_MEMORY_BUDGET"), "memory budget", "1.0 GB, as SURFW_MEMORY_BUDGET says"),
+        ({}, Origin("file", "a.toml"), "memory budget", "1.0 GB, as a.toml says"),
+        (
+            {"limited_by": "cache_layers", "budget_bytes": None, "cache_layers": 2}, Origin("argument", "cache_layers"),
+            "memory budget", "none: 2 layers and one more in flight, as --cache-layers says",
+        ),
+        ({"policy": "lru"}, ARGUMENT, "the rest passes through", "a ring of 2 buffers of 88.1 MB (policy lru)"),
+        ({"more_bytes_per_pass": 0}, ARGUMENT, "1 GB more would bring",
+         "nothing would be read any more, at most 8.00 tokens/s"),
+        ({"compute_share": 0.25}, ARGUMENT, "computing allows",
+         "8.00 tokens/s (125.0 ms in a pass, measured on 25% of the weights)"),
+        ({"compute_seconds": None, "computing_ceiling": None}, ARGUMENT, "computing allows",
+         "not known: it could not be measured in a few seconds"),
+        ({"source": "ws://h:1", "bytes_per_second": 4e6}, ARGUMENT, "read in a pass",
+         "1.3 GB, over the link at 4.0 MB/s (measured)"),
+        ({"unit": "passes"}, ARGUMENT, "bottleneck", "storage: at most 2.00 passes/s"),
+    ],
+)  # fmt: skip
+def test_each_case_has_its_words(change: dict[str, Any], origin: Origin, row: str, text: str) -> None:
+    assert rows(replace(STREAMED, **change), origin)[row] == text
+
+
+def test_scripts_get_all_of_it_and_where_the_limit_comes_from() -> None:
+    origins = {"memory_budget": Origin("file", "a.toml"), "cache_layers": DEFAULT}
+    found = facts(STREAMED, origins)
+    assert (found["limited_by"], found["limited_from"], found["ceiling"]) == ("memory_budget", "file", 2.0)
+    assert facts(replace(STREAMED, limited_by="cache_layers"), origins)["limited_from"] == "default"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_every_row_is_printed(is_terminal: bool) -> None:
+    out = io.StringIO()
+    show(STREAMED, {"memory_budget": ARGUMENT}, Console(file=out, force_terminal=is_terminal, width=120))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == len(rows(STREAMED))
+    assert all(text in line for text, line in zip(rows(STREAMED).values(), lines, strict=True))
+
+
+def test_a_run_that_waited_says_what_would_help() -> None:
+    plan = {"streamed": 15, "limited_by": "default"}
+    assert bottleneck("/s", 1, 10, plan) == "stalled 10% on storage, computing the rest of the time"
+    assert bottleneck("/s", 9, 10, plan).endswith(": more memory keeps more layers, or bring the weights closer")
+    assert "more memory (--memory-budget) keeps" in bottleneck("ws://h:1", 9, 10, plan | {"limited_by": "cache_layers"})
+    assert (
+        bottleneck("ws://h:1", 9, 10, plan | {"streamed": 0}) == "stalled 90% on the link, until all weights were there"
+    )

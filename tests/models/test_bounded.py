@@ -1,0 +1,236 @@
+"""A model takes no more memory than it was given: by its own account at every layer, and by that of the system."""
+
+import asyncio
+import json
+import logging
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from surfw.bench.cap import memory_group
+from surfw.chunking.chunker import prepare_model, write_model
+from surfw.config import MIB
+from surfw.errors import ConfigurationError
+from surfw.models import StreamingModel, opened
+from surfw.runtime.kv_cache import kv_cost
+from surfw.storage import open_backend
+
+SLACK = 48 * MIB
+"""For activations, what kernels and allocators keep, and the interpreter's own objects."""
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with a model of 200 MB in 20 layers, and a very small one of the same kind."""
+    folder = tmp_path_factory.mktemp("bounded")
+    sizes = {"large": (512, 2048, 20, 16384), "small": (64, 96, 2, 512)}
+    for name, (hidden, inner, layers, vocabulary) in sizes.items():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers, vocab_size=vocabulary,
+            num_attention_heads=8, num_key_value_heads=8, dtype="bfloat16",
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
+        model = model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        model.save_pretrained(folder / name)
+        asyncio.run(write_model(prepare_model(str(folder / name), name=name), open_backend(folder / "store")))
+    return folder / "store"
+
+
+RUN = """
+import json, sys
+import torch
+from surfw.models import StreamingModel
+from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.memory import peak_rss_bytes
+
+store, shares = sys.argv[1], json.loads(sys.argv[2])
+ids, options = torch.arange(3, 12)[None], dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+def run(name, budget):
+    told = {"budget": budget, "most": 0}
+    with StreamingModel.open(store, name, memory_budget=budget) as model:
+        def look(*_):
+            plan = model.plan
+            held = model.statistics()["cache"]["resident_bytes"] + plan.overhead_bytes + plan.reserved_bytes
+            told["most"] = max(told["most"], held)
+        for module in model.model.modules():
+            module.register_forward_hook(look)
+        model.generate(ids, **options)
+        before = model.metrics.count("fetched_bytes")
+        told["tokens"] = model.generate(ids, **options).tolist()
+        told["fetched"] = model.metrics.count("fetched_bytes") - before
+        told["kv"] = model.statistics()["cache"]["kv_cache_bytes"]
+        told["reserved"] = model.plan.reserved_bytes
+        told["peak"] = peak_rss_bytes()
+    return told
+
+run("small", 10**9)  # all code is there, and has run once
+base = peak_rss_bytes()
+with StreamingModel.open(store, "large", memory_budget=10**10, prefetch=False) as model:
+    everything = model.plan.peak_bytes
+    cache = kv_cost(model.model.config, torch.bfloat16).total_bytes(9, 6)
+try:
+    StreamingModel.open(store, "large", memory_budget=1)
+except Exception as exc:
+    least = int(str(exc).split("(")[1].split(" bytes")[0])
+found = [run("large", least + int(share * (everything - least)) + cache) for share in shares]
+print(json.dumps({"base": base, "runs": found, "everything": everything}))
+"""
+
+
+def in_a_process(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([*arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_the_process_takes_what_the_budget_says_and_a_larger_one_reads_less(large: Path) -> None:
+    """In one process, from the smallest budget up, so that its high-water mark after each is that budget's."""
+    shares = [0.0, 0.5, 1.0]
+    told = in_a_process(sys.executable, "-c", RUN, str(large), json.dumps(shares))
+    runs = told["runs"]
+    assert runs[0]["budget"] < told["everything"] / 4
+    for run in runs:
+        assert run["most"] <= run["budget"]
+        assert 0 < run["kv"] <= run["reserved"]
+        assert run["peak"] <= told["base"] + run["budget"] + SLACK
+        assert run["tokens"] == runs[0]["tokens"]
+    fetched = [run["fetched"] for run in runs]
+    assert fetched == sorted(set(fetched), reverse=True)
+    assert fetched[0] > 4 * told["everything"]
+    assert fetched[-1] == 0
+
+
+TWICE = """
+import json, sys
+from pathlib import Path
+import torch
+from surfw.models import StreamingModel
+from surfw.runtime.memory import default_budget_bytes
+
+store, group, spare, run_first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "run"
+ids, options = torch.arange(3, 12)[None], dict(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+with StreamingModel.open(store, "small") as small:
+    small.generate(ids, **options)
+for limit in ("memory.limit_in_bytes", "memory.max"):
+    if (group / limit).exists():
+        now = int((group / limit).read_text())
+        (group / limit).write_text(str(now - default_budget_bytes() + spare))
+told = {"spare": default_budget_bytes()}
+with StreamingModel.open(store, "large") as first:
+    if run_first:
+        first.generate(ids, **options)
+    with StreamingModel.open(store, "large") as second:
+        told["budgets"] = [model.plan.budget_bytes for model in (first, second)]
+        told["peaks"] = [model.plan.peak_bytes for model in (first, second)]
+        told["tokens"] = [model.generate(ids, **options).tolist() for model in (first, second, first)]
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize("first", ["run", "not yet run"])
+def test_two_models_do_not_promise_themselves_the_same_memory(first: str, large: Path) -> None:
+    """The group has 300 MiB to spare; the first model takes 200 MB of it, and the second one what is left."""
+    spare = 300 * MIB
+    with ExitStack() as made:
+        try:
+            group = made.enter_context(memory_group(2048 * MIB))
+        except ConfigurationError as exc:
+            pytest.skip(str(exc))
+        program = [sys.executable, "-c", TWICE, str(large), str(group.path), str(spare), first]
+        told = in_a_process(*group.command(program))
+        assert group.kills == 0
+    assert told["spare"] == pytest.approx(spare, abs=8 * MIB)
+    assert told["budgets"][0] == pytest.approx(spare, abs=8 * MIB)
+    assert told["budgets"][1] <= told["budgets"][0] - told["peaks"][0] + 8 * MIB
+    assert sum(told["peaks"]) <= spare + 8 * MIB
+    assert told["tokens"][0] == told["tokens"][1] == told["tokens"][2]
+
+
+PROMPT = torch.arange(3, 3 + 20).repeat(8, 1)
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+
+
+def everything_of(store: Path) -> int:
+    with StreamingModel.open(str(store), "llama", memory_budget=10**9) as model:
+        assert model.plan.everything_fits
+        return model.plan.peak_bytes
+
+
+def cache_of(model: StreamingModel) -> int:
+    return kv_cost(model.model.config, model.model.dtype).total_bytes(20, 8, sequences=8)
+
+
+def watch(model: StreamingModel) -> list[int]:
+    """What is held at the end of each module's forward from now on, by the model's own account."""
+    held: list[int] = []
+
+    def look(*_: Any) -> None:
+        plan = model.plan
+        held.append(model.statistics()["cache"]["resident_bytes"] + plan.overhead_bytes + plan.reserved_bytes)
+
+    for module in model.model.modules():
+        module.register_forward_hook(look)
+    return held
+
+
+def test_weights_make_way_for_the_cache_of_a_generation(store: Path) -> None:
+    budget = everything_of(store)
+    with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
+        first = model.generate(PROMPT[:1], max_new_tokens=1, do_sample=False, pad_token_id=2)
+        pinned = model.plan.pinned
+        held = watch(model)
+        tokens = model.generate(PROMPT, **GREEDY)
+        assert max(held) <= budget
+        assert model.plan.pinned < pinned
+        assert model.plan.reserved_bytes == cache_of(model)
+        assert 0 < model.statistics()["cache"]["kv_cache_bytes"] <= model.plan.reserved_bytes
+        assert torch.equal(tokens[:1, :21], first)
+
+
+def test_a_cache_that_nobody_announced_is_measured_and_given_room(store: Path) -> None:
+    budget = everything_of(store)
+    with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
+        cache = model(input_ids=PROMPT).past_key_values
+        held = watch(model)
+        for _ in range(3):
+            cache = model(input_ids=PROMPT[:, :1], past_key_values=cache).past_key_values
+            assert model.plan.reserved_bytes >= model.statistics()["cache"]["kv_cache_bytes"] > 0
+        assert max(held) <= budget
+        assert not model.plan.everything_fits
+
+
+def test_a_budget_that_was_given_and_is_too_small_for_a_generation_is_refused(store: Path) -> None:
+    budget = everything_of(store)
+    with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
+        before = model.plan
+        with pytest.raises(ConfigurationError, match=r"too small for llama, which needs .* of it for the KV cache;"):
+            model.generate(PROMPT, **GREEDY | {"max_new_tokens": 1000})
+        assert model.plan == before
+        assert model.generate(PROMPT, **GREEDY).shape == (8, 28)
+
+
+def test_a_budget_that_surfw_found_out_only_warns(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(opened, "default_budget_bytes", lambda: everything_of_llama)
+    everything_of_llama = everything_of(store)
+    with caplog.at_level(logging.WARNING, "surfw"), StreamingModel.open(str(store), "llama") as model:
+        eos = int(model.generate(PROMPT, **GREEDY)[0, 20])
+        assert caplog.messages == []
+        for _ in range(2):  # it is said once
+            ended = model.generate(PROMPT, **GREEDY | {"max_new_tokens": 1000, "eos_token_id": eos})
+            assert ended.shape == (8, 21)
+    (message,) = caplog.messages
+    assert "is too small for llama" in message
+    assert "for the KV cache" in message

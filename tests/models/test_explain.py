@@ -1,0 +1,207 @@
+"""An explanation fits the plan and its own measurements, leaves no trace, and knows what limits a model."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from surfw.config import GB
+from surfw.errors import ConfigurationError, ModelClosedError
+from surfw.models import Explanation, StreamingModel, measure
+from surfw.models.explain import explain_plan
+from surfw.models.measure import Computing, measure_reading
+from tests.servers import serve
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def check(one: Explanation, model: StreamingModel) -> None:
+    """What has to hold of every explanation."""
+    plan = model.plan
+    assert one.model == model.manifest.name
+    assert one.layers == len(model.layers)
+    assert one.kept_layers == len(plan.pinned & set(model.layers))
+    assert (one.pinned, one.pinned_bytes) == (len(plan.pinned), plan.pinned_bytes)
+    assert (one.ring_buffers, one.ring_bytes) == (plan.ring_buffers, plan.ring_bytes)
+    assert one.peak_bytes == plan.peak_bytes + one.reserved_bytes
+    assert one.base_bytes > 50_000_000
+    assert one.compute_seconds is not None
+    assert one.compute_seconds > 0
+    assert one.computing_ceiling == pytest.approx(1 / one.compute_seconds)
+    if one.bytes_per_pass:
+        assert one.bytes_per_second is not None
+        assert one.reading_ceiling == pytest.approx(one.bytes_per_second / one.bytes_per_pass, rel=0.01)
+        assert one.ceiling == min(one.reading_ceiling or 0, one.computing_ceiling)
+    else:
+        assert (one.reading_ceiling, one.more_bytes_per_pass, one.more_ceiling) == (None, None, None)
+        assert (one.bottleneck, one.ceiling) == ("compute", one.computing_ceiling)
+
+
+def test_where_everything_stays_computing_is_the_limit(store: Path) -> None:
+    with StreamingModel.open(store, "llama") as model:
+        found = model.explain()
+        check(found, model)
+        assert (found.limited_by, found.cache_layers, found.unit) == ("default", None, "tokens")
+        assert found.budget_bytes == model.plan.budget_bytes
+        assert found.kept_layers == found.layers == 4
+        assert (found.ring_buffers, found.bytes_per_pass, found.bytes_per_second) == (0, 0, None)
+
+
+def test_counted_layers_are_said_to_be_kept_and_one_gb_more_keeps_them_all(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=2) as model:
+        found = model.explain()
+        check(found, model)
+        assert (found.limited_by, found.budget_bytes, found.cache_layers) == ("cache_layers", None, 2)
+        assert found.kept_layers < found.layers
+        assert 0 < found.bytes_per_pass <= model.plan.bytes_per_pass
+        assert found.more_bytes_per_pass == 0
+        assert found.more_ceiling == found.computing_ceiling
+
+
+def test_a_given_budget_is_explained_with_the_room_that_the_kv_cache_takes(store: Path) -> None:
+    with StreamingModel.open(store, "llama") as model:
+        least = model.explain().least_budget_bytes
+    with StreamingModel.open(store, "llama", memory_budget=least + 20_000) as model:
+        without = model.explain()
+        found = model.explain(prompt_tokens=3, new_tokens=7)
+        check(found, model)
+        assert found.limited_by == "memory_budget"
+        assert without.reserved_bytes == 0 < found.reserved_bytes
+        assert found.least_budget_bytes == least + found.reserved_bytes
+        assert found.peak_bytes <= least + 20_000
+        with pytest.raises(ConfigurationError, match="for the KV cache"):
+            model.explain(prompt_tokens=30, new_tokens=4000)
+
+
+def test_the_least_budget_is_just_enough(store: Path) -> None:
+    with StreamingModel.open(store, "bert") as model:
+        least = model.explain().least_budget_bytes
+    with StreamingModel.open(store, "bert", memory_budget=least) as model:
+        found = model.explain(prompt_tokens=9)
+        check(found, model)
+        assert (found.unit, found.reserved_bytes) == ("passes", 0)
+    with pytest.raises(ConfigurationError, match=f"{least} bytes"):
+        StreamingModel.open(store, "bert", memory_budget=least - 1)
+
+
+def test_one_gb_more_is_planned_and_not_guessed(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        opened = model._open()
+        slow = explain_plan(opened, Computing(seconds=0.5, share=1.0), 1000.0)
+        assert slow.reading_ceiling == pytest.approx(1000 / slow.bytes_per_pass, rel=0.01)
+        assert (slow.bottleneck, slow.ceiling, slow.more_ceiling) == ("storage", slow.reading_ceiling, 2.0)
+        fast = explain_plan(opened, Computing(seconds=0.5, share=0.25), 1e12)
+        assert (fast.bottleneck, fast.ceiling, fast.compute_share) == ("compute", 2.0, 0.25)
+        unknown = explain_plan(opened, None, 1000.0)
+        assert (unknown.computing_ceiling, unknown.ceiling) == (None, unknown.reading_ceiling)
+        limit = opened.engine.limit
+        before = model.plan
+        assert opened.engine.plan_with(type(limit)(budget_bytes=GB)).everything_fits
+        assert model.plan is before
+
+
+@pytest.mark.parametrize("name", ["t5", "electra-classifier", "deberta-outside-weights"])
+def test_every_kind_of_model_is_measured(name: str, store: Path) -> None:
+    with StreamingModel.open(store, name, cache_size=1) as model:
+        found = model.explain(prompt_tokens=4)
+        check(found, model)
+        assert found.unit == ("tokens" if model.model.can_generate() else "passes")
+        assert found.compute_share == 1
+
+
+def test_what_is_measured_is_not_counted_and_changes_no_result(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        expected = model(input_ids=IDS).logits
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        model.explain(new_tokens=3)
+        assert model.get_inference_stats()["total_inferences"] == 0
+        assert (model.get_cache_info()["hits"], model.get_cache_info()["misses"]) == (0, 0)
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+        assert model.get_inference_stats()["total_inferences"] == 1
+
+
+def test_over_a_server_reading_is_the_link(store: Path) -> None:
+    with serve(store) as served, StreamingModel.open(served.url, "llama", cache_size=1) as model:
+        found = model.explain()
+        check(found, model)
+        slow = explain_plan(model._open(), Computing(seconds=1e-9, share=1.0), 1.0)
+        assert (found.source, slow.bottleneck) == (served.url, "link")
+
+
+def test_reading_stops_when_it_has_been_enough(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        opened = model._open()
+        before = opened.client.source.fetched_bytes
+        assert (measure_reading(opened) or 0) > 0
+        streamed = sum(opened.manifest.by_name[name].payload_bytes for name in model.plan.streamed)
+        model.run(lambda _: None)
+        whole = opened.client.source.fetched_bytes - before
+        assert whole >= streamed
+        monkeypatch.setattr(measure, "READ_BYTES", 1)
+        again = opened.client.source.fetched_bytes
+        assert (measure_reading(opened) or 0) > 0
+        assert opened.client.source.fetched_bytes - again < streamed
+
+
+def test_a_pass_that_is_broken_off_is_scaled_up_from_the_layers_that_ran(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        expected = model(input_ids=IDS).logits
+        opened = model._open()
+
+        def enough(*_: object) -> None:
+            assert opened._current is not None
+            opened._current[0].interrupt(measure._Enough())
+
+        hook = model.model.get_submodule("model.layers.2").register_forward_pre_hook(enough)
+        found = model.explain()
+        hook.remove()
+        sizes = {chunk.name: chunk.payload_bytes for chunk in model.manifest.chunks}
+        embedded = sizes["model.embed_tokens"]  # the head multiplies by it, too
+        ran = embedded + sum(sizes[name] for name in model.layers[:3])
+        assert found.compute_share == pytest.approx(ran / (embedded + sum(sizes.values())))
+        assert found.computing_ceiling == pytest.approx(1 / (found.compute_seconds or 0))
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_a_pass_has_a_time_limit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        opened = model._open()
+
+        def until_the_time_is_over(*_: object) -> None:
+            assert opened._current is not None
+            assert isinstance(opened._current[0]._stop.exception(timeout=60), measure._Enough)
+
+        hook = model.model.get_submodule("model.layers.0").register_forward_pre_hook(until_the_time_is_over)
+        monkeypatch.setattr(measure, "PASS_SECONDS", 0.0)
+        found = model.explain()
+        hook.remove()
+        assert found.compute_share < 0.5
+        assert (found.compute_seconds is None) == (found.compute_share == 0)
+        assert found.reading_ceiling is not None
+
+
+def test_in_an_event_loop_there_is_the_asynchronous_one(store: Path) -> None:
+    async def main() -> Explanation:
+        async with StreamingModel(store, "llama", cache_size=1) as model:
+            with pytest.raises(ConfigurationError, match="explain_async"):
+                model.explain()
+            return await model.explain_async(new_tokens=2)
+
+    assert asyncio.run(main()).bottleneck in {"storage", "compute"}
+
+
+@pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": -1}, {"prompt_tokens": "3"}])
+def test_wrong_numbers_are_told(wrong: dict[str, int], store: Path) -> None:
+    with (
+        StreamingModel.open(store, "llama") as model,
+        pytest.raises(ConfigurationError, match=f"^{next(iter(wrong))} is "),
+    ):
+        model.explain(**wrong)
+
+
+def test_a_closed_model_explains_nothing(store: Path) -> None:
+    with StreamingModel.open(store, "llama") as model:
+        pass
+    with pytest.raises(ModelClosedError):
+        model.explain()
