@@ -13,7 +13,7 @@ from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk")
+COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk", "bench infer")
 
 
 def completions() -> dict[Path, str]:
@@ -45,7 +45,7 @@ def settings_table() -> str:
     rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
     for name, setting in SETTINGS.items():
         commands = ", ".join(commands_with(name))
-        bounds = f" ({setting.expected})" if setting.choices or setting.least is not None else ""
+        bounds = f" ({setting.expected})" if setting.choices or setting.form or setting.least is not None else ""
         default = setting.default_text or ("false" if setting.kind is bool else "none")
         option = f"`{setting.option}`: {commands}" if commands else "none"
         rows.append(f"| `{name}` | `{setting.variable}` | {option} | {default} | {setting.help}{bounds} |")

@@ -3,15 +3,14 @@
 import asyncio
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from surfw.bench.result import Result, Row, describe_machine, spread
+from surfw.bench.result import Result, Row, describe_machine, summarise_rates
 from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
-from surfw.config import GB, MB
+from surfw.config import MB
 from surfw.errors import ConfigurationError
 from surfw.runtime.memory import peak_rss_bytes
 from surfw.storage import open_backend
@@ -41,15 +40,15 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
             start = time.perf_counter()
             asyncio.run(write_model(prepared, open_backend(Path(place) / "store")))
             ours.append(time.perf_counter() - start)
-    rate, base = size / statistics.median(ours) / GB, size / statistics.median(theirs) / GB
+    rate, base = summarise_rates(size, ours), summarise_rates(size, theirs)
     rows = (
-        Row(name=f"cp, synced ({spread(size, theirs)})", value=base, unit="GB/s"),
+        Row(name="cp, synced", unit="GB/s", **base._asdict()),
         Row(
-            name=f"chunk, synced ({spread(size, ours)})",
-            value=rate,
+            name="chunk, synced",
             unit="GB/s",
-            baseline=base,
-            ratio=rate / base,
+            **rate._asdict(),
+            baseline=base.value,
+            ratio=rate.value / base.value,
             verified=True,
         ),
         Row(name="peak resident memory of chunking", value=peak_rss_bytes() / MB, unit="MB"),

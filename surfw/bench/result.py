@@ -1,11 +1,12 @@
 """What a benchmark found, as data: rows with a baseline from the same run, and the machine. Nothing here renders."""
 
 import platform
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -19,9 +20,11 @@ class Row:
     """One measurement.
 
     Attributes:
-        name: what was measured, and how it varied.
-        value: the median.
-        unit: of value, baseline and ceiling.
+        name: what was measured.
+        value: the median of all rounds.
+        unit: of value, low, high, baseline and ceiling.
+        low: the worst round, where there were several.
+        high: the best round.
         baseline: what it is compared with, measured in the same run, in alternation.
         ratio: value ÷ baseline.
         ceiling: the most that was possible, given what limits it.
@@ -32,6 +35,8 @@ class Row:
     name: str
     value: float
     unit: str
+    low: float | None = None
+    high: float | None = None
     baseline: float | None = None
     ratio: float | None = None
     ceiling: float | None = None
@@ -52,21 +57,34 @@ class Result:
         return asdict(self)
 
 
-def spread(size_bytes: int, seconds: Sequence[float]) -> str:
-    """The slowest and the fastest of several rounds that moved as many bytes, in GB/s."""
-    return f"{size_bytes / max(seconds) / GB:.2f} to {size_bytes / min(seconds) / GB:.2f}"
+class Spread(NamedTuple):
+    """What several rounds came to."""
+
+    value: float
+    low: float
+    high: float
 
 
-def describe_machine() -> dict[str, str]:
-    """Processor, cores, memory, and the versions that matter."""
-    libraries = {name: found for name in _LIBRARIES if (found := _version(name))}
+def summarise(values: Sequence[float]) -> Spread:
+    """The median of some values, the lowest and the highest."""
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def summarise_rates(size_bytes: int, seconds: Sequence[float]) -> Spread:
+    """The rates of several rounds that moved as many bytes, in GB/s."""
+    return summarise([size_bytes / one / GB for one in seconds])
+
+
+def describe_machine(*libraries: str) -> dict[str, str]:
+    """Processor, cores, memory, and the versions that matter: surfw's, what it stands on, and these `libraries`."""
+    versions = {name: found for name in (*_LIBRARIES, *libraries) if (found := _version(name))}
     return {
         "cpu": _processor(),
         "cores": str(psutil.cpu_count()),
         "memory": f"{psutil.virtual_memory().total / GIB:.0f} GiB",
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        **libraries,
+        **versions,
     }
 
 

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from surfw.bench.result import Result, Row, describe_machine, spread
+from surfw.bench.result import Result, Row, describe_machine, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.client.opening import open_link
 from surfw.config import GB, MB, WireLimits
@@ -133,22 +132,22 @@ def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> Non
 
 def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tuple[Row, ...]:
     """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
-    base = size / statistics.median(raw.seconds) / GB
+    base = summarise_rates(size, raw.seconds)
     cores = psutil.cpu_count() or 1
-    rows = [Row(name=f"raw TCP socket, {spread(size, raw.seconds)}", value=base, unit="GB/s")]
+    rows = [Row(name="raw TCP socket", unit="GB/s", **base._asdict())]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
-        rate = size / statistics.median(series.seconds) / GB
+        rate = summarise_rates(size, series.seconds)
         busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
         ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
         rows.append(
             Row(
-                name=f"{name}, {spread(size, series.seconds)}; both sides keep {busy:.1f} of {cores} cores busy",
-                value=rate,
+                name=f"{name}; both sides keep {busy:.1f} of {cores} cores busy",
                 unit="GB/s",
-                baseline=base,
-                ratio=rate / base,
+                **rate._asdict(),
+                baseline=base.value,
+                ratio=rate.value / base.value,
                 ceiling=ceiling,
-                share=rate / ceiling,
+                share=rate.value / ceiling,
                 verified=checked,
             )
         )

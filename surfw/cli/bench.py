@@ -6,6 +6,16 @@ import typer
 
 from surfw.cli import options
 
+INFER_EXAMPLES = """\b
+Examples:
+  surfw bench infer ./my-model --against resident,accelerate
+  surfw bench infer ./my-model --cap 1.2GB --gguf my-model.gguf --airllm-dir ./copy --json
+"""
+
+_FOLDER = typer.Option(
+    "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
+)
+
 app = typer.Typer(
     help="Measure surfw against a baseline in the same run.",
     no_args_is_help=True,
@@ -22,42 +32,104 @@ def wire(
     """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes."""
     from surfw.bench.wire import bench_wire
 
-    show(bench_wire(rounds=rounds), json=json)
+    _show(bench_wire(rounds=rounds), json=json)
 
 
 @app.command("chunk", epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
     model: Annotated[str, typer.Argument(help="A hub id or a local directory.")],
-    folder: Annotated[
-        str | None, typer.Option("--dir", help="Where to write; removed afterwards. [default: the temporary folder]")
-    ] = None,
+    folder: Annotated[str | None, _FOLDER] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
     json: options.Json = False,
 ) -> None:
     """Chunking a checkpoint, against `cp` of the same bytes, both synced to the disk."""
     from surfw.bench.chunk import bench_chunk
 
-    show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
+    _show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
 
 
-def show(result: Any, *, json: bool) -> None:
-    """A result as a table, or as one JSON object."""
-    from rich.table import Table
+@app.command("infer", epilog=INFER_EXAMPLES)
+def infer(
+    model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of resident, accelerate, airllm, llama.cpp, lru, with commas between. [default: all that can run]",
+        ),
+    ] = None,
+    gguf: Annotated[str | None, typer.Option(metavar="FILE", help="The same model for llama.cpp.")] = None,
+    airllm_dir: Annotated[
+        str | None, typer.Option(metavar="COPY", help="A copy of the checkpoint for AirLLM, which writes into it.")
+    ] = None,
+    cap: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="All the memory each of them can have, page cache included, such as 1.2GB; needs root."
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What surfw's weights may take. [default: its own choice]")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A store that stays; has the model, or gets it. [default: a temporary one]"),
+    ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(
+            "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="URL", help="What surfw reads in place of a local store, such as a server.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB; else it is measured."),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each of them runs, in turn; medians are shown.")] = 3,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds that one of them may take in one round.")] = 1800,
+    json: options.Json = False,
+) -> None:
+    """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
+    from surfw.bench.infer import Comparison, bench_infer
+    from surfw.cli import bench_view, render
+    from surfw.config import parse_size
 
-    from surfw.cli import render
+    comparison = Comparison(
+        model_dir=model_dir,
+        against=None if against is None else [name.strip() for name in against.split(",")],
+        gguf=gguf,
+        airllm_dir=airllm_dir,
+        cap_bytes=None if cap is None else parse_size(cap),
+        memory_budget=memory_budget,
+        store=store,
+        folder=folder,
+        source=source,
+        bandwidth_bytes=None if bandwidth is None else parse_size(bandwidth),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        patience_seconds=patience,
+    )
+    with bench_view.ending_with_sigterm():
+        found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
+    if json:
+        render.print_json(found.as_dict())
+    else:
+        bench_view.show_comparison(found)
+    if found.rows[0].failed:
+        raise typer.Exit(1)  # surfw itself did not run
+
+
+def _show(result: Any, *, json: bool) -> None:
+    """A result as one JSON object, or as a table."""
+    from surfw.cli import bench_view, render
 
     if json:
         render.print_json(result.as_dict())
-        return
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("what", "value", "baseline", "ratio", "ceiling", "share", "verified"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for row in result.rows:
-        table.add_row(
-            row.name,
-            f"{row.value:.3g} {row.unit}",
-            *("" if value is None else f"{value:.3g}" for value in (row.baseline, row.ratio, row.ceiling, row.share)),
-            "" if row.verified is None else ("yes" if row.verified else "no"),
-        )
-    render.out.print(table)
-    render.out.print("on " + ", ".join(f"{name} {value}" for name, value in result.machine.items()), style="dim")
+    else:
+        bench_view.show_rows(result)

@@ -16,9 +16,10 @@ def test_rows_compare_with_cp(tmp_path: Path) -> None:
     assert result.benchmark == "chunk"
     assert chunked.baseline == copied.value > 0
     assert chunked.ratio == pytest.approx(chunked.value / copied.value)
+    assert chunked.low == chunked.value == chunked.high, "there was one round"
     assert memory.unit == "MB"
     assert not list((tmp_path / "work").iterdir()), "what was written for the measurement is gone"
     assert result.as_dict().keys() == {"benchmark", "machine", "rows"}
     assert result.as_dict()["rows"][1].keys() == {
-        "name", "value", "unit", "baseline", "ratio", "ceiling", "share", "verified",
+        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified",
     }  # fmt: skip

@@ -8,10 +8,13 @@ from surfw.bench.wire import SIZES, bench_wire
 def test_it_measures_what_it_says() -> None:
     found = bench_wire(rounds=2, sizes=[300_000, 5_000_000])
     raw, unverified, verified = found.rows
-    assert raw.name.startswith("raw TCP socket")
+    assert raw.name == "raw TCP socket"
     assert (unverified.verified, verified.verified) == (False, True)
     for row in (unverified, verified):
         assert row.unit == "GB/s"
+        assert row.low is not None
+        assert row.high is not None
+        assert 0 < row.low <= row.value <= row.high
         assert row.baseline == raw.value > 0
         assert row.ratio == row.value / raw.value
         assert row.ceiling is not None
@@ -19,7 +22,9 @@ def test_it_measures_what_it_says() -> None:
     document = json.loads(json.dumps(found.as_dict()))
     assert document["benchmark"] == "wire"
     assert {"cpu", "cores", "memory", "python", "websockets", "blake3"} <= set(document["machine"])
-    assert set(document["rows"][0]) == {"name", "value", "unit", "baseline", "ratio", "ceiling", "share", "verified"}
+    assert set(document["rows"][0]) == {
+        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified",
+    }  # fmt: skip
 
 
 def test_sizes_are_those_of_real_layers() -> None:

@@ -54,10 +54,13 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts.keys() == {
         "model", "source", "text", "token_ids", "prompt_tokens", "new_tokens", "load_seconds", "ttft_seconds",
-        "tpot_seconds", "tokens_per_second", "cache", "time", "peak_rss_bytes",
+        "tpot_seconds", "tokens_per_second", "cache", "time", "plan", "peak_rss_bytes",
     }  # fmt: skip
     assert facts["cache"].keys() == {
-        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes",
+        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "kv_cache_bytes",
+    }  # fmt: skip
+    assert facts["plan"].keys() == {
+        "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",
     }  # fmt: skip
     assert facts["time"].keys() == {"stall_seconds", "compute_seconds"}
     assert facts["new_tokens"] == len(facts["token_ids"]) > 1
@@ -117,6 +120,43 @@ def test_stop_texts_end_the_generation(home: Path) -> None:
     stopped = json.loads(surfw(home, "infer", *arguments, "--stop", middle).stdout)
     assert stopped["new_tokens"] < free["new_tokens"]
     assert middle in stopped["text"]
+
+
+def test_explain_comes_before_the_run_and_changes_nothing_of_it(home: Path) -> None:
+    arguments = [
+        "infer",
+        "--source",
+        str(home / "store"),
+        "--model",
+        "tiny",
+        "--prompt",
+        "Weights",
+        "--max-new-tokens",
+        "4",
+    ]
+    plain = surfw(home, *arguments, "--cache-layers", "2")
+    explained = surfw(home, *arguments, "--cache-layers", "2", "--explain")
+    assert explained.stdout == plain.stdout
+    lines = explained.stderr.splitlines()
+    (budget,) = [line for line in lines if line.startswith("memory budget ")]
+    assert budget.endswith("none: 2 layers and one more in flight, as --cache-layers says")
+    assert lines.index(budget) < len(lines) - 1
+    assert "tokens at" in lines[-1]
+    facts = json.loads(surfw(home, *arguments, "--explain", "--json", SURFW_CACHE_LAYERS="2").stdout)
+    assert (facts["explain"]["limited_by"], facts["explain"]["limited_from"]) == ("cache_layers", "variable")
+    assert facts["explain"]["bytes_per_pass"] > 0
+    assert facts["new_tokens"] > 0
+
+
+def test_explain_alone_is_the_result(home: Path) -> None:
+    arguments = ["infer", "--source", str(home / "store"), "--explain", "--model"]
+    shown = surfw(home, *arguments, "tiny").stdout.splitlines()
+    assert shown[0].startswith("memory budget ")
+    assert "everything: 4 layers" in shown[1]
+    assert shown[-1].split()[:2] == ["bottleneck", "computing:"]
+    facts = json.loads(surfw(home, *arguments, "bert", "--json").stdout)
+    assert facts.keys() == {"model", "source", "explain"}
+    assert (facts["explain"]["unit"], facts["explain"]["bytes_per_pass"]) == ("passes", 0)
 
 
 def test_encoders(home: Path) -> None:

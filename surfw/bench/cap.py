@@ -1,0 +1,167 @@
+"""A cap on the memory of one process, its page cache included: a control group (cgroup v1 or v2) of its own.
+
+The group lies directly below the mount of the memory controller. It is removed when it is left, and whatever still
+runs in it is killed before.
+"""
+
+import os
+import shutil
+import signal
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from surfw.config import MB, format_size
+from surfw.errors import ConfigurationError, SurfwError
+
+LEAST_BYTES = 128 * MB
+"""An interpreter with what it imports takes this much, whoever contends."""
+
+_ENTER = 'echo $$ > "$0" && exec "$@"'
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_MOUNTS = Path("/proc/self/mountinfo")
+_REMOVALS = 50
+_REMOVAL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Controls:
+    """What the controller's files are called.
+
+    Attributes:
+        limit: takes the cap.
+        swap: takes what keeps the group from swapping, where the kernel has it.
+        swap_counts_memory: whether that is memory and swap together, or swap alone.
+        peak: the most that was used.
+        events: a line `oom_kill` with how many processes were killed.
+    """
+
+    limit: str
+    swap: str
+    swap_counts_memory: bool
+    peak: str
+    events: str
+
+
+_V1 = _Controls(
+    "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", True, "memory.max_usage_in_bytes", "memory.oom_control"
+)
+_V2 = _Controls("memory.max", "memory.swap.max", False, "memory.peak", "memory.events")
+
+
+class MemoryGroup:
+    """A group with a cap, as long as the context of `memory_group`."""
+
+    def __init__(self, path: Path, controls: _Controls) -> None:
+        """Name the group's folder and its files."""
+        self.path = path
+        self._controls = controls
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """The command line that runs another one in this group, from its first byte on."""
+        return [shutil.which("sh") or "/bin/sh", "-c", _ENTER, str(self.path / "cgroup.procs"), *arguments]
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most memory that was used, page cache included; None where the kernel does not say."""
+        with suppress(OSError, ValueError):
+            return int((self.path / self._controls.peak).read_text())
+        return None
+
+    @property
+    def kills(self) -> int:
+        """How many processes were killed because the cap left no memory."""
+        lines = (self.path / self._controls.events).read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+    def limit(self, cap_bytes: int) -> None:
+        """Set the cap."""
+        (self.path / self._controls.limit).write_text(str(cap_bytes))
+        with suppress(OSError):  # a kernel that does not count swap
+            (self.path / self._controls.swap).write_text(str(cap_bytes if self._controls.swap_counts_memory else 0))
+
+    def remove(self) -> None:
+        """Kill what still runs in the group, and remove it.
+
+        Raises:
+            SurfwError: it cannot be removed.
+        """
+        for _ in range(_REMOVALS):
+            for process in (self.path / "cgroup.procs").read_text().split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
+            with suppress(OSError):
+                self.path.rmdir()
+                return
+            time.sleep(_REMOVAL_SECONDS)  # a killed process leaves its group a moment later
+        raise SurfwError(f"the control group {self.path} cannot be removed; remove it with rmdir")
+
+
+@contextmanager
+def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
+    """A group whose processes can have this much memory together.
+
+    Raises:
+        ConfigurationError: the cap is too small for anything, or cannot be set here.
+    """
+    if cap_bytes < LEAST_BYTES:
+        raise ConfigurationError(
+            f"a cap of {format_size(cap_bytes)} is too small, expected {format_size(LEAST_BYTES)} or more: no "
+            "contender can start in less"
+        )
+    root, controls = _find_controller()
+    group = MemoryGroup(root / f"surfw-bench-{uuid.uuid4().hex}", controls)
+    try:
+        group.path.mkdir()
+    except OSError as exc:
+        raise _no_cap(f"{root} takes no new group: {exc.strerror}") from exc
+    try:
+        try:
+            group.limit(cap_bytes)
+        except OSError as exc:
+            raise _no_cap(f"{group.path} takes no limit: {exc.strerror}") from exc
+        yield group
+    finally:
+        group.remove()
+
+
+def drop_page_cache() -> bool:
+    """Forget every file that the kernel has in memory, which a capped process could use for nothing.
+
+    Returns:
+        Whether that was possible; only root can do it.
+    """
+    os.sync()
+    with suppress(OSError):
+        _DROP_CACHES.write_text("3")
+        return True
+    return False
+
+
+def _find_controller() -> tuple[Path, _Controls]:
+    """The mount below which groups can be made, and what its files are called."""
+    for line in _MOUNTS.read_text().splitlines():
+        mount, _, kind = line.partition(" - ")
+        place = Path(mount.split()[4])
+        system, _, options = kind.split(maxsplit=2)
+        if system == "cgroup" and "memory" in options.split(","):
+            return place, _V1
+        if system == "cgroup2" and "memory" in _words(place / "cgroup.subtree_control"):
+            return place, _V2
+    raise _no_cap("no control group hierarchy with a memory controller is mounted")
+
+
+def _words(path: Path) -> list[str]:
+    with suppress(OSError):
+        return path.read_text().split()
+    return []
+
+
+def _no_cap(reason: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"memory cannot be capped here: {reason}; run this as root where cgroups have the memory controller, or leave "
+        "the cap out"
+    )

@@ -1,0 +1,30 @@
+"""surfw, as it is."""
+
+from typing import Any
+
+from surfw.bench.contenders.work import Measurement, Work
+
+
+def installed() -> str | None:
+    """It measures itself."""
+    return None
+
+
+def run(work: Work) -> Measurement:
+    """Measure it."""
+    return measure_streaming(work)
+
+
+def measure_streaming(work: Work, **options: Any) -> Measurement:
+    """Measure a streaming model that is opened with these options."""
+    from surfw.bench.contenders.generation import measure_generation
+    from surfw.config import is_server_url
+    from surfw.models.streaming import StreamingModel
+    from surfw.settings import Settings
+
+    if is_server_url(work.source):
+        options["token"] = Settings.load().token
+    with StreamingModel.open(work.source, work.model, memory_budget=work.memory_budget, **options) as model:
+        return measure_generation(
+            model.generate, work, fetched_bytes=lambda: int(model.statistics()["cache"]["fetched_bytes"])
+        )

@@ -1,0 +1,175 @@
+"""What a comparison of generations found: from the outcomes of all rounds to rows and remarks. Pure; see `infer`."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surfw.bench.process import Outcome
+from surfw.bench.result import summarise
+from surfw.config import GB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferRow:
+    """One contender; without numbers, but for its name and `failed`, if it could not be measured.
+
+    Attributes:
+        name: as in `--against`, or `surfw`.
+        value: tokens per second of the whole generation, the prompt included: the median of all rounds.
+        unit: of value, low, high, decode_value and ceiling.
+        low: the slowest round.
+        high: the fastest round.
+        surfw_ratio: how many times as fast surfw is: its value ÷ this one's.
+        decode_value: tokens per second after the first token.
+        streamed_bytes_per_token: weights fetched for each of those; None for whoever does not say.
+        ceiling: the most that decode_value could be: the bandwidth ÷ streamed_bytes_per_token, the median of all
+            rounds; None if nothing was streamed, or the bandwidth is not known.
+        share: decode_value ÷ ceiling, the median of all rounds.
+        ttft_seconds: until the first token, once warm.
+        peak_rss_bytes: the most that its process had in memory in any round, mapped files included.
+        peak_group_bytes: the same with its page cache, where a cap made a group to measure that.
+        new_tokens: how many it generated.
+        token_ids: in its first round.
+        same_tokens: whether it gave, in every round, the tokens that the others gave.
+        failed: why it could not be measured.
+    """
+
+    name: str
+    value: float | None = None
+    unit: str = "tokens/s"
+    low: float | None = None
+    high: float | None = None
+    surfw_ratio: float | None = None
+    decode_value: float | None = None
+    streamed_bytes_per_token: float | None = None
+    ceiling: float | None = None
+    share: float | None = None
+    ttft_seconds: float | None = None
+    peak_rss_bytes: int | None = None
+    peak_group_bytes: int | None = None
+    new_tokens: int | None = None
+    token_ids: list[int] | None = None
+    same_tokens: bool | None = None
+    failed: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InferResult:
+    """The contenders, surfw first.
+
+    Attributes:
+        benchmark: `infer`.
+        machine: what they were measured on.
+        work: model, prompt and new tokens, rounds, cap and budget, as they were asked for.
+        bandwidth_bytes_per_second: what the ceilings come from: the median of all rounds, or what was given.
+        rows: the contenders.
+        notes: what a reader has to know: whom surfw was not compared with and why, and how to read the numbers.
+    """
+
+    benchmark: str
+    machine: dict[str, str]
+    work: dict[str, Any]
+    bandwidth_bytes_per_second: float | None
+    rows: tuple[InferRow, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        return asdict(self)
+
+
+def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[float | None]) -> tuple[InferRow, ...]:
+    """A row for each contender.
+
+    Args:
+        outcomes: of each round, by contender, surfw first.
+        bandwidths: bytes per second in each round; None where it is not known.
+    """
+    measured = {name: [one.found for one in all_of if one.found is not None] for name, all_of in outcomes.items()}
+    failed = {name: one.failed for name, all_of in outcomes.items() for one in all_of if one.failed is not None}
+    expected = _expected_tokens([measured[name][0]["token_ids"] for name in outcomes if name not in failed])
+    rates = {name: [len(one["token_ids"]) / one["seconds"] for one in measured[name]] for name in outcomes}
+    surfw = next(iter(outcomes))
+    rows = []
+    for name, all_of in outcomes.items():
+        if name in failed:
+            rows.append(InferRow(name=name, failed=failed[name]))
+            continue
+        found = measured[name]
+        spread = summarise(rates[name])
+        rows.append(
+            InferRow(
+                name=name,
+                **spread._asdict(),
+                surfw_ratio=statistics.median(rates[surfw]) / spread.value if surfw not in failed else None,
+                **_decode(found, bandwidths),
+                ttft_seconds=statistics.median(one["ttft_seconds"] for one in found),
+                peak_rss_bytes=max(one["peak_rss_bytes"] for one in found),
+                peak_group_bytes=max((one.peak_group_bytes for one in all_of if one.peak_group_bytes), default=None),
+                new_tokens=len(found[0]["token_ids"]),
+                token_ids=found[0]["token_ids"],
+                same_tokens=all(_agree(one["token_ids"], expected) for one in found),
+            )
+        )
+    return tuple(rows)
+
+
+def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: bool) -> list[str]:
+    """What the rows do not say.
+
+    Args:
+        rows: of `make_rows`.
+        bandwidth: bytes per second, if it is known.
+        measured: whether it was measured, not given.
+    """
+    notes = [f"{row.name}: {row.failed}" for row in rows if row.failed is not None]
+    others = [row.name for row in rows if row.same_tokens is False]
+    if others:
+        notes.append(f"other tokens than the rest gave: {', '.join(others)}")
+    elif sum(row.same_tokens is True for row in rows) > 1:
+        notes.append("all that ran gave the same tokens")
+    most = max((row.new_tokens or 0 for row in rows), default=0)
+    notes += [
+        f"{row.name} generated {row.new_tokens} tokens, not {most}, because it is slow"
+        for row in rows
+        if row.new_tokens is not None and row.new_tokens < most
+    ]
+    streams = [row for row in rows if row.streamed_bytes_per_token]
+    if streams and bandwidth:
+        how = "direct reads of the store's files, two at a time, by a process of its own" if measured else "given"
+        notes.append(f"ceiling: {bandwidth / GB:.2f} GB/s ({how}) ÷ what is streamed per token")
+    elif streams:
+        notes.append("no ceiling, because the bandwidth of the source is not known; give it")
+    return notes + [
+        f"{row.name} streamed nothing after the first token: everything fits, and only computing limits it"
+        for row in rows
+        if row.streamed_bytes_per_token == 0
+    ]
+
+
+def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | None]) -> dict[str, Any]:
+    """What is known of the tokens after the first; each round's ceiling is that of its own bandwidth."""
+    steps = len(found[0]["token_ids"]) - 1
+    rates = [steps / one["decode_seconds"] for one in found]
+    facts: dict[str, Any] = {"decode_value": statistics.median(rates)}
+    if found[0]["streamed_bytes"] is None:
+        return facts
+    streamed = [one["streamed_bytes"] / steps for one in found]
+    facts["streamed_bytes_per_token"] = statistics.median(streamed)
+    ceilings = [rate / size for rate, size in zip(bandwidths, streamed, strict=True) if rate and size]
+    if len(ceilings) == len(found):
+        facts["ceiling"] = statistics.median(ceilings)
+        facts["share"] = statistics.median(rate / most for rate, most in zip(rates, ceilings, strict=True))
+    return facts
+
+
+def _expected_tokens(answers: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The answer that most of them agree with; of equals the longest."""
+    return max(answers, key=lambda one: (sum(_agree(one, other) for other in answers), len(one)), default=())
+
+
+def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one is the beginning of the other."""
+    shared = min(len(one), len(other))
+    return list(one[:shared]) == list(other[:shared])

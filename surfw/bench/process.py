@@ -1,0 +1,102 @@
+"""One contender in a process of its own, under a cap if there is one, to its end or to its kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from surfw.bench.cap import drop_page_cache, memory_group
+from surfw.bench.contenders.work import Work
+from surfw.config import format_size
+
+_SHOWN = 300
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        found: what it says of itself; None if it failed.
+        failed: why it did.
+        peak_group_bytes: the most memory its group had, page cache included; None without a cap.
+        cold: whether the page cache was dropped before, so that all it used counted; not done without a cap.
+    """
+
+    found: dict[str, Any] | None = None
+    failed: str | None = None
+    peak_group_bytes: int | None = None
+    cold: bool = False
+
+
+def run_contender(
+    name: str, work: Work, *, cap_bytes: int | None, patience_seconds: float, folder: str | None = None
+) -> Outcome:
+    """Run it; nothing of it is left afterwards, however this ends.
+
+    Args:
+        name: of `CONTENDERS`, or `READS`.
+        work: what to do.
+        cap_bytes: all the memory it can have, page cache included; None for no cap.
+        patience_seconds: after this it is stopped.
+        folder: where it may write; default: the temporary folder.
+
+    Raises:
+        ConfigurationError: the cap cannot be set.
+    """
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder))
+        text = json.dumps(asdict(replace(work, scratch_dir=scratch)))
+        command = [sys.executable, "-m", "surfw.bench.contenders", name, text]
+        if cap_bytes is None:
+            return _run(command, patience_seconds)
+        group = stack.enter_context(memory_group(cap_bytes))
+        cold = drop_page_cache()
+        outcome = _run(group.command(command), patience_seconds)
+        if outcome.failed and group.kills:
+            outcome = Outcome(failed=f"was killed: a cap of {format_size(cap_bytes)} is too small for it")
+        return replace(outcome, peak_group_bytes=group.peak_bytes, cold=cold)
+
+
+def _run(command: list[str], patience_seconds: float) -> Outcome:
+    """Run a process that ends when its stdin does, so that it does even if this is interrupted while starting it."""
+    reading, writing = os.pipe()
+    try:
+        with subprocess.Popen(
+            command,
+            stdin=reading,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                out, err = process.communicate(timeout=patience_seconds)
+            except subprocess.TimeoutExpired:
+                text = f"was stopped after {patience_seconds:g} seconds; give it more time, or less to do"
+                return Outcome(failed=text)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        os.close(reading)
+        os.close(writing)
+    lines = out.splitlines()
+    if process.returncode == 0 and lines:
+        found = json.loads(lines[-1])
+        failed = found.get("failed")
+        return Outcome(failed=str(failed)[:_SHOWN]) if failed else Outcome(found=found)
+    return Outcome(failed=_describe_end(process.returncode, err))
+
+
+def _describe_end(returncode: int, err: str) -> str:
+    last = next((line.strip() for line in reversed(err.splitlines()) if line.strip()), "it said nothing")
+    if returncode < 0:
+        return f"was ended by {signal.Signals(-returncode).name}; its last words: {last[:_SHOWN]}"
+    return f"ended with exit code {returncode}; its last words: {last[:_SHOWN]}"

@@ -1,0 +1,107 @@
+"""How measurements are shown, and how one that leaves things behind is ended."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.table import Table
+
+from surfw.cli import render
+from surfw.config import format_size
+
+
+def show_rows(result: Any) -> None:
+    """Rows against their baselines."""
+    _show_table(
+        ("what", "value", "spread", "baseline", "ratio", "ceiling", "share", "verified"),
+        [
+            (
+                row.name,
+                f"{row.value:.3g} {row.unit}",
+                _range(row.low, row.high),
+                *(_number(value) for value in (row.baseline, row.ratio, row.ceiling, row.share)),
+                "" if row.verified is None else ("yes" if row.verified else "no"),
+            )
+            for row in result.rows
+        ],
+    )
+    _show_machine(result)
+
+
+def show_comparison(result: Any) -> None:
+    """Contenders, and what has to be known about them."""
+    _show_table(
+        ("", "tokens/s", "spread", "surfw is", "TTFT", "memory", "and cache"),
+        [
+            (
+                row.name,
+                "failed" if row.failed else _number(row.value),
+                _range(row.low, row.high),
+                "" if row.surfw_ratio is None else f"{row.surfw_ratio:.3g} ×",
+                "" if row.ttft_seconds is None else render.seconds(row.ttft_seconds),
+                "" if row.peak_rss_bytes is None else format_size(row.peak_rss_bytes),
+                "" if row.peak_group_bytes is None else format_size(row.peak_group_bytes),
+            )
+            for row in result.rows
+        ],
+    )
+    ceilings = [row for row in result.rows if row.ceiling]
+    if ceilings:
+        render.out.print()
+        _show_table(
+            ("after the first token", "tokens/s", "ceiling", "share", "streamed per token"),
+            [
+                (
+                    row.name,
+                    _number(row.decode_value),
+                    _number(row.ceiling),
+                    f"{row.share:.0%}",
+                    format_size(row.streamed_bytes_per_token),
+                )
+                for row in ceilings
+            ],
+        )
+    work = result.work
+    what = f"{work['model']}: {work['prompt_tokens']} tokens of prompt, {work['new_tokens']} generated, greedy"
+    rounds = f"; medians of {work['rounds']} rounds" if work["rounds"] > 1 else ""
+    render.out.print(f"\n{what}{rounds}; memory is the highest that the process had", soft_wrap=True)
+    for note in result.notes:
+        render.out.print(f"- {note}", soft_wrap=True)
+    _show_machine(result)
+
+
+@contextmanager
+def ending_with_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as an interrupt does, so that what was begun is cleaned up."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table without the columns in which nothing stands."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
+    for index in shown:
+        table.add_column(headings[index], justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(row[index] for index in shown))
+    render.out.print(table)
+
+
+def _show_machine(result: Any) -> None:
+    machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
+    render.out.print(f"on {machine}", style="dim", soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _range(low: float | None, high: float | None) -> str:
+    """The worst and the best of several rounds; nothing of one."""
+    return "" if low is None or high is None or low == high else f"{low:.3g}–{high:.3g}"
