@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from surfw.settings import CONFIG_VARIABLE, SETTINGS
 from surfw.token import TOKEN_VARIABLE
@@ -18,6 +20,8 @@ __all__ = ["redis_url", "s3"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+hypothesis_settings.register_profile("surfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("surfw")  # how fast the machine is decides no test
 
 
 def require(reason: str) -> NoReturn:

@@ -341,7 +341,7 @@ def test_the_cache_may_change_its_size_while_a_model_generates(
         stop = threading.Event()
 
         def shake() -> None:
-            while not stop.is_set():
+            while not stop.wait(0.002):  # else it would hold the lock most of the time
                 for size in sizes:
                     model.cache_size = size
                 model.clear_cache()
