@@ -17,10 +17,11 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -31,18 +32,13 @@ from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader, as_parameter
-from surfw.runtime.residency import (
-    Limit,
-    Needs,
-    ResidencyPlan,
-    floating_victims,
-    least_bytes,
-    next_uses,
-    plan_residency,
-)
+from surfw.runtime.planning import Planning
+from surfw.runtime.residency import Limit, Needs, ResidencyPlan, floating_victims
 from surfw.runtime.run import Run
-from surfw.runtime.schedule import Phases, Schedule
+from surfw.runtime.schedule import Phases
 from surfw.runtime.tables import TableUnit
+
+T = TypeVar("T")
 
 logger = logging.getLogger("surfw.runtime")
 
@@ -98,17 +94,9 @@ class Engine:
         """
         self.manifest = manifest
         self.metrics = metrics
-        self._needs = needs
-        self._limit = limit
-        self._forced: frozenset[str] = frozenset()  # used outside of their modules' forward, so they stay
-        self._whole: frozenset[str] = frozenset()  # tables that rows were not enough of
+        self._planning = Planning(manifest, needs, limit, phases=phases, tables=tables)
         self._loader = loader
         self._io = io
-        self._uses = {use.module: use.chunks for use in manifest.order}
-        self._tables = tables or {}
-        self._schedule = Schedule(phases or Phases(cycle=tuple(self._uses)))
-        self._planned_version = self._schedule.version
-        self.plan = self._make_plan()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._pool = BufferPool()
         self._lock = threading.RLock()
@@ -124,7 +112,7 @@ class Engine:
         before = self._run, self._ahead
         self._run, self._ahead = run, prefetch and self._ahead
         with self._lock:
-            self._schedule.begin()
+            self._planning.begin()
         try:
             yield
         finally:
@@ -136,7 +124,7 @@ class Engine:
         Raises:
             SurfwError: a chunk could not be loaded, or the run was interrupted.
         """
-        names = self._uses[module]
+        names = self._planning.uses[module]
         tensors: dict[str, torch.Tensor] = {}
         entries = self._hold(module, names)
         try:
@@ -155,7 +143,7 @@ class Engine:
 
     def release(self, module: str) -> None:
         """The module has run: its chunks may be evicted, and the next ones may come."""
-        names = self._uses[module]
+        names = self._planning.uses[module]
         self._let_go(names)
         with self._lock:
             if not self._closed and not (self.plan.everything_fits and self._is_settled):
@@ -165,7 +153,7 @@ class Engine:
 
     def by_rows(self, module: str) -> bool:
         """Whether a module is to look single rows up: its table is not in memory."""
-        unit = self._tables.get(module)
+        unit = self._planning.tables.get(module)
         if unit is None:
             return False
         with self._lock:
@@ -198,15 +186,7 @@ class Engine:
             ConfigurationError: there is no room to keep them.
         """
         with self._lock:
-            forced = frozenset(self._uses[module]) - self._forced - self._needs.fixed
-            if not forced:
-                return
-            before, self._forced = self._forced, self._forced | forced
-            try:
-                self._replan()
-            except BaseException:
-                self._forced = before
-                raise
+            forced = self._replan(lambda: self._planning.force(module))
             for name in sorted(forced):
                 self._entries[name].in_ring = False
                 logger.warning(
@@ -226,15 +206,7 @@ class Engine:
             ConfigurationError: the model does not run with the rest; all stays as it was.
         """
         with self._lock:
-            if or_less and self._limit.budget_bytes is not None:
-                size_bytes = max(0, min(size_bytes, self._limit.budget_bytes - least_bytes(*self._planned())))
-            if size_bytes != self._limit.reserved_bytes:
-                before, self._limit = self._limit, replace(self._limit, reserved_bytes=size_bytes)
-                try:
-                    self._replan()
-                except BaseException:
-                    self._limit = before
-                    raise
+            self._replan(lambda: self._planning.reserve(size_bytes, or_less=or_less))
 
     def plan_with(self, limit: Limit) -> ResidencyPlan:
         """The plan that there would be with another limit; nothing changes.
@@ -243,14 +215,18 @@ class Engine:
             ConfigurationError: the limit is too small for the model.
         """
         with self._lock:
-            return self._make_plan(limit)
+            return self._planning.plan_with(limit)
+
+    @property
+    def plan(self) -> ResidencyPlan:
+        """What is kept, and what passes through."""
+        return self._planning.plan
 
     @property
     def least_budget_bytes(self) -> int:
         """The smallest budget that the model runs with, and that leaves what is reserved now."""
         with self._lock:
-            needs, cycle, before = self._planned()
-            return least_bytes(needs, cycle, before) + self._limit.reserved_bytes
+            return self._planning.least_budget_bytes
 
     def release_all(self) -> None:
         """Nothing runs: whatever was acquired may be evicted."""
@@ -292,8 +268,8 @@ class Engine:
             ConfigurationError: fewer than one chunk is to be kept.
         """
         with self._lock:
-            self._limit = Limit(cache_layers=cache_layers, policy=self._limit.policy)
-            self._replan()
+            limit = Limit(cache_layers=cache_layers, policy=self.limit.policy)
+            self._replan(lambda: self._planning.set_limit(limit))
             self._pool.clear()
 
     def clear(self) -> None:
@@ -336,7 +312,7 @@ class Engine:
     @property
     def limit(self) -> Limit:
         """How much may be kept."""
-        return self._limit
+        return self._planning.limit
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
@@ -353,7 +329,7 @@ class Engine:
         with self._lock:
             self._run.check()
             self._observe(module)
-            self._plan_for(names)
+            self._replan(lambda: self._planning.read_whole(names))
         while True:
             with self._lock:
                 self._run.check()
@@ -368,20 +344,6 @@ class Engine:
                     self._prefetch(names)
                     return list(zip(entries, ready, strict=True))
             self._wait(obstacle)
-
-    def _plan_for(self, names: Sequence[str]) -> None:
-        """Have a plan with a place for these chunks: one of them may be a table that rows are not enough of.
-
-        Raises:
-            ConfigurationError: there is none.
-        """
-        if not self.plan.absent.isdisjoint(names):
-            before, self._whole = self._whole, self._whole | self.plan.absent.intersection(names)
-            try:
-                self._replan()
-            except BaseException:
-                self._whole = before
-                raise
 
     def _let_go(self, names: Sequence[str]) -> None:
         with self._lock:
@@ -415,7 +377,7 @@ class Engine:
     def _start(self, name: str, priority: int, needed: Collection[str] = ()) -> _Entry:
         """Begin to load a chunk; into memory of its own if it has a place there, else through the ring."""
         chunk = self.manifest.by_name[name]
-        size = self._needs.sizes[name]
+        size = self._planning.size_bytes(name)
         in_ring = not self._has_place(name, needed)
         buffer: Buffer | None = None
         if in_ring:
@@ -440,45 +402,19 @@ class Engine:
         self.metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _observe(self, module: str) -> None:
-        """Note what runs. Another schedule gets another plan, where its cycle begins."""
-        self._schedule.observe(module)
-        if self._schedule.version != self._planned_version:
-            _, cycle = self._schedule.cycle()
-            if cycle and module == cycle[0]:
-                self._replan()
+        """Note what runs, which may change the plan."""
+        self._replan(lambda: self._planning.observe(module))
 
-    def _make_plan(self, limit: Limit | None = None) -> ResidencyPlan:
-        needs, cycle, before = self._planned()
-        return plan_residency(needs, limit or self._limit, cycle, before)
-
-    def _planned(self) -> tuple[Needs, list[str], list[str]]:
-        """What a plan is made for: the needs, and the chunks in the cycle and before it."""
-        before, cycle = self._schedule.cycle()
-        return self._needs_now(), self._chunks(cycle), self._chunks(before)
-
-    def _needs_now(self) -> Needs:
-        return replace(self._needs, fixed=self._needs.fixed | self._forced, tables=self._tables_now())
-
-    def _tables_now(self) -> frozenset[str]:
-        return self._needs.tables - self._forced - self._whole
-
-    def _replan(self) -> None:
-        before, self.plan = self.plan, self._make_plan()
-        if before.ring_bytes != self.plan.ring_bytes:
-            self._pool.clear()
-        self._planned_version = self._schedule.version
-        self._is_settled = False
-        self._trim()
-
-    def _chunks(self, modules: Sequence[str]) -> list[str]:
-        """The chunks that modules use, in order; not those that stay anyway, and not tables that are looked up in."""
-        tables = self._tables_now()
-        return [
-            name
-            for module in modules
-            for name in self._uses[module]
-            if name not in self._needs.fixed and not (module in self._tables and name in tables)
-        ]
+    def _replan(self, change: Callable[[], T]) -> T:
+        """Change the plan, and evict what the new one has no room for."""
+        before = self.plan
+        done = change()
+        if self.plan is not before:
+            if before.ring_bytes != self.plan.ring_bytes:
+                self._pool.clear()
+            self._is_settled = False
+            self._trim()
+        return done
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is room, and no more at a time than a window of bytes."""
@@ -487,9 +423,9 @@ class Engine:
         window = max(_LEAST_WINDOW_BYTES, 2 * max(self.plan.sizes.values(), default=0))
         flying = sum(entry.size_bytes for entry in self._entries.values() if not entry.load.done())
         sooner = set(in_use)
-        for name in self._coming():
+        for name in self._planning.upcoming():
             if name not in self._entries:
-                has_room = not flying or flying + self._needs.sizes[name] <= window
+                has_room = not flying or flying + self._planning.size_bytes(name) <= window
                 if not has_room or not (self._has_place(name) or self._ring_has_room(sooner)):
                     return
                 flying += self._start(name, self._next_priority()).size_bytes
@@ -500,22 +436,13 @@ class Engine:
         self._asked = self._asked % _LAST_PRIORITY + 1
         return self._asked
 
-    def _coming(self) -> Iterator[str]:
-        seen: set[str] = set()
-        for module in self._schedule.upcoming(len(self._uses)):
-            by_rows = self.plan.tables if module in self._tables else frozenset[str]()
-            for name in self._uses[module]:
-                if name not in seen and name not in by_rows:
-                    seen.add(name)
-                    yield name
-
     def _has_place(self, name: str, needed: Collection[str] = ()) -> bool:
         """Whether a chunk has memory of its own; what is neither pinned any more nor needed makes way for it."""
-        if name in self._needs.fixed or name in self._forced:
+        if self._planning.stays(name):
             return True
         if name not in self.plan.pinned:
             return False
-        size, excess = self._needs.sizes[name], self._excess_bytes()
+        size, excess = self._planning.size_bytes(name), self._excess_bytes()
         return size + excess <= 0 or self._evict_unpinned(size + excess, needed)
 
     def _excess_bytes(self) -> int:
@@ -579,9 +506,8 @@ class Engine:
                 for one, other in self._entries.items()
                 if not other.in_ring and one in self.plan.floating and not other.users
             }
-            future = next_uses(self._chunks(list(self._schedule.upcoming(2 * len(self._uses)))))
             free = self.plan.room_bytes - sum(held.values())
-            victims = floating_victims(name, held, entry.size_bytes, free, future)
+            victims = floating_victims(name, held, entry.size_bytes, free, self._planning.next_uses())
             if victims is not None:
                 for victim in victims:
                     self._entries[victim].in_ring = True  # its buffer takes the place of the one that is kept
