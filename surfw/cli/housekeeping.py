@@ -1,6 +1,7 @@
 """`surfw chunk --list`, `--remove`, `--prune` and `--verify`: keeping a store in order."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -8,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from surfw.storage.housekeeping import Housekeeping, StoreContents
-    from surfw.storage.prune import Pruned
+    from surfw.storage.prune import Pruned, Removed, Steps
     from surfw.storage.verify import Verified
 
 T = TypeVar("T")
@@ -82,18 +83,13 @@ def keep(wish: Wish, place: str, *, model: str | None, dry_run: bool, json: bool
         _fail_if_damaged(verified)
 
 
-def _bar(what: str, *, quiet: bool) -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _bar(what: str, *, quiet: bool) -> "Iterator[Steps]":
     from surfw.cli import render
 
-    @contextmanager
-    def steps() -> Any:
-        with render.byte_bar(quiet=quiet) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total, _: bar.update(task, completed=done, total=total)
-
-    return steps()
+    with render.byte_bar(quiet=quiet) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total, _: bar.update(task, completed=done, total=total)
 
 
 def _show(result: Any, show: Callable[[Any], None], *, json: bool) -> None:
@@ -147,7 +143,7 @@ def _show_listing(listing: "StoreContents") -> None:
         _say(f"not understood, so that nothing can be pruned: {complaint}")
 
 
-def _show_removed(removed: Any) -> None:
+def _show_removed(removed: "Removed") -> None:
     done = ["removed"] * removed.published + ["unfinished work given up"] * bool(removed.given_up)
     _say(f"{removed.model}: {', '.join(done)}; its blobs stay until 'surfw chunk --prune'")
 
