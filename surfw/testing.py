@@ -199,7 +199,8 @@ class StorageBackendSuite:
 
     def test_what_is_removed_is_gone(self, backend: StorageBackend, storage: StorageBackend) -> None:
         """Exactly the object is removed; where there is none, nothing happens. Skipped without a `remove`."""
-        if type(getattr(backend, "inner", backend)).remove is StorageBackend.remove:
+        inner: StorageBackend = getattr(backend, "inner", backend)
+        if type(inner).remove is StorageBackend.remove:
             with pytest.raises(StorageError, match="implement 'async def remove"):
                 asyncio.run(storage.remove(KEY))
             pytest.skip("this backend cannot remove objects")

@@ -60,6 +60,7 @@ class Stage:
             self._news.clear()
             await self._news.wait()
         self._waiting[actor].popleft().set_result(None)
+        await asyncio.sleep(0)  # it happens now
         return True
 
     async def play(self, schedule: Iterable[str]) -> None:
@@ -109,4 +110,4 @@ class Machine(RemovingBackend):
         return len(self.objects[key])
 
     def spool(self) -> Path:
-        return self._stage.folder / self._actor
+        return self._stage.folder / self._actor / "partial"

@@ -141,6 +141,7 @@ def test_no_model_ever_lacks_a_blob_and_nothing_else_stays(
     async def play() -> None:
         objects: dict[str, bytes] = {}
         stage = Stage(objects, folder)
+        await Store(RemovingBackend(objects)).create()
         for name, layers in there.items():
             await write(RemovingBackend(objects), name, layers)
         for name in gone & set(there):
@@ -168,7 +169,7 @@ def test_no_model_ever_lacks_a_blob_and_nothing_else_stays(
             done = {key for key in needs(writing[killed]) if key in set().union(*map(_held, objects.items()))}
             await prune_it(RemovingBackend(objects))
             assert done & before <= blobs(objects), "what a killed writer relied on stays"
-            placed = _journal(folder / killed)
+            placed = _journal(folder / killed / "partial")
             source = Pool()
             stage.enter(killed, write(backends[killed], killed, writing[killed], source=source))
             assert isinstance((await stage.finish())[killed], Manifest)
