@@ -105,6 +105,7 @@ def test_a_chunking_process_is_killed_and_resumed_while_others_prune(saved: Path
     asyncio.run(backend.close())
 
 
+@pytest.mark.parametrize("place", ["folder"], indirect=True)
 def test_work_that_was_given_up_is_pruned(saved: Path, place: Place, tmp_path: Path) -> None:
     backend = place[1]()
     house = Housekeeping(storage_backend=backend)
