@@ -197,6 +197,25 @@ class StorageBackendSuite:
         assert set(asyncio.run(write_and_read())) <= set(objects)
         assert asyncio.run(storage.load(KEY)) in objects
 
+    def test_what_is_removed_is_gone(self, backend: StorageBackend, storage: StorageBackend) -> None:
+        """Exactly the object is removed; where there is none, nothing happens. Skipped without a `remove`."""
+        inner: StorageBackend = getattr(backend, "inner", backend)
+        if type(inner).remove is StorageBackend.remove:
+            with pytest.raises(StorageError, match="implement 'async def remove"):
+                asyncio.run(storage.remove(KEY))
+            pytest.skip("this backend cannot remove objects")
+        for key in (KEY, KEY + ".more"):
+            asyncio.run(storage.save(key, _EVERY_BYTE))
+        assert asyncio.run(storage.load_range(KEY, 0, 2)) == b"\x00\x01"
+        for _ in range(2):
+            asyncio.run(storage.remove(KEY))
+            assert asyncio.run(storage.exists(KEY)) is False
+            assert asyncio.run(storage.list()) == [KEY + ".more"]
+            with pytest.raises(NotFoundError):
+                asyncio.run(storage.load_range(KEY, 0, 2))
+        asyncio.run(storage.save(KEY, b"again"))
+        assert asyncio.run(storage.load(KEY)) == b"again"
+
     def test_keys_are_listed_by_prefix(self, storage: StorageBackend) -> None:
         """A prefix is the beginning of a text, not a folder."""
         assert asyncio.run(storage.list()) == []

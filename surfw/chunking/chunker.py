@@ -188,34 +188,41 @@ async def write_model(
     """
     store = Store(backend)
     await store.create()
-    writer = ChunkWriter(store.backend, _PayloadReader(prepared), key=prepared.key, progress=progress)
+    writer = ChunkWriter(
+        store.backend, _PayloadReader(prepared), model=prepared.name, key=prepared.key, progress=progress
+    )
     with writer.locked():
-        chunks = await writer.write(prepared.plan)
-        generation = prepared.checkpoint.generation_config
-        files = sorted(prepared.checkpoint.files)
-        manifest = Manifest(
-            name=prepared.name,
-            class_name=prepared.class_name,
-            dtype=prepared.dtype,
-            config=prepared.config,
-            generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
-            files=tuple([await _write_file(prepared, store.backend, path) for path in files]),
-            ties=prepared.loading.ties,
-            chunks=tuple(chunks),
-            order=prepared.plan.order,
-        )
-        await store.publish(manifest)
-        writer.forget()
+        async with writer.lease.renewed():
+            return await _write(prepared, store, writer)
+
+
+async def _write(prepared: PreparedModel, store: Store, writer: ChunkWriter) -> Manifest:
+    chunks = await writer.write(prepared.plan)
+    generation = prepared.checkpoint.generation_config
+    files = sorted(prepared.checkpoint.files)
+    manifest = Manifest(
+        name=prepared.name,
+        class_name=prepared.class_name,
+        dtype=prepared.dtype,
+        config=prepared.config,
+        generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
+        files=tuple([await _write_file(prepared, writer, path) for path in files]),
+        ties=prepared.loading.ties,
+        chunks=tuple(chunks),
+        order=prepared.plan.order,
+    )
+    await writer.publish(store, manifest)
     return manifest
 
 
-async def _write_file(prepared: PreparedModel, backend: StorageBackend, path: str) -> ModelFile:
+async def _write_file(prepared: PreparedModel, writer: ChunkWriter, path: str) -> ModelFile:
     file = prepared.checkpoint.files[path]
     with translate_errors(file):
         data = await asyncio.to_thread(file.read_bytes)
     digest = payload_digest(data)
     key = blob_key(digest, file.suffix or ".bin")
-    await backend.save(key, data)
+    await writer.lease.hold([key])
+    await writer.backend.save(key, data)
     return ModelFile(path, len(data), digest, key)
 
 

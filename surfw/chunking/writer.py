@@ -3,6 +3,7 @@
 - Blobs first, the manifest last: a model is visible only when all of it is there and durable.
 - Bytes go through a few buffers of 8 MiB; a converted tensor is held with its sources, nothing else ever is.
 - While one chunk is written, the one before it is synced and put in its place.
+- A blob is in the writer's lease before it is looked for or put in place: nobody prunes it away (`storage.notices`).
 - A journal beside the unfinished files names the chunks that are done. The same plan over the same source goes on from
   there; a lock, held until the journal is given up, keeps two writers of it apart.
 """
@@ -25,11 +26,12 @@ from blake3 import blake3
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, encode_header
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
-from surfw.manifest import Chunk, Form, Location, block_digests
+from surfw.manifest import Chunk, Form, Location, Manifest, block_digests
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
-from surfw.storage.store import blob_key
+from surfw.storage.lease import Lease
+from surfw.storage.store import Store, blob_key, objects_of
 
 _PIECE_BYTES = 8 * MIB
 _BUFFERS = 3
@@ -48,12 +50,15 @@ class TensorBytes(Protocol):
 class ChunkWriter:
     """Writes the chunks of one plan into one storage."""
 
-    def __init__(self, backend: StorageBackend, source: TensorBytes, *, key: str, progress: Progress) -> None:
+    def __init__(
+        self, backend: StorageBackend, source: TensorBytes, *, model: str, key: str, progress: Progress
+    ) -> None:
         """Name the parts; `key` identifies plan and source, so that only the very same work is resumed."""
         self.backend = backend
         self.source = source
         self.progress = progress
         self.folder = backend.spool() / key
+        self.lease = Lease(backend, model, self.folder)
         self._stop = threading.Event()
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
@@ -63,6 +68,7 @@ class ChunkWriter:
             StorageError: the storage cannot take them; what was finished is kept for the next run.
         """
         done = self._read_journal()
+        await self.lease.hold(form.locations[0].object for form in done.values())
         forms: list[Form] = []
         finishing: asyncio.Task[Form] | None = None
         try:
@@ -110,6 +116,17 @@ class ChunkWriter:
                 if os.fstat(fd).st_nlink:  # else a writer that has just finished removed it: it locks nobody out
                     break
             yield
+
+    async def publish(self, store: Store, manifest: Manifest) -> None:
+        """Make the model visible, and forget how far the work was; call it under `locked`.
+
+        Raises:
+            StorageError: a blob vanished since it was written, or the manifest cannot be written.
+        """
+        await self.lease.confirm(objects_of(manifest))
+        await store.publish(manifest)
+        await self.lease.withdraw()
+        self.forget()
 
     def forget(self) -> None:
         """Remove the journal: the model is published. Call it under `locked`."""
@@ -190,6 +207,7 @@ class ChunkWriter:
                     os.close(fd)
 
         await asyncio.to_thread(sync)
+        await self.lease.hold([form.locations[0].object])
         async with self._placing():
             placed = await self._place(form)
             if placed == form:

@@ -13,13 +13,20 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk --list
+  surfw chunk --verify my-model --json
+  surfw chunk --remove my-model
+  surfw chunk --prune --dry-run --store s3://bucket/prefix
 """
 
 
 @options.with_settings("store", "on_missing")
 def chunk(
     *,
-    model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A hub id (org/name) or a local directory; with --verify, a model's name in the store."),
+    ] = None,
     configuration: options.Configuration,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
@@ -28,13 +35,37 @@ def chunk(
     dtype: Annotated[
         str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show layers and sizes, or what would be pruned, and write nothing.")
+    ] = False,
+    listing: Annotated[bool, typer.Option("--list", help="In place of chunking: show what lies in the store.")] = False,
+    remove: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="In place of chunking: remove a model; its blobs stay until --prune."),
+    ] = None,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="In place of chunking: remove the blobs that no model needs.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="In place of chunking: read every byte of all models, or of MODEL.")
+    ] = False,
     json: options.Json = False,
 ) -> None:
-    """Cut a checkpoint into chunks by layer, and write them into a store.
+    """Cut a checkpoint into chunks by layer, and write them into a store; or keep the store in order.
 
     An interrupted run leaves nothing visible; the same command goes on where it stopped.
     """
+    from surfw.cli import housekeeping
+
+    wish = housekeeping.Wish(listing=listing, remove=remove, prune=prune, verify=verify)
+    housekeeping.check(
+        wish, model=model, dry_run=dry_run, chunking={"--name": name, "--revision": revision, "--dtype": dtype}
+    )
+    place = configuration.settings.store
+    if wish:
+        housekeeping.keep(wish, place, model=model, dry_run=dry_run, json=json)
+        return
+    assert model is not None, "checked above"
     import asyncio
 
     from surfw.chunking.chunker import prepare_model, write_model
@@ -42,7 +73,6 @@ def chunk(
     from surfw.config import display_url, format_size
     from surfw.storage import open_backend
 
-    place = configuration.settings.store
     bars = not json and render.err.is_terminal
     with prepare_model(
         model,
@@ -75,21 +105,9 @@ def chunk(
 @contextmanager
 def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
     """A bar in bytes with the time that is left, in a terminal; nothing elsewhere."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     from surfw.cli import render
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=render.err,
-        disable=quiet or not render.err.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with render.byte_bar(quiet=quiet) as bar:
         task = bar.add_task("chunking", total=total_bytes)
         yield lambda count, name: bar.update(task, advance=count, description=name)
 

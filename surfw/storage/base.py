@@ -113,6 +113,19 @@ class StorageBackend(ABC):
             StorageError: they could not be listed.
         """
 
+    async def remove(self, key: str) -> None:
+        """Remove an object for good; where there is none, nothing is to be done.
+
+        Only `surfw chunk --remove` and `--prune` need it.
+
+        Raises:
+            StorageError: it could not be removed, or this backend cannot remove objects.
+        """
+        raise StorageError(
+            f"{key} in {self.url} is not removed: {type(self).__name__} cannot do that; implement "
+            "'async def remove(self, key)' in it, or remove the object with the storage's own tools"
+        )
+
     async def size(self, key: str) -> int:
         """The object's length in bytes."""
         return len(await self.load(key))

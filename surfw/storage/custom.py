@@ -117,6 +117,16 @@ class AdaptedBackend(StorageBackend):
                 )
         return sorted(found)
 
+    async def remove(self, key: str) -> None:
+        """Remove an object; where there is none, nothing is to be done."""
+        try:
+            with self._reading("remove", key):
+                await self._asynchronous("remove", self.inner.remove(key))
+        except NotFoundError:
+            return
+        finally:
+            self._shared.forget(check_key(key))
+
     async def size(self, key: str) -> int:
         """The object's length in bytes."""
         with self._reading("size", key):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from surfw.config import display_url
-from surfw.errors import ConfigurationError, StorageError
+from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage.base import check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 
@@ -100,6 +100,17 @@ class FilesystemBackend(FsspecBackend):
 
         await asyncio.to_thread(move)
 
+    async def remove(self, key: str) -> None:
+        """Remove a file, for good once this returns; whoever has it open or mapped keeps it. Its folder stays."""
+        path = self._path(key)
+
+        def remove() -> None:
+            with suppress(NotFoundError), translate_errors(f"removing {key} from {self.url}"):
+                path.unlink()
+                _sync_folder(path.parent)
+
+        await asyncio.to_thread(remove)
+
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix."""
         folder = check_prefix(prefix).rpartition("/")[0]
@@ -182,8 +193,13 @@ def _move(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
     for folder in [target.parent, *(new.parent for new in made)]:  # a new folder is durable once its parent is synced
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names that came or went durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -139,6 +139,18 @@ class FsspecBackend(StorageBackend):
         except NotFoundError:
             return False
 
+    async def remove(self, key: str) -> None:
+        """Remove an object; where there is none, nothing is to be done."""
+
+        def remove(path: str) -> None:
+            try:
+                self.fs.rm_file(path)
+            except NotImplementedError as exc:
+                raise StorageError(f"{key} in {self.url} cannot be removed: this kind of storage is only read") from exc
+
+        with suppress(NotFoundError):
+            await self._call(key, remove)
+
     async def size(self, key: str) -> int:
         """The object's length."""
         return int(await self._call(key, self.fs.size))

@@ -5,6 +5,7 @@
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
     partial/                               work in progress; nothing reads it but the `chunk` that wrote it
+    leases/, prunes/                       what writers and pruners tell each other: see `notices`
 
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
 """
@@ -12,6 +13,7 @@ Blobs are named by their content and written first; the manifest is written last
 import asyncio
 import json
 import logging
+import re
 from collections.abc import Sequence
 
 from surfw.config import display_url
@@ -19,15 +21,18 @@ from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageEr
 from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
+from surfw.storage.notices import LEASES, PRUNES
 
 logger = logging.getLogger("surfw.storage")
 
 MARKER = "surfw.json"
 FORMAT = "surfw.store"
 STORE_VERSION = 1
-_MODELS = "models/"
+MODELS, BLOBS = "models/", "blobs/"
 _OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
+_IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
+_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 
 
 class Store:
@@ -81,7 +86,7 @@ class Store:
         if await self.backend.exists(MARKER):
             await self.check()
             return
-        if stranger := await self.backend.stranger(_PARTIAL):
+        if stranger := await self._stranger():
             raise NotAStoreError(
                 f"{self.url} holds other things (such as {stranger}) and no {MARKER}; "
                 "choose an empty place for the store"
@@ -89,10 +94,17 @@ class Store:
         document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())
 
+    async def _stranger(self) -> str | None:
+        """A key that is of no store's beginnings."""
+        found = await self.backend.stranger(_PARTIAL)
+        if found is not None and found.startswith(_IN_PROGRESS):
+            found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
+        return found
+
     async def models(self) -> list[str]:
         """Names of the models, sorted. Files whose names cannot be a model's are left out."""
-        keys = await self.backend.list(_MODELS)
-        names = {key.removeprefix(_MODELS).removesuffix(".json") for key in keys if key.endswith(".json")}
+        keys = await self.backend.list(MODELS)
+        names = {key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")}
         strays = {name for name in names if not _is_model_name(name)}
         for name in sorted(strays - self._strays):
             logger.warning("%s holds %a, which cannot be a model's name; it is left out", self.url, name[:80])
@@ -159,12 +171,38 @@ def _is_model_name(name: str) -> bool:
 
 def manifest_key(model: str) -> str:
     """Where a model's manifest lies."""
-    return f"{_MODELS}{check_model_name(model)}.json"
+    return f"{MODELS}{check_model_name(model)}.json"
 
 
 def blob_key(digest: str, suffix: str) -> str:
     """Where a blob with this content lies."""
-    return f"blobs/{digest[:2]}/{digest}{suffix}"
+    return f"{BLOBS}{digest[:2]}/{digest}{suffix}"
+
+
+def is_blob(key: str) -> bool:
+    """Whether a blob may lie there."""
+    return bool(_BLOB.fullmatch(key))
+
+
+def belongs(key: str) -> bool:
+    """Whether a key is of a store's layout; a storage may hold others too."""
+    return key == MARKER or key.startswith(_IN_PROGRESS) or is_blob(key) or model_of(key) is not None
+
+
+def model_of(key: str) -> str | None:
+    """The model whose manifest lies there; None if none does."""
+    name = key.removeprefix(MODELS).removesuffix(".json")
+    return name if key == f"{MODELS}{name}.json" and _is_model_name(name) else None
+
+
+def objects_of(manifest: Manifest) -> dict[str, int]:
+    """The objects that a model's bytes lie in, and how long each is at least."""
+    found: dict[str, int] = {}
+    for chunk in manifest.chunks:
+        for form in chunk.forms:
+            for at in form.locations:
+                found[at.object] = max(found.get(at.object, 0), at.stop)
+    return found | {file.object: file.size for file in manifest.files if file.object}
 
 
 def segments(locations: Sequence[Location], start: int, stop: int) -> list[tuple[str, int, int]]:

@@ -73,7 +73,7 @@ def make(backend: StorageBackend, source: Payloads, progress: list[int] | None =
         if progress is not None:
             progress.append(count)
 
-    return ChunkWriter(backend, source, key="k", progress=note)
+    return ChunkWriter(backend, source, model="toy", key="k", progress=note)
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend:
     before = marks(backend.base)
     source = Payloads([(renamed, payload)])
     source.payloads = same
-    writer = ChunkWriter(backend, source, key="other", progress=lambda *_: None)
+    writer = ChunkWriter(backend, source, model="toy", key="other", progress=lambda *_: None)
     (long,) = run(writer, planned([(renamed, payload)]))
     assert len(encode_header(renamed.tensors)) == 8192
     assert long.id == short.id
@@ -278,7 +278,7 @@ def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend:
     assert marks(backend.base) == before
     assert stored(backend, long) == stored(backend, short) == payload
     again = Payloads([(renamed, payload)])
-    writer = ChunkWriter(backend, again, key="other", progress=lambda *_: None)
+    writer = ChunkWriter(backend, again, model="toy", key="other", progress=lambda *_: None)
     assert run(writer, planned([(renamed, payload)])) == [long]
     assert again.reads == []  # it was noted as done
 
@@ -295,7 +295,7 @@ def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backe
     def write(name: str) -> None:
         chunk, _ = toy_chunk(name, [("U8", (6000,))])
         source = Together([(chunk, PAYLOAD)])
-        writer = ChunkWriter(backend, source, key=f"key-{len(name)}", progress=lambda *_: None)
+        writer = ChunkWriter(backend, source, model="toy", key=f"key-{len(name)}", progress=lambda *_: None)
         found[name] = run(writer, planned([(chunk, PAYLOAD)]))[0]
 
     threads = [threading.Thread(target=write, args=(name,)) for name in ("short", "long" * 1500)]

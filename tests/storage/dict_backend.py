@@ -30,3 +30,10 @@ class DictBackend(StorageBackend):
 
     async def list(self, prefix: str = "") -> list[str]:
         return [key for key in self.objects if key.startswith(prefix)]
+
+
+class RemovingBackend(DictBackend):
+    """The same with the optional fifth method."""
+
+    async def remove(self, key: str) -> None:
+        del self.objects[key]

@@ -32,6 +32,7 @@ class OwnBackendSuite(StorageBackendSuite):
             backend.load(key), backend.save(key, b"!"), backend.exists(key), backend.size(key),
             backend.load_range(key, 0, 1), backend.read_into(key, 0, memoryview(bytearray(1))),
             backend.adopt(key, tmp_path / "x"), backend.revision(key),
+            backend.remove(key),
         ):  # fmt: skip
             with pytest.raises(StorageError, match=r"storage key .* is refused"):
                 asyncio.run(work)

@@ -12,7 +12,7 @@ from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, StorageBackend, adapt_backend, open_backend
 from surfw.storage.base import check_key
 from surfw.testing import StorageBackendSuite
-from tests.storage.dict_backend import DictBackend
+from tests.storage.dict_backend import DictBackend, RemovingBackend
 from tests.storage.own_suite import OwnBackendSuite
 
 
@@ -20,6 +20,12 @@ class TestDict(StorageBackendSuite):
     @pytest.fixture
     def backend(self) -> StorageBackend:
         return DictBackend()
+
+
+class TestDictThatRemoves(StorageBackendSuite):
+    @pytest.fixture
+    def backend(self) -> StorageBackend:
+        return RemovingBackend()
 
 
 class TestAdaptedDict(OwnBackendSuite):

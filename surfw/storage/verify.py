@@ -1,0 +1,188 @@
+"""Reading every byte of models in a store, and comparing every digest.
+
+- What several models share is read once.
+- Two pieces of 8 MiB are in memory: one is verified while the next is read.
+- What is damaged or missing is a finding; a storage that does not answer is an error.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from blake3 import blake3
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import ManifestError, NotFoundError, StorageError, UnknownModelError
+from surfw.manifest import Form, Location, Manifest, block_digests
+from surfw.storage.prune import Steps
+from surfw.storage.store import Store, segments
+from surfw.threads import to_its_end
+
+_PIECE_BYTES = 8 * BLOCK_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Something of a model that is not what its manifest promises.
+
+    Attributes:
+        model: the model's name; with what is shared, the first that has it.
+        part: the chunk or the tokenizer file; empty if it is the manifest itself.
+        objects: where it lies.
+        complaint: what is wrong with it.
+    """
+
+    model: str
+    part: str
+    objects: tuple[str, ...]
+    complaint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What came of verifying.
+
+    Attributes:
+        store: where.
+        models: the models that were looked at.
+        parts: how many chunks and files were read; what is shared counts once.
+        read_bytes: how many bytes.
+        damage: what is damaged or missing; empty if all is well.
+    """
+
+    store: str
+    models: tuple[str, ...]
+    parts: int
+    read_bytes: int
+    damage: tuple[Damage, ...]
+
+
+@dataclass
+class _Part:
+    """Bytes to be read, and what they should be."""
+
+    model: str
+    name: str
+    locations: Sequence[Location]
+    size: int
+    digest: str
+    blocks: bytes | None
+
+
+@dataclass
+class _Reading:
+    """How far it is."""
+
+    total: int
+    progress: Steps
+    done: int = 0
+    damage: list[Damage] = field(default_factory=list)
+
+    def add(self, count: int, name: str) -> None:
+        self.done += count
+        self.progress(self.done, self.total, name)
+
+
+async def verify(store: Store, model: str | None, *, progress: Steps) -> Verified:
+    """Read all of one model, or of all models there are.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        StorageError: the storage does not answer.
+    """
+    await store.check()
+    names = await store.models() if model is None else [model]
+    parts: dict[tuple[object, ...], _Part] = {}
+    damage = []
+    for name in names:
+        try:
+            manifest = await store.manifest(name)
+        except UnknownModelError:
+            if model is not None:
+                raise
+            continue  # removed since it was listed
+        except (ManifestError, StorageError) as exc:
+            await store.check()  # an error of its own, if the storage does not answer
+            damage.append(Damage(model=name, part="", objects=(), complaint=str(exc)))
+            continue
+        for part in _parts_of(manifest):
+            parts.setdefault((*part.locations, part.digest, part.blocks), part)
+    reading = _Reading(sum(part.size for part in parts.values()), progress, damage=damage)
+    for part in parts.values():
+        before = reading.done
+        complaint = await _verify(store, part, reading)
+        reading.add(before + part.size - reading.done, part.name)
+        if complaint:
+            objects = tuple(dict.fromkeys(at.object for at in part.locations))
+            damage.append(Damage(model=part.model, part=part.name, objects=objects, complaint=complaint))
+    return Verified(
+        store=store.url,
+        models=tuple(names),
+        parts=len(parts),
+        read_bytes=reading.total,
+        damage=tuple(damage),
+    )
+
+
+def _parts_of(manifest: Manifest) -> list[_Part]:
+    forms: list[tuple[str, Form]] = [(chunk.name, form) for chunk in manifest.chunks for form in chunk.forms]
+    parts = [
+        _Part(manifest.name, name, form.locations, form.stored_bytes, form.digest, form.blocks) for name, form in forms
+    ]
+    for file in manifest.files:
+        location = Location(file.object, 0, file.size)
+        parts.append(_Part(manifest.name, file.path, (location,), file.size, file.digest, None))
+    return parts
+
+
+async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
+    """What is wrong with a part; empty if nothing is."""
+    if part.size and not part.locations:
+        return "its manifest does not say where it lies"
+    try:
+        for location in part.locations:
+            size = await store.backend.size(location.object)
+            if size < location.stop or (part.blocks is None and size != location.stop):
+                return f"{location.object} has {size} bytes, expected {location.stop}"
+        return await _compare(store, part, reading)
+    except NotFoundError:
+        return "it is missing"
+    except StorageError as exc:
+        await store.check()  # an error of its own, if the storage does not answer
+        return f"it cannot be read: {exc}"
+
+
+async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
+    buffers = [memoryview(bytearray(min(part.size, _PIECE_BYTES))) for _ in range(2)]
+    whole, damaged = blake3(), list[int]()
+    checking: asyncio.Future[None] | None = None
+
+    def check(start: int, piece: memoryview) -> None:
+        whole.update(piece)
+        if part.blocks is not None:
+            known = part.blocks[start // BLOCK_BYTES * 32 :]
+            for index, found in enumerate(_digests(block_digests(piece))):
+                if found != known[32 * index : 32 * index + 32]:
+                    damaged.append(start // BLOCK_BYTES + index)
+
+    try:
+        for index, start in enumerate(range(0, part.size, _PIECE_BYTES)):
+            piece = buffers[index % 2][: min(_PIECE_BYTES, part.size - start)]
+            at = 0
+            for key, first, length in segments(part.locations, start, start + len(piece)):
+                await store.backend.read_into(key, first, piece[at : at + length])
+                at += length
+            if checking:
+                await checking
+            checking = asyncio.ensure_future(asyncio.to_thread(check, start, piece))
+            reading.add(len(piece), part.name)
+    finally:
+        if checking:
+            await to_its_end(checking)
+    if damaged:
+        return f"block {damaged[0]} is damaged ({len(damaged)} of {-(-part.size // BLOCK_BYTES)} blocks are)"
+    return "" if whole.hexdigest() == part.digest else f"its digest is {whole.hexdigest()}, expected {part.digest}"
+
+
+def _digests(joined: bytes) -> Iterator[bytes]:
+    return (joined[at : at + 32] for at in range(0, len(joined), 32))

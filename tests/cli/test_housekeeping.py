@@ -1,0 +1,93 @@
+"""`surfw chunk --list`, `--remove`, `--prune` and `--verify`, through real processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import complaint, surfw
+from tests.stores import make_store
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home whose default store has two models."""
+    make_store(tmp_path / "store", "org/first", (5000, 6000))
+    make_store(tmp_path / "store", "second", (7000,), seed=1)
+    return tmp_path
+
+
+def test_a_store_is_kept_in_order(home: Path) -> None:
+    facts = json.loads(surfw(home, "chunk", "--list", "--json").stdout)
+    assert facts.keys() == {
+        "store", "models", "unfinished", "stored_bytes", "unneeded_blobs", "unneeded_bytes", "left_alone", "complaints",
+    }  # fmt: skip
+    first, second = facts["models"]
+    assert first == {
+        "name": "org/first", "class_name": "ToyModel", "dtype": "uint8", "layers": 2, "chunks": 2,
+        "payload_bytes": 11000, "stored_bytes": 11000 + 2 * 4096 + 29, "shared_bytes": 29,
+    }  # fmt: skip
+    assert facts["stored_bytes"] == first["stored_bytes"] + second["stored_bytes"] - 29
+    assert (facts["unneeded_blobs"], facts["unneeded_bytes"]) == (0, 0)
+    shown = surfw(home, "chunk", "--list").stdout.splitlines()
+    assert shown[0].split() == ["model", "class", "dtype", "layers", "size", "shared"]
+    assert shown[1].split() == ["org/first", "ToyModel", "uint8", "2", "19.2", "kB", "29", "B"]
+    assert shown[-1] == f"2 models, 30.3 kB in {home}/store"
+
+    removed = surfw(home, "chunk", "--remove", "org/first")
+    assert removed.stdout == "org/first: removed; its blobs stay until 'surfw chunk --prune'\n"
+    assert (
+        surfw(home, "chunk", "--list").stdout.splitlines()[-1] == "2 blobs of no model, 19.2 kB: --prune removes them"
+    )
+    told = json.loads(surfw(home, "chunk", "--prune", "--dry-run", "--json").stdout)
+    assert told == {
+        "store": f"{home}/store", "blobs": 2, "blob_bytes": 11000 + 2 * 4096, "leftover_bytes": 0, "left_alone": [],
+        "dry_run": True,
+    }  # fmt: skip
+    done = surfw(home, "chunk", "--prune")
+    assert done.stdout == f"2 blobs, 19.2 kB, removed from {home}/store\n"
+    assert len(list((home / "store").glob("blobs/*/*"))) == 3
+    verified = json.loads(surfw(home, "chunk", "--verify", "second", "--json").stdout)
+    assert verified == {"store": f"{home}/store", "models": ["second"], "parts": 3, "read_bytes": 7029, "damage": []}
+    again = complaint(surfw(home, "chunk", "--remove", "org/first"))
+    assert again == f"{home}/store has no model 'org/first'; it has: second"
+
+
+def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
+    blobs = sorted((home / "store").glob("blobs/*/*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(blobs[-1].read_bytes())
+    data[-1] ^= 1
+    blobs[-1].write_bytes(data)
+    done = surfw(home, "chunk", "--verify")
+    key = blobs[-1].relative_to(home / "store")
+    assert done.stdout.splitlines() == [
+        f"second, layers.0 ({key}): block 0 is damaged (1 of 1 blocks are)",
+        f"2 models, 5 chunks and files, 18.0 kB read in {home}/store: 1 damaged",
+    ]
+    assert complaint(done).startswith(f"1 parts in {home}/store are damaged or missing, such as layers.0 of second")
+    assert surfw(home, "chunk", "--verify", "org/first").returncode == 0
+    told = surfw(home, "chunk", "--verify", "--json")
+    assert told.returncode == 1
+    assert [one["part"] for one in json.loads(told.stdout)["damage"]] == ["layers.0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "name a checkpoint to chunk, or say --list, --remove, --prune or --verify"),
+        (["--list", "--prune"], "give one of --list and --prune at a time"),
+        (["./model", "--prune"], "--prune takes no MODEL to chunk"),
+        (["--list", "--dry-run"], "does not go with --list"),
+        (["--verify", "--name", "x"], "is for chunking, and does not go with --verify"),
+    ],
+)
+def test_what_makes_no_sense_together(tmp_path: Path, arguments: list[str], text: str) -> None:
+    done = surfw(tmp_path, "chunk", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert text in " ".join(done.stderr.split())
+
+
+def test_a_place_that_is_no_store(tmp_path: Path) -> None:
+    for option in ("--list", "--prune", "--verify"):
+        assert "is not a surfw store" in complaint(surfw(tmp_path, "chunk", option, "--store", str(tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
