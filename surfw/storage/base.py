@@ -72,6 +72,9 @@ class StorageBackend(ABC):
     url: str = "custom storage"
     """Where the objects lie, for people and for error messages; without secrets."""
 
+    parallel_reads: int = 1
+    """How many reads of one object are worth having under way at a time; more than 1 where it is far away."""
+
     @abstractmethod
     async def load(self, key: str) -> bytes:
         """The whole object, as bytes, bytearray or memoryview.
@@ -131,9 +134,31 @@ class StorageBackend(ABC):
         data = (await self.load(key))[start:stop]
         return expect_length(data, stop - start, key, self.url)
 
-    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the object's bytes from `start` on."""
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on.
+
+        Args:
+            key: the object's name.
+            start: the first byte.
+            destination: what to fill; it is not written to any more when this has ended, however it did.
+            revision: what `revision()` gave; None for whichever it is now.
+
+        Raises:
+            StorageError: the object is shorter, or of another revision.
+        """
         destination[:] = await self.load_range(key, start, start + destination.nbytes)
+        if revision is not None:
+            await self.expect_revision(key, revision)
+
+    async def expect_revision(self, key: str, revision: str) -> None:
+        """Make sure, after a read, that the object is still what it was when `revision()` gave this.
+
+        Raises:
+            StorageError: it is not.
+        """
+        seen = await self.revision(key)
+        if seen != revision:
+            raise changed(f"{key} in {self.url}", revision, str(seen))
 
     async def stranger(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
@@ -160,6 +185,18 @@ class StorageBackend(ABC):
     async def close(self) -> None:
         """Release what the backend holds."""
         return
+
+
+class ChangedObjectError(StorageError):
+    """The object is not the one it was."""
+
+
+def changed(name: str, expected: str, seen: str) -> ChangedObjectError:
+    """The error for an object that is not the one it was."""
+    return ChangedObjectError(
+        f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}; "
+        "read it anew from its beginning"
+    )
 
 
 def spool_folder(place: str) -> Path:

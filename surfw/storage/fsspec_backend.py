@@ -1,26 +1,43 @@
 """Any file system that fsspec knows, as a storage. Local files have a few shorter ways: see `filesystem`.
 
-fsspec's synchronous calls run in threads: its remote file systems are asynchronous underneath, on a loop of their own.
-Foreign exceptions become surfw's here and nowhere else.
+Its remote file systems are asynchronous underneath, on a loop of their own: bytes of theirs are read there, as ranges
+in parallel (see `transfer`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions become
+surfw's here and nowhere else.
 """
 
 import asyncio
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
 from surfw.config import display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, spool_folder
+from surfw.storage.cat_ranges import CatRanges
+from surfw.storage.ranges import MOST_RANGE_BYTES
+from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
+
+_REVISIONS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5Hash",
+    "content_md5",
+    "mtime",
+    "last_modified",
+    "LastModified",
+    "modified",
+)
+"""What file systems call what changes with an object, the best first."""
 
 
 @contextmanager
@@ -61,6 +78,20 @@ class FsspecBackend(StorageBackend):
         self.url = display_url(url)
         self._address = url  # with what is not shown
         self.fs, self.root = self._open(**options)
+        reader = self._ranges()
+        self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES) if reader else None
+        self.parallel_reads = CONNECTIONS if reader else 1
+
+    def _ranges(self) -> RangeReader | None:
+        """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
+        if not getattr(self.fs, "async_impl", False):
+            return None
+        protocol = self.fs.protocol
+        if "http" in ((protocol,) if isinstance(protocol, str) else protocol):
+            from surfw.storage.http_ranges import HttpRanges
+
+            return HttpRanges(self.fs)
+        return CatRanges(self.fs)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
         try:
@@ -94,37 +125,105 @@ class FsspecBackend(StorageBackend):
         with translate_all_errors(what):
             yield
 
+    @asynccontextmanager
+    async def _telling(self, key: str) -> AsyncIterator[None]:
+        """Errors of a transfer as surfw's. A backend may ask the server for the reason, so that is done in a thread."""
+        try:
+            yield
+        except SurfwError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - every one is told
+            await asyncio.to_thread(self._tell, exc, key)
+
+    def _tell(self, exc: Exception, key: str) -> NoReturn:
+        with self._translate(self._name(key)):
+            raise exc
+        raise AssertionError  # never: what is translated is raised
+
+    def _name(self, key: str) -> str:
+        return f"{key} in {self.url}"
+
     async def load(self, key: str) -> bytes:
         """The whole object."""
-        return bytes(await self._call(key, self.fs.cat_file))
+        if self._transfer is None or not self._transfer.reader.tells_revision:
+            return bytes(await self._call(key, self.fs.cat_file))
+        path = self.path(key)
+        async with self._telling(key):
+            return bytes(await self._transfer.load(path, name=self._name(key)))
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
-        data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
-        return expect_length(data, stop - start, key, self.url)
+        if self._transfer is None:
+            data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
+            return expect_length(data, stop - start, key, self.url)
+        data = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(data))
+        return bytes(data)
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
+        if self._transfer is None:
+            await super().read_into(key, start, destination, revision=revision)
+            return
+        path, tells = self.path(key), self._transfer.reader.tells_revision
+        if not tells and revision is None and destination.nbytes > MOST_RANGE_BYTES:
+            revision = await self.revision(key)
+        async with self._telling(key):
+            await self._transfer.read_into(
+                path, start, destination, name=self._name(key), pinned=revision if tells else None
+            )
+        if not tells and revision is not None:
+            await self.expect_revision(key, revision)
+
+    async def revision(self, key: str) -> str | None:
+        """What the file system says that changes with the object; None if it says nothing, or there is no object."""
+        path = self.path(key)
+        try:
+            if self._transfer is not None:
+                async with self._telling(key):
+                    if facts := await self._transfer.facts(path):
+                        return facts.revision
+            return _revision_of(await self._call(key, self.fs.info))
+        except NotFoundError:
+            return None
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write an object; object stores show it only once it is whole."""
 
         def write(path: str) -> None:
             if isinstance(data, bytes):
-                self.fs.pipe_file(path, data)
+                self._put_bytes(data, path)
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
                 shutil.copyfileobj(data, whole, _COPY_BYTES)
                 whole.flush()
-                self.fs.put_file(whole.name, path)
+                self._put_file(whole.name, path)
 
+        self._expect_writable(key)
         await self._call(key, write)
 
     async def adopt(self, key: str, path: Path) -> None:
         """Upload a finished local file, and remove it."""
 
         def move(target: str) -> None:
-            self.fs.put_file(str(path), target)
+            self._put_file(str(path), target)
             path.unlink()
 
+        self._expect_writable(key)
         await self._call(key, move)
+
+    def _put_bytes(self, data: bytes, path: str) -> None:
+        self.fs.pipe_file(path, data)
+
+    def _put_file(self, local: str, path: str) -> None:
+        self.fs.put_file(local, path)
+
+    def _expect_writable(self, key: str) -> None:
+        if self._transfer is not None and self._transfer.reader.read_only:
+            raise StorageError(
+                f"{check_key(key)} cannot be written to {self.url}: it can only be read; write to a folder or a "
+                "bucket, and have a server offer that"
+            )
 
     async def exists(self, key: str) -> bool:
         """Whether the object is there; a storage that does not say is an error."""
@@ -134,13 +233,23 @@ class FsspecBackend(StorageBackend):
                 return bool(self.fs.info(path)["type"] == "file")
             return False
 
+        path = self.path(key)
         try:
+            if self._transfer is not None:
+                async with self._telling(key):
+                    if await self._transfer.facts(path):
+                        return True
             return await self._call(key, look)
         except NotFoundError:
             return False
 
     async def size(self, key: str) -> int:
         """The object's length."""
+        path = self.path(key)
+        if self._transfer is not None:
+            async with self._telling(key):
+                if (facts := await self._transfer.facts(path)) and facts.size is not None:
+                    return facts.size
         return int(await self._call(key, self.fs.size))
 
     async def list(self, prefix: str = "") -> list[str]:
@@ -158,3 +267,11 @@ class FsspecBackend(StorageBackend):
             return sorted(key for key in keys if key.startswith(prefix))
 
         return await asyncio.to_thread(find)
+
+
+def _revision_of(info: Mapping[str, Any]) -> str | None:
+    """What of a file system's facts about an object changes with it; of local files, times are too coarse."""
+    if info.get("type") != "file" or "ino" in info:
+        return None
+    found = next((info[name] for name in _REVISIONS if info.get(name)), None)
+    return None if found is None else f"{found}, {info.get('size')} bytes"

@@ -16,6 +16,7 @@ from surfw.config import expect
 from surfw.errors import ConfigurationError, StorageError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.transfer import RangeReader
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 _CONNECT_SECONDS = 5
@@ -103,6 +104,11 @@ class S3Backend(FsspecBackend):
         )
         fs.retries = _ROUNDS
         return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _ranges(self) -> RangeReader:
+        from surfw.storage.s3_ranges import S3Ranges
+
+        return S3Ranges(self.fs)
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
