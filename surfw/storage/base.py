@@ -75,6 +75,9 @@ class StorageBackend(ABC):
     parallel_reads: int = 1
     """How many reads of one object are worth having under way at a time; more than 1 where it is far away."""
 
+    reads_in_place: bool = False
+    """Whether `read_into` needs hardly any memory beside its destination."""
+
     @abstractmethod
     async def load(self, key: str) -> bytes:
         """The whole object, as bytes, bytearray or memoryview.

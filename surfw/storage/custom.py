@@ -16,6 +16,7 @@ from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
 from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
 from surfw.storage.shared_loads import SharedLoads
+from surfw.threads import to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> StorageBackend:
@@ -45,6 +46,7 @@ class AdaptedBackend(StorageBackend):
         self.url = str(inner.url)
         self._shared = SharedLoads(self.load, SHARED_LOADS_BYTES)
         self._pinned: dict[str, str] = {}
+        self.parallel_reads = max(1, inner.parallel_reads)
 
     def _own(self, method: str) -> bool:
         """Whether the custom backend has this optional method itself."""
@@ -149,7 +151,7 @@ class AdaptedBackend(StorageBackend):
             self._pinned[key] = revision
         if self._own("read_into"):
             with self._reading("read_into", key):
-                await self.inner.read_into(key, start, destination)
+                await to_its_end(self.inner.read_into(key, start, destination))
         elif self._own("load_range"):
             destination[:] = await self.load_range(key, start, stop)
         else:

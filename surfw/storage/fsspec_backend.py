@@ -81,6 +81,7 @@ class FsspecBackend(StorageBackend):
         reader = self._ranges()
         self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES) if reader else None
         self.parallel_reads = CONNECTIONS if reader else 1
+        self.reads_in_place = reader is not None and reader.tells_revision
 
     def _ranges(self) -> RangeReader | None:
         """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
