@@ -16,7 +16,7 @@ Examples:
 """
 
 
-@options.with_settings("store", "on_missing")
+@options.with_settings("store", "storage_options", "on_missing")
 def chunk(
     *,
     model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
@@ -59,8 +59,9 @@ def chunk(
             else:
                 _show_plan(facts)
             return
+        backend = open_backend(place, configuration.settings.storage_options)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
-            manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
+            manifest = asyncio.run(write_model(prepared, backend, progress=progress))
     shown = display_url(place)
     if json:
         render.print_json(facts | {"store": shown, "digest": manifest.digest})

@@ -97,11 +97,30 @@ class FsspecBackend(StorageBackend):
     def _open(self, **options: Any) -> tuple[Any, str]:
         try:
             with translate_errors(f"storage {self.url}"):
-                fs, root = fsspec.core.url_to_fs(self._address, **options)
+                fs, root = self._find(**options)
                 return fs, str(root)
-        except ValueError as exc:
+        except (ValueError, TypeError) as exc:
             reason = str(exc).replace(self._address, self.url)
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}{self._advice(exc)}") from exc
+
+    def _find(self, **options: Any) -> tuple[Any, str]:
+        try:
+            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **options)
+        except ImportError as exc:
+            name = getattr(exc.__cause__, "name", None) or exc.name or "the package that it names"
+            raise ConfigurationError(
+                f"storage {self.url} needs a package that is not installed ({exc}); run: pip install {name}"
+            ) from exc
+        return found
+
+    def _advice(self, exc: Exception) -> str:
+        """What to do where no file system has the scheme."""
+        if not str(exc).startswith("Protocol not known"):
+            return ""
+        return (
+            "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or of a "
+            "package with an entry point 'surfw.storage'"
+        )
 
     def spool(self) -> Path:
         """A local folder for files on their way into this storage; URLs that are shown alike may be other places."""
