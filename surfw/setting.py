@@ -125,8 +125,9 @@ class Setting:
             return self.has_form(value)
         if isinstance(value, str):
             return bool(value.strip())
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return True
+        return isinstance(value, bool) or not isinstance(value, int | float) or self._is_within(value)
+
+    def _is_within(self, value: float) -> bool:
         if isinstance(value, float) and not math.isfinite(value):
             return False
         return (self.least is None or self.least <= value) and (self.most is None or value <= self.most)
