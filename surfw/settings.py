@@ -262,7 +262,7 @@ def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any],
     merged = dict(table.get(setting.name, {}))
     if origin.kind == "argument" and os.environ.get(setting.variable):
         merged |= setting.parse(os.environ[setting.variable], setting.variable)
-    return merged | value
+    return {**merged, **value}
 
 
 def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> Origin:

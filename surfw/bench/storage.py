@@ -1,5 +1,6 @@
-"""Reading a model's chunks from a storage as surfw does, against parallel ranged GETs of the same client library, and
-against Run:ai Model Streamer, in alternation: the same objects of the same store.
+"""Reading a model from a storage as surfw does, against other ways to have the same bytes, in alternation.
+
+The others are parallel ranged GETs of the same client library, and Run:ai Model Streamer where it is installed.
 """
 
 import asyncio

@@ -30,11 +30,16 @@ def check_key(key: str) -> str:
     """
     if not isinstance(key, str):
         raise StorageError(f"storage key {key!a:.80} is refused: expected a text")
-    if len(key) > _MAX_KEY or not all(_PART.fullmatch(part) for part in key.split("/")):
+    if not is_key(key):
         raise StorageError(
             f"storage key {key[:80]!r} is refused: expected a relative path of plain parts, such as blobs/ab/abcd"
         )
     return key
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a relative path of plain parts."""
+    return len(text) <= _MAX_KEY and all(_PART.fullmatch(part) for part in text.split("/"))
 
 
 def check_prefix(prefix: str) -> str:

@@ -18,7 +18,7 @@ import fsspec
 
 from surfw.config import display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
-from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, spool_folder
+from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, is_key, spool_folder
 from surfw.storage.cat_ranges import CatRanges
 from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
@@ -82,6 +82,7 @@ class FsspecBackend(StorageBackend):
         self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES) if reader else None
         self.parallel_reads = CONNECTIONS if reader else 1
         self.reads_in_place = reader is not None and reader.tells_revision
+        self._read_only = reader is not None and reader.read_only
 
     def _ranges(self) -> RangeReader | None:
         """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
@@ -176,9 +177,9 @@ class FsspecBackend(StorageBackend):
         if self._transfer is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
-        data = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(data))
-        return bytes(data)
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
@@ -239,7 +240,7 @@ class FsspecBackend(StorageBackend):
         self.fs.put_file(local, path)
 
     def _expect_writable(self, key: str) -> None:
-        if self._transfer is not None and self._transfer.reader.read_only:
+        if self._read_only:
             raise StorageError(
                 f"{check_key(key)} cannot be written to {self.url}: it can only be read; write to a folder or a "
                 "bucket, and have a server offer that"
@@ -273,7 +274,7 @@ class FsspecBackend(StorageBackend):
         return int(await self._call(key, self.fs.size))
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix."""
+        """The keys that start with the prefix; a web page may also link what is none."""
         folder = check_prefix(prefix).rpartition("/")[0]
 
         def find() -> list[str]:
@@ -284,7 +285,7 @@ class FsspecBackend(StorageBackend):
             except NotFoundError:
                 return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
-            return sorted(key for key in keys if key.startswith(prefix))
+            return sorted(key for key in keys if key.startswith(prefix) and (not self._read_only or is_key(key)))
 
         return await asyncio.to_thread(find)
 
