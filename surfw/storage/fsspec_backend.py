@@ -26,18 +26,9 @@ from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Tran
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
 
-_REVISIONS = (
-    "ETag",
-    "etag",
-    "checksum",
-    "md5Hash",
-    "content_md5",
-    "mtime",
-    "last_modified",
-    "LastModified",
-    "modified",
-)
-"""What file systems call what changes with an object, the best first."""
+_TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")
+_TIMES = ("mtime", "last_modified", "LastModified", "modified")
+"""What file systems call what changes with an object."""
 
 
 @contextmanager
@@ -294,5 +285,7 @@ def _revision_of(info: Mapping[str, Any]) -> str | None:
     """What of a file system's facts about an object changes with it; of local files, times are too coarse."""
     if info.get("type") != "file" or "ino" in info:
         return None
-    found = next((info[name] for name in _REVISIONS if info.get(name)), None)
-    return None if found is None else f"{found}, {info.get('size')} bytes"
+    if tag := next((info[name] for name in _TAGS if info.get(name)), None):
+        return str(tag)
+    time = next((info[name] for name in _TIMES if info.get(name)), None)
+    return None if time is None else f"{time}, {info.get('size')} bytes"

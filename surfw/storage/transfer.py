@@ -13,6 +13,7 @@ Everything here but `Transfer`'s two calls runs on the event loop of the file sy
 """
 
 import asyncio
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ CONNECTIONS = 8
 
 RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, most_delay_seconds=5)
 """Some ten seconds in all, in which a gateway may restart."""
+
+_FIRST_TRIES = 1
+"""How often a storage that was never reached is tried again: its address may be wrong."""
 
 _RESTARTS = 3
 """How often a load begins anew because the object was replaced meanwhile."""
@@ -104,6 +108,7 @@ class Transfer:
         self._loop = loop
         self._retries = retries
         self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._reached = False
 
     async def read_into(
         self, path: str, start: int, destination: memoryview, *, name: str, pinned: str | None = None
@@ -185,16 +190,20 @@ class Transfer:
 
     async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
         """Do it, and again while it fails for a reason that may pass; at last that reason is raised."""
-        for delay in self._retries.delays():
+        delays = self._retries.delays()
+        for failed in itertools.count(1):
             try:
-                return await work()
-            except TransientError:
+                done = await work()
+            except TransientError as exc:
+                delay = next(delays, None)
+                if delay is None or (failed > _FIRST_TRIES and not self._reached):
+                    what = exc.__cause__ or exc
+                    raise what from what.__cause__
                 await asyncio.sleep(delay)
-        try:
-            return await work()
-        except TransientError as exc:
-            what = exc.__cause__ or exc
-            raise what from what.__cause__
+            else:
+                self._reached = True
+                return done
+        raise AssertionError  # never: the loop has no end
 
 
 @dataclass(slots=True)
