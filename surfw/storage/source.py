@@ -15,7 +15,7 @@ from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
-_STREAM_BYTES = BLOCK_BYTES
+_STREAM_BYTES = 2 * BLOCK_BYTES
 """What a connection may have received and not yet put in place."""
 
 
