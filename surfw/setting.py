@@ -5,6 +5,7 @@ names where it came from, what it is and what was expected.
 """
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable
@@ -31,8 +32,8 @@ class Setting:
         most: the largest number; None for any.
         choices: the only texts; empty for any.
         metavar: what help shows in place of the type.
-        form: what a text has to be, in words, where not every text will do; such as `a size such as 1.5GB`.
-        has_form: whether a text is that; None for any text.
+        form: what a value has to be, in words, where not every one of its type will do; such as `a size such as 1.5GB`.
+        has_form: whether a text or a table is that; None for any.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     metavar: str | None = None
     form: str = ""
-    has_form: Callable[[str], bool] | None = None
+    has_form: Callable[[Any], bool] | None = None
 
     @property
     def variable(self) -> str:
@@ -54,8 +55,9 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """The option of the command line: `--port`."""
-        return f"--{self.name.replace('_', '-')}"
+        """The option of the command line: `--port`; of a table, one for each of its entries."""
+        name = self.name.removesuffix("s") if self.kind is dict else self.name
+        return f"--{name.replace('_', '-')}"
 
     @property
     def expected(self) -> str:
@@ -102,23 +104,30 @@ class Setting:
         """
         value: object = text
         with contextlib.suppress(ValueError, KeyError):
-            value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
+            if self.kind is dict:
+                value = json.loads(text)
+            else:
+                value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
         if not self._fits(value):
             raise self._refusal(text, where)
         return value
 
     def _refusal(self, value: object, where: str) -> ConfigurationError:
-        return ConfigurationError(f"{where} is {_show(value)}, expected {self.expected}")
+        seen = "something else" if self.kind is dict else _show(value)  # a table may hold secrets
+        return ConfigurationError(f"{where} is {seen}, expected {self.expected}")
 
     def _fits(self, value: object) -> bool:
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return False
+        if self.choices:
+            return value in self.choices
+        if isinstance(value, str | dict) and self.has_form:
+            return self.has_form(value)
         if isinstance(value, str):
-            if self.choices:
-                return value in self.choices
-            return self.has_form(value) if self.has_form else bool(value.strip())
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return True
+            return bool(value.strip())
+        return isinstance(value, bool) or not isinstance(value, int | float) or self._is_within(value)
+
+    def _is_within(self, value: float) -> bool:
         if isinstance(value, float) and not math.isfinite(value):
             return False
         return (self.least is None or self.least <= value) and (self.most is None or value <= self.most)

@@ -28,6 +28,7 @@ from surfw.config import (
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.setting import Setting
+from surfw.storage_options import is_options
 from surfw.token import TOKEN_VARIABLE, read_token
 
 CONFIG_VARIABLE = "SURFW_CONFIG"
@@ -55,16 +56,17 @@ def _setting(
     most: float | None = None,
     metavar: str | None = None,
     form: str = "",
-    has_form: Callable[[str], bool] | None = None,
+    has_form: Callable[[Any], bool] | None = None,
+    in_repr: bool = True,
 ) -> Any:
     """A field with what `Setting` knows of it; `shown` says in words what no default or a computed one means."""
     known = {
         "help": meaning, "default_text": shown, "least": least, "most": most, "metavar": metavar, "form": form,
         "has_form": has_form,
     }  # fmt: skip
-    return (
-        field(default_factory=default, metadata=known) if callable(default) else field(default=default, metadata=known)
-    )
+    if callable(default):
+        return field(default_factory=default, metadata=known, repr=in_repr)
+    return field(default=default, metadata=known, repr=in_repr)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +85,15 @@ class Settings:
         "ws://host:port, a folder or a storage URL.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
+    )
+    storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
+        dict,
+        "An option of the storage, as its backend knows it; may be repeated.",
+        shown="none",
+        metavar="KEY=VALUE",
+        form="a table of names and values, in a variable as JSON",
+        has_form=is_options,
+        in_repr=False,
     )
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
@@ -178,7 +189,8 @@ def _read_registry() -> dict[str, Setting]:
     hints = get_type_hints(Settings)
     found = {}
     for one in fields(Settings):
-        kinds = [kind for kind in get_args(hints[one.name]) or (hints[one.name],) if kind is not type(None)]
+        parts = () if get_origin(hints[one.name]) is dict else get_args(hints[one.name])
+        kinds = [get_origin(kind) or kind for kind in parts or (hints[one.name],) if kind is not type(None)]
         choices = get_args(hints[one.name]) if get_origin(hints[one.name]) is Literal else ()
         shown = one.metadata["default_text"]
         if shown is None:
@@ -238,9 +250,19 @@ def trace_settings(
             found[name] = setting.parse(os.environ[setting.variable], setting.variable), origin
         else:
             found[name] = table[name] if origin.kind == "file" else getattr(defaults, name), origin
+        if setting.kind is dict and origin.kind != "default":
+            found[name] = _merge(setting, table, found[name][0], origin), origin
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
         found["token_file"] = None, Origin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
+
+
+def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+    """The entries of a table from all places; of the same name, that of the nearest."""
+    merged = dict(table.get(setting.name, {}))
+    if origin.kind == "argument" and os.environ.get(setting.variable):
+        merged |= setting.parse(os.environ[setting.variable], setting.variable)
+    return {**merged, **value}
 
 
 def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> Origin:
@@ -296,7 +318,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
 
 def _check_entry(path: Path, key: str, value: object) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and (key not in SETTINGS or SETTINGS[key].kind is not dict):
         raise ConfigurationError(
             f"{path}: {key} is a table, expected settings in [{TABLE}] itself{_closest(key, SETTINGS)}"
         )

@@ -10,6 +10,8 @@ Subclass the suite in a test file of your own, and give it the backend:
             return MyBackend(...)
 
 Put `pytest.register_assert_rewrite("surfw.testing")` before the import to see the values where an assertion fails.
+For a storage that can only be read, prepare `OBJECTS` in it, and subclass `ReadOnlyStorageBackendSuite`.
+
 A backend with only the four methods passes. It is tested as surfw uses it: keys are checked before they reach it,
 foreign exceptions become surfw's, and what it does not implement is built on what it does. Every operation runs on an
 event loop of its own, as surfw may use one backend on several loops, one after another.
@@ -27,12 +29,23 @@ try:
 except ModuleNotFoundError as exc:
     raise ImportError("surfw.testing needs pytest, which is not installed; run: pip install pytest") from exc
 
-__all__ = ["KEY", "BrokenStream", "StorageBackendSuite"]
+__all__ = ["KEY", "OBJECTS", "BrokenStream", "ReadOnlyStorageBackendSuite", "StorageBackendSuite"]
 
 KEY = "blobs/ab/abcd.bin"
 """The key that most of the tests use."""
 
 _EVERY_BYTE = bytes(range(256))
+_LARGE = b"".join(index.to_bytes(8, "big") for index in range((17 << 17) + 3))
+
+OBJECTS = {
+    KEY: _EVERY_BYTE,
+    "blobs/ab/empty.bin": b"",
+    "blobs/large.bin": _LARGE,
+    "models/a.json": b"{}",
+    "models/org/b.json": b"{}",
+    "modelsx": b"1",
+}
+"""What a storage that can only be read has to hold for its tests: by key, one of them larger than 16 MiB."""
 
 
 class BrokenStream(io.RawIOBase):
@@ -161,6 +174,18 @@ class StorageBackendSuite:
         asyncio.run(storage.read_into(KEY, 50, memoryview(memory)[1:5]))
         assert memory == b".2345."
 
+    def test_a_pinned_read_is_of_that_revision_or_an_error(self, storage: StorageBackend) -> None:
+        """A backend that tells revisions notices that an object is another by now."""
+        asyncio.run(storage.save(KEY, b"first"))
+        pinned = asyncio.run(storage.revision(KEY))
+        memory = bytearray(5)
+        asyncio.run(storage.read_into(KEY, 0, memoryview(memory), revision=pinned))
+        assert memory == b"first"
+        if pinned is not None:
+            asyncio.run(storage.save(KEY, b"other"))
+            with pytest.raises(StorageError, match="was changed"):
+                asyncio.run(storage.read_into(KEY, 0, memoryview(memory), revision=pinned))
+
     def test_a_range_beyond_the_end_is_an_error(self, storage: StorageBackend) -> None:
         """A short answer is never taken for a whole one."""
         asyncio.run(storage.save(KEY, b"1234"))
@@ -256,5 +281,100 @@ class StorageBackendSuite:
         """Closing works without a use, after one, and twice."""
         asyncio.run(storage.close())
         asyncio.run(storage.save(KEY, b"1"))
+        asyncio.run(storage.close())
+        asyncio.run(storage.close())
+
+
+class ReadOnlyStorageBackendSuite:
+    """As `StorageBackendSuite`, for a storage that others fill. Override the fixture `backend`."""
+
+    @pytest.fixture
+    def backend(self) -> StorageBackend:
+        """The backend under test, which holds `OBJECTS` and nothing else.
+
+        Raises:
+            NotImplementedError: the fixture was not overridden.
+        """
+        raise NotImplementedError("override the fixture 'backend': return a storage backend that holds OBJECTS")
+
+    @pytest.fixture
+    def storage(self, backend: StorageBackend) -> StorageBackend:
+        """The backend as surfw uses it."""
+        return adapt_backend(backend)
+
+    @pytest.mark.parametrize("key", OBJECTS)
+    def test_an_object_is_loaded_whole(self, storage: StorageBackend, key: str) -> None:
+        """Every byte, and the length is known."""
+        assert asyncio.run(storage.load(key)) == OBJECTS[key]
+        assert asyncio.run(storage.size(key)) == len(OBJECTS[key])
+        assert asyncio.run(storage.exists(key)) is True
+
+    @pytest.mark.parametrize("key", ["blobs/ab/nothing.bin", "blobs/ab/abcd", "blobs/ab", "blobs", "nothing/at.all"])
+    def test_what_is_not_there(self, storage: StorageBackend, key: str) -> None:
+        """Neither is a part of a key an object."""
+        assert asyncio.run(storage.exists(key)) is False
+        assert asyncio.run(storage.revision(key)) is None
+        for work in (storage.load(key), storage.size(key), storage.load_range(key, 0, 1)):
+            with pytest.raises(NotFoundError):
+                asyncio.run(work)
+
+    @pytest.mark.parametrize(("start", "stop"), [(0, 256), (10, 13), (255, 256)])
+    def test_ranges_are_end_exclusive(self, storage: StorageBackend, start: int, stop: int) -> None:
+        """As in Python; and exactly the destination is written."""
+        assert asyncio.run(storage.load_range(KEY, start, stop)) == _EVERY_BYTE[start:stop]
+        memory = bytearray(b"." * (stop - start + 2))
+        asyncio.run(storage.read_into(KEY, start, memoryview(memory)[1:-1]))
+        assert memory == b"." + _EVERY_BYTE[start:stop] + b"."
+
+    @pytest.mark.parametrize(("start", "stop"), [(254, 257), (300, 301)])
+    def test_a_range_beyond_the_end_is_an_error(self, storage: StorageBackend, start: int, stop: int) -> None:
+        """A short answer is never taken for a whole one."""
+        with pytest.raises(StorageError):
+            asyncio.run(storage.load_range(KEY, start, stop))
+
+    def test_a_large_read(self, storage: StorageBackend) -> None:
+        """It may be cut into ranges: they are put together as they were."""
+        memory = bytearray(len(_LARGE) - 7)
+        asyncio.run(storage.read_into("blobs/large.bin", 3, memoryview(memory)[:-4]))
+        assert memory[:-4] == _LARGE[3:-8]
+        assert memory[-4:] == bytes(4)
+
+    def test_reads_at_once(self, storage: StorageBackend) -> None:
+        """Many may be under way on one loop."""
+
+        async def read() -> list[bytes]:
+            return await asyncio.gather(*(storage.load_range("blobs/large.bin", at, at + 9) for at in range(24)))
+
+        assert asyncio.run(read()) == [_LARGE[at : at + 9] for at in range(24)]
+
+    def test_a_revision_stays_as_long_as_the_object_does(self, storage: StorageBackend) -> None:
+        """And a read of another one is an error."""
+        pinned = asyncio.run(storage.revision(KEY))
+        assert asyncio.run(storage.revision(KEY)) == pinned
+        memory = memoryview(bytearray(256))
+        asyncio.run(storage.read_into(KEY, 0, memory, revision=pinned))
+        assert memory == _EVERY_BYTE
+        with pytest.raises(StorageError, match="was changed"):
+            asyncio.run(storage.read_into(KEY, 0, memory, revision='"another"'))
+
+    def test_keys_are_listed_by_prefix(self, storage: StorageBackend) -> None:
+        """A prefix is the beginning of a text, not a folder."""
+        assert asyncio.run(storage.list()) == sorted(OBJECTS)
+        assert asyncio.run(storage.list("models/")) == ["models/a.json", "models/org/b.json"]
+        assert asyncio.run(storage.list("models/o")) == ["models/org/b.json"]
+        assert asyncio.run(storage.list("mod")) == ["models/a.json", "models/org/b.json", "modelsx"]
+        assert asyncio.run(storage.list("nothing/")) == []
+
+    def test_writing_is_refused(self, storage: StorageBackend) -> None:
+        """With surfw's own error."""
+        for data in (b"1", io.BytesIO(b"1")):
+            with pytest.raises(StorageError):
+                asyncio.run(storage.save("blobs/new", data))
+        assert asyncio.run(storage.exists("blobs/new")) is False
+
+    def test_closing(self, storage: StorageBackend) -> None:
+        """Closing works without a use, after one, and twice."""
+        asyncio.run(storage.close())
+        asyncio.run(storage.load(KEY))
         asyncio.run(storage.close())
         asyncio.run(storage.close())

@@ -37,6 +37,28 @@ async def in_thread(function: Callable[..., T], *arguments: Any, **options: Any)
     return await to_its_end(asyncio.to_thread(function, *arguments, **options))
 
 
+async def on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine on the event loop of another thread. When this ends, also by a cancellation, it has ended."""
+    if loop is asyncio.get_running_loop():
+        return await work()
+    running: asyncio.Task[Any] | None = None
+    given_up = False
+
+    async def run() -> T:
+        nonlocal running
+        running = asyncio.current_task()
+        if given_up:
+            raise asyncio.CancelledError
+        return await work()
+
+    def give_up() -> None:
+        nonlocal given_up
+        given_up = True
+        loop.call_soon_threadsafe(lambda: running.cancel() if running else None)
+
+    return await to_its_end(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(run(), loop)), on_cancel=give_up)
+
+
 def refuse_event_loop(what: str, instead: str) -> None:
     """Refuse to do what takes long where an event loop runs.
 

@@ -13,7 +13,7 @@ from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk", "bench infer")
+COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk", "bench storage", "bench infer")
 
 
 def completions() -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from surfw.token import TOKEN_VARIABLE
 THREE: dict[str, tuple[Any, Any, Any]] = {
     "store": ("/a", "s3://bucket/b", "c"),
     "source": ("ws://a:1", "ws://b:2", "/c"),
+    "storage_options": ({"region": "a"}, {"region": "b"}, {"region": "c"}),
     "model": ("org/a", "b", "c"),
     "host": ("0.0.0.0", "::1", "localhost"),
     "port": (0, 65535, 9000),
@@ -54,7 +56,14 @@ def _nothing_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {toml(one)}" for name, one in value.items()) + "}"
     return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def text(value: Any) -> str:
+    """What a variable holds."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -79,7 +88,7 @@ def test_an_argument_goes_before_a_variable_before_the_file_before_the_default(
     assert loaded(None) == (getattr(Settings(), name), "default")
     file = write(tmp_path, f"{name} = {toml(in_file)}")
     assert loaded(file) == (in_file, "file")
-    monkeypatch.setenv(f"SURFW_{name.upper()}", str(variable))
+    monkeypatch.setenv(f"SURFW_{name.upper()}", text(variable))
     assert loaded(file) == (variable, "variable")
     assert loaded(file, **{name: argument}) == (argument, "argument")
     assert loaded(file, **{name: None}) == (variable, "variable"), "None is no argument"
@@ -348,3 +357,21 @@ def test_the_token_is_read_when_it_is_asked_for_and_never_shown(
     assert "token" not in SETTINGS
     with pytest.raises(ConfigurationError, match="there is no setting token; did you mean token_file"):
         Settings.load(write(tmp_path, 'token = "s3cret"'))
+
+
+def test_entries_of_a_table_come_from_all_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = write(tmp_path, "[tool.surfw.storage_options]\nregion = 'file'\nsecret = 's3cret'\nsse = 'file'")
+    monkeypatch.setenv("SURFW_STORAGE_OPTIONS", '{"region": "variable", "sse": "variable"}')
+    settings = Settings.load(file, storage_options={"sse": "argument"})
+    assert settings.storage_options == {"region": "variable", "secret": "s3cret", "sse": "argument"}
+    assert "s3cret" not in repr(settings)
+
+
+@pytest.mark.parametrize("value", ['{"a b": "s3cret"}', '["s3cret"]', "s3cret", '"s3cret"'])
+def test_storage_options_that_are_none_are_refused_without_being_shown(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SURFW_STORAGE_OPTIONS", value)
+    with pytest.raises(ConfigurationError, match="SURFW_STORAGE_OPTIONS is something else, expected a table") as caught:
+        Settings.load()
+    assert "s3cret" not in str(caught.value)

@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from surfw.errors import ConfigurationError
-from surfw.threads import in_thread, refuse_event_loop, to_its_end
+from surfw.threads import in_thread, on_loop, refuse_event_loop, to_its_end
 
 
 def test_a_result_and_an_error_come_through() -> None:
@@ -58,6 +59,79 @@ def test_the_error_of_work_that_nobody_wants_any_more_is_let_be() -> None:
             await task
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def other_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_work_on_another_loop_gives_its_result_and_its_error(other_loop: asyncio.AbstractEventLoop) -> None:
+    async def where() -> object:
+        return asyncio.get_running_loop()
+
+    async def fail() -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        assert await on_loop(other_loop, where) is other_loop
+        assert await on_loop(asyncio.get_running_loop(), where) is asyncio.get_running_loop()
+        with pytest.raises(ZeroDivisionError):
+            await on_loop(other_loop, fail)
+
+    asyncio.run(main())
+
+
+def test_cancelled_work_on_another_loop_has_ended_when_the_wait_for_it_has(
+    other_loop: asyncio.AbstractEventLoop,
+) -> None:
+    began, seen = threading.Event(), []
+
+    async def work() -> None:
+        try:
+            began.set()
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.01)
+            seen.append("ended")
+
+    async def main() -> None:
+        task = asyncio.create_task(on_loop(other_loop, work))
+        assert await asyncio.to_thread(began.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert seen == ["ended"]
+
+    asyncio.run(main())
+
+
+def test_work_that_is_cancelled_before_it_begins_never_does(other_loop: asyncio.AbstractEventLoop) -> None:
+    gate, seen = threading.Event(), []
+
+    async def work() -> None:
+        seen.append("began")
+
+    async def main() -> None:
+        other_loop.call_soon_threadsafe(gate.wait)
+        task = asyncio.create_task(on_loop(other_loop, work))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == []
 
 
 def test_an_event_loop_is_not_blocked() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class ModelChunker:
         model_class: Any = None,
         on_missing: OnMissing = "error",
         progress: Progress | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Note what is wanted; nothing is read or written yet.
 
@@ -71,6 +73,7 @@ class ModelChunker:
                 know.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
+            storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
             ConfigurationError: both a folder and a backend are given.
@@ -84,6 +87,10 @@ class ModelChunker:
             expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
         if output_dir is not None and storage_backend is not None:
             raise ConfigurationError("output_dir and storage_backend exclude each other; give one of them")
+        expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
+        if storage_options and storage_backend is not None:
+            raise ConfigurationError("storage_options are for output_dir; give them to the backend where it is made")
+        self._storage_options = dict(storage_options or {})
         self._backend = storage_backend
         self._output_dir = DEFAULT_OUTPUT_DIR if output_dir is None else output_dir
         self._progress = progress or (lambda *_: None)
@@ -111,7 +118,7 @@ class ModelChunker:
                 manifest = await write_model(prepared, self._backend, progress=self._progress)
                 return _describe(manifest, self._backend)
             place = os.fspath(self._output_dir)
-            backend = open_backend(place) if "://" in place else FilesystemBackend(place)
+            backend = open_backend(place, self._storage_options) if "://" in place else FilesystemBackend(place)
             try:
                 return _describe(await write_model(prepared, backend, progress=self._progress), backend)
             finally:

@@ -48,6 +48,23 @@ def chunk(
     _show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
 
 
+@app.command("storage", epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1")
+@options.with_settings("storage_options")
+def bench_storage(
+    *,
+    url: Annotated[str, typer.Argument(metavar="URL", help="A store in S3, or in another storage over a network.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    configuration: options.Configuration,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baselines; medians are shown.")] = 5,
+    json: options.Json = False,
+) -> None:
+    """Reading a model from a storage, against plain parallel ranges, and Run:ai Model Streamer if it is installed."""
+    from surfw.bench.storage import bench_storage as measure
+
+    found = measure(url, model=model, options=configuration.settings.storage_options, rounds=rounds)
+    _show(found, json=json)
+
+
 @app.command("infer", epilog=INFER_EXAMPLES)
 def infer(
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],

@@ -20,7 +20,7 @@ Examples:
 """
 
 
-@options.with_settings("store", "on_missing")
+@options.with_settings("store", "storage_options", "on_missing")
 def chunk(
     *,
     model: Annotated[
@@ -63,7 +63,7 @@ def chunk(
     )
     place = configuration.settings.store
     if wish:
-        housekeeping.keep(wish, place, model=model, dry_run=dry_run, json=json)
+        housekeeping.keep(wish, place, configuration.settings.storage_options, model=model, dry_run=dry_run, json=json)
         return
     assert model is not None, "checked above"
     import asyncio
@@ -89,8 +89,9 @@ def chunk(
             else:
                 _show_plan(facts)
             return
+        backend = open_backend(place, configuration.settings.storage_options)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
-            manifest = asyncio.run(write_model(prepared, open_backend(place), progress=progress))
+            manifest = asyncio.run(write_model(prepared, backend, progress=progress))
     shown = display_url(place)
     if json:
         render.print_json(facts | {"store": shown, "digest": manifest.digest})

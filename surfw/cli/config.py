@@ -7,6 +7,7 @@ import typer
 
 from surfw.cli import options
 from surfw.config import display_url
+from surfw.storage_options import shown_options
 from surfw.token import TOKEN_VARIABLE
 
 EXAMPLES = """\b
@@ -20,7 +21,7 @@ Examples:
 def config(context: typer.Context, file: options.ConfigFile = None, json: options.Json = False) -> None:
     """Show every setting, its value, and where it comes from.
 
-    A token is never shown, only whether there is one.
+    A token is never shown, only whether there is one; of storage options, only what is known to be harmless.
     """
     from surfw.cli import render
 
@@ -46,12 +47,16 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
 
 
 def _shown(name: str, value: Any) -> Any:
-    """A value without the credentials that a URL may hold."""
+    """A value without the credentials that a URL, or the options of a storage, may hold."""
+    if name == "storage_options":
+        return shown_options(value)
     return display_url(value) if name in {"store", "source"} and value is not None else value
 
 
 def _text(value: Any) -> str:
     """A value as a person writes it."""
-    if value is None:
+    if value is None or value == {}:
         return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_text(one)}" for name, one in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)

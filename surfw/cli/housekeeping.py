@@ -1,6 +1,6 @@
 """`surfw chunk --list`, `--remove`, `--prune` and `--verify`: keeping a store in order."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,14 +57,16 @@ def check(wish: Wish, *, model: str | None, dry_run: bool, chunking: dict[str, o
             raise typer.BadParameter(f"is for chunking, and does not go with {given[0]}", param_hint=name)
 
 
-def keep(wish: Wish, place: str, *, model: str | None, dry_run: bool, json: bool) -> None:
+def keep(
+    wish: Wish, place: str, options: Mapping[str, Any] | None, *, model: str | None, dry_run: bool, json: bool
+) -> None:
     """Do what is asked for, and show what came of it."""
     import asyncio
 
     from surfw.storage.housekeeping import Housekeeping
 
     async def run(work: "Callable[[Housekeeping], Awaitable[T]]") -> T:
-        async with Housekeeping(place) as house:
+        async with Housekeeping(place, storage_options=options) as house:
             return await work(house)
 
     if wish.listing:

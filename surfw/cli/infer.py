@@ -25,9 +25,9 @@ Examples:
 
 
 @options.with_settings(
-    "model", "source", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature", "top_p", "top_k",
-    "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay",
-    "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
+    "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
+    "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts",
+    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
 )  # fmt: skip
 def infer(
     *,
@@ -157,6 +157,7 @@ def _open_model(chosen: "ChosenSource", settings: Settings) -> Any:
         dtype=settings.dtype,
         on_missing=settings.on_missing,
         token=settings.token if chosen.is_server else None,
+        storage_options=None if chosen.is_server else settings.storage_options,
         retry=settings.retry,
         connect_timeout=settings.connect_timeout,
         silence_timeout=settings.silence_timeout,

@@ -15,6 +15,7 @@ import typer
 
 from surfw.setting import Setting
 from surfw.settings import CONFIG_VARIABLE, SETTINGS, TABLE, Origin, Settings, trace_settings
+from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 ConfigFile = Annotated[
@@ -58,7 +59,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(context: typer.Context, config: Path | None, **given: Any) -> None:
-            arguments = {name: given.pop(name) for name in names}
+            arguments = {name: _value(SETTINGS[name], given.pop(name)) for name in names}
             given[_PLACE] = load_configuration(context, config, arguments)
             command(**given)
 
@@ -79,7 +80,14 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 def commands_with(name: str) -> list[str]:
     """The commands that have this setting as an option."""
-    return [command for command, names in _OFFERED.items() if name in names]
+    return [command.replace("_", " ") for command, names in _OFFERED.items() if name in names]
+
+
+def _value(setting: Setting, given: Any) -> Any:
+    """What an option says; None for one that is not given."""
+    if setting.kind is dict:
+        return parse_options(given) if given else None
+    return given
 
 
 def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
@@ -97,5 +105,7 @@ def _annotation(setting: Setting) -> Any:
         max=setting.most,
         help=f"{setting.help} [{'; '.join(notes)}]",
     )
-    kind = Literal[setting.choices] if setting.choices else setting.kind
+    kind: Any = Literal[setting.choices] if setting.choices else setting.kind
+    if setting.kind is dict:
+        kind = list[str]
     return Annotated[kind | None, declared]

@@ -24,7 +24,9 @@ Examples:
 logger = logging.getLogger("surfw.server")
 
 
-@options.with_settings("store", "host", "port", "cache_mb", "insecure", "clients", "token_file", "live")
+@options.with_settings(
+    "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "token_file", "live"
+)
 def serve(
     *,
     configuration: options.Configuration,
@@ -61,6 +63,7 @@ def _make_server(settings: Settings) -> Any:
 
     return WeightServer(
         model_path=settings.store,
+        storage_options=settings.storage_options,
         host=settings.host,
         port=settings.port,
         cache_size_mb=settings.cache_mb,

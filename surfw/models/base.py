@@ -91,7 +91,8 @@ class StreamingBaseModel:
                 warning. The only way ever to do so.
             policy: which layers stay where not all fit. `auto`: a part of them that is chosen once, for the order in
                 which they run; `lru`: those that were used last.
-            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`; see `WeightClient`.
+            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
+                `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

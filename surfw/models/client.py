@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ssl import SSLContext
@@ -114,6 +114,7 @@ class WeightClient(SourceThread):
         retry: RetryPolicy | None = None,
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -124,13 +125,17 @@ class WeightClient(SourceThread):
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
             silence_timeout: seconds without a byte, while something is asked for, after which a server is given up.
+            storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: this is no source, or it takes no token.
+            ConfigurationError: this is no source, or it takes no token or options.
         """
         is_server = isinstance(source, str) and is_server_url(source)
         if (token is not None or ssl is not None) and not is_server:
             raise ConfigurationError("token and ssl are for servers; expected a ws:// or wss:// address with them")
+        expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
+        if storage_options and (is_server or not isinstance(source, str | os.PathLike)):
+            raise ConfigurationError("storage_options are for a storage URL; expected one with them")
         expect("token", token, str | None, "a text or None")
         expect("ssl", ssl, SSLContext | None, "an ssl.SSLContext or None")
         expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
@@ -146,7 +151,7 @@ class WeightClient(SourceThread):
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
         )
-        super().__init__(_describe(source), _opener(source, connect))
+        super().__init__(_describe(source), _opener(source, connect, storage_options))
 
     def models(self) -> list[str]:
         """The names of the models there are, sorted.
@@ -196,7 +201,9 @@ def _describe(source: object) -> str:
     return display_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else "a source of one's own"
 
 
-def _opener(source: Any, connect: Callable[[str], Awaitable[ChunkSource]]) -> OpenSource:
+def _opener(
+    source: Any, connect: Callable[[str], Awaitable[ChunkSource]], options: Mapping[str, Any] | None
+) -> OpenSource:
     """How to open what was given; a function that opens a source is taken as it is."""
     if isinstance(source, StorageBackend):
         return partial(open_storage_source, source, owned=False)
@@ -206,7 +213,7 @@ def _opener(source: Any, connect: Callable[[str], Awaitable[ChunkSource]]) -> Op
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
         if is_server_url(place):
             return partial(connect, place)
-        return lambda: open_storage_source(open_backend(place))
+        return lambda: open_storage_source(open_backend(place, options))
     if isinstance(source, type) or not callable(source):
         raise ConfigurationError(
             f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"

@@ -1,7 +1,8 @@
 """The keywords of everything that opens a model, and what they are checked for."""
 
+from collections.abc import Mapping
 from ssl import SSLContext
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -11,13 +12,14 @@ from surfw.retry import RetryPolicy
 
 
 class ConnectionOptions(TypedDict, total=False):
-    """How a server is reached; see `WeightClient`."""
+    """How a server or a storage is reached; see `WeightClient`."""
 
     token: str | None
     ssl: SSLContext | None
     retry: RetryPolicy | None
     connect_timeout: float
     silence_timeout: float
+    storage_options: Mapping[str, Any] | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

@@ -1,8 +1,10 @@
 """A server that has a place for a cache in Redis, which it shares with other servers."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from ssl import SSLContext
+from typing import Any
 
 from surfw.config import DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, WireLimits, expect
 from surfw.server.redis_tier import RedisTier
@@ -28,6 +30,7 @@ class AdvancedWeightServer(WeightServer):
         insecure: bool = False,
         clients: int = DEFAULT_CLIENTS,
         limits: WireLimits | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -42,6 +45,7 @@ class AdvancedWeightServer(WeightServer):
             insecure: listen beyond loopback without a token, or with a token in clear text.
             clients: the most connections at a time.
             limits: sizes of messages, frames and windows.
+            storage_options: for the storage that `chunks_dir` names.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.
@@ -58,6 +62,7 @@ class AdvancedWeightServer(WeightServer):
             insecure=insecure,
             clients=clients,
             limits=limits,
+            storage_options=storage_options,
         )
 
     async def _prepare(self) -> None:

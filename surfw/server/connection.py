@@ -155,10 +155,10 @@ class Connection:
     async def _send_bytes(
         self, request_id: int, pieces: Iterator[Piece], at: int, stop: int, priority: int = 0
     ) -> None:
-        """Send pieces in runs, each in its turn. The next piece is read while the one before it is sent."""
+        """Send pieces in runs, each in its turn. The next pieces are read while the one before them is sent."""
         if at == stop:
             self._outlet.send(self._session.send(Data(request_id, at, stop)))
-        async with contextlib.aclosing(use_ahead(pieces)) as ready:
+        async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
             async for piece in ready:
                 sent = 0
                 while sent < piece.size:

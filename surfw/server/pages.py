@@ -26,6 +26,25 @@ _READS = 8
 """The most reads of the storage at a time."""
 
 
+class ReadAhead:
+    """How many pages all answers together may have read ahead of their turn, beyond the one that each of them may."""
+
+    def __init__(self, pages: int) -> None:
+        """Start with all of them free."""
+        self._free = pages
+
+    def take(self) -> bool:
+        """Take one, if one is free."""
+        if self._free <= 0:
+            return False
+        self._free -= 1
+        return True
+
+    def give(self) -> None:
+        """Give one back."""
+        self._free += 1
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Bytes `start` to `stop` (end-exclusive) of a stored object."""
@@ -41,6 +60,9 @@ class PageCache:
     Attributes:
         cache: the pages there are.
         healthy: whether the storage answered when it was last asked.
+        read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within half of the
+            budget, so that they are still there when their turn comes.
+        most_ahead: how many of them one answer may have.
     """
 
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
@@ -52,6 +74,9 @@ class PageCache:
         self._metrics = metrics
         self._reads = SingleFlight(self._read, slots=min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
         self._reading_bytes = 0
+        far = backend.parallel_reads > 1
+        self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES) if far else 0)
+        self.most_ahead = min(_READS, backend.parallel_reads)
 
     async def use(self, page: Page) -> None:
         """Have the page read, and count the use.

@@ -1,12 +1,13 @@
 """What an answer's bytes are made of: pieces in order, from memory or from pages of the storage."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from surfw.manifest import Location
-from surfw.server.pages import PAGE_BYTES, Page, PageCache
+from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead
 
 
 class Piece(Protocol):
@@ -87,24 +88,67 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first)
 
 
-async def use_ahead(pieces: Iterator[Piece]) -> AsyncGenerator[Piece, None]:
-    """The pieces in order, each once its bytes are at hand; the use of the next one has then begun.
+class _Window:
+    """Pieces whose use has begun, in order. The first needs no permit, so that every answer goes on; the others do."""
 
-    Close the generator: that gives up the use that has begun.
+    def __init__(self, pieces: Iterator[Piece], ahead: ReadAhead, most: int) -> None:
+        self._pieces = pieces
+        self._ahead = ahead
+        self._most = most
+        self._begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
+
+    def fill(self) -> None:
+        """Begin to use what follows, as far as it may be."""
+        while len(self._begun) < self._most and (not self._begun or self._ahead.take()):
+            piece = next(self._pieces, None)
+            if piece is None:
+                if self._begun:
+                    self._ahead.give()
+                return
+            self._begun.append((piece, asyncio.create_task(piece.use())))
+
+    async def take(self) -> Piece | None:
+        """The next piece, once it is at hand; None at the end."""
+        if not self._begun:
+            return None
+        await self._begun[0][1]
+        return self._drop()[0]
+
+    def _drop(self) -> tuple[Piece, asyncio.Task[None]]:
+        dropped = self._begun.popleft()
+        if self._begun:
+            self._ahead.give()  # of the one that is the first now
+        return dropped
+
+    async def close(self) -> None:
+        """Give up what has begun."""
+        given_up = []
+        while self._begun:
+            given_up.append(self._drop()[1])
+            given_up[-1].cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
+
+
+async def use_ahead(
+    pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
+) -> AsyncGenerator[Piece, None]:
+    """The pieces in order, each once its bytes are at hand; the use of the next ones has then begun.
+
+    Close the generator: that gives up the uses that have begun.
+
+    Args:
+        pieces: what to use.
+        ahead: permits for more than one piece ahead, shared with others; None for no more.
+        most: how many pieces may be ahead at most.
 
     Raises:
         StorageError: a piece cannot be read.
     """
-    using: asyncio.Task[None] | None = None
+    window = _Window(pieces, ahead or ReadAhead(0), most)
     try:
-        piece = next(pieces, None)
-        while piece is not None:
-            await (using or piece.use())
-            following = next(pieces, None)
-            using = asyncio.create_task(following.use()) if following is not None else None
+        window.fill()
+        while (piece := await window.take()) is not None:
+            window.fill()
             yield piece
-            piece = following
     finally:
-        if using is not None:
-            using.cancel()
-            await asyncio.gather(using, return_exceptions=True)
+        await window.close()

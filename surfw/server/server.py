@@ -8,10 +8,11 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from ssl import SSLContext
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 from websockets.asyncio.server import Server, ServerConnection
@@ -50,6 +51,7 @@ class WeightServer:
         insecure: bool = False,
         clients: int = DEFAULT_CLIENTS,
         limits: WireLimits | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -64,6 +66,7 @@ class WeightServer:
             insecure: listen beyond loopback without a token, or with a token in clear text.
             clients: the most connections at a time.
             limits: sizes of messages, frames and windows.
+            storage_options: for the storage that `model_path` names, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
             ConfigurationError: one of them cannot be used.
@@ -76,6 +79,9 @@ class WeightServer:
         expect("cache_size_mb", cache_size_mb, int | float, "a number of MB from 0 on")
         expect("clients", clients, int, "a whole number from 1 on")
         expect("limits", limits, WireLimits | None, "WireLimits or None")
+        expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
+        if storage_options and model_path is None:
+            raise ConfigurationError("storage_options are for model_path; give them to the backend where it is made")
         if model_path is not None:
             expect("model_path", model_path, str | Path, "a store's folder or URL")
         if not (cache_size_mb >= 0 and math.isfinite(cache_size_mb)):
@@ -84,6 +90,7 @@ class WeightServer:
             raise ConfigurationError(f"clients is {clients}; expected at least 1 connection")
         self._listening = Listening(host=host, port=port, token=token, tls=ssl, insecure=insecure)
         self._model_path = model_path
+        self._storage_options = dict(storage_options or {})
         self._cache_bytes = int(cache_size_mb * MB)
         self._clients = clients
         self._limits = limits or WireLimits()
@@ -97,7 +104,7 @@ class WeightServer:
 
     def _open_own(self) -> StorageBackend:
         assert self._model_path is not None, "without one there is the caller's backend"
-        return open_backend(self._model_path)
+        return open_backend(self._model_path, self._storage_options)
 
     def _lay_out(self, backend: StorageBackend) -> None:
         """Everything that lives from a start to the stop after it."""

@@ -30,11 +30,16 @@ def check_key(key: str) -> str:
     """
     if not isinstance(key, str):
         raise StorageError(f"storage key {key!a:.80} is refused: expected a text")
-    if len(key) > _MAX_KEY or not all(_PART.fullmatch(part) for part in key.split("/")):
+    if not is_key(key):
         raise StorageError(
             f"storage key {key[:80]!r} is refused: expected a relative path of plain parts, such as blobs/ab/abcd"
         )
     return key
+
+
+def is_key(text: str) -> bool:
+    """Whether a text is a relative path of plain parts."""
+    return len(text) <= _MAX_KEY and all(_PART.fullmatch(part) for part in text.split("/"))
 
 
 def check_prefix(prefix: str) -> str:
@@ -71,6 +76,12 @@ class StorageBackend(ABC):
 
     url: str = "custom storage"
     """Where the objects lie, for people and for error messages; without secrets."""
+
+    parallel_reads: int = 1
+    """How many reads of one object are worth having under way at a time; more than 1 where it is far away."""
+
+    reads_in_place: bool = False
+    """Whether `read_into` needs hardly any memory beside its destination."""
 
     @abstractmethod
     async def load(self, key: str) -> bytes:
@@ -144,9 +155,31 @@ class StorageBackend(ABC):
         data = (await self.load(key))[start:stop]
         return expect_length(data, stop - start, key, self.url)
 
-    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the object's bytes from `start` on."""
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on.
+
+        Args:
+            key: the object's name.
+            start: the first byte.
+            destination: what to fill; it is not written to any more when this has ended, however it did.
+            revision: what `revision()` gave; None for whichever it is now.
+
+        Raises:
+            StorageError: the object is shorter, or of another revision.
+        """
         destination[:] = await self.load_range(key, start, start + destination.nbytes)
+        if revision is not None:
+            await self.expect_revision(key, revision)
+
+    async def expect_revision(self, key: str, revision: str) -> None:
+        """Make sure, after a read, that the object is still what it was when `revision()` gave this.
+
+        Raises:
+            StorageError: it is not.
+        """
+        seen = await self.revision(key)
+        if seen != revision:
+            raise changed(f"{key} in {self.url}", revision, str(seen))
 
     async def stranger(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
@@ -173,6 +206,18 @@ class StorageBackend(ABC):
     async def close(self) -> None:
         """Release what the backend holds."""
         return
+
+
+class ChangedObjectError(StorageError):
+    """The object is not the one it was."""
+
+
+def changed(name: str, expected: str, seen: str) -> ChangedObjectError:
+    """The error for an object that is not the one it was."""
+    return ChangedObjectError(
+        f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}; "
+        "read it anew from its beginning"
+    )
 
 
 def spool_folder(place: str) -> Path:

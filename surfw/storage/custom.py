@@ -16,6 +16,7 @@ from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
 from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
 from surfw.storage.shared_loads import SharedLoads
+from surfw.threads import to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> StorageBackend:
@@ -44,6 +45,8 @@ class AdaptedBackend(StorageBackend):
         self.inner = inner
         self.url = str(inner.url)
         self._shared = SharedLoads(self.load, SHARED_LOADS_BYTES)
+        self._pinned: dict[str, str] = {}
+        self.parallel_reads = max(1, inner.parallel_reads)
 
     def _own(self, method: str) -> bool:
         """Whether the custom backend has this optional method itself."""
@@ -150,17 +153,22 @@ class AdaptedBackend(StorageBackend):
         await self.read_into(key, start, memoryview(memory))
         return bytes(memory)
 
-    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the object's bytes from `start` on."""
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on; what is kept of other revisions is forgotten."""
         stop = start + destination.nbytes
+        if revision is not None and self._pinned.get(check_key(key)) != revision:
+            self._shared.forget(key)
+            self._pinned[key] = revision
         if self._own("read_into"):
             with self._reading("read_into", key):
-                await self.inner.read_into(key, start, destination)
+                await to_its_end(self.inner.read_into(key, start, destination))
         elif self._own("load_range"):
             destination[:] = await self.load_range(key, start, stop)
         else:
             whole = memoryview(await self._shared.get(check_key(key), stop))
             destination[:] = expect_length(whole[start:stop], stop - start, key, self.url)
+        if revision is not None:
+            await self.expect_revision(key, revision)
 
     async def stranger(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one."""

@@ -14,8 +14,9 @@ import fsspec
 
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
-from surfw.storage.base import check_key, check_prefix
+from surfw.storage.base import changed, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
+from surfw.threads import in_thread
 
 _ATTEMPTS = 100
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -56,8 +57,7 @@ class FilesystemBackend(FsspecBackend):
         """Which file it is, and when it was written; files are replaced by others, never changed."""
         path = self._path(key)
         with suppress(OSError):
-            found = await asyncio.to_thread(path.stat)
-            return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+            return _revision(await asyncio.to_thread(path.stat))
         return None
 
     def spool(self) -> Path:
@@ -70,9 +70,9 @@ class FilesystemBackend(FsspecBackend):
         await self.read_into(key, start, memoryview(data))
         return bytes(data)
 
-    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Read straight into the destination, in a thread."""
-        await asyncio.to_thread(read_file_into, self._path(key), start, destination)
+        await in_thread(read_file_into, self._path(key), start, destination, revision)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write beside the final place, sync, then rename: there whole, or not at all."""
@@ -135,12 +135,16 @@ def _unless_missing(error: OSError) -> None:
         raise error
 
 
-def read_file_into(path: Path, start: int, destination: memoryview) -> None:
-    """Fill `destination` from a file, starting at byte `start`.
+def _revision(found: os.stat_result) -> str:
+    return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+
+
+def read_file_into(path: Path, start: int, destination: memoryview, revision: str | None = None) -> None:
+    """Fill `destination` from a file, starting at byte `start`; the file has to be of the revision, if one is given.
 
     Raises:
         NotFoundError: there is no such file.
-        StorageError: the file ends early, or cannot be read.
+        StorageError: the file ends early, is of another revision, or cannot be read.
     """
     with translate_errors(f"reading {path}"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -153,6 +157,8 @@ def read_file_into(path: Path, start: int, destination: memoryview) -> None:
                         f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes"
                     )
                 done += count
+            if revision is not None and (seen := _revision(os.fstat(fd))) != revision:
+                raise changed(str(path), revision, seen)
         finally:
             os.close(fd)
 

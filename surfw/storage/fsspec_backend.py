@@ -1,26 +1,34 @@
 """Any file system that fsspec knows, as a storage. Local files have a few shorter ways: see `filesystem`.
 
-fsspec's synchronous calls run in threads: its remote file systems are asynchronous underneath, on a loop of their own.
-Foreign exceptions become surfw's here and nowhere else.
+Its remote file systems are asynchronous underneath, on a loop of their own: bytes of theirs are read there, as ranges
+in parallel (see `transfer`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions become
+surfw's here and nowhere else.
 """
 
 import asyncio
 import errno
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
 from surfw.config import display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
-from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, spool_folder
+from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length, is_key, spool_folder
+from surfw.storage.cat_ranges import CatRanges
+from surfw.storage.ranges import MOST_RANGE_BYTES
+from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
+
+_TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")
+_TIMES = ("mtime", "last_modified", "LastModified", "modified")
+"""What file systems call what changes with an object."""
 
 
 @contextmanager
@@ -61,15 +69,50 @@ class FsspecBackend(StorageBackend):
         self.url = display_url(url)
         self._address = url  # with what is not shown
         self.fs, self.root = self._open(**options)
+        reader = self._ranges()
+        self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES) if reader else None
+        self.parallel_reads = CONNECTIONS if reader else 1
+        self.reads_in_place = reader is not None and reader.tells_revision
+        self._read_only = reader is not None and reader.read_only
+
+    def _ranges(self) -> RangeReader | None:
+        """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
+        if not getattr(self.fs, "async_impl", False):
+            return None
+        protocol = self.fs.protocol
+        if "http" in ((protocol,) if isinstance(protocol, str) else protocol):
+            from surfw.storage.http_ranges import HttpRanges
+
+            return HttpRanges(self.fs)
+        return CatRanges(self.fs)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
         try:
             with translate_errors(f"storage {self.url}"):
-                fs, root = fsspec.core.url_to_fs(self._address, **options)
+                fs, root = self._find(**options)
                 return fs, str(root)
-        except ValueError as exc:
+        except (ValueError, TypeError) as exc:
             reason = str(exc).replace(self._address, self.url)
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}{self._advice(exc)}") from exc
+
+    def _find(self, **options: Any) -> tuple[Any, str]:
+        try:
+            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **options)
+        except ImportError as exc:
+            name = getattr(exc.__cause__, "name", None) or exc.name or "the package that it names"
+            raise ConfigurationError(
+                f"storage {self.url} needs a package that is not installed ({exc}); run: pip install {name}"
+            ) from exc
+        return found
+
+    def _advice(self, exc: Exception) -> str:
+        """What to do where no file system has the scheme."""
+        if not str(exc).startswith("Protocol not known"):
+            return ""
+        return (
+            "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or of a "
+            "package with an entry point 'surfw.storage'"
+        )
 
     def spool(self) -> Path:
         """A local folder for files on their way into this storage; URLs that are shown alike may be other places."""
@@ -94,37 +137,105 @@ class FsspecBackend(StorageBackend):
         with translate_all_errors(what):
             yield
 
+    @asynccontextmanager
+    async def _telling(self, key: str) -> AsyncIterator[None]:
+        """Errors of a transfer as surfw's. A backend may ask the server for the reason, so that is done in a thread."""
+        try:
+            yield
+        except SurfwError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - every one is told
+            await asyncio.to_thread(self._tell, exc, key)
+
+    def _tell(self, exc: Exception, key: str) -> NoReturn:
+        with self._translate(self._name(key)):
+            raise exc
+        raise AssertionError  # never: what is translated is raised
+
+    def _name(self, key: str) -> str:
+        return f"{key} in {self.url}"
+
     async def load(self, key: str) -> bytes:
         """The whole object."""
-        return bytes(await self._call(key, self.fs.cat_file))
+        if self._transfer is None or not self._transfer.reader.tells_revision:
+            return bytes(await self._call(key, self.fs.cat_file))
+        path = self.path(key)
+        async with self._telling(key):
+            return bytes(await self._transfer.load(path, name=self._name(key)))
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
-        data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
-        return expect_length(data, stop - start, key, self.url)
+        if self._transfer is None:
+            data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
+            return expect_length(data, stop - start, key, self.url)
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
+        if self._transfer is None:
+            await super().read_into(key, start, destination, revision=revision)
+            return
+        path, tells = self.path(key), self._transfer.reader.tells_revision
+        if not tells and revision is None and destination.nbytes > MOST_RANGE_BYTES:
+            revision = await self.revision(key)
+        async with self._telling(key):
+            await self._transfer.read_into(
+                path, start, destination, name=self._name(key), pinned=revision if tells else None
+            )
+        if not tells and revision is not None:
+            await self.expect_revision(key, revision)
+
+    async def revision(self, key: str) -> str | None:
+        """What the file system says that changes with the object; None if it says nothing, or there is no object."""
+        path = self.path(key)
+        try:
+            if self._transfer is not None:
+                async with self._telling(key):
+                    if facts := await self._transfer.facts(path):
+                        return facts.revision
+            return _revision_of(await self._call(key, self.fs.info))
+        except NotFoundError:
+            return None
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write an object; object stores show it only once it is whole."""
 
         def write(path: str) -> None:
             if isinstance(data, bytes):
-                self.fs.pipe_file(path, data)
+                self._put_bytes(data, path)
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
                 shutil.copyfileobj(data, whole, _COPY_BYTES)
                 whole.flush()
-                self.fs.put_file(whole.name, path)
+                self._put_file(whole.name, path)
 
+        self._expect_writable(key)
         await self._call(key, write)
 
     async def adopt(self, key: str, path: Path) -> None:
         """Upload a finished local file, and remove it."""
 
         def move(target: str) -> None:
-            self.fs.put_file(str(path), target)
+            self._put_file(str(path), target)
             path.unlink()
 
+        self._expect_writable(key)
         await self._call(key, move)
+
+    def _put_bytes(self, data: bytes, path: str) -> None:
+        self.fs.pipe_file(path, data)
+
+    def _put_file(self, local: str, path: str) -> None:
+        self.fs.put_file(local, path)
+
+    def _expect_writable(self, key: str) -> None:
+        if self._read_only:
+            raise StorageError(
+                f"{check_key(key)} cannot be written to {self.url}: it can only be read; write to a folder or a "
+                "bucket, and have a server offer that"
+            )
 
     async def exists(self, key: str) -> bool:
         """Whether the object is there; a storage that does not say is an error."""
@@ -134,7 +245,12 @@ class FsspecBackend(StorageBackend):
                 return bool(self.fs.info(path)["type"] == "file")
             return False
 
+        path = self.path(key)
         try:
+            if self._transfer is not None:
+                async with self._telling(key):
+                    if await self._transfer.facts(path):
+                        return True
             return await self._call(key, look)
         except NotFoundError:
             return False
@@ -153,10 +269,15 @@ class FsspecBackend(StorageBackend):
 
     async def size(self, key: str) -> int:
         """The object's length."""
+        path = self.path(key)
+        if self._transfer is not None:
+            async with self._telling(key):
+                if (facts := await self._transfer.facts(path)) and facts.size is not None:
+                    return facts.size
         return int(await self._call(key, self.fs.size))
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix."""
+        """The keys that start with the prefix; a web page may also link what is none."""
         folder = check_prefix(prefix).rpartition("/")[0]
 
         def find() -> list[str]:
@@ -167,6 +288,16 @@ class FsspecBackend(StorageBackend):
             except NotFoundError:
                 return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
-            return sorted(key for key in keys if key.startswith(prefix))
+            return sorted(key for key in keys if key.startswith(prefix) and (not self._read_only or is_key(key)))
 
         return await asyncio.to_thread(find)
+
+
+def _revision_of(info: Mapping[str, Any]) -> str | None:
+    """What of a file system's facts about an object changes with it; of local files, times are too coarse."""
+    if info.get("type") != "file" or "ino" in info:
+        return None
+    if tag := next((info[name] for name in _TAGS if info.get(name)), None):
+        return str(tag)
+    time = next((info[name] for name in _TIMES if info.get(name)), None)
+    return None if time is None else f"{time}, {info.get('size')} bytes"

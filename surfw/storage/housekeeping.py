@@ -2,9 +2,10 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from surfw.config import expect
 from surfw.errors import ConfigurationError, ManifestError, StorageError, UnknownModelError
@@ -91,13 +92,18 @@ class Housekeeping:
     """A store, to be kept in order. Use it as an async context manager, or close it."""
 
     def __init__(
-        self, store: str | os.PathLike[str] | None = None, *, storage_backend: StorageBackend | None = None
+        self,
+        store: str | os.PathLike[str] | None = None,
+        *,
+        storage_backend: StorageBackend | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Name the store; nothing is read yet.
 
         Args:
             store: its folder or storage URL.
             storage_backend: in its place, the storage; it stays the caller's to close.
+            storage_options: for the storage that `store` names, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
             ConfigurationError: both or neither is given.
@@ -109,7 +115,7 @@ class Housekeeping:
         if store is not None:
             from surfw.storage import open_backend
 
-            storage_backend = open_backend(os.fspath(store))
+            storage_backend = open_backend(os.fspath(store), storage_options)
         assert storage_backend is not None
         self._store = Store(storage_backend)
 

@@ -2,32 +2,41 @@
 
 Credentials, region and endpoint that are not given are found as botocore finds them: environment, profile, role.
 Invariants: no connection, credential or listing is shared with another backend; no secret is in `url` or in a message.
-Requests run on fsspec's own event loop thread.
+Requests run on fsspec's own event loop thread. An upload holds at most `_PARTS` parts in memory, and shows nothing
+until it is complete; one that fails is aborted, so that its parts are not kept.
 """
 
 import asyncio
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from surfw.config import expect
+from surfw.config import MIB, expect
 from surfw.errors import ConfigurationError, StorageError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.transfer import CONNECTIONS, RangeReader
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 _CONNECT_SECONDS = 5
 _ATTEMPTS, _ROUNDS = 2, 3
 """How often botocore tries a request, and how often s3fs has it do so: a silent endpoint fails in half a minute."""
 
+_PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
+"""What an object is uploaded in, how many at a time, and how many S3 takes of one object."""
+
+AddressingStyle = Literal["auto", "path", "virtual"]
+Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
+
 _WRONG_CREDENTIALS = {
     "InvalidAccessKeyId": "the access key is not known there",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key",
     "InvalidToken": "the session token is not valid",
     "ExpiredToken": "the session token has expired",
-    "RequestTimeTooSkewed": "this machine's clock is wrong",
 }
 
 
@@ -45,6 +54,12 @@ class S3Backend(FsspecBackend):
         aws_secret_access_key: str | None = None,
         aws_session_token: str | None = None,
         profile_name: str | None = None,
+        addressing_style: AddressingStyle | None = None,
+        sse: Encryption | None = None,
+        sse_kms_key_id: str | None = None,
+        requester_pays: bool = False,
+        anonymous: bool = False,
+        **options: Any,
     ) -> None:
         """Name the bucket; nothing is contacted yet.
 
@@ -57,9 +72,16 @@ class S3Backend(FsspecBackend):
             aws_secret_access_key: the secret key.
             aws_session_token: for temporary credentials.
             profile_name: of the shared credentials and configuration files.
+            addressing_style: `path` puts the bucket into the path, as many compatible servers need it; `virtual` into
+                the host's name. Default: as botocore finds it.
+            sse: have the server encrypt what is written: `AES256` (SSE-S3), `aws:kms` or `aws:kms:dsse` (SSE-KMS).
+            sse_kms_key_id: the key for SSE-KMS; default: the account's own.
+            requester_pays: pay for requests to a bucket whose owner wants that.
+            anonymous: sign nothing, for public buckets.
+            **options: whatever else `s3fs.S3FileSystem` takes, such as `config_kwargs`.
 
         Raises:
-            ConfigurationError: an argument cannot be used.
+            ConfigurationError: an argument cannot be used, or s3fs is not installed.
         """
         expect("bucket_name", bucket_name, str, "a bucket's name")
         expect("prefix", prefix, str, "a text such as models/mine")
@@ -73,8 +95,16 @@ class S3Backend(FsspecBackend):
                 f"the credentials for s3://{bucket_name} are incomplete; give aws_access_key_id and "
                 "aws_secret_access_key together, or neither to have them found"
             )
+        if anonymous and (aws_access_key_id or profile_name):
+            raise ConfigurationError(f"s3://{bucket_name} is given credentials and anonymous; leave one of them out")
         if endpoint_url is not None:
             _check_endpoint(endpoint_url)
+        _check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
+        _check_choice("sse", sse, get_args(Encryption))
+        if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
+            raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
+        encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
+        self._addressing_style = addressing_style
         self.bucket, self.endpoint_url = bucket_name, endpoint_url
         self.prefix = prefix.strip("/")
         try:
@@ -87,22 +117,55 @@ class S3Backend(FsspecBackend):
             secret=aws_secret_access_key,
             token=aws_session_token,
             endpoint_url=endpoint_url,
-            client_kwargs={"region_name": region_name} if region_name else {},
+            client_kwargs=({"region_name": region_name} if region_name else {}) | options.pop("client_kwargs", {}),
+            s3_additional_kwargs={name: value for name, value in encryption.items() if value is not None}
+            | options.pop("s3_additional_kwargs", {}),
+            requester_pays=requester_pays,
+            anon=anonymous,
             **({"profile": profile_name} if profile_name else {}),
+            **options,
         )
 
     def _open(self, **options: Any) -> tuple[Any, str]:
-        import s3fs
+        try:
+            import s3fs
+        except ImportError as exc:
+            raise ConfigurationError(f"{self.url}: S3 needs the package {exc.name}; run: pip install s3fs") from exc
 
-        retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
+        known = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters, "profile"}
+        if unknown := sorted(set(options) - known):
+            raise ConfigurationError(
+                f"{self.url}: there is no option {unknown[0]}; surfw knows region_name, profile_name, endpoint_url, "
+                "addressing_style, sse, sse_kms_key_id, requester_pays, anonymous, and s3fs those of its S3FileSystem"
+            )
+        given = options.pop("config_kwargs", {})
+        config: dict[str, Any] = {
+            "connect_timeout": _CONNECT_SECONDS,
+            "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
+            "max_pool_connections": 2 * CONNECTIONS,
+        } | given
+        if self._addressing_style:
+            config["s3"] = dict(config.get("s3") or {}) | {"addressing_style": self._addressing_style}
         fs = s3fs.S3FileSystem(
             skip_instance_cache=True,  # fsspec would share one with whoever gives the same arguments
             use_listings_cache=False,
-            config_kwargs={"connect_timeout": _CONNECT_SECONDS, "retries": retries},
+            config_kwargs=config,
             **options,
         )
         fs.retries = _ROUNDS
         return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
+
+    def _ranges(self) -> RangeReader:
+        from surfw.storage.s3_ranges import S3Ranges
+
+        return S3Ranges(self.fs)
+
+    def _put_bytes(self, data: bytes, path: str) -> None:
+        self.fs.pipe_file(path, data, chunksize=_part_bytes(len(data)), max_concurrency=_PARTS)
+
+    def _put_file(self, local: str, path: str) -> None:
+        size = Path(local).stat().st_size
+        self.fs.put_file(local, path, chunksize=_part_bytes(size), max_concurrency=_PARTS)
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
@@ -142,6 +205,10 @@ class S3Backend(FsspecBackend):
             return StorageError(
                 f"{self.url}: permission denied; these credentials may not do this in bucket {self.bucket}"
             )
+        if code == "RequestTimeTooSkewed":
+            return StorageError(
+                f"{self.url}: this machine's clock differs from the server's by too much for a signature; set the clock"
+            )
         if code in _WRONG_CREDENTIALS:
             return StorageError(f"{self.url}: wrong credentials: {_WRONG_CREDENTIALS[code]}; give others")
         return None
@@ -172,6 +239,16 @@ def _code_of(exc: BaseException | None) -> str:
             return str(response.get("Error", {}).get("Code", ""))
         exc = exc.__cause__
     return ""
+
+
+def _part_bytes(size: int) -> int:
+    """How large the parts of an upload are: of a very large object, larger ones."""
+    return max(_PART_BYTES, -(-size // _MOST_PARTS))
+
+
+def _check_choice(name: str, given: str | None, choices: tuple[str, ...]) -> None:
+    if given is not None and given not in choices:
+        raise ConfigurationError(f"{name} is {given!a:.80}; expected one of {', '.join(choices)}")
 
 
 def _check_endpoint(url: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from surfw.config import BLOCK_BYTES
@@ -15,6 +15,8 @@ from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
+_STREAM_BYTES = 2 * BLOCK_BYTES
+"""What a connection may have received and not yet put in place."""
 
 
 class StorageSource(ChunkSource):
@@ -80,20 +82,36 @@ class StorageSource(ChunkSource):
 
     @property
     def buffered_bytes(self) -> int:
-        """A piece that a backend hands over before it is put in place; files are read in place."""
-        return 0 if self.store.backend.local_path(MARKER) else _PIECE_BYTES
+        """Pieces that a backend hands over before they are put in place; files and streams are read in place."""
+        backend = self.store.backend
+        if backend.local_path(MARKER):
+            return 0
+        return backend.parallel_reads * (_STREAM_BYTES if backend.reads_in_place else _PIECE_BYTES)
 
     async def _fetch(self, read: Read) -> None:
+        """Fill a destination, with as many pieces under way as are worth it."""
         if not read.form.locations:
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
+        starts = range(read.start, read.stop, _PIECE_BYTES)
+        left = iter(starts)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(starts), self.store.backend.parallel_reads)):
+                    group.create_task(self._take(read, left))
+        except BaseExceptionGroup as failed:
+            first = failed.exceptions[0]
+            raise first from first.__cause__
+
+    async def _take(self, read: Read, left: Iterator[int]) -> None:
+        """Read one piece after the other, until none is left; each is verified while the next is read."""
         checking: asyncio.Task[None] | None = None
         try:
-            for start in range(read.start, read.stop, _PIECE_BYTES):
+            for start in left:
                 stop = min(start + _PIECE_BYTES, read.stop)
                 piece = read.destination[start - read.start : stop - read.start]
                 at = 0
                 for key, offset, length in segments(read.form.locations, start, stop):
-                    await to_its_end(self.store.backend.read_into(key, offset, piece[at : at + length]))
+                    await self._read(key, offset, piece[at : at + length])
                     at += length
                 if checking:
                     await checking
@@ -104,6 +122,12 @@ class StorageSource(ChunkSource):
         finally:
             if checking:
                 await to_its_end(checking)
+
+    async def _read(self, key: str, start: int, destination: memoryview) -> None:
+        """Read into place. Only streams are known to write nothing any more once they are cancelled."""
+        backend = self.store.backend
+        reading = backend.read_into(key, start, destination)
+        await (reading if backend.reads_in_place else to_its_end(reading))
 
     async def close(self) -> None:
         """Close the backend, if it belongs to this."""

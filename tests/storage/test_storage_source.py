@@ -167,6 +167,48 @@ def test_a_cancelled_fetch_ends_when_nothing_is_written_any_more(manifest: Manif
     assert asyncio.run(cancel())
 
 
+class FarBackend(FilesystemBackend):
+    """Far away: several reads at a time are worth it. Each waits until there are as many as may be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.parallel_reads = 2
+        self.reads_in_place = True
+        self.together = asyncio.Barrier(2)
+        self.failing: int | None = None
+        self.given_up = 0
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        try:
+            await self.together.wait()
+            if self.failing == len(destination):
+                raise StorageError("the line is cut")
+            if self.failing is not None:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        await super().read_into(key, start, destination, revision=revision)
+
+
+def test_pieces_from_far_away_are_read_at_the_same_time(manifest: Manifest, tmp_path: Path) -> None:
+    chunk = manifest.chunks[0]
+    source = StorageSource(FarBackend(tmp_path / "store"))
+    assert fetch(source, manifest, chunk) == payload(tmp_path / "store", chunk)
+    assert (source.fetched_bytes, source.buffered_bytes) == (SIZE, 4 * BLOCK_BYTES)
+
+
+def test_a_piece_that_fails_ends_the_others(manifest: Manifest, tmp_path: Path) -> None:
+    backend = FarBackend(tmp_path / "store")
+    backend.failing = SIZE - 8 * BLOCK_BYTES
+    with pytest.raises(StorageError, match="the line is cut"):
+        fetch(StorageSource(backend), manifest, manifest.chunks[0])
+    assert backend.given_up == 1
+
+
 def test_closing_closes_the_backend(manifest: Manifest, tmp_path: Path) -> None:
     closed = []
 

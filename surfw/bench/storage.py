@@ -1,0 +1,165 @@
+"""Reading a model from a storage as surfw does, against other ways to have the same bytes, in alternation.
+
+The others are parallel ranged GETs of the same client library, and Run:ai Model Streamer where it is installed.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from surfw.bench.result import Result, Row, describe_machine, summarise_rates
+from surfw.bench.storage_peer import find_streamer, stream_objects
+from surfw.config import MB, MIB
+from surfw.errors import ConfigurationError
+from surfw.manifest import Manifest
+from surfw.runtime.buffers import Buffer
+from surfw.source import Read
+from surfw.storage import FsspecBackend, S3Backend, open_backend
+from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.store import segments
+
+_AHEAD = 2
+"""Chunks that surfw reads at a time, as a model does: one for now, and one ahead."""
+
+_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16))
+"""Range sizes and how many are under way, of the plain reads; the best one is the baseline."""
+
+
+def bench_storage(
+    url: str, *, model: str | None = None, options: Mapping[str, Any] | None = None, rounds: int = 5
+) -> Result:
+    """Measure, after one read of everything that does not count.
+
+    Args:
+        url: a store in S3, or in another storage that is read over a network.
+        model: its name there; None for the only one.
+        options: storage options.
+        rounds: alternations with the baselines; medians are reported.
+
+    Raises:
+        ConfigurationError: the storage is not read in ranges, as a folder.
+        SurfwError: there is no such store or model, or it cannot be read.
+    """
+    backend = open_backend(url, options)
+    if not isinstance(backend, FsspecBackend) or backend.parallel_reads == 1:
+        raise ConfigurationError(f"{backend.url} is not read over a network, expected a URL such as s3://bucket/prefix")
+    return asyncio.run(_bench(backend, model, rounds))
+
+
+async def _bench(backend: FsspecBackend, model: str | None, rounds: int) -> Result:
+    async with await open_storage_source(backend) as source:
+        manifest = await source.manifest(await source.resolve(model))
+        ours = _Ours(source, manifest)
+        size = sum(chunk.forms[0].stored_bytes for chunk in manifest.chunks)
+        plain = {way: _Plain(backend, manifest, *way) for way in _WAYS}
+        streamer = _streamer(backend, manifest)
+        seconds: dict[Any, list[float]] = {key: [] for key in ("surfw", *plain, *(["streamer"] if streamer else []))}
+        await ours.read()
+        for _ in range(rounds):
+            seconds["surfw"].append(await _time(ours.read))
+            for way, one in plain.items():
+                seconds[way].append(await _time(one.read))
+            if streamer:
+                seconds["streamer"].append(await streamer())
+    return Result(
+        benchmark="storage",
+        machine=describe_machine("s3fs", "aiohttp", "runai-model-streamer"),
+        rows=_rows(size, seconds),
+    )
+
+
+async def _time(work: Callable[[], Awaitable[None]]) -> float:
+    start = time.perf_counter()
+    await work()
+    return time.perf_counter() - start
+
+
+class _Ours:
+    """Every chunk into one of a few buffers, verified."""
+
+    def __init__(self, source: StorageSource, manifest: Manifest) -> None:
+        self._source = source
+        self._manifest = manifest
+        largest = max((chunk.forms[0].stored_bytes for chunk in manifest.chunks), default=0)
+        self._buffers = [Buffer(largest) for _ in range(_AHEAD)]
+
+    async def read(self) -> None:
+        """Read all chunks once."""
+        left = iter(self._manifest.chunks)
+
+        async def take(buffer: Buffer) -> None:
+            for chunk in left:
+                form = chunk.forms[0]
+                read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
+                await self._source.fetch(self._manifest, [read])
+
+        async with asyncio.TaskGroup() as group:
+            for buffer in self._buffers:
+                group.create_task(take(buffer))
+
+
+class _Plain:
+    """The same bytes as ranges of the file system's own `_cat_file`; what arrives is dropped."""
+
+    def __init__(self, backend: FsspecBackend, manifest: Manifest, range_bytes: int, at_once: int) -> None:
+        self._fs = backend.fs
+        self._at_once = at_once
+        self._ranges = [
+            (backend.path(key), at, min(at + range_bytes, start + length))
+            for chunk in manifest.chunks
+            for key, start, length in segments(chunk.forms[0].locations, 0, chunk.forms[0].stored_bytes)
+            for at in range(start, start + length, range_bytes)
+        ]
+
+    async def read(self) -> None:
+        """Read everything once, on the file system's own event loop."""
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._read(), self._fs.loop))
+
+    async def _read(self) -> None:
+        left = iter(self._ranges)
+
+        async def take() -> None:
+            for path, start, stop in left:
+                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
+                if len(data) != stop - start:
+                    raise ConfigurationError(f"{path} changes while it is measured; leave it alone meanwhile")
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._at_once):
+                group.create_task(take())
+
+
+def _streamer(backend: FsspecBackend, manifest: Manifest) -> Callable[[], Awaitable[float]] | None:
+    """One read of the same objects by Run:ai Model Streamer; None if it cannot be had here."""
+    if not isinstance(backend, S3Backend) or not find_streamer():
+        return None
+    keys = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
+    objects = [f"s3://{backend.path(key)}" for key in keys]
+    return lambda: asyncio.to_thread(stream_objects, objects, backend)
+
+
+def _rows(size: int, seconds: Mapping[Any, Sequence[float]]) -> tuple[Row, ...]:
+    rates = {key: summarise_rates(size, found) for key, found in seconds.items()}
+    best = max(_WAYS, key=lambda way: rates[way].value)
+    rows = [
+        Row(name=f"plain ranges of {way[0] // MIB} MiB, {way[1]} at a time", unit="GB/s", **rates[way]._asdict())
+        for way in _WAYS
+    ]
+    baselines = [("the best plain ranges", rates[best])]
+    if "streamer" in rates:
+        rows.append(Row(name="Run:ai Model Streamer", unit="GB/s", **rates["streamer"]._asdict()))
+        baselines.append(("Run:ai Model Streamer", rates["streamer"]))
+    ours = rates["surfw"]
+    rows += [
+        Row(
+            name=f"surfw, against {name}",
+            unit="GB/s",
+            **ours._asdict(),
+            baseline=base.value,
+            ratio=ours.value / base.value,
+            verified=True,
+        )
+        for name, base in baselines
+    ]
+    return (*rows, Row(name="bytes of the model", value=size / MB, unit="MB"))

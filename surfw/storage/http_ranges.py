@@ -1,0 +1,119 @@
+"""Ranges of what an HTTP server offers: read-only, streamed into place, of one ETag or modification time.
+
+A revision is told by the answer's own headers: a strong ETag, which is also asked for (`If-Match`), else what else the
+server says of the object (a weak ETag, its modification time, its size). A server has to answer ranges (206), except
+for an object that is asked for whole.
+"""
+
+import errno
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from surfw.config import MIB
+from surfw.errors import StorageError
+from surfw.storage.transfer import Answer, PinLostError, Place, RangeReader, TransientError
+
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_BUFFER_BYTES = MIB
+_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
+_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+
+
+class HttpRanges(RangeReader):
+    """Ranges of objects under a URL."""
+
+    read_only = True
+
+    def __init__(self, fs: Any) -> None:
+        """Name the file system; nothing is contacted."""
+        self._fs = fs
+
+    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+        """Read into place."""
+        asked = {"Range": f"bytes={start}-{stop - 1}"}
+        if pinned is not None and pinned.startswith('"'):
+            asked["If-Match"] = pinned
+        async with self._request(path, asked) as found:
+            if found.status == 416:
+                place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
+                return
+            destination = place(_answer(found))
+            done = 0
+            while done < len(destination):
+                piece = await found.content.read(min(_BUFFER_BYTES, len(destination) - done))
+                if not piece:
+                    raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(destination)} bytes")
+                destination[done : done + len(piece)] = piece
+                done += len(piece)
+
+    async def facts(self, path: str) -> Answer | None:
+        """Size and revision, from the headers of an answer whose bytes are not read."""
+        async with self._request(path, {}) as found:
+            return _answer(found)
+
+    @asynccontextmanager
+    async def _request(self, path: str, asked: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A good answer, or one that says that the range is beyond the end.
+
+        Raises:
+            TransientError: from what may pass.
+            PinLostError: the object is another by now.
+            OSError: anything else.
+        """
+        session = await self._fs.set_session()
+        options = {"timeout": _TIMEOUT, "read_bufsize": _BUFFER_BYTES} | self._fs.kwargs
+        options["headers"] = {"Accept-Encoding": "identity"} | options.get("headers", {}) | asked
+        try:
+            async with session.get(self._fs.encode_url(path), **options) as found:
+                _judge(found)
+                yield found
+        except aiohttp.InvalidURL as exc:
+            raise OSError(errno.EINVAL, "this is no URL") from exc
+        except (aiohttp.ClientError, TimeoutError) as exc:
+            name = type(exc).__name__
+            lost = OSError(errno.EIO, f"the server cannot be reached ({name}); check the address and the network")
+            lost.__cause__ = exc
+            raise TransientError from lost
+
+
+def _judge(found: aiohttp.ClientResponse) -> None:
+    """Raises: what a bad status means."""
+    said = f"the server answered {found.status} {found.reason or ''}".rstrip()
+    if found.status in {404, 410} or (found.status == 200 and found.url.path.endswith("/")):  # a folder's listing
+        raise FileNotFoundError(errno.ENOENT, said)
+    if found.status == 412:
+        raise PinLostError
+    if found.status in _TRANSIENT:
+        raise TransientError from OSError(errno.EIO, f"{said}; look at its log, and try again later")
+    if found.status in {401, 403, 407}:
+        raise PermissionError(errno.EACCES, said)
+    if found.status not in {200, 206, 416}:
+        raise OSError(errno.EIO, f"{said}, expected 200 or 206")
+
+
+def _answer(found: aiohttp.ClientResponse) -> Answer:
+    length, size, start = found.headers.get("Content-Length", ""), None, 0
+    if not _LENGTH.fullmatch(length) or found.headers.get("Content-Encoding", "identity") != "identity":
+        raise StorageError(
+            f"{found.url.path} comes without its length, or compressed; surfw needs a server of plain files"
+        )
+    if found.status == 206:
+        match = _CONTENT_RANGE.fullmatch(found.headers.get("Content-Range", ""))
+        if match is None:
+            raise StorageError(f"{found.url.path} comes as a range that does not say which; expected 'bytes 0-9/10'")
+        start, size = int(match[1]), None if match[3] == "*" else int(match[3])
+    else:
+        size = int(length)
+    return Answer(_revision(found, size), start, int(length), size)
+
+
+def _revision(found: aiohttp.ClientResponse, size: int | None) -> str | None:
+    if tag := found.headers.get("ETag"):
+        return tag
+    modified = found.headers.get("Last-Modified")
+    return f"{modified}, {size} bytes" if modified else None

@@ -1,0 +1,99 @@
+"""From the address of a storage to its backend: the scheme decides.
+
+In order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the group
+`surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; else fsspec. What is
+offered is called with the whole URL and the options, and gives a `StorageBackend`.
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from surfw.config import display_text, display_url
+from surfw.errors import ConfigurationError, SurfwError
+from surfw.storage.base import StorageBackend
+from surfw.storage.filesystem import FilesystemBackend
+from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.s3 import S3Backend
+from surfw.storage_options import s3_arguments
+
+ENTRY_POINTS = "surfw.storage"
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
+
+
+def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> StorageBackend:
+    """The backend for a local path or a storage URL. Nothing is made or contacted yet.
+
+    Args:
+        url: the address.
+        options: storage options, for the backend that the scheme chooses; folders have none, and ignore them.
+
+    Raises:
+        ConfigurationError: no storage has this scheme, its package is missing, or an option cannot be used.
+    """
+    text, given = str(url), dict(options or {})
+    scheme, mark, rest = text.partition("://")
+    if not mark:
+        return FilesystemBackend(text, create=False)
+    if scheme == "file":
+        return FilesystemBackend(rest, create=False)
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Backend(bucket, prefix, **s3_arguments(given))
+    if offered := entry_points(group=ENTRY_POINTS, name=scheme):
+        return _call(_load_entry_point(next(iter(offered)), text), text, given)
+    if _DOTTED.fullmatch(scheme):
+        return _call(_import(scheme, text), text, given)
+    return FsspecBackend(text, **given)
+
+
+def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = offered.load()
+    except Exception as exc:
+        raise ConfigurationError(
+            f"storage {display_url(url)} cannot be opened: the entry point {offered.name} = {offered.value} fails with "
+            f"{_say(exc)}; install its package again"
+        ) from exc
+    return found
+
+
+def _import(path: str, url: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except Exception as exc:
+        raise ConfigurationError(
+            f"storage {display_url(url)} cannot be opened: {path} cannot be imported ({_say(exc)}); "
+            "install its package, or correct the path"
+        ) from exc
+    return found
+
+
+def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> StorageBackend:
+    shown = display_url(url)
+    if not callable(opener):
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its scheme names {type(opener).__name__} object, expected a class or a "
+            "function that takes the URL"
+        )
+    try:
+        backend = opener(url, **options)
+    except SurfwError:
+        raise
+    except Exception as exc:
+        raise ConfigurationError(f"storage {shown} cannot be opened: its backend fails with {_say(exc)}") from exc
+    if not isinstance(backend, StorageBackend):
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its scheme gives {type(backend).__name__} object, expected a "
+            "StorageBackend"
+        )
+    return backend
+
+
+def _say(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {display_text(' '.join(str(exc).split()))[:200]}"

@@ -1,0 +1,247 @@
+"""Reads of remote objects as ranges in parallel, straight into their destination.
+
+Invariants:
+
+- All ranges of a read come from one revision of the object: the pinned one, else the one that answered first. A change
+  in between is an error, never a mixture.
+- What is under way is bounded: by the plan for each read, and by `CONNECTIONS` for all reads of a file system.
+- A range that fails for a reason that may pass is asked for anew, after a pause; its bytes are written over. A reason
+  that will not pass ends the read at once.
+- When a read ends, however it does, nothing is written to its destination any more.
+
+Everything here but `Transfer`'s two calls runs on the event loop of the file system.
+"""
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from surfw.errors import StorageError
+from surfw.retry import RetryPolicy
+from surfw.storage.base import ChangedObjectError, changed
+from surfw.storage.ranges import MOST_RANGE_BYTES, plan_ranges
+from surfw.threads import on_loop
+
+T = TypeVar("T")
+
+CONNECTIONS = 8
+"""The most ranges that are read at a time, of all objects of a file system: more were seen to bring nothing."""
+
+RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, most_delay_seconds=5)
+"""Some ten seconds in all, in which a gateway may restart."""
+
+_FIRST_TRIES = 1
+"""How often a storage that was never reached is tried again: its address may be wrong."""
+
+_RESTARTS = 3
+"""How often a load begins anew because the object was replaced meanwhile."""
+
+
+class PinLostError(Exception):
+    """A reader's word for an object that is of another revision than the pinned one."""
+
+
+class TransientError(Exception):
+    """Wraps, as its cause, what may pass when it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a storage says before it sends bytes.
+
+    Attributes:
+        revision: changes whenever the object does; None if the storage does not tell.
+        start: the first byte it sends.
+        length: how many it sends.
+        size: of the whole object; None if it does not tell.
+    """
+
+    revision: str | None
+    start: int
+    length: int
+    size: int | None
+
+
+Place = Callable[[Answer], memoryview]
+"""Where to put the bytes of an answer, which it also judges: one that is not wanted is an error."""
+
+
+class RangeReader(ABC):
+    """One kind of file system, as `Transfer` needs it. Called on the file system's event loop.
+
+    Attributes:
+        tells_revision: whether answers carry one.
+        read_only: whether nothing can be written there.
+    """
+
+    tells_revision = True
+    read_only = False
+
+    @abstractmethod
+    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+        """Read bytes `start` to `stop`, or fewer if the object ends before, to where `place` says.
+
+        Raises:
+            TransientError: from what may pass.
+            PinLostError: the object is of another revision than the pinned one.
+            Exception: whatever will not pass.
+        """
+
+    async def facts(self, path: str) -> Answer | None:
+        """Size and revision without the bytes; None if fsspec's own way has to do.
+
+        Raises:
+            Exception: as `get` does.
+        """
+        return None
+
+
+class Transfer:
+    """Reads through a `RangeReader`. Its calls may come from any event loop; `name` is what errors call the object."""
+
+    def __init__(self, reader: RangeReader, loop: asyncio.AbstractEventLoop, retries: RetryPolicy) -> None:
+        """Name the parts; nothing is contacted."""
+        self.reader = reader
+        self._loop = loop
+        self._retries = retries
+        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._reached = False
+
+    async def read_into(
+        self, path: str, start: int, destination: memoryview, *, name: str, pinned: str | None = None
+    ) -> None:
+        """Fill `destination` with the object's bytes from `start` on, of the pinned revision if there is one."""
+        if destination.nbytes:
+            read = _Read(path, name, pinned)
+            await on_loop(self._loop, lambda: self._fill(read, start, destination.cast("B")))
+
+    async def load(self, path: str, *, name: str) -> bytearray:
+        """The whole object; a small one takes a single request."""
+        return await on_loop(self._loop, lambda: self._load(path, name))
+
+    async def facts(self, path: str) -> Answer | None:
+        """Size and revision, if the reader has a way of its own to tell."""
+        return await on_loop(self._loop, lambda: self._retry(lambda: self.reader.facts(path)))
+
+    async def _load(self, path: str, name: str) -> bytearray:
+        for _ in range(_RESTARTS):
+            try:
+                return await self._load_once(_Read(path, name))
+            except ChangedObjectError:  # the beginning and the rest were of two objects: begin anew
+                continue
+        return await self._load_once(_Read(path, name))
+
+    async def _load_once(self, read: "_Read") -> bytearray:
+        memory, arrived = bytearray(), 0
+
+        def place(answer: Answer) -> memoryview:
+            nonlocal memory, arrived
+            read.check(answer)
+            if answer.start != 0:
+                raise StorageError(f"{read.name} was answered from byte {answer.start} on, expected byte 0")
+            memory = _allocate(read.name, answer.length if answer.size is None else answer.size)
+            arrived = answer.length
+            return memoryview(memory)[:arrived]
+
+        await self._get(read, 0, MOST_RANGE_BYTES, place)
+        if arrived < len(memory):
+            await self._fill(read, arrived, memoryview(memory)[arrived:])
+        return memory
+
+    async def _fill(self, read: "_Read", start: int, destination: memoryview) -> None:
+        plan = plan_ranges(start, start + len(destination))
+        ranges = iter(plan.ranges)
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(plan.at_once):
+                    group.create_task(self._work(read, start, destination, ranges))
+        except BaseExceptionGroup as failed:
+            first = failed.exceptions[0]
+            raise first from first.__cause__
+
+    async def _work(self, read: "_Read", base: int, destination: memoryview, ranges: Iterator[tuple[int, int]]) -> None:
+        """Take one range after the other, until none is left."""
+        for start, stop in ranges:
+
+            def place(answer: Answer, start: int = start, stop: int = stop) -> memoryview:
+                read.check(answer)
+                if answer.start != start:
+                    raise StorageError(
+                        f"{read.name} was answered from byte {answer.start} on, expected byte {start}; "
+                        "surfw needs a server that answers ranges"
+                    )
+                _expect_length(answer.length, stop - start, read.name)
+                return destination[start - base : stop - base]
+
+            await self._get(read, start, stop, place)
+
+    async def _get(self, read: "_Read", start: int, stop: int, place: Place) -> None:
+        async def get() -> None:
+            async with self._slots:
+                await self.reader.get(read.path, start, stop, place, read.pinned)
+
+        try:
+            await self._retry(get)
+        except PinLostError as exc:
+            raise read.changed("another") from exc
+
+    async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it, and again while it fails for a reason that may pass; at last that reason is raised."""
+        delays = self._retries.delays()
+        for failed in itertools.count(1):
+            try:
+                done = await work()
+            except TransientError as exc:
+                delay = next(delays, None)
+                if delay is None or (failed > _FIRST_TRIES and not self._reached):
+                    what = exc.__cause__ or exc
+                    raise what from what.__cause__
+                await asyncio.sleep(delay)
+            else:
+                self._reached = True
+                return done
+        raise AssertionError  # never: the loop has no end
+
+
+@dataclass(slots=True)
+class _Read:
+    """A read of one object, and the one revision that all of it is of."""
+
+    path: str
+    name: str
+    pinned: str | None = None
+
+    def check(self, answer: Answer) -> None:
+        """Hold an answer to the revision; the first one sets it.
+
+        Raises:
+            ChangedObjectError: it is of another.
+        """
+        if self.pinned is None:
+            self.pinned = answer.revision
+        elif answer.revision not in {None, self.pinned}:
+            raise self.changed(str(answer.revision))
+
+    def changed(self, seen: str) -> ChangedObjectError:
+        """The error for an object that is not the one it was."""
+        return changed(self.name, str(self.pinned), seen)
+
+
+def _expect_length(seen: int, asked: int, name: str) -> None:
+    """Make sure that as much came as was asked for.
+
+    Raises:
+        StorageError: it did not.
+    """
+    if seen != asked:
+        raise StorageError(f"{name} ends early: asked for {asked} bytes, got {seen}")
+
+
+def _allocate(name: str, size: int) -> bytearray:
+    try:
+        return bytearray(size)
+    except (MemoryError, OverflowError) as exc:
+        raise StorageError(f"{name} has {size} bytes, more than there is memory for; read it in ranges") from exc

@@ -1,0 +1,78 @@
+"""Storage options: what a storage is told besides its URL, by `KEY=VALUE` or a table of a settings file.
+
+Options of S3 have words of surfw's own; all others go to fsspec as they are. A secret must not stand on the command
+line, where every user of the machine sees it, and the value of no option but the few that are known to be harmless is
+ever shown.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from surfw.config import display_url
+from surfw.errors import ConfigurationError
+
+_S3_WORDS = {"region": "region_name", "profile": "profile_name"}
+_HARMLESS = {
+    "addressing_style", "anonymous", "endpoint_url", "profile", "region", "requester_pays", "sse", "sse_kms_key_id",
+}  # fmt: skip
+_SWITCHES = {"true": True, "false": False}
+_SECRET = re.compile(
+    r"secret|passw|passphrase|token|credential|signature|private|connection_string|(account|access|api)_?key$|^sas|^key$",
+    re.IGNORECASE,
+)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """Storage options from the command line: `KEY=VALUE`, where `true` and `false` are switches.
+
+    Raises:
+        ConfigurationError: one is none, or would be a secret in sight of others.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        name, mark, value = text.partition("=")
+        if not mark or not _NAME.fullmatch(name):
+            raise ConfigurationError(
+                f"storage option {name[:40]!r} is not understood; write KEY=VALUE, such as region=eu-central-1"
+            )
+        if _SECRET.search(name):
+            raise ConfigurationError(
+                f"storage option {name} is a secret, which does not belong on the command line, where others see it; "
+                "put it into the environment, a profile, or [tool.surfw.storage_options] of a settings file"
+            )
+        found[name] = _SWITCHES.get(value.lower(), value)
+    return found
+
+
+def is_options(given: object) -> bool:
+    """Whether something can be storage options: names with values."""
+    return isinstance(given, Mapping) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in given)
+
+
+def shown_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as they may be shown."""
+    return {name: _shown(value) if name in _HARMLESS else "***" for name, value in given.items()}
+
+
+def _shown(value: Any) -> Any:
+    return display_url(value) if isinstance(value, str) else value
+
+
+def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `S3Backend` for storage options.
+
+    Raises:
+        ConfigurationError: an option is given in two words.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in options.items():
+        argument = _S3_WORDS.get(name, name)
+        if argument in arguments:
+            raise ConfigurationError(f"storage options {name} and {argument} say the same; give one of them")
+        arguments[argument] = value
+    for switch in ("anonymous", "requester_pays"):
+        if not isinstance(arguments.get(switch, False), bool):
+            raise ConfigurationError(f"storage option {switch} is {arguments[switch]!a:.80}, expected true or false")
+    return arguments
