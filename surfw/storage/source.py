@@ -11,10 +11,14 @@ from surfw.manifest import Chunk, Form, Manifest, payload_digest
 from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import StorageBackend
 from surfw.storage.local_reader import FileRange, LocalReader, map_file
+from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
+_FAR_PIECE_BYTES = MOST_RANGE_BYTES
+"""What is read at a time, and verified while the next is read; from far away, as much as a request asks for."""
+
 _STREAM_BYTES = 2 * BLOCK_BYTES
 """What a connection may have received and not yet put in place."""
 
@@ -86,13 +90,17 @@ class StorageSource(ChunkSource):
         backend = self.store.backend
         if backend.local_path(MARKER):
             return 0
-        return backend.parallel_reads * (_STREAM_BYTES if backend.reads_in_place else _PIECE_BYTES)
+        return backend.parallel_reads * (_STREAM_BYTES if backend.reads_in_place else self._piece_bytes)
+
+    @property
+    def _piece_bytes(self) -> int:
+        return _FAR_PIECE_BYTES if self.store.backend.parallel_reads > 1 else _PIECE_BYTES
 
     async def _fetch(self, read: Read) -> None:
         """Fill a destination, with as many pieces under way as are worth it."""
         if not read.form.locations:
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
-        starts = range(read.start, read.stop, _PIECE_BYTES)
+        starts = range(read.start, read.stop, self._piece_bytes)
         left = iter(starts)
         try:
             async with asyncio.TaskGroup() as group:
@@ -107,7 +115,7 @@ class StorageSource(ChunkSource):
         checking: asyncio.Task[None] | None = None
         try:
             for start in left:
-                stop = min(start + _PIECE_BYTES, read.stop)
+                stop = min(start + self._piece_bytes, read.stop)
                 piece = read.destination[start - read.start : stop - read.start]
                 at = 0
                 for key, offset, length in segments(read.form.locations, start, stop):

@@ -97,7 +97,7 @@ def test_options_of_s3_in_surfws_words() -> None:
         "s3://bucket/a/b",
         {
             "endpoint_url": "http://localhost:9", "region": "eu-central-1", "profile": "mine", "sse": "aws:kms",
-            "sse_kms_key_id": "k", "requester_pays": True, "addressing_style": "virtual", "max_concurrency": 3,
+            "sse_kms_key_id": "k", "requester_pays": True, "addressing_style": "virtual", "max_concurrency": "3",
         },
     )  # fmt: skip
     assert isinstance(backend, S3Backend)
@@ -117,6 +117,7 @@ def test_options_of_s3_in_surfws_words() -> None:
     [
         ({"regoin": "x"}, "s3://bucket: there is no option regoin; surfw knows region_name"),
         ({"region": "x", "region_name": "y"}, "storage options region_name and region_name say the same"),
+        ({"max_concurrency": "0"}, "storage option max_concurrency is 0, expected a number from 1 to 256"),
         ({"anonymous": "maybe"}, "storage option anonymous is 'maybe', expected true or false"),
         ({"addressing_style": "odd"}, "addressing_style is 'odd'; expected one of auto, path, virtual"),
         ({"sse": "rot13"}, "sse is 'rot13'; expected one of AES256, aws:kms, aws:kms:dsse"),

@@ -17,6 +17,7 @@ from surfw.storage.source import StorageSource, open_storage_source
 from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
+FAR = 17 * BLOCK_BYTES + 77  # more than one of those that are read from far away
 
 
 @pytest.fixture
@@ -194,16 +195,18 @@ class FarBackend(FilesystemBackend):
         await super().read_into(key, start, destination, revision=revision)
 
 
-def test_pieces_from_far_away_are_read_at_the_same_time(manifest: Manifest, tmp_path: Path) -> None:
+def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
     chunk = manifest.chunks[0]
     source = StorageSource(FarBackend(tmp_path / "store"))
     assert fetch(source, manifest, chunk) == payload(tmp_path / "store", chunk)
-    assert (source.fetched_bytes, source.buffered_bytes) == (SIZE, 4 * BLOCK_BYTES)
+    assert (source.fetched_bytes, source.buffered_bytes) == (FAR, 4 * BLOCK_BYTES)
 
 
-def test_a_piece_that_fails_ends_the_others(manifest: Manifest, tmp_path: Path) -> None:
+def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
     backend = FarBackend(tmp_path / "store")
-    backend.failing = SIZE - 8 * BLOCK_BYTES
+    backend.failing = FAR - 16 * BLOCK_BYTES
     with pytest.raises(StorageError, match="the line is cut"):
         fetch(StorageSource(backend), manifest, manifest.chunks[0])
     assert backend.given_up == 1
