@@ -1,35 +1,23 @@
-"""The durable facts of a chunked model: what its chunks hold, where their bytes lie, and in which order they run.
-
-A manifest is immutable, is JSON on disk, and knows neither torch nor network nor storage. The format is versioned and
-documented in the README. Its rules, checked whenever one is parsed:
-
-- A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
-- A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
-  verified alone. For codec `none` the stored bytes are the payload itself.
-- Locations (object and byte range) belong to the storage. They never cross the wire: see `Manifest.public`.
-"""
+"""A manifest from its JSON: nothing is believed before it is checked, and sizes are capped before that."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
-from blake3 import blake3
-
 from surfw.config import BLOCK_BYTES
-from surfw.errors import ManifestError, NotFoundError
-
-FORMAT = "surfw.manifest"
-VERSION = 1
-
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
-"""Bits of the element types a tensor may have, under their safetensors names."""
+from surfw.errors import ManifestError
+from surfw.manifest.facts import (
+    DTYPE_BITS,
+    FORMAT,
+    VERSION,
+    Chunk,
+    Form,
+    Location,
+    Manifest,
+    ModelFile,
+    TensorInfo,
+    Use,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -56,222 +44,6 @@ def check_model_name(name: str) -> str:
             "'.', '_' and '-', not ending in .json; choose another with --name"
         )
     return name
-
-
-def payload_digest(data: bytes | memoryview) -> str:
-    """BLAKE3 of the bytes, in hex."""
-    return blake3(data).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a chunk: its full name, safetensors dtype, shape, and byte offset in the chunk's payload."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor's payload."""
-        return nbytes(self.dtype, self.shape)
-
-
-def nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a tensor of this safetensors dtype and shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count * DTYPE_BITS[dtype] // 8
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A byte range (end-exclusive) of a stored object."""
-
-    object: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """One way in which a chunk's bytes are stored.
-
-    Attributes:
-        codec: how stored bytes become payload bytes; `none` means they are the same.
-        stored_bytes: length of the stored bytes.
-        digest: BLAKE3 of the stored bytes, hex.
-        blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
-        locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
-    """
-
-    codec: str
-    stored_bytes: int
-    digest: str
-    blocks: bytes = field(repr=False)
-    locations: tuple[Location, ...] = ()
-
-    def block_digest(self, index: int) -> bytes:
-        """The digest of block `index`."""
-        return self.blocks[32 * index : 32 * index + 32]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The unit that is stored, served and kept resident: the tensors of one executed module.
-
-    Attributes:
-        name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
-            containing module holds directly.
-        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
-        id: BLAKE3 of the payload, hex.
-        payload_bytes: length of the payload.
-        tensors: in payload order, without gaps.
-        forms: at least one.
-    """
-
-    name: str
-    kind: str
-    id: str
-    payload_bytes: int
-    tensors: tuple[TensorInfo, ...]
-    forms: tuple[Form, ...]
-
-    def form(self, codec: str) -> Form | None:
-        """The form of that codec, if there is one."""
-        return next((form for form in self.forms if form.codec == codec), None)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFile:
-    """A tokenizer file (or chat template) that belongs to the model: its name, size and digest, stored as a blob."""
-
-    path: str
-    size: int
-    digest: str
-    object: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """One step of the execution order: the module that runs and the names of the chunks it needs."""
-
-    module: str
-    chunks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Everything there is to know about a chunked model without reading a weight.
-
-    Attributes:
-        name: the model's name in its store.
-        class_name: the class to build, such as `LlamaForCausalLM`.
-        dtype: the dtype the model is built with, such as `bfloat16`.
-        config: the model's configuration, as in `config.json`.
-        generation_config: as in `generation_config.json`, if there is one.
-        files: tokenizer files.
-        ties: names of tensors that are the same as another tensor, to that other's name.
-        chunks: in the order of the model's modules.
-        order: the execution order, as far as the model's structure tells it.
-    """
-
-    name: str
-    class_name: str
-    dtype: str
-    config: Mapping[str, Any]
-    generation_config: Mapping[str, Any] | None
-    files: tuple[ModelFile, ...]
-    ties: Mapping[str, str]
-    chunks: tuple[Chunk, ...]
-    order: tuple[Use, ...]
-
-    @cached_property
-    def by_name(self) -> dict[str, Chunk]:
-        """The chunks by their name."""
-        return {chunk.name: chunk for chunk in self.chunks}
-
-    @cached_property
-    def by_id(self) -> dict[str, Chunk]:
-        """The chunks by their identity; of chunks with equal payloads, one."""
-        return {chunk.id: chunk for chunk in self.chunks}
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(chunk.payload_bytes for chunk in self.chunks)
-
-    @property
-    def layer_count(self) -> int:
-        """How many chunks are layers."""
-        return sum(chunk.kind == "layer" for chunk in self.chunks)
-
-    @cached_property
-    def digest(self) -> str:
-        """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
-        return payload_digest(self.public().encode())
-
-    def file(self, path: str) -> ModelFile:
-        """The file of that name.
-
-        Raises:
-            NotFoundError: the model has none.
-        """
-        for file in self.files:
-            if file.path == path:
-                return file
-        raise NotFoundError(f"{self.name} has no file {path[:80]!r}")
-
-    def public(self) -> "Manifest":
-        """The manifest as it may cross the wire: without locations and object names."""
-        chunks = tuple(
-            replace(chunk, forms=tuple(replace(form, locations=()) for form in chunk.forms)) for chunk in self.chunks
-        )
-        return replace(self, chunks=chunks, files=tuple(replace(file, object="") for file in self.files))
-
-    def encode(self) -> bytes:
-        """The manifest as JSON, the same bytes for equal manifests."""
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "class": self.class_name,
-            "dtype": self.dtype,
-            "config": self.config,
-            "generation_config": self.generation_config,
-            "files": [
-                {"path": file.path, "size": file.size, "digest": file.digest}
-                | ({"object": file.object} if file.object else {})
-                for file in self.files
-            ],
-            "ties": self.ties,
-            "chunks": [_chunk_document(chunk) for chunk in self.chunks],
-            "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
-        }
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _chunk_document(chunk: Chunk) -> dict[str, Any]:
-    return {
-        "name": chunk.name,
-        "kind": chunk.kind,
-        "id": chunk.id,
-        "payload_bytes": chunk.payload_bytes,
-        "tensors": [
-            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors
-        ],
-        "forms": [
-            {"codec": form.codec, "stored_bytes": form.stored_bytes, "digest": form.digest, "blocks": form.blocks.hex()}
-            | (
-                {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
-                if form.locations
-                else {}
-            )
-            for form in chunk.forms
-        ],
-    }
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
@@ -441,19 +213,3 @@ class _Parser:
             self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")
         used = {name for use in manifest.order for name in use.chunks}
         self.require(used <= set(names), "the execution order names a chunk that is not there")
-
-
-def digest_blocks(parts: Iterator[bytes | memoryview]) -> tuple[str, bytes]:
-    """The digest of joined parts and the digests of their 1 MiB blocks; every part but the last is whole blocks."""
-    whole, blocks = blake3(), bytearray()
-    for part in parts:
-        whole.update(part)
-        blocks += block_digests(part)
-    return whole.hexdigest(), bytes(blocks)
-
-
-def block_digests(part: bytes | memoryview) -> bytes:
-    """The joined digests of a run of blocks."""
-    view = memoryview(part)
-    edges = [*range(0, len(view), BLOCK_BYTES), len(view)]
-    return b"".join(blake3(view[start:stop]).digest() for start, stop in pairwise(edges))
