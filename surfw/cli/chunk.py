@@ -13,13 +13,14 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk s3://bucket/my-model --in-place
 """
 
 
 @options.with_settings("store", "storage_options", "on_missing")
 def chunk(
     *,
-    model: Annotated[str, typer.Argument(help="A hub id (org/name) or a local directory.")],
+    model: Annotated[str, typer.Argument(help="A hub id (org/name), a local directory, or a storage URL.")],
     configuration: options.Configuration,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
@@ -29,6 +30,10 @@ def chunk(
         str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
+    ] = False,
     json: options.Json = False,
 ) -> None:
     """Cut a checkpoint into chunks by layer, and write them into a store.
@@ -38,11 +43,13 @@ def chunk(
     import asyncio
 
     from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking.in_place import write_in_place
     from surfw.cli import render
     from surfw.config import display_url, format_size
     from surfw.storage import open_backend
+    from surfw.storage.origins import origin_options
 
-    place = configuration.settings.store
+    place, given = configuration.settings.store, configuration.settings.storage_options
     bars = not json and render.err.is_terminal
     with prepare_model(
         model,
@@ -51,6 +58,7 @@ def chunk(
         dtype=dtype,
         on_missing=configuration.settings.on_missing,
         show_progress=bars,
+        storage_options=origin_options(place, model, given),
     ) as prepared:
         facts = _facts(prepared)
         if dry_run:
@@ -59,16 +67,20 @@ def chunk(
             else:
                 _show_plan(facts)
             return
-        backend = open_backend(place, configuration.settings.storage_options)
+        backend = open_backend(place, given)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
-            manifest = asyncio.run(write_model(prepared, backend, progress=progress))
+            if in_place:
+                writing = write_in_place(prepared, backend, origin_options=given, progress=progress)
+            else:
+                writing = write_model(prepared, backend, progress=progress)
+            manifest = asyncio.run(writing)
     shown = display_url(place)
     if json:
         render.print_json(facts | {"store": shown, "digest": manifest.digest})
     else:
         render.out.print(
             f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
-            f"{format_size(manifest.payload_bytes)} in {shown}",
+            f"{format_size(manifest.payload_bytes)} in {shown}{' (which points at the checkpoint)' if in_place else ''}",
             soft_wrap=True,
         )
 

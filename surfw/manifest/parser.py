@@ -2,25 +2,28 @@
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from surfw.config import BLOCK_BYTES
 from surfw.errors import ManifestError
+from surfw.manifest.digests import count_blocks, is_digest
 from surfw.manifest.facts import (
     DTYPE_BITS,
     FORMAT,
+    IN_PLACE_VERSION,
     VERSION,
     Chunk,
     Form,
     Location,
     Manifest,
     ModelFile,
+    Origin,
+    Pin,
     TensorInfo,
     Use,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_BYTES = 1 << 46
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -29,6 +32,7 @@ _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
 _MAX_DEPTH = 64
 _MAX_FILE_NAME = 128
+_MAX_OBJECT_NAME = 255
 
 
 def check_model_name(name: str) -> str:
@@ -73,6 +77,7 @@ class _Parser:
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self.in_place = False  # whether digests may be missing
 
     def require(self, truth: bool, complaint: str) -> None:
         if not truth:
@@ -108,17 +113,18 @@ class _Parser:
         return value
 
     def digest(self, value: Any, what: str) -> str:
-        self.require(isinstance(value, str) and bool(_DIGEST.fullmatch(value)), f"{what} is not a BLAKE3 in hex")
+        self.require(is_digest(value), f"{what} is not a BLAKE3 in hex")
         return str(value)
 
     def manifest(self, document: Any) -> Manifest:
         self.require(isinstance(document, dict) and document.get("format") == FORMAT, f"its format is not {FORMAT!r}")
         version = document.get("version")
-        if version != VERSION:
+        if isinstance(version, bool) or version not in {VERSION, IN_PLACE_VERSION}:
             raise ManifestError(
-                f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads {VERSION}. "
-                "Chunk the model again, or use the surfw that wrote it"
+                f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
+                f"{VERSION} and {IN_PLACE_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
+        self.in_place = version == IN_PLACE_VERSION
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
@@ -134,6 +140,7 @@ class _Parser:
             ties=ties,
             chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
             order=tuple(self.use(use) for use in self.items(document["order"], "order")),
+            origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
         )
         self.consistent(manifest)
         return manifest
@@ -166,8 +173,10 @@ class _Parser:
         chunk = Chunk(name, document["kind"], self.digest(document["id"], f"the id of {name}"), size, tensors, forms)
         codecs = [form.codec for form in forms]
         self.require(bool(forms) and len(set(codecs)) == len(codecs), f"chunk {name} has no forms, or one twice")
+        known = all(form.is_known for form in forms) or codecs == ["none"]
+        self.require(known, f"chunk {name} lacks digests, and is stored in another form than 'none'")
         plain = chunk.form("none")
-        same = plain is None or (plain.stored_bytes == size and plain.digest == chunk.id)
+        same = plain is None or (plain.stored_bytes == size and plain.digest in {chunk.id, ""})
         self.require(same, f"the form 'none' of chunk {name} is not its payload")
         return chunk
 
@@ -184,9 +193,14 @@ class _Parser:
     def form(self, document: Any, chunk: str) -> Form:
         codec = self.text(document["codec"], f"a codec of chunk {chunk}")
         size = self.size(document["stored_bytes"], f"stored_bytes of chunk {chunk}")
-        blocks = bytes.fromhex(document["blocks"])
-        expected = -(-size // BLOCK_BYTES)
-        self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
+        digest, blocks = "", b""
+        if not self.in_place or "digest" in document:
+            digest, blocks = (
+                self.digest(document["digest"], f"the digest of {chunk}"),
+                bytes.fromhex(document["blocks"]),
+            )
+            expected = count_blocks(size)
+            self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
         locations = tuple(
             Location(
                 self.text(at["object"], "an object"), self.size(at["start"], "start"), self.size(at["stop"], "stop")
@@ -197,9 +211,27 @@ class _Parser:
             covered = sum(at.stop - at.start for at in locations)
             forward = all(at.start <= at.stop for at in locations)
             self.require(forward and covered == size, f"the locations of chunk {chunk} do not add up to {size} bytes")
-        return Form(codec, size, self.digest(document["digest"], f"the digest of {chunk}"), blocks, locations)
+        return Form(codec, size, digest, blocks, locations)
+
+    def origin(self, document: Any) -> Origin:
+        self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")
+        pins = {}
+        for name, pin in document["objects"].items():
+            plain = len(name) <= _MAX_OBJECT_NAME and bool(_FILE.fullmatch(name))
+            self.require(plain, f"object {name[:80]!a} of its origin is not a plain file name")
+            revision = self.text(pin["revision"], f"the revision of {name}")
+            pins[name] = Pin(self.size(pin["size"], f"the size of {name}"), revision)
+        return Origin(self.text(document["url"], "the URL of its origin"), pins)
+
+    def within_origin(self, manifest: Manifest, pins: Mapping[str, Pin]) -> None:
+        ends = [(at.object, at.stop) for chunk in manifest.chunks for form in chunk.forms for at in form.locations]
+        for name, stop in [*ends, *((file.object, file.size) for file in manifest.files)]:
+            inside = name in pins and stop <= pins[name].size
+            self.require(inside, f"bytes before {stop} of {name[:80]!a} do not lie in its origin")
 
     def consistent(self, manifest: Manifest) -> None:
+        if manifest.origin is not None:
+            self.within_origin(manifest, manifest.origin.pins)
         names = [chunk.name for chunk in manifest.chunks]
         self.require(len(set(names)) == len(names), "two chunks have the same name")
         together = sum(file.size for file in manifest.files)
