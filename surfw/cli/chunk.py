@@ -80,7 +80,7 @@ def chunk(
     else:
         render.out.print(
             f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
-            f"{format_size(manifest.payload_bytes)} in {shown}{' (which points at the checkpoint)' if in_place else ''}",
+            f"{format_size(manifest.payload_bytes)} in {shown}{', which points at the checkpoint' if in_place else ''}",
             soft_wrap=True,
         )
 

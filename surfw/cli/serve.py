@@ -54,9 +54,8 @@ def serve(
         _log_lines()
     import asyncio
 
-    asyncio.run(
-        _serve(settings, place or settings.store, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
-    )
+    place = place or settings.store
+    asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
 
 
 def _log_lines() -> None:
