@@ -73,14 +73,15 @@ def test_from_s3_by_a_server_and_without_one(llama: Path, s3: S3Service, tmp_pat
 
 def test_from_a_web_server(llama: Path, tmp_path: Path) -> None:
     want = resident(llama)
-    with http_server(tmp_path, tmp_path / "http.log") as server:
-        with StreamingModel.open(f"{server}/llama", cache_size=1, prefetch=False) as streaming:
-            assert streaming.manifest.name == "llama"
-            assert torch.equal(run(streaming), want)
-            shard = sorted(llama.glob("*.safetensors"))[2]
-            shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
-            with pytest.raises(ChangedObjectError, match=rf"{shard.name} in {server}/llama was changed"):
-                run(streaming)
+    with (
+        http_server(tmp_path, tmp_path / "http.log") as server,
+        StreamingModel.open(f"{server}/llama", cache_size=1, prefetch=False) as streaming,
+    ):
+        assert streaming.manifest.name == "llama"
+        assert torch.equal(run(streaming), want)
+        (llama / SHARD).write_bytes((llama / SHARD).read_bytes()[:-1] + b"?")
+        with pytest.raises(ChangedObjectError, match=rf"{SHARD} in {server}/llama was changed"):
+            run(streaming)
     assert written(tmp_path / "home") < 100_000
 
 

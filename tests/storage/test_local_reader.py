@@ -17,6 +17,8 @@ from surfw.config import KIB, MIB
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Manifest
 from surfw.storage import FilesystemBackend, local_reader
+from surfw.storage.base import ChangedObjectError
+from surfw.storage.filesystem import file_revision
 from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, _Bounces, _File, map_file
 from surfw.storage.source import StorageSource
 from tests.storage.dict_backend import DictBackend
@@ -114,13 +116,14 @@ def test_any_range_has_its_bytes_and_every_piece_is_verified_once(
         (0, SMALL, 0, {DIRECT}),
         (PAGE, SMALL + 1, 0, {DIRECT, 0}),
         (0, SMALL - 1, 0, {0}),
-        (1, SMALL, 0, {0}),
+        (1, SMALL, 0, {DIRECT}),
+        (SIZE - SMALL - 77, SMALL + 77, 0, {DIRECT}),
         (3 * PIECE_BYTES, 5 * PAGE + 77, 0, {0}),
         (2 * PIECE_BYTES + PAGE, SIZE - 2 * PIECE_BYTES - PAGE, 0, {DIRECT, 0}),
         (0, SMALL, 1, {DIRECT, 0}),
     ],
 )
-def test_large_reads_from_whole_pages_are_direct_and_the_rest_is_not(
+def test_large_reads_are_direct_and_what_remains_is_not(
     start: int, size: int, skip: int, flags: set[int], file: Path, data: bytes
 ) -> None:
     """The last case reads into memory that begins between pages, which the file system refuses."""
@@ -130,6 +133,44 @@ def test_large_reads_from_whole_pages_are_direct_and_the_rest_is_not(
     opened.close()
     assert bytes(into) == data[start : start + size]
     assert used == flags
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    places=st.lists(
+        st.tuples(near(0, 8, PAGE, PIECE_BYTES), near(0, 8, SMALL, PAGE, PIECE_BYTES, PIECE_BYTES + SMALL)),
+        min_size=1,
+        max_size=5,
+    ),
+    urgent=st.booleans(),
+)
+def test_ranges_from_anywhere_lie_one_behind_the_other(
+    places: list[tuple[int, int]], urgent: bool, file: Path, data: bytes, reader: LocalReader
+) -> None:
+    """As the tensors of a chunk lie in the shards of a checkpoint."""
+    ranges = [FileRange(file, start, min(start + size, SIZE)) for start, size in places]
+    want = b"".join(data[one.start : one.stop] for one in ranges)
+    into, seen = memory(len(want)) if want else memoryview(bytearray()), dict[int, bytes]()
+
+    def check(at: int, piece: memoryview) -> None:
+        seen[at] = bytes(piece)
+
+    asyncio.run(reader.read(ranges, into, check, urgent=urgent))
+    assert bytes(into) == want
+    assert sorted(seen) == list(range(0, len(want), PIECE_BYTES))
+    assert b"".join(seen[at] for at in sorted(seen)) == want
+
+
+def test_a_pinned_file_that_changes_while_it_is_read_is_an_error(file: Path, reader: LocalReader) -> None:
+    revision = file_revision(file.stat())
+    pinned = FileRange(file, 8, SIZE, revision)
+
+    def change(at: int, piece: memoryview) -> None:
+        os.utime(file, ns=(at, at))
+
+    asyncio.run(reader.read([pinned], memory(SIZE - 8), accept, urgent=True))
+    with pytest.raises(ChangedObjectError, match="was changed: its revision is"):
+        asyncio.run(reader.read([pinned], memory(SIZE - 8), change, urgent=True))
 
 
 def test_where_direct_reads_are_refused_they_are_not_tried_again(file: Path, data: bytes) -> None:
