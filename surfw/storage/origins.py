@@ -130,10 +130,16 @@ class Objects(StorageBackend):
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, if it is what it was."""
         found = self.find(key)
+        pinned = found.revision or revision
+        if pinned is None:
+            await found.backend.read_into(found.key, start, destination)
+            return
         try:
-            await found.backend.read_into(found.key, start, destination, revision=found.revision or revision)
+            await found.backend.read_into(found.key, start, destination, revision=pinned)
         except ChangedObjectError as exc:
-            raise explain_change(exc) if found.revision else exc from exc
+            if found.revision is None:
+                raise
+            raise explain_change(exc) from exc
 
     async def load(self, key: str) -> bytes:
         """The whole object."""

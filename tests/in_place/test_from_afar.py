@@ -58,7 +58,7 @@ def test_from_s3_by_a_server_and_without_one(llama: Path, s3: S3Service, tmp_pat
             WeightServer(model_path=url, port=0, storage_options=options) as server,
             StreamingModel(server.url, cache_size=1) as streaming,
         ):
-            assert torch.equal(await streaming.forward_async(input_ids=IDS), want)
+            assert torch.equal((await streaming.forward_async(input_ids=IDS)).logits, want)
 
     asyncio.run(main())
     assert written(tmp_path / "home") < 100_000
