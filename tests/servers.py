@@ -25,9 +25,10 @@ class Served:
 
 
 @contextlib.contextmanager
-def serve(store: Path, *options: str) -> Iterator[Served]:
-    """Serve a store on a free port."""
-    command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", "0", "--no-live", "--announce"]
+def serve(store: Path | None, *options: str) -> Iterator[Served]:
+    """Serve a store, or what the options name in its place, on a free port."""
+    place = () if store is None else ("--store", str(store))
+    command = [sys.executable, "-m", "surfw", "serve", *place, "--port", "0", "--no-live", "--announce"]
     process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     try:

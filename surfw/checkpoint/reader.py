@@ -4,7 +4,7 @@ What is in a shard counts, not what the index says: like transformers, every ten
 with the same name the one of the later shard. A tensor that the index promises and its shard lacks is an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,22 +115,35 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     return open_directory(folder)
 
 
-def open_directory(folder: Path, *, name: str | None = None) -> Checkpoint:
-    """Open the checkpoint in a local directory; `name` defaults to the directory's.
+def open_directory(
+    folder: Path,
+    *,
+    name: str | None = None,
+    names: Collection[str] | None = None,
+    open_shard: Callable[[Path], Shard] | None = None,
+) -> Checkpoint:
+    """Open the checkpoint in a local directory.
+
+    Args:
+        folder: the directory.
+        name: default: the directory's.
+        names: its files; default: those that are there. Shards may be elsewhere, if `open_shard` knows where.
+        open_shard: opens a file of weights; default: as the one that is there.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
         UnsupportedModelError: it is of a kind that surfw cannot chunk.
     """
-    with translate_errors(folder):
-        names = {path.name for path in folder.iterdir() if path.is_file()}
+    if names is None:
+        with translate_errors(folder):
+            names = {path.name for path in folder.iterdir() if path.is_file()}
     entry = find_weights(names, str(folder))
     config = read_config(folder)
     weights = read_weights(folder, entry)
     with ExitStack() as opened:
         shards = []
         for file in weights.shards:
-            shard = _open_shard(folder / file)
+            shard = (open_shard or _open_shard)(folder / file)
             opened.callback(shard.close)
             shards.append(shard)
         checkpoint = Checkpoint(

@@ -16,9 +16,10 @@ from blake3 import blake3
 from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.shard import translate_errors
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
+from surfw.chunking.remote import open_remote_checkpoint
 from surfw.chunking.writer import ChunkWriter, Progress
-from surfw.config import MIB, OnMissing, check_on_missing
-from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
+from surfw.config import MIB, OnMissing, check_on_missing, display_url
+from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.build import build_skeleton, check_model_class, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
@@ -86,11 +87,12 @@ def prepare_model(
     model_class: Any = None,
     on_missing: OnMissing = "error",
     show_progress: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
 ) -> PreparedModel:
     """Open a checkpoint and plan its chunks.
 
     Args:
-        model: a hub id (`org/name`) or a local directory.
+        model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
@@ -99,6 +101,7 @@ def prepare_model(
         on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class, with a warning.
             Such a model runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
+        storage_options: for a storage URL.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or not there.
@@ -111,11 +114,19 @@ def prepare_model(
     check_on_missing(on_missing)
     check_model_class(model_class)
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(open_checkpoint(model, revision=revision, show_progress=show_progress))
+        checkpoint = opened.enter_context(_open(model, revision, storage_options, show_progress=show_progress))
         checked = check_model_name(name or checkpoint.name)
         prepared = _prepare(checkpoint, checked, dtype, model_class, on_missing, where=model)
         opened.pop_all()
     return prepared
+
+
+def _open(model: str, revision: str | None, options: Mapping[str, Any] | None, *, show_progress: bool) -> Checkpoint:
+    if "://" not in model or model.startswith("file://"):
+        return open_checkpoint(model.removeprefix("file://"), revision=revision, show_progress=show_progress)
+    if revision is not None:
+        raise ConfigurationError(f"revision {revision!r} is for hub models, but {display_url(model)} is a storage URL")
+    return open_remote_checkpoint(model, options)
 
 
 def _prepare(

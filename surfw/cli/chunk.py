@@ -13,6 +13,7 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk s3://bucket/my-model --in-place
   surfw chunk --list
   surfw chunk --verify my-model --json
   surfw chunk --remove my-model
@@ -25,7 +26,9 @@ def chunk(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(help="A hub id (org/name) or a local directory; with --verify, a model's name in the store."),
+        typer.Argument(
+            help="A hub id (org/name), a local directory, or a storage URL; with --verify, a model's name in the store."
+        ),
     ] = None,
     configuration: options.Configuration,
     name: Annotated[
@@ -37,6 +40,10 @@ def chunk(
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show layers and sizes, or what would be pruned, and write nothing.")
+    ] = False,
+    in_place: Annotated[
+        bool,
+        typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
     ] = False,
     listing: Annotated[bool, typer.Option("--list", help="In place of chunking: show what lies in the store.")] = False,
     remove: Annotated[
@@ -61,17 +68,19 @@ def chunk(
     housekeeping.check(
         wish, model=model, dry_run=dry_run, chunking={"--name": name, "--revision": revision, "--dtype": dtype}
     )
-    place = configuration.settings.store
+    place, given = configuration.settings.store, configuration.settings.storage_options
     if wish:
-        housekeeping.keep(wish, place, configuration.settings.storage_options, model=model, dry_run=dry_run, json=json)
+        housekeeping.keep(wish, place, given, model=model, dry_run=dry_run, json=json)
         return
     assert model is not None, "checked above"
     import asyncio
 
     from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking.in_place import write_in_place
     from surfw.cli import render
     from surfw.config import display_url, format_size
     from surfw.storage import open_backend
+    from surfw.storage.origins import origin_options
 
     bars = not json and render.err.is_terminal
     with prepare_model(
@@ -81,6 +90,7 @@ def chunk(
         dtype=dtype,
         on_missing=configuration.settings.on_missing,
         show_progress=bars,
+        storage_options=origin_options(place, model, given),
     ) as prepared:
         facts = _facts(prepared)
         if dry_run:
@@ -89,16 +99,20 @@ def chunk(
             else:
                 _show_plan(facts)
             return
-        backend = open_backend(place, configuration.settings.storage_options)
+        backend = open_backend(place, given)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
-            manifest = asyncio.run(write_model(prepared, backend, progress=progress))
+            if in_place:
+                writing = write_in_place(prepared, backend, origin_options=given, progress=progress)
+            else:
+                writing = write_model(prepared, backend, progress=progress)
+            manifest = asyncio.run(writing)
     shown = display_url(place)
     if json:
         render.print_json(facts | {"store": shown, "digest": manifest.digest})
     else:
         render.out.print(
             f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
-            f"{format_size(manifest.payload_bytes)} in {shown}",
+            f"{format_size(manifest.payload_bytes)} in {shown}{', which points at the checkpoint' if in_place else ''}",
             soft_wrap=True,
         )
 

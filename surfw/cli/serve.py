@@ -18,6 +18,8 @@ EXAMPLES = """\b
 Examples:
   surfw serve
   surfw serve --store ./store --cache-mb 1000
+  surfw serve ./my-model
+  surfw serve s3://bucket/my-model
   surfw serve --host 0.0.0.0 --port 9000 --insecure
 """
 
@@ -29,13 +31,20 @@ logger = logging.getLogger("surfw.server")
 )
 def serve(
     *,
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PATH_OR_URL]",
+            help="In place of --store: a store, or a plain checkpoint that is served from where it is, without a copy.",
+        ),
+    ] = None,
     configuration: options.Configuration,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
-    """Serve a store to clients, through a cache.
+    """Serve a store, or a plain checkpoint, to clients, through a cache.
 
     GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
     """
@@ -45,7 +54,8 @@ def serve(
         _log_lines()
     import asyncio
 
-    asyncio.run(_serve(settings, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
+    place = place or settings.store
+    asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
 
 
 def _log_lines() -> None:
@@ -57,12 +67,12 @@ def _log_lines() -> None:
     logger.propagate = False
 
 
-def _make_server(settings: Settings) -> Any:
+def _make_server(settings: Settings, place: str) -> Any:
     """The server that these settings describe."""
     from surfw.server import WeightServer
 
     return WeightServer(
-        model_path=settings.store,
+        model_path=place,
         storage_options=settings.storage_options,
         host=settings.host,
         port=settings.port,
@@ -73,7 +83,7 @@ def _make_server(settings: Settings) -> Any:
     )
 
 
-async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
     import asyncio
 
     from surfw.cli import render
@@ -85,10 +95,10 @@ async def _serve(settings: Settings, *, show: bool, announce: bool, exit_with_st
         loop.add_signal_handler(number, stop.set)
     if exit_with_stdin:
         loop.add_reader(sys.stdin.fileno(), stop.set)
-    async with _make_server(settings) as server:
+    async with _make_server(settings, place) as server:
         if announce:
-            render.print_json({"url": server.url, "store": display_url(settings.store)})
-        logger.info("%s serves %s", server.url, display_url(settings.store))
+            render.print_json({"url": server.url, "store": display_url(place)})
+        logger.info("%s serves %s", server.url, display_url(place))
         if show:
             await _live_table(server, stop)
         else:

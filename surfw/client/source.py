@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from ssl import SSLContext
 from typing import TypeVar
@@ -13,10 +15,10 @@ from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
 from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
-from surfw.manifest import Manifest, parse_manifest
+from surfw.manifest import Digests, Manifest, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read
-from surfw.wire import Get, GetFile, GetManifest, Request
+from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
 
 logger = logging.getLogger("surfw.client")
 
@@ -45,6 +47,8 @@ class WireSource(ChunkSource):
         self._connecting = asyncio.Lock()
         self._closed = False
         self._fetched_bytes = 0
+        self._digests: dict[tuple[str, str], Digests] = {}
+        self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
         self._verify = not unverified_for_measurement_only
 
@@ -96,6 +100,8 @@ class WireSource(ChunkSource):
             await asyncio.gather(*fetches, return_exceptions=True)
 
     async def _fetch(self, model: str, whole: Read, priority: int) -> None:
+        if not whole.form.is_known:
+            whole = await self._with_digests(model, whole)
         done, reached, delays, first = 0, 0, self._retry.delays(), None
         while True:
             read = Read(whole.chunk, whole.form, whole.start + done, whole.stop, whole.destination[done:])
@@ -116,6 +122,20 @@ class WireSource(ChunkSource):
             else:
                 self._fetched_bytes += whole.stop - whole.start
                 return
+
+    async def _with_digests(self, model: str, read: Read) -> Read:
+        """The read, with the digests that its manifest lacks; the server is asked for them once."""
+        name = (model, read.chunk.id)
+        async with self._asking[name]:
+            if name not in self._digests:
+                what = f"what the server at {self.url} says of chunk {read.chunk.name}"
+                data = await self._receive(
+                    lambda number: GetDigests(number, model, read.chunk.id), lambda: Document(what)
+                )
+                self._digests[name] = parse_digests(data, read.form.stored_bytes, where=what)
+        known = with_digests(read.chunk, self._digests[name])
+        asked = replace(known, id=read.chunk.id)  # a server knows a chunk by both
+        return replace(read, chunk=asked, form=known.forms[0])
 
     async def _attempt(self, model: str, read: Read, priority: int, transfer: ChunkTransfer) -> None:
         """Have a transfer done over the link; however it ends, nobody touches its destination afterwards."""

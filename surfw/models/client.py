@@ -9,6 +9,7 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError
@@ -17,6 +18,7 @@ from surfw.retry import RetryPolicy
 from surfw.runtime.io_thread import IoThread
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
+from surfw.storage.places import is_checkpoint
 from surfw.storage.source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 
@@ -119,7 +121,8 @@ class WeightClient(SourceThread):
         """Note where the weights are; nothing is contacted before the first use.
 
         Args:
-            source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend.
+            source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
+                URL may also be that of a plain checkpoint, which is then read from where it is.
             token: the secret that the server wants.
             ssl: whose certificates to trust for `wss://`, in place of the system's.
             retry: how often a connection that was refused or lost is made again.
@@ -213,13 +216,26 @@ def _opener(
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
         if is_server_url(place):
             return partial(connect, place)
-        return lambda: open_storage_source(open_backend(place, options))
+        return partial(_open_place, place, options)
     if isinstance(source, type) or not callable(source):
         raise ConfigurationError(
             f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"
         )
     opener: OpenSource = source
     return opener
+
+
+async def _open_place(place: str, options: Mapping[str, Any] | None) -> ChunkSource:
+    """A source over a store; or over a plain checkpoint, which is read from where it is."""
+    backend = open_backend(place, options)
+    is_plain = await is_checkpoint(backend)
+    if is_plain:
+        await backend.close()
+        backend = open_backend(await publish_place(place, options))
+    source = await open_storage_source(backend, origin_options=options)
+    if is_plain:
+        source.url = display_url(place)
+    return source
 
 
 def _kind(source: object) -> str:

@@ -10,12 +10,12 @@ bytes stay as they are. The listing is looked at again for a name that is not in
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
-from surfw.manifest import Location, Manifest, payload_digest
+from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
@@ -36,18 +36,23 @@ class Entry:
     """A model as it is in the store.
 
     Attributes:
-        manifest: with locations.
+        manifest: with locations, as it is stored.
+        chunks: its chunks by the identities they are asked for with: those of the stored manifest, and those that
+            they got when their digests became known.
         public: the manifest as it may cross the wire, encoded.
         digest: the BLAKE3 of `public`.
         revision: what the storage said of the stored manifest, if it can tell.
         stored: the BLAKE3 of the stored manifest.
+        is_complete: whether it has the digests of all chunks.
     """
 
     manifest: Manifest
+    chunks: Mapping[str, Chunk]
     public: bytes
     digest: str
     revision: str | None
     stored: str
+    is_complete: bool = True
 
 
 class Catalog:
@@ -101,7 +106,9 @@ class Catalog:
         kept = self._entries.get(name)
         revision = await self._store.manifest_revision(name)
         if kept is not None and revision is not None and kept.revision == revision:
-            return kept
+            if kept.is_complete or not await asyncio.to_thread(_has_learned, self._store, kept):
+                return kept
+            kept = None
         data = await self._store.manifest_bytes(name)
         entry = await asyncio.to_thread(_make_entry, self._store, name, data, revision, kept)
         self._entries[name] = entry
@@ -119,10 +126,7 @@ class Catalog:
             RefusedError: the model's manifest does not list such bytes.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest = (await self.entry(request.model)).manifest
-        chunk = manifest.by_id.get(request.chunk)
-        if chunk is None:
-            raise RefusedError(f"{manifest.name} has no chunk {request.chunk[:80]!a}", code="unknown-chunk")
+        manifest, chunk = await self.find(request.model, request.chunk)
         form = chunk.form(request.form)
         if form is None:
             raise RefusedError(f"chunk {chunk.name} has no form {request.form[:80]!a}", code="unknown-form")
@@ -134,6 +138,19 @@ class Catalog:
         if not form.locations:
             raise ManifestError(f"the manifest of {manifest.name} does not say where chunk {chunk.name} lies")
         return form.locations
+
+    async def find(self, model: str, identity: str) -> tuple[Manifest, Chunk]:
+        """A chunk of a model, by one of its identities, and the model's manifest.
+
+        Raises:
+            RefusedError: the model has no such chunk.
+            StorageError, ManifestError: the manifest cannot be read.
+        """
+        entry = await self.entry(model)
+        chunk = entry.chunks.get(identity)
+        if chunk is None:
+            raise RefusedError(f"{entry.manifest.name} has no chunk {identity[:80]!a}", code="unknown-chunk")
+        return entry.manifest, chunk
 
     async def file(self, request: GetFile) -> tuple[Location, str]:
         """Where a file of the model lies, and its digest.
@@ -152,12 +169,18 @@ class Catalog:
 def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
     """Parse a stored manifest, unless it is the one that was kept; runs in a thread."""
     stored = payload_digest(data)
-    if kept is not None and kept.stored == stored:
+    if kept is not None and kept.stored == stored and kept.is_complete:
         return replace(kept, revision=revision)
     manifest = store.parse_manifest(name, data)
-    manifest.by_id  # noqa: B018 - made here, not on the event loop
-    public = manifest.public().encode()
-    return Entry(manifest, public, payload_digest(public), revision, stored)
+    known = store.with_digests(manifest)
+    public = known.public().encode()
+    chunks = known.by_id | manifest.by_id
+    return Entry(manifest, chunks, public, payload_digest(public), revision, stored, known.is_known)
+
+
+def _has_learned(store: Store, kept: Entry) -> bool:
+    """Whether digests were found out since; reads a file."""
+    return not store.with_digests(kept.manifest).by_id.keys() <= kept.chunks.keys()
 
 
 def _own(model: str, names: Sequence[str]) -> str | None:

@@ -16,11 +16,14 @@ from websockets.exceptions import ConnectionClosed
 from surfw import __version__
 from surfw.config import WireLimits
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
+from surfw.manifest import payload_digest
 from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
+from surfw.server.late_digests import LateDigests
 from surfw.server.outlet import Outlet
 from surfw.server.pages import PageCache
 from surfw.server.pieces import HeldPiece, Piece, plan_pieces, use_ahead
+from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,
     Cancel,
@@ -28,6 +31,7 @@ from surfw.wire import (
     Data,
     Failed,
     Get,
+    GetDigests,
     GetFile,
     GetManifest,
     ListModels,
@@ -40,6 +44,8 @@ from surfw.wire import (
 log = logging.getLogger("surfw.server")
 
 _HELLO_SECONDS = 10
+_SIGN_SECONDS = 5
+"""How often a client that waits for digests hears that the server is at work."""
 _REASON_BYTES = 120
 """A close frame has room for 123 bytes of reason."""
 
@@ -48,12 +54,20 @@ class Connection:
     """Serves one client until it leaves."""
 
     def __init__(
-        self, websocket: ServerConnection, *, catalog: Catalog, pages: PageCache, limits: WireLimits, metrics: Metrics
+        self,
+        websocket: ServerConnection,
+        *,
+        catalog: Catalog,
+        digests: LateDigests,
+        pages: PageCache,
+        limits: WireLimits,
+        metrics: Metrics,
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
         self.open_requests: dict[int, asyncio.Task[None]] = {}
         self._websocket = websocket
         self._catalog = catalog
+        self._digests = digests
         self._pages = pages
         self._limits = limits
         self._metrics = metrics
@@ -121,6 +135,14 @@ class Connection:
         except RefusedError as exc:
             log.info("%s is refused: %s", self._peer, exc)
             self._fail(request, exc.code, str(exc))
+        except ChangedObjectError as exc:
+            log.error("%s cannot be answered: %s", self._peer, exc)  # noqa: TRY400 - the text says it all
+            self._fail(
+                request,
+                "changed",
+                "the checkpoint that the server serves in place was changed since; start the server again, or run "
+                "surfw chunk --in-place again; the server's log names the file",
+            )
         except SurfwError as exc:
             log.warning("%s cannot be answered: %s", self._peer, exc)
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
@@ -147,10 +169,28 @@ class Connection:
                 self._outlet.send(self._session.send(Begin(request.id, location.stop, digest)))
                 pieces = plan_pieces(self._pages, [location], 0, location.stop)
                 await self._send_bytes(request.id, pieces, 0, location.stop)
+            case GetDigests():
+                data = await self._find_digests(request)
+                self._outlet.send(self._session.send(Begin(request.id, len(data), payload_digest(data))))
+                await self._send_bytes(request.id, iter([HeldPiece(data)]), 0, len(data))
             case Get():
                 locations = await self._catalog.chunk(request)
                 pieces = plan_pieces(self._pages, locations, request.start, request.stop)
                 await self._send_bytes(request.id, pieces, request.start, request.stop, request.priority)
+
+    async def _find_digests(self, request: GetDigests) -> bytes:
+        """The digests of a chunk. While it is read, pings tell the client that something happens."""
+        manifest, chunk = await self._catalog.find(request.model, request.chunk)
+        finding = asyncio.ensure_future(self._digests.document(manifest, chunk))
+        before = self._digests.digested_bytes
+        try:
+            while not (await asyncio.wait([finding], timeout=_SIGN_SECONDS))[0]:
+                if self._digests.digested_bytes != before:
+                    before = self._digests.digested_bytes
+                    await self._websocket.ping()
+            return finding.result()
+        finally:
+            finding.cancel()
 
     async def _send_bytes(
         self, request_id: int, pieces: Iterator[Piece], at: int, stop: int, priority: int = 0

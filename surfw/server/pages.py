@@ -74,9 +74,12 @@ class PageCache:
         self._metrics = metrics
         self._reads = SingleFlight(self._read, slots=min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
         self._reading_bytes = 0
-        far = backend.parallel_reads > 1
-        self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES) if far else 0)
-        self.most_ahead = min(_READS, backend.parallel_reads)
+        self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES))
+
+    @property
+    def most_ahead(self) -> int:
+        """How many of them one answer may have: one where the storage is near."""
+        return min(_READS, self._backend.parallel_reads)
 
     async def use(self, page: Page) -> None:
         """Have the page read, and count the use.

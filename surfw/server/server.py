@@ -18,15 +18,27 @@ import psutil
 from websockets.asyncio.server import Server, ServerConnection
 
 from surfw import __version__
-from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits, expect
+from surfw.config import (
+    DEFAULT_CACHE_MB,
+    DEFAULT_CLIENTS,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    MB,
+    WireLimits,
+    display_url,
+    expect,
+)
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics, hit_rate
 from surfw.server.catalog import Catalog
 from surfw.server.connection import Connection
 from surfw.server.http import HttpEndpoints
+from surfw.server.late_digests import LateDigests
 from surfw.server.listening import Listening
 from surfw.server.pages import PageCache
+from surfw.server.private_store import make_private_store
 from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.places import is_checkpoint
 from surfw.wire import ServerHealth, ServerStats
 
 log = logging.getLogger("surfw.server")
@@ -57,7 +69,8 @@ class WeightServer:
 
         Args:
             storage_backend: the storage of the store. It stays the caller's, who closes it.
-            model_path: in its place, the store's folder or URL, opened and closed by the server.
+            model_path: in its place, the store's folder or URL, opened and closed by the server; or that of a plain
+                checkpoint, which is then served from where it is.
             host: address to listen on; other machines reach it only with `token` and `ssl`, or `insecure`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; at least 16 MiB are used.
@@ -109,10 +122,11 @@ class WeightServer:
     def _lay_out(self, backend: StorageBackend) -> None:
         """Everything that lives from a start to the stop after it."""
         self._backend = backend
-        self._store = Store(backend)
+        self._store = Store(backend, self._storage_options)
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
-        self._pages = PageCache(self._store.backend, self._cache_bytes, self._metrics)
+        self._pages = PageCache(self._store.objects, self._cache_bytes, self._metrics)
+        self._digests = LateDigests(self._store, self._pages)
         self._released = False
 
     def _alone(self) -> asyncio.Lock:
@@ -136,6 +150,7 @@ class WeightServer:
                 self._lay_out(self._backend if self._model_path is None else self._open_own())
             self._stopped = asyncio.Event()
             try:
+                await self._find_store()
                 await self._prepare()
                 endpoints = HttpEndpoints(self, self._listening.token)
                 self._websockets = await self._listening.open(
@@ -172,6 +187,16 @@ class WeightServer:
                 await self.stop()
             raise
 
+    async def _find_store(self) -> None:
+        """If a plain checkpoint lies at the place, have a private store made for it, and serve that."""
+        if self._model_path is None or not await is_checkpoint(self._backend):
+            return
+        place = str(self._model_path)
+        store = await make_private_store(place, self._storage_options)
+        await self._store.backend.close()
+        self._lay_out(open_backend(store))
+        log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
+
     async def _prepare(self) -> None:
         """Make sure of what the server lives on, before it listens."""
         await self._store.check()
@@ -181,7 +206,9 @@ class WeightServer:
     async def _release(self) -> None:
         """Let go of everything that was laid out."""
         await self._catalog.close()
+        await self._digests.close()
         await self._pages.close()
+        await self._store.objects.close()
         if self._model_path is not None:
             await self._store.backend.close()
         else:
@@ -218,7 +245,12 @@ class WeightServer:
 
     async def _serve_client(self, websocket: ServerConnection) -> None:
         connection = Connection(
-            websocket, catalog=self._catalog, pages=self._pages, limits=self._limits, metrics=self._metrics
+            websocket,
+            catalog=self._catalog,
+            digests=self._digests,
+            pages=self._pages,
+            limits=self._limits,
+            metrics=self._metrics,
         )
         self._connections.add(connection)
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -37,11 +38,13 @@ class Recipe:
         targets: names of the model's tensors that it yields, with their dtype and shape.
         sources: names of the source tensors that it needs.
         converter: transformers' operation; None where the one source is the one target, but for its name and dtype.
+        joined: the sources whose bytes, one behind the other, are those of the one target, if that is so.
     """
 
     targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     sources: tuple[str, ...]
     converter: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    joined: tuple[str, ...] = ()
 
     def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The target tensors, contiguous; `read` gives a source tensor by its name."""
@@ -172,7 +175,8 @@ def _recipe(
 ) -> Recipe:
     names = tuple(source for _, source in group.collected)
     if group.converter is None:
-        return Recipe({first: (dtypes(first), sources[names[0]][1])}, names)
+        joined = names[:1] if torch_dtype(sources[names[0]][0]) == dtypes(first) else ()
+        return Recipe({first: (dtypes(first), sources[names[0]][1])}, names, joined=joined)
 
     def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(group.converter)
@@ -190,7 +194,26 @@ def _recipe(
         lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta")
     )
     targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in skeleton.slots}
-    return Recipe(targets, names, convert)
+    return Recipe(targets, names, convert, _joined(group, targets, sources))
+
+
+def _joined(
+    group: _Group, targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], sources: SourceFacts
+) -> tuple[str, ...]:
+    """The sources whose bytes, one behind the other, are those of the target; none where more is done to them."""
+    converter = group.converter
+    if converter is None or len(targets) != 1 or len(converter.operations) != 1:
+        return ()
+    (only,) = converter.operations
+    if type(only) is not Concatenate or only.dim != 0:
+        return ()
+    ordered = [
+        source for wanted in converter.source_patterns for pattern, source in group.collected if pattern == wanted
+    ]
+    ((dtype, shape),) = targets.values()
+    rows = sum(sources[name][1][0] for name in ordered if sources[name][1])
+    same = all(torch_dtype(sources[name][0]) == dtype and sources[name][1][1:] == shape[1:] for name in ordered)
+    return tuple(ordered) if same and shape and rows == shape[0] else ()
 
 
 def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:

@@ -57,7 +57,7 @@ class FilesystemBackend(FsspecBackend):
         """Which file it is, and when it was written; files are replaced by others, never changed."""
         path = self._path(key)
         with suppress(OSError):
-            return _revision(await asyncio.to_thread(path.stat))
+            return file_revision(await asyncio.to_thread(path.stat))
         return None
 
     def spool(self) -> Path:
@@ -135,8 +135,19 @@ def _unless_missing(error: OSError) -> None:
         raise error
 
 
-def _revision(found: os.stat_result) -> str:
+def file_revision(found: os.stat_result) -> str:
+    """What changes with a file: which one it is, when it was written, and its length."""
     return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+
+
+def expect_file_revision(path: Path, fd: int, revision: str | None) -> None:
+    """Make sure that an open file is of the revision, if one is given.
+
+    Raises:
+        ChangedObjectError: it is of another.
+    """
+    if revision is not None and (seen := file_revision(os.fstat(fd))) != revision:
+        raise changed(str(path), revision, seen)
 
 
 def read_file_into(path: Path, start: int, destination: memoryview, revision: str | None = None) -> None:
@@ -149,6 +160,7 @@ def read_file_into(path: Path, start: int, destination: memoryview, revision: st
     with translate_errors(f"reading {path}"):
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            expect_file_revision(path, fd, revision)
             done = 0
             while done < destination.nbytes:
                 count = os.preadv(fd, [destination[done:]], start + done)
@@ -157,8 +169,7 @@ def read_file_into(path: Path, start: int, destination: memoryview, revision: st
                         f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes"
                     )
                 done += count
-            if revision is not None and (seen := _revision(os.fstat(fd))) != revision:
-                raise changed(str(path), revision, seen)
+            expect_file_revision(path, fd, revision)
         finally:
             os.close(fd)
 

@@ -117,7 +117,7 @@ class Housekeeping:
 
             storage_backend = open_backend(os.fspath(store), storage_options)
         assert storage_backend is not None
-        self._store = Store(storage_backend)
+        self._store = Store(storage_backend, storage_options)
 
     async def contents(self) -> StoreContents:
         """What lies in the store.

@@ -1,8 +1,11 @@
 """Local files straight into memory that the caller owns, each piece verified while the next one is read.
 
 Large reads go past the page cache (O_DIRECT): what is streamed is bigger than memory, so that copies of it there would
-only drive out what is of use. File systems that refuse it, and ranges that do not begin at a page, are read as any file
-is. Two threads read pieces in the order of asking, so that the device always has the next one to do, and a third one
+only drive out what is of use. Ranges that do not begin at a page, as those of a checkpoint's shards, are read rounded
+out to whole pages, into a buffer of the reading thread, and copied from there. File systems that refuse it are read as
+any file is. A file that is pinned to a revision is looked at before and after it is read.
+
+Two threads read pieces in the order of asking, so that the device always has the next one to do, and a third one
 verifies: beside a decoding model on two cores, that read at 96 to 98 % of what the device gave on the idle machine, one
 reader at 88 to 94 %. A read that somebody waits for has a thread of its own, and overtakes those that were made ahead.
 """
@@ -12,15 +15,16 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.config import MIB
 from surfw.errors import StorageError
+from surfw.storage.filesystem import expect_file_revision
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.threads import to_its_end
 
@@ -28,6 +32,9 @@ PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SMALL_BYTES = 256 * 1024
 _HUGE_BYTES = 2 * MIB
+_BOUNCE_BYTES = PIECE_BYTES + _HUGE_BYTES
+BOUNCES_BYTES = (_READERS + 1) * _BOUNCE_BYTES
+"""The most memory that buffers for unaligned ranges take."""
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 T = TypeVar("T")
@@ -38,11 +45,12 @@ Check = Callable[[int, memoryview], None]
 
 @dataclass(frozen=True, slots=True)
 class FileRange:
-    """A byte range (end-exclusive) of a file."""
+    """A byte range (end-exclusive) of a file, and the revision that the file has to have, if it is pinned."""
 
     path: Path
     start: int
     stop: int
+    revision: str | None = None
 
 
 class LocalReader:
@@ -53,32 +61,40 @@ class LocalReader:
         self._ahead = ThreadPoolExecutor(_READERS, thread_name_prefix="surfw-read-ahead")
         self._urgent = ThreadPoolExecutor(1, thread_name_prefix="surfw-read")
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="surfw-verify")
+        self._bounces = _Bounces()
 
-    async def read(self, file: FileRange, destination: memoryview, check: Check, *, urgent: bool) -> None:
-        """Fill the destination with a range of a file, verified piece by piece.
+    async def read(self, ranges: Sequence[FileRange], destination: memoryview, check: Check, *, urgent: bool) -> None:
+        """Fill the destination with ranges of files, one behind the other, verified piece by piece.
 
         When this ends, however it ends, nothing writes to the destination any more.
 
         Raises:
+            ChangedObjectError: a file is not of its revision.
             StorageError: they could not be read.
             Exception: what `check` raised.
         """
         stop = threading.Event()
-        opened = _File(file.path)
+        files = {(one.path, one.revision): _File(one.path, one.revision, self._bounces) for one in ranges}
+        pieces = list(_pieces(ranges))
 
-        def read_piece(at: int) -> Future[None] | None:
+        def read_piece(at: int, parts: Sequence[FileRange]) -> Future[None] | None:
             if stop.is_set():
                 return None
-            piece = destination[at : at + PIECE_BYTES]
+            piece, done = destination[at : at + PIECE_BYTES], 0
             try:
-                opened.read_into(file.start + at, piece)
+                for part in parts:
+                    length = part.stop - part.start
+                    in_place = (at + done) % mmap.PAGESIZE == 0
+                    into = piece[done : done + length]
+                    files[part.path, part.revision].read_into(part.start, into, in_place=in_place)
+                    done += length
             except BaseException:
                 stop.set()
                 raise
             return self._checks.submit(check, at, piece)
 
         readers = self._urgent if urgent else self._ahead
-        jobs = [_submit(readers, read_piece, at) for at in range(0, file.stop - file.start, PIECE_BYTES)]
+        jobs = [_submit(readers, read_piece, index * PIECE_BYTES, parts) for index, parts in enumerate(pieces)]
 
         def give_up() -> None:
             stop.set()
@@ -87,8 +103,11 @@ class LocalReader:
 
         try:
             checks = await _results(jobs, on_cancel=give_up)
+            for file in files.values():
+                file.expect_revision()
         finally:
-            opened.close()
+            for file in files.values():
+                file.close()
         await _results([check for check in checks if check is not None])
 
     async def check(self, view: memoryview, check: Check) -> None:
@@ -104,6 +123,39 @@ class LocalReader:
         """End the threads; reads that wait for their turn are not done any more."""
         for threads in (self._ahead, self._urgent, self._checks):
             threads.shutdown(cancel_futures=True)
+
+
+def _pieces(ranges: Sequence[FileRange]) -> Iterator[list[FileRange]]:
+    """The ranges cut into pieces of `PIECE_BYTES`: the parts of each, in order; the last piece may be shorter."""
+    parts: list[FileRange] = []
+    room = PIECE_BYTES
+    for one in ranges:
+        at = one.start
+        while at < one.stop:
+            end = min(one.stop, at + room)
+            parts.append(replace(one, start=at, stop=end))
+            room -= end - at
+            at = end
+            if not room:
+                yield parts
+                parts, room = [], PIECE_BYTES
+    if parts:
+        yield parts
+
+
+class _Bounces(threading.local):
+    """A buffer for each reading thread, made at its first use and reused: huge pages, aligned as devices want it."""
+
+    _buffer: memoryview | None = None
+
+    def get(self) -> memoryview:
+        """This thread's."""
+        if self._buffer is None:
+            mapped = mmap.mmap(-1, _BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            self._buffer = memoryview(mapped)
+        return self._buffer
 
 
 def _submit(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> Future[T]:
@@ -141,6 +193,7 @@ def map_file(file: FileRange) -> memoryview:
     """
     with translate_errors(f"mapping {file.path}"), file.path.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
+        expect_file_revision(file.path, opened.fileno(), file.revision)
         if size < file.stop:
             raise StorageError(f"{file.path} ends at byte {size}, expected {file.stop} bytes")
         begin = file.start - file.start % _HUGE_BYTES  # so that huge pages of the file can be those of the mapping
@@ -153,9 +206,11 @@ def map_file(file: FileRange) -> memoryview:
 class _File:
     """A file that threads read, past the page cache where that can be."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, revision: str | None, bounces: _Bounces) -> None:
         """Open it when something is read."""
         self._path = path
+        self._revision = revision
+        self._bounces = bounces
         self._descriptors: dict[int, int] = {}
         self._direct = getattr(os, "O_DIRECT", 0)
         self._lock = threading.Lock()
@@ -165,19 +220,33 @@ class _File:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
 
-    def read_into(self, start: int, destination: memoryview) -> None:
-        """Fill the destination from byte `start` on; whole pages directly, what remains through the page cache.
+    def expect_revision(self) -> None:
+        """Make sure that it is still what it has to be, after it was read.
+
+        Raises:
+            ChangedObjectError: it is not.
+        """
+        for descriptor in self._descriptors.values():
+            expect_file_revision(self._path, descriptor, self._revision)
+
+    def read_into(self, start: int, destination: memoryview, *, in_place: bool) -> None:
+        """Fill the destination from byte `start` on: whole pages directly, what remains through the page cache.
+
+        Args:
+            start: the first byte.
+            destination: where they go.
+            in_place: whether that begins at a page; only then, and where `start` does too, is a read there direct.
 
         Raises:
             NotFoundError: there is no such file.
-            StorageError: the file ends early, or cannot be read.
+            StorageError: the file ends early, is of another revision, or cannot be read.
         """
         with translate_errors(f"reading {self._path}"):
             done = 0
-            if self._direct and start % mmap.PAGESIZE == 0 and len(destination) >= _SMALL_BYTES:
-                whole = len(destination) - len(destination) % mmap.PAGESIZE
+            if self._direct and len(destination) >= _SMALL_BYTES:
+                in_place = in_place and start % mmap.PAGESIZE == 0
                 try:
-                    done = self._fill(self._direct, start, destination[:whole])
+                    done = self._fill_directly(start, destination) if in_place else self._bounce(start, destination)
                 except OSError as exc:
                     if exc.errno not in _NO_DIRECT:
                         raise
@@ -187,6 +256,19 @@ class _File:
                 raise StorageError(
                     f"{self._path} ends at byte {start + done}, expected {start + len(destination)} bytes"
                 )
+
+    def _fill_directly(self, start: int, destination: memoryview) -> int:
+        return self._fill(self._direct, start, destination[: len(destination) - len(destination) % mmap.PAGESIZE])
+
+    def _bounce(self, start: int, destination: memoryview) -> int:
+        """Read whole pages around the range into a buffer of this thread, and copy; how many bytes there were."""
+        first = start - start % mmap.PAGESIZE
+        last = -(-(start + len(destination)) // mmap.PAGESIZE) * mmap.PAGESIZE
+        buffer = self._bounces.get()[: last - first]
+        got = self._fill(self._direct, first, buffer) - (start - first)
+        done = max(0, min(got, len(destination)))
+        destination[:done] = buffer[start - first : start - first + done]
+        return done
 
     def _fill(self, flag: int, start: int, destination: memoryview) -> int:
         """Read until the destination is full, or the file ends; how many bytes there were."""
@@ -202,4 +284,5 @@ class _File:
         with self._lock:
             if flag not in self._descriptors:
                 self._descriptors[flag] = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | flag)
+                expect_file_revision(self._path, self._descriptors[flag], self._revision)
             return self._descriptors[flag]

@@ -1,16 +1,24 @@
-"""A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read."""
+"""A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read.
+
+Chunks of a model that was not copied may lack digests. Whoever reads one first reads all of it and keeps its digests
+(see `digest_log`); from then on it is verified as any other.
+"""
 
 import asyncio
 import mmap
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
-from surfw.manifest import Chunk, Form, Manifest, payload_digest
+from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, verify_blocks
-from surfw.storage.base import StorageBackend
-from surfw.storage.local_reader import FileRange, LocalReader, map_file
+from surfw.storage.base import ChangedObjectError, StorageBackend
+from surfw.storage.local_reader import BOUNCES_BYTES, Check, FileRange, LocalReader, map_file
+from surfw.storage.origins import explain_change
 from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
@@ -26,13 +34,16 @@ _STREAM_BYTES = 2 * BLOCK_BYTES
 class StorageSource(ChunkSource):
     """Reads a store directly."""
 
-    def __init__(self, backend: StorageBackend, *, owned: bool = True) -> None:
+    def __init__(
+        self, backend: StorageBackend, *, owned: bool = True, origin_options: Mapping[str, Any] | None = None
+    ) -> None:
         """Name the backend, and whether it is closed with this; `open_storage_source` also checks the store."""
-        self.store = Store(backend)
+        self.store = Store(backend, origin_options)
         self._owned = owned
         self.url = backend.url
         self._fetched_bytes = 0
         self._local = LocalReader()
+        self._digesting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def fetched_bytes(self) -> int:
@@ -50,7 +61,7 @@ class StorageSource(ChunkSource):
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
-        data = await self.store.backend.load(entry.object)
+        data = await self.store.objects.load(entry.object)
         if payload_digest(data) != entry.digest:
             raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; chunk the model again")
         return data
@@ -58,59 +69,138 @@ class StorageSource(ChunkSource):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others."""
         for read in reads:
-            if file := self._file(read.form, read.start, read.stop):
-                check = partial(self._verify, read.chunk, read.form, read.start)
-                await self._local.read(file, read.destination, check, urgent=priority == 0)
-                self._fetched_bytes += read.stop - read.start
+            if read.form.is_known:
+                await self._fetch(read, urgent=priority == 0)
             else:
-                await self._fetch(read)
+                await self._fetch_unknown(manifest, read, urgent=priority == 0)
+            self._fetched_bytes += read.stop - read.start
+
+    async def _fetch_unknown(self, manifest: Manifest, read: Read, *, urgent: bool) -> None:
+        """Fetch bytes of a chunk that had no digests when its manifest was read."""
+        async with self._digesting[read.chunk.id]:
+            digests = self.store.digests(manifest, read.chunk)
+            if digests is None and read.stop - read.start == read.form.stored_bytes:
+                await self._fetch(read, urgent=urgent, verify=False)
+                await self._learn(manifest, read.chunk, [read.destination])
+                return
+            if digests is None:
+                digests = await self.digest(manifest, read.chunk, urgent=urgent)
+        known = with_digests(read.chunk, digests)
+        await self._fetch(replace(read, chunk=known, form=known.forms[0]), urgent=urgent)
+
+    async def digest(
+        self,
+        manifest: Manifest,
+        chunk: Chunk,
+        *,
+        urgent: bool = False,
+        progress: Callable[[int, str], object] = lambda *_: None,
+    ) -> Digests:
+        """Read all bytes of a chunk that lacks digests, a piece at a time, and keep what theirs are.
+
+        Args:
+            manifest: the model.
+            chunk: one of its chunks.
+            urgent: whether somebody waits for it.
+            progress: called with the bytes just read and the name of the chunk.
+
+        Raises:
+            StorageError: they could not be read.
+        """
+        (form,) = chunk.forms
+        size, digester = form.stored_bytes, Digester()
+        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _PIECE_BYTES))))
+        for start in range(0, size, _PIECE_BYTES):
+            stop = min(start + _PIECE_BYTES, size)
+            piece = Read(chunk, form, start, stop, scratch[: stop - start])
+            await self._fetch(piece, urgent=urgent, verify=False)
+            await in_thread(digester.update, piece.destination)
+            progress(stop - start, chunk.name)
+        digests = digester.result()
+        await in_thread(self.store.learn, manifest, chunk, digests)
+        return digests
+
+    async def _learn(self, manifest: Manifest, chunk: Chunk, parts: Sequence[memoryview]) -> None:
+        """Keep the digests of a chunk whose bytes are all here."""
+
+        def learn() -> None:
+            digester = Digester()
+            for part in parts:
+                digester.update(part)
+            self.store.learn(manifest, chunk, digester.result())
+
+        await in_thread(learn)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
         """The form's bytes as they lie in a local file, in pages that all processes share; verified here, once."""
-        file = self._file(form, 0, form.stored_bytes)
-        if file is None or not form.stored_bytes or file.start % mmap.ALLOCATIONGRANULARITY:
+        files = self._files(form, 0, form.stored_bytes)
+        if len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
-        mapped = await in_thread(map_file, file)
-        await self._local.check(mapped, partial(self._verify, chunk, form, 0))
+        mapped = await in_thread(map_file, files[0])
+        digests = None if form.is_known else self.store.digests(manifest, chunk)
+        if form.is_known or digests is not None:
+            known = with_digests(chunk, digests)
+            await self._local.check(mapped, partial(self._verify, known, known.forms[0] if digests else form, 0))
+        else:
+            await self._learn(manifest, chunk, [mapped])
         self._fetched_bytes += form.stored_bytes
         return mapped
 
-    def _file(self, form: Form, start: int, stop: int) -> FileRange | None:
-        """Where these stored bytes lie in one local file; None if they do not."""
-        parts = segments(form.locations, start, stop)
-        path = self.store.backend.local_path(parts[0][0]) if len(parts) == 1 else None
-        return FileRange(path, parts[0][1], parts[0][1] + parts[0][2]) if path else None
+    def _files(self, form: Form, start: int, stop: int) -> list[FileRange]:
+        """Where these stored bytes lie in local files; empty if they do not."""
+        found = []
+        for key, offset, length in segments(form.locations, start, stop):
+            path = self.store.objects.local_path(key)
+            if path is None:
+                return []
+            found.append(FileRange(path, offset, offset + length, self.store.objects.find(key).revision))
+        return found
 
     def _verify(self, chunk: Chunk, form: Form, start: int, at: int, piece: memoryview) -> None:
         verify_blocks(chunk, form, (start + at) // BLOCK_BYTES, piece, where=self.url)
 
     @property
     def buffered_bytes(self) -> int:
-        """Pieces that a backend hands over before they are put in place; files and streams are read in place."""
-        backend = self.store.backend
-        if backend.local_path(MARKER):
-            return 0
-        return backend.parallel_reads * (_STREAM_BYTES if backend.reads_in_place else self._piece_bytes)
+        """Pieces that a backend hands over before they are put in place; files and streams are read in place.
+
+        Shards of checkpoints are read through buffers, as their tensors begin anywhere.
+        """
+        objects = self.store.objects
+        bounces = BOUNCES_BYTES if objects.has_local_origin else 0
+        if objects.parallel_reads == 1 and self.store.backend.local_path(MARKER):
+            return bounces
+        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else self._piece_bytes) + bounces
 
     @property
     def _piece_bytes(self) -> int:
-        return _FAR_PIECE_BYTES if self.store.backend.parallel_reads > 1 else _PIECE_BYTES
+        return _FAR_PIECE_BYTES if self.store.objects.parallel_reads > 1 else _PIECE_BYTES
 
-    async def _fetch(self, read: Read) -> None:
-        """Fill a destination, with as many pieces under way as are worth it."""
+    async def _fetch(self, read: Read, *, urgent: bool, verify: bool = True) -> None:
+        """Fill a destination; without `verify`, whoever calls does what has to be done about the bytes."""
         if not read.form.locations:
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
+        check = partial(self._verify, read.chunk, read.form, read.start) if verify else _accept
+        try:
+            if files := self._files(read.form, read.start, read.stop):
+                await self._local.read(files, read.destination, check, urgent=urgent)
+                return
+        except ChangedObjectError as exc:
+            raise explain_change(exc) from exc
+        await self._fetch_from_afar(read, check)
+
+    async def _fetch_from_afar(self, read: Read, check: Check) -> None:
+        """Fill a destination, with as many pieces under way as are worth it."""
         starts = range(read.start, read.stop, self._piece_bytes)
         left = iter(starts)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(starts), self.store.backend.parallel_reads)):
-                    group.create_task(self._take(read, left))
+                for _ in range(min(len(starts), self.store.objects.parallel_reads)):
+                    group.create_task(self._take(read, left, check))
         except BaseExceptionGroup as failed:
             first = failed.exceptions[0]
             raise first from first.__cause__
 
-    async def _take(self, read: Read, left: Iterator[int]) -> None:
+    async def _take(self, read: Read, left: Iterator[int], check: Check) -> None:
         """Read one piece after the other, until none is left; each is verified while the next is read."""
         checking: asyncio.Task[None] | None = None
         try:
@@ -123,35 +213,41 @@ class StorageSource(ChunkSource):
                     at += length
                 if checking:
                     await checking
-                first = start // BLOCK_BYTES
-                check = asyncio.to_thread(verify_blocks, read.chunk, read.form, first, piece, where=self.url)
-                checking = asyncio.create_task(check)
-                self._fetched_bytes += len(piece)
+                checking = asyncio.create_task(asyncio.to_thread(check, start - read.start, piece))
+            if checking:
+                await checking
         finally:
             if checking:
                 await to_its_end(checking)
 
     async def _read(self, key: str, start: int, destination: memoryview) -> None:
         """Read into place. Only streams are known to write nothing any more once they are cancelled."""
-        backend = self.store.backend
-        reading = backend.read_into(key, start, destination)
-        await (reading if backend.reads_in_place else to_its_end(reading))
+        objects = self.store.objects
+        reading = objects.read_into(key, start, destination)
+        await (reading if objects.find(key).backend.reads_in_place else to_its_end(reading))
 
     async def close(self) -> None:
         """Close the backend, if it belongs to this."""
         await in_thread(self._local.close)
+        await self.store.objects.close()
         if self._owned:
             await self.store.backend.close()
         else:
             await self.store.let_go()
 
 
-async def open_storage_source(backend: StorageBackend, *, owned: bool = True) -> StorageSource:
+def _accept(at: int, piece: memoryview) -> None:
+    """Bytes that are digested as a whole."""
+
+
+async def open_storage_source(
+    backend: StorageBackend, *, owned: bool = True, origin_options: Mapping[str, Any] | None = None
+) -> StorageSource:
     """A source over the backend, which must hold a store; an `owned` backend is closed with the source.
 
     Raises:
         NotAStoreError: it does not.
     """
-    source = StorageSource(backend, owned=owned)
+    source = StorageSource(backend, owned=owned, origin_options=origin_options)
     await source.store.check()
     return source

@@ -14,14 +14,17 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
-from surfw.manifest import Location, Manifest, check_model_name, parse_manifest
+from surfw.manifest import Chunk, Digests, Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
+from surfw.storage.digest_log import DigestLog, chunk_sizes
 from surfw.storage.notices import LEASES, PRUNES
+from surfw.storage.origins import Objects
 
 logger = logging.getLogger("surfw.storage")
 
@@ -38,9 +41,17 @@ _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 class Store:
     """Chunked models in a storage backend."""
 
-    def __init__(self, backend: StorageBackend) -> None:
-        """Name the backend, which is adapted if it is a custom one; nothing is read yet."""
+    def __init__(self, backend: StorageBackend, origin_options: Mapping[str, Any] | None = None) -> None:
+        """Name the backend, which is adapted if it is a custom one; nothing is read yet.
+
+        Args:
+            backend: where the store lies.
+            origin_options: storage options for the origins of models that were not copied.
+        """
         self.backend = adapt_backend(backend)
+        self.objects = Objects(self.backend, MARKER, origin_options)
+        """What the manifests point at; named as in the manifests that this gives out."""
+        self._logs: dict[tuple[str, str], DigestLog] = {}
         self._given = backend
         self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
@@ -118,7 +129,8 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
-        return await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
+        manifest = await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
+        return await asyncio.to_thread(self.with_digests, manifest)
 
     async def manifest_bytes(self, model: str) -> bytes:
         """The model's manifest as it is stored; see `parse_manifest`.
@@ -145,7 +157,25 @@ class Store:
         manifest = parse_manifest(data, where=f"{self.url}, model {model}")
         if manifest.name != model:
             raise StorageError(f"{manifest_key(model)} in {self.url} is the manifest of {manifest.name!r}")
-        return manifest
+        return self.objects.mount(manifest, where=self.url)
+
+    def with_digests(self, manifest: Manifest) -> Manifest:
+        """The manifest with the digests that were found out by reading until now; reads a file."""
+        if manifest.origin is None or manifest.is_known:
+            return manifest
+        return manifest.with_digests(self._log(manifest).refresh(chunk_sizes(manifest)))
+
+    def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk whose manifest lacks them, if they were found out in this process or before it."""
+        return self._log(manifest).known.get(chunk.id)
+
+    def learn(self, manifest: Manifest, chunk: Chunk, digests: Digests) -> None:
+        """Keep digests that were found out by reading all bytes of a chunk; writes a file."""
+        self._log(manifest).add(chunk.id, digests)
+
+    def _log(self, manifest: Manifest) -> DigestLog:
+        assert manifest.origin is not None, "only what was not copied lacks digests"
+        return self._logs.setdefault((manifest.origin.key, manifest.name), DigestLog(manifest.origin.key))
 
     async def publish(self, manifest: Manifest) -> None:
         """Make a model visible: all its blobs are there.
@@ -196,7 +226,9 @@ def model_of(key: str) -> str | None:
 
 
 def objects_of(manifest: Manifest) -> dict[str, int]:
-    """The objects that a model's bytes lie in, and how long each is at least."""
+    """The store's objects that a model's bytes lie in, and how long each is at least; none if it lies in its origin."""
+    if manifest.origin is not None:
+        return {}
     found: dict[str, int] = {}
     for chunk in manifest.chunks:
         for form in chunk.forms:

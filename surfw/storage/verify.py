@@ -125,7 +125,10 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
 
 
 def _parts_of(manifest: Manifest) -> list[_Part]:
-    forms: list[tuple[str, Form]] = [(chunk.name, form) for chunk in manifest.chunks for form in chunk.forms]
+    """What there is to compare; of a model in place, the chunks that were read once."""
+    forms: list[tuple[str, Form]] = [
+        (chunk.name, form) for chunk in manifest.chunks for form in chunk.forms if form.is_known
+    ]
     parts = [
         _Part(manifest.name, name, form.locations, form.stored_bytes, form.digest, form.blocks) for name, form in forms
     ]
@@ -141,7 +144,7 @@ async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
         return "its manifest does not say where it lies"
     try:
         for location in part.locations:
-            size = await store.backend.size(location.object)
+            size = await store.objects.size(location.object)
             if size < location.stop or (part.blocks is None and size != location.stop):
                 return f"{location.object} has {size} bytes, expected {location.stop}"
         return await _compare(store, part, reading)
@@ -170,7 +173,7 @@ async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
             piece = buffers[index % 2][: min(_PIECE_BYTES, part.size - start)]
             at = 0
             for key, first, length in segments(part.locations, start, start + len(piece)):
-                await store.backend.read_into(key, first, piece[at : at + length])
+                await store.objects.read_into(key, first, piece[at : at + length])
                 at += length
             if checking:
                 await checking

@@ -4,7 +4,7 @@
     ─────   ────────────────────────────────────────   ─────   ──────────────────────────────────────────────
     HELLO   hello                                      OPEN    sends its own hello
     OPEN    models                                     OPEN    has the names
-    OPEN    begin of an open manifest or file          OPEN    makes room for `size` bytes
+    OPEN    begin of an open manifest, file, digests   OPEN    makes room for `size` bytes
     OPEN    data of an open id, where it stopped       RUN     `place` says where the bytes belong; of no bytes: OPEN
     OPEN    error of an open id                        OPEN    the request failed, or was cancelled
     RUN     binary within the run                      RUN     OPEN after the run's last byte; sends credit when due

@@ -61,6 +61,16 @@ class GetFile:
 
 
 @dataclass(frozen=True, slots=True)
+class GetDigests:
+    """Asks for the digests of a chunk that has none in its manifest; the server reads all of it first."""
+
+    type: ClassVar[str] = "digests"
+    id: int
+    model: str
+    chunk: str
+
+
+@dataclass(frozen=True, slots=True)
 class Get:
     """Asks for bytes `start` to `stop` of a form of a chunk (by its identity). Lower priorities are sent first."""
 
@@ -113,7 +123,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Opens the answer to `manifest` and `file`: how many bytes will come, and their BLAKE3."""
+    """Opens the answer to `manifest`, `file` and `digests`: how many bytes will come, and their BLAKE3."""
 
     type: ClassVar[str] = "begin"
     id: int
@@ -141,7 +151,7 @@ class Failed:
     message: str
 
 
-Request = ListModels | GetManifest | GetFile | Get
+Request = ListModels | GetManifest | GetFile | GetDigests | Get
 ClientMessage = ClientHello | Request | Cancel | Credit
 ServerMessage = ServerHello | Models | Begin | Data | Failed
 
@@ -227,6 +237,7 @@ _FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
     ListModels.type: lambda fields: ListModels(fields.size("id")),
     GetManifest.type: lambda fields: GetManifest(fields.size("id"), fields.text("model")),
     GetFile.type: lambda fields: GetFile(fields.size("id"), fields.text("model"), fields.text("path")),
+    GetDigests.type: lambda fields: GetDigests(fields.size("id"), fields.text("model"), fields.text("chunk")),
     Get.type: lambda fields: Get(
         fields.size("id"),
         fields.text("model"),

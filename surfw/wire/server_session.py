@@ -3,7 +3,8 @@
     state   received                        state   what the application does
     ─────   ─────────────────────────────   ─────   ──────────────────────────────────────────────────────────
     HELLO   hello                           OPEN    –
-    OPEN    models, manifest, file, get     OPEN    answers; the id is open until the answer is complete
+    OPEN    models, manifest, file,         OPEN    answers; the id is open until the answer is complete
+            digests, get
     OPEN    cancel of an open id            OPEN    stops the work and sends `error`
     OPEN    cancel of another id            OPEN    nothing: the answer was already complete
     OPEN    credit                          OPEN    may announce so much more: see `window`
@@ -12,7 +13,8 @@
     request          answer                                                     complete with
     ──────────────   ────────────────────────────────────────────────────────   ──────────────────────────────
     models           models                                                     itself
-    manifest, file   begin, then data                                           the run that reaches its size
+    manifest, file,  begin, then data                                           the run that reaches its size
+    digests
     get              data                                                       the run that reaches its stop
     any              error, at any time between two runs                        itself
 

@@ -17,7 +17,9 @@ from surfw.config import KIB, MIB
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Manifest
 from surfw.storage import FilesystemBackend, local_reader
-from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, _File, map_file
+from surfw.storage.base import ChangedObjectError
+from surfw.storage.filesystem import file_revision
+from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, _Bounces, _File, map_file
 from surfw.storage.source import StorageSource
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store, payload
@@ -72,7 +74,7 @@ async def read_all(
     reader: LocalReader, path: Path, start: int, stop: int, *, skip: int = 0, urgent: bool = True
 ) -> memoryview:
     into = memory(stop - start, skip=skip)
-    await reader.read(FileRange(path, start, stop), into, accept, urgent=urgent)
+    await reader.read([FileRange(path, start, stop)], into, accept, urgent=urgent)
     return into
 
 
@@ -101,7 +103,7 @@ def test_any_range_has_its_bytes_and_every_piece_is_verified_once(
         assert at not in seen
         seen[at] = bytes(piece)
 
-    asyncio.run(reader.read(FileRange(file, start, start + size), into, check, urgent=urgent))
+    asyncio.run(reader.read([FileRange(file, start, start + size)], into, check, urgent=urgent))
     assert bytes(into) == data[start : start + size]
     assert sorted(seen) == list(range(0, size, PIECE_BYTES))
     assert b"".join(seen[at] for at in sorted(seen)) == bytes(into)
@@ -114,30 +116,69 @@ def test_any_range_has_its_bytes_and_every_piece_is_verified_once(
         (0, SMALL, 0, {DIRECT}),
         (PAGE, SMALL + 1, 0, {DIRECT, 0}),
         (0, SMALL - 1, 0, {0}),
-        (1, SMALL, 0, {0}),
+        (1, SMALL, 0, {DIRECT}),
+        (SIZE - SMALL - 76, SMALL + 76, 0, {DIRECT}),
         (3 * PIECE_BYTES, 5 * PAGE + 77, 0, {0}),
         (2 * PIECE_BYTES + PAGE, SIZE - 2 * PIECE_BYTES - PAGE, 0, {DIRECT, 0}),
         (0, SMALL, 1, {DIRECT, 0}),
     ],
 )
-def test_large_reads_from_whole_pages_are_direct_and_the_rest_is_not(
+def test_large_reads_are_direct_and_what_remains_is_not(
     start: int, size: int, skip: int, flags: set[int], file: Path, data: bytes
 ) -> None:
     """The last case reads into memory that begins between pages, which the file system refuses."""
-    opened, into = _File(file), memory(size, skip=skip)
-    opened.read_into(start, into)
+    opened, into = _File(file, None, _Bounces()), memory(size, skip=skip)
+    opened.read_into(start, into, in_place=True)
     used = set(opened._descriptors)
     opened.close()
     assert bytes(into) == data[start : start + size]
     assert used == flags
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    places=st.lists(
+        st.tuples(near(0, 8, PAGE, PIECE_BYTES), near(0, 8, SMALL, PAGE, PIECE_BYTES, PIECE_BYTES + SMALL)),
+        min_size=1,
+        max_size=5,
+    ),
+    urgent=st.booleans(),
+)
+def test_ranges_from_anywhere_lie_one_behind_the_other(
+    places: list[tuple[int, int]], urgent: bool, file: Path, data: bytes, reader: LocalReader
+) -> None:
+    """As the tensors of a chunk lie in the shards of a checkpoint."""
+    ranges = [FileRange(file, start, min(start + size, SIZE)) for start, size in places]
+    want = b"".join(data[one.start : one.stop] for one in ranges)
+    into, seen = memory(len(want)) if want else memoryview(bytearray()), dict[int, bytes]()
+
+    def check(at: int, piece: memoryview) -> None:
+        seen[at] = bytes(piece)
+
+    asyncio.run(reader.read(ranges, into, check, urgent=urgent))
+    assert bytes(into) == want
+    assert sorted(seen) == list(range(0, len(want), PIECE_BYTES))
+    assert b"".join(seen[at] for at in sorted(seen)) == want
+
+
+def test_a_pinned_file_that_changes_while_it_is_read_is_an_error(file: Path, reader: LocalReader) -> None:
+    revision = file_revision(file.stat())
+    pinned = FileRange(file, 8, SIZE, revision)
+
+    def change(at: int, piece: memoryview) -> None:
+        os.utime(file, ns=(at, at))
+
+    asyncio.run(reader.read([pinned], memory(SIZE - 8), accept, urgent=True))
+    with pytest.raises(ChangedObjectError, match="was changed: its revision is"):
+        asyncio.run(reader.read([pinned], memory(SIZE - 8), change, urgent=True))
+
+
 def test_where_direct_reads_are_refused_they_are_not_tried_again(file: Path, data: bytes) -> None:
-    opened = _File(file)
-    opened.read_into(0, memory(SMALL, skip=1))
+    opened = _File(file, None, _Bounces())
+    opened.read_into(0, memory(SMALL, skip=1), in_place=True)
     refused = not opened._direct
     into = memory(SMALL)
-    opened.read_into(SMALL, into)
+    opened.read_into(SMALL, into, in_place=True)
     opened.close()
     assert refused or not DIRECT
     assert bytes(into) == data[SMALL : 2 * SMALL]
@@ -187,7 +228,7 @@ def test_a_piece_that_is_not_right_fails_the_read_and_nothing_is_written_afterwa
 
     async def main() -> None:
         with pytest.raises(IntegrityError, match=f"piece {bad} is damaged"):
-            await reader.read(FileRange(file, 0, SIZE), into, check, urgent=urgent)
+            await reader.read([FileRange(file, 0, SIZE)], into, check, urgent=urgent)
         into[:] = bytes(SIZE)
         await read_all(reader, file, 0, SIZE, urgent=urgent)  # behind whatever might still be queued
 
@@ -204,7 +245,7 @@ class Held:
         self._path, self._arrived, self._go_on = path, threading.Semaphore(0), threading.Event()
         self._real = _File.read_into
 
-        def read_into(opened: _File, start: int, destination: memoryview) -> None:
+        def read_into(opened: _File, start: int, destination: memoryview, *, in_place: bool) -> None:
             self._read(opened, start, destination)
 
         monkeypatch.setattr(local_reader._File, "read_into", read_into)
@@ -214,7 +255,7 @@ class Held:
             self.began.append(start)
             self._arrived.release()
             assert self._go_on.wait(60)
-        self._real(opened, start, destination)
+        self._real(opened, start, destination, in_place=True)
         if opened._path == self._path:
             self.ended.append(start)
 
@@ -258,7 +299,7 @@ def test_a_cancelled_read_ends_when_nothing_is_written_any_more_and_begins_no_ot
     into = memory(SIZE)
 
     async def main() -> None:
-        read = reader.read(FileRange(held._path, 0, SIZE), into, accept, urgent=urgent)
+        read = reader.read([FileRange(held._path, 0, SIZE)], into, accept, urgent=urgent)
         work = asyncio.create_task(read)
         await held.arrived(readers)
         for _ in range(2):  # however often
@@ -289,7 +330,7 @@ def test_a_reader_that_is_closed_while_it_reads_says_so(held: Held, reader: Loca
     into = memory(SIZE)
 
     async def main() -> None:
-        work = asyncio.create_task(reader.read(FileRange(held._path, 0, SIZE), into, accept, urgent=True))
+        work = asyncio.create_task(reader.read([FileRange(held._path, 0, SIZE)], into, accept, urgent=True))
         await held.arrived()
         closing = begin_to_close(reader)
         held.go_on()

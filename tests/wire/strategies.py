@@ -15,6 +15,7 @@ CLIENT_MESSAGES = st.one_of(
     st.builds(m.ListModels, SIZE),
     st.builds(m.GetManifest, SIZE, TEXT),
     st.builds(m.GetFile, SIZE, TEXT, TEXT),
+    st.builds(m.GetDigests, SIZE, TEXT, TEXT),
     st.builds(m.Get, SIZE, TEXT, TEXT, TEXT, SIZE, SIZE, st.integers(-m.MAX_PRIORITY, m.MAX_PRIORITY)),
     st.builds(m.Cancel, SIZE),
     st.builds(m.Credit, SIZE),
@@ -27,7 +28,7 @@ SERVER_MESSAGES = st.one_of(
     st.builds(m.Failed, SIZE, SHOWN, SHOWN),
 )
 NAMES = ["type", "id", "model", "chunk", "form", "start", "stop", "bytes", "window_bytes", "client", "path", "priority"]
-TYPES = ["hello", "models", "manifest", "file", "get", "cancel", "credit", "begin", "data", "error"]
+TYPES = ["hello", "models", "manifest", "file", "digests", "get", "cancel", "credit", "begin", "data", "error"]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(TYPES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),

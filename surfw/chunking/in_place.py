@@ -1,0 +1,183 @@
+"""A checkpoint as a model of a store without a copy: its chunks are byte ranges of the checkpoint's own shards.
+
+Invariants: no weight byte is written; a chunk's payload is the one that a copy would have, so its identity is too, once
+its digests are known; whatever is no range of a shard (converted tensors, another dtype, `.bin`) is refused; every
+object is pinned to what it was when its header was read.
+"""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from surfw.checkpoint.shard import SafetensorsShard, check_unchanged
+from surfw.chunking.chunker import PreparedModel, prepare_model
+from surfw.chunking.plan import PlannedChunk
+from surfw.chunking.remote import RemoteCheckpoint, plain_name
+from surfw.chunking.writer import Progress
+from surfw.config import OnMissing
+from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.manifest import Chunk, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
+from surfw.skeleton.config import sanitise_config, tag_floats
+from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.places import private_store
+from surfw.storage.source import StorageSource
+
+_INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
+
+
+async def build_manifest(prepared: PreparedModel) -> Manifest:
+    """The manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known.
+
+    Raises:
+        UnsupportedModelError: a tensor is no range of the checkpoint.
+        CheckpointError: the checkpoint changed since it was opened, or nothing would tell if it did.
+    """
+    places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
+    pins = await _pins(prepared, {at.object for chunk in places for at in chunk})
+    checkpoint = prepared.checkpoint
+    url = checkpoint.url if isinstance(checkpoint, RemoteCheckpoint) else str(checkpoint.path.absolute())
+    files = [await asyncio.to_thread(_file, path) for _, path in sorted(checkpoint.files.items())]
+    await asyncio.to_thread(_check_unchanged, prepared)
+    origin = Origin(url, pins)
+    generation = checkpoint.generation_config
+    return Manifest(
+        name=prepared.name,
+        class_name=prepared.class_name,
+        dtype=prepared.dtype,
+        config=prepared.config,
+        generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
+        files=tuple(files),
+        ties=prepared.loading.ties,
+        chunks=tuple(_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)),
+        order=prepared.plan.order,
+        origin=origin,
+    )
+
+
+def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin) -> Chunk:
+    size = planned.payload_bytes
+    form = Form("none", size, "" if size else payload_digest(b""), b"", tuple(locations))
+    name = origin.provisional_id(locations) if size else form.digest
+    return Chunk(planned.name, planned.kind, name, size, tuple(t.info for t in planned.tensors), (form,))
+
+
+def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
+    """Where a chunk's payload lies, in order; neighbours are one range.
+
+    Raises:
+        UnsupportedModelError: a part of it lies nowhere.
+    """
+    found: list[Location] = []
+    for tensor in chunk.tensors:
+        recipe = prepared.loading.recipes[tensor.info.name]
+        if not recipe.joined:
+            dtype = prepared.facts[recipe.sources[0]][0]
+            why = (
+                f"it is converted from {dtype} to {tensor.info.dtype}"
+                if recipe.converter is None
+                else f"transformers makes it of {len(recipe.sources)} tensors such as {recipe.sources[0]}"
+            )
+            raise UnsupportedModelError(
+                f"{prepared.name} cannot be served in place: {tensor.info.name} is not in its checkpoint as it is "
+                f"used, {why}; {_INSTEAD}"
+            )
+        for name in recipe.joined:
+            source = prepared.checkpoint.tensors[name]
+            if source.start is None:
+                raise UnsupportedModelError(
+                    f"{prepared.name} cannot be served in place: {source.file.name} is no safetensors file; {_INSTEAD}"
+                )
+            at = Location(source.file.name, source.start, source.start + source.nbytes)
+            if found and (found[-1].object, found[-1].stop) == (at.object, at.start):
+                at = Location(at.object, found.pop().start, at.stop)
+            if at.start < at.stop:
+                found.append(at)
+    return found
+
+
+async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
+    checkpoint = prepared.checkpoint
+    names = sorted(shards | set(checkpoint.files))
+    if isinstance(checkpoint, RemoteCheckpoint):
+        return {name: checkpoint.pins[name] for name in names}
+    backend = open_backend(str(checkpoint.path.absolute()))
+    pins = {}
+    for name in names:
+        revision = await backend.revision(name)
+        if revision is None:
+            raise CheckpointError(f"{checkpoint.path / name} vanished while it was read; download it again")
+        pins[name] = Pin(await backend.size(name), revision)
+    return pins
+
+
+def _check_unchanged(prepared: PreparedModel) -> None:
+    """Raises: CheckpointError, if a shard was changed between its header was read and it was pinned."""
+    for shard in prepared.checkpoint.shards:
+        if isinstance(shard, SafetensorsShard):
+            check_unchanged(shard.path, None, shard.identity)
+
+
+def _folder_name(place: str) -> str:
+    return Path(place).expanduser().resolve().name
+
+
+def _file(path: Path) -> ModelFile:
+    data = path.read_bytes()
+    return ModelFile(path.name, len(data), payload_digest(data), path.name)
+
+
+async def write_in_place(
+    prepared: PreparedModel,
+    backend: StorageBackend,
+    *,
+    origin_options: Mapping[str, Any] | None = None,
+    progress: Progress = lambda *_: None,
+) -> Manifest:
+    """Publish a prepared model in a store without copying it, after reading all of it once for its digests.
+
+    Raises:
+        ManifestError: the store is not on this machine, but the checkpoint is.
+        UnsupportedModelError: a tensor is no range of the checkpoint.
+        StorageError: the store cannot be written, or the checkpoint not read. Nothing is visible then.
+    """
+    manifest = await build_manifest(prepared)
+    source = StorageSource(backend, owned=False, origin_options=origin_options)
+    try:
+        mounted = source.store.objects.mount(manifest, where=source.url)
+        await source.store.create()
+        known = {}
+        for chunk in mounted.chunks:
+            if not chunk.forms[0].is_known:
+                known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
+        manifest = manifest.with_digests(known)
+        await source.store.publish(manifest)
+    finally:
+        await source.close()
+    return manifest
+
+
+async def publish_place(
+    place: str, options: Mapping[str, Any] | None = None, *, on_missing: OnMissing = "error", model_class: Any = None
+) -> Path:
+    """Make the checkpoint in a folder or under a storage URL the one model of a private store, without digests.
+
+    Returns:
+        The folder of that store.
+
+    Raises:
+        SurfwError: it cannot be served in place.
+    """
+    folder = private_store(place)
+    name = None if "://" in place else plain_name(await asyncio.to_thread(_folder_name, place))
+    prepared = await asyncio.to_thread(
+        prepare_model, place, name=name, on_missing=on_missing, model_class=model_class, storage_options=options
+    )
+    try:
+        manifest = await build_manifest(prepared)
+    finally:
+        await asyncio.to_thread(prepared.close)
+    store = Store(open_backend(folder))
+    await store.create()
+    await store.publish(manifest)
+    return folder

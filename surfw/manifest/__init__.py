@@ -1,0 +1,68 @@
+"""The durable facts of a chunked model: what its chunks hold, where their bytes lie, and in which order they run.
+
+A manifest is immutable, is JSON on disk, and knows neither torch nor network nor storage. The format is versioned and
+documented in the README. Its rules, checked whenever one is parsed:
+
+- A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
+- A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
+  verified alone. For codec `none` the stored bytes are the payload itself.
+- Where a model was not copied, locations and files lie in another storage, its *origin*, and each object is pinned to
+  the revision it had. Digests may then be missing (format version 2), until somebody has read all bytes of a chunk.
+- Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
+  `Manifest.public`.
+"""
+
+from surfw.manifest.digests import (
+    Digester,
+    Digests,
+    block_digests,
+    digest_blocks,
+    parse_digests,
+    payload_digest,
+    read_digests,
+)
+from surfw.manifest.facts import (
+    DTYPE_BITS,
+    FORMAT,
+    IN_PLACE_VERSION,
+    VERSION,
+    Chunk,
+    Form,
+    Location,
+    Manifest,
+    ModelFile,
+    Origin,
+    Pin,
+    TensorInfo,
+    Use,
+    nbytes,
+    with_digests,
+)
+from surfw.manifest.parser import check_model_name, parse_manifest
+
+__all__ = [
+    "DTYPE_BITS",
+    "FORMAT",
+    "IN_PLACE_VERSION",
+    "VERSION",
+    "Chunk",
+    "Digester",
+    "Digests",
+    "Form",
+    "Location",
+    "Manifest",
+    "ModelFile",
+    "Origin",
+    "Pin",
+    "TensorInfo",
+    "Use",
+    "block_digests",
+    "check_model_name",
+    "digest_blocks",
+    "nbytes",
+    "parse_digests",
+    "parse_manifest",
+    "payload_digest",
+    "read_digests",
+    "with_digests",
+]

@@ -1,0 +1,294 @@
+"""What a manifest holds, as values: tensors, chunks and their forms, files, ties, and the execution order."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from surfw.errors import NotFoundError
+from surfw.manifest.digests import Digests, payload_digest
+
+FORMAT = "surfw.manifest"
+VERSION = 1
+IN_PLACE_VERSION = 2
+"""Of manifests with an origin, or with chunks whose digests are not known yet."""
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+"""Bits of the element types a tensor may have, under their safetensors names."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a chunk: its full name, safetensors dtype, shape, and byte offset in the chunk's payload."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's payload."""
+        return nbytes(self.dtype, self.shape)
+
+
+def nbytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of this safetensors dtype and shape."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count * DTYPE_BITS[dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A byte range (end-exclusive) of a stored object."""
+
+    object: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way in which a chunk's bytes are stored.
+
+    Attributes:
+        codec: how stored bytes become payload bytes; `none` means they are the same.
+        stored_bytes: length of the stored bytes.
+        digest: BLAKE3 of the stored bytes, hex; empty as long as nobody has read all of them (see `is_known`).
+        blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
+        locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
+    """
+
+    codec: str
+    stored_bytes: int
+    digest: str
+    blocks: bytes = field(repr=False)
+    locations: tuple[Location, ...] = ()
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the digests are there: without them nothing can be verified."""
+        return bool(self.digest)
+
+    def block_digest(self, index: int) -> bytes:
+        """The digest of block `index`."""
+        return self.blocks[32 * index : 32 * index + 32]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The unit that is stored, served and kept resident: the tensors of one executed module.
+
+    Attributes:
+        name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
+            containing module holds directly.
+        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
+        id: BLAKE3 of the payload, hex; of one that nobody has read yet, that of where it lies (see `provisional_id`).
+        payload_bytes: length of the payload.
+        tensors: in payload order, without gaps.
+        forms: at least one.
+    """
+
+    name: str
+    kind: str
+    id: str
+    payload_bytes: int
+    tensors: tuple[TensorInfo, ...]
+    forms: tuple[Form, ...]
+
+    def form(self, codec: str) -> Form | None:
+        """The form of that codec, if there is one."""
+        return next((form for form in self.forms if form.codec == codec), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A tokenizer file (or chat template) that belongs to the model: its name, size and digest, stored as a blob."""
+
+    path: str
+    size: int
+    digest: str
+    object: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One step of the execution order: the module that runs and the names of the chunks it needs."""
+
+    module: str
+    chunks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What an object of an origin was recognised by: its size, and what its storage calls its revision."""
+
+    size: int
+    revision: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A storage whose objects are the chunks of a model that was not copied.
+
+    Attributes:
+        url: its address: a folder, or a storage URL without secrets.
+        pins: the objects that are used, plain names in it, and what each of them was.
+    """
+
+    url: str
+    pins: Mapping[str, Pin]
+
+    @cached_property
+    def key(self) -> str:
+        """BLAKE3 of all of it: another one whenever an object is another."""
+        return payload_digest(json.dumps(_origin_document(self), sort_keys=True).encode())
+
+    def provisional_id(self, locations: Sequence[Location]) -> str:
+        """What a chunk is called by as long as its payload has not been read: BLAKE3 of origin and byte ranges."""
+        ranges = [[at.object, at.start, at.stop] for at in locations]
+        return payload_digest(json.dumps([self.key, ranges]).encode())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything there is to know about a chunked model without reading a weight.
+
+    Attributes:
+        name: the model's name in its store.
+        class_name: the class to build, such as `LlamaForCausalLM`.
+        dtype: the dtype the model is built with, such as `bfloat16`.
+        config: the model's configuration, as in `config.json`.
+        generation_config: as in `generation_config.json`, if there is one.
+        files: tokenizer files.
+        ties: names of tensors that are the same as another tensor, to that other's name.
+        chunks: in the order of the model's modules.
+        order: the execution order, as far as the model's structure tells it.
+        origin: the storage that all locations and files lie in, where that is not the manifest's own.
+    """
+
+    name: str
+    class_name: str
+    dtype: str
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
+    files: tuple[ModelFile, ...]
+    ties: Mapping[str, str]
+    chunks: tuple[Chunk, ...]
+    order: tuple[Use, ...]
+    origin: Origin | None = None
+
+    @cached_property
+    def by_name(self) -> dict[str, Chunk]:
+        """The chunks by their name."""
+        return {chunk.name: chunk for chunk in self.chunks}
+
+    @cached_property
+    def by_id(self) -> dict[str, Chunk]:
+        """The chunks by their identity; of chunks with equal payloads, one."""
+        return {chunk.id: chunk for chunk in self.chunks}
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(chunk.payload_bytes for chunk in self.chunks)
+
+    @property
+    def layer_count(self) -> int:
+        """How many chunks are layers."""
+        return sum(chunk.kind == "layer" for chunk in self.chunks)
+
+    @cached_property
+    def digest(self) -> str:
+        """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
+        return payload_digest(self.public().encode())
+
+    def file(self, path: str) -> ModelFile:
+        """The file of that name.
+
+        Raises:
+            NotFoundError: the model has none.
+        """
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise NotFoundError(f"{self.name} has no file {path[:80]!r}")
+
+    def public(self) -> "Manifest":
+        """The manifest as it may cross the wire: without origin, locations and object names."""
+        chunks = tuple(
+            replace(chunk, forms=tuple(replace(form, locations=()) for form in chunk.forms)) for chunk in self.chunks
+        )
+        files = tuple(replace(file, object="") for file in self.files)
+        return replace(self, chunks=chunks, files=files, origin=None)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the digests of all chunks are there."""
+        return all(form.is_known for chunk in self.chunks for form in chunk.forms)
+
+    def with_digests(self, known: Mapping[str, Digests]) -> "Manifest":
+        """The manifest with digests that it lacks, by the provisional ids of their chunks; those get their real ids."""
+        return replace(self, chunks=tuple(with_digests(chunk, known.get(chunk.id)) for chunk in self.chunks))
+
+    def encode(self) -> bytes:
+        """The manifest as JSON, the same bytes for equal manifests."""
+        document = {
+            "format": FORMAT,
+            "version": VERSION if self.origin is None and self.is_known else IN_PLACE_VERSION,
+            "name": self.name,
+            "class": self.class_name,
+            "dtype": self.dtype,
+            "config": self.config,
+            "generation_config": self.generation_config,
+            "files": [
+                {"path": file.path, "size": file.size, "digest": file.digest}
+                | ({"object": file.object} if file.object else {})
+                for file in self.files
+            ],
+            "ties": self.ties,
+            "chunks": [_chunk_document(chunk) for chunk in self.chunks],
+            "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
+        } | ({"origin": _origin_document(self.origin)} if self.origin else {})
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
+    """The chunk with the digests of its one form, if it lacks them and they are given."""
+    if digests is None or all(form.is_known for form in chunk.forms):
+        return chunk
+    (form,) = chunk.forms
+    return replace(chunk, id=digests.digest, forms=(replace(form, digest=digests.digest, blocks=digests.blocks),))
+
+
+def _origin_document(origin: Origin) -> dict[str, Any]:
+    pins = {name: {"size": pin.size, "revision": pin.revision} for name, pin in origin.pins.items()}
+    return {"url": origin.url, "objects": pins}
+
+
+def _chunk_document(chunk: Chunk) -> dict[str, Any]:
+    return {
+        "name": chunk.name,
+        "kind": chunk.kind,
+        "id": chunk.id,
+        "payload_bytes": chunk.payload_bytes,
+        "tensors": [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors
+        ],
+        "forms": [
+            {"codec": form.codec, "stored_bytes": form.stored_bytes}
+            | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
+            | (
+                {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
+                if form.locations
+                else {}
+            )
+            for form in chunk.forms
+        ],
+    }

@@ -1,0 +1,247 @@
+"""A manifest from its JSON: nothing is believed before it is checked, and sizes are capped before that."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from surfw.errors import ManifestError
+from surfw.manifest.digests import count_blocks, is_digest
+from surfw.manifest.facts import (
+    DTYPE_BITS,
+    FORMAT,
+    IN_PLACE_VERSION,
+    VERSION,
+    Chunk,
+    Form,
+    Location,
+    Manifest,
+    ModelFile,
+    Origin,
+    Pin,
+    TensorInfo,
+    Use,
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_MAX_BYTES = 1 << 46
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_PIECES = 1_000_000
+_MAX_FILES_BYTES = 1 << 29
+_MAX_DIMENSIONS = 16
+_MAX_DEPTH = 64
+_MAX_FILE_NAME = 128
+_MAX_OBJECT_NAME = 255
+
+
+def check_model_name(name: str) -> str:
+    """The name itself, if it can be a model's: `name` or `org/name` of letters, digits, `.`, `_` and `-`.
+
+    Raises:
+        ManifestError: it cannot.
+    """
+    is_file = any(part.endswith(".json") for part in name.split("/"))  # where another model's manifest would lie
+    if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
+        raise ManifestError(
+            f"model name {name[:80]!r} cannot be used: expected 'name' or 'org/name' of letters, digits, "
+            "'.', '_' and '-', not ending in .json; choose another with --name"
+        )
+    return name
+
+
+def parse_manifest(data: bytes, *, where: str) -> Manifest:
+    """A manifest from its JSON, with every rule of the format checked. `where` names its origin in errors.
+
+    Raises:
+        ManifestError: the bytes are no manifest, or one of a version this surfw does not know, or break a rule.
+    """
+    pieces = data.count(b"{") + data.count(b"[")
+    if len(data) > _MAX_MANIFEST_BYTES or pieces > _MAX_PIECES:
+        raise ManifestError(
+            f"the manifest from {where} has {len(data)} bytes and {pieces} objects and lists; "
+            f"expected at most {_MAX_MANIFEST_BYTES} and {_MAX_PIECES}"
+        )
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as exc:
+        raise ManifestError(f"the manifest from {where} is not JSON: {str(exc)[:200]}") from exc
+    try:
+        return _Parser(where).manifest(document)
+    except (KeyError, TypeError, AttributeError, ValueError) as exc:
+        raise ManifestError(f"the manifest from {where} is malformed: {type(exc).__name__} {str(exc)[:200]}") from exc
+
+
+class _Parser:
+    """Turns a decoded document into a manifest; every `ManifestError` names where it came from."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.in_place = False  # whether digests may be missing
+
+    def require(self, truth: bool, complaint: str) -> None:
+        if not truth:
+            raise ManifestError(f"the manifest from {self.where} is not valid: {complaint}")
+
+    def size(self, value: Any, what: str) -> int:
+        valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_BYTES
+        self.require(valid, f"{what} is {str(value)[:40]}, expected an integer from 0 to 2^46")
+        return int(value)
+
+    def text(self, value: Any, what: str) -> str:
+        valid = isinstance(value, str) and len(value) <= 4096 and value.isprintable()
+        self.require(valid, f"{what} is not a printable text of at most 4096 characters")
+        return str(value)
+
+    def items(self, value: Any, what: str) -> list[Any]:
+        self.require(isinstance(value, list), f"{what} is not a list")
+        return [*value]
+
+    def settings(self, value: Any, what: str, depth: int = 0) -> Any:
+        """A configuration as it is, if it can be written again as it was read."""
+        self.require(depth <= _MAX_DEPTH, f"{what} is nested more than {_MAX_DEPTH} deep")
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                self.settings(inner, f"{what}.{self.text(key, 'a key of ' + what)}"[:80], depth + 1)
+        elif isinstance(value, list):
+            for inner in value:
+                self.settings(inner, what, depth + 1)
+        elif isinstance(value, str):
+            value.encode()  # a lone surrogate is a ValueError
+        else:
+            self.require(value == value, f"{what} is no number")  # noqa: PLR0124 - NaN is unlike itself
+        return value
+
+    def digest(self, value: Any, what: str) -> str:
+        self.require(is_digest(value), f"{what} is not a BLAKE3 in hex")
+        return str(value)
+
+    def manifest(self, document: Any) -> Manifest:
+        self.require(isinstance(document, dict) and document.get("format") == FORMAT, f"its format is not {FORMAT!r}")
+        version = document.get("version")
+        if isinstance(version, bool) or version not in {VERSION, IN_PLACE_VERSION}:
+            raise ManifestError(
+                f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
+                f"{VERSION} and {IN_PLACE_VERSION}. Chunk the model again, or use the surfw that wrote it"
+            )
+        self.in_place = version == IN_PLACE_VERSION
+        generation = document["generation_config"]
+        self.require(isinstance(document["config"], dict), "config is not an object")
+        self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
+        files = tuple(self.file(file) for file in self.items(document["files"], "files"))
+        ties = {self.text(name, "a tie"): self.text(to, "a tie") for name, to in document["ties"].items()}
+        manifest = Manifest(
+            name=check_model_name(self.text(document["name"], "name")),
+            class_name=self.text(document["class"], "class"),
+            dtype=self.text(document["dtype"], "dtype"),
+            config=self.settings(document["config"], "config"),
+            generation_config=self.settings(generation, "generation_config"),
+            files=files,
+            ties=ties,
+            chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
+            order=tuple(self.use(use) for use in self.items(document["order"], "order")),
+            origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
+        )
+        self.consistent(manifest)
+        return manifest
+
+    def file(self, document: Any) -> ModelFile:
+        path = self.text(document["path"], "a file's path")
+        plain = len(path) <= _MAX_FILE_NAME and bool(_FILE.fullmatch(path))
+        self.require(plain, f"file path {path[:80]!r} is not a plain file name")
+        size = self.size(document["size"], f"the size of {path}")
+        digest = self.digest(document["digest"], f"the digest of {path}")
+        return ModelFile(path, size, digest, self.text(document.get("object", ""), f"the object of {path}"))
+
+    def use(self, document: Any) -> Use:
+        module = self.text(document["module"], "a module")
+        chunks = self.items(document["chunks"], f"the chunks of module {module}")
+        return Use(module, tuple(self.text(name, "a chunk name") for name in chunks))
+
+    def chunk(self, document: Any) -> Chunk:
+        name = self.text(document["name"], "a chunk's name")
+        self.require(document["kind"] in {"layer", "part", "own"}, f"chunk {name} has an unknown kind")
+        size = self.size(document["payload_bytes"], f"payload_bytes of chunk {name}")
+        tensors = tuple(self.tensor(tensor, name) for tensor in self.items(document["tensors"], f"tensors of {name}"))
+        self.require(bool(tensors), f"chunk {name} has no tensors")
+        ends = [*(tensor.offset for tensor in tensors), size]
+        gapless = ends[0] == 0 and all(
+            tensor.offset + tensor.nbytes == end for tensor, end in zip(tensors, ends[1:], strict=True)
+        )
+        self.require(gapless, f"the tensors of chunk {name} leave gaps, overlap, or do not add up to {size} bytes")
+        forms = tuple(self.form(form, name) for form in self.items(document["forms"], f"forms of {name}"))
+        chunk = Chunk(name, document["kind"], self.digest(document["id"], f"the id of {name}"), size, tensors, forms)
+        codecs = [form.codec for form in forms]
+        self.require(bool(forms) and len(set(codecs)) == len(codecs), f"chunk {name} has no forms, or one twice")
+        known = all(form.is_known for form in forms) or codecs == ["none"]
+        self.require(known, f"chunk {name} lacks digests, and is stored in another form than 'none'")
+        plain = chunk.form("none")
+        same = plain is None or (plain.stored_bytes == size and plain.digest in {chunk.id, ""})
+        self.require(same, f"the form 'none' of chunk {name} is not its payload")
+        return chunk
+
+    def tensor(self, document: Any, chunk: str) -> TensorInfo:
+        name, dtype, shape = document["name"], document["dtype"], document["shape"]
+        self.text(name, f"a tensor of chunk {chunk}")
+        self.require(dtype in DTYPE_BITS, f"tensor {name[:200]} has the unknown dtype {str(dtype)[:40]!r}")
+        self.require(isinstance(shape, list) and len(shape) <= _MAX_DIMENSIONS, f"tensor {name} has no usable shape")
+        sizes = tuple(self.size(size, f"a dimension of {name}") for size in shape)
+        tensor = TensorInfo(name, dtype, sizes, self.size(document["offset"], f"the offset of {name}"))
+        self.require(tensor.nbytes <= _MAX_BYTES, f"tensor {name} would have {tensor.nbytes} bytes")
+        return tensor
+
+    def form(self, document: Any, chunk: str) -> Form:
+        codec = self.text(document["codec"], f"a codec of chunk {chunk}")
+        size = self.size(document["stored_bytes"], f"stored_bytes of chunk {chunk}")
+        digest, blocks = "", b""
+        if not self.in_place or "digest" in document:
+            digest, blocks = (
+                self.digest(document["digest"], f"the digest of {chunk}"),
+                bytes.fromhex(document["blocks"]),
+            )
+            expected = count_blocks(size)
+            self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
+        locations = tuple(
+            Location(
+                self.text(at["object"], "an object"), self.size(at["start"], "start"), self.size(at["stop"], "stop")
+            )
+            for at in self.items(document.get("locations", []), f"locations of {chunk}")
+        )
+        if locations:
+            covered = sum(at.stop - at.start for at in locations)
+            forward = all(at.start <= at.stop for at in locations)
+            self.require(forward and covered == size, f"the locations of chunk {chunk} do not add up to {size} bytes")
+        return Form(codec, size, digest, blocks, locations)
+
+    def origin(self, document: Any) -> Origin:
+        self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")
+        pins = {}
+        for name, pin in document["objects"].items():
+            plain = len(name) <= _MAX_OBJECT_NAME and bool(_FILE.fullmatch(name))
+            self.require(plain, f"object {name[:80]!a} of its origin is not a plain file name")
+            revision = self.text(pin["revision"], f"the revision of {name}")
+            pins[name] = Pin(self.size(pin["size"], f"the size of {name}"), revision)
+        return Origin(self.text(document["url"], "the URL of its origin"), pins)
+
+    def within_origin(self, manifest: Manifest, pins: Mapping[str, Pin]) -> None:
+        ends = [(at.object, at.stop) for chunk in manifest.chunks for form in chunk.forms for at in form.locations]
+        for name, stop in [*ends, *((file.object, file.size) for file in manifest.files)]:
+            inside = name in pins and stop <= pins[name].size
+            self.require(inside, f"bytes before {stop} of {name[:80]!a} do not lie in its origin")
+
+    def consistent(self, manifest: Manifest) -> None:
+        if manifest.origin is not None:
+            self.within_origin(manifest, manifest.origin.pins)
+        names = [chunk.name for chunk in manifest.chunks]
+        self.require(len(set(names)) == len(names), "two chunks have the same name")
+        together = sum(file.size for file in manifest.files)
+        self.require(together <= _MAX_FILES_BYTES, f"its tokenizer files have {together} bytes")
+        tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
+        self.require(len(set(tensors)) == len(tensors), "two tensors have the same name")
+        paths = [file.path for file in manifest.files]
+        self.require(len(set(paths)) == len(paths), "two files have the same path")
+        known = set(tensors)
+        for name, to in manifest.ties.items():
+            self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")
+        used = {name for use in manifest.order for name in use.chunks}
+        self.require(used <= set(names), "the execution order names a chunk that is not there")

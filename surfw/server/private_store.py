@@ -1,0 +1,42 @@
+"""A private store for a checkpoint that is served in place, made by a child process: this one never loads torch."""
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from surfw import errors
+from surfw.config import display_url
+from surfw.errors import SurfwError
+
+
+async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
+    """The folder of a store whose one model is the checkpoint at a place: a folder or a storage URL.
+
+    Raises:
+        SurfwError: what the child process raised, or that it did not come to its end.
+    """
+    command = (sys.executable, "-m", "surfw.chunking.child")
+    child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+    try:
+        written, _ = await child.communicate(json.dumps({"place": place, "options": dict(options)}).encode())
+    except BaseException:
+        with suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+        raise
+    try:
+        answer = json.loads(written)
+    except ValueError as exc:
+        raise SurfwError(
+            f"the process that reads {display_url(place)} ended with exit code {child.returncode}; what it wrote "
+            "before says why, or run surfw chunk --in-place, and serve that store"
+        ) from exc
+    if "store" in answer:
+        return Path(answer["store"])
+    kind: type[SurfwError] = getattr(errors, answer["error"], SurfwError)
+    raise (kind if kind.__init__ is SurfwError.__init__ else SurfwError)(answer["text"])

@@ -1,0 +1,212 @@
+"""What the manifests of a store point at: blobs of the store itself, and objects of *origins*, which were not copied.
+
+Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. Invariants:
+
+- No byte of an origin is given out that was not read from the revision that the manifest pinned.
+- A store on another machine never makes this one read its own files, nor what only an unusual scheme would reach.
+- Origins are read, never written to.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from surfw.errors import ManifestError, StorageError
+from surfw.manifest import Manifest, Origin
+from surfw.storage.base import ChangedObjectError, StorageBackend
+from surfw.storage.opening import open_backend
+
+_MOUNT = "origins/"
+_FROM_AFAR = {"s3", "http", "https", "hf"}
+"""Schemes of origins that a store on another machine may name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where an object lies: its storage, its key there, and the revision it has to have, if it is pinned."""
+
+    backend: StorageBackend
+    key: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Mounted:
+    origin: Origin
+    backend: StorageBackend
+
+
+class Objects(StorageBackend):
+    """A store's own objects, and those of its manifests' origins, by one kind of key. Read-only."""
+
+    def __init__(self, own: StorageBackend, marker: str, options: Mapping[str, Any] | None = None) -> None:
+        """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
+        self.url = own.url
+        self._own = own
+        self._is_local = own.local_path(marker) is not None
+        self._options = dict(options or {})
+        self._mounted: dict[str, _Mounted] = {}
+
+    @property
+    def parallel_reads(self) -> int:  # type: ignore[override]  # of the one that gains most by it
+        """How many reads at a time are worth it."""
+        return max(backend.parallel_reads for backend in self._backends())
+
+    @property
+    def reads_in_place(self) -> bool:  # type: ignore[override]
+        """Whether all of them read straight into the destination."""
+        return all(backend.reads_in_place for backend in self._backends())
+
+    @property
+    def has_local_origin(self) -> bool:
+        """Whether an origin is a folder: its shards are read at odd places."""
+        return any(is_local_url(one.origin.url) for one in self._mounted.values())
+
+    def _backends(self) -> list[StorageBackend]:
+        return [self._own, *(one.backend for one in self._mounted.values())]
+
+    def mount(self, manifest: Manifest, *, where: str) -> Manifest:
+        """The manifest with its objects named as they are here; without an origin, as it is.
+
+        Raises:
+            ManifestError: its origin is not one that this store may have.
+            ConfigurationError: no storage has the scheme of its origin.
+        """
+        origin = manifest.origin
+        if origin is None:
+            if not manifest.is_known:
+                raise ManifestError(
+                    f"the manifest from {where} lacks digests, and names no origin; chunk the model again"
+                )
+            return manifest
+        if origin.key not in self._mounted:
+            self._refuse(origin, where)
+            self._mounted[origin.key] = _Mounted(
+                origin, open_backend(origin.url, origin_options(self.url, origin.url, self._options))
+            )
+        chunks = tuple(
+            replace(
+                chunk,
+                forms=tuple(
+                    replace(
+                        form,
+                        locations=tuple(replace(at, object=_name(origin, at.object)) for at in form.locations),
+                    )
+                    for form in chunk.forms
+                ),
+            )
+            for chunk in manifest.chunks
+        )
+        files = tuple(replace(file, object=_name(origin, file.object)) for file in manifest.files)
+        return replace(manifest, chunks=chunks, files=files)
+
+    def _refuse(self, origin: Origin, where: str) -> None:
+        """Raises: ManifestError, if the store is on another machine and its origin might be on this one."""
+        scheme = origin.url.partition("://")[0]
+        if not self._is_local and (is_local_url(origin.url) or scheme not in _FROM_AFAR):
+            raise ManifestError(
+                f"the manifest from {where} says that its weights lie in {origin.url[:200]!a}, which a store that is "
+                f"not on this machine may not say; expected one of {', '.join(sorted(_FROM_AFAR))}; chunk the model "
+                "without --in-place"
+            )
+
+    def find(self, key: str) -> Found:
+        """Where the object lies.
+
+        Raises:
+            StorageError: it is said to lie in an origin that no manifest of this store has.
+        """
+        if not key.startswith(_MOUNT):
+            return Found(self._own, key)
+        mount, _, name = key.removeprefix(_MOUNT).partition("/")
+        mounted = self._mounted.get(mount)
+        pin = mounted.origin.pins.get(name) if mounted else None
+        if mounted is None or pin is None:
+            raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
+        return Found(mounted.backend, name, pin.revision)
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        """Fill `destination` with the object's bytes from `start` on, if it is what it was."""
+        found = self.find(key)
+        pinned = found.revision or revision
+        if pinned is None:
+            await found.backend.read_into(found.key, start, destination)
+            return
+        try:
+            await found.backend.read_into(found.key, start, destination, revision=pinned)
+        except ChangedObjectError as exc:
+            if found.revision is None:
+                raise
+            raise explain_change(exc) from exc
+
+    async def load(self, key: str) -> bytes:
+        """The whole object."""
+        found = self.find(key)
+        if found.revision is None:
+            return await found.backend.load(found.key)
+        memory = bytearray(await self.size(key))
+        await self.read_into(key, 0, memoryview(memory))
+        return bytes(memory)
+
+    async def load_range(self, key: str, start: int, stop: int) -> bytes:
+        """Bytes `start` to `stop` of an object."""
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
+    async def size(self, key: str) -> int:
+        """The object's length; of one that is pinned, the one that it has to have."""
+        found = self.find(key)
+        if found.revision is None:
+            return await found.backend.size(found.key)
+        mount = key.removeprefix(_MOUNT).partition("/")[0]
+        return self._mounted[mount].origin.pins[found.key].size
+
+    def local_path(self, key: str) -> Path | None:
+        """The object's file, if it is one of this machine."""
+        found = self.find(key)
+        return found.backend.local_path(found.key)
+
+    async def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        found = self.find(key)
+        return await found.backend.exists(found.key)
+
+    async def list(self, prefix: str = "") -> list[str]:
+        """The keys of the store's own objects."""
+        return await self._own.list(prefix)
+
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        """Nothing is written through this."""
+        raise StorageError(f"{key} in {self.url} cannot be written here: objects of manifests are only read")
+
+    async def close(self) -> None:
+        """Close the origins; the store's own backend stays open."""
+        mounted, self._mounted = list(self._mounted.values()), {}
+        await asyncio.gather(*(one.backend.close() for one in mounted))
+
+
+def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
+    """The error for an object of an origin that is not what it was."""
+    seen = str(exc).rpartition("; ")[0]
+    return ChangedObjectError(
+        f"{seen}: it belongs to a model that is served in place, and none of its weights is used; start the server "
+        "again, or run surfw chunk --in-place again"
+    )
+
+
+def origin_options(store: str, origin: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the storage options of a store, those for an origin: they are for one scheme, or for all if it is a folder."""
+    scheme, mark, _ = origin.partition("://")
+    return options if mark and (is_local_url(store) or store.startswith(f"{scheme}://")) else {}
+
+
+def is_local_url(url: str) -> bool:
+    """Whether an address is that of a folder of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def _name(origin: Origin, name: str) -> str:
+    return f"{_MOUNT}{origin.key}/{name}"

@@ -1,0 +1,105 @@
+"""A checkpoint that was changed after its model was opened or chunked is noticed before a weight of it is used."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from surfw.chunking.chunker import prepare_model
+from surfw.chunking.in_place import write_in_place
+from surfw.errors import IntegrityError, ManifestError, RefusedError
+from surfw.models import StreamingModel
+from surfw.storage import FsspecBackend, Store, open_backend
+from surfw.storage.base import ChangedObjectError
+from tests.checkpoints import save_llama
+from tests.servers import serve
+from tests.storage.dict_backend import DictBackend
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
+    return save_llama(tmp_path / "llama")
+
+
+@pytest.fixture
+def store(llama: Path, tmp_path: Path) -> Path:
+    """A store that points at it."""
+    with prepare_model(str(llama)) as prepared:
+        asyncio.run(write_in_place(prepared, open_backend(tmp_path / "store")))
+    return tmp_path / "store"
+
+
+def damage(shard: Path, *, keep_time: bool) -> None:
+    """Flip bits in the middle of each MB of a shard."""
+    before = shard.stat()
+    with shard.open("r+b") as file:
+        for at in range(before.st_size // 3, before.st_size, 10_000):
+            file.seek(at)
+            file.write(b"\xff")
+    if keep_time:
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def run(source: str) -> None:
+    with StreamingModel.open(source, cache_size=1, prefetch=False) as streaming:
+        streaming(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_read_from_the_folder(llama: Path) -> None:
+    text = r"model.safetensors was changed: its revision is .* expected .*start the server again, or run"
+    with StreamingModel.open(str(llama), cache_size=1, prefetch=False) as streaming:
+        damage(llama / "model.safetensors", keep_time=False)
+        with pytest.raises(ChangedObjectError, match=text):
+            streaming(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_with_time_and_size_kept(llama: Path) -> None:
+    run(str(llama))
+    damage(llama / "model.safetensors", keep_time=True)
+    with pytest.raises(IntegrityError, match="is damaged: block 0 has BLAKE3"):
+        run(str(llama))
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_of_a_running_server_and_of_one_that_is_started_again(llama: Path, store: Path, keep_time: bool) -> None:
+    expected = IntegrityError if keep_time else RefusedError
+    text = "is damaged" if keep_time else "was changed since; start the server again, or run surfw chunk --in-place"
+    with serve(store) as served:
+        with StreamingModel.open(served.url) as streaming:
+            assert streaming.manifest.is_known
+        damage(llama / "model.safetensors", keep_time=keep_time)
+        with pytest.raises(expected, match=text):
+            run(served.url)
+    with serve(store) as again, pytest.raises(expected, match=text):
+        run(again.url)
+    with pytest.raises(IntegrityError if keep_time else ChangedObjectError):
+        run(str(store))
+
+
+def test_a_store_elsewhere_gives_away_no_file_of_this_machine(llama: Path, store: Path) -> None:
+    data = (store / "models" / "llama.json").read_bytes()
+    text = r"says that its weights lie in '.*llama', which a store that is not on this machine may not say"
+    with pytest.raises(ManifestError, match=text):
+        Store(DictBackend({})).parse_manifest("llama", data)
+    for scheme in ("local", "file", "simplecache::file", "memory"):
+        other = data.replace(str(llama).encode(), f"{scheme}://{llama}".encode())
+        with pytest.raises(ManifestError, match="which a store that is not on this machine may not say"):
+            Store(FsspecBackend("memory://elsewhere")).parse_manifest("llama", other)
+    with prepare_model(str(llama)) as prepared, pytest.raises(ManifestError, match="chunk the model without"):
+        asyncio.run(write_in_place(prepared, DictBackend({})))
+
+
+def test_a_digest_that_was_cut_off_is_found_out_again(llama: Path, tmp_path: Path) -> None:
+    run(str(llama))
+    (log,) = (tmp_path / "home" / "digests").iterdir()
+    whole = log.read_bytes()
+    log.write_bytes(whole[:-40])
+    with StreamingModel.open(str(llama)) as streaming:
+        unknown = [chunk for chunk in streaming.manifest.chunks if not chunk.forms[0].is_known]
+        assert len(unknown) == 1
+    run(str(llama))
+    with StreamingModel.open(str(llama)) as streaming:
+        assert streaming.manifest.is_known

@@ -1,0 +1,90 @@
+"""Checkpoints in S3 and behind a web server: of the weights, nothing but headers is read before they are used."""
+
+import asyncio
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from surfw.chunking.chunker import prepare_model
+from surfw.errors import ConfigurationError
+from surfw.models import StreamingModel
+from surfw.server import WeightServer
+from surfw.storage.base import ChangedObjectError
+from tests.checkpoints import save_llama
+from tests.in_place.disk import written
+from tests.services.http import http_server
+from tests.services.s3 import S3Service
+
+IDS = torch.arange(3, 12)[None]
+SHARD = "model-00002-of-00006.safetensors"
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
+    path = save_llama(tmp_path / "llama", hidden=256)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    model.save_pretrained(path, max_shard_size="2MB")
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def resident(path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(copy.deepcopy(transformers.AutoModelForCausalLM.from_pretrained(path))(IDS).logits)
+
+
+def run(streaming: StreamingModel) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(streaming(input_ids=IDS).logits)
+
+
+def test_from_s3_by_a_server_and_without_one(llama: Path, s3: S3Service, tmp_path: Path) -> None:
+    bucket = s3.bucket()
+    for file in llama.iterdir():
+        s3.client.put_object(Bucket=bucket, Key=f"models/{file.name}", Body=file.read_bytes())
+    url = f"s3://{bucket}/models"
+    options = {
+        "endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret,
+        "region": "us-east-1",
+    }  # fmt: skip
+    want = resident(llama)
+
+    async def main() -> None:
+        async with (
+            WeightServer(model_path=url, port=0, storage_options=options) as server,
+            StreamingModel(server.url, cache_size=1) as streaming,
+        ):
+            assert torch.equal((await streaming.forward_async(input_ids=IDS)).logits, want)
+
+    asyncio.run(main())
+    assert written(tmp_path / "home") < 100_000
+    with StreamingModel.open(url, cache_size=1, prefetch=False, storage_options=options) as streaming:
+        assert streaming.manifest.is_known
+        assert torch.equal(run(streaming), want)
+        assert streaming.tokenizer("Weights").input_ids
+        s3.client.put_object(Bucket=bucket, Key=f"models/{SHARD}", Body=(llama / SHARD).read_bytes()[:-1] + b"?")
+        with pytest.raises(ChangedObjectError, match=rf"{SHARD} in {url} was changed: .*; start the server again"):
+            run(streaming)
+
+
+def test_from_a_web_server(llama: Path, tmp_path: Path) -> None:
+    want = resident(llama)
+    with (
+        http_server(tmp_path, tmp_path / "http.log") as server,
+        StreamingModel.open(f"{server}/llama", cache_size=1, prefetch=False) as streaming,
+    ):
+        assert streaming.manifest.name == "llama"
+        assert torch.equal(run(streaming), want)
+        (llama / SHARD).write_bytes((llama / SHARD).read_bytes()[:-1] + b"?")
+        with pytest.raises(ChangedObjectError, match=rf"{SHARD} in {server}/llama was changed"):
+            run(streaming)
+    assert written(tmp_path / "home") < 100_000
+
+
+def test_a_url_with_secrets_comes_into_no_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"https://\*\*\*@example.com/x holds secrets, which would come into"):
+        prepare_model("https://user:hush@example.com/x")
