@@ -21,6 +21,7 @@ _SECRET = re.compile(
     r"secret|passw|passphrase|token|credential|signature|private|connection_string|(account|access|api)_?key$|^sas|^key$",
     re.IGNORECASE,
 )
+_MOST_CONNECTIONS = 256
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -75,4 +76,14 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     for switch in ("anonymous", "requester_pays"):
         if not isinstance(arguments.get(switch, False), bool):
             raise ConfigurationError(f"storage option {switch} is {arguments[switch]!a:.80}, expected true or false")
+    if "max_concurrency" in arguments:
+        arguments["max_concurrency"] = _count("max_concurrency", arguments["max_concurrency"])
     return arguments
+
+
+def _count(name: str, value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_CONNECTIONS:
+        return value
+    if isinstance(value, str) and value.isdecimal() and len(value) < 4:
+        return _count(name, int(value))
+    raise ConfigurationError(f"storage option {name} is {value!a:.80}, expected a number from 1 to {_MOST_CONNECTIONS}")

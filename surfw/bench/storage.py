@@ -5,7 +5,9 @@ The others are parallel ranged GETs of the same client library, and Run:ai Model
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from surfw.bench.result import Result, Row, describe_machine, summarise_rates
@@ -22,6 +24,7 @@ from surfw.storage.store import segments
 _AHEAD = 2
 """Chunks that surfw reads at a time, as a model does: one for now, and one ahead."""
 
+_SURFW, _STREAMER = "surfw", "streamer"
 _WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16))
 """Range sizes and how many are under way, of the plain reads; the best one is the baseline."""
 
@@ -54,14 +57,17 @@ async def _bench(backend: FsspecBackend, model: str | None, rounds: int) -> Resu
         size = sum(chunk.forms[0].stored_bytes for chunk in manifest.chunks)
         plain = {way: _Plain(backend, manifest, *way) for way in _WAYS}
         streamer = _streamer(backend, manifest)
-        seconds: dict[Any, list[float]] = {key: [] for key in ("surfw", *plain, *(["streamer"] if streamer else []))}
+        contenders: dict[Any, Callable[[], Awaitable[float]]] = {_SURFW: partial(_time, ours.read)}
+        contenders |= {way: partial(_time, one.read) for way, one in plain.items()}
+        if streamer:
+            contenders[_STREAMER] = streamer
+        seconds: dict[Any, list[float]] = {key: [] for key in contenders}
         await ours.read()
-        for _ in range(rounds):
-            seconds["surfw"].append(await _time(ours.read))
-            for way, one in plain.items():
-                seconds[way].append(await _time(one.read))
-            if streamer:
-                seconds["streamer"].append(await streamer())
+        for index in range(rounds):
+            order = deque(contenders)
+            order.rotate(-index)  # nobody always follows the same other one, whose traces a server may bear for a while
+            for key in order:
+                seconds[key].append(await contenders[key]())
     return Result(
         benchmark="storage",
         machine=describe_machine("s3fs", "aiohttp", "runai-model-streamer"),
@@ -147,10 +153,10 @@ def _rows(size: int, seconds: Mapping[Any, Sequence[float]]) -> tuple[Row, ...]:
         for way in _WAYS
     ]
     baselines = [("the best plain ranges", rates[best])]
-    if "streamer" in rates:
-        rows.append(Row(name="Run:ai Model Streamer", unit="GB/s", **rates["streamer"]._asdict()))
-        baselines.append(("Run:ai Model Streamer", rates["streamer"]))
-    ours = rates["surfw"]
+    if _STREAMER in rates:
+        rows.append(Row(name="Run:ai Model Streamer", unit="GB/s", **rates[_STREAMER]._asdict()))
+        baselines.append(("Run:ai Model Streamer", rates[_STREAMER]))
+    ours = rates[_SURFW]
     rows += [
         Row(
             name=f"surfw, against {name}",

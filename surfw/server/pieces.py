@@ -89,26 +89,23 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
 
 
 class _Window:
-    """Pieces whose use has begun, in order. The first needs no permit, so that every answer goes on."""
+    """Pieces whose use has begun, in order. The first needs no permit, so that every answer goes on; the others do."""
 
     def __init__(self, pieces: Iterator[Piece], ahead: ReadAhead, most: int) -> None:
         self._pieces = pieces
         self._ahead = ahead
         self._most = most
-        self._begun: deque[tuple[Piece, asyncio.Task[None], bool]] = deque()
+        self._begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
 
     def fill(self) -> None:
         """Begin to use what follows, as far as it may be."""
-        while len(self._begun) < self._most:
-            permitted = bool(self._begun)
-            if permitted and not self._ahead.take():
-                return
+        while len(self._begun) < self._most and (not self._begun or self._ahead.take()):
             piece = next(self._pieces, None)
             if piece is None:
-                if permitted:
+                if self._begun:
                     self._ahead.give()
                 return
-            self._begun.append((piece, asyncio.create_task(piece.use()), permitted))
+            self._begun.append((piece, asyncio.create_task(piece.use())))
 
     async def take(self) -> Piece | None:
         """The next piece, once it is at hand; None at the end."""
@@ -118,10 +115,10 @@ class _Window:
         return self._drop()[0]
 
     def _drop(self) -> tuple[Piece, asyncio.Task[None]]:
-        piece, using, permitted = self._begun.popleft()
-        if permitted:
-            self._ahead.give()
-        return piece, using
+        dropped = self._begun.popleft()
+        if self._begun:
+            self._ahead.give()  # of the one that is the first now
+        return dropped
 
     async def close(self) -> None:
         """Give up what has begun."""

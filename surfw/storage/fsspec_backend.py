@@ -70,8 +70,9 @@ class FsspecBackend(StorageBackend):
         self._address = url  # with what is not shown
         self.fs, self.root = self._open(**options)
         reader = self._ranges()
-        self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES) if reader else None
-        self.parallel_reads = CONNECTIONS if reader else 1
+        connections = options.get("max_concurrency", CONNECTIONS)
+        self._transfer = Transfer(reader, self.fs.loop, RANGE_RETRIES, connections) if reader else None
+        self.parallel_reads = connections if reader else 1
         self.reads_in_place = reader is not None and reader.tells_revision
         self._read_only = reader is not None and reader.read_only
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import aiohttp
 
+from surfw.config import MIB
 from surfw.errors import StorageError
 from surfw.storage.transfer import Answer, PinLostError, Place, RangeReader, TransientError
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_BUFFER_BYTES = 1 << 19
+_BUFFER_BYTES = MIB
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 

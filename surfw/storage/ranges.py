@@ -26,7 +26,9 @@ class RangePlan:
 
 
 def plan_ranges(start: int, stop: int, *, window_bytes: int = WINDOW_BYTES) -> RangePlan:
-    """Cut bytes `start` to `stop` (end-exclusive) into equal ranges of 8 to 16 MiB; a shorter read is one range.
+    """Cut bytes `start` to `stop` (end-exclusive) into as few equal ranges of 8 to 16 MiB as will do.
+
+    A read of up to 16 MiB is one range.
 
     Args:
         start: the first byte.
@@ -36,7 +38,7 @@ def plan_ranges(start: int, stop: int, *, window_bytes: int = WINDOW_BYTES) -> R
     length = stop - start
     if length <= 0:
         return RangePlan((), 1)
-    count = max(1, length // LEAST_RANGE_BYTES)
+    count = -(-length // MOST_RANGE_BYTES)
     cuts = [start + length * index // count for index in range(count + 1)]
     largest = -(-length // count)
     return RangePlan(tuple(pairwise(cuts)), max(1, min(count, window_bytes // largest)))

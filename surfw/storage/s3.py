@@ -142,7 +142,7 @@ class S3Backend(FsspecBackend):
         config: dict[str, Any] = {
             "connect_timeout": _CONNECT_SECONDS,
             "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
-            "max_pool_connections": 2 * CONNECTIONS,
+            "max_pool_connections": max(10, 2 * options.get("max_concurrency", CONNECTIONS)),
         } | given
         if self._addressing_style:
             config["s3"] = dict(config.get("s3") or {}) | {"addressing_style": self._addressing_style}

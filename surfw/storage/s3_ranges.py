@@ -12,11 +12,15 @@ import aiohttp
 from botocore import exceptions as boto
 from s3fs.errors import translate_boto_error
 
+from surfw.config import MIB
 from surfw.storage.transfer import Answer, PinLostError, Place, RangeReader, TransientError
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5", "ExpectedBucketOwner")
 """Settings of the file system that a GET takes."""
+
+_STREAM_BYTES = MIB
+"""What is taken of a stream at a time; it then buffers at most twice as much, and hardly ever makes its sender wait."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
@@ -53,7 +57,7 @@ class S3Ranges(RangeReader):
                 destination = place(_answer(found))
                 done = 0
                 while done < len(destination):
-                    count = await body.readinto(destination[done:])
+                    count = await body.readinto(destination[done : done + _STREAM_BYTES])
                     if not count:
                         raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(destination))
                     done += count

@@ -19,11 +19,15 @@ from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.local_reader import BOUNCES_BYTES, Check, FileRange, LocalReader, map_file
 from surfw.storage.origins import explain_change
+from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
-_STREAM_BYTES = BLOCK_BYTES
+_FAR_PIECE_BYTES = MOST_RANGE_BYTES
+"""What is read at a time, and verified while the next is read; from far away, as much as a request asks for."""
+
+_STREAM_BYTES = 2 * BLOCK_BYTES
 """What a connection may have received and not yet put in place."""
 
 
@@ -105,9 +109,9 @@ class StorageSource(ChunkSource):
         """
         (form,) = chunk.forms
         size, digester = form.stored_bytes, Digester()
-        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _PIECE_BYTES))))
-        for start in range(0, size, _PIECE_BYTES):
-            stop = min(start + _PIECE_BYTES, size)
+        scratch = memoryview(mmap.mmap(-1, max(1, min(size, self._piece_bytes))))
+        for start in range(0, size, self._piece_bytes):
+            stop = min(start + self._piece_bytes, size)
             piece = Read(chunk, form, start, stop, scratch[: stop - start])
             await self._fetch(piece, urgent=urgent, verify=False)
             await in_thread(digester.update, piece.destination)
@@ -165,7 +169,11 @@ class StorageSource(ChunkSource):
         bounces = BOUNCES_BYTES if objects.has_local_origin else 0
         if objects.parallel_reads == 1 and self.store.backend.local_path(MARKER):
             return bounces
-        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else _PIECE_BYTES) + bounces
+        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else self._piece_bytes) + bounces
+
+    @property
+    def _piece_bytes(self) -> int:
+        return _FAR_PIECE_BYTES if self.store.objects.parallel_reads > 1 else _PIECE_BYTES
 
     async def _fetch(self, read: Read, *, urgent: bool, verify: bool = True) -> None:
         """Fill a destination; without `verify`, whoever calls does what has to be done about the bytes."""
@@ -182,7 +190,7 @@ class StorageSource(ChunkSource):
 
     async def _fetch_from_afar(self, read: Read, check: Check) -> None:
         """Fill a destination, with as many pieces under way as are worth it."""
-        starts = range(read.start, read.stop, _PIECE_BYTES)
+        starts = range(read.start, read.stop, self._piece_bytes)
         left = iter(starts)
         try:
             async with asyncio.TaskGroup() as group:
@@ -197,7 +205,7 @@ class StorageSource(ChunkSource):
         checking: asyncio.Task[None] | None = None
         try:
             for start in left:
-                stop = min(start + _PIECE_BYTES, read.stop)
+                stop = min(start + self._piece_bytes, read.stop)
                 piece = read.destination[start - read.start : stop - read.start]
                 at = 0
                 for key, offset, length in segments(read.form.locations, start, stop):

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
-from surfw.server.pages import PAGE_BYTES, PageCache
+from surfw.server.pages import PAGE_BYTES, PageCache, ReadAhead
 from surfw.server.pieces import HeldPiece, Piece, StoredPiece, plan_pieces, use_ahead
 from surfw.storage import FilesystemBackend
 
@@ -98,3 +100,41 @@ def test_no_pieces_are_no_pieces() -> None:
         return [piece async for piece in use_ahead(iter(()))]
 
     assert asyncio.run(main()) == []
+
+
+def test_several_pieces_are_used_ahead_as_far_as_there_are_permits() -> None:
+    seen: list[str] = []
+    ahead = ReadAhead(3)
+
+    async def main() -> None:
+        first = use_ahead(iter([Announced(name, seen, hangs=name > "a") for name in "abcdefg"]), ahead, most=3)
+        assert (await anext(first)).size == 1
+        await asyncio.sleep(0)
+        assert seen == ["use a", "use b", "use c", "use d"], "the first without a permit, the others with one"
+        other = use_ahead(iter([Announced(name, seen) for name in "xyz"]), ahead, most=8)
+        await anext(other)
+        await asyncio.sleep(0)
+        assert seen[4:] == ["use x", "use y", "use z"], "the last permit, and the piece that needs none"
+        await other.aclose()
+        await first.aclose()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+    assert [ahead.take() for _ in range(4)] == [True, True, True, False], "all permits came back"
+
+
+def test_a_piece_that_fails_gives_its_permits_back() -> None:
+    class Failing(Announced):
+        async def use(self) -> None:
+            raise StorageError("gone")
+
+    async def main() -> None:
+        ahead = ReadAhead(2)
+        pieces: list[Announced] = [Announced("a", []), Failing("b", []), Announced("c", [], hangs=True)]
+        ready = use_ahead(iter(pieces), ahead, most=3)
+        assert await anext(ready) is pieces[0]
+        with pytest.raises(StorageError, match="gone"):
+            await anext(ready)
+        assert [ahead.take() for _ in range(3)] == [True, True, False]
+
+    asyncio.run(main())

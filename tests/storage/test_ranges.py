@@ -23,6 +23,7 @@ def test_every_byte_is_in_one_range_of_a_good_size_and_the_window_is_kept(start:
     assert max(sizes) <= MOST_RANGE_BYTES
     assert max(sizes) - min(sizes) <= 1
     assert min(sizes) >= LEAST_RANGE_BYTES or sizes == [length]
+    assert len(sizes) == 1 or (len(sizes) - 1) * MOST_RANGE_BYTES < length
     assert 1 <= plan.at_once <= len(sizes)
     assert plan.at_once == 1 or plan.at_once * max(sizes) <= window
     assert plan.at_once == len(sizes) or (plan.at_once + 1) * max(sizes) > window

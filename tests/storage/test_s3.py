@@ -1,8 +1,13 @@
 """S3 on a real server: the same behaviour as every storage, nothing shared, and a clear error for everything usual."""
 
 import asyncio
+import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from surfw.storage.source import open_storage_source
 from surfw.testing import StorageBackendSuite
 from tests.checkpoints import save_llama
 from tests.services.processes import free_port
+from tests.services.proxy import proxy_to
 from tests.services.s3 import S3Service
 from tests.storage.own_suite import OwnBackendSuite
 
@@ -130,6 +136,63 @@ def test_an_endpoint_where_nobody_listens(operation: Any) -> None:
 def test_a_bad_profile(bucket: str, s3: S3Service, operation: Any) -> None:
     backend = S3Backend(bucket, endpoint_url=s3.endpoint, profile_name="nobody")
     assert "The config profile (nobody) could not be found" in failure(backend, operation)
+
+
+def test_a_clock_that_is_wrong(s3: S3Service, bucket: str) -> None:
+    script = (
+        "import asyncio, datetime, sys\n"
+        "import botocore.auth\n"
+        "botocore.auth.get_current_datetime = (\n"
+        "    lambda: datetime.datetime.now(datetime.UTC).replace(tzinfo=None) - datetime.timedelta(hours=1)\n"
+        ")\n"
+        "from surfw.storage import S3Backend\n"
+        "backend = S3Backend(sys.argv[1])\n"
+        "for work in (backend.load, backend.exists, backend.list):\n"
+        "    try: asyncio.run(work('x'))\n"
+        "    except Exception as exc: print(exc)\n"
+    )
+    environment = os.environ | {
+        "AWS_ENDPOINT_URL": s3.endpoint, "AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret,
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script, bucket], capture_output=True, text=True, check=True, env=environment
+    )
+    said = "this machine's clock differs from the server's by too much for a signature; set the clock"
+    assert done.stdout.splitlines() == [f"s3://{bucket}: {said}"] * 3
+
+
+def test_encryption_and_who_pays_are_asked_for(s3: S3Service) -> None:
+    name = s3.bucket()
+    with proxy_to(s3.endpoint) as proxy:
+        given = {"sse": "aws:kms", "sse_kms_key_id": "my-key", "requester_pays": True}
+        backend = connect(s3, name, endpoint_url=proxy.endpoint, **given)
+        with contextlib.suppress(SurfwError):  # this gateway has no such key
+            asyncio.run(backend.save("x", b"1"))
+        with pytest.raises(NotFoundError):
+            asyncio.run(backend.load("y"))
+        assert proxy.asked("PUT /", "x-amz-server-side-encryption: aws:kms", "key-id: my-key", "payer: requester")
+        assert proxy.asked("GET /", "x-amz-request-payer: requester")
+        assert not proxy.asked("GET /", "x-amz-server-side-encryption")
+
+
+def test_nothing_is_signed_where_nobody_is_named(s3: S3Service) -> None:
+    name = s3.bucket()
+    s3.client.put_object(Bucket=name, Key="x", Body=b"public", ACL="public-read")
+    with proxy_to(s3.endpoint) as proxy:
+        backend = S3Backend(name, endpoint_url=proxy.endpoint, anonymous=True)
+        assert asyncio.run(backend.load("x")) == b"public"
+        assert proxy.asked("GET /")
+        assert not proxy.asked("Authorization")
+
+
+@pytest.mark.parametrize(("style", "host"), [("virtual", "bucket.s3.example.org"), ("path", "s3.example.org")])
+def test_the_bucket_is_in_the_host_or_in_the_path(style: Any, host: str) -> None:
+    backend = S3Backend(
+        "bucket", endpoint_url="http://s3.example.org", addressing_style=style, region_name="eu-central-1",
+        aws_access_key_id="k", aws_secret_access_key="secret-1",
+    )  # fmt: skip
+    assert urlsplit(backend.fs.sign("bucket/x")).hostname == host
+    asyncio.run(backend.close())
 
 
 def test_no_credentials_at_all(

@@ -68,7 +68,7 @@ def ranges(proxy: Proxy) -> list[str]:
 
 
 def test_a_large_read_is_several_ranges_at_a_time(backend: S3Backend, proxy: Proxy) -> None:
-    together = threading.Barrier(4)
+    together = threading.Barrier(3)
 
     def judge(head: str) -> int:
         together.wait(30)  # each waits for the others: it would never end if they were asked for in turn
@@ -77,7 +77,7 @@ def test_a_large_read_is_several_ranges_at_a_time(backend: S3Backend, proxy: Pro
     proxy.judge = judge
     assert read(backend) == DATA
     assert ranges(proxy) == sorted(f"{start}-{stop - 1}" for start, stop in plan_ranges(0, SIZE).ranges)
-    assert proxy.most_at_once == 4
+    assert proxy.most_at_once == 3
 
 
 def test_any_part_of_an_object(backend: S3Backend) -> None:
@@ -93,7 +93,7 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(backend: S3Backend, proxy:
     cut = iter([most, most])
     proxy.judge = lambda head: next(cut, PASS)
     assert read(backend) == DATA
-    assert len(ranges(proxy)) == 1 + 4 + 2
+    assert len(ranges(proxy)) == 1 + 3 + 2
 
 
 def test_a_gateway_that_never_answers_whole_is_one_clear_error(backend: S3Backend, proxy: Proxy) -> None:

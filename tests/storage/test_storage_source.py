@@ -17,6 +17,7 @@ from surfw.storage.source import StorageSource, open_storage_source
 from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
+FAR = 17 * BLOCK_BYTES + 77  # more than one of those that are read from far away
 
 
 @pytest.fixture
@@ -165,6 +166,50 @@ def test_a_cancelled_fetch_ends_when_nothing_is_written_any_more(manifest: Manif
         return backend.read_to_the_end
 
     assert asyncio.run(cancel())
+
+
+class FarBackend(FilesystemBackend):
+    """Far away: several reads at a time are worth it. Each waits until there are as many as may be."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.parallel_reads = 2
+        self.reads_in_place = True
+        self.together = asyncio.Barrier(2)
+        self.failing: int | None = None
+        self.given_up = 0
+
+    def local_path(self, key: str) -> None:
+        return None
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        try:
+            await self.together.wait()
+            if self.failing == len(destination):
+                raise StorageError("the line is cut")
+            if self.failing is not None:
+                await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        await super().read_into(key, start, destination, revision=revision)
+
+
+def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
+    chunk = manifest.chunks[0]
+    source = StorageSource(FarBackend(tmp_path / "store"))
+    assert fetch(source, manifest, chunk) == payload(tmp_path / "store", chunk)
+    assert (source.fetched_bytes, source.buffered_bytes) == (FAR, 4 * BLOCK_BYTES)
+
+
+def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
+    backend = FarBackend(tmp_path / "store")
+    backend.failing = FAR - 16 * BLOCK_BYTES
+    with pytest.raises(StorageError, match="the line is cut"):
+        fetch(StorageSource(backend), manifest, manifest.chunks[0])
+    assert backend.given_up == 1
 
 
 def test_closing_closes_the_backend(manifest: Manifest, tmp_path: Path) -> None:

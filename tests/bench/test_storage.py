@@ -1,0 +1,40 @@
+"""`bench storage` measures what it says: everything reads every byte of the model."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from surfw.bench.storage import bench_storage
+from surfw.bench.storage_peer import find_streamer
+from surfw.chunking.chunker import prepare_model, write_model
+from surfw.errors import ConfigurationError
+from surfw.storage import S3Backend
+from tests.checkpoints import save_llama
+from tests.services.s3 import S3Service
+
+
+def test_rows_compare_with_plain_ranges_and_with_a_peer(s3: S3Service, tmp_path: Path) -> None:
+    options = {"endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret}
+    bucket = s3.bucket()
+    with prepare_model(str(save_llama(tmp_path / "tiny"))) as prepared:
+        asyncio.run(write_model(prepared, S3Backend(bucket, "store", **options)))
+        size = prepared.plan.payload_bytes
+    result = bench_storage(f"s3://{bucket}/store", options=options, rounds=1)
+    assert result.benchmark == "storage"
+    plain = [row for row in result.rows if row.name.startswith("plain ranges")]
+    peer = [row for row in result.rows if row.name == "Run:ai Model Streamer"]
+    assert len(plain) == 4
+    assert len(peer) == find_streamer()
+    ours = [row for row in result.rows if row.name.startswith("surfw, against")]
+    assert ours[0].baseline == max(row.value for row in plain) > 0
+    assert [row.baseline for row in ours[1:]] == [row.value for row in peer]
+    assert all(row.ratio == pytest.approx(row.value / (row.baseline or 0)) and row.verified for row in ours)
+    assert result.rows[-1].value * 1e6 == pytest.approx(size)
+
+
+def test_a_folder_has_nothing_to_measure(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match="is not read over a network, expected a URL such as s3://bucket/prefix"
+    ):
+        bench_storage(str(tmp_path))

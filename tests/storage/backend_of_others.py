@@ -1,0 +1,25 @@
+"""A package of others, which a dotted path or an entry point names."""
+
+from typing import Any
+
+from tests.storage.dict_backend import DictBackend
+
+
+class Found(DictBackend):
+    """Keeps what it was made with."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__()
+        self.url = url
+        self.options = options
+
+
+def fail(url: str) -> None:
+    raise ValueError("no such place")
+
+
+def nothing(url: str) -> str:
+    return url
+
+
+NOT_CALLABLE = 5

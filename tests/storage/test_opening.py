@@ -1,0 +1,162 @@
+"""Which backend an address gives, with which options; and one clear line for whatever cannot be opened."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surfw.errors import ConfigurationError
+from surfw.storage import FilesystemBackend, S3Backend, open_backend
+from surfw.storage_options import parse_options, shown_options
+from tests.storage.backend_of_others import Found
+
+HERE = "tests.storage.backend_of_others"
+
+
+def refusal(url: str, options: dict[str, Any] | None = None) -> str:
+    """The one line that says why a storage cannot be opened."""
+    with pytest.raises(ConfigurationError) as caught:
+        open_backend(url, options)
+    assert "\n" not in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package with entry points."""
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[surfw.storage]\nothers = {HERE}:Found\nbroken = {HERE}:Missing\nnumber = {HERE}:NOT_CALLABLE\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("offered")
+def test_an_entry_point_gives_the_backend_of_its_scheme() -> None:
+    backend = open_backend("others://place/x", {"key": "s3cret"})
+    assert isinstance(backend, Found)
+    assert (backend.url, backend.options) == ("others://place/x", {"key": "s3cret"})
+
+
+@pytest.mark.usefixtures("offered")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("broken://x", f"the entry point broken = {HERE}:Missing fails with AttributeError: .*; install its package"),
+        ("number://x", "its scheme names int object, expected a class or a function that takes the URL"),
+        (
+            f"{HERE}.Missing://me:s3cret@x",
+            rf"{HERE}.Missing cannot be imported \(AttributeError: .*; install its package",
+        ),
+        (
+            "no_such.package.Backend://x",
+            r"no_such.package.Backend cannot be imported \(ModuleNotFoundError: .*'no_such'",
+        ),
+        (f"{HERE}.fail://x", "its backend fails with ValueError: no such place"),
+        (f"{HERE}.nothing://x", "its scheme gives str object, expected a StorageBackend"),
+        ("nope://x", "Protocol not known: nope; name a folder, or a URL such as s3://bucket/prefix"),
+    ],
+)
+def test_what_cannot_be_opened_is_one_line(url: str, said: str) -> None:
+    line = refusal(url)
+    assert line.startswith("storage ")
+    with pytest.raises(ConfigurationError, match=rf"cannot be opened: {said}"):
+        open_backend(url)
+
+
+def test_a_dotted_path_gives_the_backend() -> None:
+    backend = open_backend(f"{HERE}.Found://place", {"size": 3})
+    assert isinstance(backend, Found)
+    assert backend.options == {"size": 3}
+
+
+def test_a_missing_package_is_named() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('gcsfs', 's3fs'): sys.modules[name] = None\n"
+        "from surfw.storage import open_backend\n"
+        "from surfw.errors import ConfigurationError\n"
+        "for url in ('gs://bucket/x', 's3://bucket/x'):\n"
+        "    try: open_backend(url)\n"
+        "    except ConfigurationError as exc: print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    google, amazon = done.stdout.splitlines()
+    assert google.startswith("storage gs://bucket/x needs a package that is not installed")
+    assert google.endswith("; run: pip install gcsfs")
+    assert amazon == "s3://bucket/x: S3 needs the package s3fs; run: pip install s3fs"
+
+
+def test_options_of_s3_in_surfws_words() -> None:
+    backend = open_backend(
+        "s3://bucket/a/b",
+        {
+            "endpoint_url": "http://localhost:9", "region": "eu-central-1", "profile": "mine", "sse": "aws:kms",
+            "sse_kms_key_id": "k", "requester_pays": True, "addressing_style": "virtual", "max_concurrency": "3",
+        },
+    )  # fmt: skip
+    assert isinstance(backend, S3Backend)
+    fs = backend.fs
+    assert (backend.endpoint_url, fs.client_kwargs, fs.max_concurrency) == (
+        "http://localhost:9", {"region_name": "eu-central-1"}, 3,
+    )  # fmt: skip
+    assert fs.s3_additional_kwargs == {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "k"}
+    assert fs.req_kw == {"RequestPayer": "requester"}
+    assert fs.config_kwargs["s3"] == {"addressing_style": "virtual"}
+    assert fs.kwargs["profile"] == "mine"
+    assert isinstance(open_backend("folder", {"region": "x"}), FilesystemBackend), "a folder ignores them"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"regoin": "x"}, "s3://bucket: there is no option regoin; surfw knows region_name"),
+        ({"region": "x", "region_name": "y"}, "storage options region_name and region_name say the same"),
+        ({"max_concurrency": "0"}, "storage option max_concurrency is 0, expected a number from 1 to 256"),
+        ({"anonymous": "maybe"}, "storage option anonymous is 'maybe', expected true or false"),
+        ({"addressing_style": "odd"}, "addressing_style is 'odd'; expected one of auto, path, virtual"),
+        ({"sse": "rot13"}, "sse is 'rot13'; expected one of AES256, aws:kms, aws:kms:dsse"),
+        ({"sse_kms_key_id": "x"}, "sse_kms_key_id is for SSE-KMS, but sse is None; give sse='aws:kms' with it"),
+        ({"anonymous": True, "profile": "x"}, "s3://bucket is given credentials and anonymous"),
+        ({"aws_secret_access_key": "s3cret"}, "the credentials for s3://bucket are incomplete"),
+    ],
+)
+def test_options_of_s3_that_cannot_be_used(options: dict[str, Any], said: str) -> None:
+    assert refusal("s3://bucket", options).startswith(said)
+
+
+def test_options_from_the_command_line() -> None:
+    given = ["region=eu-central-1", "anonymous=true", "requester_pays=False", "endpoint_url=http://x?a=b", "empty="]
+    assert parse_options(given) == {
+        "region": "eu-central-1", "anonymous": True, "requester_pays": False, "endpoint_url": "http://x?a=b",
+        "empty": "",
+    }  # fmt: skip
+    with pytest.raises(ConfigurationError, match="storage option 'region' is not understood; write KEY=VALUE"):
+        parse_options(["region"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["aws_secret_access_key", "secret", "password", "token", "aws_session_token", "account_key", "key", "SAS_token"],
+)
+def test_a_secret_on_the_command_line_is_refused_without_repeating_it(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"storage option {name} is a secret, which does not") as caught:
+        parse_options([f"{name}=s3cret"])
+    assert "s3cret" not in str(caught.value)
+
+
+def test_only_what_is_known_to_be_harmless_is_shown() -> None:
+    options = {
+        "region": "x",
+        "endpoint_url": "http://me:s3cret@host",
+        "odd": "s3cret",
+        "client_kwargs": {"a": "s3cret"},
+    }
+    assert shown_options(options) == {
+        "region": "x", "endpoint_url": "http://***@host", "odd": "***", "client_kwargs": "***",
+    }  # fmt: skip
