@@ -17,7 +17,7 @@ from surfw.chunking.remote import RemoteCheckpoint, plain_name
 from surfw.chunking.writer import Progress
 from surfw.config import OnMissing
 from surfw.errors import CheckpointError, UnsupportedModelError
-from surfw.manifest import Chunk, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
+from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.places import private_store
@@ -146,15 +146,31 @@ async def write_in_place(
     try:
         mounted = source.store.objects.mount(manifest, where=source.url)
         await source.store.create()
-        known = {}
-        for chunk in mounted.chunks:
-            if not chunk.forms[0].is_known:
-                known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
-        manifest = manifest.with_digests(known)
+        manifest = manifest.with_digests(await _digest_all(source, mounted, progress))
         await source.store.publish(manifest)
     finally:
         await source.close()
     return manifest
+
+
+async def _digest_all(source: StorageSource, mounted: Manifest, progress: Progress) -> Mapping[str, Digests]:
+    """The digests of all chunks that lack them; of as many at a time as are worth reading at once."""
+    slots = asyncio.Semaphore(source.store.objects.parallel_reads)
+    known: dict[str, Digests] = {}
+
+    async def digest(chunk: Chunk) -> None:
+        async with slots:
+            known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for chunk in mounted.chunks:
+                if not chunk.forms[0].is_known:
+                    group.create_task(digest(chunk))
+    except BaseExceptionGroup as failed:
+        first = failed.exceptions[0]
+        raise first from first.__cause__
+    return known
 
 
 async def publish_place(

@@ -20,7 +20,7 @@ from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, Shard, SourceTensor
 from surfw.config import MIB, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from surfw.manifest import Pin, check_model_name
+from surfw.manifest import Pin, check_model_name, payload_digest
 from surfw.storage import StorageBackend, open_backend
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ class RemoteShard:
         self.path = path
         self._opened = opened
         pin = opened.run(opened.pin(path.name))
-        self.identity = Identity(path.name, pin.size, int.from_bytes(pin.revision.encode(), "big"))
+        self.identity = Identity(path.name, pin.size, int(payload_digest(pin.revision.encode())[:15], 16))
         prefix = self._bytes(0, min(PREFIX_BYTES, pin.size))
         header = self._bytes(PREFIX_BYTES, header_length(prefix, pin.size, where))
         found = parse_header(header, pin.size, where).tensors

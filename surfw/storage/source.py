@@ -109,9 +109,9 @@ class StorageSource(ChunkSource):
         """
         (form,) = chunk.forms
         size, digester = form.stored_bytes, Digester()
-        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _PIECE_BYTES))))
-        for start in range(0, size, _PIECE_BYTES):
-            stop = min(start + _PIECE_BYTES, size)
+        scratch = memoryview(mmap.mmap(-1, max(1, min(size, self._piece_bytes))))
+        for start in range(0, size, self._piece_bytes):
+            stop = min(start + self._piece_bytes, size)
             piece = Read(chunk, form, start, stop, scratch[: stop - start])
             await self._fetch(piece, urgent=urgent, verify=False)
             await in_thread(digester.update, piece.destination)

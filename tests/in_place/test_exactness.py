@@ -92,6 +92,7 @@ def test_served_from_a_folder_by_two_servers_one_of_which_is_killed(
     before = {file: file.stat() for file in path.iterdir()}
     with serve(None, str(path)) as first, serve(None, str(path)) as second:
         assert torch.equal(run(first.url, memory_budget="95MB"), want)
+        assert "libtorch" not in Path(f"/proc/{first.process.pid}/maps").read_text()  # a child process read the model
         os.kill(first.process.pid, signal.SIGKILL)
         with StreamingModel.open(second.url) as known:
             assert known.manifest.is_known  # another process found them out, which was killed
