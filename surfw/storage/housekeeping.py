@@ -191,6 +191,7 @@ class Housekeeping:
 
     async def close(self) -> None:
         """Close the storage, unless it is the caller's."""
+        await self._store.objects.close()
         if self._owned:
             await self._store.backend.close()
         else:
