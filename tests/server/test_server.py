@@ -209,7 +209,7 @@ def test_a_storage_that_is_given_stays_open_and_one_that_is_named_is_closed(
     make_store(tmp_path / "store")
     opened: list[Closable] = []
 
-    def open_closable(url: Path) -> Closable:
+    def open_closable(url: Path, options: object) -> Closable:
         opened.append(Closable(url))
         return opened[-1]
 
