@@ -271,7 +271,8 @@ class WeightServer:
                 await self._catalog.models()
             self._pages.healthy = True
         except (SurfwError, TimeoutError) as exc:
-            log.warning("the storage %s cannot be reached: %s", self._store.url, exc)
+            reason = str(exc) or f"no answer within {_CHECK_SECONDS} seconds"
+            log.warning("the storage %s cannot be reached: %s", self._store.url, reason)
             self._pages.healthy = False
         return self._pages.healthy
 
