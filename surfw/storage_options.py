@@ -70,12 +70,28 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, value in options.items():
         argument = _S3_WORDS.get(name, name)
+        if argument in {"bucket_name", "prefix"}:
+            raise ConfigurationError(f"storage option {name} is part of the URL: s3://bucket/prefix; leave it out")
         if argument in arguments:
             raise ConfigurationError(f"storage options {name} and {argument} say the same; give one of them")
         arguments[argument] = value
     for switch in ("anonymous", "requester_pays"):
         if not isinstance(arguments.get(switch, False), bool):
             raise ConfigurationError(f"storage option {switch} is {arguments[switch]!a:.80}, expected true or false")
+    if "max_concurrency" in arguments:
+        arguments["max_concurrency"] = _count("max_concurrency", arguments["max_concurrency"])
+    return arguments
+
+
+def fsspec_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `FsspecBackend` for storage options.
+
+    Raises:
+        ConfigurationError: an option cannot be one.
+    """
+    if "url" in options:
+        raise ConfigurationError("storage option url is the address itself; leave it out")
+    arguments = dict(options)
     if "max_concurrency" in arguments:
         arguments["max_concurrency"] = _count("max_concurrency", arguments["max_concurrency"])
     return arguments

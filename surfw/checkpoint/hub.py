@@ -59,6 +59,23 @@ def download_model(repo_id: str, revision: str | None, *, show_progress: bool = 
     return fetch(shards)
 
 
+def resolve_commit(repo_id: str, revision: str | None) -> str:
+    """The commit that a branch or tag of a hub model is now.
+
+    Raises:
+        CheckpointError: the model cannot be reached, or has no such revision.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS).sha
+    except Exception as exc:
+        raise CheckpointError(f"hub model {repo_id} cannot be reached ({_reason(exc, revision)})") from exc
+    if not found:
+        raise CheckpointError(f"the hub does not say which commit of {repo_id} it has")
+    return found
+
+
 def _list_files(repo_id: str, revision: str | None) -> set[str]:
     """What the repository holds: one request, which fails at once where there is no hub."""
     from huggingface_hub import HfApi

@@ -20,8 +20,9 @@ from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.places import private_store
+from surfw.storage.private import private_store
 from surfw.storage.source import StorageSource
+from surfw.storage.store import manifest_key
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
@@ -196,4 +197,7 @@ async def publish_place(
     store = Store(open_backend(folder))
     await store.create()
     await store.publish(manifest)
+    for name in await store.models():  # the place is another folder by now: nobody asks for what was there before
+        if name != manifest.name:
+            await store.backend.remove(manifest_key(name))
     return folder

@@ -21,7 +21,7 @@ from surfw.checkpoint.shard import Identity, Shard, SourceTensor
 from surfw.config import MIB, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
-from surfw.storage import StorageBackend, open_backend
+from surfw.storage import StorageBackend, adapt_backend, open_backend
 
 T = TypeVar("T")
 
@@ -62,12 +62,11 @@ def open_remote_checkpoint(url: str, options: Mapping[str, Any] | None = None) -
             f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
             "settings file (storage_options)"
         )
-    opened = _Opened(open_backend(url, options))
+    name, url = _name_of(url), _commit_of(url)
+    opened = _Opened(adapt_backend(open_backend(url, options)))
     try:
         names = opened.run(opened.fetch_small())
-        found = open_directory(
-            opened.folder, name=_name_of(url), names=names, open_shard=lambda path: RemoteShard(path, opened)
-        )
+        found = open_directory(opened.folder, name=name, names=names, open_shard=lambda path: RemoteShard(path, opened))
     except BaseException:
         opened.close()
         raise
@@ -171,6 +170,24 @@ class RemoteShard:
 
 
 _: type[Shard] = RemoteShard
+
+
+def _commit_of(url: str) -> str:
+    """The address with the commit that it means now, on the hub, where branches move; others as they are.
+
+    Raises:
+        CheckpointError: the hub does not tell.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme != "hf":
+        return url
+    owner, _, rest = rest.partition("/")
+    model, slash, folder = rest.partition("/")
+    model, _, revision = model.partition("@")
+    from surfw.checkpoint.hub import resolve_commit
+
+    commit = resolve_commit(f"{owner}/{model}", revision.replace("%2F", "/") or None)
+    return f"hf://{owner}/{model}@{commit}{slash}{folder}"
 
 
 def _name_of(url: str) -> str:

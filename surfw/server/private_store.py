@@ -11,7 +11,7 @@ from typing import Any
 
 from surfw import errors
 from surfw.config import display_url
-from surfw.errors import SurfwError
+from surfw.errors import ConfigurationError, SurfwError
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
@@ -20,10 +20,17 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
     Raises:
         SurfwError: what the child process raised, or that it did not come to its end.
     """
-    command = (sys.executable, "-m", "surfw.chunking.child")
+    command = (sys.executable, "-P", "-m", "surfw.chunking.child")  # -P: no module is taken from the current folder
+    try:
+        work = json.dumps({"place": place, "options": dict(options)}).encode()
+    except (TypeError, ValueError) as exc:
+        raise ConfigurationError(
+            f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
+            "values, or run surfw chunk --in-place, and serve that store"
+        ) from exc
     child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     try:
-        written, _ = await child.communicate(json.dumps({"place": place, "options": dict(options)}).encode())
+        written, _ = await child.communicate(work)
     except BaseException:
         with suppress(ProcessLookupError):
             child.kill()

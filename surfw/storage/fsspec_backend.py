@@ -26,7 +26,7 @@ from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Tran
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
 
-_TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5")
+_TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
 """What file systems call what changes with an object."""
 
@@ -98,7 +98,7 @@ class FsspecBackend(StorageBackend):
 
     def _find(self, **options: Any) -> tuple[Any, str]:
         try:
-            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **options)
+            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **{"skip_instance_cache": True} | options)
         except ImportError as exc:
             name = getattr(exc.__cause__, "name", None) or exc.name or "the package that it names"
             raise ConfigurationError(
@@ -196,7 +196,7 @@ class FsspecBackend(StorageBackend):
                 async with self._telling(key):
                     if facts := await self._transfer.facts(path):
                         return facts.revision
-            return _revision_of(await self._call(key, self.fs.info))
+            return _revision_of(await self._call(key, self._info))
         except NotFoundError:
             return None
 
@@ -243,7 +243,7 @@ class FsspecBackend(StorageBackend):
 
         def look(path: str) -> bool:
             with suppress(NotADirectoryError):
-                return bool(self.fs.info(path)["type"] == "file")
+                return bool(self._info(path)["type"] == "file")
             return False
 
         path = self.path(key)
@@ -275,7 +275,13 @@ class FsspecBackend(StorageBackend):
             async with self._telling(key):
                 if (facts := await self._transfer.facts(path)) and facts.size is not None:
                     return facts.size
-        return int(await self._call(key, self.fs.size))
+        return int(await self._call(key, lambda path: self._info(path)["size"]))
+
+    def _info(self, path: str) -> Mapping[str, Any]:
+        """What the file system tells of an object now, not what it knew before."""
+        self.fs.invalidate_cache()
+        facts: Mapping[str, Any] = self.fs.info(path)
+        return facts
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix; a web page may also link what is none."""
@@ -285,6 +291,7 @@ class FsspecBackend(StorageBackend):
             root = self.root.rstrip("/")
             try:
                 with self._translate(f"listing {self.url}"):
+                    self.fs.invalidate_cache()  # what others did since is to be seen
                     paths = self.fs.find(f"{root}/{folder}" if folder else root)
             except NotFoundError:
                 return []

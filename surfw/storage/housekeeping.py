@@ -213,7 +213,7 @@ class Housekeeping:
             name = key.removeprefix(MODELS).removesuffix(".json")
             if key.endswith(".json"):
                 try:
-                    found.append(await self._store.manifest(name))
+                    found.append(await self._store.facts(name))
                 except UnknownModelError:  # removed since it was listed
                     continue
                 except (ManifestError, StorageError) as exc:

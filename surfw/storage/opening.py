@@ -18,7 +18,7 @@ from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
 from surfw.storage.s3 import S3Backend
-from surfw.storage_options import s3_arguments
+from surfw.storage_options import fsspec_arguments, s3_arguments
 
 ENTRY_POINTS = "surfw.storage"
 
@@ -48,7 +48,7 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
         return _call(_load_entry_point(next(iter(offered)), text), text, given)
     if _DOTTED.fullmatch(scheme):
         return _call(_import(scheme, text), text, given)
-    return FsspecBackend(text, **given)
+    return FsspecBackend(text, **fsspec_arguments(given))
 
 
 def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:

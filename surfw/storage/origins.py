@@ -3,7 +3,9 @@
 Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. Invariants:
 
 - No byte of an origin is given out that was not read from the revision that the manifest pinned.
-- A store on another machine never makes this one read its own files, nor what only an unusual scheme would reach.
+- A manifest is data: of what `open_backend` opens, it reaches folders, S3, the web and the hub, and runs no code. A
+  store on another machine never makes this one read its own files.
+- Storage options, which may hold secrets, go to no other server than the one they were given for.
 - Origins are read, never written to.
 """
 
@@ -17,10 +19,11 @@ from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.opening import open_backend
+from surfw.storage.private import is_private
 
 _MOUNT = "origins/"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
-"""Schemes of origins that a store on another machine may name."""
+"""Schemes of origins that manifests may name; those of stores on this machine may also name folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +106,14 @@ class Objects(StorageBackend):
         return replace(manifest, chunks=chunks, files=files)
 
     def _refuse(self, origin: Origin, where: str) -> None:
-        """Raises: ManifestError, if the store is on another machine and its origin might be on this one."""
-        scheme = origin.url.partition("://")[0]
-        if not self._is_local and (is_local_url(origin.url) or scheme not in _FROM_AFAR):
-            raise ManifestError(
-                f"the manifest from {where} says that its weights lie in {origin.url[:200]!a}, which a store that is "
-                f"not on this machine may not say; expected one of {', '.join(sorted(_FROM_AFAR))}; chunk the model "
-                "without --in-place"
-            )
+        """Raises: ManifestError, if no manifest may name such an origin, or none of a store on another machine."""
+        if may_be_origin(origin.url) and (self._is_local or not is_local_url(origin.url)):
+            return
+        whose = "no manifest may say" if self._is_local else "a store that is not on this machine may not say"
+        raise ManifestError(
+            f"the manifest from {where} says that its weights lie in {origin.url[:200]!a}, which {whose}; "
+            f"expected one of {', '.join(sorted(_FROM_AFAR))}; chunk the model without --in-place"
+        )
 
     def find(self, key: str) -> Found:
         """Where the object lies.
@@ -198,9 +201,24 @@ def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
 
 
 def origin_options(store: str, origin: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the storage options of a store, those for an origin: they are for one scheme, or for all if it is a folder."""
-    scheme, mark, _ = origin.partition("://")
-    return options if mark and (is_local_url(store) or store.startswith(f"{scheme}://")) else {}
+    """Of the storage options that were given for a store, those that its manifests' origins may see.
+
+    S3's are for one endpoint, whatever the bucket; those of other systems for one host. The private store of a single
+    place was given none of its own.
+    """
+    scheme, mark, rest = origin.partition("://")
+    if not mark:
+        return {}
+    if is_local_url(store):
+        return options if scheme == "s3" or is_private(store) else {}
+    own_scheme, _, own_rest = store.partition("://")
+    same_host = scheme == "s3" or rest.partition("/")[0] == own_rest.partition("/")[0]
+    return options if scheme == own_scheme and same_host else {}
+
+
+def may_be_origin(url: str) -> bool:
+    """Whether a manifest may point there: what an address can make this machine do is limited."""
+    return is_local_url(url) or url.partition("://")[0] in _FROM_AFAR
 
 
 def is_local_url(url: str) -> bool:

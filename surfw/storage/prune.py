@@ -88,7 +88,7 @@ async def survey(store: Store) -> Survey:
 
 async def _needs_of(store: Store, key: str) -> Sequence[str]:
     try:
-        return list(objects_of(await store.manifest(key.removeprefix(MODELS).removesuffix(".json"))))
+        return list(objects_of(await store.facts(key.removeprefix(MODELS).removesuffix(".json"))))
     except UnknownModelError:  # removed since it was listed
         return ()
     except (ManifestError, StorageError) as exc:

@@ -132,17 +132,15 @@ class StorageSource(ChunkSource):
         await in_thread(learn)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
-        """The form's bytes as they lie in a local file, in pages that all processes share; verified here, once."""
+        """The form's bytes as they lie in a local file, in pages that all processes share; verified here, once.
+
+        Blobs of a store are replaced, and never changed. A checkpoint's own files may be: these are read.
+        """
         files = self._files(form, 0, form.stored_bytes)
-        if len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
+        if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
         mapped = await in_thread(map_file, files[0])
-        digests = None if form.is_known else self.store.digests(manifest, chunk)
-        if form.is_known or digests is not None:
-            known = with_digests(chunk, digests)
-            await self._local.check(mapped, partial(self._verify, known, known.forms[0] if digests else form, 0))
-        else:
-            await self._learn(manifest, chunk, [mapped])
+        await self._local.check(mapped, partial(self._verify, chunk, form, 0))
         self._fetched_bytes += form.stored_bytes
         return mapped
 

@@ -132,6 +132,15 @@ class Store:
         manifest = await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
         return await asyncio.to_thread(self.with_digests, manifest)
 
+    async def facts(self, model: str) -> Manifest:
+        """The manifest as it is stored: no origin is opened, and its objects are named as there.
+
+        Raises:
+            UnknownModelError: there is none.
+            ManifestError: there is one, and it is not valid.
+        """
+        return await asyncio.to_thread(self._parse, model, await self.manifest_bytes(model))
+
     async def manifest_bytes(self, model: str) -> bytes:
         """The model's manifest as it is stored; see `parse_manifest`.
 
@@ -154,10 +163,13 @@ class Store:
             ManifestError: it is not valid.
             StorageError: it is another model's.
         """
+        return self.objects.mount(self._parse(model, data), where=self.url)
+
+    def _parse(self, model: str, data: bytes) -> Manifest:
         manifest = parse_manifest(data, where=f"{self.url}, model {model}")
         if manifest.name != model:
             raise StorageError(f"{manifest_key(model)} in {self.url} is the manifest of {manifest.name!r}")
-        return self.objects.mount(manifest, where=self.url)
+        return manifest
 
     def with_digests(self, manifest: Manifest) -> Manifest:
         """The manifest with the digests that were found out by reading until now; reads a file."""

@@ -129,7 +129,9 @@ class Transfer:
 
     async def facts(self, path: str) -> Answer | None:
         """Size and revision, if the reader has a way of its own to tell."""
-        return await on_loop(self._loop, lambda: self._retry(lambda: self.reader.facts(path)))
+        found = await on_loop(self._loop, lambda: self._retry(lambda: self.reader.facts(path)))
+        self._reached = self._reached or found is not None
+        return found
 
     async def _load(self, path: str, name: str) -> bytearray:
         for _ in range(_RESTARTS):
@@ -147,6 +149,8 @@ class Transfer:
             read.check(answer)
             if answer.start != 0:
                 raise StorageError(f"{read.name} was answered from byte {answer.start} on, expected byte 0")
+            if answer.size is None and answer.length == MOST_RANGE_BYTES:
+                raise StorageError(f"{read.name} comes in ranges that do not say how long all of it is")
             memory = _allocate(read.name, answer.length if answer.size is None else answer.size)
             arrived = answer.length
             return memoryview(memory)[:arrived]
@@ -187,6 +191,7 @@ class Transfer:
         async def get() -> None:
             async with self._slots:
                 await self.reader.get(read.path, start, stop, place, read.pinned)
+                self._reached = True
 
         try:
             await self._retry(get)
@@ -198,16 +203,13 @@ class Transfer:
         delays = self._retries.delays()
         for failed in itertools.count(1):
             try:
-                done = await work()
+                return await work()
             except TransientError as exc:
                 delay = next(delays, None)
                 if delay is None or (failed > _FIRST_TRIES and not self._reached):
                     what = exc.__cause__ or exc
                     raise what from what.__cause__
                 await asyncio.sleep(delay)
-            else:
-                self._reached = True
-                return done
         raise AssertionError  # never: the loop has no end
 
 
@@ -227,7 +229,7 @@ class _Read:
         """
         if self.pinned is None:
             self.pinned = answer.revision
-        elif answer.revision not in {None, self.pinned}:
+        elif answer.length and answer.revision != self.pinned:
             raise self.changed(str(answer.revision))
 
     def changed(self, seen: str) -> ChangedObjectError:

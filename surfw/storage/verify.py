@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES
-from surfw.errors import ManifestError, NotFoundError, StorageError, UnknownModelError
+from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, block_digests
 from surfw.storage.prune import Steps
 from surfw.storage.store import Store, segments
@@ -101,7 +101,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             if model is not None:
                 raise
             continue  # removed since it was listed
-        except (ManifestError, StorageError) as exc:
+        except (ConfigurationError, ManifestError, StorageError) as exc:
             await store.check()  # an error of its own, if the storage does not answer
             damage.append(Damage(model=name, part="", objects=(), complaint=str(exc)))
             continue

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path in {api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"}:
             siblings = [{"rfilename": name} for name in self.server.files]
             self._json({"id": MODEL, "sha": COMMIT, "siblings": siblings, "private": False, "tags": [], "downloads": 0})
-        elif path == f"{api}/tree/{COMMIT}":
+        elif path in {f"{api}/tree/main", f"{api}/tree/{COMMIT}"}:
             self._json(
                 [
                     {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
@@ -41,7 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         elif path.startswith(f"{api}/revision/"):
             self._refuse(404, "RevisionNotFound")
-        elif path.startswith(f"/{MODEL}/resolve/{COMMIT}/"):
+        elif re.match(f"/{MODEL}/resolve/(main|{COMMIT})/", path):
             self._file(path.split("/", 5)[5])
         else:
             self._refuse(404, "RepoNotFound")
@@ -53,7 +54,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo")
         if self.command == "GET":
             self.server.served.append(name)
-        return self._reply(200, self.server.files[name], {"ETag": hashlib.sha1(self.server.files[name]).hexdigest()})
+        data, asked = self.server.files[name], re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        headers = {"ETag": hashlib.sha1(data).hexdigest()}
+        if asked is None:
+            return self._reply(200, data, headers)
+        start, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        headers["Content-Range"] = f"bytes {start}-{last}/{len(data)}"
+        return self._reply(206, data[start : last + 1], headers)
 
     def _json(self, document: object) -> None:
         self._reply(200, json.dumps(document).encode(), {"Content-Type": "application/json"})

@@ -360,7 +360,8 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
     chunks = toys((300_000, 3 * BLOCK_BYTES, 400))
     with pytest.raises(StorageFullError, match=r"writing chunk layers\.1 to .*: no space is left"):
         run(make(backend, Payloads(chunks)), planned(chunks))
-    assert list(marks(backend.base)) == [Path(blob_key(chunks[0][0].id, ".safetensors")).name]
+    first = Path(blob_key(chunks[0][0].id, ".safetensors")).name  # finished before the disk was full, or not
+    assert set(marks(backend.base)) <= {first}
     assert [path for path in backend.base.rglob("*") if path.suffix == ".tmp"] == []
 
 

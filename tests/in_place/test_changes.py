@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from surfw.chunking.chunker import prepare_model
-from surfw.chunking.in_place import write_in_place
+from surfw.chunking.in_place import publish_place, write_in_place
 from surfw.errors import IntegrityError, ManifestError, RefusedError
 from surfw.models import StreamingModel
+from surfw.server.private_store import make_private_store
 from surfw.storage import FsspecBackend, Store, open_backend
 from surfw.storage.base import ChangedObjectError
+from surfw.storage.origins import origin_options
+from surfw.storage.private import private_store
 from tests.checkpoints import save_llama
 from tests.servers import serve
 from tests.storage.dict_backend import DictBackend
@@ -103,3 +106,48 @@ def test_a_digest_that_was_cut_off_is_found_out_again(llama: Path, tmp_path: Pat
     run(str(llama))
     with StreamingModel.open(str(llama)) as streaming:
         assert streaming.manifest.is_known
+
+
+@pytest.mark.parametrize("url", ["os.system://;touch {}/made", "local://{}", "simplecache::file://{}", "memory://x"])
+def test_no_manifest_makes_this_machine_do_more_than_read_a_checkpoint(
+    url: str, llama: Path, store: Path, tmp_path: Path
+) -> None:
+    data = (store / "models" / "llama.json").read_bytes()
+    other = data.replace(str(llama).encode(), url.format(tmp_path).encode())
+    with pytest.raises(ManifestError, match="which no manifest may say"):
+        Store(open_backend(store)).parse_manifest("llama", other)
+    assert not (tmp_path / "made").exists()
+
+
+def test_storage_options_go_to_no_other_server(tmp_path: Path) -> None:
+    secret = {"headers": {"Authorization": "x"}}
+    private = str(private_store("https://here/model"))
+    assert origin_options("https://here/store", "https://here/model", secret) == secret
+    assert origin_options(private, "https://here/model", secret) == secret
+    assert origin_options(str(tmp_path), "s3://bucket/model", secret) == secret
+    for store, origin in (
+        ("https://here/store", "https://there/model"),
+        ("https://here/store", "s3://bucket/model"),
+        ("s3://bucket/store", "https://there/model"),
+        (str(tmp_path), "https://there/model"),
+        (private, str(tmp_path)),
+    ):
+        assert origin_options(store, origin, secret) == {}
+
+
+def test_code_beside_a_checkpoint_is_not_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "torch", "surfw"):
+        (llama / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(llama)
+    asyncio.run(make_private_store(".", {}))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_place_that_means_another_folder_by_now_has_one_model(llama: Path, tmp_path: Path) -> None:
+    place = tmp_path / "current"
+    place.symlink_to(llama)
+    asyncio.run(publish_place(str(place)))
+    place.unlink()
+    place.symlink_to(llama.rename(tmp_path / "newer"))
+    store = asyncio.run(publish_place(str(place)))
+    assert asyncio.run(Store(open_backend(store)).models()) == ["newer"]

@@ -2,6 +2,8 @@
 
 import asyncio
 import copy
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel
 from surfw.server import WeightServer
 from surfw.storage.base import ChangedObjectError
+from tests.checkpoint.fake_hub import COMMIT, MODEL, serve
 from tests.checkpoints import save_llama
+from tests.cli.run import SURFW, environment
 from tests.in_place.disk import written
 from tests.services.http import http_server
 from tests.services.s3 import S3Service
@@ -88,3 +92,25 @@ def test_from_a_web_server(llama: Path, tmp_path: Path) -> None:
 def test_a_url_with_secrets_comes_into_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"https://\*\*\*@example.com/x holds secrets, which would come into"):
         prepare_model("https://user:hush@example.com/x")
+
+
+def test_from_the_hub_by_ranges_of_one_commit(tmp_path: Path) -> None:
+    checkpoint = save_llama(tmp_path / "tiny", layers=3)
+    kept = {name: value for name, value in environment(tmp_path).items() if not name.startswith("HF_")}
+    arguments = ["--prompt-ids", "1,2,3", "--max-new-tokens", "4", "--ignore-eos", "--json"]
+    found = []
+    with serve({path.name: path.read_bytes() for path in checkpoint.iterdir()}) as hub:
+        env = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "NO_PROXY": "*"}
+        for place in (f"hf://{MODEL}", str(checkpoint)):
+            done = subprocess.run(
+                [SURFW, "infer", "--source", place, *arguments], env=env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            found.append(json.loads(done.stdout)["token_ids"])
+        assert "model.safetensors" in hub.served
+    assert found[0] == found[1]
+    assert not list((tmp_path / "hub").rglob("*.safetensors")), "nothing was downloaded"
+    (manifest,) = (
+        path.read_text() for path in (tmp_path / "in-place").rglob("tiny.json") if COMMIT in path.read_text()
+    )
+    assert f"hf://{MODEL}@{COMMIT}" in manifest

@@ -1,0 +1,49 @@
+"""What all range readers share: one revision for all of a read, whatever single answers say."""
+
+import asyncio
+
+import pytest
+
+from surfw.errors import StorageError
+from surfw.retry import RetryPolicy
+from surfw.storage.base import ChangedObjectError
+from surfw.storage.transfer import Answer, Place, RangeReader, Transfer
+
+SIZE = 100
+
+
+class Told(RangeReader):
+    """Zeros, of a revision that is told or not, and as an object whose length is told or not."""
+
+    def __init__(self, revision: str | None, size: int | None = SIZE) -> None:
+        self.revision = revision
+        self.size = size
+
+    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+        del path, pinned
+        length = stop - start if self.size is None else min(stop, self.size) - start
+        place(Answer(self.revision, start, length, self.size))[:] = bytes(length)
+
+
+def read(reader: RangeReader, pinned: str | None) -> None:
+    async def main() -> None:
+        transfer = Transfer(reader, asyncio.get_running_loop(), RetryPolicy(attempts=1), 1)
+        await transfer.read_into("x", 0, memoryview(bytearray(SIZE)), name="x", pinned=pinned)
+
+    asyncio.run(main())
+
+
+def test_bytes_of_a_pinned_object_say_which_revision_they_are_of() -> None:
+    read(Told("a"), "a")
+    read(Told(None), None)
+    for seen in ("b", None):
+        with pytest.raises(ChangedObjectError, match="expected a"):
+            read(Told(seen), "a")
+
+
+def test_an_object_that_comes_in_part_is_not_taken_for_all_of_it() -> None:
+    async def main() -> None:
+        await Transfer(Told("a", None), asyncio.get_running_loop(), RetryPolicy(attempts=1), 1).load("x", name="x")
+
+    with pytest.raises(StorageError, match="do not say how long"):
+        asyncio.run(main())
