@@ -71,7 +71,14 @@ class BrokenStream(io.RawIOBase):
         return b"x" * 1000
 
 
-class StorageBackendSuite:
+class _Suite:
+    @pytest.fixture
+    def storage(self, backend: StorageBackend) -> StorageBackend:
+        """The backend as surfw uses it."""
+        return adapt_backend(backend)
+
+
+class StorageBackendSuite(_Suite):
     """One behaviour of the interface for each test. Override the fixture `backend`."""
 
     @pytest.fixture
@@ -82,11 +89,6 @@ class StorageBackendSuite:
             NotImplementedError: the fixture was not overridden.
         """
         raise NotImplementedError("override the fixture 'backend': return an empty storage backend")
-
-    @pytest.fixture
-    def storage(self, backend: StorageBackend) -> StorageBackend:
-        """The backend as surfw uses it."""
-        return adapt_backend(backend)
 
     def test_what_is_saved_is_loaded(self, storage: StorageBackend) -> None:
         """All byte values come back, and the length is known."""
@@ -285,7 +287,7 @@ class StorageBackendSuite:
         asyncio.run(storage.close())
 
 
-class ReadOnlyStorageBackendSuite:
+class ReadOnlyStorageBackendSuite(_Suite):
     """As `StorageBackendSuite`, for a storage that others fill. Override the fixture `backend`."""
 
     @pytest.fixture
@@ -296,11 +298,6 @@ class ReadOnlyStorageBackendSuite:
             NotImplementedError: the fixture was not overridden.
         """
         raise NotImplementedError("override the fixture 'backend': return a storage backend that holds OBJECTS")
-
-    @pytest.fixture
-    def storage(self, backend: StorageBackend) -> StorageBackend:
-        """The backend as surfw uses it."""
-        return adapt_backend(backend)
 
     @pytest.mark.parametrize("key", OBJECTS)
     def test_an_object_is_loaded_whole(self, storage: StorageBackend, key: str) -> None:

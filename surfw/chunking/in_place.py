@@ -20,6 +20,7 @@ from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.origins import PlacedOptions
 from surfw.storage.private import private_store
 from surfw.storage.source import StorageSource
 from surfw.storage.store import manifest_key
@@ -132,7 +133,7 @@ async def write_in_place(
     prepared: PreparedModel,
     backend: StorageBackend,
     *,
-    origin_options: Mapping[str, Any] | None = None,
+    origin_options: PlacedOptions | None = None,
     progress: Progress = lambda *_: None,
 ) -> Manifest:
     """Publish a prepared model in a store without copying it, after reading all of it once for its digests.

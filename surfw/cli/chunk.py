@@ -80,8 +80,10 @@ def chunk(
     from surfw.cli import render
     from surfw.config import display_url, format_size
     from surfw.storage import open_backend
-    from surfw.storage.origins import origin_options
+    from surfw.storage.origins import PlacedOptions, is_local_url
 
+    # A folder takes no options, so those that are given with one are for the checkpoint.
+    source_options = PlacedOptions(model if is_local_url(place) else place, given)
     bars = not json and render.err.is_terminal
     with prepare_model(
         model,
@@ -90,7 +92,7 @@ def chunk(
         dtype=dtype,
         on_missing=configuration.settings.on_missing,
         show_progress=bars,
-        storage_options=origin_options(place, model, given),
+        storage_options=source_options.for_url(model),
     ) as prepared:
         facts = _facts(prepared)
         if dry_run:
@@ -102,7 +104,7 @@ def chunk(
         backend = open_backend(place, given)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
             if in_place:
-                writing = write_in_place(prepared, backend, origin_options=given, progress=progress)
+                writing = write_in_place(prepared, backend, origin_options=source_options, progress=progress)
             else:
                 writing = write_model(prepared, backend, progress=progress)
             manifest = asyncio.run(writing)

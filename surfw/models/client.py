@@ -18,6 +18,7 @@ from surfw.retry import RetryPolicy
 from surfw.runtime.io_thread import IoThread
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
+from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
 from surfw.storage.source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
@@ -232,7 +233,7 @@ async def _open_place(place: str, options: Mapping[str, Any] | None) -> ChunkSou
     if is_plain:
         await backend.close()
         backend = open_backend(await publish_place(place, options))
-    source = await open_storage_source(backend, origin_options=options)
+    source = await open_storage_source(backend, origin_options=PlacedOptions(place, options or {}))
     if is_plain:
         source.url = display_url(place)
     return source

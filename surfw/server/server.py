@@ -38,6 +38,7 @@ from surfw.server.listening import Listening
 from surfw.server.pages import PageCache
 from surfw.server.private_store import make_private_store
 from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
 from surfw.wire import ServerHealth, ServerStats
 
@@ -122,7 +123,7 @@ class WeightServer:
     def _lay_out(self, backend: StorageBackend) -> None:
         """Everything that lives from a start to the stop after it."""
         self._backend = backend
-        self._store = Store(backend, self._storage_options)
+        self._store = Store(backend, PlacedOptions(str(self._model_path or backend.url), self._storage_options))
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
         self._pages = PageCache(self._store.objects, self._cache_bytes, self._metrics)

@@ -12,6 +12,7 @@ from surfw.errors import ConfigurationError, ManifestError, StorageError, Unknow
 from surfw.manifest import Manifest, check_model_name
 from surfw.storage.base import StorageBackend
 from surfw.storage.notices import LEASES, Notice, read_notices
+from surfw.storage.origins import PlacedOptions
 from surfw.storage.prune import Pruned, Removed, Steps, prune, remove_model, survey, total_size
 from surfw.storage.store import MODELS, Store, belongs, objects_of
 from surfw.storage.verify import Verified, verify
@@ -117,7 +118,7 @@ class Housekeeping:
 
             storage_backend = open_backend(os.fspath(store), storage_options)
         assert storage_backend is not None
-        self._store = Store(storage_backend, storage_options)
+        self._store = Store(storage_backend, PlacedOptions(storage_backend.url, storage_options or {}))
 
     async def contents(self) -> StoreContents:
         """What lies in the store.
@@ -209,15 +210,13 @@ class Housekeeping:
 
     async def _manifests(self, complaints: list[str]) -> list[Manifest]:
         found = []
-        for key in await self._store.backend.list(MODELS):
-            name = key.removeprefix(MODELS).removesuffix(".json")
-            if key.endswith(".json"):
-                try:
-                    found.append(await self._store.facts(name))
-                except UnknownModelError:  # removed since it was listed
-                    continue
-                except (ManifestError, StorageError) as exc:
-                    complaints.append(f"{key}: {exc}")
+        for name in await self._store.listed():
+            try:
+                found.append(await self._store.facts(name))
+            except UnknownModelError:  # removed since it was listed
+                continue
+            except (ManifestError, StorageError) as exc:
+                complaints.append(f"{MODELS}{name}.json: {exc}")
         return found
 
 

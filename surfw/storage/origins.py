@@ -19,7 +19,6 @@ from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.opening import open_backend
-from surfw.storage.private import is_private
 
 _MOUNT = "origins/"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
@@ -41,15 +40,35 @@ class _Mounted:
     backend: StorageBackend
 
 
+@dataclass(frozen=True)
+class PlacedOptions:
+    """Storage options, and the place that somebody named with them: a store, or a checkpoint that is not copied."""
+
+    place: str
+    options: Mapping[str, Any]
+
+    def for_url(self, url: str) -> Mapping[str, Any]:
+        """Those that another address may see: all, if it is of the same server.
+
+        S3's are for one endpoint, whatever the bucket, which no address can change; folders have none of their own.
+        """
+        scheme, mark, rest = url.partition("://")
+        own_scheme, _, own_rest = self.place.partition("://")
+        if scheme == "s3" and mark:
+            return self.options if own_scheme == scheme or is_local_url(self.place) else {}
+        same_host = bool(mark) and rest.partition("/")[0] == own_rest.partition("/")[0]
+        return self.options if same_host and scheme == own_scheme else {}
+
+
 class Objects(StorageBackend):
     """A store's own objects, and those of its manifests' origins, by one kind of key. Read-only."""
 
-    def __init__(self, own: StorageBackend, marker: str, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, own: StorageBackend, marker: str, options: PlacedOptions | None = None) -> None:
         """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
         self.url = own.url
         self._own = own
         self._is_local = own.local_path(marker) is not None
-        self._options = dict(options or {})
+        self._options = options or PlacedOptions(own.url, {})
         self._mounted: dict[str, _Mounted] = {}
 
     @property
@@ -86,9 +105,7 @@ class Objects(StorageBackend):
             return manifest
         if origin.key not in self._mounted:
             self._refuse(origin, where)
-            self._mounted[origin.key] = _Mounted(
-                origin, open_backend(origin.url, origin_options(self.url, origin.url, self._options))
-            )
+            self._mounted[origin.key] = _Mounted(origin, open_backend(origin.url, self._options.for_url(origin.url)))
         chunks = tuple(
             replace(
                 chunk,
@@ -198,22 +215,6 @@ def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
         f"{seen}: it belongs to a model that is served in place, and none of its weights is used; start the server "
         "again, or run surfw chunk --in-place again"
     )
-
-
-def origin_options(store: str, origin: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the storage options that were given for a store, those that its manifests' origins may see.
-
-    S3's are for one endpoint, whatever the bucket; those of other systems for one host. The private store of a single
-    place was given none of its own.
-    """
-    scheme, mark, rest = origin.partition("://")
-    if not mark:
-        return {}
-    if is_local_url(store):
-        return options if scheme == "s3" or is_private(store) else {}
-    own_scheme, _, own_rest = store.partition("://")
-    same_host = scheme == "s3" or rest.partition("/")[0] == own_rest.partition("/")[0]
-    return options if scheme == own_scheme and same_host else {}
 
 
 def may_be_origin(url: str) -> bool:

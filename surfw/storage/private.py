@@ -10,13 +10,4 @@ from surfw.config import surfw_home
 def private_store(place: str) -> Path:
     """The folder of the store for the one model that lies at a place and is not copied."""
     address = place if "://" in place else str(Path(place).expanduser().absolute())
-    return _private_stores() / blake3(address.rstrip("/").encode()).hexdigest()[:32]
-
-
-def is_private(store: str) -> bool:
-    """Whether a folder is a store for one model that is not copied."""
-    return _private_stores().absolute() in Path(store).absolute().parents
-
-
-def _private_stores() -> Path:
-    return surfw_home() / "in-place"
+    return surfw_home() / "in-place" / blake3(address.rstrip("/").encode()).hexdigest()[:32]

@@ -75,9 +75,8 @@ async def survey(store: Store) -> Survey:
     """
     leases = await read_notices(store.backend, LEASES)
     needed = {key for lease in leases if lease.holds for key in lease.objects}
-    for key in await store.backend.list(MODELS):
-        if key.endswith(".json"):
-            needed.update(await _needs_of(store, key))
+    for name in await store.listed():
+        needed.update(await _needs_of(store, name))
     keys = await store.backend.list()
     return Survey(
         leases=leases,
@@ -86,15 +85,15 @@ async def survey(store: Store) -> Survey:
     )
 
 
-async def _needs_of(store: Store, key: str) -> Sequence[str]:
+async def _needs_of(store: Store, name: str) -> Sequence[str]:
     try:
-        return list(objects_of(await store.facts(key.removeprefix(MODELS).removesuffix(".json"))))
+        return list(objects_of(await store.facts(name)))
     except UnknownModelError:  # removed since it was listed
         return ()
     except (ManifestError, StorageError) as exc:
         raise StorageError(
-            f"which blobs of {store.url} are needed cannot be told, because of {key}: {exc}; nothing is removed. "
-            "Use the surfw that wrote it, or move it away"
+            f"which blobs of {store.url} are needed cannot be told, because of {MODELS}{name}.json: {exc}; "
+            "nothing is removed. Use the surfw that wrote it, or move it away"
         ) from exc
 
 

@@ -7,10 +7,9 @@ Chunks of a model that was not copied may lack digests. Whoever reads one first 
 import asyncio
 import mmap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
@@ -18,7 +17,7 @@ from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_dig
 from surfw.source import ChunkSource, Read, verify_blocks
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.local_reader import BOUNCES_BYTES, Check, FileRange, LocalReader, map_file
-from surfw.storage.origins import explain_change
+from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end
@@ -35,7 +34,7 @@ class StorageSource(ChunkSource):
     """Reads a store directly."""
 
     def __init__(
-        self, backend: StorageBackend, *, owned: bool = True, origin_options: Mapping[str, Any] | None = None
+        self, backend: StorageBackend, *, owned: bool = True, origin_options: PlacedOptions | None = None
     ) -> None:
         """Name the backend, and whether it is closed with this; `open_storage_source` also checks the store."""
         self.store = Store(backend, origin_options)
@@ -81,7 +80,7 @@ class StorageSource(ChunkSource):
             digests = self.store.digests(manifest, read.chunk)
             if digests is None and read.stop - read.start == read.form.stored_bytes:
                 await self._fetch(read, urgent=urgent, verify=False)
-                await self._learn(manifest, read.chunk, [read.destination])
+                await self._learn(manifest, read.chunk, read.destination)
                 return
             if digests is None:
                 digests = await self.digest(manifest, read.chunk, urgent=urgent)
@@ -120,13 +119,12 @@ class StorageSource(ChunkSource):
         await in_thread(self.store.learn, manifest, chunk, digests)
         return digests
 
-    async def _learn(self, manifest: Manifest, chunk: Chunk, parts: Sequence[memoryview]) -> None:
+    async def _learn(self, manifest: Manifest, chunk: Chunk, payload: memoryview) -> None:
         """Keep the digests of a chunk whose bytes are all here."""
 
         def learn() -> None:
             digester = Digester()
-            for part in parts:
-                digester.update(part)
+            digester.update(payload)
             self.store.learn(manifest, chunk, digester.result())
 
         await in_thread(learn)
@@ -239,7 +237,7 @@ def _accept(at: int, piece: memoryview) -> None:
 
 
 async def open_storage_source(
-    backend: StorageBackend, *, owned: bool = True, origin_options: Mapping[str, Any] | None = None
+    backend: StorageBackend, *, owned: bool = True, origin_options: PlacedOptions | None = None
 ) -> StorageSource:
     """A source over the backend, which must hold a store; an `owned` backend is closed with the source.
 

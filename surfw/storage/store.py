@@ -14,8 +14,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
@@ -24,7 +23,7 @@ from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digest_log import DigestLog, chunk_sizes
 from surfw.storage.notices import LEASES, PRUNES
-from surfw.storage.origins import Objects
+from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
 
@@ -41,7 +40,7 @@ _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 class Store:
     """Chunked models in a storage backend."""
 
-    def __init__(self, backend: StorageBackend, origin_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, backend: StorageBackend, origin_options: PlacedOptions | None = None) -> None:
         """Name the backend, which is adapted if it is a custom one; nothing is read yet.
 
         Args:
@@ -114,13 +113,17 @@ class Store:
 
     async def models(self) -> list[str]:
         """Names of the models, sorted. Files whose names cannot be a model's are left out."""
-        keys = await self.backend.list(MODELS)
-        names = {key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")}
+        names = set(await self.listed())
         strays = {name for name in names if not _is_model_name(name)}
         for name in sorted(strays - self._strays):
             logger.warning("%s holds %a, which cannot be a model's name; it is left out", self.url, name[:80])
         self._strays = strays
         return sorted(names - strays)
+
+    async def listed(self) -> list[str]:
+        """The names under which manifests lie here, whether or not they can be a model's."""
+        keys = await self.backend.list(MODELS)
+        return [key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")]
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model with exactly this name.

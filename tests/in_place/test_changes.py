@@ -14,8 +14,7 @@ from surfw.models import StreamingModel
 from surfw.server.private_store import make_private_store
 from surfw.storage import FsspecBackend, Store, open_backend
 from surfw.storage.base import ChangedObjectError
-from surfw.storage.origins import origin_options
-from surfw.storage.private import private_store
+from surfw.storage.origins import PlacedOptions
 from tests.checkpoints import save_llama
 from tests.servers import serve
 from tests.storage.dict_backend import DictBackend
@@ -121,18 +120,17 @@ def test_no_manifest_makes_this_machine_do_more_than_read_a_checkpoint(
 
 def test_storage_options_go_to_no_other_server(tmp_path: Path) -> None:
     secret = {"headers": {"Authorization": "x"}}
-    private = str(private_store("https://here/model"))
-    assert origin_options("https://here/store", "https://here/model", secret) == secret
-    assert origin_options(private, "https://here/model", secret) == secret
-    assert origin_options(str(tmp_path), "s3://bucket/model", secret) == secret
-    for store, origin in (
+    assert PlacedOptions("https://here/store", secret).for_url("https://here/model") == secret
+    assert PlacedOptions("hf://org/model", secret).for_url("hf://org/model@0123") == secret
+    assert PlacedOptions(str(tmp_path), secret).for_url("s3://bucket/model") == secret
+    for place, origin in (
         ("https://here/store", "https://there/model"),
         ("https://here/store", "s3://bucket/model"),
         ("s3://bucket/store", "https://there/model"),
         (str(tmp_path), "https://there/model"),
-        (private, str(tmp_path)),
+        ("https://here/store", str(tmp_path)),
     ):
-        assert origin_options(store, origin, secret) == {}
+        assert PlacedOptions(place, secret).for_url(origin) == {}
 
 
 def test_code_beside_a_checkpoint_is_not_run(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,8 +107,8 @@ def test_a_gateway_that_never_answers_whole_is_one_clear_error(backend: S3Backen
             assert read(backend, 0, 100) == DATA[:100]
 
 
-@pytest.mark.usefixtures("one_by_one")
-def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: Proxy) -> None:
+def replaced_meanwhile(s3: S3Service, proxy: Proxy) -> str:
+    """A bucket whose object `x` is replaced when the second range of it is asked for."""
     bucket = s3.bucket()
     s3.client.put_object(Bucket=bucket, Key="x", Body=DATA)
 
@@ -118,6 +118,12 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: 
         return PASS
 
     proxy.judge = judge
+    return bucket
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: Proxy) -> None:
+    bucket = replaced_meanwhile(s3, proxy)
     backend = connect(s3, bucket, endpoint_url=proxy.endpoint)
     with pytest.raises(StorageError, match=rf"^x in {backend.url} was changed: its revision is .* expected \"[0-9a-f]"):
         read(backend)
@@ -128,15 +134,7 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: 
 
 @pytest.mark.usefixtures("one_by_one")
 def test_a_load_begins_anew_when_the_object_is_replaced(s3: S3Service, proxy: Proxy) -> None:
-    bucket = s3.bucket()
-    s3.client.put_object(Bucket=bucket, Key="x", Body=DATA)
-
-    def judge(head: str) -> int:
-        if len(ranges(proxy)) == 2:
-            s3.client.put_object(Bucket=bucket, Key="x", Body=DATA[::-1])
-        return PASS
-
-    proxy.judge = judge
+    bucket = replaced_meanwhile(s3, proxy)
     assert asyncio.run(connect(s3, bucket, endpoint_url=proxy.endpoint).load("x")) == DATA[::-1]
 
 
