@@ -1,6 +1,10 @@
 """Threads and event loops: work that is never left behind, and loops that are never blocked."""
 
 import asyncio
+import concurrent.futures
+import queue
+import threading
+import weakref
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -35,6 +39,60 @@ async def to_its_end(
 async def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """As `asyncio.to_thread`, to its end."""
     return await to_its_end(asyncio.to_thread(function, *arguments, **options))
+
+
+class DaemonThreads:
+    """A few threads for calls that may wait long for a network. The interpreter ends without waiting for them.
+
+    How many calls wait for their turn is up to whoever makes them. The threads end with this, or when it is closed.
+    """
+
+    def __init__(self, most: int, name: str) -> None:
+        """No thread runs before there is a call."""
+        self._most = most
+        self._name = name
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._running = 0
+        self._lock = threading.Lock()
+
+    def submit(self, function: Callable[[], T]) -> "asyncio.Future[T]":
+        """Have a thread call the function. Cancelling what this gives prevents the call, or ends the waiting for it."""
+        settled: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def call() -> None:
+            if not settled.set_running_or_notify_cancel():
+                return
+            try:
+                settled.set_result(function())
+            except BaseException as exc:  # noqa: BLE001 - whoever waits gets it
+                settled.set_exception(exc)
+
+        with self._lock:
+            self._calls.put(call)
+            if self._running < self._most:
+                if not self._running:
+                    weakref.finalize(self, _end, self._calls, self._most)
+                self._running += 1
+                threading.Thread(target=_work, args=(self._calls,), name=self._name, daemon=True).start()
+        return asyncio.wrap_future(settled)
+
+    def close(self) -> None:
+        """Let the threads end, once they have done all calls; later calls start new ones."""
+        with self._lock:
+            calls, self._calls = self._calls, queue.SimpleQueue()
+            _end(calls, self._running)
+            self._running = 0
+
+
+def _work(calls: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    while call := calls.get():
+        call()
+        del call  # and what it holds, while this waits for the next one
+
+
+def _end(calls: "queue.SimpleQueue[Callable[[], None] | None]", threads: int) -> None:
+    for _ in range(threads):
+        calls.put(None)
 
 
 async def on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -1,13 +1,16 @@
 """Work in threads comes to its end before whoever waits for it goes on, however often that is cancelled."""
 
 import asyncio
+import functools
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from surfw.errors import ConfigurationError
-from surfw.threads import in_thread, on_loop, refuse_event_loop, to_its_end
+from surfw.threads import DaemonThreads, in_thread, on_loop, refuse_event_loop, to_its_end
 
 
 def test_a_result_and_an_error_come_through() -> None:
@@ -41,6 +44,42 @@ def test_a_thread_is_waited_for_however_often_it_is_cancelled() -> None:
         assert wrote == [1]
 
     asyncio.run(main())
+
+
+def test_daemon_threads_take_calls_in_order_and_few_at_a_time() -> None:
+    threads, may_end, names = DaemonThreads(2, "daemon"), threading.Event(), set[str]()
+
+    def work(index: int) -> int:
+        assert may_end.wait(60)
+        names.add(threading.current_thread().name)
+        assert threading.current_thread().daemon
+        return index
+
+    async def main() -> None:
+        calls = [threads.submit(functools.partial(work, index)) for index in range(6)]
+        assert sum(one.name == "daemon" for one in threading.enumerate()) == 2
+        calls[4].cancel()
+        may_end.set()
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(found.pop(4), asyncio.CancelledError)
+        assert found == [0, 1, 2, 3, 5]
+        with pytest.raises(ZeroDivisionError):
+            await threads.submit(lambda: 1 // 0)
+        threads.close()
+        assert await threads.submit(lambda: 7) == 7
+
+    asyncio.run(main())
+    threads.close()
+    assert names == {"daemon"}
+
+
+def test_nobody_waits_for_a_daemon_thread() -> None:
+    code = (
+        "import asyncio, threading\nfrom surfw.threads import DaemonThreads\n"
+        "async def main():\n    call = DaemonThreads(1, 'x').submit(threading.Event().wait)\n"
+        "    await asyncio.wait([call], timeout=0.1)\n    call.cancel()\nasyncio.run(main())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
 
 
 def test_the_error_of_work_that_nobody_wants_any_more_is_let_be() -> None:

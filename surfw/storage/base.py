@@ -8,6 +8,7 @@ before it touches anything, in surfw's own backends or before a custom one (see 
 import asyncio
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -15,8 +16,12 @@ from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import StorageError
+from surfw.threads import in_thread, to_its_end
 
 Data = TypeVar("Data", bytes, memoryview)
+
+Check = Callable[[int, memoryview], None]
+"""Verifies a piece, given the offset of its first byte and the bytes themselves; raises if they are not right."""
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
@@ -170,6 +175,18 @@ class StorageBackend(ABC):
         destination[:] = await self.load_range(key, start, start + destination.nbytes)
         if revision is not None:
             await self.expect_revision(key, revision)
+
+    async def read_verified(
+        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
+    ) -> None:
+        """As `read_into`, with bytes that are verified by `check` before this ends.
+
+        Raises:
+            StorageError: as in `read_into`.
+            Exception: what `check` raises.
+        """
+        await to_its_end(self.read_into(key, start, destination, revision=revision))
+        await in_thread(check, 0, destination)
 
     async def expect_revision(self, key: str, revision: str) -> None:
         """Make sure, after a read, that the object is still what it was when `revision()` gave this.

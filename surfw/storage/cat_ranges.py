@@ -1,5 +1,6 @@
 """Ranges of any other asynchronous file system of fsspec, by its `_cat_file`: held once before they are in place."""
 
+import asyncio
 from typing import Any
 
 from surfw.storage.transfer import Answer, Place, RangeReader, TransientError
@@ -10,14 +11,17 @@ class CatRanges(RangeReader):
 
     tells_revision = False
 
-    def __init__(self, fs: Any) -> None:
+    def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
         self._fs = fs
+        self.loop = fs.loop
+        self._slots = asyncio.Semaphore(connections)
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read, then put in place."""
         try:
-            data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - what fsspec's own systems call
+            async with self._slots:
+                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc
-        place(Answer(None, start, len(data), None))[:] = data
+        place(Answer(None, start, len(data), None)).memory[:] = data

@@ -5,6 +5,7 @@ server says of the object (a weak ETag, its modification time, its size). A serv
 for an object that is asked for whole.
 """
 
+import asyncio
 import errno
 import re
 from collections.abc import AsyncIterator
@@ -29,20 +30,22 @@ class HttpRanges(RangeReader):
 
     read_only = True
 
-    def __init__(self, fs: Any) -> None:
+    def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
         self._fs = fs
+        self.loop = fs.loop
+        self._slots = asyncio.Semaphore(connections)
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read into place."""
         asked = {"Range": f"bytes={start}-{stop - 1}"}
         if pinned is not None and pinned.startswith('"'):
             asked["If-Match"] = pinned
-        async with self._request(path, asked) as found:
+        async with self._slots, self._request(path, asked) as found:
             if found.status == 416:
                 place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
                 return
-            destination = place(_answer(found))
+            destination = place(_answer(found)).memory
             done = 0
             while done < len(destination):
                 piece = await found.content.read(min(_BUFFER_BYTES, len(destination) - done))

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from surfw.config import MIB
 from surfw.errors import StorageError
+from surfw.storage.base import Check
 from surfw.storage.filesystem import expect_file_revision
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.threads import to_its_end
@@ -38,9 +39,6 @@ BOUNCES_BYTES = (_READERS + 1) * _BOUNCE_BYTES
 _NO_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS}
 
 T = TypeVar("T")
-
-Check = Callable[[int, memoryview], None]
-"""Verifies a piece, given the offset of its first byte and the bytes themselves; raises if they are not right."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,14 +10,15 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
-from surfw.storage.base import ChangedObjectError, StorageBackend
+from surfw.storage.base import ChangedObjectError, Check, StorageBackend
 from surfw.storage.opening import open_backend
 
 _MOUNT = "origins/"
@@ -150,16 +151,16 @@ class Objects(StorageBackend):
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, if it is what it was."""
         found = self.find(key)
-        pinned = found.revision or revision
-        if pinned is None:
-            await found.backend.read_into(found.key, start, destination)
-            return
-        try:
-            await found.backend.read_into(found.key, start, destination, revision=pinned)
-        except ChangedObjectError as exc:
-            if found.revision is None:
-                raise
-            raise explain_change(exc) from exc
+        with _explaining(found):
+            await found.backend.read_into(found.key, start, destination, revision=found.revision or revision)
+
+    async def read_verified(
+        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
+    ) -> None:
+        """As `read_into`, verified."""
+        found = self.find(key)
+        with _explaining(found):
+            await found.backend.read_verified(found.key, start, destination, check, revision=found.revision or revision)
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
@@ -206,6 +207,17 @@ class Objects(StorageBackend):
         """Close the origins; the store's own backend stays open."""
         mounted, self._mounted = list(self._mounted.values()), {}
         await asyncio.gather(*(one.backend.close() for one in mounted))
+
+
+@contextmanager
+def _explaining(found: Found) -> Iterator[None]:
+    """Changes of what is pinned, with what to do."""
+    try:
+        yield
+    except ChangedObjectError as exc:
+        if found.revision is None:
+            raise
+        raise explain_change(exc) from exc
 
 
 def explain_change(exc: ChangedObjectError) -> ChangedObjectError:

@@ -132,7 +132,7 @@ class S3Backend(FsspecBackend):
         except ImportError as exc:
             raise ConfigurationError(f"{self.url}: S3 needs the package {exc.name}; run: pip install s3fs") from exc
 
-        known = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters, "profile"}
+        known = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters, "profile"} - {"session"}
         if unknown := sorted(set(options) - known):
             raise ConfigurationError(
                 f"{self.url}: there is no option {unknown[0]}; surfw knows region_name, profile_name, endpoint_url, "
@@ -155,10 +155,10 @@ class S3Backend(FsspecBackend):
         fs.retries = _ROUNDS
         return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
 
-    def _ranges(self) -> RangeReader:
+    def _ranges(self, connections: int) -> RangeReader:
         from surfw.storage.s3_ranges import S3Ranges
 
-        return S3Ranges(self.fs)
+        return S3Ranges(self.fs, connections)
 
     def _put_bytes(self, data: bytes, path: str) -> None:
         self.fs.pipe_file(path, data, chunksize=_part_bytes(len(data)), max_concurrency=_PARTS)
@@ -226,6 +226,8 @@ class S3Backend(FsspecBackend):
 
     async def close(self) -> None:
         """Close the connections; a later use opens new ones."""
+        if self._transfer is not None:
+            self._transfer.reader.close()
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)

@@ -1,69 +1,153 @@
-"""Ranges of S3's objects, with s3fs' own client: streamed into place, of one ETag; what may pass is told from the rest.
+"""Ranges of S3's objects: streamed into place, of one ETag; what may pass is told from the rest.
 
-botocore tries a request again as its configuration says; s3fs' own rounds are left out, as `Transfer` has its own.
+They are asked for by botocore's blocking client, in threads, with what s3fs was given for its own one: a byte costs two
+thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short of, and can be
+verified at once. botocore tries a request again as its configuration says; `Transfer` does the rest.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
-import aiohttp
+import botocore.session
+import urllib3
+from botocore import UNSIGNED
 from botocore import exceptions as boto
+from botocore.config import Config
 from s3fs.errors import translate_boto_error
 
-from surfw.config import MIB
-from surfw.storage.transfer import Answer, PinLostError, Place, RangeReader, TransientError
+from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
+from surfw.threads import DaemonThreads, to_its_end
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5", "ExpectedBucketOwner")
 """Settings of the file system that a GET takes."""
 
-_STREAM_BYTES = MIB
-"""What is taken of a stream at a time; it then buffers at most twice as much, and hardly ever makes its sender wait."""
+_STREAM_BYTES = 256 << 10
+"""What is taken of a stream at a time: a copy of so much lies in the processor's cache when it is put into place."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
     "RequestLimitExceeded", "BandwidthLimitExceeded", "PriorRequestNotComplete", "TooManyRequestsException",
 }  # fmt: skip
-_LOST = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, aiohttp.ClientError, TimeoutError)
+_LOST = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    urllib3.exceptions.HTTPError,
+    TimeoutError,
+)
 _UNSAFE = (boto.SSLError, boto.ProxyConnectionError)
 
 
 class S3Ranges(RangeReader):
     """Ranges of objects in one bucket; paths begin with the bucket's name."""
 
-    def __init__(self, fs: Any) -> None:
+    def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
         self._fs = fs
+        self._threads = DaemonThreads(connections, "surfw-s3")
+        self._client: Any = None
+        self._connecting = threading.Lock()
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
-        """Read into place."""
+        """Read into place, in the next thread that is free."""
+        one = _Get(partial(self._ask, path, start, stop, pinned), start, place)
+        reading = self._threads.submit(one.run)
+        with _told_apart(self._fs.endpoint_url):
+            await to_its_end(reading, on_cancel=lambda: one.give_up() or reading.cancel())
+
+    def _ask(self, path: str, start: int, stop: int, pinned: str | None) -> Mapping[str, Any]:
         bucket, _, key = path.partition("/")
         settings = self._fs.s3_additional_kwargs | self._fs.req_kw
         asked = {name: settings[name] for name in _PASSED_ON if name in settings}
         if pinned is not None:
             asked["IfMatch"] = pinned
-        with _told_apart(self._fs.endpoint_url):
-            client = await self._fs.set_session()
-            try:
-                found = await client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **asked)
-            except boto.ClientError as exc:
-                if _code(exc) not in {"InvalidRange", "416"}:
-                    raise
-                place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
-                return
-            with closing(found["Body"]) as body:
-                destination = place(_answer(found))
-                done = 0
-                while done < len(destination):
-                    count = await body.readinto(destination[done : done + _STREAM_BYTES])
-                    if not count:
-                        raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(destination))
-                    done += count
+        with self._connecting:
+            if self._client is None:
+                self._client = _connect(self._fs)
+            client = self._client
+        found: Mapping[str, Any] = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **asked)
+        return found
+
+    def close(self) -> None:
+        """End the threads and close the connections; a later use makes new ones."""
+        self._threads.close()
+        with self._connecting:
+            client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
 
-def _answer(found: dict[str, Any]) -> Answer:
+class _Get:
+    """One range, in a thread: asked for, and read to where its answer goes."""
+
+    def __init__(self, ask: Callable[[], Mapping[str, Any]], start: int, place: Place) -> None:
+        self._ask = ask
+        self._start = start
+        self._place = place
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._stream: urllib3.HTTPResponse | None = None
+
+    def run(self) -> None:
+        """Do it, unless it is given up before anything is placed."""
+        try:
+            found = self._ask()
+        except boto.ClientError as exc:
+            if _code(exc) not in {"InvalidRange", "416"}:
+                raise
+            self._place(Answer(None, self._start, 0, None if self._start else 0))  # empty, or one that ends before
+            return
+        with found["Body"] as stream:
+            with self._lock:
+                if self._given_up:
+                    return
+                landing = self._place(_answer(found))
+                self._stream = stream
+            _read(stream, landing)
+
+    def give_up(self) -> bool:
+        """End it. Returns whether it has to be waited for, because it may still write to its place."""
+        with self._lock:
+            self._given_up = True
+            if self._stream is None:
+                return False
+            with suppress(RuntimeError, ValueError, OSError):  # it is at its end already
+                self._stream.shutdown()
+            return True
+
+
+def _connect(fs: Any) -> Any:
+    """A blocking client that asks whom s3fs asks, in the same name and with the same patience."""
+    given = {
+        "aws_access_key_id": fs.key,
+        "aws_secret_access_key": fs.secret,
+        "aws_session_token": fs.token,
+        "endpoint_url": fs.endpoint_url,
+        "use_ssl": fs.use_ssl,
+    }
+    config = {"connect_timeout": fs.connect_timeout, "read_timeout": fs.read_timeout} | fs.config_kwargs
+    if fs.anon:
+        config["signature_version"] = UNSIGNED
+    options = {name: value for name, value in given.items() if value is not None} | fs.client_kwargs
+    return botocore.session.Session(**fs.kwargs).create_client("s3", config=Config(**config), **options)
+
+
+def _read(stream: urllib3.HTTPResponse, landing: Landing) -> None:
+    memory, done = landing.memory, 0
+    while done < len(memory):
+        count = stream.readinto(memory[done : done + _STREAM_BYTES])
+        if not count:
+            raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(memory))
+        done += count
+        landing.arrived(done)
+
+
+def _answer(found: Mapping[str, Any]) -> Answer:
     revision, length = found.get("ETag"), int(found["ContentLength"])
     if match := _CONTENT_RANGE.fullmatch(found.get("ContentRange", "")):
         return Answer(revision, int(match[1]), length, int(match[3]))

@@ -1,4 +1,4 @@
-"""A storage as a `ChunkSource`: no server between. Each piece is verified while the next one is read.
+"""A storage as a `ChunkSource`: no server between. Pieces are verified as they arrive, or while others are read.
 
 Chunks of a model that was not copied may lack digests. Whoever reads one first reads all of it and keeps its digests
 (see `digest_log`); from then on it is verified as any other.
@@ -15,8 +15,8 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, verify_blocks
-from surfw.storage.base import ChangedObjectError, StorageBackend
-from surfw.storage.local_reader import BOUNCES_BYTES, Check, FileRange, LocalReader, map_file
+from surfw.storage.base import ChangedObjectError, Check, StorageBackend
+from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, map_file
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
@@ -197,24 +197,22 @@ class StorageSource(ChunkSource):
             raise first from first.__cause__
 
     async def _take(self, read: Read, left: Iterator[int], check: Check) -> None:
-        """Read one piece after the other, until none is left; each is verified while the next is read."""
-        checking: asyncio.Task[None] | None = None
-        try:
-            for start in left:
-                stop = min(start + self._piece_bytes, read.stop)
-                piece = read.destination[start - read.start : stop - read.start]
-                at = 0
-                for key, offset, length in segments(read.form.locations, start, stop):
-                    await self._read(key, offset, piece[at : at + length])
-                    at += length
-                if checking:
-                    await checking
-                checking = asyncio.create_task(asyncio.to_thread(check, start - read.start, piece))
-            if checking:
-                await checking
-        finally:
-            if checking:
-                await to_its_end(checking)
+        """Read and verify one piece after the other, until none is left."""
+        objects = self.store.objects
+        for start in left:
+            stop = min(start + self._piece_bytes, read.stop)
+            begin = start - read.start
+            piece = read.destination[begin : stop - read.start]
+            check_piece = partial(_shifted, check, begin)
+            parts = list(segments(read.form.locations, start, stop))
+            if len(parts) == 1:
+                await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
+                continue
+            at = 0
+            for key, offset, length in parts:
+                await self._read(key, offset, piece[at : at + length])
+                at += length
+            await in_thread(check_piece, 0, piece)
 
     async def _read(self, key: str, start: int, destination: memoryview) -> None:
         """Read into place. Only streams are known to write nothing any more once they are cancelled."""
@@ -230,6 +228,11 @@ class StorageSource(ChunkSource):
             await self.store.backend.close()
         else:
             await self.store.let_go()
+
+
+def _shifted(check: Check, begin: int, at: int, piece: memoryview) -> None:
+    """Have a piece checked whose offset is counted from `begin`."""
+    check(begin + at, piece)
 
 
 def _accept(at: int, piece: memoryview) -> None:

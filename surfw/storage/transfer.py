@@ -9,21 +9,23 @@ Invariants:
   that will not pass ends the read at once.
 - When a read ends, however it does, nothing is written to its destination any more.
 
-Everything here but `Transfer`'s two calls runs on the event loop of the file system.
+Everything here but `Transfer`'s calls, and what readers do in threads, runs on the reader's event loop.
 """
 
 import asyncio
 import itertools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from surfw.config import BLOCK_BYTES
 from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
-from surfw.storage.base import ChangedObjectError, changed
+from surfw.storage.base import ChangedObjectError, Check, changed
 from surfw.storage.ranges import MOST_RANGE_BYTES, plan_ranges
-from surfw.threads import on_loop
+from surfw.threads import in_thread, on_loop
 
 T = TypeVar("T")
 
@@ -68,24 +70,58 @@ class Answer:
     size: int | None
 
 
-Place = Callable[[Answer], memoryview]
+class Landing:
+    """Where the bytes of an answer go. They may be verified as they arrive, while they lie in the processor's cache.
+
+    Attributes:
+        memory: what is to be filled, from its beginning to its end.
+    """
+
+    def __init__(self, memory: memoryview, check: Check | None = None) -> None:
+        """Nothing has arrived."""
+        self.memory = memory
+        self._check = check
+        self._checked = 0
+
+    def arrived(self, count: int) -> None:
+        """Verify the whole blocks among the first `count` bytes. For threads: it takes the time of hashing them.
+
+        Raises:
+            Exception: what the check raises.
+        """
+        whole = count if count == len(self.memory) else count - count % BLOCK_BYTES
+        if self._check is not None and whole > self._checked:
+            self._check(self._checked, self.memory[self._checked : whole])
+            self._checked = whole
+
+    async def verify(self) -> None:
+        """Verify what is left, once all has arrived."""
+        if self._check is not None and self._checked < len(self.memory):
+            await in_thread(self.arrived, len(self.memory))
+
+
+Place = Callable[[Answer], Landing]
 """Where to put the bytes of an answer, which it also judges: one that is not wanted is an error."""
 
 
 class RangeReader(ABC):
-    """One kind of file system, as `Transfer` needs it. Called on the file system's event loop.
+    """One kind of file system, as `Transfer` needs it. It bounds by itself how many ranges are under way.
 
     Attributes:
+        loop: the event loop it is called on; None for any.
         tells_revision: whether answers carry one.
         read_only: whether nothing can be written there.
     """
 
+    loop: asyncio.AbstractEventLoop | None = None
     tells_revision = True
     read_only = False
 
     @abstractmethod
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read bytes `start` to `stop`, or fewer if the object ends before, to where `place` says.
+
+        It may call `place` in a thread, and tell the landing what has arrived; what it did not tell is verified later.
 
         Raises:
             TransientError: from what may pass.
@@ -101,35 +137,47 @@ class RangeReader(ABC):
         """
         return None
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of connections that the file system does not close; a later use makes new ones."""
+
 
 class Transfer:
     """Reads through a `RangeReader`. Its calls may come from any event loop; `name` is what errors call the object."""
 
-    def __init__(
-        self, reader: RangeReader, loop: asyncio.AbstractEventLoop, retries: RetryPolicy, connections: int
-    ) -> None:
+    def __init__(self, reader: RangeReader, retries: RetryPolicy) -> None:
         """Name the parts; nothing is contacted."""
         self.reader = reader
-        self._loop = loop
         self._retries = retries
-        self._slots = asyncio.Semaphore(connections)
         self._reached = False
 
+    async def _on_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await (work() if self.reader.loop is None else on_loop(self.reader.loop, work))
+
     async def read_into(
-        self, path: str, start: int, destination: memoryview, *, name: str, pinned: str | None = None
+        self,
+        path: str,
+        start: int,
+        destination: memoryview,
+        *,
+        name: str,
+        pinned: str | None = None,
+        check: Check | None = None,
     ) -> None:
-        """Fill `destination` with the object's bytes from `start` on, of the pinned revision if there is one."""
+        """Fill `destination` with the object's bytes from `start` on, of the pinned revision if there is one.
+
+        With `check` they are verified: a single range as it arrives, several of them when all have.
+        """
         if destination.nbytes:
             read = _Read(path, name, pinned)
-            await on_loop(self._loop, lambda: self._fill(read, start, destination.cast("B")))
+            await self._on_loop(lambda: self._fill(read, start, destination.cast("B"), check))
 
     async def load(self, path: str, *, name: str) -> bytearray:
         """The whole object; a small one takes a single request."""
-        return await on_loop(self._loop, lambda: self._load(path, name))
+        return await self._on_loop(lambda: self._load(path, name))
 
     async def facts(self, path: str) -> Answer | None:
         """Size and revision, if the reader has a way of its own to tell."""
-        found = await on_loop(self._loop, lambda: self._retry(lambda: self.reader.facts(path)))
+        found = await self._on_loop(lambda: self._retry(lambda: self.reader.facts(path)))
         self._reached = self._reached or found is not None
         return found
 
@@ -144,7 +192,7 @@ class Transfer:
     async def _load_once(self, read: "_Read") -> bytearray:
         memory, arrived = bytearray(), 0
 
-        def place(answer: Answer) -> memoryview:
+        def place(answer: Answer) -> Landing:
             nonlocal memory, arrived
             read.check(answer)
             if answer.start != 0:
@@ -153,15 +201,18 @@ class Transfer:
                 raise StorageError(f"{read.name} comes in ranges that do not say how long all of it is")
             memory = _allocate(read.name, answer.length if answer.size is None else answer.size)
             arrived = answer.length
-            return memoryview(memory)[:arrived]
+            return Landing(memoryview(memory)[:arrived])
 
         await self._get(read, 0, MOST_RANGE_BYTES, place)
         if arrived < len(memory):
             await self._fill(read, arrived, memoryview(memory)[arrived:])
         return memory
 
-    async def _fill(self, read: "_Read", start: int, destination: memoryview) -> None:
+    async def _fill(self, read: "_Read", start: int, destination: memoryview, check: Check | None = None) -> None:
         plan = plan_ranges(start, start + len(destination))
+        if len(plan.ranges) == 1:
+            await self._read(read, start, destination, check)
+            return
         ranges = iter(plan.ranges)
         try:
             async with asyncio.TaskGroup() as group:
@@ -170,28 +221,36 @@ class Transfer:
         except BaseExceptionGroup as failed:
             first = failed.exceptions[0]
             raise first from first.__cause__
+        await Landing(destination, check).verify()
 
     async def _work(self, read: "_Read", base: int, destination: memoryview, ranges: Iterator[tuple[int, int]]) -> None:
         """Take one range after the other, until none is left."""
         for start, stop in ranges:
+            await self._read(read, start, destination[start - base : stop - base])
 
-            def place(answer: Answer, start: int = start, stop: int = stop) -> memoryview:
-                read.check(answer)
-                if answer.start != start:
-                    raise StorageError(
-                        f"{read.name} was answered from byte {answer.start} on, expected byte {start}; "
-                        "surfw needs a server that answers ranges"
-                    )
-                _expect_length(answer.length, stop - start, read.name)
-                return destination[start - base : stop - base]
+    async def _read(self, read: "_Read", start: int, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range."""
+        landing = Landing(destination, check)
 
-            await self._get(read, start, stop, place)
+        def place(answer: Answer) -> Landing:
+            nonlocal landing
+            read.check(answer)
+            if answer.start != start:
+                raise StorageError(
+                    f"{read.name} was answered from byte {answer.start} on, expected byte {start}; "
+                    "surfw needs a server that answers ranges"
+                )
+            _expect_length(answer.length, len(destination), read.name)
+            landing = Landing(destination, check)  # another try is verified anew
+            return landing
+
+        await self._get(read, start, start + len(destination), place)
+        await landing.verify()
 
     async def _get(self, read: "_Read", start: int, stop: int, place: Place) -> None:
         async def get() -> None:
-            async with self._slots:
-                await self.reader.get(read.path, start, stop, place, read.pinned)
-                self._reached = True
+            await self.reader.get(read.path, start, stop, place, read.pinned)
+            self._reached = True
 
         try:
             await self._retry(get)
@@ -213,13 +272,15 @@ class Transfer:
         raise AssertionError  # never: the loop has no end
 
 
-@dataclass(slots=True)
 class _Read:
     """A read of one object, and the one revision that all of it is of."""
 
-    path: str
-    name: str
-    pinned: str | None = None
+    def __init__(self, path: str, name: str, pinned: str | None = None) -> None:
+        """Name the object, and its revision if it is known."""
+        self.path = path
+        self.name = name
+        self.pinned = pinned
+        self._lock = threading.Lock()
 
     def check(self, answer: Answer) -> None:
         """Hold an answer to the revision; the first one sets it.
@@ -227,10 +288,11 @@ class _Read:
         Raises:
             ChangedObjectError: it is of another.
         """
-        if self.pinned is None:
-            self.pinned = answer.revision
-        elif answer.length and answer.revision != self.pinned:
-            raise self.changed(str(answer.revision))
+        with self._lock:
+            if self.pinned is None:
+                self.pinned = answer.revision
+            elif answer.length and answer.revision != self.pinned:
+                raise self.changed(str(answer.revision))
 
     def changed(self, seen: str) -> ChangedObjectError:
         """The error for an object that is not the one it was."""

@@ -30,6 +30,8 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.heads: list[str] = []
         self.judge: Judge = lambda head: PASS
         self.at_once = self.most_at_once = 0
+        self.may_cut = threading.Event()
+        self.may_cut.set()
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
 
@@ -81,6 +83,7 @@ class _Handler(socketserver.StreamRequestHandler):
         left = 0 if is_head else _length(head)
         if 0 < most < left:
             self.wfile.write(answers.read(most))
+            self.server.may_cut.wait(60)
             return False
         while left:
             piece = answers.read(min(left, 1 << 20))

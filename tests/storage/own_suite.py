@@ -1,11 +1,13 @@
 """What surfw's own backends do beyond the public suite: they check keys themselves, and name what is missing."""
 
 import asyncio
+import itertools
 from pathlib import Path
 
 import pytest
 
-from surfw.errors import NotFoundError, StorageError
+from surfw.config import BLOCK_BYTES
+from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.storage import StorageBackend
 from surfw.testing import KEY, StorageBackendSuite
 
@@ -24,6 +26,22 @@ class OwnBackendSuite(StorageBackendSuite):
                 asyncio.run(work)
         with pytest.raises(StorageError, match=r"x.* ends"):
             asyncio.run(backend.load_range("x", 2, 5))
+
+    def test_bytes_are_verified_in_whole_blocks_each_once(self, backend: StorageBackend) -> None:
+        data = bytes(range(251)) * (5 * BLOCK_BYTES // 502)
+        asyncio.run(backend.save("x", data))
+        seen: list[tuple[int, bytes]] = []
+        memory = memoryview(bytearray(len(data) - 3))
+        asyncio.run(backend.read_verified("x", 3, memory, lambda at, piece: seen.append((at, bytes(piece)))))
+        assert memory == data[3:] == b"".join(piece for _, piece in seen)
+        assert [at for at, _ in seen] == [*itertools.accumulate((len(piece) for _, piece in seen[:-1]), initial=0)]
+        assert not any(at % BLOCK_BYTES for at, _ in seen)
+
+        def refuse(at: int, piece: memoryview) -> None:
+            raise IntegrityError("damaged")
+
+        with pytest.raises(IntegrityError, match=r"^damaged$"):
+            asyncio.run(backend.read_verified("x", 3, memory, refuse))
 
     @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "", "a//b", "a/../../x", "a\\b", "a\0b", ".hidden", "a/"])
     def test_keys_that_lead_elsewhere_reach_nothing(self, backend: StorageBackend, key: str, tmp_path: Path) -> None:

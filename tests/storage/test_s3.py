@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 import torch
 
@@ -235,13 +237,22 @@ def test_backends_share_no_credentials(s3: S3Service, bucket: str) -> None:
 
 def test_a_closed_backend_has_no_connection_and_opens_one_when_needed(s3: S3Service, bucket: str) -> None:
     backend = connect(s3, bucket)
+    port = urlsplit(s3.endpoint).port
+
+    def connections() -> int:
+        gc.collect()
+        found = psutil.Process().net_connections("tcp")
+        return sum(one.status == psutil.CONN_ESTABLISHED and one.raddr.port == port for one in found)
+
+    before = connections()
     asyncio.run(backend.load("x"))
-    connector = backend.fs.s3._endpoint.http_session
-    assert any(not session.closed for session in connector._sessions.values())
+    assert asyncio.run(backend.list()) == ["x"]
+    assert connections() == before + 2, "one to read, one for the rest"
     asyncio.run(backend.close())
-    assert all(session.closed for session in (connector._sessions or {}).values())
+    assert connections() == before
     assert asyncio.run(backend.load("x")) == b"payload"
     asyncio.run(backend.close())
+    assert connections() == before
 
 
 @pytest.mark.parametrize("name", ["", "ab", "s3://bucket", "bucket/prefix", "a b c", ".abc", "a" * 256, "bücket"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -184,10 +185,52 @@ def test_nothing_is_written_after_a_cancellation(backend: S3Backend, proxy: Prox
     assert memory == bytes(SIZE)
 
 
+def test_a_cancellation_in_the_middle_of_an_answer_does_not_wait_for_the_rest(
+    s3: S3Service, bucket: str, proxy: Proxy
+) -> None:
+    backend = connect(s3, bucket, endpoint_url=proxy.endpoint, config_kwargs={"read_timeout": 3600})
+    memory, proxy.judge, arrived = bytearray(2 * MIB), lambda head: 3 * MIB // 2, threading.Event()
+    proxy.may_cut.clear()
+
+    async def cancel() -> None:
+        task = asyncio.create_task(backend.read_verified("x", 0, memoryview(memory), lambda at, piece: arrived.set()))
+        await asyncio.to_thread(arrived.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    try:
+        asyncio.run(cancel())
+        left = bytes(memory)
+    finally:
+        proxy.may_cut.set()
+    asyncio.run(backend.close())
+    assert left == memory
+
+
+@pytest.mark.usefixtures("one_by_one")
+def test_what_is_read_again_is_verified_again(backend: S3Backend, proxy: Proxy) -> None:
+    cut, seen = iter([3 * MIB]), list[int]()
+    proxy.judge = lambda head: next(cut, PASS)
+    memory = memoryview(bytearray(6 * MIB))
+    asyncio.run(backend.read_verified("x", 0, memory, lambda at, piece: seen.append(at // MIB)))
+    assert memory == DATA[: 6 * MIB]
+    assert seen[-6:] == [*range(6)]
+    assert len(seen) > 6
+
+
 def test_an_upload_goes_in_parts_few_at_a_time(s3: S3Service, proxy: Proxy, tmp_path: Path) -> None:
     bucket, file = s3.bucket(), tmp_path / "whole"
     file.write_bytes(DATA * 3)
     backend = connect(s3, bucket, endpoint_url=proxy.endpoint)
+    together, first = threading.Barrier(4), itertools.count()
+
+    def judge(head: str) -> int:
+        if "partNumber" in head and next(first) < 4:
+            together.wait(30)  # it would never end if they came in turn
+        return PASS
+
+    proxy.judge = judge
     asyncio.run(backend.adopt("x", file))
     parts = proxy.asked("PUT ", "partNumber")
     lengths = [int(line.partition(":")[2]) for head in parts for line in head.split("\r\n") if "Content-Length" in line]

@@ -22,12 +22,12 @@ class Told(RangeReader):
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         del path, pinned
         length = stop - start if self.size is None else min(stop, self.size) - start
-        place(Answer(self.revision, start, length, self.size))[:] = bytes(length)
+        place(Answer(self.revision, start, length, self.size)).memory[:] = bytes(length)
 
 
 def read(reader: RangeReader, pinned: str | None) -> None:
     async def main() -> None:
-        transfer = Transfer(reader, asyncio.get_running_loop(), RetryPolicy(attempts=1), 1)
+        transfer = Transfer(reader, RetryPolicy(attempts=1))
         await transfer.read_into("x", 0, memoryview(bytearray(SIZE)), name="x", pinned=pinned)
 
     asyncio.run(main())
@@ -43,7 +43,7 @@ def test_bytes_of_a_pinned_object_say_which_revision_they_are_of() -> None:
 
 def test_an_object_that_comes_in_part_is_not_taken_for_all_of_it() -> None:
     async def main() -> None:
-        await Transfer(Told("a", None), asyncio.get_running_loop(), RetryPolicy(attempts=1), 1).load("x", name="x")
+        await Transfer(Told("a", None), RetryPolicy(attempts=1)).load("x", name="x")
 
     with pytest.raises(StorageError, match="do not say how long"):
         asyncio.run(main())
