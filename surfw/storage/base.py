@@ -86,7 +86,7 @@ class StorageBackend(ABC):
     """How many reads of one object are worth having under way at a time; more than 1 where it is far away."""
 
     reads_in_place: bool = False
-    """Whether `read_into` needs hardly any memory beside its destination."""
+    """Whether `read_into` needs hardly any memory beside its destination, and writes nothing once it is cancelled."""
 
     @abstractmethod
     async def load(self, key: str) -> bytes:
@@ -185,7 +185,9 @@ class StorageBackend(ABC):
             StorageError: as in `read_into`.
             Exception: what `check` raises.
         """
-        await to_its_end(self.read_into(key, start, destination, revision=revision))
+        pinned = {} if revision is None else {"revision": revision}
+        reading = self.read_into(key, start, destination, **pinned)
+        await (reading if self.reads_in_place else to_its_end(reading))
         await in_thread(check, 0, destination)
 
     async def expect_revision(self, key: str, revision: str) -> None:

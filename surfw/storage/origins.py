@@ -152,7 +152,7 @@ class Objects(StorageBackend):
         """Fill `destination` with the object's bytes from `start` on, if it is what it was."""
         found = self.find(key)
         with _explaining(found):
-            await found.backend.read_into(found.key, start, destination, revision=found.revision or revision)
+            await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
 
     async def read_verified(
         self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
@@ -160,7 +160,7 @@ class Objects(StorageBackend):
         """As `read_into`, verified."""
         found = self.find(key)
         with _explaining(found):
-            await found.backend.read_verified(found.key, start, destination, check, revision=found.revision or revision)
+            await found.backend.read_verified(found.key, start, destination, check, **_pin(found, revision))
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
@@ -207,6 +207,12 @@ class Objects(StorageBackend):
         """Close the origins; the store's own backend stays open."""
         mounted, self._mounted = list(self._mounted.values()), {}
         await asyncio.gather(*(one.backend.close() for one in mounted))
+
+
+def _pin(found: Found, revision: str | None) -> dict[str, str]:
+    """The revision to read, for backends of which some know none."""
+    pinned = found.revision or revision
+    return {} if pinned is None else {"revision": pinned}
 
 
 @contextmanager
