@@ -5,7 +5,7 @@ import concurrent.futures
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from surfw.errors import ConfigurationError
@@ -39,6 +39,17 @@ async def to_its_end(
 async def in_thread(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
     """As `asyncio.to_thread`, to its end."""
     return await to_its_end(asyncio.to_thread(function, *arguments, **options))
+
+
+async def together(works: Iterable[Coroutine[Any, Any, object]]) -> None:
+    """Await all of them at once. The first failure ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for work in works:
+                group.create_task(work)
+    except BaseExceptionGroup as failed:
+        first = failed.exceptions[0]
+        raise first from first.__cause__
 
 
 class DaemonThreads:

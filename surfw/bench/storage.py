@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from fsspec.asyn import get_loop
+
 from surfw.bench.result import Result, Row, describe_machine, summarise_rates
 from surfw.bench.storage_peer import find_streamer, stream_objects
 from surfw.config import MB, MIB
@@ -17,9 +19,11 @@ from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.runtime.buffers import Buffer
 from surfw.source import Read
-from surfw.storage import FsspecBackend, S3Backend, open_backend
+from surfw.storage import FsspecBackend, S3Backend, StorageBackend, open_backend
+from surfw.storage.origins import Objects
 from surfw.storage.source import StorageSource, open_storage_source
 from surfw.storage.store import segments
+from surfw.threads import together
 
 _AHEAD = 2
 """Chunks that surfw reads at a time, as a model does: one for now, and one ahead."""
@@ -45,18 +49,16 @@ def bench_storage(
         SurfwError: there is no such store or model, or it cannot be read.
     """
     backend = open_backend(url, options)
-    if not isinstance(backend, FsspecBackend) or backend.parallel_reads == 1:
-        raise ConfigurationError(f"{backend.url} is not read over a network, expected a URL such as s3://bucket/prefix")
     return asyncio.run(_bench(backend, model, rounds))
 
 
-async def _bench(backend: FsspecBackend, model: str | None, rounds: int) -> Result:
+async def _bench(backend: StorageBackend, model: str | None, rounds: int) -> Result:
     async with await open_storage_source(backend) as source:
         manifest = await source.manifest(await source.resolve(model))
         ours = _Ours(source, manifest)
         size = sum(chunk.forms[0].stored_bytes for chunk in manifest.chunks)
-        plain = {way: _Plain(backend, manifest, *way) for way in _WAYS}
-        streamer = _streamer(backend, manifest)
+        plain = {way: _Plain(source.store.objects, manifest, *way) for way in _WAYS}
+        streamer = _streamer(source.store.objects, manifest)
         contenders: dict[Any, Callable[[], Awaitable[float]]] = {_SURFW: partial(_time, ours.read)}
         contenders |= {way: partial(_time, one.read) for way, one in plain.items()}
         if streamer:
@@ -100,49 +102,59 @@ class _Ours:
                 read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
                 await self._source.fetch(self._manifest, [read])
 
-        async with asyncio.TaskGroup() as group:
-            for buffer in self._buffers:
-                group.create_task(take(buffer))
+        await together(take(buffer) for buffer in self._buffers)
 
 
 class _Plain:
-    """The same bytes as ranges of the file system's own `_cat_file`; what arrives is dropped."""
+    """The same bytes as ranges of the file systems' own `_cat_file`; what arrives is dropped."""
 
-    def __init__(self, backend: FsspecBackend, manifest: Manifest, range_bytes: int, at_once: int) -> None:
-        self._fs = backend.fs
+    def __init__(self, objects: Objects, manifest: Manifest, range_bytes: int, at_once: int) -> None:
         self._at_once = at_once
         self._ranges = [
-            (backend.path(key), at, min(at + range_bytes, start + length))
+            (*_place(objects, key), at, min(at + range_bytes, start + length))
             for chunk in manifest.chunks
             for key, start, length in segments(chunk.forms[0].locations, 0, chunk.forms[0].stored_bytes)
             for at in range(start, start + length, range_bytes)
         ]
 
     async def read(self) -> None:
-        """Read everything once, on the file system's own event loop."""
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._read(), self._fs.loop))
+        """Read everything once, on fsspec's own event loop."""
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._read(), get_loop()))
 
     async def _read(self) -> None:
         left = iter(self._ranges)
 
         async def take() -> None:
-            for path, start, stop in left:
-                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
+            for backend, path, start, stop in left:
+                data = await backend.fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
                 if len(data) != stop - start:
                     raise ConfigurationError(f"{path} changes while it is measured; leave it alone meanwhile")
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self._at_once):
-                group.create_task(take())
+        await together(take() for _ in range(self._at_once))
 
 
-def _streamer(backend: FsspecBackend, manifest: Manifest) -> Callable[[], Awaitable[float]] | None:
+def _place(objects: Objects, key: str) -> tuple[FsspecBackend, str]:
+    """Where an object lies: the storage, and its path there.
+
+    Raises:
+        ConfigurationError: it is not read over a network.
+    """
+    found = objects.find(key)
+    if not isinstance(found.backend, FsspecBackend) or found.backend.parallel_reads == 1:
+        raise ConfigurationError(
+            f"{found.backend.url} is not read over a network, expected a URL such as s3://bucket/prefix"
+        )
+    return found.backend, found.backend.path(found.key)
+
+
+def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[float]] | None:
     """One read of the same objects by Run:ai Model Streamer; None if it cannot be had here."""
+    keys = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
+    places = [_place(objects, key) for key in keys]
+    backend = places[0][0] if places else None
     if not isinstance(backend, S3Backend) or not find_streamer():
         return None
-    keys = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
-    objects = [f"s3://{backend.path(key)}" for key in keys]
-    return lambda: asyncio.to_thread(stream_objects, objects, backend)
+    return lambda: asyncio.to_thread(stream_objects, [f"s3://{path}" for _, path in places], backend)
 
 
 def _rows(size: int, seconds: Mapping[Any, Sequence[float]]) -> tuple[Row, ...]:

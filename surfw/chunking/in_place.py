@@ -24,6 +24,7 @@ from surfw.storage.origins import PlacedOptions
 from surfw.storage.private import private_store
 from surfw.storage.source import StorageSource
 from surfw.storage.store import manifest_key
+from surfw.threads import together
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
@@ -164,14 +165,7 @@ async def _digest_all(source: StorageSource, mounted: Manifest, progress: Progre
         async with slots:
             known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for chunk in mounted.chunks:
-                if not chunk.forms[0].is_known:
-                    group.create_task(digest(chunk))
-    except BaseExceptionGroup as failed:
-        first = failed.exceptions[0]
-        raise first from first.__cause__
+    await together(digest(chunk) for chunk in mounted.chunks if not chunk.forms[0].is_known)
     return known
 
 

@@ -206,7 +206,8 @@ class ChunkWriter:
                 finally:
                     os.close(fd)
 
-        await asyncio.to_thread(sync)
+        if self.backend.local_path(form.locations[0].object):  # elsewhere the file is only on its way
+            await asyncio.to_thread(sync)
         await self.lease.hold([form.locations[0].object])
         async with self._placing():
             placed = await self._place(form)

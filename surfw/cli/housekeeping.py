@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 if TYPE_CHECKING:
-    from surfw.storage.housekeeping import Housekeeping, StoreContents
+    from surfw.storage.housekeeping import Housekeeping, StoreContents, StoredModel
     from surfw.storage.prune import Pruned, Removed, Steps
     from surfw.storage.verify import Verified
 
@@ -115,7 +115,7 @@ def _name_some(names: tuple[str, ...]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _show_listing(listing: "StoreContents") -> None:
+def _show_models(models: "tuple[StoredModel, ...]") -> None:
     from rich.table import Table
 
     from surfw.cli import render
@@ -126,11 +126,20 @@ def _show_listing(listing: "StoreContents") -> None:
         table.add_column(title)
     for title in ("layers", "size", "shared"):
         table.add_column(title, justify="right")
-    for model in listing.models:
+    for model in models:
         sizes = (format_size(model.stored_bytes), format_size(model.shared_bytes))
         table.add_row(model.name, model.class_name, model.dtype, str(model.layers), *sizes)
-    if listing.models:
+    if models:
         render.out.print(table)
+    for model in models:
+        if model.origin is not None:
+            _say(f"{model.name}: not copied; its weights, {format_size(model.payload_bytes)}, lie in {model.origin}")
+
+
+def _show_listing(listing: "StoreContents") -> None:
+    from surfw.config import format_size
+
+    _show_models(listing.models)
     for one in listing.unfinished:
         state = f"being written by process {one.pid} on {one.host}" if one.at_work else "unfinished; its writer ended"
         ends = "" if one.at_work else "; 'surfw chunk' resumes it, --remove gives it up"

@@ -123,6 +123,7 @@ class WeightServer:
     def _lay_out(self, backend: StorageBackend) -> None:
         """Everything that lives from a start to the stop after it."""
         self._backend = backend
+        self._shown = backend.url
         self._store = Store(backend, PlacedOptions(str(self._model_path or backend.url), self._storage_options))
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
@@ -196,7 +197,8 @@ class WeightServer:
         store = await make_private_store(place, self._storage_options)
         await self._store.backend.close()
         self._lay_out(open_backend(store))
-        log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
+        self._shown = display_url(place)
+        log.info("%s is a plain checkpoint, and is served from where it is", self._shown)
 
     async def _prepare(self) -> None:
         """Make sure of what the server lives on, before it listens."""
@@ -263,7 +265,7 @@ class WeightServer:
         """Whether the server listens, and whether its storage can be reached now; looks for new models too."""
         live = self._websockets is not None
         ready = live and await self._check_storage()
-        return {"live": live, "ready": ready, "storage": self._store.url, "models": list(self._catalog.names)}
+        return {"live": live, "ready": ready, "storage": self._shown, "models": list(self._catalog.names)}
 
     async def _check_storage(self) -> bool:
         try:
@@ -273,7 +275,7 @@ class WeightServer:
             self._pages.healthy = True
         except (SurfwError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {_CHECK_SECONDS} seconds"
-            log.warning("the storage %s cannot be reached: %s", self._store.url, reason)
+            log.warning("the storage %s cannot be reached: %s", self._shown, reason)
             self._pages.healthy = False
         return self._pages.healthy
 
@@ -301,6 +303,6 @@ class WeightServer:
             },
             "bytes_sent": metrics.count("bytes_sent"),
             "clients": len(self._connections),
-            "storage": {"url": self._store.url, "healthy": self._pages.healthy},
+            "storage": {"url": self._shown, "healthy": self._pages.healthy},
             "resources": {"rss_bytes": self._process.memory_info().rss, "cpu_percent": self._process.cpu_percent()},
         }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from surfw.config import expect
-from surfw.errors import ConfigurationError, ManifestError, StorageError, UnknownModelError
+from surfw.config import display_url, expect
+from surfw.errors import ManifestError, StorageError, UnknownModelError
 from surfw.manifest import Manifest, check_model_name
 from surfw.storage.base import StorageBackend
 from surfw.storage.notices import LEASES, Notice, read_notices
@@ -31,6 +31,7 @@ class StoredModel:
         payload_bytes: the size of all its weights.
         stored_bytes: what its blobs take.
         shared_bytes: how much of that other models need as well.
+        origin: where its weights lie, if they were not copied.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StoredModel:
     payload_bytes: int
     stored_bytes: int
     shared_bytes: int
+    origin: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,31 +96,26 @@ class Housekeeping:
 
     def __init__(
         self,
-        store: str | os.PathLike[str] | None = None,
+        store: str | os.PathLike[str] | StorageBackend,
         *,
-        storage_backend: StorageBackend | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Name the store; nothing is read yet.
 
         Args:
-            store: its folder or storage URL.
-            storage_backend: in its place, the storage; it stays the caller's to close.
-            storage_options: for the storage that `store` names, such as `{"endpoint_url": "http://…"}`.
+            store: its folder, its storage URL, or the storage itself, which stays the caller's to close.
+            storage_options: for the storage that a URL names, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: both or neither is given.
+            ConfigurationError: it is none of these.
         """
-        if (store is None) == (storage_backend is None):
-            raise ConfigurationError("give either a store's folder or URL, or a storage_backend")
-        expect("store", store, str | os.PathLike | None, "a folder or a storage URL")
-        self._owned = store is not None
-        if store is not None:
+        expect("store", store, str | os.PathLike | StorageBackend, "a folder, a storage URL or a StorageBackend")
+        self._owned = not isinstance(store, StorageBackend)
+        if not isinstance(store, StorageBackend):
             from surfw.storage import open_backend
 
-            storage_backend = open_backend(os.fspath(store), storage_options)
-        assert storage_backend is not None
-        self._store = Store(storage_backend, PlacedOptions(storage_backend.url, storage_options or {}))
+            store = open_backend(os.fspath(store), storage_options)
+        self._store = Store(store, PlacedOptions(store.url, storage_options or {}))
 
     async def contents(self) -> StoreContents:
         """What lies in the store.
@@ -230,6 +227,7 @@ def _describe(manifest: Manifest, objects: dict[str, int], uses: "Counter[str]")
         payload_bytes=manifest.payload_bytes,
         stored_bytes=sum(objects.values()),
         shared_bytes=sum(size for key, size in objects.items() if uses[key] > 1),
+        origin=None if manifest.origin is None else display_url(manifest.origin.url),
     )
 
 

@@ -20,7 +20,7 @@ from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, ma
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.store import MARKER, Store, segments
-from surfw.threads import in_thread, to_its_end
+from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
 _FAR_PIECE_BYTES = MOST_RANGE_BYTES
@@ -188,13 +188,8 @@ class StorageSource(ChunkSource):
         """Fill a destination, with as many pieces under way as are worth it."""
         starts = range(read.start, read.stop, self._piece_bytes)
         left = iter(starts)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(starts), self.store.objects.parallel_reads)):
-                    group.create_task(self._take(read, left, check))
-        except BaseExceptionGroup as failed:
-            first = failed.exceptions[0]
-            raise first from first.__cause__
+        at_once = min(len(starts), self.store.objects.parallel_reads)
+        await together(self._take(read, left, check) for _ in range(at_once))
 
     async def _take(self, read: Read, left: Iterator[int], check: Check) -> None:
         """Read and verify one piece after the other, until none is left."""

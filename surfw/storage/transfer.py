@@ -25,7 +25,7 @@ from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
 from surfw.storage.base import ChangedObjectError, Check, changed
 from surfw.storage.ranges import MOST_RANGE_BYTES, plan_ranges
-from surfw.threads import in_thread, on_loop
+from surfw.threads import in_thread, on_loop, together
 
 T = TypeVar("T")
 
@@ -214,13 +214,7 @@ class Transfer:
             await self._read(read, start, destination, check)
             return
         ranges = iter(plan.ranges)
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(plan.at_once):
-                    group.create_task(self._work(read, start, destination, ranges))
-        except BaseExceptionGroup as failed:
-            first = failed.exceptions[0]
-            raise first from first.__cause__
+        await together(self._work(read, start, destination, ranges) for _ in range(plan.at_once))
         await Landing(destination, check).verify()
 
     async def _work(self, read: "_Read", base: int, destination: memoryview, ranges: Iterator[tuple[int, int]]) -> None:

@@ -8,7 +8,8 @@ import pytest
 from surfw.bench.storage import bench_storage
 from surfw.bench.storage_peer import find_streamer
 from surfw.chunking.chunker import prepare_model, write_model
-from surfw.errors import ConfigurationError
+from surfw.chunking.in_place import write_in_place
+from surfw.errors import ConfigurationError, NotFoundError
 from surfw.storage import S3Backend
 from tests.checkpoints import save_llama
 from tests.services.s3 import S3Service
@@ -31,6 +32,22 @@ def test_rows_compare_with_plain_ranges_and_with_a_peer(s3: S3Service, tmp_path:
     assert [row.baseline for row in ours[1:]] == [row.value for row in peer]
     assert all(row.ratio == pytest.approx(row.value / (row.baseline or 0)) and row.verified for row in ours)
     assert result.rows[-1].value * 1e6 == pytest.approx(size)
+
+
+def test_a_model_in_place_is_read_from_where_it_lies(s3: S3Service, tmp_path: Path) -> None:
+    options = {"endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret}
+    bucket, folder = s3.bucket(), save_llama(tmp_path / "tiny")
+    for file in folder.iterdir():
+        s3.client.upload_file(str(file), bucket, f"tiny/{file.name}")
+    with prepare_model(f"s3://{bucket}/tiny", storage_options=options) as prepared:
+        asyncio.run(write_in_place(prepared, S3Backend(bucket, "store", **options)))
+        size = prepared.plan.payload_bytes
+    result = bench_storage(f"s3://{bucket}/store", options=options, rounds=1)
+    assert result.rows[-1].value * 1e6 == pytest.approx(size)
+    assert all(row.value > 0 for row in result.rows)
+    s3.client.delete_object(Bucket=bucket, Key="tiny/model.safetensors")
+    with pytest.raises(NotFoundError, match=r"^model\.safetensors in s3://.*/tiny: not found"):
+        bench_storage(f"s3://{bucket}/store", options=options, rounds=1)
 
 
 def test_a_folder_has_nothing_to_measure(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def start(saved: Path, place: Place, stop_at: str, home: Path) -> "subprocess.Po
 
 def test_a_chunking_process_is_killed_and_resumed_while_others_prune(saved: Path, place: Place, tmp_path: Path) -> None:
     backend = place[1]()
-    house = Housekeeping(storage_backend=backend)
+    house = Housekeeping(backend)
 
     def blobs() -> set[str]:
         return set(asyncio.run(backend.list("blobs/")))
@@ -108,7 +108,7 @@ def test_a_chunking_process_is_killed_and_resumed_while_others_prune(saved: Path
 @pytest.mark.parametrize("place", ["folder"], indirect=True)
 def test_work_that_was_given_up_is_pruned(saved: Path, place: Place, tmp_path: Path) -> None:
     backend = place[1]()
-    house = Housekeeping(storage_backend=backend)
+    house = Housekeeping(backend)
     with start(saved, place, "model.layers.1", tmp_path / "home") as process:
         assert process.stdout is not None
         while process.stdout.readline().strip() != "model.layers.1":

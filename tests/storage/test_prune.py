@@ -76,7 +76,7 @@ def needs(layers: Sequence[int]) -> set[str]:
 
 async def check_whole(objects: dict[str, bytes], models: dict[str, Sequence[int]]) -> None:
     """These models are there, every byte of them; and a last prune leaves exactly what they need."""
-    async with Housekeeping(storage_backend=RemovingBackend(objects)) as house:
+    async with Housekeeping(RemovingBackend(objects)) as house:
         verified = await house.verify()
         assert (verified.models, verified.damage) == (tuple(sorted(models)), ())
         await house.prune()
@@ -229,7 +229,7 @@ def test_what_is_not_understood_may_need_anything(key: str, data: bytes, complai
     with pytest.raises(StorageError, match=complaint):
         asyncio.run(prune_it(RemovingBackend(objects)))
     assert objects == before
-    contents = asyncio.run(Housekeeping(storage_backend=RemovingBackend(objects)).contents())
+    contents = asyncio.run(Housekeeping(RemovingBackend(objects)).contents())
     assert [model.name for model in contents.models] == ["kept"]
     assert contents.unneeded_blobs is None
     assert len(contents.complaints) == 1
@@ -270,10 +270,10 @@ def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 def test_unfinished_work_holds_its_blobs_for_a_week(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     objects: dict[str, bytes] = {}
     asyncio.run(write(RemovingBackend(objects), "half", [0, 1], publish=False))
-    (one,) = asyncio.run(Housekeeping(storage_backend=RemovingBackend(objects)).contents()).unfinished
+    (one,) = asyncio.run(Housekeeping(RemovingBackend(objects)).contents()).unfinished
     assert (one.name, one.at_work, one.blobs) == ("half", True, 2)
     later(monkeypatch, SILENT_SECONDS + 1)
-    contents = asyncio.run(Housekeeping(storage_backend=RemovingBackend(objects)).contents())
+    contents = asyncio.run(Housekeeping(RemovingBackend(objects)).contents())
     assert [(one.name, one.at_work) for one in contents.unfinished] == [("half", False)]
     assert asyncio.run(prune_it(RemovingBackend(objects))).blobs == 0
     later(monkeypatch, ABANDONED_SECONDS + 1)
@@ -284,7 +284,7 @@ def test_unfinished_work_holds_its_blobs_for_a_week(monkeypatch: pytest.MonkeyPa
 def test_removing_a_model_leaves_blobs_and_gives_unfinished_work_up(monkeypatch: pytest.MonkeyPatch) -> None:
     objects: dict[str, bytes] = {}
     backend = RemovingBackend(objects)
-    house = Housekeeping(storage_backend=backend)
+    house = Housekeeping(backend)
     asyncio.run(write(backend, "a", [0]))
     asyncio.run(write(backend, "b", [0, 1]))
     asyncio.run(write(backend, "b", [1, 2], publish=False))

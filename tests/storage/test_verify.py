@@ -23,7 +23,7 @@ SIZES = (9 * BLOCK_BYTES + 77, 3 * BLOCK_BYTES, 0, 50)
 
 def check(backend: StorageBackend | Path, model: str | None = None) -> Verified:
     backend = FilesystemBackend(backend) if isinstance(backend, Path) else backend
-    return asyncio.run(Housekeeping(storage_backend=backend).verify(model))
+    return asyncio.run(Housekeeping(backend).verify(model))
 
 
 def test_a_whole_store_is_as_it_should_be_and_what_is_shared_is_read_once(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_whole_store_is_as_it_should_be_and_what_is_shared_is_read_once(tmp_pa
     asyncio.run(Store(FilesystemBackend(tmp_path)).publish(replace(manifest, name="b")))
     steps: list[tuple[int, int]] = []
     backend = RecordingBackend(tmp_path)
-    house = Housekeeping(storage_backend=backend)
+    house = Housekeeping(backend)
     verified = asyncio.run(house.verify(progress=lambda done, total, _: steps.append((done, total))))
     size = sum(SIZES) + sum(file.size for file in manifest.files)
     assert verified == Verified(store=str(tmp_path), models=("a", "b"), parts=6, read_bytes=size, damage=())
