@@ -26,6 +26,9 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECustomerKeyMD5", "ExpectedBucketOwner")
 """Settings of the file system that a GET takes."""
 
+_OF_AIOBOTOCORE = ("connector_args", "http_session_cls")
+"""Settings of a client's configuration that only s3fs' own one takes."""
+
 _STREAM_BYTES = 256 << 10
 """What is taken of a stream at a time: a copy of so much lies in the processor's cache when it is put into place."""
 
@@ -131,6 +134,8 @@ def _connect(fs: Any) -> Any:
         "use_ssl": fs.use_ssl,
     }
     config = {"connect_timeout": fs.connect_timeout, "read_timeout": fs.read_timeout} | fs.config_kwargs
+    for name in _OF_AIOBOTOCORE:
+        config.pop(name, None)
     if fs.anon:
         config["signature_version"] = UNSIGNED
     options = {name: value for name, value in given.items() if value is not None} | fs.client_kwargs
