@@ -123,8 +123,8 @@ class WeightServer:
     def _lay_out(self, backend: StorageBackend) -> None:
         """Everything that lives from a start to the stop after it."""
         self._backend = backend
-        self._shown = backend.url
         self._store = Store(backend, PlacedOptions(str(self._model_path or backend.url), self._storage_options))
+        self._shown = self._store.url
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
         self._pages = PageCache(self._store.objects, self._cache_bytes, self._metrics)

@@ -13,6 +13,7 @@ from surfw.errors import ConfigurationError, NotFoundError
 from surfw.storage import S3Backend
 from tests.checkpoints import save_llama
 from tests.services.s3 import S3Service
+from tests.stores import make_store
 
 
 def test_rows_compare_with_plain_ranges_and_with_a_peer(s3: S3Service, tmp_path: Path) -> None:
@@ -38,7 +39,7 @@ def test_a_model_in_place_is_read_from_where_it_lies(s3: S3Service, tmp_path: Pa
     options = {"endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret}
     bucket, folder = s3.bucket(), save_llama(tmp_path / "tiny")
     for file in folder.iterdir():
-        s3.client.upload_file(str(file), bucket, f"tiny/{file.name}")
+        s3.client.put_object(Bucket=bucket, Key=f"tiny/{file.name}", Body=file.read_bytes())
     with prepare_model(f"s3://{bucket}/tiny", storage_options=options) as prepared:
         asyncio.run(write_in_place(prepared, S3Backend(bucket, "store", **options)))
         size = prepared.plan.payload_bytes
@@ -51,6 +52,7 @@ def test_a_model_in_place_is_read_from_where_it_lies(s3: S3Service, tmp_path: Pa
 
 
 def test_a_folder_has_nothing_to_measure(tmp_path: Path) -> None:
+    make_store(tmp_path)
     with pytest.raises(
         ConfigurationError, match="is not read over a network, expected a URL such as s3://bucket/prefix"
     ):
