@@ -64,7 +64,7 @@ def translate_all_errors(what: str) -> Iterator[None]:
 class FsspecBackend(StorageBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, /, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = display_url(url)
         self._address = url  # with what is not shown

@@ -113,10 +113,50 @@ def test_options_of_s3_in_surfws_words() -> None:
 
 
 @pytest.mark.parametrize(
+    "names",
+    [("aws_access_key_id", "aws_secret_access_key", "aws_session_token"), ("key", "secret", "token"),
+     ("username", "password", "token")],
+)  # fmt: skip
+def test_credentials_of_s3_by_all_their_names(names: tuple[str, ...]) -> None:
+    backend = open_backend("s3://bucket", dict(zip(names, ("one", "two", "three"), strict=True)))
+    assert isinstance(backend, S3Backend)
+    assert (backend.fs.key, backend.fs.secret, backend.fs.token) == ("one", "two", "three")
+    assert open_backend("s3://bucket", {"anon": True}).fs.anon  # type: ignore[attr-defined]
+
+
+def test_an_argument_of_s3fs_that_has_another_name_is_told() -> None:
+    with pytest.raises(ConfigurationError, match="s3://bucket: secret is aws_secret_access_key here; give it by that"):
+        S3Backend("bucket", secret="s3cret")
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://", "s3://: '' is not a bucket's name; expected the name alone"),
+        ("s3:///x", "s3:///x: '' is not a bucket's name"),
+        ("s3://me:s3cret@bucket/x", r"s3://***@bucket/x: '***@bucket' is not a bucket's name"),
+        ("s3://bucket/x?token=s3cret", "s3://bucket: prefix 'x?token=***' is refused; write one such as models/mine"),
+    ],
+)
+def test_an_address_of_s3_that_cannot_be_one_is_named_without_secrets(url: str, said: str) -> None:
+    assert refusal(url).startswith(said)
+
+
+@pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"regoin": "x"}, "s3://bucket: there is no option regoin; surfw knows region_name"),
-        ({"region": "x", "region_name": "y"}, "storage options region_name and region_name say the same"),
+        ({"regoin": "x"}, "s3://bucket: there is no option regoin; did you mean region? surfw knows region, profile"),
+        ({"max_concurency": 8}, "s3://bucket: there is no option max_concurency; did you mean max_concurrency?"),
+        ({"loop": "s3cret"}, "s3://bucket: there is no option loop; surfw knows region, profile, endpoint_url"),
+        ({"self": "s3cret"}, "s3://bucket: there is no option self; surfw knows region, profile, endpoint_url"),
+        ({"region": "x", "region_name": "y"}, "storage options region and region_name say the same"),
+        ({"key": "x", "aws_access_key_id": "y"}, "storage options key and aws_access_key_id say the same"),
+        ({"username": "x"}, "the credentials for s3://bucket are incomplete"),
+        ({"anon": "maybe"}, "storage option anonymous is 'maybe', expected true or false"),
+        ({"url": "s3cret"}, "storage option url is part of the URL"),
+        ({"config_kwargs": "s3cret"}, "s3://bucket: config_kwargs is of type str, expected a table"),
+        ({"secret": ["s3cret"]}, "aws_secret_access_key is of type list, expected a text"),
+        ({"endpoint_url": 9000}, "endpoint_url is of type int, expected a text"),
         ({"max_concurrency": "0"}, "storage option max_concurrency is 0, expected a number from 1 to 256"),
         ({"anonymous": "maybe"}, "storage option anonymous is 'maybe', expected true or false"),
         ({"addressing_style": "odd"}, "addressing_style is 'odd'; expected one of auto, path, virtual"),
