@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from surfw.chunking.chunker import prepare_model
+from surfw.config import is_server_url
 from surfw.errors import ConfigurationError
 from surfw.storage import FilesystemBackend, S3Backend, open_backend
+from surfw.storage.origins import PlacedOptions, is_local_url
 from surfw.storage_options import parse_options, shown_options
 from tests.storage.backend_of_others import Found
 
 HERE = "tests.storage.backend_of_others"
 
 
-def refusal(url: str, options: dict[str, Any] | None = None) -> str:
+def refusal(url: str | Path, options: dict[str, Any] | None = None) -> str:
     """The one line that says why a storage cannot be opened."""
     with pytest.raises(ConfigurationError) as caught:
         open_backend(url, options)
@@ -58,7 +61,11 @@ def test_an_entry_point_gives_the_backend_of_its_scheme() -> None:
             r"no_such.package.Backend cannot be imported \(ModuleNotFoundError: .*'no_such'",
         ),
         (f"{HERE}.fail://x", "its backend fails with ValueError: no such place"),
-        (f"{HERE}.nothing://x", "its scheme gives str object, expected a StorageBackend"),
+        (f"{HERE}.nothing://x", "its scheme gives str object, expected a StorageBackend; name a class that is one, or"),
+        (
+            f"{HERE}.Placeless://x",
+            r".* fails with TypeError: .*; it is called with the URL and the .* options, as in Placeless\(url, \*\*opt",
+        ),
         ("nope://x", "Protocol not known: nope; name a folder, or a URL such as s3://bucket/prefix"),
     ],
 )
@@ -67,6 +74,63 @@ def test_what_cannot_be_opened_is_one_line(url: str, said: str) -> None:
     assert line.startswith("storage ")
     with pytest.raises(ConfigurationError, match=rf"cannot be opened: {said}"):
         open_backend(url)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("s3:/bucket/x", "s3://bucket/x"),
+        ("s3:bucket/x", "s3://bucket/x"),
+        ("S3:bucket", "s3://bucket"),
+        (Path("s3://bucket/x"), "s3://bucket/x"),
+        ("https:/host/x", "https://host/x"),
+        ("gs:/bucket", "gs://bucket"),
+        ("localhost:8765", "ws://localhost:8765, the address of a server, where one may be named"),
+        ("[::1]:8765", "ws://[::1]:8765, the address of a server, where one may be named"),
+        ("ws:127.0.0.1:8765", "ws://127.0.0.1:8765, the address of a server, where one may be named"),
+    ],
+)
+def test_a_mistyped_url_is_no_folder(
+    text: str | Path, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(text) == f"{text} is no folder here; did you mean {meant}? For a folder write ./{text}"
+    below = open_backend(f"./{text}")
+    assert isinstance(below, FilesystemBackend)
+    below.base.mkdir(parents=True)
+    assert open_backend(text).url == below.url == str(tmp_path / text)
+
+
+def test_a_mistyped_url_is_no_checkpoint_either() -> None:
+    with pytest.raises(ConfigurationError, match=r"^s3:bucket/x is no folder here; did you mean s3://bucket/x\?"):
+        prepare_model("s3:bucket/x")
+
+
+def test_a_mistyped_url_with_a_password_is_not_repeated() -> None:
+    said = "the address is that of no folder here; did you mean s3://***@bucket?"
+    assert refusal("s3:me:s3cret@bucket") == said
+
+
+def test_a_folder_may_have_a_colon_in_its_name() -> None:
+    for name in ("run:one", "a/b:8765", "12:30 o'clock", "models@v1:x"):
+        assert isinstance(open_backend(name), FilesystemBackend)
+
+
+@pytest.mark.parametrize("url", ["ws://host:8765", "WSS://me:s3cret@host:8765/x"])
+def test_a_server_is_no_storage(url: str) -> None:
+    assert "is the address of a server, and not a storage; give it to surfw infer --source, or" in refusal(url)
+
+
+def test_schemes_are_read_in_any_case(tmp_path: Path) -> None:
+    assert open_backend("S3://bucket/Models").url == "s3://bucket/Models"
+    assert open_backend(f"FILE://{tmp_path}").url == str(tmp_path)
+    assert is_server_url("WS://host")
+    options = {"region": "x"}
+    assert (
+        PlacedOptions("S3://a", options).for_url("s3://b") == PlacedOptions("/a", options).for_url("S3://b") == options
+    )
+    assert PlacedOptions("https://host/a", options).for_url("HTTPS://host/b") == options
+    assert [is_local_url(url) for url in ("FILE:///a", "S3://b")] == [True, False]
 
 
 def test_a_dotted_path_gives_the_backend() -> None:
