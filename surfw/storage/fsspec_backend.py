@@ -283,10 +283,18 @@ class FsspecBackend(StorageBackend):
             try:
                 self.fs.rm_file(path)
             except NotImplementedError as exc:
-                raise StorageError(f"{key} in {self.url} cannot be removed: this kind of storage is only read") from exc
+                raise self._no_removal() from exc
 
+        check_key(key)
+        if self._read_only:
+            raise self._no_removal()
         with suppress(NotFoundError):
             await self._call(key, remove)
+
+    def _no_removal(self) -> StorageError:
+        return StorageError(
+            f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that it shows"
+        )
 
     async def size(self, key: str) -> int:
         """The object's length."""

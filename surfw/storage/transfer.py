@@ -235,12 +235,7 @@ class Transfer:
         def place(answer: Answer) -> Landing:
             nonlocal landing
             read.check(answer)
-            if answer.start != start:
-                raise StorageError(
-                    f"{read.name} was answered from byte {answer.start} on, expected byte {start}; "
-                    "surfw needs a server that answers ranges"
-                )
-            _expect_length(answer.length, len(destination), read.name)
+            _expect_range(answer, start, len(destination), read.name)
             landing = Landing(destination, check)  # another try is verified anew
             return landing
 
@@ -299,14 +294,20 @@ class _Read:
         return changed(self.name, str(self.pinned), seen)
 
 
-def _expect_length(seen: int, asked: int, name: str) -> None:
-    """Make sure that as much came as was asked for.
+def _expect_range(answer: Answer, start: int, length: int, name: str) -> None:
+    """Make sure that what was asked for is what comes.
 
     Raises:
-        StorageError: it did not.
+        StorageError: it is not.
     """
-    if seen != asked:
-        raise StorageError(f"{name} ends early: asked for {asked} bytes, got {seen}")
+    if answer.start != start or answer.length > length:
+        raise StorageError(
+            f"{name} is not sent as it was asked for: {length} bytes from byte {start} on were, {answer.length} from "
+            f"byte {answer.start} on come; surfw needs a server that answers ranges, such as nginx or one of S3 "
+            "('python -m http.server' does not)"
+        )
+    if answer.length != length:
+        raise StorageError(f"{name} ends early: asked for {length} bytes, got {answer.length}")
 
 
 def _allocate(name: str, size: int) -> bytearray:

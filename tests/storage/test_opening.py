@@ -133,6 +133,14 @@ def test_schemes_are_read_in_any_case(tmp_path: Path) -> None:
     assert [is_local_url(url) for url in ("FILE:///a", "S3://b")] == [True, False]
 
 
+def test_a_backend_shows_its_class_and_place_without_secrets() -> None:
+    given = {"key": "one", "secret": "s3cret"}
+    assert repr(open_backend("s3://bucket/x", given)) == "<S3Backend s3://bucket/x>"
+    assert repr(open_backend("/data")) == "<FilesystemBackend /data>"
+    assert repr(open_backend("https://me:s3cret@host/x")) == "<FsspecBackend https://***@host/x>"
+    assert repr(open_backend(f"{HERE}.Found://me:s3cret@x")) == f"<Found {HERE}.Found://***@x>"
+
+
 def test_a_dotted_path_gives_the_backend() -> None:
     backend = open_backend(f"{HERE}.Found://place", {"size": 3})
     assert isinstance(backend, Found)
