@@ -18,6 +18,7 @@ from surfw.storage.addresses import read_address
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.hub_backend import HubBackend
 from surfw.storage.s3 import S3Backend
 from surfw.storage_options import fsspec_arguments, s3_arguments
 
@@ -55,7 +56,8 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
         )
     if _DOTTED.fullmatch(scheme):
         return _call(_import(scheme, text), text, given)
-    return FsspecBackend(text, **fsspec_arguments(given))
+    kind = HubBackend if scheme == "hf" else FsspecBackend
+    return kind(text, **fsspec_arguments(given))
 
 
 def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Which backend an address gives, with which options; and one clear line for whatever cannot be opened."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 
 from surfw.chunking.chunker import prepare_model
 from surfw.config import is_server_url
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, StorageError
 from surfw.storage import FilesystemBackend, S3Backend, open_backend
 from surfw.storage.origins import PlacedOptions, is_local_url
 from surfw.storage_options import parse_options, shown_options
+from tests.services.processes import free_port
 from tests.storage.backend_of_others import Found
 
 HERE = "tests.storage.backend_of_others"
@@ -131,6 +133,17 @@ def test_schemes_are_read_in_any_case(tmp_path: Path) -> None:
     )
     assert PlacedOptions("https://host/a", options).for_url("HTTPS://host/b") == options
     assert [is_local_url(url) for url in ("FILE:///a", "S3://b")] == [True, False]
+
+
+def test_a_hub_that_cannot_be_reached_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub = f"http://127.0.0.1:{free_port()}"
+    backend = open_backend("hf://org/name", {"endpoint": hub})
+    said = (
+        rf"^hf://org/name: the hub at {hub} cannot be reached \(.*\); check the network, or name another hub in HF_END"
+    )
+    with pytest.raises(StorageError, match=said):
+        asyncio.run(backend.exists("config.json"))
 
 
 def test_a_backend_shows_its_class_and_place_without_secrets() -> None:
