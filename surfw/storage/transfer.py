@@ -302,8 +302,8 @@ def _expect_range(answer: Answer, start: int, length: int, name: str) -> None:
     """
     if answer.start != start or answer.length > length:
         raise StorageError(
-            f"{name} is not sent as it was asked for: {length} bytes from byte {start} on were, {answer.length} from "
-            f"byte {answer.start} on come; surfw needs a server that answers ranges, such as nginx or one of S3 "
+            f"{name}: the server does not answer ranges as it should: asked for {length} bytes from byte {start} on, "
+            f"it sends {answer.length} from byte {answer.start} on; use one that does, such as nginx or S3 "
             "('python -m http.server' does not)"
         )
     if answer.length != length:

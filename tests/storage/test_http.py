@@ -134,11 +134,9 @@ def test_a_server_without_ranges_is_told_as_one(tmp_path: Path) -> None:
         assert asyncio.run(backend.size("x")) == 5120
         for start in (0, 4096):
             said = (
-                rf"^x in {url} is not sent as it was asked for: 8 bytes from byte {start} on were, 5120 from byte 0 on"
+                rf"^x in {url}: the server does not answer ranges as it should: asked for 8 bytes from byte {start} on"
             )
-            with pytest.raises(
-                StorageError, match=f"{said} come; surfw needs a server that answers ranges, such as ng"
-            ):
+            with pytest.raises(StorageError, match=f"{said}, it sends 5120 from byte 0 on; use one that does, such"):
                 asyncio.run(backend.load_range("x", start, start + 8))
 
 
