@@ -110,7 +110,7 @@ def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:
 
 def is_server_url(place: str) -> bool:
     """Whether an address is that of a surfw server; others are stores."""
-    return place.startswith(("ws://", "wss://"))
+    return place[:6].lower().startswith(("ws://", "wss://"))
 
 
 def display_url(url: str) -> str:

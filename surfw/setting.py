@@ -102,18 +102,27 @@ class Setting:
         Raises:
             ConfigurationError: the text is none of this setting's type, or the value is out of bounds.
         """
+        if self.kind is dict:
+            return self._parse_table(text, where)
         value: object = text
         with contextlib.suppress(ValueError, KeyError):
-            if self.kind is dict:
-                value = json.loads(text)
-            else:
-                value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
+            value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)
         if not self._fits(value):
             raise self._refusal(text, where)
         return value
 
+    def _parse_table(self, text: str, where: str) -> Any:
+        expected = f'{self.expected} as JSON, such as {{"name": "value"}}'
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ConfigurationError(f"{where} is not JSON, expected {expected}") from None  # it shows the text
+        if not self._fits(value):
+            raise ConfigurationError(f"{where} is {_kind_of(value)}, expected {expected}")
+        return value
+
     def _refusal(self, value: object, where: str) -> ConfigurationError:
-        seen = "something else" if self.kind is dict else _show(value)  # a table may hold secrets
+        seen = _kind_of(value) if self.kind is dict else _show(value)  # a table may hold secrets
         return ConfigurationError(f"{where} is {seen}, expected {self.expected}")
 
     def _fits(self, value: object) -> bool:
@@ -131,6 +140,14 @@ class Setting:
         if isinstance(value, float) and not math.isfinite(value):
             return False
         return (self.least is None or self.least <= value) and (self.most is None or value <= self.most)
+
+
+def _kind_of(value: object) -> str:
+    """What stands where a table should, without its values."""
+    if isinstance(value, dict):
+        return "a table with a name of other characters than letters, digits and _"
+    kinds = {str: "a text", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return kinds.get(type(value), "nothing" if value is None else f"of type {type(value).__name__}")
 
 
 def _show(value: object) -> str:

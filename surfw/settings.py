@@ -91,7 +91,7 @@ class Settings:
         "An option of the storage, as its backend knows it; may be repeated.",
         shown="none",
         metavar="KEY=VALUE",
-        form="a table of names and values, in a variable as JSON",
+        form="a table of names and values",
         has_form=is_options,
         in_repr=False,
     )

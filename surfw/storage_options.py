@@ -12,9 +12,16 @@ from typing import Any
 from surfw.config import display_url
 from surfw.errors import ConfigurationError
 
-_S3_WORDS = {"region": "region_name", "profile": "profile_name"}
+S3_WORDS = {
+    "region": "region_name", "profile": "profile_name", "anon": "anonymous",
+    "key": "aws_access_key_id", "secret": "aws_secret_access_key", "token": "aws_session_token",
+    "username": "aws_access_key_id", "password": "aws_secret_access_key",
+}  # fmt: skip
+"""Other words for arguments of `S3Backend`: shorter ones, and those of s3fs."""
+
 _HARMLESS = {
-    "addressing_style", "anonymous", "endpoint_url", "profile", "region", "requester_pays", "sse", "sse_kms_key_id",
+    "addressing_style", "anon", "anonymous", "endpoint_url", "max_concurrency", "profile", "region", "requester_pays",
+    "sse", "sse_kms_key_id",
 }  # fmt: skip
 _SWITCHES = {"true": True, "false": False}
 _SECRET = re.compile(
@@ -69,11 +76,12 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     arguments: dict[str, Any] = {}
     for name, value in options.items():
-        argument = _S3_WORDS.get(name, name)
-        if argument in {"bucket_name", "prefix"}:
+        argument = S3_WORDS.get(name, name)
+        if argument in {"bucket_name", "prefix", "url"}:
             raise ConfigurationError(f"storage option {name} is part of the URL: s3://bucket/prefix; leave it out")
         if argument in arguments:
-            raise ConfigurationError(f"storage options {name} and {argument} say the same; give one of them")
+            first = next(one for one in options if S3_WORDS.get(one, one) == argument)
+            raise ConfigurationError(f"storage options {first} and {name} say the same; give one of them")
         arguments[argument] = value
     for switch in ("anonymous", "requester_pays"):
         if not isinstance(arguments.get(switch, False), bool):

@@ -45,7 +45,8 @@ def settings_table() -> str:
     rows = ["| key | variable | option | default | meaning |", "|---|---|---|---|---|"]
     for name, setting in SETTINGS.items():
         commands = ", ".join(commands_with(name))
-        bounds = f" ({setting.expected})" if setting.choices or setting.form or setting.least is not None else ""
+        expected = f"{setting.expected}, in the variable as JSON" if setting.kind is dict else setting.expected
+        bounds = f" ({expected})" if setting.choices or setting.form or setting.least is not None else ""
         default = setting.default_text or ("false" if setting.kind is bool else "none")
         option = f"`{setting.option}`: {commands}" if commands else "none"
         rows.append(f"| `{name}` | `{setting.variable}` | {option} | {default} | {setting.help}{bounds} |")

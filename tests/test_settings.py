@@ -367,11 +367,25 @@ def test_entries_of_a_table_come_from_all_places(monkeypatch: pytest.MonkeyPatch
     assert "s3cret" not in repr(settings)
 
 
-@pytest.mark.parametrize("value", ['{"a b": "s3cret"}', '["s3cret"]', "s3cret", '"s3cret"'])
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        ('{"a b": "s3cret"}', "a table with a name of other characters than letters, digits and _"),
+        ('["s3cret"]', "a list"),
+        ("s3cret", "not JSON"),
+        ('"s3cret"', "a text"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
 def test_storage_options_that_are_none_are_refused_without_being_shown(
-    value: str, monkeypatch: pytest.MonkeyPatch
+    value: str, seen: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SURFW_STORAGE_OPTIONS", value)
-    with pytest.raises(ConfigurationError, match="SURFW_STORAGE_OPTIONS is something else, expected a table") as caught:
+    with pytest.raises(ConfigurationError) as caught:
         Settings.load()
-    assert "s3cret" not in str(caught.value)
+    assert str(caught.value) == (
+        f'SURFW_STORAGE_OPTIONS is {seen}, expected a table of names and values as JSON, such as {{"name": "value"}}'
+    )
+    monkeypatch.delenv("SURFW_STORAGE_OPTIONS")
+    with pytest.raises(ConfigurationError, match=r"storage_options is a text, expected a table of names and values$"):
+        Settings.load(write(tmp_path, 'storage_options = "s3cret"'))

@@ -21,6 +21,7 @@ from surfw.checkpoint.layout import (
     read_config,
     read_weights,
 )
+from surfw.config import display_url
 from surfw.errors import CheckpointError
 
 logger = logging.getLogger("surfw.checkpoint")
@@ -70,10 +71,20 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
     try:
         found = HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS).sha
     except Exception as exc:
-        raise CheckpointError(f"hub model {repo_id} cannot be reached ({_reason(exc, revision)})") from exc
+        raise CheckpointError(
+            f"hub model {repo_id} cannot be reached at {hub_address()} ({_reason(exc, revision)}); check the name and "
+            "the network, or name another hub in HF_ENDPOINT"
+        ) from exc
     if not found:
         raise CheckpointError(f"the hub does not say which commit of {repo_id} it has")
     return found
+
+
+def hub_address() -> str:
+    """The hub that is asked."""
+    from huggingface_hub import constants
+
+    return display_url(constants.ENDPOINT)
 
 
 def _list_files(repo_id: str, revision: str | None) -> set[str]:

@@ -25,7 +25,9 @@ from surfw.skeleton.build import build_skeleton, check_model_class, read_config,
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
+from surfw.storage.addresses import read_address
 from surfw.storage.base import StorageBackend
+from surfw.storage.origins import is_local_url
 from surfw.storage.store import Store, blob_key
 
 logger = logging.getLogger("surfw.chunking")
@@ -122,7 +124,8 @@ def prepare_model(
 
 
 def _open(model: str, revision: str | None, options: Mapping[str, Any] | None, *, show_progress: bool) -> Checkpoint:
-    if "://" not in model or model.startswith("file://"):
+    model = read_address(model)
+    if is_local_url(model):
         return open_checkpoint(model.removeprefix("file://"), revision=revision, show_progress=show_progress)
     if revision is not None:
         raise ConfigurationError(f"revision {revision!r} is for hub models, but {display_url(model)} is a storage URL")

@@ -11,7 +11,7 @@ from surfw.chunking.writer import Progress
 from surfw.config import OnMissing, display_url, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
-from surfw.storage import FilesystemBackend, StorageBackend, open_backend
+from surfw.storage import StorageBackend, open_backend
 from surfw.threads import refuse_event_loop
 
 DEFAULT_OUTPUT_DIR = "./chunks"
@@ -118,7 +118,7 @@ class ModelChunker:
                 manifest = await write_model(prepared, self._backend, progress=self._progress)
                 return _describe(manifest, self._backend)
             place = os.fspath(self._output_dir)
-            backend = open_backend(place, self._storage_options) if "://" in place else FilesystemBackend(place)
+            backend = open_backend(place, self._storage_options)
             try:
                 return _describe(await write_model(prepared, backend, progress=self._progress), backend)
             finally:

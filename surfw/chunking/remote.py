@@ -7,8 +7,9 @@ several threads, and not done on an event loop.
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,8 @@ from surfw.config import MIB, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
 from surfw.storage import StorageBackend, adapt_backend, open_backend
+from surfw.storage.addresses import read_address
+from surfw.storage.store import MARKER
 
 T = TypeVar("T")
 
@@ -62,16 +65,29 @@ def open_remote_checkpoint(url: str, options: Mapping[str, Any] | None = None) -
             f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
             "settings file (storage_options)"
         )
-    name, url = _name_of(url), _commit_of(url)
+    name, url = _name_of(url), _commit_of(read_address(url))
     opened = _Opened(adapt_backend(open_backend(url, options)))
     try:
         names = opened.run(opened.fetch_small())
-        found = open_directory(opened.folder, name=name, names=names, open_shard=lambda path: RemoteShard(path, opened))
+        with _named_by_address(opened):
+            found = open_directory(
+                opened.folder, name=name, names=names, open_shard=lambda path: RemoteShard(path, opened)
+            )
     except BaseException:
         opened.close()
         raise
     fields = {name: getattr(found, name) for name in Checkpoint.__dataclass_fields__}
     return RemoteCheckpoint(**fields, url=url.rstrip("/"), pins=opened.pins, release=opened.close)
+
+
+@contextmanager
+def _named_by_address(opened: "_Opened") -> Iterator[None]:
+    """Errors about copies of small files are about the files themselves."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedModelError) as exc:
+        text = str(exc).replace(str(opened.folder), opened.backend.url)
+        raise type(exc)(text) from exc
 
 
 class _Opened:
@@ -103,7 +119,20 @@ class _Opened:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
     async def fetch_small(self) -> set[str]:
-        """Bring the small files; which files of a checkpoint there are."""
+        """Bring the small files; which files of a checkpoint there are.
+
+        Raises:
+            CheckpointError: it is none, or a file is absurdly large.
+        """
+        if not await self.backend.exists(CONFIG_FILE):
+            url = self.backend.url
+            if await self.backend.exists(MARKER):
+                raise CheckpointError(
+                    f"{url} is a surfw store, not a checkpoint: it is chunked already; give it to --store or --source"
+                )
+            raise CheckpointError(
+                f"{url} is not a checkpoint: there is no {CONFIG_FILE}; name the place of what save_pretrained wrote"
+            )
         candidates = (*_SMALL, *WEIGHTS_FILES)
         there = await asyncio.gather(*map(self.backend.exists, candidates))
         names = {name for name, is_there in zip(candidates, there, strict=True) if is_there}

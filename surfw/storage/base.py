@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from surfw.config import surfw_home
+from surfw.config import display_url, surfw_home
 from surfw.errors import StorageError
 from surfw.threads import in_thread, to_its_end
 
@@ -87,6 +87,10 @@ class StorageBackend(ABC):
 
     reads_in_place: bool = False
     """Whether `read_into` needs hardly any memory beside its destination, and writes nothing once it is cancelled."""
+
+    def __repr__(self) -> str:
+        """The class and the place, without secrets."""
+        return f"<{type(self).__name__} {display_url(str(self.url))}>"
 
     @abstractmethod
     async def load(self, key: str) -> bytes:

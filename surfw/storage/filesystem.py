@@ -29,7 +29,7 @@ class FilesystemBackend(FsspecBackend):
         """Name the folder, and make it unless told not to; then it is made when the first object is written.
 
         Raises:
-            ConfigurationError: this is a URL.
+            ConfigurationError: this is a URL, or a file.
             StorageError: it cannot be made.
         """
         if _URL.match(os.fspath(base_dir)):
@@ -38,6 +38,8 @@ class FilesystemBackend(FsspecBackend):
                 "takes a store takes its URL"
             )
         self.base = Path(base_dir).expanduser().absolute()
+        if os.path.isfile(self.base):  # noqa: PTH113 - a path that cannot be is none, and is told where it is used
+            raise ConfigurationError(f"{self.base} is a file, expected a folder; name the one that is meant")
         super().__init__(str(self.base))
         if create:
             with translate_errors(f"making the folder {self.base}"):

@@ -64,7 +64,7 @@ def translate_all_errors(what: str) -> Iterator[None]:
 class FsspecBackend(StorageBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, /, url: str, **options: Any) -> None:
         """Open the file system; `options` are the storage options of fsspec's implementation."""
         self.url = display_url(url)
         self._address = url  # with what is not shown
@@ -283,10 +283,18 @@ class FsspecBackend(StorageBackend):
             try:
                 self.fs.rm_file(path)
             except NotImplementedError as exc:
-                raise StorageError(f"{key} in {self.url} cannot be removed: this kind of storage is only read") from exc
+                raise self._no_removal() from exc
 
+        check_key(key)
+        if self._read_only:
+            raise self._no_removal()
         with suppress(NotFoundError):
             await self._call(key, remove)
+
+    def _no_removal(self) -> StorageError:
+        return StorageError(
+            f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that it shows"
+        )
 
     async def size(self, key: str) -> int:
         """The object's length."""

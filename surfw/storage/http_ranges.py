@@ -1,8 +1,8 @@
 """Ranges of what an HTTP server offers: read-only, streamed into place, of one ETag or modification time.
 
 A revision is told by the answer's own headers: a strong ETag, which is also asked for (`If-Match`), else what else the
-server says of the object (a weak ETag, its modification time, its size). A server has to answer ranges (206), except
-for an object that is asked for whole.
+server says of the object (a weak ETag, its modification time, its size). Only answers to ranges are compared with each
+other. A server has to answer ranges (206), except for an object that is asked for whole.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import errno
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -55,9 +56,17 @@ class HttpRanges(RangeReader):
                 done += len(piece)
 
     async def facts(self, path: str) -> Answer | None:
-        """Size and revision, from the headers of an answer whose bytes are not read."""
-        async with self._request(path, {}) as found:
-            return _answer(found)
+        """Size and revision, from the headers of an answer whose bytes are not read.
+
+        It is one to a range, as all others are: of the whole, a server may tell another revision, or none.
+        """
+        async with self._request(path, {"Range": "bytes=0-0"}) as found:
+            part = None if found.status == 416 else _answer(found)
+        if part is not None and part.size is not None:
+            return part
+        async with self._request(path, {}) as found:  # an empty object, or a server that does not say how long it is
+            whole = _answer(found)
+        return whole if part is None else replace(whole, revision=part.revision)
 
     @asynccontextmanager
     async def _request(self, path: str, asked: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -87,7 +96,9 @@ class HttpRanges(RangeReader):
 def _judge(found: aiohttp.ClientResponse) -> None:
     """Raises: what a bad status means."""
     said = f"the server answered {found.status} {found.reason or ''}".rstrip()
-    if found.status in {404, 410} or (found.status == 200 and found.url.path.endswith("/")):  # a folder's listing
+    if found.status in {404, 410} or (
+        found.status in {200, 206} and found.url.path.endswith("/")
+    ):  # a folder's listing
         raise FileNotFoundError(errno.ENOENT, said)
     if found.status == 412:
         raise PinLostError

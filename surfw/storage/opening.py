@@ -12,11 +12,13 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from surfw.config import display_text, display_url
+from surfw.config import display_text, display_url, is_server_url
 from surfw.errors import ConfigurationError, SurfwError
+from surfw.storage.addresses import read_address
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.hub_backend import HubBackend
 from surfw.storage.s3 import S3Backend
 from surfw.storage_options import fsspec_arguments, s3_arguments
 
@@ -33,9 +35,10 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
         options: storage options, for the backend that the scheme chooses; folders have none, and ignore them.
 
     Raises:
-        ConfigurationError: no storage has this scheme, its package is missing, or an option cannot be used.
+        ConfigurationError: no storage has this scheme, its package is missing, an option cannot be used, or it looks
+            like a mistyped URL.
     """
-    text, given = str(url), dict(options or {})
+    text, given = read_address(str(url)), dict(options or {})
     scheme, mark, rest = text.partition("://")
     if not mark:
         return FilesystemBackend(text, create=False)
@@ -46,9 +49,15 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
         return S3Backend(bucket, prefix, **s3_arguments(given))
     if offered := entry_points(group=ENTRY_POINTS, name=scheme):
         return _call(_load_entry_point(next(iter(offered)), text), text, given)
+    if is_server_url(text):
+        raise ConfigurationError(
+            f"{display_url(text)} is the address of a server, and not a storage; give it to surfw infer --source, or "
+            "name a folder, or a URL such as s3://bucket/prefix"
+        )
     if _DOTTED.fullmatch(scheme):
         return _call(_import(scheme, text), text, given)
-    return FsspecBackend(text, **fsspec_arguments(given))
+    kind = HubBackend if scheme == "hf" else FsspecBackend
+    return kind(text, **fsspec_arguments(given))
 
 
 def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:
@@ -86,11 +95,15 @@ def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> S
     except SurfwError:
         raise
     except Exception as exc:
-        raise ConfigurationError(f"storage {shown} cannot be opened: its backend fails with {_say(exc)}") from exc
+        name = getattr(opener, "__name__", "it")
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its backend fails with {_say(exc)}; it is called with the URL and the "
+            f"storage options, as in {name}(url, **options)"
+        ) from exc
     if not isinstance(backend, StorageBackend):
         raise ConfigurationError(
             f"storage {shown} cannot be opened: its scheme gives {type(backend).__name__} object, expected a "
-            "StorageBackend"
+            "StorageBackend; name a class that is one, or a function that makes one"
         )
     return backend
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
+from surfw.storage.addresses import scheme_of
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend
 from surfw.storage.opening import open_backend
 
@@ -53,11 +54,10 @@ class PlacedOptions:
 
         S3's are for one endpoint, whatever the bucket, which no address can change; folders have none of their own.
         """
-        scheme, mark, rest = url.partition("://")
-        own_scheme, _, own_rest = self.place.partition("://")
-        if scheme == "s3" and mark:
+        scheme, own_scheme = scheme_of(url), scheme_of(self.place)
+        if scheme == "s3":
             return self.options if own_scheme == scheme or is_local_url(self.place) else {}
-        same_host = bool(mark) and rest.partition("/")[0] == own_rest.partition("/")[0]
+        same_host = bool(scheme) and _host_of(url) == _host_of(self.place)
         return self.options if same_host and scheme == own_scheme else {}
 
 
@@ -237,12 +237,16 @@ def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
 
 def may_be_origin(url: str) -> bool:
     """Whether a manifest may point there: what an address can make this machine do is limited."""
-    return is_local_url(url) or url.partition("://")[0] in _FROM_AFAR
+    return is_local_url(url) or scheme_of(url) in _FROM_AFAR
 
 
 def is_local_url(url: str) -> bool:
     """Whether an address is that of a folder of this machine."""
-    return "://" not in url or url.startswith("file://")
+    return scheme_of(url) in {"", "file"}
+
+
+def _host_of(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
 
 
 def _name(origin: Origin, name: str) -> str:

@@ -7,21 +7,27 @@ until it is complete; one that fails is aborted, so that its parts are not kept.
 """
 
 import asyncio
-import inspect
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
-from surfw.config import MIB, expect
-from surfw.errors import ConfigurationError, StorageError
+from surfw.config import MIB, display_url, expect
+from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.s3_words import (
+    check_bucket,
+    check_choice,
+    check_endpoint,
+    check_options,
+    check_texts,
+    code_of,
+    explain_botocore,
+    explain_code,
+)
 from surfw.storage.transfer import CONNECTIONS, RangeReader
 
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 _CONNECT_SECONDS = 5
 _ATTEMPTS, _ROUNDS = 2, 3
 """How often botocore tries a request, and how often s3fs has it do so: a silent endpoint fails in half a minute."""
@@ -32,19 +38,13 @@ _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
 
-_WRONG_CREDENTIALS = {
-    "InvalidAccessKeyId": "the access key is not known there",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key",
-    "InvalidToken": "the session token is not valid",
-    "ExpiredToken": "the session token has expired",
-}
-
 
 class S3Backend(FsspecBackend):
     """Objects in a bucket of S3, under a prefix."""
 
     def __init__(
         self,
+        /,  # options may have any name
         bucket_name: str,
         prefix: str = "",
         *,
@@ -78,18 +78,23 @@ class S3Backend(FsspecBackend):
             sse_kms_key_id: the key for SSE-KMS; default: the account's own.
             requester_pays: pay for requests to a bucket whose owner wants that.
             anonymous: sign nothing, for public buckets.
-            **options: whatever else `s3fs.S3FileSystem` takes, such as `config_kwargs`.
+            **options: whatever else `s3fs.S3FileSystem` takes, such as `config_kwargs` or `max_concurrency`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or s3fs is not installed.
         """
         expect("bucket_name", bucket_name, str, "a bucket's name")
         expect("prefix", prefix, str, "a text such as models/mine")
-        if not _BUCKET.fullmatch(bucket_name):
-            raise ConfigurationError(
-                f"{bucket_name[:80]!r} is not a bucket's name; expected the name alone, "
-                "at least 3 letters, digits, dots and dashes"
-            )
+        check_bucket(bucket_name, prefix)
+        check_texts(
+            region_name=region_name,
+            endpoint_url=endpoint_url,
+            aws_access_key_id=aws_access_key_id,
+            aws_secret_access_key=aws_secret_access_key,
+            aws_session_token=aws_session_token,
+            profile_name=profile_name,
+            sse_kms_key_id=sse_kms_key_id,
+        )
         if bool(aws_access_key_id) != bool(aws_secret_access_key) or (aws_session_token and not aws_access_key_id):
             raise ConfigurationError(
                 f"the credentials for s3://{bucket_name} are incomplete; give aws_access_key_id and "
@@ -98,9 +103,9 @@ class S3Backend(FsspecBackend):
         if anonymous and (aws_access_key_id or profile_name):
             raise ConfigurationError(f"s3://{bucket_name} is given credentials and anonymous; leave one of them out")
         if endpoint_url is not None:
-            _check_endpoint(endpoint_url)
-        _check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
-        _check_choice("sse", sse, get_args(Encryption))
+            check_endpoint(endpoint_url)
+        check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
+        check_choice("sse", sse, get_args(Encryption))
         if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
             raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
         encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
@@ -110,9 +115,14 @@ class S3Backend(FsspecBackend):
         try:
             check_prefix(self.prefix)
         except StorageError as exc:
-            raise ConfigurationError(f"prefix {prefix[:80]!r} is refused; write one such as models/mine") from exc
+            shown = display_url(f"s3://{bucket_name}/{prefix}").removeprefix(f"s3://{bucket_name}/")
+            raise ConfigurationError(
+                f"s3://{bucket_name}: prefix {shown[:80]!r} is refused; write one such as models/mine"
+            ) from exc
+        url = f"s3://{bucket_name}/{self.prefix}".rstrip("/")
+        check_options(url, options)
         super().__init__(
-            f"s3://{bucket_name}/{self.prefix}".rstrip("/"),
+            url,
             key=aws_access_key_id,
             secret=aws_secret_access_key,
             token=aws_session_token,
@@ -127,17 +137,8 @@ class S3Backend(FsspecBackend):
         )
 
     def _open(self, **options: Any) -> tuple[Any, str]:
-        try:
-            import s3fs
-        except ImportError as exc:
-            raise ConfigurationError(f"{self.url}: S3 needs the package {exc.name}; run: pip install s3fs") from exc
+        import s3fs
 
-        known = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters, "profile"} - {"session"}
-        if unknown := sorted(set(options) - known):
-            raise ConfigurationError(
-                f"{self.url}: there is no option {unknown[0]}; surfw knows region_name, profile_name, endpoint_url, "
-                "addressing_style, sse, sse_kms_key_id, requester_pays, anonymous, and s3fs those of its S3FileSystem"
-            )
         given = options.pop("config_kwargs", {})
         config: dict[str, Any] = {
             "connect_timeout": _CONNECT_SECONDS,
@@ -178,50 +179,20 @@ class S3Backend(FsspecBackend):
                     raise error from exc
                 raise
 
-    def _explain(self, exc: BaseException) -> StorageError | ConfigurationError | None:
+    def _explain(self, exc: BaseException) -> SurfwError | None:
         """The error in surfw's words, or None for what all storages have in common."""
-        from botocore import exceptions as boto
-
-        if isinstance(exc, boto.ProfileNotFound):
-            return ConfigurationError(f"{self.url}: {exc}; name one of those in ~/.aws/config, or give credentials")
-        if isinstance(exc, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
-            return ConfigurationError(
-                f"{self.url}: no usable credentials were found; give them as arguments, in AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or as a profile"
-            )
-        if isinstance(exc, boto.ConnectionError | boto.HTTPClientError):
-            where = self.endpoint_url or "its endpoint"
-            return StorageError(
-                f"{self.url}: {where} cannot be reached ({type(exc).__name__}); check the address and the network"
-            )
-        return self._explain_code(self._code(exc))
-
-    def _explain_code(self, code: str) -> StorageError | ConfigurationError | None:
-        if code == "NoSuchBucket":
-            return StorageError(f"{self.url}: there is no bucket {self.bucket}; make it, or name another")
-        if code == "InvalidBucketName":
-            return ConfigurationError(f"{self.url}: {self.bucket} is not a name for a bucket there; name another")
-        if code in {"AccessDenied", "403"}:
-            return StorageError(
-                f"{self.url}: permission denied; these credentials may not do this in bucket {self.bucket}"
-            )
-        if code == "RequestTimeTooSkewed":
-            return StorageError(
-                f"{self.url}: this machine's clock differs from the server's by too much for a signature; set the clock"
-            )
-        if code in _WRONG_CREDENTIALS:
-            return StorageError(f"{self.url}: wrong credentials: {_WRONG_CREDENTIALS[code]}; give others")
-        return None
+        known = explain_botocore(exc, self.url, self.endpoint_url)
+        return known or explain_code(self._code(exc), self.url, self.bucket)
 
     def _code(self, exc: BaseException) -> str:
         """S3's own code for what went wrong; an answer to HEAD has no body that says it, the one to a listing has."""
-        code = _code_of(exc)
+        code = code_of(exc)
         if code != "403":
             return code
         try:
             self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
         except OSError as why:
-            return _code_of(why) or code
+            return code_of(why) or code
         return code
 
     async def close(self) -> None:
@@ -233,32 +204,6 @@ class S3Backend(FsspecBackend):
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
 
 
-def _code_of(exc: BaseException | None) -> str:
-    """The code in S3's answer, which s3fs has as the cause of its exception; empty if there was no answer."""
-    while exc is not None:
-        response = getattr(exc, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-        exc = exc.__cause__
-    return ""
-
-
 def _part_bytes(size: int) -> int:
     """How large the parts of an upload are: of a very large object, larger ones."""
     return max(_PART_BYTES, -(-size // _MOST_PARTS))
-
-
-def _check_choice(name: str, given: str | None, choices: tuple[str, ...]) -> None:
-    if given is not None and given not in choices:
-        raise ConfigurationError(f"{name} is {given!a:.80}; expected one of {', '.join(choices)}")
-
-
-def _check_endpoint(url: str) -> None:
-    """Raises: ConfigurationError, for what is no address of a server, or holds a password."""
-    parts = urlsplit(url)
-    if parts.username is not None or parts.password is not None:
-        raise ConfigurationError("endpoint_url must not hold credentials; give them as arguments of their own")
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ConfigurationError(
-            f"endpoint_url {url[:80]!r} is not understood; write one such as http://127.0.0.1:9000"
-        )

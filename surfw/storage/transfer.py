@@ -229,12 +229,7 @@ class Transfer:
         def place(answer: Answer) -> Landing:
             nonlocal landing
             read.check(answer)
-            if answer.start != start:
-                raise StorageError(
-                    f"{read.name} was answered from byte {answer.start} on, expected byte {start}; "
-                    "surfw needs a server that answers ranges"
-                )
-            _expect_length(answer.length, len(destination), read.name)
+            _expect_range(answer, start, len(destination), read.name)
             landing = Landing(destination, check)  # another try is verified anew
             return landing
 
@@ -293,14 +288,20 @@ class _Read:
         return changed(self.name, str(self.pinned), seen)
 
 
-def _expect_length(seen: int, asked: int, name: str) -> None:
-    """Make sure that as much came as was asked for.
+def _expect_range(answer: Answer, start: int, length: int, name: str) -> None:
+    """Make sure that what was asked for is what comes.
 
     Raises:
-        StorageError: it did not.
+        StorageError: it is not.
     """
-    if seen != asked:
-        raise StorageError(f"{name} ends early: asked for {asked} bytes, got {seen}")
+    if answer.start != start or answer.length > length:
+        raise StorageError(
+            f"{name}: the server does not answer ranges as it should: asked for {length} bytes from byte {start} on, "
+            f"it sends {answer.length} from byte {answer.start} on; use one that does, such as nginx or S3 "
+            "('python -m http.server' does not)"
+        )
+    if answer.length != length:
+        raise StorageError(f"{name} ends early: asked for {length} bytes, got {answer.length}")
 
 
 def _allocate(name: str, size: int) -> bytearray:

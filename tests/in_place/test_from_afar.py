@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from surfw.chunking.chunker import prepare_model
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, ModelError, StorageError
 from surfw.models import StreamingModel
 from surfw.server import WeightServer
 from surfw.storage.base import ChangedObjectError
@@ -92,6 +92,26 @@ def test_from_a_web_server(llama: Path, tmp_path: Path) -> None:
 def test_a_url_with_secrets_comes_into_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"https://\*\*\*@example.com/x holds secrets, which would come into"):
         prepare_model("https://user:hush@example.com/x")
+
+
+def test_what_is_no_checkpoint_is_named_by_its_address(tmp_path: Path) -> None:
+    for name in ("nothing", "store", "damaged", "config-only"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "store" / "surfw.json").write_text("{}")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "damaged" / "model.safetensors").touch()
+    (tmp_path / "config-only" / "config.json").write_text("{}")
+    with http_server(tmp_path, tmp_path / "http.log") as server:
+        for name, said in {
+            "nothing": " is not a checkpoint: there is no config.json; name the place of what save_pretrained wrote",
+            "store": " is a surfw store, not a checkpoint: it is chunked already; give it to --store or --source",
+            "damaged": "/config.json is not JSON",
+            "config-only": " has no weights that surfw reads: expected model.safetensors",
+        }.items():
+            with pytest.raises(ModelError, match=f"^{server}/{name}{said}"):
+                prepare_model(f"{server}/{name}")
+    with pytest.raises(StorageError, match=f"^config.json in {server}/x: the server cannot be reached"):
+        prepare_model(f"{server}/x")
 
 
 def test_from_the_hub_by_ranges_of_one_commit(tmp_path: Path) -> None:

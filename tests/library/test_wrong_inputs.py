@@ -72,7 +72,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ModelChunker("x", model_class=dict).chunk_model_sync(), "model_class is 'dict', expected a subclass",
     ),
     "a server as output": (
-        lambda: ModelChunker("surfw/demo", output_dir="ws://x").chunk_model_sync(), "Protocol not known: ws",
+        lambda: ModelChunker("surfw/demo", output_dir="ws://x").chunk_model_sync(), "ws://x is the address of a server",
     ),
 }  # fmt: skip
 

@@ -14,6 +14,13 @@ class Found(DictBackend):
         self.options = options
 
 
+class Placeless(DictBackend):
+    """Takes no URL."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
 def fail(url: str) -> None:
     raise ValueError("no such place")
 

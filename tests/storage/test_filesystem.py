@@ -42,8 +42,9 @@ def test_a_folder_that_is_only_named_is_not_made(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError, match=r"making the folder /.*/file: File exists"):
-        FilesystemBackend(tmp_path / "file")
+    for create in (True, False):
+        with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name the one that is"):
+            FilesystemBackend(tmp_path / "file", create=create)
     with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
         FilesystemBackend(tmp_path / "file" / "below")
 
@@ -178,10 +179,11 @@ def test_many_readers_and_writers_of_one_key_see_whole_objects(backend: Filesyst
     assert list(files(backend.base)) == ["x"]
 
 
-def test_listing_a_place_that_is_a_file(tmp_path: Path) -> None:
+def test_listing_a_place_that_is_a_file_by_now(tmp_path: Path) -> None:
+    backend = FilesystemBackend(tmp_path / "file", create=False)
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(StorageError, match=r"listing .*/file: Not a directory"):
-        asyncio.run(FilesystemBackend(tmp_path / "file", create=False).list())
+        asyncio.run(backend.list())
 
 
 def test_a_stranger_is_found_without_walking_everything(

@@ -1,7 +1,11 @@
 """A store that a web server offers: read-only, in ranges, from a real server."""
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -68,6 +72,86 @@ def test_writing_says_that_it_can_only_be_read(url: str, tmp_path: Path) -> None
         with pytest.raises(StorageError, match=rf"^new cannot be written to {url}/objects: it can only be read; write"):
             asyncio.run(work)
     assert (tmp_path / "file").exists()
+
+
+def test_removing_says_that_it_can_only_be_read(folder: Path, url: str) -> None:
+    (folder / "kept").write_bytes(b"1")
+    with pytest.raises(StorageError, match=rf"^{url} can only be read, and nothing be removed there; do that in the f"):
+        asyncio.run(FsspecBackend(url).remove("kept"))
+    assert (folder / "kept").exists()
+
+
+class Ignoring(SimpleHTTPRequestHandler):
+    """Python's own server, which takes no notice of ranges."""
+
+    def log_message(self, *args: object) -> None:
+        """Say nothing."""
+
+
+class TaggingRanges(Ignoring):
+    """Answers ranges, and tells an ETag only there; of the whole it may not tell the length with them."""
+
+    protocol_version = "HTTP/1.1"
+    size = "*"
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        start, dash, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
+        if dash and not data:
+            self.send_response(416)
+        elif dash:
+            self.send_response(206)
+            data = data[int(start) : int(last) + 1]
+            self.send_header("ETag", '"of a range"')
+            self.send_header("Content-Range", f"bytes {start}-{int(start) + len(data) - 1}/{self.size}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class TaggingRangesOfAll(TaggingRanges):
+    size = "9"
+
+
+@contextlib.contextmanager
+def offered_by(kind: type[Ignoring], folder: Path) -> Iterator[str]:
+    """The URL of a server of this kind."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=str(folder))) as server:
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+def test_a_server_without_ranges_is_told_as_one(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 20)
+    with offered_by(Ignoring, tmp_path) as url:
+        backend = FsspecBackend(url)
+        assert asyncio.run(backend.load("x")) == bytes(range(256)) * 20
+        assert asyncio.run(backend.size("x")) == 5120
+        for start in (0, 4096):
+            said = (
+                rf"^x in {url}: the server does not answer ranges as it should: asked for 8 bytes from byte {start} on"
+            )
+            with pytest.raises(StorageError, match=f"{said}, it sends 5120 from byte 0 on; use one that does, such"):
+                asyncio.run(backend.load_range("x", start, start + 8))
+
+
+@pytest.mark.parametrize("kind", [TaggingRanges, TaggingRangesOfAll])
+def test_a_revision_is_compared_with_one_of_the_same_kind(kind: type[Ignoring], tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"some text")
+    (tmp_path / "empty").touch()
+    with offered_by(kind, tmp_path) as url:
+        backend = FsspecBackend(url)
+        assert (asyncio.run(backend.size("x")), asyncio.run(backend.size("empty"))) == (9, 0)
+        pinned = asyncio.run(backend.revision("x"))
+        assert pinned == '"of a range"'
+        memory = bytearray(4)
+        asyncio.run(backend.read_into("x", 5, memoryview(memory), revision=pinned))
+        assert memory == b"text"
 
 
 def test_a_server_that_cannot_be_reached_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:

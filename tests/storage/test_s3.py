@@ -135,6 +135,21 @@ def test_an_endpoint_where_nobody_listens(operation: Any) -> None:
     assert f"{where} cannot be reached (EndpointConnectionError)" in failure(backend, operation)
 
 
+def test_an_endpoint_of_the_environment_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", where)
+    said = failure(S3Backend("bucket", anonymous=True), OPERATIONS["exists"])
+    assert f"{where} cannot be reached (EndpointConnectionError); check the address and the network; a server" in said
+    assert said.endswith("that is not Amazon's is named by endpoint_url or AWS_ENDPOINT_URL")
+
+
+@pytest.mark.parametrize("name", ["exists", "load"])
+def test_tls_with_an_endpoint_that_has_none(s3: S3Service, name: str) -> None:
+    where = s3.endpoint.replace("http:", "https:")
+    said = failure(connect(s3, "bucket", endpoint_url=where), OPERATIONS[name])
+    assert f"no safe connection to {where} (SSLError: it does not speak TLS as it should; try {s3.endpoint}" in said
+
+
 def test_a_bad_profile(bucket: str, s3: S3Service, operation: Any) -> None:
     backend = S3Backend(bucket, endpoint_url=s3.endpoint, profile_name="nobody")
     assert "The config profile (nobody) could not be found" in failure(backend, operation)
