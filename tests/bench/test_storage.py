@@ -11,6 +11,7 @@ from surfw.chunking.chunker import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import ConfigurationError, NotFoundError
 from surfw.storage import S3Backend
+from surfw.storage.housekeeping import Housekeeping
 from tests.checkpoints import save_llama
 from tests.services.s3 import S3Service
 from tests.stores import make_store
@@ -35,20 +36,26 @@ def test_rows_compare_with_plain_ranges_and_with_a_peer(s3: S3Service, tmp_path:
     assert result.rows[-1].value * 1e6 == pytest.approx(size)
 
 
-def test_a_model_in_place_is_read_from_where_it_lies(s3: S3Service, tmp_path: Path) -> None:
-    options = {"endpoint_url": s3.endpoint, "aws_access_key_id": s3.key, "aws_secret_access_key": s3.secret}
-    bucket, folder = s3.bucket(), save_llama(tmp_path / "tiny")
-    for file in folder.iterdir():
+def test_a_model_in_place_is_read_from_where_it_lies(
+    s3: S3Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ENDPOINT_URL": s3.endpoint, "ACCESS_KEY_ID": s3.key, "SECRET_ACCESS_KEY": s3.secret}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
+    bucket = s3.bucket()
+    for file in save_llama(tmp_path / "tiny").iterdir():
         s3.client.put_object(Bucket=bucket, Key=f"tiny/{file.name}", Body=file.read_bytes())
-    with prepare_model(f"s3://{bucket}/tiny", storage_options=options) as prepared:
-        asyncio.run(write_in_place(prepared, S3Backend(bucket, "store", **options)))
+    with prepare_model(f"s3://{bucket}/tiny") as prepared:
+        asyncio.run(write_in_place(prepared, S3Backend(bucket, "store")))
         size = prepared.plan.payload_bytes
-    result = bench_storage(f"s3://{bucket}/store", options=options, rounds=1)
+    result = bench_storage(f"s3://{bucket}/store", rounds=1)
     assert result.rows[-1].value * 1e6 == pytest.approx(size)
     assert all(row.value > 0 for row in result.rows)
+    (listed,) = asyncio.run(Housekeeping(S3Backend(bucket, "store")).contents()).models
+    assert (listed.origin, listed.stored_bytes) == (f"s3://{bucket}/tiny", 0)
     s3.client.delete_object(Bucket=bucket, Key="tiny/model.safetensors")
     with pytest.raises(NotFoundError, match=r"^model\.safetensors in s3://.*/tiny: not found"):
-        bench_storage(f"s3://{bucket}/store", options=options, rounds=1)
+        bench_storage(f"s3://{bucket}/store", rounds=1)
 
 
 def test_a_folder_has_nothing_to_measure(tmp_path: Path) -> None:
