@@ -91,6 +91,11 @@ def format_size(count_bytes: float) -> str:
     return f"{value:.2f} TB"
 
 
+def count(number: int, one: str, more: str = "") -> str:
+    """A number of things for people: `1 model`, `2 models`; `more` is the plural where it is not one with s."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
 def check_on_missing(choice: str) -> None:
     """Make sure that it is a choice there is.
 

@@ -17,7 +17,7 @@ from blake3 import blake3
 from surfw.checkpoint import Checkpoint
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.writer import TensorBytes
-from surfw.config import MIB, OnMissing
+from surfw.config import MIB, OnMissing, count
 from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import TensorInfo, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
@@ -128,13 +128,13 @@ def plan_model(
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
     if missing and on_missing == "error":
         raise CheckpointError(
-            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; surfw never makes weights up. Check "
-            "the architectures in config.json, save the model again with save_pretrained, or chunk it without them: "
-            "--on-missing uninitialized (on_missing='uninitialized')"
+            f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}; surfw never makes weights "
+            "up. Check the architectures in config.json, save the model again with save_pretrained, or chunk it "
+            "without them: --on-missing uninitialized (on_missing='uninitialized')"
         )
     if missing:
         warnings.warn(
-            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; it is chunked without them",
+            f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}; it is chunked without them",
             UninitializedWeightsWarning,
             stacklevel=2,
         )
