@@ -13,7 +13,7 @@ from surfw.checkpoint.shard import translate_errors
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.chunking.writer import ChunkWriter, Progress
 from surfw.config import OnMissing, check_dtype, check_on_missing, display_url
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, StorageError
 from surfw.manifest import Manifest, ModelFile, check_model_name, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage.base import StorageBackend
@@ -96,8 +96,11 @@ async def write_model(
     await store.create()
     writer = ChunkWriter(store.backend, prepared.payloads(), model=prepared.name, key=prepared.key, progress=progress)
     with writer.locked():
-        async with writer.lease.renewed():
-            return await _write(prepared, store, writer)
+        try:
+            async with writer.lease.renewed():
+                return await _write(prepared, store, writer)
+        except StorageError as exc:
+            raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
 
 
 async def _write(prepared: "PreparedModel", store: Store, writer: ChunkWriter) -> Manifest:

@@ -15,20 +15,33 @@ from surfw.chunking.chunker import prepare_model
 from surfw.chunking.plan import PlannedChunk
 from surfw.chunking.remote import RemoteCheckpoint, plain_name
 from surfw.chunking.writer import Progress
-from surfw.config import OnMissing
-from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.config import OnMissing, display_url
+from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions
+from surfw.storage.origins import PlacedOptions, is_local_url
 from surfw.storage.private import private_store
 from surfw.storage.source import StorageSource
-from surfw.storage.store import manifest_key
+from surfw.storage.store import MARKER, manifest_key
 
 if TYPE_CHECKING:
     from surfw.chunking.prepared import PreparedModel
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
+
+
+def check_reach(model: str, backend: StorageBackend) -> None:
+    """Make sure that a store may point at the files of a checkpoint, which is named as for `prepare_model`.
+
+    Raises:
+        ConfigurationError: the store is not on this machine, but the checkpoint is.
+    """
+    if is_local_url(model) and backend.local_path(MARKER) is None:
+        raise ConfigurationError(
+            f"{display_url(backend.url)} is a remote store, which cannot point at local files ({model}); leave out "
+            "--in-place, or use a local --store"
+        )
 
 
 async def build_manifest(prepared: "PreparedModel") -> Manifest:
