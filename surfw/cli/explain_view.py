@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from surfw.cli import render
-from surfw.config import GB, format_size, is_server_url
+from surfw.config import GB, count, format_size, is_server_url
 from surfw.settings import Origin
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def explanation_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]
 def _memory_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
     rows = [("memory budget", _budget(one, origin)), ("stays in memory", _kept(one))]
     if one.ring_buffers:
-        ring = f"a ring of {one.ring_buffers} buffers of {format_size(one.ring_bytes)}"
+        ring = f"a ring of {count(one.ring_buffers, 'buffer')} of {format_size(one.ring_bytes)}"
         rows.append(("the rest passes through", ring + (" (policy lru)" if one.policy == "lru" else "")))
     if one.shared_bytes:
         rows.append(("shared by layers that recur", format_size(one.shared_bytes)))
@@ -64,8 +64,7 @@ def _memory_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
 def _budget(one: "Explanation", origin: Origin) -> str:
     if one.budget_bytes is not None:
         return f"{format_size(one.budget_bytes)}, {_said(one.limited_by, origin)}"
-    counted = "1 layer" if one.cache_layers == 1 else f"{one.cache_layers} layers"
-    return f"none: {counted} and one more in flight, {_said(one.limited_by, origin)}"
+    return f"none: {count(one.cache_layers or 0, 'layer')} and one more in flight, {_said(one.limited_by, origin)}"
 
 
 def _said(limited_by: str, origin: Origin) -> str:
@@ -79,10 +78,10 @@ def _said(limited_by: str, origin: Origin) -> str:
 
 def _kept(one: "Explanation") -> str:
     others = one.pinned - one.kept_layers
-    beside = f" and {others} other part{'s' * (others != 1)}" if others else ""
+    beside = f" and {count(others, 'other part')}" if others else ""
     if not (one.ring_buffers or one.by_rows):
-        return f"everything: {one.layers} layers{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
-    return f"{one.kept_layers} of {one.layers} layers{beside}, {format_size(one.pinned_bytes)}"
+        return f"everything: {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
+    return f"{one.kept_layers} of {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}"
 
 
 def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:

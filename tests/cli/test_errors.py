@@ -169,7 +169,13 @@ def test_a_store_that_is_not_a_store(checkpoint: Path, tmp_path: Path) -> None:
     ):
         assert str(other) in complaint(surfw(tmp_path, *arguments)), arguments
     assert [path.name for path in other.rglob("*")] == ["cat.jpg"]
-    assert "nowhere" in complaint(surfw(tmp_path, "serve", "--store", str(tmp_path / "nowhere"), "--port", "0"))
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (
+        ["serve", nowhere],
+        ["serve", "--store", nowhere],
+        ["infer", "--source", nowhere, "--prompt", "a"],
+    ):
+        assert complaint(surfw(tmp_path, *arguments)).startswith(f"there is no folder {nowhere}; name that of a checkp")
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -212,6 +218,7 @@ def test_full_disk(checkpoint: Path, tmp_path: Path) -> None:
     try:
         said = complaint(surfw(tmp_path, "chunk", str(checkpoint), "--store", str(small / "store")))
         assert "no space" in said
+        assert said.endswith("the same command goes on where it stopped")
         assert not list((small / "store").rglob("models/*"))
         assert not list(small.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
@@ -220,18 +227,28 @@ def test_full_disk(checkpoint: Path, tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, ""),
+        (signal.SIGINT, "surfw: interrupted; the same command goes on where it stopped\n"),
+    ],
+    ids=["killed", "interrupted"],
+)
+def test_an_end_in_the_middle_of_chunk(number: signal.Signals, said: str, checkpoint: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert surfw(tmp_path, "chunk", str(checkpoint), "--name", "first").returncode == 0
     before = visible(store / "models")
     big = save_llama(tmp_path / "big", layers=24, hidden=512)
     command = [SURFW, "chunk", str(big), "--name", "second"]
-    writer = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    writer = subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     blobs = len(list((store / "blobs").rglob("*.safetensors")))
     while len(list((store / "blobs").rglob("*.safetensors"))) < blobs + 3:
         assert writer.poll() is None, "it ended before it could be killed"
-    writer.kill()
-    writer.wait()
+    writer.send_signal(number)
+    assert (writer.communicate(timeout=60)[1], writer.returncode) == (said, 130 if said else -number)
     assert visible(store / "models") == before == ["first.json"]
     (journal,) = (store / "partial").rglob("journal.jsonl")
     whole_lines = journal.read_text().split("\n")[:-1]  # the last one may have been cut off
