@@ -38,6 +38,12 @@ OnMissing = Literal["error", "uninitialized"]
 Policy = Literal["auto", "lru"]
 """Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
 
+DTYPES = {
+    "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "bfloat16": "bfloat16",
+    "bf16": "bfloat16", "float64": "float64",
+}  # fmt: skip
+"""What models can compute with: torch's names, by the names that are understood."""
+
 _UNITS = {
     "": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": 1000**4, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1024**4,
 }  # fmt: skip
@@ -85,6 +91,11 @@ def format_size(count_bytes: float) -> str:
     return f"{value:.2f} TB"
 
 
+def count(number: int, one: str, more: str = "") -> str:
+    """A number of things for people: `1 model`, `2 models`; `more` is the plural where it is not one with s."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
 def check_on_missing(choice: str) -> None:
     """Make sure that it is a choice there is.
 
@@ -92,6 +103,16 @@ def check_on_missing(choice: str) -> None:
         ConfigurationError: it is not.
     """
     _check_choice("on_missing", choice, get_args(OnMissing))
+
+
+def check_dtype(name: str) -> None:
+    """Make sure that models can compute with a dtype of this name.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    if name not in DTYPES:
+        raise ConfigurationError(f"dtype {name!a:.80} is not one of {', '.join(DTYPES)}")
 
 
 def check_policy(choice: str) -> None:

@@ -4,7 +4,7 @@
     ├── ConfigurationError          a setting or an argument cannot be used
     ├── StorageError                a storage could not do what was asked
     │   ├── NotFoundError           the object is not there
-    │   ├── NotAStoreError          the place exists, but no surfw store lies there
+    │   ├── NotAStoreError          no surfw store lies at the place, or nothing at all
     │   └── StorageFullError        no space is left; nothing half-written stays
     ├── WireError                   something between client and server
     │   ├── ConnectionFailedError   no surfw server answers at the address, or it went away
@@ -67,7 +67,7 @@ class NotFoundError(StorageError):
 
 
 class NotAStoreError(StorageError):
-    """The place can be reached, but no surfw store lies there."""
+    """No surfw store lies at the place, or nothing at all."""
 
 
 class StorageFullError(StorageError):
@@ -155,11 +155,14 @@ class UnknownModelError(ModelError):
         if not self.known:
             text = f"{where} holds no model yet; put one there with 'surfw chunk MODEL'"
         elif name is None:
-            text = f"{where} holds {len(self.known)} models; choose one by its name: {_some(self.known)}"
+            text = f"{where} holds {len(self.known)} models; choose one with --model (model=): {_some(self.known)}"
         elif len(fitting) > 1:
             text = f"{where} has {len(fitting)} models {name[:80]!r}; give the name in full: {_some(fitting)}"
         else:
-            text = f"{where} has no model {name[:80]!r}; it has: {_some(self.known)}"
+            path = (
+                " (a model's name is wanted here, no path)" if name.startswith((".", "/", "~")) or "://" in name else ""
+            )
+            text = f"{where} has no model {name[:80]!r}{path}; it has: {_some(self.known)}"
         super().__init__(text)
 
 

@@ -20,6 +20,7 @@ from surfw.config import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
+    DTYPES,
     OnMissing,
     Policy,
     default_store,
@@ -116,7 +117,13 @@ class Settings:
         has_form=is_size,
     )
     policy: Policy = _setting("auto", "Which layers stay: a part that is chosen once, or those used last.")  # noqa: RUF009 - it makes a field
-    dtype: str | None = _setting(None, "Run in this dtype, such as bfloat16.", shown="as stored")
+    dtype: str | None = _setting(
+        None,
+        "Run in this dtype, such as bfloat16.",
+        shown="as stored",
+        form=f"one of {', '.join(DTYPES)}",
+        has_form=DTYPES.__contains__,
+    )
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)

@@ -43,8 +43,9 @@ def test_errors_keep_what_a_program_needs_beside_the_text() -> None:
     ("name", "known", "text"),
     [
         ("x", [], "here holds no model yet; put one there with 'surfw chunk MODEL'"),
-        (None, ["b", "a"], "here holds 2 models; choose one by its name: a, b"),
+        (None, ["b", "a"], "here holds 2 models; choose one with --model (model=): a, b"),
         ("x", ["b", "a"], "here has no model 'x'; it has: a, b"),
+        ("./b", ["b"], "here has no model './b' (a model's name is wanted here, no path); it has: b"),
         ("m", ["b/m", "a/m", "c"], "here has 2 models 'm'; give the name in full: a/m, b/m"),
     ],
 )

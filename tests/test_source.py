@@ -73,7 +73,7 @@ def test_names_are_resolved_in_full_by_last_part_or_as_the_only_one() -> None:
 @pytest.mark.parametrize(
     ("names", "name", "text"),
     [
-        (("b", "a"), None, "holds 2 models; choose one by its name: a, b"),
+        (("b", "a"), None, "holds 2 models; choose one with --model (model=): a, b"),
         (("b", "a"), "c", "has no model 'c'; it has: a, b"),
         (("x/a", "y/a"), "a", "has 2 models 'a'; give the name in full: x/a, y/a"),
         (("org/a",), "org", "has no model 'org'; it has: org/a"),

@@ -31,6 +31,12 @@ WEIGHTS_FILES = (
 )  # fmt: skip
 """Where weights may be, in the order in which transformers looks for them."""
 
+_SHARDS = {
+    "model.safetensors.index.json": "model-*-of-*.safetensors",
+    "pytorch_model.bin.index.json": "pytorch_model-*-of-*.bin",
+}
+"""What shards are called, by the index that says so."""
+
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
@@ -68,9 +74,11 @@ def find_weights(names: Collection[str], where: str) -> str:
     ]
     if not seen and CONFIG_FILE not in names:
         raise no_checkpoint(where)
+    index = next((entry for entry, shards in _SHARDS.items() if any(fnmatchcase(name, shards) for name in names)), None)
+    advice = f"its shards lack their index: download {index} as well, or save" if index else "save"
     raise UnsupportedModelError(
         f"{where} has no weights that surfw reads: expected {' or '.join(WEIGHTS_FILES)}, "
-        f"it has {', '.join(seen[:3] or sorted(names)[:8])}"
+        f"it has {', '.join(seen[:3] or sorted(names)[:8])}; {advice} the model with save_pretrained"
     )
 
 

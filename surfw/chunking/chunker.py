@@ -1,83 +1,28 @@
-"""A checkpoint on its way into a store, from its name to the published manifest."""
+"""A checkpoint on its way into a store, from its name to the published manifest.
+
+What is wrong with the arguments, or with the checkpoint's files, is said before torch and transformers are imported.
+"""
 
 import asyncio
-import json
-import logging
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from types import TracebackType
-from typing import Any, Self
-
-from blake3 import blake3
+from typing import TYPE_CHECKING, Any
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.checkpoint.shard import translate_errors
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.chunking.writer import ChunkWriter, Progress
-from surfw.config import MIB, OnMissing, check_on_missing, display_url
-from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
-from surfw.manifest import Manifest, ModelFile, TensorInfo, check_model_name, payload_digest
-from surfw.skeleton.build import build_skeleton, check_model_class, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
-from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
-from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
+from surfw.config import OnMissing, check_dtype, check_on_missing, display_url
+from surfw.errors import ConfigurationError, StorageError
+from surfw.manifest import Manifest, ModelFile, check_model_name, payload_digest
+from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage.addresses import read_address
 from surfw.storage.base import StorageBackend
 from surfw.storage.origins import is_local_url
 from surfw.storage.store import Store, blob_key
 
-logger = logging.getLogger("surfw.chunking")
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """A checkpoint that was understood, before a byte of it is written. Use it as a context manager, or `close()` it.
-
-    Attributes:
-        name: the model's name in the store.
-        checkpoint: the source.
-        class_name: the class that will be built.
-        dtype: the dtype it will be built with.
-        config: its configuration, without requests for foreign code.
-        plan: what will be written.
-        loading: where it comes from.
-        facts: the source tensors.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    class_name: str
-    dtype: str
-    config: Mapping[str, Any]
-    plan: ChunkPlan
-    loading: Loading
-    facts: SourceFacts
-
-    @property
-    def key(self) -> str:
-        """Identifies the plan and its source: equal for work that can be resumed."""
-        chunks = [
-            (c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors])
-            for c in self.plan.chunks
-        ]
-        config = json.dumps(self.config, sort_keys=True)
-        return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
-
-    def close(self) -> None:
-        """Close the checkpoint."""
-        self.checkpoint.close()
-
-    def __enter__(self) -> Self:
-        """Enter the context."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Close."""
-        self.close()
+if TYPE_CHECKING:
+    from surfw.chunking.prepared import PreparedModel
 
 
 def prepare_model(
@@ -90,7 +35,7 @@ def prepare_model(
     on_missing: OnMissing = "error",
     show_progress: bool = False,
     storage_options: Mapping[str, Any] | None = None,
-) -> PreparedModel:
+) -> "PreparedModel":
     """Open a checkpoint and plan its chunks.
 
     Args:
@@ -110,15 +55,20 @@ def prepare_model(
         UnsupportedModelError: surfw cannot run it.
     """
     if dtype is not None:
-        parse_dtype(dtype)  # refused before anything is fetched, as is the name
+        check_dtype(dtype)  # refused before anything is fetched, as is the name
     if name is not None:
         check_model_name(name)
     check_on_missing(on_missing)
-    check_model_class(model_class)
+    if model_class is not None:
+        from surfw.skeleton.build import check_model_class
+
+        check_model_class(model_class)
     with ExitStack() as opened:
         checkpoint = opened.enter_context(_open(model, revision, storage_options, show_progress=show_progress))
         checked = check_model_name(name or checkpoint.name)
-        prepared = _prepare(checkpoint, checked, dtype, model_class, on_missing, where=model)
+        from surfw.chunking.prepared import plan_model
+
+        prepared = plan_model(checkpoint, checked, dtype, model_class, on_missing, where=model)
         opened.pop_all()
     return prepared
 
@@ -132,63 +82,8 @@ def _open(model: str, revision: str | None, options: Mapping[str, Any] | None, *
     return open_remote_checkpoint(model, options)
 
 
-def _prepare(
-    checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
-) -> PreparedModel:
-    refuse_kernels(checkpoint.config, where=where)
-    refuse_absurd_sizes(checkpoint.config, where=where)
-    clean, dropped = sanitise_config(checkpoint.config)
-    for line in dropped:
-        logger.warning(
-            "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
-        )
-    clean = tag_floats(clean)
-    config = read_config(clean, where=where, model_class=model_class)
-    architectures = getattr(config, "architectures", None) or [None]
-    cls = model_class or resolve_class(architectures[0], config, where=where)
-    facts = {tensor.name: (tensor.dtype, tensor.shape) for tensor in checkpoint.tensors.values()}
-    stored = (tensor.dtype for tensor in checkpoint.tensors.values())
-    built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
-    skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
-    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
-    _report_missing(loading.missing, cls.__name__, on_missing, where)
-    if loading.unused:
-        logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls.__name__, len(loading.unused), loading.unused[0],
-        )  # fmt: skip
-    tensors = {}
-    for target, recipe in loading.recipes.items():
-        target_dtype, shape = recipe.targets[target]
-        info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
-        as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
-        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None)
-    units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
-    plan = plan_chunks(units, tensors, loading.ties)
-    if not plan.chunks:
-        raise UnsupportedModelError(
-            f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
-        )
-    return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
-
-
-def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
-    if missing and on_missing == "error":
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; surfw never makes weights up. Check "
-            "the architectures in config.json, save the model again with save_pretrained, or chunk it without them: "
-            "--on-missing uninitialized (on_missing='uninitialized')"
-        )
-    if missing:
-        warnings.warn(
-            f"{where} lacks {len(missing)} weights of {cls}, such as {missing[0]}; it is chunked without them",
-            UninitializedWeightsWarning,
-            stacklevel=2,
-        )
-
-
 async def write_model(
-    prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None
+    prepared: "PreparedModel", backend: StorageBackend, *, progress: Progress = lambda *_: None
 ) -> Manifest:
     """Write a prepared model into a store, and publish it.
 
@@ -202,15 +97,16 @@ async def write_model(
     """
     store = Store(backend)
     await store.create()
-    writer = ChunkWriter(
-        store.backend, _PayloadReader(prepared), model=prepared.name, key=prepared.key, progress=progress
-    )
+    writer = ChunkWriter(store.backend, prepared.payloads(), model=prepared.name, key=prepared.key, progress=progress)
     with writer.locked():
-        async with writer.lease.renewed():
-            return await _write(prepared, store, writer)
+        try:
+            async with writer.lease.renewed():
+                return await _write(prepared, store, writer)
+        except StorageError as exc:
+            raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
 
 
-async def _write(prepared: PreparedModel, store: Store, writer: ChunkWriter) -> Manifest:
+async def _write(prepared: "PreparedModel", store: Store, writer: ChunkWriter) -> Manifest:
     chunks = await writer.write(prepared.plan)
     generation = prepared.checkpoint.generation_config
     files = sorted(prepared.checkpoint.files)
@@ -229,7 +125,7 @@ async def _write(prepared: PreparedModel, store: Store, writer: ChunkWriter) -> 
     return manifest
 
 
-async def _write_file(prepared: PreparedModel, writer: ChunkWriter, path: str) -> ModelFile:
+async def _write_file(prepared: "PreparedModel", writer: ChunkWriter, path: str) -> ModelFile:
     file = prepared.checkpoint.files[path]
     with translate_errors(file):
         data = await asyncio.to_thread(file.read_bytes)
@@ -238,53 +134,3 @@ async def _write_file(prepared: PreparedModel, writer: ChunkWriter, path: str) -
     await writer.lease.hold([key])
     await writer.backend.save(key, data)
     return ModelFile(path, len(data), digest, key)
-
-
-class _PayloadReader:
-    """Gives the writer a chunk's payload: source bytes as they are, or what transformers converts them to."""
-
-    def __init__(self, prepared: PreparedModel) -> None:
-        self.prepared = prepared
-        self.checkpoint = prepared.checkpoint
-        self._converted: dict[str, memoryview] = {}
-
-    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
-        stop = start + len(destination)
-        for tensor in chunk.tensors:
-            begin, end = tensor.info.offset, tensor.info.offset + tensor.info.nbytes
-            low, high = max(start, begin), min(stop, end)
-            if low >= high:
-                continue
-            into = destination[low - start : high - start]
-            if tensor.copy_of is not None:
-                self.checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
-            else:
-                into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
-                if high == end:
-                    self._converted.pop(tensor.info.name, None)
-
-    def _convert(self, name: str) -> memoryview:
-        if name not in self._converted:
-            recipe = self.prepared.loading.recipes[name]
-            self._converted |= convert_bytes(recipe, self._read_source, self.prepared.facts)
-        return self._converted[name]
-
-    def _read_source(self, name: str, destination: memoryview) -> None:
-        self.checkpoint.read_into(name, destination, 0, len(destination))
-
-
-def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    a, b = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return _digest_tensor(checkpoint, one, a.nbytes) == _digest_tensor(checkpoint, other, b.nbytes)
-
-
-def _digest_tensor(checkpoint: Checkpoint, name: str, size: int) -> bytes:
-    whole, buffer = blake3(), memoryview(bytearray(min(size, 8 * MIB)))
-    for start in range(0, size, 8 * MIB):
-        piece = buffer[: min(8 * MIB, size - start)]
-        checkpoint.read_into(name, piece, start, start + len(piece))
-        whole.update(piece)
-    return whole.digest()

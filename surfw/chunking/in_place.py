@@ -8,28 +8,44 @@ object is pinned to what it was when its header was read.
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surfw.checkpoint.shard import SafetensorsShard, check_unchanged
-from surfw.chunking.chunker import PreparedModel, prepare_model
+from surfw.chunking.chunker import prepare_model
 from surfw.chunking.plan import PlannedChunk
 from surfw.chunking.remote import RemoteCheckpoint, plain_name
 from surfw.chunking.writer import Progress
-from surfw.config import OnMissing
-from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.config import OnMissing, display_url
+from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions
+from surfw.storage.origins import PlacedOptions, is_local_url
 from surfw.storage.private import private_store
 from surfw.storage.source import StorageSource
-from surfw.storage.store import manifest_key
+from surfw.storage.store import MARKER, manifest_key
 from surfw.threads import together
+
+if TYPE_CHECKING:
+    from surfw.chunking.prepared import PreparedModel
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
 
-async def build_manifest(prepared: PreparedModel) -> Manifest:
+def check_reach(model: str, backend: StorageBackend) -> None:
+    """Make sure that a store may point at the files of a checkpoint, which is named as for `prepare_model`.
+
+    Raises:
+        ConfigurationError: the store is not on this machine, but the checkpoint is.
+    """
+    if is_local_url(model) and backend.local_path(MARKER) is None:
+        raise ConfigurationError(
+            f"{display_url(backend.url)} is a remote store, which cannot point at local files ({model}); leave out "
+            "--in-place, or use a local --store"
+        )
+
+
+async def build_manifest(prepared: "PreparedModel") -> Manifest:
     """The manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known.
 
     Raises:
@@ -65,7 +81,7 @@ def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin)
     return Chunk(planned.name, planned.kind, name, size, tuple(t.info for t in planned.tensors), (form,))
 
 
-def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
+def _locations(prepared: "PreparedModel", chunk: PlannedChunk) -> list[Location]:
     """Where a chunk's payload lies, in order; neighbours are one range.
 
     Raises:
@@ -99,7 +115,7 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     return found
 
 
-async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
+async def _pins(prepared: "PreparedModel", shards: set[str]) -> Mapping[str, Pin]:
     checkpoint = prepared.checkpoint
     names = sorted(shards | set(checkpoint.files))
     if isinstance(checkpoint, RemoteCheckpoint):
@@ -114,7 +130,7 @@ async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
     return pins
 
 
-def _check_unchanged(prepared: PreparedModel) -> None:
+def _check_unchanged(prepared: "PreparedModel") -> None:
     """Raises: CheckpointError, if a shard was changed between its header was read and it was pinned."""
     for shard in prepared.checkpoint.shards:
         if isinstance(shard, SafetensorsShard):
@@ -131,7 +147,7 @@ def _file(path: Path) -> ModelFile:
 
 
 async def write_in_place(
-    prepared: PreparedModel,
+    prepared: "PreparedModel",
     backend: StorageBackend,
     *,
     origin_options: PlacedOptions | None = None,

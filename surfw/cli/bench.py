@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
+from surfw.cli.command import Command
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 
 
-@app.command("wire", epilog="Example:  surfw bench wire --rounds 7 --json")
+@app.command("wire", cls=Command, epilog="Example:  surfw bench wire --rounds 7 --json")
 def wire(
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
     json: options.Json = False,
@@ -35,9 +36,9 @@ def wire(
     _show(bench_wire(rounds=rounds), json=json)
 
 
-@app.command("chunk", epilog="Example:  surfw bench chunk ./my-model --rounds 3")
+@app.command("chunk", cls=Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
-    model: Annotated[str, typer.Argument(help="A hub id or a local directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
     json: options.Json = False,
@@ -48,7 +49,11 @@ def chunk(
     _show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
 
 
-@app.command("storage", epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1")
+@app.command(
+    "storage",
+    cls=Command,
+    epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1",
+)
 @options.with_settings("storage_options")
 def bench_storage(
     *,
@@ -65,7 +70,7 @@ def bench_storage(
     _show(found, json=json)
 
 
-@app.command("infer", epilog=INFER_EXAMPLES)
+@app.command("infer", cls=Command, epilog=INFER_EXAMPLES)
 def infer(
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],
     against: Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from surfw.cli import render
-from surfw.config import format_size
+from surfw.config import count, format_size
 
 
 def show_rows(result: Any) -> None:
@@ -64,7 +64,7 @@ def show_comparison(result: Any) -> None:
             ],
         )
     work = result.work
-    what = f"{work['model']}: {work['prompt_tokens']} tokens of prompt, {work['new_tokens']} generated, greedy"
+    what = f"{work['model']}: {count(work['prompt_tokens'], 'token')} of prompt, {work['new_tokens']} generated, greedy"
     rounds = f"; medians of {work['rounds']} rounds" if work["rounds"] > 1 else ""
     render.out.print(f"\n{what}{rounds}; memory is the highest that the process had", soft_wrap=True)
     for note in result.notes:

@@ -1,12 +1,15 @@
 """`surfw chunk`: a checkpoint into a store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from surfw.cli import options
+from surfw.config import count, display_url, format_size
+from surfw.settings import Settings
 
 EXAMPLES = """\b
 Examples:
@@ -27,7 +30,8 @@ def chunk(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A hub id (org/name), a local directory, or a storage URL; with --verify, a model's name in the store."
+            metavar="MODEL",
+            help="A hub id (org/name), a local directory, or a storage URL; with --verify, a name in the store.",
         ),
     ] = None,
     configuration: options.Configuration,
@@ -64,59 +68,76 @@ def chunk(
     """
     from surfw.cli import housekeeping
 
+    settings, origins = configuration.settings, configuration.origins
+    chunking = {
+        "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
+        "--in-place": in_place, "--on-missing": origins["on_missing"].kind == "argument",
+    }  # fmt: skip
     wish = housekeeping.Wish(listing=listing, remove=remove, prune=prune, verify=verify)
-    housekeeping.check(
-        wish, model=model, dry_run=dry_run, chunking={"--name": name, "--revision": revision, "--dtype": dtype}
-    )
-    place, given = configuration.settings.store, configuration.settings.storage_options
+    housekeeping.check(wish, model=model, dry_run=dry_run, chunking=chunking)
     if wish:
-        housekeeping.keep(wish, place, given, model=model, dry_run=dry_run, json=json)
+        housekeeping.keep(wish, settings.store, settings.storage_options, model=model, dry_run=dry_run, json=json)
         return
     assert model is not None, "checked above"
+    how = {"name": name, "revision": revision, "dtype": dtype, "on_missing": settings.on_missing}
+    try:
+        _chunk(model, how, settings, dry_run=dry_run, in_place=in_place, json=json)
+    except KeyboardInterrupt as exc:
+        raise KeyboardInterrupt("" if dry_run else "the same command goes on where it stopped") from exc
+
+
+def _chunk(model: str, how: dict[str, Any], settings: Settings, *, dry_run: bool, in_place: bool, json: bool) -> None:
+    """Chunk a checkpoint, or show what that would be."""
     import asyncio
 
     from surfw.chunking.chunker import prepare_model, write_model
-    from surfw.chunking.in_place import write_in_place
+    from surfw.chunking.in_place import build_manifest, check_reach, write_in_place
     from surfw.cli import render
-    from surfw.config import display_url, format_size
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
+    place, given = settings.store, settings.storage_options
     # A folder takes no options, so those that are given with one are for the checkpoint.
     source_options = PlacedOptions(model if is_local_url(place) else place, given)
+    backend = open_backend(place, given)
+    if in_place:
+        check_reach(model, backend)
     bars = not json and render.err.is_terminal
-    with prepare_model(
-        model,
-        name=name,
-        revision=revision,
-        dtype=dtype,
-        on_missing=configuration.settings.on_missing,
-        show_progress=bars,
-        storage_options=source_options.for_url(model),
-    ) as prepared:
+    options = source_options.for_url(model)
+    with prepare_model(model, **how, show_progress=bars, storage_options=options) as prepared:
         facts = _facts(prepared)
         if dry_run:
-            if json:
-                render.print_json(facts)
-            else:
-                _show_plan(facts)
+            if in_place:
+                asyncio.run(build_manifest(prepared))  # which refuses what is not in the checkpoint as it is used
+            _show(facts, _show_plan, json=json)
             return
-        backend = open_backend(place, given)
         with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
             if in_place:
                 writing = write_in_place(prepared, backend, origin_options=source_options, progress=progress)
             else:
                 writing = write_model(prepared, backend, progress=progress)
             manifest = asyncio.run(writing)
-    shown = display_url(place)
+    _show(facts | {"store": display_url(place), "digest": manifest.digest}, partial(_show_made, in_place), json=json)
+
+
+def _show(facts: dict[str, Any], show: Callable[[dict[str, Any]], None], *, json: bool) -> None:
+    from surfw.cli import render
+
     if json:
-        render.print_json(facts | {"store": shown, "digest": manifest.digest})
+        render.print_json(facts)
     else:
-        render.out.print(
-            f"{manifest.name}: {len(manifest.chunks)} chunks ({manifest.layer_count} layers), "
-            f"{format_size(manifest.payload_bytes)} in {shown}{', which points at the checkpoint' if in_place else ''}",
-            soft_wrap=True,
-        )
+        show(facts)
+
+
+def _show_made(in_place: bool, facts: dict[str, Any]) -> None:
+    from surfw.cli import render
+
+    chunks, layers = count(len(facts["chunks"]), "chunk"), count(facts["layers"], "layer")
+    render.out.print(
+        f"{facts['model']}: {chunks} ({layers}), {format_size(facts['payload_bytes'])} in {facts['store']}"
+        f"{', which points at the checkpoint' if in_place else ''}",
+        soft_wrap=True,
+    )
 
 
 @contextmanager
@@ -159,7 +180,6 @@ def _show_plan(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     from surfw.cli import render
-    from surfw.config import format_size
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("chunk")
@@ -170,8 +190,8 @@ def _show_plan(facts: dict[str, Any]) -> None:
         table.add_row(one["name"], one["kind"], str(one["tensors"]), format_size(one["bytes"]))
     render.out.print(table)
     render.out.print(
-        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {len(facts['chunks'])} chunks, "
-        f"{facts['layers']} layers, "
+        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {count(len(facts['chunks']), 'chunk')}, "
+        f"{count(facts['layers'], 'layer')}, "
         f"{format_size(facts['payload_bytes'])}; the smallest budget for weights that can run it: "
         f"{format_size(facts['least_budget_bytes'])}. Nothing was written.",
         soft_wrap=True,

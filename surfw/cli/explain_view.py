@@ -2,25 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from surfw.cli import render
-from surfw.config import GB, format_size, is_server_url
-from surfw.models.explain import Explanation
+from surfw.config import GB, count, format_size, is_server_url
 from surfw.settings import Origin
+
+if TYPE_CHECKING:
+    from surfw.models.explain import Explanation
 
 _SHOWN_NAMES = 3
 _PLACES = {"link": "the link", "storage": "storage", "compute": "computing"}
 
 
-def facts(explanation: Explanation, origins: Mapping[str, Origin]) -> dict[str, Any]:
+def facts(explanation: "Explanation", origins: Mapping[str, Origin]) -> dict[str, Any]:
     """All of it for scripts, and where the limit comes from: an argument, a variable, a file or the default."""
     return asdict(explanation) | {"ceiling": explanation.ceiling, "limited_from": _origin(explanation, origins).kind}
 
 
-def show(explanation: Explanation, origins: Mapping[str, Origin], console: Console) -> None:
+def show(explanation: "Explanation", origins: Mapping[str, Origin], console: Console) -> None:
     """Print it: a table in a terminal, plain lines elsewhere."""
     rows = explanation_rows(explanation, _origin(explanation, origins))
     if console.is_terminal:
@@ -31,20 +33,20 @@ def show(explanation: Explanation, origins: Mapping[str, Origin], console: Conso
         console.print(f"{name:<{width}}  {text}", soft_wrap=True)
 
 
-def _origin(explanation: Explanation, origins: Mapping[str, Origin]) -> Origin:
+def _origin(explanation: "Explanation", origins: Mapping[str, Origin]) -> Origin:
     """Of the two settings that limit memory, the place of the one that counts."""
     return origins["cache_layers" if explanation.limited_by == "cache_layers" else "memory_budget"]
 
 
-def explanation_rows(one: Explanation, origin: Origin) -> list[tuple[str, str]]:
+def explanation_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
     """All rows, in the order in which one follows from another."""
     return [*_memory_rows(one, origin), *_speed_rows(one)]
 
 
-def _memory_rows(one: Explanation, origin: Origin) -> list[tuple[str, str]]:
+def _memory_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
     rows = [("memory budget", _budget(one, origin)), ("stays in memory", _kept(one))]
     if one.ring_buffers:
-        ring = f"a ring of {one.ring_buffers} buffers of {format_size(one.ring_bytes)}"
+        ring = f"a ring of {count(one.ring_buffers, 'buffer')} of {format_size(one.ring_bytes)}"
         rows.append(("the rest passes through", ring + (" (policy lru)" if one.policy == "lru" else "")))
     if one.shared_bytes:
         rows.append(("shared by layers that recur", format_size(one.shared_bytes)))
@@ -59,11 +61,10 @@ def _memory_rows(one: Explanation, origin: Origin) -> list[tuple[str, str]]:
     return rows
 
 
-def _budget(one: Explanation, origin: Origin) -> str:
+def _budget(one: "Explanation", origin: Origin) -> str:
     if one.budget_bytes is not None:
         return f"{format_size(one.budget_bytes)}, {_said(one.limited_by, origin)}"
-    counted = "1 layer" if one.cache_layers == 1 else f"{one.cache_layers} layers"
-    return f"none: {counted} and one more in flight, {_said(one.limited_by, origin)}"
+    return f"none: {count(one.cache_layers or 0, 'layer')} and one more in flight, {_said(one.limited_by, origin)}"
 
 
 def _said(limited_by: str, origin: Origin) -> str:
@@ -75,15 +76,15 @@ def _said(limited_by: str, origin: Origin) -> str:
     return f"as {origin.name} says"
 
 
-def _kept(one: Explanation) -> str:
+def _kept(one: "Explanation") -> str:
     others = one.pinned - one.kept_layers
-    beside = f" and {others} other part{'s' * (others != 1)}" if others else ""
+    beside = f" and {count(others, 'other part')}" if others else ""
     if not (one.ring_buffers or one.by_rows):
-        return f"everything: {one.layers} layers{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
-    return f"{one.kept_layers} of {one.layers} layers{beside}, {format_size(one.pinned_bytes)}"
+        return f"everything: {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
+    return f"{one.kept_layers} of {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}"
 
 
-def _speed_rows(one: Explanation) -> list[tuple[str, str]]:
+def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
     rows = []
     if one.reading_ceiling is not None and one.bytes_per_second is not None:
         place = "over the link" if is_server_url(one.source) else "from storage"
@@ -101,20 +102,20 @@ def _speed_rows(one: Explanation) -> list[tuple[str, str]]:
     return rows
 
 
-def _computing(one: Explanation) -> str:
+def _computing(one: "Explanation") -> str:
     if one.computing_ceiling is None or one.compute_seconds is None:
         return "not known: it could not be measured in a few seconds"
     how = "measured" if one.compute_share >= 1 else f"measured on {one.compute_share:.0%} of the weights"
     return f"{_speed(one.computing_ceiling, one)} ({render.seconds(one.compute_seconds)} in a pass, {how})"
 
 
-def _bottleneck(one: Explanation) -> str:
+def _bottleneck(one: "Explanation") -> str:
     if one.ceiling is None:
         return _PLACES[one.bottleneck]
     return f"{_PLACES[one.bottleneck]}: at most {_speed(one.ceiling, one)}"
 
 
-def _more(one: Explanation) -> str:
+def _more(one: "Explanation") -> str:
     if one.more_bytes_per_pass == 0:
         reads = "nothing would be read any more"
     else:
@@ -122,7 +123,7 @@ def _more(one: Explanation) -> str:
     return f"{reads}, at most {_speed(one.more_ceiling, one)}" if one.more_ceiling is not None else reads
 
 
-def _speed(per_second: float, one: Explanation) -> str:
+def _speed(per_second: float, one: "Explanation") -> str:
     return f"{per_second:.{2 if per_second < 100 else 0}f} {one.unit}/s"
 
 

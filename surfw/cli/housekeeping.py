@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from surfw.config import count, format_size
+
 if TYPE_CHECKING:
     from surfw.storage.housekeeping import Housekeeping, StoreContents, StoredModel
     from surfw.storage.prune import Pruned, Removed, Steps
@@ -30,7 +32,7 @@ class Wish:
         return self.listing or self.remove is not None or self.prune or self.verify
 
 
-def check(wish: Wish, *, model: str | None, dry_run: bool, chunking: dict[str, object]) -> None:
+def check(wish: Wish, *, model: str | None, dry_run: bool, chunking: Mapping[str, bool]) -> None:
     """Refuse options that make no sense together.
 
     Raises:
@@ -52,8 +54,8 @@ def check(wish: Wish, *, model: str | None, dry_run: bool, chunking: dict[str, o
         raise typer.BadParameter(f"{given[0]} takes no MODEL to chunk", param_hint="MODEL")
     if dry_run and not wish.prune:
         raise typer.BadParameter(f"does not go with {given[0]}", param_hint="--dry-run")
-    for name, value in chunking.items():
-        if value is not None:
+    for name, is_given in chunking.items():
+        if is_given:
             raise typer.BadParameter(f"is for chunking, and does not go with {given[0]}", param_hint=name)
 
 
@@ -119,7 +121,6 @@ def _show_models(models: "tuple[StoredModel, ...]") -> None:
     from rich.table import Table
 
     from surfw.cli import render
-    from surfw.config import format_size
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for title in ("model", "class", "dtype"):
@@ -143,13 +144,13 @@ def _show_listing(listing: "StoreContents") -> None:
     for one in listing.unfinished:
         state = f"being written by process {one.pid} on {one.host}" if one.at_work else "unfinished; its writer ended"
         ends = "" if one.at_work else "; 'surfw chunk' resumes it, --remove gives it up"
-        _say(f"{one.name}: {state}; {one.blobs} blobs are kept for it{ends}")
-    _say(f"{len(listing.models)} models, {format_size(listing.stored_bytes)} in {listing.store}")
+        _say(f"{one.name}: {state}; {count(one.blobs, 'blob')} kept for it{ends}")
+    _say(f"{count(len(listing.models), 'model')}, {format_size(listing.stored_bytes)} in {listing.store}")
     if listing.unneeded_blobs:
         size = format_size(listing.unneeded_bytes or 0)
-        _say(f"{listing.unneeded_blobs} blobs of no model, {size}: --prune removes them")
+        _say(f"{count(listing.unneeded_blobs, 'blob')} of no model, {size}: --prune removes them")
     if listing.left_alone:
-        _say(f"{len(listing.left_alone)} objects are not surfw's: {_name_some(listing.left_alone)}")
+        _say(f"{count(len(listing.left_alone), 'object')} not surfw's: {_name_some(listing.left_alone)}")
     for complaint in listing.complaints:
         _say(f"not understood, so that nothing can be pruned: {complaint}")
 
@@ -160,10 +161,8 @@ def _show_removed(removed: "Removed") -> None:
 
 
 def _show_pruned(pruned: "Pruned") -> None:
-    from surfw.config import format_size
-
     verb = "would be removed from" if pruned.dry_run else "removed from"
-    _say(f"{pruned.blobs} blobs, {format_size(pruned.blob_bytes)}, {verb} {pruned.store}")
+    _say(f"{count(pruned.blobs, 'blob')}, {format_size(pruned.blob_bytes)}, {verb} {pruned.store}")
     if pruned.leftover_bytes:
         verb = "would be removed" if pruned.dry_run else "removed"
         _say(f"{format_size(pruned.leftover_bytes)} of unfinished work on this machine, older than a week, {verb}")
@@ -172,14 +171,13 @@ def _show_pruned(pruned: "Pruned") -> None:
 
 
 def _show_verified(verified: "Verified") -> None:
-    from surfw.config import format_size
-
     for damage in verified.damage:
         where = f", {damage.part}" * bool(damage.part) + f" ({', '.join(damage.objects)})" * bool(damage.objects)
         _say(f"{damage.model}{where}: {damage.complaint}")
     _say(
-        f"{len(verified.models)} models, {verified.parts} chunks and files, {format_size(verified.read_bytes)} read in "
-        f"{verified.store}: {f'{len(verified.damage)} damaged' if verified.damage else 'all as it should be'}"
+        f"{count(len(verified.models), 'model')}, {count(verified.parts, 'chunk or file', 'chunks and files')}, "
+        f"{format_size(verified.read_bytes)} read in {verified.store}: "
+        f"{f'{len(verified.damage)} damaged' if verified.damage else 'all as it should be'}"
     )
 
 
@@ -189,6 +187,6 @@ def _fail_if_damaged(verified: "Verified") -> None:
     if verified.damage:
         first = verified.damage[0]
         raise IntegrityError(
-            f"{len(verified.damage)} parts in {verified.store} are damaged or missing, such as "
+            f"{count(len(verified.damage), 'part')} in {verified.store} damaged or missing, such as "
             f"{first.part or 'the manifest'} of {first.model}; chunk the model again, which replaces them"
         )

@@ -50,8 +50,6 @@ def infer(
 
     Encoders print their embedding, or what they put in place of [MASK].
     """
-    from surfw.cli.infer_view import LiveView, PlainView
-
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
@@ -64,6 +62,8 @@ def infer(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
     text = _read_prompt(prompt, ids)
+    from surfw.cli.infer_view import LiveView, PlainView
+
     is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
     view = LiveView() if is_live else PlainView(json=json, quiet=quiet, ids=ids is not None)
     request = {
@@ -82,6 +82,7 @@ def _explain_only(configuration: options.Configuration, *, json: bool, quiet: bo
 
     with choose_source(configuration) as chosen:
         PlainView(json=json, quiet=quiet, ids=False).note(f"source: {display_url(chosen.url)} ({chosen.reason})")
+        chosen.look()
         with _open_model(chosen, configuration.settings) as streaming:
             found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
             if json:
@@ -108,6 +109,7 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
 
     with choose_source(configuration) as chosen:
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
+        chosen.look()
         start = time.perf_counter()
         from surfw.models.inference import Request, answer
         from surfw.runtime.memory import peak_rss_bytes

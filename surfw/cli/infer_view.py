@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surfw.cli import explain_view, render
-from surfw.config import format_size, is_server_url
+from surfw.config import count, format_size, is_server_url
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
@@ -131,7 +131,7 @@ def weights_table(statistics: dict[str, Any]) -> Table:
             ("fetched", format_size(cache["fetched_bytes"])),
             ("weights in memory", _memory_used(statistics)),
             ("KV cache", format_size(cache["kv_cache_bytes"])),
-            ("fetch latency p50 / p95", f"{render.seconds(latency['p50'])} / {render.seconds(latency['p95'])}"),
+            ("fetch latency p50 / p95", render.latencies(latency)),
             (
                 "stalled, computing",
                 f"{render.seconds(time['stall_seconds'])}, {render.seconds(time['compute_seconds'])}",
@@ -163,11 +163,11 @@ def summary(facts: dict[str, Any]) -> str:
     spent = time["stall_seconds"] + time["compute_seconds"]
     parts = []
     if facts["tokens_per_second"] is not None:
-        parts.append(f"{facts['new_tokens']} tokens at {facts['tokens_per_second']:.2f} tokens/s")
+        parts.append(f"{count(facts['new_tokens'], 'token')} at {facts['tokens_per_second']:.2f} tokens/s")
         parts.append(f"TTFT {render.seconds(facts['ttft_seconds'])}")
     else:
-        parts.append(f"{facts['prompt_tokens']} tokens in {render.seconds(spent)}")
-    parts.append(f"{cache['hits']} hits, {cache['prefetched']} prefetched, {cache['stalls']} stalls")
+        parts.append(f"{count(facts['prompt_tokens'], 'token')} in {render.seconds(spent)}")
+    parts.append(f"{count(cache['hits'], 'hit')}, {cache['prefetched']} prefetched, {count(cache['stalls'], 'stall')}")
     parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
     parts.append(bottleneck(facts["source"], time["stall_seconds"], spent, facts["plan"]))
     return "; ".join(parts)

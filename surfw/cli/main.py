@@ -1,6 +1,6 @@
 """The application: its commands, and how errors become a line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 130 interrupted.
 """
 
 import io
@@ -14,6 +14,7 @@ import typer
 
 from surfw import __version__
 from surfw.cli import bench, chunk, config, infer, options, serve, stats
+from surfw.cli.command import Command
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -25,11 +26,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("chunk", epilog=chunk.EXAMPLES)(chunk.chunk)
-app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
-app.command("infer", epilog=infer.EXAMPLES)(infer.infer)
-app.command("stats", epilog=stats.EXAMPLES)(stats.stats)
-app.command("config", epilog=config.EXAMPLES)(config.config)
+app.command("chunk", cls=Command, epilog=chunk.EXAMPLES)(chunk.chunk)
+app.command("serve", cls=Command, epilog=serve.EXAMPLES)(serve.serve)
+app.command("infer", cls=Command, epilog=infer.EXAMPLES)(infer.infer)
+app.command("stats", cls=Command, epilog=stats.EXAMPLES)(stats.stats)
+app.command("config", cls=Command, epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")
 
 

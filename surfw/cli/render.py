@@ -2,14 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from surfw.config import format_size
+from surfw.config import count, format_size
 from surfw.wire import ServerStats
 
 _SHOWN_MODELS = 8
@@ -53,13 +53,19 @@ def seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
+def latencies(percentiles: Mapping[str, float]) -> str:
+    """Percentiles for people; none of what never happened."""
+    return " / ".join(seconds(value) if value else "–" for value in percentiles.values())
+
+
 def server_table(stats: ServerStats) -> Table:
     """A server's counters for people."""
     server, cache, requests = stats["server"], stats["cache"], stats["requests"]
-    latency = requests["latency_seconds"]
     storage, resources = stats["storage"], stats["resources"]
     models = ", ".join(stats["models"][:_SHOWN_MODELS]) + (" …" if len(stats["models"]) > _SHOWN_MODELS else "")
-    counts = f"{cache['hits']} hits, {cache['misses']} misses, {cache['coalesced']} coalesced"
+    counts = (
+        f"{count(cache['hits'], 'hit')}, {count(cache['misses'], 'miss', 'misses')}, {cache['coalesced']} coalesced"
+    )
     used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
     return facts(
         f"surfw {server['version']}, up {server['uptime_seconds']:.0f} s",
@@ -69,9 +75,9 @@ def server_table(stats: ServerStats) -> Table:
             ("clients", str(stats["clients"])),
             ("requests", f"{requests['total']} ({requests['in_flight']} in flight)"),
             ("cache hit rate", f"{cache['hit_rate']:.1%} ({counts})"),
-            ("cache", f"{used}, {cache['evictions']} evictions ({cache['policy']})"),
+            ("cache", f"{used}, {count(cache['evictions'], 'eviction')} ({cache['policy']})"),
             ("sent", format_size(stats["bytes_sent"])),
-            ("latency p50 / p95 / p99", " / ".join(seconds(latency[rank]) for rank in ("p50", "p95", "p99"))),
+            ("latency p50 / p95 / p99", latencies(requests["latency_seconds"])),
             ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
         ],
     )

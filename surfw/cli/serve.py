@@ -34,7 +34,7 @@ def serve(
     place: Annotated[
         str | None,
         typer.Argument(
-            metavar="[PATH_OR_URL]",
+            metavar="PATH_OR_URL",
             help="In place of --store: a store, or a plain checkpoint that is served from where it is, without a copy.",
         ),
     ] = None,
@@ -49,6 +49,8 @@ def serve(
     GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
     """
     settings = configuration.settings
+    if place is not None and configuration.origins["store"].kind == "argument":
+        raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
     show = sys.stderr.isatty() if settings.live is None else settings.live
     if not show:
         _log_lines()

@@ -30,6 +30,19 @@ class ChosenSource:
         """Whether a server is there, and not a store."""
         return is_server_url(self.url)
 
+    def look(self) -> None:
+        """Look whether there is a model's folder, if it is one: that can be said before torch is imported.
+
+        Raises:
+            NotAStoreError: no store lies there, and no checkpoint.
+        """
+        from surfw.storage import open_backend
+        from surfw.storage.origins import is_local_url
+        from surfw.storage.places import is_checkpoint
+
+        if is_local_url(self.url):
+            asyncio.run(is_checkpoint(open_backend(self.url)))
+
 
 @contextlib.contextmanager
 def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:

@@ -20,7 +20,8 @@ Examples:
 def stats(
     *,
     url: Annotated[
-        str | None, typer.Argument(help="The server's address. [default: the server on this machine]")
+        str | None,
+        typer.Argument(metavar="URL", help="The server's address. [default: the server on this machine]"),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing them, until interrupted.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,

@@ -227,8 +227,9 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
     if not ids:
         raise ConfigurationError("the prompt is empty; give at least one token")
-    if not all(0 <= one < vocabulary for one in ids):
-        raise ConfigurationError(f"token ids of {name} lie between 0 and {vocabulary - 1}")
+    strange = next((one for one in ids if not 0 <= one < vocabulary), None)
+    if strange is not None:
+        raise ConfigurationError(f"token id {strange} is none of {name}: expected 0 to {vocabulary - 1}")
 
 
 def _generate(

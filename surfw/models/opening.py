@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from surfw.config import GIB, OnMissing, format_size
+from surfw.config import GIB, OnMissing, count, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest
 from surfw.runtime.loader import as_parameter
@@ -101,8 +101,8 @@ def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, wh
             f"{format_size(_MAX_MISSING_BYTES)}; the configuration does not belong to these weights"
         )
     warnings.warn(
-        f"{where}: {len(missing)} weights of {cls} are UNINITIALIZED, such as {first}: what it computes with them is "
-        "meaningless until they are trained",
+        f"{where}: {count(len(missing), 'weight')} of {cls} {'is' if len(missing) == 1 else 'are'} UNINITIALIZED, "
+        f"such as {first}: what it computes with them is meaningless until they are trained",
         UninitializedWeightsWarning,
         stacklevel=2,
     )

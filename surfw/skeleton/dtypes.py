@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
-from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.config import DTYPES, check_dtype
+from surfw.errors import UnsupportedModelError
 
 _BY_NAME = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
@@ -13,10 +14,6 @@ _BY_NAME = {
     "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
-_COMPUTE = {
-    "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
-}  # fmt: skip
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,9 +37,9 @@ def parse_dtype(name: str) -> torch.dtype:
     Raises:
         ConfigurationError: there is no such one.
     """
-    if name not in _COMPUTE:
-        raise ConfigurationError(f"dtype {name!r} is not one of {', '.join(_COMPUTE)}")
-    return _COMPUTE[name]
+    check_dtype(name)
+    found: torch.dtype = getattr(torch, DTYPES[name])
+    return found
 
 
 def automatic_dtype(configured: object, stored: Iterable[str], *, where: str) -> torch.dtype:

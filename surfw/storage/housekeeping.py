@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from surfw.config import display_url, expect
 from surfw.errors import ManifestError, StorageError, UnknownModelError
-from surfw.manifest import Manifest, check_model_name
+from surfw.manifest import Manifest
 from surfw.storage.base import StorageBackend
 from surfw.storage.notices import LEASES, Notice, read_notices
 from surfw.storage.origins import PlacedOptions
@@ -158,6 +158,7 @@ class Housekeeping:
             UnknownModelError: there is no such model.
             StorageError: it is being written at the moment, or cannot be removed.
         """
+        await self._store.expect_name(model)
         return await remove_model(self._store, model)
 
     async def prune(self, *, dry_run: bool = False, progress: Steps | None = None) -> Pruned:
@@ -184,7 +185,7 @@ class Housekeeping:
             StorageError: the storage does not answer. What is damaged or missing is no error, but told in the result.
         """
         if model is not None:
-            check_model_name(model)
+            await self._store.expect_name(model)
         return await verify(self._store, model, progress=progress or (lambda *_: None))
 
     async def close(self) -> None:

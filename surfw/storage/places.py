@@ -1,15 +1,34 @@
 """What lies at a place: a store, or a plain checkpoint that can be served from where it is."""
 
+import asyncio
+
+from surfw.config import display_url
+from surfw.errors import NotAStoreError
 from surfw.storage.base import StorageBackend
-from surfw.storage.store import MARKER
+from surfw.storage.store import MARKER, OR_SERVER
 
 _CONFIG = "config.json"
 
 
 async def is_checkpoint(backend: StorageBackend) -> bool:
-    """Whether a plain checkpoint lies there, and no store.
+    """Whether a plain checkpoint lies there, or else a store.
 
     Raises:
+        NotAStoreError: neither does.
         StorageError: that cannot be found out.
     """
-    return not await backend.exists(MARKER) and await backend.exists(_CONFIG)
+    if await backend.exists(MARKER):
+        return False
+    if await backend.exists(_CONFIG):
+        return True
+    url, file = display_url(backend.url), backend.local_path(MARKER)
+    if file is not None and not await asyncio.to_thread(file.parent.is_dir):
+        raise NotAStoreError(
+            f"there is no folder {url}; name that of a checkpoint, or of a store, which 'surfw chunk MODEL' makes; "
+            "a model of the hub is hf://org/name"
+        )
+    raise NotAStoreError(
+        f"{url} is neither a surfw store ({MARKER}) nor a checkpoint ({_CONFIG}): both files are missing; name "
+        f"the folder or URL that 'surfw chunk --store' wrote to, or that of a checkpoint"
+        f"{OR_SERVER if url.startswith('http') else ''}"
+    )

@@ -15,6 +15,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
@@ -31,7 +32,7 @@ MARKER = "surfw.json"
 FORMAT = "surfw.store"
 STORE_VERSION = 1
 MODELS, BLOBS = "models/", "blobs/"
-_OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
+OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
@@ -69,10 +70,7 @@ class Store:
         try:
             data = await self.backend.load(MARKER)
         except NotFoundError as exc:
-            raise NotAStoreError(
-                f"{self.url} is not a surfw store ({MARKER} is missing); name the folder or URL that "
-                f"'surfw chunk --store' wrote to{_OR_SERVER if self.url.startswith('http') else ''}"
-            ) from exc
+            raise NotAStoreError(await self._explain_lack()) from exc
         try:
             document = json.loads(data)
             kind, version = document["format"], document["version"]
@@ -86,6 +84,20 @@ class Store:
             raise NotAStoreError(
                 f"{self.url} is a store of version {str(version)[:40]}; this surfw reads {STORE_VERSION}"
             )
+
+    async def _explain_lack(self) -> str:
+        """Why no store lies here, and what to do."""
+        is_web = self.url.startswith("http")  # which may keep to itself what it has
+        with suppress(StorageError):
+            if not is_web and await self._stranger() is None:
+                return (
+                    f"{self.url} is not a surfw store yet: nothing was chunked into it; "
+                    f"'surfw chunk MODEL --store {self.url}' does that, or name another place"
+                )
+        return (
+            f"{self.url} is not a surfw store ({MARKER} is missing); name the folder or URL that "
+            f"'surfw chunk --store' wrote to{OR_SERVER if is_web else ''}"
+        )
 
     async def create(self) -> None:
         """Make this place a store, if it is not one yet.
@@ -124,6 +136,17 @@ class Store:
         """The names under which manifests lie here, whether or not they can be a model's."""
         keys = await self.backend.list(MODELS)
         return [key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")]
+
+    async def expect_name(self, model: str) -> None:
+        """Make sure that a model of this store may have this name.
+
+        Raises:
+            UnknownModelError: none can, so there is none.
+            NotAStoreError: there is no store.
+        """
+        if not _is_model_name(model):
+            await self.check()
+            raise UnknownModelError(model, await self.models(), where=self.url)
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model with exactly this name.

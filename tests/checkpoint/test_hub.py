@@ -115,7 +115,7 @@ def test_a_repository_of_another_kind_is_refused_at_once(tmp_path):
         assert refused.startswith(
             f"UnsupportedModelError: hub model {MODEL} has no weights that surfw reads: expected "
         )
-        assert refused.endswith(", it has tiny-Q4.gguf (GGUF weights)")
+        assert refused.endswith(", it has tiny-Q4.gguf (GGUF weights); save the model with save_pretrained")
         assert hub.served == []
 
 

@@ -39,8 +39,22 @@ def test_other_kinds_of_weights_are_unsupported_by_name(names, seen):
         find_weights(names, "place")
     assert str(refused.value) == (
         "place has no weights that surfw reads: expected model.safetensors or model.safetensors.index.json or "
-        f"pytorch_model.bin or pytorch_model.bin.index.json, it has {seen}"
+        f"pytorch_model.bin or pytorch_model.bin.index.json, it has {seen}; save the model with save_pretrained"
     )
+
+
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"),
+    ],
+)
+def test_shards_without_their_index_are_told_which_one(shard, index):
+    with pytest.raises(
+        UnsupportedModelError, match=f"it has config.json, {shard}; .* lack their index: download {index}"
+    ):
+        find_weights({"config.json", shard}, "place")
 
 
 @pytest.mark.parametrize("names", [set(), {"README.md"}])

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surfw.checkpoint import open_directory
-from surfw.chunking.chunker import PreparedModel, prepare_model, write_model
+from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking.prepared import PreparedModel
 from surfw.errors import (
     CheckpointError,
     ConfigurationError,

@@ -12,7 +12,7 @@ import pytest
 
 from surfw.config import parse_size
 from tests.checkpoints import save_bert, save_llama
-from tests.cli.run import SURFW, environment, surfw
+from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.conftest import require
 from tests.servers import serve
 
@@ -46,6 +46,8 @@ def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     shown = surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run").stdout
     assert "model.layers.3" in shown
     assert "Nothing was written" in shown
+    in_place = surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run", "--in-place", "--dtype", "bfloat16")
+    assert "it is converted from F32 to BF16; run surfw chunk without --in-place" in complaint(in_place)
     assert not (tmp_path / "store").exists()
 
 
@@ -186,6 +188,7 @@ def test_source_from_the_environment_and_the_default_store(home: Path) -> None:
 
 def test_stats(home: Path) -> None:
     with serve(home / "store") as served:
+        assert "– / – / –" in surfw(home, "stats", served.url).stdout, "nothing was asked yet"
         surfw(home, "infer", "--source", served.url, "--model", "tiny", "--prompt", "Weights")
         facts = json.loads(surfw(home, "stats", served.url, "--json").stdout)
         shown = surfw(home, "stats", served.url).stdout
@@ -194,6 +197,7 @@ def test_stats(home: Path) -> None:
     assert facts["bytes_sent"] > 0
     assert facts["requests"]["latency_seconds"].keys() == {"p50", "p95", "p99"}
     assert "bert, tiny" in shown
+    assert "–" not in shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -169,7 +169,13 @@ def test_a_store_that_is_not_a_store(checkpoint: Path, tmp_path: Path) -> None:
     ):
         assert str(other) in complaint(surfw(tmp_path, *arguments)), arguments
     assert [path.name for path in other.rglob("*")] == ["cat.jpg"]
-    assert "nowhere" in complaint(surfw(tmp_path, "serve", "--store", str(tmp_path / "nowhere"), "--port", "0"))
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (
+        ["serve", nowhere],
+        ["serve", "--store", nowhere],
+        ["infer", "--source", nowhere, "--prompt", "a"],
+    ):
+        assert complaint(surfw(tmp_path, *arguments)).startswith(f"there is no folder {nowhere}; name that of a checkp")
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -212,12 +218,27 @@ def test_full_disk(checkpoint: Path, tmp_path: Path) -> None:
     try:
         said = complaint(surfw(tmp_path, "chunk", str(checkpoint), "--store", str(small / "store")))
         assert "no space" in said
+        assert said.endswith("the same command goes on where it stopped")
         assert not list((small / "store").rglob("models/*"))
         assert not list(small.rglob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
         assert surfw(tmp_path, "chunk", str(checkpoint), "--store", str(small / "store")).returncode == 0
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_an_interruption_is_said_with_what_becomes_of_the_work(tmp_path: Path) -> None:
+    big = save_llama(tmp_path / "big", layers=24, hidden=512)
+    writer = subprocess.Popen(
+        [SURFW, "chunk", str(big)], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "store" / "blobs").rglob("*.safetensors")):
+        assert writer.poll() is None, "it ended before it could be interrupted"
+    writer.send_signal(signal.SIGINT)
+    out, err = writer.communicate(timeout=60)
+    assert (out, err) == ("", "surfw: interrupted; the same command goes on where it stopped\n")
+    assert writer.returncode == 130
+    assert not list((tmp_path / "store").rglob("models/*"))
 
 
 def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
@@ -242,4 +263,5 @@ def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
     assert visible(store / "models") == ["first.json", "second.json"]
     assert {path: path.stat().st_ino for path in finished} == finished, "finished blobs are not written again"
     assert not (store / "partial").exists()
-    assert surfw(tmp_path, "infer", "--source", str(store), "--model", "second", "--prompt", "a", "-q").returncode == 0
+    arguments = ["--source", str(store), "--model", "second", "--prompt", "a", "--max-new-tokens", "2"]
+    assert surfw(tmp_path, "infer", *arguments, "-q").returncode == 0

@@ -1,6 +1,7 @@
 """Help is quick, imports little, and the repository shows it as it is."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import regenerate
-from tests.cli.run import surfw
+from tests.cli.run import environment, surfw
 
 
 @pytest.mark.parametrize("command", [[], ["chunk"], ["serve"], ["infer"], ["stats"], ["bench"]])
@@ -42,11 +43,57 @@ def test_usage_errors_exit_with_2(tmp_path: Path) -> None:
         ["chunk"],
         ["nonsense"],
         ["serve", "--port", "x"],
+        ["serve", "./my-model", "--store", "x"],
     ):
         done = surfw(tmp_path, *arguments)
         assert done.returncode == 2, arguments
         assert "Usage:" in done.stderr
     assert surfw(tmp_path, "infer", "--prompt-ids", "1,x").returncode == 2
+
+
+def test_usage_lines_name_arguments_in_one_way() -> None:
+    lines = re.findall("^Usage: .*", (regenerate.ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == len(regenerate.COMMANDS)
+    for line in lines:
+        assert re.fullmatch(r"Usage: surfw [a-z ]+ \[OPTIONS\]( [A-Z_]+| \[[A-Z_]+\])?", line)
+
+
+def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "my-model" / "config.json").write_text("{}")
+    (tmp_path / "my-model" / "model-00001-of-00002.safetensors").touch()
+    refused = {
+        "infer": "give either --prompt or --prompt-ids",
+        "infer --prompt-ids 1,a": "'1,a' is not a list of ids",
+        "infer --prompt a --on-missing ignore": "Invalid value for '--on-missing': 'ignore' is not one of",
+        "infer --prompt a --dtype bfloat61": "dtype is 'bfloat61', expected one of float32",
+        "infer --prompt a --source ./nosuch": "(named with --source)\nsurfw: error: there is no folder ",
+        "chunk ./my-model --name ../x": "model name '../x' cannot be used",
+        "chunk ./my-model --dtype bfloat61": "dtype 'bfloat61' is not one of float32",
+        "chunk ./my-model --in-place --store memory://x": "a remote store, which cannot point at local files",
+        "chunk ./nosuch": "./nosuch is not a directory here",
+        "chunk ./my-model": "its shards lack their index: download model.safetensors.index.json",
+    }
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from surfw.cli.main import main\n"
+        "def run(line):\n"
+        "    sys.argv[1:] = line.split()\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try: main()\n"
+        "        except SystemExit as end: return end.code, said.getvalue()\n"
+        "print(json.dumps([run(line) for line in sys.stdin.read().splitlines()]))\n"
+        "print(json.dumps([name for name in ('torch', 'transformers') if name in sys.modules]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input="\n".join(refused), capture_output=True, text=True, check=True, cwd=tmp_path, env=environment(tmp_path),
+    )  # fmt: skip
+    results, heavy = map(json.loads, done.stdout.splitlines())
+    assert heavy == []
+    for text, (status, said) in zip(refused.values(), results, strict=True):
+        assert status in {1, 2}
+        assert text in said
 
 
 def test_version(tmp_path: Path) -> None:

@@ -49,8 +49,12 @@ def test_a_store_is_kept_in_order(home: Path) -> None:
     assert len(list((home / "store").glob("blobs/*/*"))) == 3
     verified = json.loads(surfw(home, "chunk", "--verify", "second", "--json").stdout)
     assert verified == {"store": f"{home}/store", "models": ["second"], "parts": 3, "read_bytes": 7029, "damage": []}
+    assert surfw(home, "chunk", "--list").stdout.splitlines()[-1] == f"1 model, 11.1 kB in {home}/store"
     again = complaint(surfw(home, "chunk", "--remove", "org/first"))
     assert again == f"{home}/store has no model 'org/first'; it has: second"
+    for option in ("--remove", "--verify"):
+        path = complaint(surfw(home, "chunk", option, "./second"))
+        assert path == f"{home}/store has no model './second' (a model's name is wanted here, no path); it has: second"
 
 
 def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
@@ -64,7 +68,7 @@ def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
         f"second, layers.0 ({key}): block 0 is damaged (1 of 1 blocks are)",
         f"2 models, 5 chunks and files, 18.0 kB read in {home}/store: 1 damaged",
     ]
-    assert complaint(done).startswith(f"1 parts in {home}/store are damaged or missing, such as layers.0 of second")
+    assert complaint(done).startswith(f"1 part in {home}/store damaged or missing, such as layers.0 of second")
     assert surfw(home, "chunk", "--verify", "org/first").returncode == 0
     told = surfw(home, "chunk", "--verify", "--json")
     assert told.returncode == 1
@@ -79,6 +83,8 @@ def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
         (["./model", "--prune"], "--prune takes no MODEL to chunk"),
         (["--list", "--dry-run"], "does not go with --list"),
         (["--verify", "--name", "x"], "is for chunking, and does not go with --verify"),
+        (["--list", "--in-place"], "is for chunking, and does not go with --list"),
+        (["--prune", "--on-missing", "error"], "is for chunking, and does not go with --prune"),
     ],
 )
 def test_what_makes_no_sense_together(tmp_path: Path, arguments: list[str], text: str) -> None:
@@ -89,5 +95,8 @@ def test_what_makes_no_sense_together(tmp_path: Path, arguments: list[str], text
 
 def test_a_place_that_is_no_store(tmp_path: Path) -> None:
     for option in ("--list", "--prune", "--verify"):
-        assert "is not a surfw store" in complaint(surfw(tmp_path, "chunk", option, "--store", str(tmp_path / "x")))
+        said = complaint(surfw(tmp_path, "chunk", option, "--store", str(tmp_path / "x")))
+        assert said.startswith(
+            f"{tmp_path}/x is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"
+        )
     assert not (tmp_path / "x").exists()

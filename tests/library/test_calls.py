@@ -259,7 +259,7 @@ def test_a_store_is_a_source(store: Path, tmp_path: Path) -> None:
     for source in (store, str(store), FilesystemBackend(store)):
         with StreamingModel.open(source, model="bert") as model:
             assert model.manifest.name == "bert"
-    with pytest.raises(NotAStoreError, match="is not a surfw store"):
+    with pytest.raises(NotAStoreError, match=r"is neither a surfw store .* nor a checkpoint"):
         StreamingModel.open(tmp_path)
 
 

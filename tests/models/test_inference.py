@@ -160,9 +160,9 @@ def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> 
     ("request_of", "text"),
     [
         ({"prompt_ids": []}, "the prompt is empty; give at least one token"),
-        ({"prompt_ids": [300]}, "token ids of llama lie between 0 and 299"),
-        ({"prompt_ids": [-1]}, "token ids of llama lie between 0 and 299"),
-        ({"prompt_ids": [2**70]}, "token ids of llama lie between 0 and 299"),
+        ({"prompt_ids": [1, 300]}, "token id 300 is none of llama: expected 0 to 299"),
+        ({"prompt_ids": [-1]}, "token id -1 is none of llama: expected 0 to 299"),
+        ({"prompt_ids": [2**70]}, f"token id {2**70} is none of llama: expected 0 to 299"),
         ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
         ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so no text can end its generation"),
     ],

@@ -25,7 +25,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_an_empty_place_becomes_a_store(store: Store, tmp_path: Path) -> None:
     with pytest.raises(
-        NotAStoreError, match=r"is not a surfw store \(surfw\.json is missing\); name the folder or URL"
+        NotAStoreError, match="is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"
     ):
         asyncio.run(store.check())
     asyncio.run(store.create())
@@ -49,6 +49,10 @@ def test_a_place_with_other_things_is_left_alone(store: Store, tmp_path: Path) -
         NotAStoreError, match=r"holds other things \(such as thesis\.doc\) and no surfw\.json; choose an"
     ):
         asyncio.run(store.create())
+    with pytest.raises(
+        NotAStoreError, match=r"is not a surfw store \(surfw\.json is missing\); name the folder or URL"
+    ):
+        asyncio.run(store.check())
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["thesis.doc"]
 
 
