@@ -138,8 +138,6 @@ def _show_models(models: "tuple[StoredModel, ...]") -> None:
 
 
 def _show_listing(listing: "StoreContents") -> None:
-    from surfw.config import format_size
-
     _show_models(listing.models)
     for one in listing.unfinished:
         state = f"being written by process {one.pid} on {one.host}" if one.at_work else "unfinished; its writer ended"
