@@ -366,9 +366,9 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "partial").write_text("no folder")
     with (
-        pytest.raises(StorageError, match=r"preparing .*/file/partial/k"),
-        make(FilesystemBackend(tmp_path / "file", create=False), Payloads([])).locked(),
+        pytest.raises(StorageError, match=r"preparing .*/partial/k"),
+        make(FilesystemBackend(tmp_path, create=False), Payloads([])).locked(),
     ):
         raise AssertionError("locked nothing")
