@@ -199,7 +199,7 @@ class StorageSource(ChunkSource):
             begin = start - read.start
             piece = read.destination[begin : stop - read.start]
             check_piece = partial(_shifted, check, begin)
-            parts = list(segments(read.form.locations, start, stop))
+            parts = segments(read.form.locations, start, stop)
             if len(parts) == 1:
                 await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
                 continue
