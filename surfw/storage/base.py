@@ -27,6 +27,11 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 
 
+def shifted(check: Check, begin: int, at: int, piece: memoryview) -> None:
+    """Have a piece checked whose offset is counted from `begin`."""
+    check(begin + at, piece)
+
+
 def check_key(key: str) -> str:
     """The key itself, if it is a relative path of plain parts.
 

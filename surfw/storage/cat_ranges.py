@@ -9,10 +9,12 @@ from surfw.storage.transfer import Answer, Place, RangeReader, TransientError
 class CatRanges(RangeReader):
     """Ranges as fsspec reads them; they do not tell a revision."""
 
+    streams = False
     tells_revision = False
 
     def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
+        super().__init__(connections)
         self._fs = fs
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)

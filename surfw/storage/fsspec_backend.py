@@ -20,7 +20,6 @@ from surfw.config import display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import Check, StorageBackend, check_key, check_prefix, expect_length, is_key, spool_folder
 from surfw.storage.cat_ranges import CatRanges
-from surfw.storage.ranges import MOST_RANGE_BYTES
 from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
 
 T = TypeVar("T")
@@ -73,7 +72,7 @@ class FsspecBackend(StorageBackend):
         reader = self._ranges(connections)
         self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None
         self.parallel_reads = connections if reader else 1
-        self.reads_in_place = reader is not None and reader.tells_revision
+        self.reads_in_place = reader is not None and reader.streams
         self._read_only = reader is not None and reader.read_only
 
     def _ranges(self, connections: int) -> RangeReader | None:
@@ -200,7 +199,7 @@ class FsspecBackend(StorageBackend):
         check: Check | None = None,
     ) -> None:
         path, tells = self.path(key), transfer.reader.tells_revision
-        if not tells and revision is None and destination.nbytes > MOST_RANGE_BYTES:
+        if not tells and revision is None and destination.nbytes > transfer.reader.range_bytes:
             revision = await self.revision(key)
         async with self._telling(key):
             pinned = revision if tells else None

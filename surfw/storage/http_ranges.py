@@ -33,6 +33,7 @@ class HttpRanges(RangeReader):
 
     def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
+        super().__init__(connections)
         self._fs = fs
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)

@@ -51,6 +51,7 @@ class S3Ranges(RangeReader):
 
     def __init__(self, fs: Any, connections: int) -> None:
         """Name the file system; nothing is contacted."""
+        super().__init__(connections)
         self._fs = fs
         self._threads = DaemonThreads(connections, "surfw-s3")
         self._client: Any = None

@@ -15,16 +15,15 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, verify_blocks
-from surfw.storage.base import ChangedObjectError, Check, StorageBackend
+from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, map_file
 from surfw.storage.origins import PlacedOptions, explain_change
-from surfw.storage.ranges import MOST_RANGE_BYTES
+from surfw.storage.ranges import most_range_bytes
 from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
-_FAR_PIECE_BYTES = MOST_RANGE_BYTES
-"""What is read at a time, and verified while the next is read; from far away, as much as a request asks for."""
+"""What is read at a time, and verified while the next is read; from far away, it is as much as a request asks for."""
 
 _STREAM_BYTES = 2 * BLOCK_BYTES
 """What a connection may have received and not yet put in place."""
@@ -169,7 +168,10 @@ class StorageSource(ChunkSource):
 
     @property
     def _piece_bytes(self) -> int:
-        return _FAR_PIECE_BYTES if self.store.objects.parallel_reads > 1 else _PIECE_BYTES
+        objects = self.store.objects
+        if objects.parallel_reads == 1:
+            return _PIECE_BYTES
+        return most_range_bytes(objects.parallel_reads, streamed=objects.reads_in_place)
 
     async def _fetch(self, read: Read, *, urgent: bool, verify: bool = True) -> None:
         """Fill a destination; without `verify`, whoever calls does what has to be done about the bytes."""
@@ -198,7 +200,7 @@ class StorageSource(ChunkSource):
             stop = min(start + self._piece_bytes, read.stop)
             begin = start - read.start
             piece = read.destination[begin : stop - read.start]
-            check_piece = partial(_shifted, check, begin)
+            check_piece = partial(shifted, check, begin)
             parts = segments(read.form.locations, start, stop)
             if len(parts) == 1:
                 await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
@@ -223,11 +225,6 @@ class StorageSource(ChunkSource):
             await self.store.backend.close()
         else:
             await self.store.let_go()
-
-
-def _shifted(check: Check, begin: int, at: int, piece: memoryview) -> None:
-    """Have a piece checked whose offset is counted from `begin`."""
-    check(begin + at, piece)
 
 
 def _accept(at: int, piece: memoryview) -> None:

@@ -5,8 +5,8 @@ Invariants:
 - All ranges of a read come from one revision of the object: the pinned one, else the one that answered first. A change
   in between is an error, never a mixture.
 - What is under way is bounded: by the plan for each read, and by a number of connections for all of a file system.
-- A range that fails for a reason that may pass is asked for anew, after a pause; its bytes are written over. A reason
-  that will not pass ends the read at once.
+- A range that fails for a reason that may pass is asked for anew after a pause, but for its blocks that were verified;
+  what else arrived is written over. A reason that will not pass ends the read at once.
 - When a read ends, however it does, nothing is written to its destination any more.
 
 Everything here but `Transfer`'s calls, and what readers do in threads, runs on the reader's event loop.
@@ -18,13 +18,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
-from surfw.storage.base import ChangedObjectError, Check, changed
-from surfw.storage.ranges import MOST_RANGE_BYTES, plan_ranges
+from surfw.storage.base import ChangedObjectError, Check, changed, shifted
+from surfw.storage.ranges import most_range_bytes, plan_ranges
 from surfw.threads import in_thread, on_loop, together
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ T = TypeVar("T")
 CONNECTIONS = 4
 """The most ranges that are read at a time, of all objects of a file system, unless it is told otherwise.
 
-From a gateway on the same machine, 4 of 16 MiB came at 0.9 GB/s, 8 of 8 MiB at 0.8.
+From a gateway on the same machine, 4 at a time came as fast as 8.
 """
 
 RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, most_delay_seconds=5)
@@ -94,6 +95,11 @@ class Landing:
             self._check(self._checked, self.memory[self._checked : whole])
             self._checked = whole
 
+    def left(self) -> "Landing":
+        """What another try has to bring: all but the blocks that are verified."""
+        check, done = self._check, self._checked
+        return self if check is None or not done else Landing(self.memory[done:], partial(shifted, check, done))
+
     async def verify(self) -> None:
         """Verify what is left, once all has arrived."""
         if self._check is not None and self._checked < len(self.memory):
@@ -109,13 +115,20 @@ class RangeReader(ABC):
 
     Attributes:
         loop: the event loop it is called on; None for any.
+        streams: whether what arrives is put in place at once, and not held in memory first.
         tells_revision: whether answers carry one.
         read_only: whether nothing can be written there.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
+    streams = True
     tells_revision = True
     read_only = False
+
+    def __init__(self, connections: int) -> None:
+        """Say how many ranges may be under way; nothing is contacted."""
+        self.connections = connections
+        self.range_bytes = most_range_bytes(connections, streamed=self.streams)
 
     @abstractmethod
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
@@ -197,19 +210,20 @@ class Transfer:
             read.check(answer)
             if answer.start != 0:
                 raise StorageError(f"{read.name} was answered from byte {answer.start} on, expected byte 0")
-            if answer.size is None and answer.length == MOST_RANGE_BYTES:
+            if answer.size is None and answer.length == self.reader.range_bytes:
                 raise StorageError(f"{read.name} comes in ranges that do not say how long all of it is")
             memory = _allocate(read.name, answer.length if answer.size is None else answer.size)
             arrived = answer.length
             return Landing(memoryview(memory)[:arrived])
 
-        await self._get(read, 0, MOST_RANGE_BYTES, place)
+        await self._get(read, lambda: self.reader.get(read.path, 0, self.reader.range_bytes, place, read.pinned))
         if arrived < len(memory):
             await self._fill(read, arrived, memoryview(memory)[arrived:])
         return memory
 
     async def _fill(self, read: "_Read", start: int, destination: memoryview, check: Check | None = None) -> None:
-        plan = plan_ranges(start, start + len(destination))
+        reader, stop = self.reader, start + len(destination)
+        plan = plan_ranges(start, stop, most_bytes=reader.range_bytes, connections=reader.connections)
         if len(plan.ranges) == 1:
             await self._read(read, start, destination, check)
             return
@@ -224,21 +238,25 @@ class Transfer:
 
     async def _read(self, read: "_Read", start: int, destination: memoryview, check: Check | None = None) -> None:
         """Fill the destination with one range."""
-        landing = Landing(destination, check)
+        stop, landing = start + len(destination), Landing(destination, check)
 
         def place(answer: Answer) -> Landing:
-            nonlocal landing
             read.check(answer)
-            _expect_range(answer, start, len(destination), read.name)
-            landing = Landing(destination, check)  # another try is verified anew
+            _expect_range(answer, stop - len(landing.memory), len(landing.memory), read.name)
             return landing
 
-        await self._get(read, start, start + len(destination), place)
+        async def get() -> None:
+            nonlocal landing
+            landing = landing.left()
+            if landing.memory:
+                await self.reader.get(read.path, stop - len(landing.memory), stop, place, read.pinned)
+
+        await self._get(read, get)
         await landing.verify()
 
-    async def _get(self, read: "_Read", start: int, stop: int, place: Place) -> None:
+    async def _get(self, read: "_Read", ask: Callable[[], Awaitable[None]]) -> None:
         async def get() -> None:
-            await self.reader.get(read.path, start, stop, place, read.pinned)
+            await ask()
             self._reached = True
 
         try:

@@ -13,11 +13,13 @@ from surfw.errors import IntegrityError, NotAStoreError, NotFoundError, StorageE
 from surfw.manifest import Chunk, Location, Manifest
 from surfw.source import Read
 from surfw.storage import FilesystemBackend
+from surfw.storage.ranges import most_range_bytes
 from surfw.storage.source import StorageSource, open_storage_source
 from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
-FAR = 17 * BLOCK_BYTES + 77  # more than one of those that are read from far away
+FAR_PIECE = most_range_bytes(2, streamed=True)
+FAR = FAR_PIECE + BLOCK_BYTES + 77
 
 
 @pytest.fixture
@@ -206,7 +208,7 @@ def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
 def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
     manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
     backend = FarBackend(tmp_path / "store")
-    backend.failing = FAR - 16 * BLOCK_BYTES
+    backend.failing = FAR - FAR_PIECE
     with pytest.raises(StorageError, match="the line is cut"):
         fetch(StorageSource(backend), manifest, manifest.chunks[0])
     assert backend.given_up == 1

@@ -16,6 +16,7 @@ class Told(RangeReader):
     """Zeros, of a revision that is told or not, and as an object whose length is told or not."""
 
     def __init__(self, revision: str | None, size: int | None = SIZE) -> None:
+        super().__init__(connections=4)
         self.revision = revision
         self.size = size
 
