@@ -1,6 +1,6 @@
 """A storage behind a cache of pages: what was read stays as long as the budget allows.
 
-A page is a byte range of a stored object, of at most `PageCache.page_bytes`. Invariants:
+A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
 - Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
@@ -19,17 +19,8 @@ from surfw.server.single_flight import SingleFlight
 from surfw.storage import StorageBackend
 
 PAGE_BYTES = 4 * MIB
-"""The largest page of a storage that is near, and of any where the cache is small."""
-
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
-
-_MOST_PAGE_BYTES = 16 * MIB
-"""Of a storage that is far away, where a request takes processor time at both ends.
-
-From an S3 gateway on the same two cores to a client, with a cache of 200 MB: 0.39 GB/s in pages of 4 MiB, 0.46
-in 8, 0.50 in 16; the server's processor time for 2.2 GB: 4.0, 3.4 and 2.8 seconds.
-"""
 
 _READS = 8
 """The most reads of the storage at a time."""
@@ -77,20 +68,13 @@ class PageCache:
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
         """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self._far_page_bytes = _far_page_bytes(capacity_bytes)
-        fitting = capacity_bytes // (2 * self._far_page_bytes)
         self.cache: LruCache[Page, memoryview] = LruCache(capacity_bytes, len)
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
-        self._reads = SingleFlight(self._read, slots=min(_READS, fitting))
+        self._reads = SingleFlight(self._read, slots=min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
         self._reading_bytes = 0
-        self.read_ahead = ReadAhead(fitting)
-
-    @property
-    def page_bytes(self) -> int:
-        """How large a page is, at most; a storage that is mounted later may be far away."""
-        return self._far_page_bytes if self._backend.parallel_reads > 1 else PAGE_BYTES
+        self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES))
 
     @property
     def most_ahead(self) -> int:
@@ -141,11 +125,3 @@ class PageCache:
         """Stop reading, and forget everything."""
         await self._reads.close()
         self.cache.clear()
-
-
-def _far_page_bytes(capacity_bytes: int) -> int:
-    """The largest size of which the cache holds eight, from `PAGE_BYTES` on."""
-    size = PAGE_BYTES
-    while 2 * size <= min(_MOST_PAGE_BYTES, capacity_bytes // 8):
-        size *= 2
-    return size

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from surfw.manifest import Location
-from surfw.server.pages import Page, PageCache, ReadAhead
+from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead
 
 
 class Piece(Protocol):
@@ -75,15 +75,15 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
 
     Pages are cut from the start of each location, so that whoever asks for bytes of it meets the same pages.
     """
-    base, most = 0, pages.page_bytes
+    base = 0
     for location in locations:
         length = location.stop - location.start
         low, high = max(start - base, 0), min(stop - base, length)
         base += length
         if low >= high:
             continue
-        for first in range(low - low % most, high, most):
-            last = min(first + most, length)
+        for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
+            last = min(first + PAGE_BYTES, length)
             page = Page(location.object, location.start + first, location.start + last)
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first)
 

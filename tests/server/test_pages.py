@@ -4,13 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import pytest
-
-from surfw.config import MIB
 from surfw.errors import StorageError
 from surfw.metrics import Metrics
 from surfw.server.pages import MIN_CACHE_BYTES, PAGE_BYTES, Page, PageCache
-from surfw.storage import FilesystemBackend
 from tests.peers import until
 from tests.server.backends import GatedBackend
 
@@ -36,15 +32,6 @@ def run(
         assert not [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
     asyncio.run(main())
-
-
-@pytest.mark.parametrize(("capacity", "size"), [(0, 4), (63, 4), (64, 8), (127, 8), (128, 16), (100_000, 16)])
-def test_pages_of_a_storage_far_away_are_larger_if_eight_fit(tmp_path: Path, capacity: int, size: int) -> None:
-    backend = FilesystemBackend(tmp_path)
-    pages = PageCache(backend, capacity * MIB, Metrics())
-    assert pages.page_bytes == PAGE_BYTES
-    backend.parallel_reads = 2
-    assert pages.page_bytes == size * MIB
 
 
 def counts(metrics: Metrics) -> tuple[int, int, int]:

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.config import MIB
 from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
@@ -16,15 +15,13 @@ from surfw.server.pages import PAGE_BYTES, PageCache, ReadAhead
 from surfw.server.pieces import HeldPiece, Piece, StoredPiece, plan_pieces, use_ahead
 from surfw.storage import FilesystemBackend
 
-NOWHERE, FAR_AWAY = (PageCache(FilesystemBackend(Path("/nonexistent")), 200 * MIB, Metrics()) for _ in range(2))
-FAR_AWAY._backend.parallel_reads = 2
-EDGES = st.sampled_from([0, 1, 4096, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, 3 * PAGE_BYTES, 9 * PAGE_BYTES + 17])
+NOWHERE = PageCache(FilesystemBackend(Path("/nonexistent")), 0, Metrics())
+EDGES = st.sampled_from([0, 1, 4096, PAGE_BYTES - 1, PAGE_BYTES, PAGE_BYTES + 1, 3 * PAGE_BYTES, 3 * PAGE_BYTES + 17])
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(EDGES, EDGES), min_size=1, max_size=3), st.sampled_from([NOWHERE, FAR_AWAY]), st.data())
-def test_pieces_cover_a_range(parts: list[tuple[int, int]], pages: PageCache, data: st.DataObject) -> None:
-    most = 4 * PAGE_BYTES if pages is FAR_AWAY else PAGE_BYTES
+@given(st.lists(st.tuples(EDGES, EDGES), min_size=1, max_size=3), st.data())
+def test_pieces_cover_a_range(parts: list[tuple[int, int]], data: st.DataObject) -> None:
     locations = [Location(f"o{index}", at, at + length) for index, (at, length) in enumerate(parts)]
     where = [(location.object, at) for location in locations for at in (location.start, location.stop)]
     total = sum(length for _, length in parts)
@@ -38,14 +35,14 @@ def test_pieces_cover_a_range(parts: list[tuple[int, int]], pages: PageCache, da
             expected.append((location.object, location.start + low, location.start + high))
         base += length
     found: list[tuple[str, int, int]] = []
-    for piece in plan_pieces(pages, locations, start, stop):
+    for piece in plan_pieces(NOWHERE, locations, start, stop):
         assert isinstance(piece, StoredPiece)
         page = piece.page
-        assert 0 < page.stop - page.start <= most
+        assert 0 < page.stop - page.start <= PAGE_BYTES
         assert 0 <= piece.start < piece.stop <= page.stop - page.start
         home = next(location for location in locations if location.object == page.object)
-        assert (page.start - home.start) % most == 0
-        assert page.stop == min(page.start + most, home.stop)
+        assert (page.start - home.start) % PAGE_BYTES == 0
+        assert page.stop == min(page.start + PAGE_BYTES, home.stop)
         low, high = page.start + piece.start, page.start + piece.stop
         if found and found[-1][0] == page.object and found[-1][2] == low:
             found[-1] = (page.object, found[-1][1], high)
