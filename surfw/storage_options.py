@@ -86,8 +86,6 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     for switch in ("anonymous", "requester_pays"):
         if not isinstance(arguments.get(switch, False), bool):
             raise ConfigurationError(f"storage option {switch} is {arguments[switch]!a:.80}, expected true or false")
-    if "max_concurrency" in arguments:
-        arguments["max_concurrency"] = _count("max_concurrency", arguments["max_concurrency"])
     return arguments
 
 
@@ -99,15 +97,20 @@ def fsspec_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "url" in options:
         raise ConfigurationError("storage option url is the address itself; leave it out")
-    arguments = dict(options)
-    if "max_concurrency" in arguments:
-        arguments["max_concurrency"] = _count("max_concurrency", arguments["max_concurrency"])
-    return arguments
+    return dict(options)
 
 
-def _count(name: str, value: object) -> int:
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_CONNECTIONS:
-        return value
-    if isinstance(value, str) and value.isdecimal() and len(value) < 4:
-        return _count(name, int(value))
-    raise ConfigurationError(f"storage option {name} is {value!a:.80}, expected a number from 1 to {_MOST_CONNECTIONS}")
+def connections_of(max_concurrency: object) -> int:
+    """The number of connections that the option of this name says, as a number or in digits.
+
+    Raises:
+        ConfigurationError: it says none.
+    """
+    given = max_concurrency
+    if isinstance(given, str) and given.isdecimal() and len(given) < 4:
+        given = int(given)
+    if isinstance(given, int) and not isinstance(given, bool) and 1 <= given <= _MOST_CONNECTIONS:
+        return given
+    raise ConfigurationError(
+        f"storage option max_concurrency is {max_concurrency!a:.80}, expected a number from 1 to {_MOST_CONNECTIONS}"
+    )

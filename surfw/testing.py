@@ -35,7 +35,7 @@ KEY = "blobs/ab/abcd.bin"
 """The key that most of the tests use."""
 
 _EVERY_BYTE = bytes(range(256))
-_LARGE = b"".join(index.to_bytes(8, "big") for index in range((17 << 17) + 3))
+_LARGE = b"".join(index.to_bytes(8, "big") for index in range((33 << 17) + 3))
 
 OBJECTS = {
     KEY: _EVERY_BYTE,
@@ -45,7 +45,7 @@ OBJECTS = {
     "models/org/b.json": b"{}",
     "modelsx": b"1",
 }
-"""What a storage that can only be read has to hold for its tests: by key, one of them larger than 16 MiB."""
+"""What a storage that can only be read has to hold for its tests: by key, one of them larger than 32 MiB."""
 
 
 class BrokenStream(io.RawIOBase):

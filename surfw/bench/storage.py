@@ -29,7 +29,7 @@ _AHEAD = 2
 """Chunks that surfw reads at a time, as a model does: one for now, and one ahead."""
 
 _SURFW, _STREAMER = "surfw", "streamer"
-_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (32 * MIB, 4))
+_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16), (32 * MIB, 4))
 """Range sizes and how many are under way, of the plain reads; the best one is the baseline."""
 
 

@@ -27,9 +27,9 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 
 
-def shifted(check: Check, begin: int, at: int, piece: memoryview) -> None:
-    """Have a piece checked whose offset is counted from `begin`."""
-    check(begin + at, piece)
+def shifted(check: Check, begin: int) -> Check:
+    """The check of what begins there: offsets of its pieces are counted from `begin`."""
+    return lambda at, piece: check(begin + at, piece)
 
 
 def check_key(key: str) -> str:

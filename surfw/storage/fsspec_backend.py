@@ -7,6 +7,7 @@ surfw's here and nowhere else.
 
 import asyncio
 import errno
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -21,9 +22,11 @@ from surfw.errors import ConfigurationError, NotFoundError, StorageError, Storag
 from surfw.storage.base import Check, StorageBackend, check_key, check_prefix, expect_length, is_key, spool_folder
 from surfw.storage.cat_ranges import CatRanges
 from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
+from surfw.storage_options import connections_of
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
+_WEB = re.compile("https?://", re.IGNORECASE)
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
@@ -64,11 +67,23 @@ class FsspecBackend(StorageBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
     def __init__(self, /, url: str, **options: Any) -> None:
-        """Open the file system; `options` are the storage options of fsspec's implementation."""
+        """Open the file system.
+
+        Args:
+            url: the address of what holds the objects.
+            **options: what fsspec's implementation takes, and `max_concurrency`: how many ranges to read at a time.
+
+        Raises:
+            ConfigurationError: an argument cannot be used, or a package is not installed.
+        """
         self.url = display_url(url)
         self._address = url  # with what is not shown
+        connections = CONNECTIONS
+        if "max_concurrency" in options:
+            options["max_concurrency"] = connections = connections_of(options["max_concurrency"])
+        if _WEB.match(url):  # it gives what it does not know to each request
+            options.pop("max_concurrency", None)
         self.fs, self.root = self._open(**options)
-        connections = options.get("max_concurrency", CONNECTIONS)
         reader = self._ranges(connections)
         self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None
         self.parallel_reads = connections if reader else 1

@@ -17,7 +17,8 @@ import aiohttp
 
 from surfw.config import MIB
 from surfw.errors import StorageError
-from surfw.storage.transfer import Answer, PinLostError, Place, RangeReader, TransientError
+from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
+from surfw.threads import in_thread
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
@@ -47,14 +48,7 @@ class HttpRanges(RangeReader):
             if found.status == 416:
                 place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
                 return
-            destination = place(_answer(found)).memory
-            done = 0
-            while done < len(destination):
-                piece = await found.content.read(min(_BUFFER_BYTES, len(destination) - done))
-                if not piece:
-                    raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(destination)} bytes")
-                destination[done : done + len(piece)] = piece
-                done += len(piece)
+            await _read(found.content, place(_answer(found)))
 
     async def facts(self, path: str) -> Answer | None:
         """Size and revision, from the headers of an answer whose bytes are not read.
@@ -92,6 +86,20 @@ class HttpRanges(RangeReader):
             lost = OSError(errno.EIO, f"the server cannot be reached ({name}); check the address and the network")
             lost.__cause__ = exc
             raise TransientError from lost
+
+
+async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
+    memory, done = landing.memory, 0
+    try:
+        while done < len(memory):
+            piece = await content.read(min(_BUFFER_BYTES, len(memory) - done))
+            if not piece:
+                raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
+            memory[done : done + len(piece)] = piece
+            done += len(piece)
+    except (aiohttp.ClientError, TimeoutError):
+        await in_thread(landing.arrived, done)  # what is verified need not come again
+        raise
 
 
 def _judge(found: aiohttp.ClientResponse) -> None:

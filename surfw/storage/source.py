@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, StorageError
@@ -23,7 +24,10 @@ from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
-"""What is read at a time, and verified while the next is read; from far away, it is as much as a request asks for."""
+"""What is read of a local file at a time, and verified while the next is read."""
+
+_DIGESTED_BYTES = 16 * BLOCK_BYTES
+"""What is held of a chunk whose digests are found out."""
 
 _STREAM_BYTES = 2 * BLOCK_BYTES
 """What a connection may have received and not yet put in place."""
@@ -107,9 +111,9 @@ class StorageSource(ChunkSource):
         """
         (form,) = chunk.forms
         size, digester = form.stored_bytes, Digester()
-        scratch = memoryview(mmap.mmap(-1, max(1, min(size, self._piece_bytes))))
-        for start in range(0, size, self._piece_bytes):
-            stop = min(start + self._piece_bytes, size)
+        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _DIGESTED_BYTES))))
+        for start in range(0, size, _DIGESTED_BYTES):
+            stop = min(start + _DIGESTED_BYTES, size)
             piece = Read(chunk, form, start, stop, scratch[: stop - start])
             await self._fetch(piece, urgent=urgent, verify=False)
             await in_thread(digester.update, piece.destination)
@@ -164,10 +168,10 @@ class StorageSource(ChunkSource):
         bounces = BOUNCES_BYTES if objects.has_local_origin else 0
         if objects.parallel_reads == 1 and self.store.backend.local_path(MARKER):
             return bounces
-        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else self._piece_bytes) + bounces
+        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else self._piece_bytes()) + bounces
 
-    @property
     def _piece_bytes(self) -> int:
+        """What is read at a time: from far away, what a request asks for. An origin that is mounted may change it."""
         objects = self.store.objects
         if objects.parallel_reads == 1:
             return _PIECE_BYTES
@@ -177,39 +181,39 @@ class StorageSource(ChunkSource):
         """Fill a destination; without `verify`, whoever calls does what has to be done about the bytes."""
         if not read.form.locations:
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
-        check = partial(self._verify, read.chunk, read.form, read.start) if verify else _accept
+        check = partial(self._verify, read.chunk, read.form, read.start) if verify else None
         try:
             if files := self._files(read.form, read.start, read.stop):
-                await self._local.read(files, read.destination, check, urgent=urgent)
+                await self._local.read(files, read.destination, check or _accept, urgent=urgent)
                 return
         except ChangedObjectError as exc:
             raise explain_change(exc) from exc
         await self._fetch_from_afar(read, check)
 
-    async def _fetch_from_afar(self, read: Read, check: Check) -> None:
+    async def _fetch_from_afar(self, read: Read, check: Check | None) -> None:
         """Fill a destination, with as many pieces under way as are worth it."""
-        starts = range(read.start, read.stop, self._piece_bytes)
-        left = iter(starts)
-        at_once = min(len(starts), self.store.objects.parallel_reads)
+        cuts = [*range(read.start, read.stop, self._piece_bytes()), read.stop]
+        left = pairwise(cuts)
+        at_once = min(len(cuts) - 1, self.store.objects.parallel_reads)
         await together(self._take(read, left, check) for _ in range(at_once))
 
-    async def _take(self, read: Read, left: Iterator[int], check: Check) -> None:
+    async def _take(self, read: Read, left: Iterator[tuple[int, int]], check: Check | None) -> None:
         """Read and verify one piece after the other, until none is left."""
         objects = self.store.objects
-        for start in left:
-            stop = min(start + self._piece_bytes, read.stop)
+        for start, stop in left:
             begin = start - read.start
             piece = read.destination[begin : stop - read.start]
-            check_piece = partial(shifted, check, begin)
+            check_piece = shifted(check, begin) if check else None
             parts = segments(read.form.locations, start, stop)
-            if len(parts) == 1:
+            if check_piece and len(parts) == 1:
                 await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
                 continue
             at = 0
             for key, offset, length in parts:
                 await self._read(key, offset, piece[at : at + length])
                 at += length
-            await in_thread(check_piece, 0, piece)
+            if check_piece:
+                await in_thread(check_piece, 0, piece)
 
     async def _read(self, key: str, start: int, destination: memoryview) -> None:
         """Read into place. Only streams are known to write nothing any more once they are cancelled."""

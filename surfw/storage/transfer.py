@@ -18,7 +18,6 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from surfw.config import BLOCK_BYTES
@@ -98,7 +97,7 @@ class Landing:
     def left(self) -> "Landing":
         """What another try has to bring: all but the blocks that are verified."""
         check, done = self._check, self._checked
-        return self if check is None or not done else Landing(self.memory[done:], partial(shifted, check, done))
+        return self if check is None or not done else Landing(self.memory[done:], shifted(check, done))
 
     async def verify(self) -> None:
         """Verify what is left, once all has arrived."""
@@ -240,16 +239,18 @@ class Transfer:
         """Fill the destination with one range."""
         stop, landing = start + len(destination), Landing(destination, check)
 
-        def place(answer: Answer) -> Landing:
-            read.check(answer)
-            _expect_range(answer, stop - len(landing.memory), len(landing.memory), read.name)
-            return landing
-
         async def get() -> None:
             nonlocal landing
             landing = landing.left()
-            if landing.memory:
-                await self.reader.get(read.path, stop - len(landing.memory), stop, place, read.pinned)
+            begin = stop - len(landing.memory)
+
+            def place(answer: Answer) -> Landing:
+                read.check(answer)
+                _expect_range(answer, begin, stop - begin, read.name)
+                return landing
+
+            if begin < stop:
+                await self.reader.get(read.path, begin, stop, place, read.pinned)
 
         await self._get(read, get)
         await landing.verify()

@@ -27,7 +27,7 @@ def test_rows_compare_with_plain_ranges_and_with_a_peer(s3: S3Service, tmp_path:
     assert result.benchmark == "storage"
     plain = [row for row in result.rows if row.name.startswith("plain ranges")]
     peer = [row for row in result.rows if row.name == "Run:ai Model Streamer"]
-    assert len(plain) == 4
+    assert len(plain) == 5
     assert len(peer) == find_streamer()
     ours = [row for row in result.rows if row.name.startswith("surfw, against")]
     assert ours[0].baseline == max(row.value for row in plain) > 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.models import StreamingModel
 from surfw.retry import RetryPolicy
@@ -173,6 +174,24 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(folder: Path, url: str, mo
         proxy.judge = lambda head: next(cut, PASS)
         assert asyncio.run(FsspecBackend(proxy.endpoint).load("y")) == bytes(range(256)) * 4096
         assert len(proxy.heads) == 3
+
+
+def test_what_was_verified_before_a_cut_is_not_asked_for_again(
+    folder: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsspec_backend, "RANGE_RETRIES", RetryPolicy(attempts=3, first_delay_seconds=0.01))
+    data, memory, seen = bytes(range(256)) * (5 << 12), bytearray(5 * MIB), list[int]()
+    (folder / "z").write_bytes(data)
+    with proxy_to(url) as proxy:
+        cut = iter([PASS, MIB - 1, 3 * MIB + 5])
+        proxy.judge = lambda head: next(cut, PASS)
+        backend = FsspecBackend(proxy.endpoint, max_concurrency="2")
+        assert asyncio.run(backend.load_range("z", 0, 1)) == b"\0"
+        asyncio.run(backend.read_verified("z", 0, memoryview(memory), lambda at, piece: seen.append(at)))
+        asked = [line.partition("=")[2] for head in proxy.heads for line in head.split("\r\n") if "bytes=" in line]
+    assert memory == data
+    assert asked == ["0-0", "0-5242879", "0-5242879", "3145728-5242879"]
+    assert sorted(seen) == [0, 3 * MIB]
 
 
 def test_a_model_is_run_from_a_web_server(folder: Path, url: str) -> None:

@@ -3,6 +3,8 @@
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from surfw.chunking.chunker import prepare_model
 from surfw.config import is_server_url
 from surfw.errors import ConfigurationError, StorageError
-from surfw.storage import FilesystemBackend, S3Backend, open_backend
+from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, open_backend
 from surfw.storage.origins import PlacedOptions, is_local_url
 from surfw.storage_options import parse_options, shown_options
 from tests.services.processes import free_port
@@ -242,7 +244,7 @@ def test_an_address_of_s3_that_cannot_be_one_is_named_without_secrets(url: str, 
         ({"config_kwargs": "s3cret"}, "s3://bucket: config_kwargs is of type str, expected a table"),
         ({"secret": ["s3cret"]}, "aws_secret_access_key is of type list, expected a text"),
         ({"endpoint_url": 9000}, "endpoint_url is of type int, expected a text"),
-        ({"max_concurrency": "0"}, "storage option max_concurrency is 0, expected a number from 1 to 256"),
+        ({"max_concurrency": "0"}, "storage option max_concurrency is '0', expected a number from 1 to 256"),
         ({"anonymous": "maybe"}, "storage option anonymous is 'maybe', expected true or false"),
         ({"addressing_style": "odd"}, "addressing_style is 'odd'; expected one of auto, path, virtual"),
         ({"sse": "rot13"}, "sse is 'rot13'; expected one of AES256, aws:kms, aws:kms:dsse"),
@@ -253,6 +255,15 @@ def test_an_address_of_s3_that_cannot_be_one_is_named_without_secrets(url: str, 
 )
 def test_options_of_s3_that_cannot_be_used(options: dict[str, Any], said: str) -> None:
     assert refusal("s3://bucket", options).startswith(said)
+
+
+@pytest.mark.parametrize("value", [0, -1, 257, 2.5, None, "", True])
+@pytest.mark.parametrize("make", [partial(S3Backend, "bucket"), partial(FsspecBackend, "http://host/x")])
+def test_a_number_of_connections_that_is_none(make: Callable[..., object], value: object) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^storage option max_concurrency is .*, expected a number from 1 to "
+    ):
+        make(max_concurrency=value)
 
 
 def test_options_from_the_command_line() -> None:

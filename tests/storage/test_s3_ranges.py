@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from surfw.config import MIB
-from surfw.errors import NotFoundError, StorageError
+from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.retry import RetryPolicy
 from surfw.storage import S3Backend, fsspec_backend, transfer
 from surfw.storage.ranges import plan_ranges
@@ -100,6 +100,7 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(backend: S3Backend, proxy:
     proxy.judge = lambda head: next(cut, PASS)
     assert read(backend) == DATA
     assert len(ranges(proxy)) == 1 + len(HALVES) + 2
+    assert set(ranges(proxy)[1:]) == {f"{start}-{stop - 1}" for start, stop in HALVES}, "nothing was verified"
 
 
 def test_what_was_verified_before_a_cut_is_not_asked_for_again(backend: S3Backend, proxy: Proxy) -> None:
@@ -227,6 +228,45 @@ def test_a_cancellation_in_the_middle_of_an_answer_does_not_wait_for_the_rest(
         proxy.may_cut.set()
     asyncio.run(backend.close())
     assert left == memory
+
+
+def read_verified(backend: S3Backend, size: int, check: Callable[[int, memoryview], None]) -> bytearray:
+    memory = bytearray(size)
+    asyncio.run(backend.read_verified("x", 0, memoryview(memory), check))
+    return memory
+
+
+def test_a_block_that_is_wrong_after_a_cut_is_told_by_its_place_and_not_asked_for_again(
+    backend: S3Backend, proxy: Proxy
+) -> None:
+    cut = iter([3 * MIB])
+    proxy.judge = lambda head: next(cut, PASS)
+
+    def check(at: int, piece: memoryview) -> None:
+        if at >= 4 * MIB:
+            raise IntegrityError(f"the block at {at} is wrong")
+        assert piece == DATA[at : at + len(piece)]
+
+    with pytest.raises(IntegrityError, match=f"^the block at {4 * MIB} is wrong"):
+        read_verified(backend, 6 * MIB, check)
+    assert len(ranges(proxy)) == 2
+
+
+def test_an_object_that_is_replaced_at_a_cut_is_an_error(s3: S3Service, proxy: Proxy) -> None:
+    bucket = s3.bucket()
+    s3.client.put_object(Bucket=bucket, Key="x", Body=DATA)
+    backend = connect(s3, bucket, endpoint_url=proxy.endpoint)
+
+    def judge(head: str) -> int:
+        if len(ranges(proxy)) == 1:
+            return 3 * MIB
+        s3.client.put_object(Bucket=bucket, Key="x", Body=DATA[::-1])
+        return PASS
+
+    proxy.judge = judge
+    with pytest.raises(StorageError, match=r"^x in .* was changed: its revision is another now"):
+        read_verified(backend, 6 * MIB, lambda at, piece: None)
+    assert len(ranges(proxy)) == 2
 
 
 def test_an_upload_goes_in_parts_few_at_a_time(s3: S3Service, proxy: Proxy, tmp_path: Path) -> None:

@@ -205,6 +205,27 @@ def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
     assert (source.fetched_bytes, source.buffered_bytes) == (FAR, 4 * BLOCK_BYTES)
 
 
+class MountingBackend(FarBackend):
+    """While its first bytes are read, it is joined by one that is best read in smaller pieces."""
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        self.parallel_reads, self.reads_in_place = 100, False
+        await super().read_into(key, start, destination, revision=revision)
+
+
+def test_the_size_of_pieces_may_change_while_they_are_read(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
+    chunk = manifest.chunks[0]
+    assert fetch(StorageSource(MountingBackend(tmp_path / "store")), manifest, chunk) == payload(
+        tmp_path / "store", chunk
+    )
+    source = StorageSource(MountingBackend(tmp_path / "store"))
+    (form,) = chunk.forms
+    memory = memoryview(bytearray(FAR))
+    asyncio.run(source._fetch(Read(chunk, form, 0, FAR, memory), urgent=False, verify=False))
+    assert memory == payload(tmp_path / "store", chunk)
+
+
 def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
     manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
     backend = FarBackend(tmp_path / "store")
