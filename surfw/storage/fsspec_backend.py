@@ -7,7 +7,6 @@ surfw's here and nowhere else.
 
 import asyncio
 import errno
-import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -26,7 +25,6 @@ from surfw.storage_options import connections_of
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
-_WEB = re.compile("https?://", re.IGNORECASE)
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
@@ -81,8 +79,6 @@ class FsspecBackend(StorageBackend):
         connections = CONNECTIONS
         if "max_concurrency" in options:
             options["max_concurrency"] = connections = connections_of(options["max_concurrency"])
-        if _WEB.match(url):  # it gives what it does not know to each request
-            options.pop("max_concurrency", None)
         self.fs, self.root = self._open(**options)
         reader = self._ranges(connections)
         self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None

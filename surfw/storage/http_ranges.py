@@ -36,6 +36,7 @@ class HttpRanges(RangeReader):
         """Name the file system; nothing is contacted."""
         super().__init__(connections)
         self._fs = fs
+        fs.kwargs.pop("max_concurrency", None)  # what it does not know, it would give to each request
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
 

@@ -183,11 +183,12 @@ def test_unknown_model_name_lists_the_known_ones(checkpoint: Path, tmp_path: Pat
     for name in ("one", "org/two"):
         assert surfw(tmp_path, "chunk", str(checkpoint), "--name", name).returncode == 0
     with serve(tmp_path / "store") as served:
-        for source, choice in ((str(tmp_path / "store"), []), (served.url, []), (served.url, ["--model", "three"])):
-            said = complaint(surfw(tmp_path, "infer", "--source", source, "--prompt", "a", *choice))
-            assert "one, org/two" in said
-        done = surfw(tmp_path, "infer", "--source", served.url, "--prompt", "a", "--model", "two", "--json")
-        assert json.loads(done.stdout)["model"] == "org/two"
+        for source in (str(tmp_path / "store"), served.url):
+            for choice in (["--model", "three"], []):
+                said = complaint(surfw(tmp_path, "infer", "--source", source, "--prompt", "a", *choice))
+                assert "one, org/two" in said
+            done = surfw(tmp_path, "infer", "--source", source, "--prompt", "a", "--model", "two", "--json")
+            assert json.loads(done.stdout)["model"] == "org/two"
 
 
 def test_a_server_that_dies_during_a_fetch(tmp_path: Path) -> None:

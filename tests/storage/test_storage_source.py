@@ -19,7 +19,7 @@ from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
 FAR_PIECE = most_range_bytes(2, streamed=True)
-FAR = FAR_PIECE + BLOCK_BYTES + 77
+FAR = FAR_PIECE + BLOCK_BYTES + 77  # more than one of those that are read from far away
 
 
 @pytest.fixture
