@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.engine import Engine
-from surfw.runtime.kv_cache import cache_bytes, kv_cost
+from surfw.runtime.kv_cache import cache_bytes, kv_cost, output_cache
 from surfw.runtime.memory import MemoryClaim
 
 logger = logging.getLogger("surfw.models")
@@ -64,7 +64,7 @@ class GenerationRoom:
         self._hook.remove()
 
     def _measure(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        cache = output.get("past_key_values") if isinstance(output, dict) else None
+        cache = output_cache(output)
         if cache is not None:
             self.held_bytes = cache_bytes(cache)
             if self.held_bytes > self._engine.limit.reserved_bytes:

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forwards have called the cache that they take and give: transformers 5.24 renamed the second and the third."""
+
 _NO_KEYS = frozenset({"linear_attention", "conv", "moe", "mlp"})
 """Types of layers that keep no key and value per token, but a state of a fixed size or nothing."""
 
@@ -55,14 +58,22 @@ def kv_cost(config: PreTrainedConfig, dtype: torch.dtype) -> KvCost:
     return KvCost(sum(_plain_numbers(layer, "cross_") for layer in layers) * dtype.itemsize, own)
 
 
-def cache_bytes(past_key_values: object) -> int:
+def output_cache(output: object) -> object | None:
+    """The cache among the outputs of a forward, if it gave one; reading it by the name it has draws no notice."""
+    if not isinstance(output, dict):
+        return None
+    found = (dict.get(output, name) for name in CACHE_NAMES)  # an output's own `get` warns of the older names
+    return next((cache for cache in found if cache is not None), None)
+
+
+def cache_bytes(cache: object) -> int:
     """The memory that a cache of transformers holds: all of its tensors, of whatever kind of layer, also legacy tuples.
 
     A view counts with all the memory that it keeps alive, as a sliding window's does after a long prompt; memory that
     several tensors share counts once. None holds nothing.
     """
     held = {}
-    for tensor in _tensors(past_key_values, set()):
+    for tensor in _tensors(cache, set()):
         if not tensor.is_meta:
             storage = tensor.untyped_storage()
             held[storage.data_ptr()] = storage.nbytes()

@@ -1,6 +1,7 @@
 """A model takes no more memory than it was given: by its own account at every layer, and by that of the system."""
 
 import asyncio
+import inspect
 import json
 import logging
 import subprocess
@@ -18,7 +19,7 @@ from surfw.chunking.chunker import prepare_model, write_model
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, opened
-from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.kv_cache import CACHE_NAMES, kv_cost, output_cache
 from surfw.storage import open_backend
 
 SLACK = 48 * MIB
@@ -201,10 +202,11 @@ def test_weights_make_way_for_the_cache_of_a_generation(store: Path) -> None:
 def test_a_cache_that_nobody_announced_is_measured_and_given_room(store: Path) -> None:
     budget = everything_of(store)
     with StreamingModel.open(str(store), "llama", memory_budget=budget) as model:
-        cache = model(input_ids=PROMPT).past_key_values
+        (name,) = set(CACHE_NAMES).intersection(inspect.signature(model.model.forward).parameters)
+        cache = output_cache(model(input_ids=PROMPT))
         held = watch(model)
         for _ in range(3):
-            cache = model(input_ids=PROMPT[:, :1], past_key_values=cache).past_key_values
+            cache = output_cache(model(input_ids=PROMPT[:, :1], **{name: cache}))
             assert model.plan.reserved_bytes >= model.statistics()["cache"]["kv_cache_bytes"] > 0
         assert max(held) <= budget
         assert not model.plan.everything_fits

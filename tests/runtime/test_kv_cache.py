@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderConfig, GPT2Config, LlamaConfig, PreTrainedConfig, StaticCache
 
-from surfw.runtime.kv_cache import KvCost, cache_bytes, kv_cost
+from surfw.runtime.kv_cache import CACHE_NAMES, KvCost, cache_bytes, kv_cost, output_cache
 from tests.exactness.families import FAMILIES, VOCABULARY, Family
 
 PROMPT, NEW, SEQUENCES = 9, 6, 2
@@ -55,7 +55,7 @@ def generate(family: Family, dtype: torch.dtype, prompt: int = PROMPT) -> tuple[
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
         return_dict_in_generate=True, pad_token_id=0,
     )  # fmt: skip
-    return kv_cost(model.config, dtype), done.past_key_values
+    return kv_cost(model.config, dtype), output_cache(done)
 
 
 def expected_bytes(family: Family, cost: KvCost, prompt: int = PROMPT) -> int:
@@ -140,3 +140,11 @@ def test_a_configuration_that_says_nothing_of_layers_counts_as_nothing() -> None
         model_type = "plain-of-ones-own"
 
     assert kv_cost(Plain(), torch.float32).total_bytes(10, 10) == 0
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_of_an_output_by_each_of_its_names(name: str) -> None:
+    cache = DynamicCache()
+    assert output_cache({"logits": torch.zeros(1), name: cache}) is cache
+    assert output_cache({name: None}) is None
+    assert output_cache((torch.zeros(1), cache)) is None
