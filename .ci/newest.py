@@ -2,7 +2,7 @@
 
 Run after the README's test command, in a checkout that has its `.venv`. What is newer is named first. Where nothing is,
 there is nothing to do. Deprecations of other packages are reported, and fail no test. Where tests fail, and fail again,
-each newer release is tried alone: those that fail with it are told by its name, and the exit code is 1.
+each newer release is tried alone, with what it needs: those that fail are told by its name, and the exit code is 1.
 """
 
 import json
@@ -84,7 +84,8 @@ def main() -> None:
             print("newest: all tests pass with them; put them into .ci/tried.txt with the next change")
             return
         for name, what in names.items():
-            alone = install(Path(folder) / "alone", old | {name: newer[name]})
+            alone = install(Path(folder) / "alone", old)
+            subprocess.run([alone, "-m", "pip", "install", "-q", f"{name}=={newer[name]}"], check=True)
             broken = run_tests(alone, *failed) if failed else []
             if broken:
                 print(f"newest: {what} breaks {len(broken)} tests, such as {broken[0]}", flush=True)
