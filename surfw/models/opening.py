@@ -16,10 +16,11 @@ from surfw.config import GIB, OnMissing, count, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest, TensorInfo
 from surfw.runtime.loader import as_parameter
-from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, foreign_errors, read_config, resolve_class
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
+from surfw.skeleton.shared import foreign_errors
 from surfw.skeleton.units import Slot
 
 logger = logging.getLogger("surfw.models")
