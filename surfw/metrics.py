@@ -6,8 +6,10 @@ Safe to use from several threads. A histogram keeps the latest observations only
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 
 
 class Latency:
@@ -36,74 +38,97 @@ class Latency:
         return {f"p{rank}": values[max(0, -(-rank * len(values) // 100) - 1)] for rank in ranks}
 
 
+class _Record:
+    """What was counted and timed."""
+
+    def __init__(self) -> None:
+        self.counters: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
+        self.latencies: dict[str, Latency] = {}
+
+
+_aside: ContextVar[Mapping["Metrics", _Record]] = ContextVar("surfw_aside", default=MappingProxyType({}))
+"""The records that this thread, or task, keeps aside."""
+
+
 class Metrics:
     """Named counters, latencies and time spans of one component."""
 
     def __init__(self) -> None:
         """Start at zero, with the clock running."""
         self._lock = threading.Lock()
-        self._counters: Counter[str] = Counter()
-        self._seconds: dict[str, float] = {}
-        self._open: dict[object, tuple[str, float]] = {}
-        self._latencies: dict[str, Latency] = {}
+        self._kept = _Record()
+        self._open: dict[object, tuple[str, float, _Record]] = {}
         self.started = time.monotonic()
+
+    def _record(self) -> _Record:
+        return _aside.get().get(self, self._kept)
+
+    def _seen(self) -> list[_Record]:
+        """What the caller sees: what is kept, and what it keeps aside."""
+        record = self._record()
+        return [self._kept] if record is self._kept else [self._kept, record]
 
     def add(self, name: str, amount: int = 1) -> None:
         """Increase a counter."""
+        record = self._record()
         with self._lock:
-            self._counters[name] += amount
+            record.counters[name] += amount
 
     def count(self, name: str) -> int:
         """A counter's value; 0 if it was never increased."""
         with self._lock:
-            return self._counters[name]
+            return sum(record.counters[name] for record in self._seen())
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Add to the time spent on something."""
+        record = self._record()
         with self._lock:
-            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+            record.seconds[name] = record.seconds.get(name, 0.0) + seconds
 
     def seconds(self, name: str) -> float:
         """Time spent on something so far, spans that are still open included."""
-        now = time.perf_counter()
+        now, seen = time.perf_counter(), self._seen()
         with self._lock:
-            running = sum(now - start for span, start in self._open.values() if span == name)
-            return self._seconds.get(name, 0.0) + running
+            running = sum(now - start for span, start, record in self._open.values() if span == name and record in seen)
+            return sum(record.seconds.get(name, 0.0) for record in seen) + running
 
     def latency(self, name: str) -> Latency:
         """The latency histogram of that name, made on first use."""
+        record = self._record()
         with self._lock:
-            return self._latencies.setdefault(name, Latency())
+            return record.latencies.setdefault(name, Latency())
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Add the time the body takes to `name`."""
-        key, start = object(), time.perf_counter()
+        key, start, record = object(), time.perf_counter(), self._record()
         with self._lock:
-            self._open[key] = (name, start)
+            self._open[key] = (name, start, record)
         try:
             yield
         finally:
             with self._lock:
                 del self._open[key]
-                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+                record.seconds[name] = record.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def off_the_record(self) -> Iterator[None]:
-        """Take back, in the end, whatever was counted and timed meanwhile; until then it can be read as always."""
-        with self._lock:
-            before = self._counters.copy(), dict(self._seconds), self._latencies
-            self._latencies = {}
+        """Leave out whatever is counted and timed by the body, and by the tasks that it starts.
+
+        The body reads what it counts itself as always, latencies without those before. What other threads count
+        meanwhile stays, and they see nothing of this.
+        """
+        token = _aside.set({**_aside.get(), self: _Record()})
         try:
             yield
         finally:
-            with self._lock:
-                self._counters, self._seconds, self._latencies = before
+            _aside.reset(token)
 
     def snapshot(self) -> dict[str, dict[str, float]]:
-        """All counters and spans, as plain data."""
+        """All counters and spans that are kept, as plain data."""
         with self._lock:
-            return {"counters": dict(self._counters), "seconds": dict(self._seconds)}
+            return {"counters": dict(self._kept.counters), "seconds": dict(self._kept.seconds)}
 
 
 def hit_rate(hits: int, misses: int) -> float:

@@ -24,9 +24,14 @@ from surfw.manifest import (
     Use,
     block_digests,
     check_model_name,
+    decode_line,
     digest_blocks,
+    encode_line,
+    encode_stored_manifest,
+    has_digest,
     nbytes,
     parse_manifest,
+    parse_stored_manifest,
     payload_digest,
 )
 
@@ -57,7 +62,13 @@ SAMPLE = Manifest(
 )  # fmt: skip
 
 names = st.text("abz.0_é ", min_size=1, max_size=12)
-scalars = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=8)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8)
+)
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("abc_", max_size=6), inner, max_size=3)
 )
@@ -342,3 +353,68 @@ def test_a_manifest_of_another_version_is_told_apart_from_a_broken_one() -> None
         parse_manifest(b'{"format": "surfw.manifest", "version": 99}', where="there")
     with pytest.raises(ManifestError, match="the manifest from there is malformed: KeyError 'generation_config'"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 1}', where="there")
+
+
+def refused(data: bytes) -> bool:
+    try:
+        parse_stored_manifest(data, where="there")
+    except ManifestError:
+        return True
+    return False
+
+
+def test_a_stored_manifest_is_its_digest_and_its_json() -> None:
+    data = encode_stored_manifest(SAMPLE)
+    assert data == f"surfw.manifest blake3 {payload_digest(SAMPLE.encode())}\n".encode() + SAMPLE.encode()
+    assert (parse_stored_manifest(data, where="there"), has_digest(data)) == (SAMPLE, True)
+
+
+def test_no_flipped_bit_of_a_stored_manifest_goes_unnoticed() -> None:
+    data = bytearray(encode_stored_manifest(SAMPLE))
+    accepted = []
+    for at in range(len(data)):
+        for bit in range(8):
+            data[at] ^= 1 << bit
+            if not refused(bytes(data)):
+                accepted.append((at, bit))
+            data[at] ^= 1 << bit
+    assert accepted == []
+
+
+def test_no_cut_of_a_stored_manifest_is_taken_for_a_whole_one() -> None:
+    data = encode_stored_manifest(SAMPLE)
+    first_line = data.index(b"\n") + 1
+    assert [at for at in range(len(data)) if not refused(data[:at])] == []
+    assert [at for at in range(1, len(data)) if not refused(data[at:])] == [first_line]  # the whole JSON
+
+
+def test_a_manifest_of_the_first_release_has_no_digest_and_is_accepted_whole_only() -> None:
+    data = SAMPLE.encode()
+    assert (parse_stored_manifest(data, where="there"), has_digest(data)) == (SAMPLE, False)
+    assert all(refused(one) for one in (b" " + data, b"\n" + data, data[:-1], data + b"x", data + data, b"", b"{}"))
+
+
+def test_what_a_damaged_manifest_is_told_of() -> None:
+    data = encode_stored_manifest(SAMPLE)
+    with pytest.raises(ManifestError) as caught:
+        parse_stored_manifest(data.replace(b"bfloat16", b"afloat16"), where="there")
+    line = data.partition(b"\n")[0].decode()
+    assert str(caught.value).startswith(f"the manifest from there is damaged: its first line is b'{line}', expected 's")
+    assert str(caught.value).endswith("; chunk the model again")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.text() | st.integers(), max_size=3), st.data())
+def test_a_line_of_a_log_is_read_back_or_refused(document: dict[str, Any], data: st.DataObject) -> None:
+    (line,) = encode_line(document).split(b"\n")[1:-1]
+    assert decode_line(line) == document
+    at, bit = data.draw(st.integers(0, len(line) - 1)), data.draw(st.integers(0, 7))
+    damaged = line[:at] + bytes([line[at] ^ 1 << bit]) + line[at + 1 :]
+    for other in (damaged, line[:at]):
+        with pytest.raises(ValueError, match="the line is not what was written"):
+            decode_line(other)
+
+
+def test_a_number_that_json_has_not_is_refused() -> None:
+    data = SAMPLE.encode().replace(b"2.5", b"1e400")
+    with pytest.raises(ManifestError, match=r"config\.layers is no number that JSON has"):
+        parse_manifest(data, where="there")

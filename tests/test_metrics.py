@@ -1,5 +1,6 @@
 """Counters, percentiles and spans, with a clock that the test moves."""
 
+import asyncio
 import json
 import math
 import threading
@@ -137,3 +138,57 @@ def test_what_is_off_the_record_is_taken_back() -> None:
         assert (metrics.count("hits"), metrics.seconds("stall")) == (3, 2.5)
     assert metrics.snapshot() == {"counters": {"hits": 2}, "seconds": {"stall": 1.5}}
     assert (metrics.latency("fetch").count, metrics.latency("fetch").total_seconds) == (1, 0.25)
+
+
+def test_what_others_count_while_something_is_off_the_record_stays(clock: Clock) -> None:
+    counted = Metrics()
+    counted.add("hits", 2)
+    away, counted_too, over = threading.Event(), threading.Event(), threading.Event()
+    seen = []
+
+    def other() -> None:
+        with counted.span("forward"), counted.span("stall"):  # from before it to within it
+            assert away.wait(60)
+            counted.add("hits", 10)
+            counted.add_seconds("decode", 0.5)
+            counted.latency("fetch").observe(7.0)
+            clock.now += 3
+        seen.append((counted.count("hits"), counted.seconds("forward"), counted.seconds("read")))
+        with counted.span("forward"):  # from within it to behind it
+            counted_too.set()
+            assert over.wait(60)
+            clock.now += 5
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with counted.off_the_record():
+        counted.add("hits", 100)
+        counted.latency("fetch").observe(50.0)
+        away.set()
+        assert counted_too.wait(60)
+        with counted.span("read"):
+            clock.now += 1
+        assert (counted.count("hits"), counted.seconds("read"), counted.seconds("forward")) == (112, 1, 4)
+    over.set()
+    thread.join(60)
+    assert seen == [(12, 3, 0)]
+    assert counted.snapshot() == {"counters": {"hits": 12}, "seconds": {"stall": 3, "decode": 0.5, "forward": 9}}
+    assert (counted.latency("fetch").count, counted.latency("fetch").total_seconds) == (1, 7.0)
+
+
+def test_tasks_that_were_started_off_the_record_stay_there() -> None:
+    counted, other = Metrics(), Metrics()
+
+    async def work() -> None:
+        await asyncio.sleep(0)
+        counted.add("hits")
+        other.add("hits")
+
+    async def main() -> None:
+        with counted.off_the_record():
+            task = asyncio.create_task(work())
+        await task
+        await work()
+
+    asyncio.run(main())
+    assert (counted.count("hits"), other.count("hits")) == (1, 2)

@@ -21,7 +21,13 @@ from surfw.config import MIB, OnMissing, count
 from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import TensorInfo, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_kernels, sanitise_config, tag_floats
+from surfw.skeleton.config import (
+    refuse_absurd_sizes,
+    refuse_endless_numbers,
+    refuse_kernels,
+    sanitise_config,
+    tag_floats,
+)
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 
@@ -90,6 +96,8 @@ def plan_model(
     """
     refuse_kernels(checkpoint.config, where=where)
     refuse_absurd_sizes(checkpoint.config, where=where)
+    refuse_endless_numbers(checkpoint.config, where=where)
+    refuse_endless_numbers(checkpoint.generation_config or {}, where=where)
     clean, dropped = sanitise_config(checkpoint.config)
     for line in dropped:
         logger.warning(

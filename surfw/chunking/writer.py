@@ -10,7 +10,6 @@
 
 import asyncio
 import fcntl
-import json
 import os
 import shutil
 import threading
@@ -26,7 +25,7 @@ from blake3 import blake3
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, encode_header
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
-from surfw.manifest import Chunk, Form, Location, Manifest, block_digests
+from surfw.manifest import Chunk, Form, Location, Manifest, block_digests, decode_line, encode_line
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
@@ -215,7 +214,7 @@ class ChunkWriter:
                 await self.backend.adopt(form.locations[0].object, scratch)
             # else an equal payload behind another header is there, and stays; `write` removes ours
         entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": placed.locations[0].start}
-        self._note(json.dumps(entry | {"blocks": form.blocks.hex()}))
+        self._note(encode_line(entry | {"blocks": form.blocks.hex()}))
         return placed
 
     @asynccontextmanager
@@ -230,23 +229,23 @@ class ChunkWriter:
         finally:
             os.close(fd)
 
-    def _note(self, line: str) -> None:
-        """Add a line to the journal; it begins one of its own even where a killed run left half a line."""
-        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("a") as journal:
-            journal.write(f"\n{line}\n")
+    def _note(self, line: bytes) -> None:
+        """Add a line to the journal."""
+        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
+            journal.write(line)
 
     @property
     def _journal(self) -> Path:
         return self.folder / "journal.jsonl"
 
     def _read_journal(self) -> dict[str, Form]:
-        """Chunks that an earlier run finished; a last line that was cut off does not count."""
+        """Chunks that an earlier run finished; a line that was cut off or damaged does not count."""
         done: dict[str, Form] = {}
         if not self._journal.exists():
             return done
-        for line in self._journal.read_text().splitlines():
+        for line in self._journal.read_bytes().splitlines():
             try:
-                entry = json.loads(line)
+                entry = decode_line(line)
                 size, start, digest = entry["bytes"], entry["start"], entry["digest"]
                 location = Location(blob_key(digest, ".safetensors"), start, start + size)
                 done[entry["chunk"]] = Form("none", size, digest, bytes.fromhex(entry["blocks"]), (location,))

@@ -172,6 +172,8 @@ def _show_verified(verified: "Verified") -> None:
     for damage in verified.damage:
         where = f", {damage.part}" * bool(damage.part) + f" ({', '.join(damage.objects)})" * bool(damage.objects)
         _say(f"{damage.model}{where}: {damage.complaint}")
+    for model in verified.undigested:
+        _say(f"{model}: its manifest has no digest, so that damage to it is not seen; chunk the model again to add one")
     _say(
         f"{count(len(verified.models), 'model')}, {count(verified.parts, 'chunk or file', 'chunks and files')}, "
         f"{format_size(verified.read_bytes)} read in {verified.store}: "

@@ -3,6 +3,7 @@
 A manifest is immutable, is JSON on disk, and knows neither torch nor network nor storage. The format is versioned and
 documented in the README. Its rules, checked whenever one is parsed:
 
+- In a store, a line with its BLAKE3 stands before the JSON: see `parse_stored_manifest`.
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
 - A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
   verified alone. For codec `none` the stored bytes are the payload itself.
@@ -16,7 +17,9 @@ from surfw.manifest.digests import (
     Digester,
     Digests,
     block_digests,
+    decode_line,
     digest_blocks,
+    encode_line,
     parse_digests,
     payload_digest,
     read_digests,
@@ -38,7 +41,13 @@ from surfw.manifest.facts import (
     nbytes,
     with_digests,
 )
-from surfw.manifest.parser import check_model_name, parse_manifest
+from surfw.manifest.parser import (
+    check_model_name,
+    encode_stored_manifest,
+    has_digest,
+    parse_manifest,
+    parse_stored_manifest,
+)
 
 __all__ = [
     "DTYPE_BITS",
@@ -58,10 +67,15 @@ __all__ = [
     "Use",
     "block_digests",
     "check_model_name",
+    "decode_line",
     "digest_blocks",
+    "encode_line",
+    "encode_stored_manifest",
+    "has_digest",
     "nbytes",
     "parse_digests",
     "parse_manifest",
+    "parse_stored_manifest",
     "payload_digest",
     "read_digests",
     "with_digests",

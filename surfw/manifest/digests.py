@@ -61,6 +61,27 @@ def parse_digests(data: bytes, stored_bytes: int, *, where: str) -> Digests:
         raise ManifestError(f"{where} cannot be read: {str(exc)[:200]}; try again, or read from another place") from exc
 
 
+def encode_line(document: Any) -> bytes:
+    """One line of a log of JSON documents: the BLAKE3 of the text, and the text. It begins with an end of line.
+
+    So it is whole even where whoever wrote before was stopped within a line.
+    """
+    text = json.dumps(document).encode()
+    return f"\n{payload_digest(text)} ".encode() + text + b"\n"
+
+
+def decode_line(line: bytes) -> Any:
+    """The document of one line.
+
+    Raises:
+        ValueError: it was cut off or damaged, or there is none.
+    """
+    digest, _, text = line.partition(b" ")
+    if digest != payload_digest(text).encode():
+        raise ValueError("the line is not what was written")
+    return json.loads(text)
+
+
 def count_blocks(stored_bytes: int) -> int:
     """How many blocks so many bytes have."""
     return -(-stored_bytes // BLOCK_BYTES)

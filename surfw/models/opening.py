@@ -14,12 +14,13 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from surfw.config import GIB, OnMissing, count, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, TensorInfo
 from surfw.runtime.loader import as_parameter
-from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, foreign_errors, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, sanitise_config, untag_floats
-from surfw.skeleton.dtypes import parse_dtype, torch_dtype
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
+from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
+from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
 from surfw.skeleton.loading import target_dtypes
+from surfw.skeleton.shared import foreign_errors
 from surfw.skeleton.units import Slot
 
 logger = logging.getLogger("surfw.models")
@@ -48,6 +49,8 @@ def open_skeleton(
     """
     where = manifest.name
     refuse_absurd_sizes(manifest.config, where=where)
+    refuse_endless_numbers(manifest.config, where=where)
+    refuse_endless_numbers(manifest.generation_config or {}, where=where)
     clean, dropped = sanitise_config(manifest.config)
     generation, dropped_generation = sanitise_config(manifest.generation_config or {})
     for line in dropped + dropped_generation:
@@ -67,11 +70,8 @@ def open_skeleton(
     )
     for name, slot in skeleton.slots.items():
         stored = tensors.get(manifest.ties.get(name, name))
-        if stored is not None and tuple(slot.tensor.shape) != stored.shape:
-            raise ManifestError(
-                f"{where}: {name} has shape {stored.shape} in the manifest, "
-                f"{tuple(slot.tensor.shape)} in {cls.__name__}"
-            )
+        if stored is not None:
+            _check_fit(name, stored, slot.tensor, cls.__name__, where)
     loaded = set(tensors) | set(manifest.ties)
     missing = [slot for name, slot in skeleton.slots.items() if name not in loaded and not slot.is_buffer]
     if missing:
@@ -85,6 +85,23 @@ def open_skeleton(
     with foreign_errors(f"the generation settings of {where}"):
         _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
     return skeleton
+
+
+def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
+    """Make sure that a stored tensor is what the class has a place for.
+
+    Floating-point numbers may be stored in another precision: the model can be run in another, and releases of
+    transformers differ in what they keep in float32. Whole numbers, truth values and complex numbers are never
+    converted.
+    """
+    if tuple(place.shape) != stored.shape:
+        raise ManifestError(f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(place.shape)} in {cls}")
+    found = torch_dtype(stored.dtype)
+    if found != place.dtype and not (found.is_floating_point and place.dtype.is_floating_point):
+        raise ManifestError(
+            f"{where}: {name} has dtype {stored.dtype} in the manifest, {safetensors_dtype(place.dtype)} in {cls}; "
+            "chunk the model again"
+        )
 
 
 def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, where: str) -> None:

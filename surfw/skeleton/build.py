@@ -7,28 +7,26 @@ a configuration cannot ask for more than the checkpoint or manifest holds.
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import huggingface_hub.constants
 import torch
 import transformers
 from torch import nn
-from torch.nn.modules import module as torch_module
-from transformers import PreTrainedConfig, PreTrainedModel, initialization
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.skeleton.config import IMPLEMENTATIONS, untag_floats
+from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")
 
 _MAX_BUFFER_BYTES = 1 << 30
-_MODULES_PER_TENSOR = 32
 _BUILDING = threading.Lock()
-"""Building sets defaults and hooks of torch and transformers that hold for the whole process."""
+"""Transformers sets the default dtype of the process while it builds a class, and torch's `init` functions after it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def read_config(
             f"{where} has model type {str(model_type)[:80]!r}, which transformers {transformers.__version__} does not "
             "know; name its class (model_class=…), or register it with AutoConfig.register and AutoModel.register"
         )
-    with foreign_errors(f"the configuration of {where}"), _no_hub():
+    with foreign_errors(f"the configuration of {where}"), no_hub():
         found: PreTrainedConfig = config_class.from_dict(untag_floats(dict(config)))
         _refuse_implementations(found, where)
         return found
@@ -182,12 +180,11 @@ def build_skeleton(
     """
     with ExitStack() as stack:
         stack.enter_context(_BUILDING)
-        stack.enter_context(_guard(tensor_count, accepts, where))
+        stack.enter_context(guarded(Guard(tensor_count, accepts, where)))
         stack.enter_context(foreign_errors(f"model {where} ({cls.__name__})"))
-        stack.enter_context(_no_hub())
+        stack.enter_context(no_hub())
         stack.enter_context(torch.device("meta"))
-        stack.enter_context(initialization.meta_device_safe_creation_ops())
-        stack.enter_context(initialization.no_tie_weights())
+        stack.enter_context(RealLinspace())
         untyped: Any = cls
         model = untyped._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - what AutoModel.from_config calls
     if not hasattr(model, "all_tied_weights_keys"):
@@ -230,7 +227,7 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
         raise UnsupportedModelError(f"{where} wants {size} bytes of buffers, expected at most {_MAX_BUFFER_BYTES}")
     for module, leaf in places:
         setattr(module, leaf, _unmade(getattr(module, leaf)))
-    with foreign_errors(f"the buffers of {where}"):
+    with _BUILDING, foreign_errors(f"the buffers of {where}"):
         initialise: Any = model.initialize_weights
         initialise()
     for module, leaf in places:
@@ -255,63 +252,3 @@ def _is_unmade(buffer: torch.Tensor) -> bool:
     if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
         return bool(buffer.isnan().all())
     return bool((buffer == torch.iinfo(buffer.dtype).max).all())
-
-
-@contextmanager
-def _no_hub() -> Iterator[None]:
-    """Whatever a configuration names, nothing is fetched because of it."""
-    before = huggingface_hub.constants.HF_HUB_OFFLINE
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def _guard(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> Iterator[None]:
-    """Stop a build that registers too many modules or parameters, or parameters of shapes that nothing has."""
-    most = 4 * tensor_count + 256
-    counts = {"parameters": 0, "modules": 0}
-
-    def count(what: str, limit: int) -> None:
-        counts[what] += 1
-        if counts[what] > limit:
-            raise UnsupportedModelError(
-                f"the configuration of {where} asks for more than {limit} {what}, there are {tensor_count} tensors; "
-                "the configuration does not belong to these weights"
-            )
-
-    def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        count("parameters", most)
-        if parameter is not None and not accepts(tuple(parameter.shape)):
-            raise UnsupportedModelError(
-                f"the configuration of {where} asks for a {type(module).__name__} with a {name} of shape "
-                f"{tuple(parameter.shape)}, which none of its tensors has; the configuration does not belong to these "
-                "weights, or this one is missing (on_missing='uninitialized' makes it up)"
-            )
-
-    def on_module(*_: Any) -> None:
-        count("modules", _MODULES_PER_TENSOR * most)
-
-    handles = [
-        torch_module.register_module_parameter_registration_hook(on_parameter),
-        torch_module.register_module_module_registration_hook(on_module),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def foreign_errors(what: str) -> Iterator[None]:
-    """Whatever transformers raises while it digests a configuration, as one of ours."""
-    try:
-        yield
-    except SurfwError:
-        raise
-    except Exception as exc:
-        first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}") from exc

@@ -26,6 +26,7 @@ _IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts?|attention)_implementation(_i
 _LAYER_KEY = re.compile(r"(num|n)_.*layers?|n_layers?|.*_layers|num_blocks|num_experts|.*_experts")
 _FLOAT_KEY = "__float__"
 _FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_BOUND_KEY = re.compile(r".*(limit|max|min|clip|threshold).*")
 _LABELS_KEY = "num_labels"
 _MAX_LAYERS = 10_000
 _MAX_LABELS = 100_000
@@ -91,11 +92,16 @@ def tag_floats(value: Any) -> Any:
 def untag_floats(value: Any) -> Any:
     """What `tag_floats` was given; every other value as it is."""
     if isinstance(value, dict):
-        tag = value.get(_FLOAT_KEY) if len(value) == 1 else None
-        if isinstance(tag, str) and tag in _FLOATS:
-            return _FLOATS[tag]
+        if (number := _untag_float(value)) is not None:
+            return number
         return {key: untag_floats(inner) for key, inner in value.items()}
     return [untag_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _untag_float(value: Any) -> float | None:
+    """The number that is meant, if the value is one in the form of `tag_floats`."""
+    tag = value.get(_FLOAT_KEY) if isinstance(value, dict) and len(value) == 1 else None
+    return _FLOATS.get(tag) if isinstance(tag, str) else None
 
 
 def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
@@ -131,11 +137,32 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
             )
 
 
+def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse settings that are no number, or infinite.
+
+    An infinite bound sets none, as in Mamba-2's `time_step_limit`: it is accepted where the key speaks of a limit, a
+    maximum, a minimum, a clip or a threshold. An infinite epsilon, scale or frequency makes every result the same.
+
+    Raises:
+        UnsupportedModelError: there is one; the text names the key.
+    """
+    for key, value in _walk(config):
+        if not isinstance(value, float) or math.isfinite(value):
+            continue
+        if math.isnan(value) or not _BOUND_KEY.fullmatch(key):
+            raise UnsupportedModelError(
+                f"{where} has {key[:80]} = {value}, expected a finite number; the file is damaged, or the model "
+                "computes nothing with it: then remove it from there"
+            )
+
+
 def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Every value with its key, however deep; the items of a list have the list's."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep")
-    if isinstance(value, dict):
+    if (number := _untag_float(value)) is not None:
+        yield key, number
+    elif isinstance(value, dict):
         for name, inner in value.items():
             yield name, inner
             yield from _walk(inner, name, depth + 1)

@@ -1,18 +1,18 @@
 """Digests that were found out by reading, kept in `$SURFW_HOME/digests`: nobody has to find them out again.
 
-One file per origin and its pins, with one line of JSON per chunk, by its provisional id. Lines are appended in one
-write each, so that several processes may do it at once; a line that was cut off, or is none, is passed over. A file
-grows to `_MOST_BYTES` and no further. Where it cannot be written, digests are found out anew by the next process.
+One file per origin and its pins, with one line per chunk: JSON with its provisional id, behind the BLAKE3 of the JSON.
+Lines are appended in one write each, so that several processes may do it at once. A line that was cut off or damaged,
+or is none, is passed over, and what it said is found out again. A file grows to `_MOST_BYTES` and no further. Where it
+cannot be written, digests are found out anew by the next process.
 """
 
-import json
 import logging
 import os
 import threading
 from collections.abc import Mapping
 
 from surfw.config import MIB, surfw_home
-from surfw.manifest import Digests, Manifest, read_digests
+from surfw.manifest import Digests, Manifest, decode_line, encode_line, read_digests
 
 logger = logging.getLogger("surfw.storage")
 
@@ -46,7 +46,7 @@ class DigestLog:
 
     def _take(self, line: bytes, sizes: Mapping[str, int]) -> None:
         try:
-            entry = json.loads(line)
+            entry = decode_line(line)
             chunk = entry["chunk"]
             self.known[chunk] = read_digests(entry, sizes[chunk])
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -58,13 +58,13 @@ class DigestLog:
             return
         with self._lock:
             self.known[chunk] = digests
-            line = json.dumps({"chunk": chunk} | digests.document()).encode()
+            line = encode_line({"chunk": chunk} | digests.document())
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 try:
                     if os.fstat(fd).st_size + len(line) < _MOST_BYTES:
-                        os.write(fd, b"\n" + line + b"\n")
+                        os.write(fd, line)
                 finally:
                     os.close(fd)
             except OSError as exc:

@@ -1,7 +1,7 @@
 """A store: the layout of chunked models in a storage.
 
     surfw.json                             says that this is a store, and its version
-    models/NAME.json                       a manifest; a model is visible when this exists
+    models/NAME.json                       a manifest behind its digest; a model is visible when this exists
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
     partial/                               work in progress; nothing reads it but the `chunk` that wrote it
@@ -19,7 +19,15 @@ from contextlib import suppress
 
 from surfw.config import display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
-from surfw.manifest import Chunk, Digests, Location, Manifest, check_model_name, parse_manifest
+from surfw.manifest import (
+    Chunk,
+    Digests,
+    Location,
+    Manifest,
+    check_model_name,
+    encode_stored_manifest,
+    parse_stored_manifest,
+)
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digest_log import DigestLog, chunk_sizes
@@ -186,13 +194,13 @@ class Store:
         """The manifest from its stored bytes. Large ones take long: call it in a thread.
 
         Raises:
-            ManifestError: it is not valid.
+            ManifestError: it is damaged, or not valid.
             StorageError: it is another model's.
         """
         return self.objects.mount(self._parse(model, data), where=self.url)
 
     def _parse(self, model: str, data: bytes) -> Manifest:
-        manifest = parse_manifest(data, where=f"{self.url}, model {model}")
+        manifest = parse_stored_manifest(data, where=f"{self.url}, model {model}")
         if manifest.name != model:
             raise StorageError(f"{manifest_key(model)} in {self.url} is the manifest of {manifest.name!r}")
         return manifest
@@ -222,10 +230,10 @@ class Store:
             ManifestError: the manifest could not be read again.
         """
         try:
-            data = manifest.encode()
+            data = encode_stored_manifest(manifest)
         except ValueError as exc:
             raise ManifestError(f"the configuration of {manifest.name} cannot be written as JSON: {exc}") from exc
-        parse_manifest(data, where=manifest.name)
+        parse_stored_manifest(data, where=manifest.name)
         await self.backend.save(manifest_key(manifest.name), data)
 
 

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
-from surfw.manifest import Form, Location, Manifest, block_digests
+from surfw.manifest import Form, Location, Manifest, block_digests, has_digest
 from surfw.storage.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
@@ -48,6 +48,8 @@ class Verified:
         parts: how many chunks and files were read; what is shared counts once.
         read_bytes: how many bytes.
         damage: what is damaged or missing; empty if all is well.
+        undigested: the models whose manifests have no digest, as surfw 0.1.0 wrote them: damage to such a manifest is
+            not seen. Chunking the model again gives it one.
     """
 
     store: str
@@ -55,6 +57,7 @@ class Verified:
     parts: int
     read_bytes: int
     damage: tuple[Damage, ...]
+    undigested: tuple[str, ...]
 
 
 @dataclass
@@ -93,10 +96,11 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     await store.check()
     names = await store.models() if model is None else [model]
     parts: dict[tuple[object, ...], _Part] = {}
-    damage = []
+    damage, undigested = [], []
     for name in names:
         try:
-            manifest = await store.manifest(name)
+            data = await store.manifest_bytes(name)
+            manifest = await asyncio.to_thread(store.parse_manifest, name, data)
         except UnknownModelError:
             if model is not None:
                 raise
@@ -105,7 +109,9 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             await store.check()  # an error of its own, if the storage does not answer
             damage.append(Damage(model=name, part="", objects=(), complaint=str(exc)))
             continue
-        for part in _parts_of(manifest):
+        if not has_digest(data):
+            undigested.append(name)
+        for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault((*part.locations, part.digest, part.blocks), part)
     reading = _Reading(sum(part.size for part in parts.values()), progress, damage=damage)
     for part in parts.values():
@@ -121,6 +127,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         parts=len(parts),
         read_bytes=reading.total,
         damage=tuple(damage),
+        undigested=tuple(undigested),
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from surfw.manifest import decode_line
 from tests.checkpoints import save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.conftest import require
@@ -255,8 +256,8 @@ def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
     writer.wait()
     assert visible(store / "models") == before == ["first.json"]
     (journal,) = (store / "partial").rglob("journal.jsonl")
-    whole_lines = journal.read_text().split("\n")[:-1]  # the last one may have been cut off
-    done = [json.loads(line)["digest"] for line in whole_lines if line]
+    whole_lines = journal.read_bytes().split(b"\n")[:-1]  # the last one may have been cut off
+    done = [decode_line(line)["digest"] for line in whole_lines if line]
     finished = {path: path.stat().st_ino for path in (store / "blobs").rglob("*.safetensors") if path.stem in done}
     assert len(finished) >= 2
     assert surfw(tmp_path, "chunk", str(big), "--name", "second").returncode == 0

@@ -27,6 +27,7 @@ from surfw import (
     WeightClient,
     WeightServer,
 )
+from surfw.manifest import parse_stored_manifest
 from tests.library.conftest import run
 from tests.peers import until
 from tests.servers import Served
@@ -64,7 +65,7 @@ def test_a_model_is_chunked_into_a_folder(checkpoints: Path, here: Path) -> None
 def test_the_folder_is_named_by_default(checkpoints: Path, here: Path) -> None:
     info = ModelChunker(str(checkpoints / "bert")).chunk_model_sync()
     assert info.store == str(here / "chunks")
-    assert json.loads((here / "chunks" / "models" / "bert.json").read_text())["name"] == "bert"
+    assert parse_stored_manifest((here / "chunks" / "models" / "bert.json").read_bytes(), where="here").name == "bert"
 
 
 def test_a_model_is_chunked_into_a_backend(checkpoints: Path, here: Path) -> None:

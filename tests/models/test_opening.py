@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from surfw.chunking.chunker import prepare_model, write_model
 from surfw.errors import ConfigurationError, ManifestError, UnsupportedModelError
 from surfw.manifest import Chunk, Manifest, TensorInfo, Use
 from surfw.models.opening import cast_dtypes, open_skeleton
@@ -180,3 +183,71 @@ def test_generation_settings_that_transformers_refuses(manifest: Manifest, setti
 
 def test_a_configuration_survives_the_store(manifest: Manifest, checkpoints: Path) -> None:
     assert manifest.config == json.loads((checkpoints / "llama" / "config.json").read_text())
+
+
+class StepsConfig(PreTrainedConfig):
+    model_type = "steps"
+
+
+class Steps(PreTrainedModel):
+    """A layer, and two buffers that are no floating-point numbers."""
+
+    config_class = StepsConfig
+
+    def __init__(self, config: StepsConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.register_buffer("steps", torch.arange(3))
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.post_init()
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    folder = tmp_path_factory.mktemp("steps")
+    Steps(StepsConfig()).save_pretrained(folder / "model")
+    with prepare_model(str(folder / "model"), model_class=Steps) as prepared:
+        return asyncio.run(write_model(prepared, FilesystemBackend(folder / "store")))
+
+
+def with_dtype(manifest: Manifest, tensor: str, dtype: str) -> Manifest:
+    """The manifest with another dtype for a tensor, and nothing else that a rule of the format is broken by."""
+
+    def change(chunk: Chunk) -> Chunk:
+        tensors, offset = [], 0
+        for info in chunk.tensors:
+            tensors.append(replace(info, dtype=dtype if info.name == tensor else info.dtype, offset=offset))
+            offset += tensors[-1].nbytes
+        return replace(chunk, tensors=tuple(tensors), payload_bytes=offset)
+
+    return replace(manifest, chunks=tuple(change(chunk) for chunk in manifest.chunks))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dtype", "place"),
+    [
+        ("layers.0.weight", "I32", "F32"), ("layers.0.weight", "U32", "F32"), ("layers.0.bias", "BOOL", "F32"),
+        ("layers.0.bias", "C64", "F32"), ("steps", "F64", "I64"), ("steps", "I32", "I64"), ("steps", "U64", "I64"),
+        ("mask", "U8", "BOOL"), ("mask", "F8_E4M3", "BOOL"), ("mask", "I8", "BOOL"),
+    ],
+)  # fmt: skip
+def test_whole_numbers_are_not_taken_for_others(steps: Manifest, tensor: str, dtype: str, place: str) -> None:
+    text = f"^model: {tensor} has dtype {dtype} in the manifest, {place} in Steps; chunk the model again"
+    with pytest.raises(ManifestError, match=text):
+        open_skeleton(with_dtype(steps, tensor, dtype), model_class=Steps)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64", "F8_E4M3"])
+def test_floating_point_numbers_are_converted(steps: Manifest, dtype: str) -> None:
+    manifest = with_dtype(steps, "layers.0.weight", dtype)
+    skeleton = open_skeleton(manifest, model_class=Steps)
+    expected = {} if dtype == "F32" else {"layers.0.weight": torch.float32}
+    assert cast_dtypes(manifest, skeleton) == expected
+
+
+def test_an_infinite_epsilon_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"llama has rms_norm_eps = inf, expected a finite number"):
+        open_skeleton(with_config(manifest, rms_norm_eps={"__float__": "Infinity"}))
+    penalty = replace(manifest, generation_config={"repetition_penalty": {"__float__": "NaN"}})
+    with pytest.raises(UnsupportedModelError, match="llama has repetition_penalty = nan, expected a finite number"):
+        open_skeleton(penalty)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from surfw.errors import UnsupportedModelError
 from surfw.skeleton.config import (
     IMPLEMENTATIONS,
     refuse_absurd_sizes,
+    refuse_endless_numbers,
     refuse_kernels,
     sanitise_config,
     tag_floats,
@@ -197,3 +199,30 @@ JSON = st.recursive(
 def test_tags_are_read_as_transformers_reads_them(value: Any) -> None:
     assert untag_floats(value) == PreTrainedConfig._decode_special_floats(value)
     assert tag_floats(value) == PreTrainedConfig._encode_special_floats(value)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"rms_norm_eps": math.inf}, "has rms_norm_eps = inf"),
+        ({"rms_norm_eps": {"__float__": "Infinity"}}, "has rms_norm_eps = inf"),
+        ({"text_config": {"rope_parameters": {"rope_theta": -math.inf}}}, "has rope_theta = -inf"),
+        ({"scales": [1.0, {"__float__": "-Infinity"}]}, "has scales = -inf"),
+        ({"time_step_limit": [0.0, math.nan]}, "has time_step_limit = nan"),
+        ({"max_time": {"__float__": "NaN"}}, "has max_time = nan"),
+    ],
+)
+def test_a_number_without_an_end_is_refused(config: dict[str, Any], text: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"^here {re.escape(text)}, expected a finite number; the file"):
+        refuse_endless_numbers(config, where="here")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"time_step_limit": [0.0, math.inf], "max_time": {"__float__": "Infinity"}, "time_step_max": math.inf},
+        {"rms_norm_eps": 1e-6, "layers": 3, "other": {"__float__": "text"}, "nothing": None, "more": {"__float__": []}},
+    ],
+)
+def test_a_bound_may_be_infinite(config: dict[str, Any]) -> None:
+    refuse_endless_numbers(config, where="here")

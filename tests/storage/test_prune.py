@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
 from surfw.chunking.writer import ChunkWriter
 from surfw.errors import NotAStoreError, StorageError, UnknownModelError
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, decode_line
 from surfw.storage import FilesystemBackend, StorageBackend, Store, adapt_backend, lease, notices
 from surfw.storage.housekeeping import Housekeeping
 from surfw.storage.notices import ABANDONED_SECONDS, SILENT_SECONDS, TRUSTED_SECONDS, Announcement, Pruning
@@ -188,8 +188,8 @@ def _held(item: tuple[str, bytes]) -> set[str]:
 
 def _journal(spool: Path) -> set[str]:
     """The chunks that a killed run had noted as done."""
-    lines = [line for file in spool.glob("*/journal.jsonl") for line in file.read_text().splitlines() if line]
-    return {json.loads(line)["chunk"] for line in lines}
+    lines = [line for file in spool.glob("*/journal.jsonl") for line in file.read_bytes().splitlines() if line]
+    return {decode_line(line)["chunk"] for line in lines}
 
 
 def orphaned() -> dict[str, bytes]:

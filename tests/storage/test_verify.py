@@ -34,7 +34,9 @@ def test_a_whole_store_is_as_it_should_be_and_what_is_shared_is_read_once(tmp_pa
     house = Housekeeping(backend)
     verified = asyncio.run(house.verify(progress=lambda done, total, _: steps.append((done, total))))
     size = sum(SIZES) + sum(file.size for file in manifest.files)
-    assert verified == Verified(store=str(tmp_path), models=("a", "b"), parts=6, read_bytes=size, damage=())
+    assert verified == Verified(
+        store=str(tmp_path), models=("a", "b"), parts=6, read_bytes=size, damage=(), undigested=()
+    )
     assert steps[-1] == (size, size)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     blob = manifest.chunks[0].forms[0].locations[0].object
