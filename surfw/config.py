@@ -25,6 +25,8 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
@@ -155,6 +157,25 @@ def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
 def display_text(text: str) -> str:
     """A text of others, such as an exception's, with every URL in it as it may be shown."""
     return _URL.sub(lambda found: display_url(found[0]), text)
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """A text from anywhere, with `?` for the characters that could steer a terminal or mislead whoever reads it.
+
+    Args:
+        text: what a peer, a file or a model says.
+        lines: the text may have several lines, and be in any script: only control characters but newline and tab,
+            other ends of lines, and what turns the direction of writing around are replaced. Without it, everything
+            that Python does not call printable is, so that the result is one line.
+    """
+    if lines:
+        return _STEERING.sub("?", text)
+    return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
+
+
+def escape_json(text: str) -> str:
+    """JSON with escapes in place of the characters that JSON allows in its strings, and that could steer a terminal."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _without_secrets(url: str) -> str:

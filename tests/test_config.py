@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from surfw.config import (
     check_policy,
     default_store,
     display_url,
+    escape_json,
     format_size,
     is_size,
     parse_size,
+    printable,
     surfw_home,
 )
 from surfw.errors import ConfigurationError
@@ -141,3 +144,24 @@ def test_limits_are_frozen_and_named() -> None:
 def test_a_shown_url_has_no_secrets(url: str, shown: str) -> None:
     assert display_url(url) == shown
     assert display_url(shown) == shown
+
+
+STEERING = "".join(map(chr, [*range(32), *range(0x7F, 0xA0), 0x2028, 0x2029, *range(0x202A, 0x202F), 0x2066, 0x2069]))
+
+
+def test_a_text_on_one_line() -> None:
+    assert printable("größer 🙂 \x1b[2J\r\n") == "größer 🙂 ?[2J??"
+    assert printable("plain") == "plain"
+
+
+def test_a_text_on_several_lines_keeps_what_scripts_need_and_steers_nothing() -> None:
+    kept = "one\n\ttwo \u3000 \u00a0 👩\u200d🚀 \u200f שלום größer"
+    assert printable(kept, lines=True) == kept
+    assert set(printable(STEERING, lines=True)) == {"?", "\n", "\t"}
+
+
+@given(st.text())
+def test_escaped_json_says_the_same(text: str) -> None:
+    escaped = escape_json(json.dumps([text, STEERING], ensure_ascii=False))
+    assert json.loads(escaped) == [text, STEERING]
+    assert not set(escaped) & set(STEERING)

@@ -7,6 +7,7 @@ here.
 
 import glob
 import logging
+import sys
 from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,14 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings | {"disable": True})  # type: ignore[no-untyped-call]
 
-    bar = tqdm if show_progress else NoBar
+    class Bar(tqdm):
+        """Steers a terminal, past whatever keeps others from that; names of files come to it checked."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+            super().__init__(*args, **settings | {"file": file})  # type: ignore[no-untyped-call]
+
+    bar = Bar if show_progress else NoBar
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_exactly(names), tqdm_class=bar))
     except Exception as exc:

@@ -137,8 +137,7 @@ def infer(
         rounds=rounds,
         patience_seconds=patience,
     )
-    with bench_view.ending_with_sigterm():
-        found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
+    found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
     if json:
         render.print_json(found.as_dict())
     else:

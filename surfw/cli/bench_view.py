@@ -1,9 +1,5 @@
-"""How measurements are shown, and how one that leaves things behind is ended."""
+"""How measurements are shown."""
 
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.table import Table
@@ -70,16 +66,6 @@ def show_comparison(result: Any) -> None:
     for note in result.notes:
         render.out.print(f"- {note}", soft_wrap=True)
     _show_machine(result)
-
-
-@contextmanager
-def ending_with_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as an interrupt does, so that what was begun is cleaned up."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from surfw.cli import signals
+
 
 class Command(TyperCommand):
     """A command of the application."""
@@ -29,5 +31,5 @@ class Command(TyperCommand):
         except KeyboardInterrupt as exc:
             then = f"; {exc}" if str(exc) else ""
             begin = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C where the output ended
-            print(f"{begin}surfw: interrupted{then}", file=sys.stderr)
+            print(f"{begin}surfw: {signals.description()}{then}", file=sys.stderr)
             raise

@@ -35,6 +35,7 @@ def serve_demo() -> Iterator[str]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C ends this process, and its end that one
         )
         assert server.stdin is not None, "a pipe was asked for"
         assert server.stdout is not None, "a pipe was asked for"

@@ -107,7 +107,7 @@ def _show(result: Any, show: Callable[[Any], None], *, json: bool) -> None:
 
 def _say(text: str) -> None:
     from surfw.cli import render
-    from surfw.cli.main import one_line
+    from surfw.cli.streams import one_line
 
     render.out.print(one_line(text), soft_wrap=True)
 

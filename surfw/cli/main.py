@@ -1,9 +1,9 @@
 """The application: its commands, and how errors become a line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 130 interrupted, 143 and 129 the same by
+SIGTERM and SIGHUP.
 """
 
-import io
 import logging
 import os
 import sys
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, chunk, config, infer, options, serve, stats
+from surfw.cli import bench, chunk, config, infer, options, serve, signals, stats, streams
 from surfw.cli.command import Command
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
@@ -50,13 +50,6 @@ def _common(
     """Options of every command."""
 
 
-class _OneLine(logging.Formatter):
-    """`surfw: warning: …` on one line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return f"surfw: {record.levelname.lower()}: {one_line(record.getMessage())}"
-
-
 _show_other_warning = warnings.showwarning
 
 
@@ -70,35 +63,50 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 def main() -> None:
     """Run the command line, and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    streams.set_up()
+    signals.set_up()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine())
+    handler.setFormatter(_Remark("%(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("surfw").addHandler(handler)
     warnings.showwarning = _show_warning
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = _run()
+    try:
+        streams.finish()
+    except streams.OutputError as exc:
+        code = code or _fail(str(exc))
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; what it raises becomes a line and an exit code."""
     try:
         app()
-    except SurfwError as exc:
-        fail(str(exc))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
-        sys.exit(1)
+    except SystemExit as end:
+        if end.code == signals.INTERRUPTED:
+            return signals.exit_code()
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return signals.exit_code()
+    except (SurfwError, streams.OutputError) as exc:
+        return _fail(str(exc))
     except Exception as exc:
         if os.environ.get("SURFW_DEBUG"):
             raise
-        fail(f"unexpected {type(exc).__name__}: {exc}; SURFW_DEBUG=1 shows where, please report it")
+        return _fail(f"unexpected {type(exc).__name__}: {exc}; SURFW_DEBUG=1 shows where, please report it")
+    return 0
 
 
-def fail(message: str) -> None:
+class _Remark(streams.OneLine):
+    """`surfw: warning: …` on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"surfw: {record.levelname.lower()}: {super().format(record)}"
+
+
+def _fail(message: str) -> int:
     """One line on stderr, and exit code 1."""
-    print(f"surfw: error: {one_line(message)}", file=sys.stderr)
-    sys.exit(1)
-
-
-def one_line(text: str) -> str:
-    """A text from anywhere, as one line that cannot steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    print(f"surfw: error: {streams.one_line(message)}", file=sys.stderr)
+    return 1

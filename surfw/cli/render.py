@@ -1,26 +1,37 @@
-"""Pieces of output that several commands share: consoles, tables, JSON."""
+"""Pieces of output that several commands share: consoles, tables, JSON. What they show cannot steer a terminal."""
 
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.segment import Segment
 from rich.table import Table
 
-from surfw.config import count, format_size
+from surfw.config import count, escape_json, format_size, printable
 from surfw.wire import ServerStats
 
 _SHOWN_MODELS = 8
 
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+class _CleanConsole(Console):
+    """Cleans the texts of everything that it shows; what rich itself says to a terminal passes."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The pieces of a renderable, cleaned."""
+        for piece in super().render(renderable, options):
+            yield piece if piece.control else Segment(printable(piece.text, lines=True), piece.style)
+
+
+out = _CleanConsole(highlight=False, markup=False, emoji=False)
+err = _CleanConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.write(escape_json(json.dumps(value, ensure_ascii=False, allow_nan=False)) + "\n")
     sys.stdout.flush()
 
 

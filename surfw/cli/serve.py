@@ -4,11 +4,13 @@ import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import options
+from surfw.cli import options, signals
+from surfw.cli.streams import OneLine
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,13 +59,14 @@ def serve(
     import asyncio
 
     place = place or settings.store
-    asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin))
+    if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):
+        raise KeyboardInterrupt
 
 
 def _log_lines() -> None:
     """One line per event on stderr, in place of the table."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -85,7 +88,8 @@ def _make_server(settings: Settings, place: str) -> Any:
     )
 
 
-async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> None:
+async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> bool:
+    """Serve until a signal ends it; False if that came before the server was up."""
     import asyncio
 
     from surfw.cli import render
@@ -93,11 +97,22 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+
+    def end(number: int) -> None:
+        stop.set()
+        for other in signals.ENDING:
+            loop.remove_signal_handler(other)
+        signals.note(number)
+
+    for number in signals.ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, end, number)
     if exit_with_stdin:
         loop.add_reader(sys.stdin.fileno(), stop.set)
-    async with _make_server(settings, place) as server:
+    async with contextlib.AsyncExitStack() as stack:
+        server = _make_server(settings, place)
+        if not await _starts(stack.enter_async_context(server), stop):
+            return False
         if announce:
             render.print_json({"url": server.url, "store": display_url(place)})
         logger.info("%s serves %s", server.url, display_url(place))
@@ -105,6 +120,22 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
             await _live_table(server, stop)
         else:
             await stop.wait()
+    return True
+
+
+async def _starts(start: Coroutine[Any, Any, Any], stop: "asyncio.Event") -> bool:
+    """Whether it has started before it was to stop; if not, nothing is left of it."""
+    import asyncio
+
+    starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        starting.result()
+        return True
+    starting.cancel()
+    await asyncio.wait([starting])
+    return False
 
 
 async def _live_table(server: Any, stop: "asyncio.Event") -> None:

@@ -4,6 +4,8 @@ An absent tensor knows its shape and dtype and holds nothing. Asking for its fac
 happens where a model uses a weight outside of the forward of the module that owns it, brings the weight first, unless
 what is asked for can be had without the whole of it. So no model can ever compute with weights that are missing. Below,
 it lies on the meta device, where torch itself refuses to compute.
+
+What changes a tensor in place is refused: the change would be lost with the memory that it was made in.
 """
 
 import copy
@@ -12,11 +14,15 @@ from typing import Any, Self, TypeVar
 
 import torch
 
+from surfw.errors import ModelError
+
 _FACTS = {
     "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_floating_point", "is_complex",
     "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
 }  # fmt: skip
 _VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+_READS = {"__index__", "__int__", "__invert__"}
+_CONVERSIONS = {"to", "cpu", "float", "double", "half", "bfloat16"}
 
 Load = Callable[[], torch.Tensor]
 """Brings the whole weight."""
@@ -48,9 +54,7 @@ class _Absent(torch.Tensor):
         else:
             known = name in _FACTS
         if not known:
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            apply = weight._surfw_apply if isinstance(weight, _Absent) else None  # noqa: SLF001 - ours
-            result = apply(func, args, kwargs) if apply else NotImplemented
+            result = _without_values(func, name, args, kwargs)
             if result is not NotImplemented:
                 return result
             args = _present(args)
@@ -59,8 +63,9 @@ class _Absent(torch.Tensor):
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """A copy has its values."""
-        return copy.deepcopy(self._surfw_load(), memo)
+        """A copy has its values, and is a parameter where this stands for one."""
+        values = copy.deepcopy(self._surfw_load().detach(), memo)
+        return torch.nn.Parameter(values, self.requires_grad) if isinstance(self, torch.nn.Parameter) else values
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
         """Its facts, as there are no values."""
@@ -91,6 +96,47 @@ def _make(cls: type[A], like: torch.Tensor, load: Load, apply: Apply | None) -> 
     absent._surfw_load = load  # noqa: SLF001 - ours
     absent._surfw_apply = apply  # noqa: SLF001 - ours
     return absent
+
+
+def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What can be answered without the values of an absent tensor; NotImplemented if it cannot.
+
+    Raises:
+        ModelError: the values would be changed.
+    """
+    if _changes_absent(name, args, kwargs):
+        raise ModelError(
+            "a streamed weight cannot be changed in place, as it is read anew for every use; put a parameter of your "
+            "own in its place (module.weight = torch.nn.Parameter(...)), and for another dtype open the model with "
+            "dtype=..."
+        )
+    if name == "_has_compatible_shallow_copy_type":  # asked by `Module.to`, which sets `data` if it is so
+        return True
+    if name == "__set__":  # its own data once more, as `Module.to` does where there is nothing to convert
+        return None
+    if name in _CONVERSIONS and _converts_to_itself(function, args, kwargs):
+        return args[0]
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    apply = weight._surfw_apply if isinstance(weight, _Absent) else None  # noqa: SLF001 - ours
+    return apply(function, args, kwargs) if apply else NotImplemented
+
+
+def _changes_absent(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether torch is asked to write to an absent tensor."""
+    if name == "__set__":
+        return args[1] is not args[0]
+    is_in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _READS)
+    written = [kwargs.get("out")]
+    if is_in_place or name == "__setitem__":
+        first = next(iter([*args, *kwargs.values()]), None)  # of `torch.nn.init`, it has a name
+        written += first if isinstance(first, tuple | list) else [first]
+    return any(isinstance(one, _Absent) for one in written)
+
+
+def _converts_to_itself(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on the CPU."""
+    like = torch.empty(0, dtype=args[0].dtype)
+    return function(like, *args[1:], **kwargs) is like
 
 
 def _present(value: Any) -> Any:

@@ -43,6 +43,7 @@ T = TypeVar("T")
 logger = logging.getLogger("surfw.runtime")
 
 _LEAST_WINDOW_BYTES = 64 * MIB
+_OUTSIDE_BYTES = 4 * MIB
 _DEMAND, _LAST_PRIORITY = 0, 1 << 30
 
 
@@ -104,19 +105,23 @@ class Engine:
         self._run = Run()
         self._ahead = prefetch
         self._asked = _DEMAND
+        self._runner: int | None = None  # the thread that has a run
+        self._home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
+        self._outside = loader.reader(io, metrics, scratch_bytes=_OUTSIDE_BYTES)
+        self._reading = threading.Lock()  # held while a tensor is read outside of a run
         self._is_settled = False  # whether all that stays is there, and nothing else
 
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
         """Work for this run, which says when to stop; without `prefetch`, fetch only what it needs."""
-        before = self._run, self._ahead
-        self._run, self._ahead = run, prefetch and self._ahead
+        before = self._run, self._ahead, self._runner
+        self._run, self._ahead, self._runner = run, prefetch and self._ahead, threading.get_ident()
         with self._lock:
             self._planning.begin()
         try:
             yield
         finally:
-            self._run, self._ahead = before
+            self._run, self._ahead, self._runner = before
 
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
@@ -178,6 +183,27 @@ class Engine:
         tensors = self.acquire(module)
         self.keep(module)
         return tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of one tensor, which is the caller's own: what is kept, and what comes next, stays as it was.
+
+        Args:
+            name: as in the manifest.
+
+        Raises:
+            SurfwError: it could not be loaded.
+        """
+        chunk = self._home[name]
+        with self._lock:
+            entry = self._entries.get(chunk)
+            if entry is not None and entry.load.done() and not _failed(entry.load):
+                return self._tensors(entry)[name].detach().clone()
+        with self._reading:
+            return self._outside.tensor(name)
+
+    def runs_here(self) -> bool:
+        """Whether it works for a run of this thread."""
+        return self._runner == threading.get_ident()
 
     def keep(self, module: str) -> None:
         """Never evict the chunks that a module uses now.

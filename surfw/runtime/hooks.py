@@ -1,22 +1,59 @@
 """Puts a module's weights in place before its forward and takes them away afterwards.
 
-The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it.
+The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it. A parameter
+that its user puts in the place of a streamed one stays there, and is used.
 """
 
+import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from surfw.errors import ManifestError
+from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.engine import Engine
 from surfw.runtime.tables import Tables
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.units import Slot, Unit
+
+logger = logging.getLogger("surfw.runtime")
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """A slot, and what the hooks have put there last.
+
+    Attributes:
+        registry: torch's dictionary of the slot's module.
+        leaf: the slot's name in it.
+        stored: the name under which its tensor is stored.
+        original: what lay there before the hooks.
+        absent: stands there while the weight is away.
+        placed: what lies there now, unless somebody has replaced it.
+    """
+
+    slot: Slot
+    registry: dict[str, Any]
+    leaf: str
+    stored: str
+    original: torch.Tensor
+    absent: torch.Tensor
+    placed: torch.Tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there."""
+        self.registry[self.leaf] = self.placed = tensor
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether what the hooks have put there is there still."""
+        return self.registry.get(self.leaf) is self.placed
 
 
 class StreamingHooks:
@@ -26,13 +63,12 @@ class StreamingHooks:
         """Attach to every unit that the manifest's order names; `tables` knows which run without theirs in memory."""
         self._engine = engine
         self._tables = tables
+        self._name = manifest.name
         self._without_tables: set[str] = set()  # paths of the units that now run so
-        self._ties = manifest.ties
-        self._original = {slot.name: slot.tensor for unit in skeleton.units for slot in unit.slots}
-        provided = _provided(manifest)
-        self._slots = [slot for unit in skeleton.units for slot in unit.slots if slot.name in provided]
-        self._absent: dict[str, torch.Tensor] = {}
+        self._inside: list[int] = []  # threads that are within a forward of the model
+        self._places: list[list[_Place]] = []
         self._handles: list[RemovableHandle] = []
+        provided = _provided(manifest)
         used = {use.module for use in manifest.order}
         for unit in skeleton.units:
             slots = [slot for slot in unit.slots if slot.name in provided]
@@ -42,55 +78,85 @@ class StreamingHooks:
                 raise ManifestError(
                     f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again"
                 )
-            self._attach(unit, slots)
+            self._attach(unit, slots, manifest.ties)
+        self._handles += [
+            skeleton.model.register_forward_pre_hook(self._enter, prepend=True),
+            skeleton.model.register_forward_hook(self._leave, always_call=True),
+        ]
 
     def detach(self) -> None:
-        """Remove the hooks; every slot gets back what it held before."""
+        """Remove the hooks; every slot gets back what it held before, unless somebody has replaced that."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for slot in self._slots:
-            slot.put(self._original[slot.name])
+        for places in self._places:
+            for place in places:
+                if place.is_ours:
+                    place.put(place.original)
 
     def recover(self) -> None:
         """Take away what a forward that was interrupted has left in place."""
         if self._handles:
             self._without_tables.clear()
-            self._take_away(self._slots)
+            self._inside.clear()
+            for places in self._places:
+                self._take_away(places)
             self._engine.release_all()
 
-    def _attach(self, unit: Unit, slots: Sequence[Slot]) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refuse: a copy of the model would have these very hooks."""
+        raise ModelError(
+            f"{self._name} cannot be copied, as its weights are elsewhere; open it again, or load it with transformers"
+        )
+
+    def _attach(self, unit: Unit, slots: Sequence[Slot], ties: Mapping[str, str]) -> None:
+        places: list[_Place] = []
         for slot in slots:
-            kind = AbsentBuffer if slot.is_buffer else AbsentParameter
-            apply = partial(self._apply, unit, self._stored(slot)) if self._tables else None
-            absent = kind(slot.tensor, partial(self._bring, unit, slots, slot), apply)
-            self._absent[slot.name] = absent
+            kind, stored = AbsentBuffer if slot.is_buffer else AbsentParameter, ties.get(slot.name, slot.name)
+            apply = partial(self._apply, unit, stored) if self._tables else None
+            absent = kind(slot.tensor, partial(self._bring, unit, places, stored), apply)
+            registry: Any = slot.module._buffers if slot.is_buffer else slot.module._parameters  # noqa: SLF001 - torch's registries
+            places.append(_Place(slot, registry, slot.leaf, stored, slot.tensor, absent, absent))
             slot.put(absent)
-        before, after = partial(self._before, unit, slots), partial(self._after, unit, slots)
+        self._places.append(places)
+        before, after = partial(self._before, unit, places), partial(self._after, unit, places)
         self._handles += [
             unit.module.register_forward_pre_hook(before, prepend=True),
             unit.module.register_forward_hook(after, always_call=True),
         ]
 
-    def _before(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any) -> None:
+    def _enter(self, module: torch.nn.Module, args: Any) -> None:
+        self._inside.append(threading.get_ident())
+
+    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if (thread := threading.get_ident()) in self._inside:
+            self._inside.remove(thread)
+
+    def _before(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any) -> None:
+        for place in places:
+            if not place.is_ours:
+                self._give_up_replaced(places)
+                break
+        if not places:
+            return
         if self._tables and self._tables.row_wise(unit.path):
             self._engine.passes(unit.path)
             self._without_tables.add(unit.path)
             others = self._tables.others(unit.path)
-            self._put([slot for slot in slots if self._stored(slot) in others], others)
+            self._put([place for place in places if place.stored in others], others)
         else:
-            self._put(slots, self._engine.acquire(unit.path))
+            self._put(places, self._engine.acquire(unit.path))
 
-    def _after(self, unit: Unit, slots: Sequence[Slot], module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _after(self, unit: Unit, places: Sequence[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
         if unit.path in self._without_tables:
             self._without_tables.remove(unit.path)
-            self._take_away(slots)
+            self._take_away(places)
             return
-        if slots[0].tensor is self._absent[slots[0].name]:
+        if not places or places[0].placed is places[0].absent:
             return  # its weights never came: the forward failed before it began
-        if _shares_memory(output, slots):
+        if _shares_memory(output, places):
             self._engine.keep(unit.path)
-        self._take_away(slots)
+        self._take_away(places)
         self._engine.release(unit.path)
 
     def _apply(
@@ -101,36 +167,62 @@ class StreamingHooks:
             return self._tables.apply(name, function, args, kwargs)
         return NotImplemented
 
-    def _bring(self, unit: Unit, slots: Sequence[Slot], slot: Slot) -> torch.Tensor:
-        """Load a unit whose weights are needed while they are absent.
+    def _bring(self, unit: Unit, places: Sequence[_Place], stored: str) -> torch.Tensor:
+        """A weight that is needed while it is absent.
 
-        If it runs, they were to be read in parts, and this cannot be: they go after its forward. If not, the model uses
-        them from outside: from now on they stay in memory.
+        If its unit runs, it was to be read in parts, and this cannot be: the unit's weights go after its forward. If
+        the model runs, it uses them from outside of their module: from now on they stay in memory. If it does not,
+        somebody looks at the weight, who gets a copy.
         """
         if unit.path in self._without_tables:
-            self._put(slots, self._engine.acquire(unit.path))
+            tensors = self._engine.acquire(unit.path)
             self._without_tables.remove(unit.path)
+        elif self._engine.runs_here() or threading.get_ident() in self._inside:
+            tensors = self._engine.pin(unit.path)
         else:
-            self._put(slots, self._engine.pin(unit.path))
-        return slot.tensor
+            return self._engine.read(stored)
+        self._put([place for place in places if place.is_ours], tensors)
+        return tensors[stored]
 
-    def _put(self, slots: Sequence[Slot], tensors: Mapping[str, torch.Tensor]) -> None:
-        for slot in slots:
-            tensor = tensors[self._stored(slot)]
-            slot.put(tensor.data if slot.is_buffer else tensor)
+    def _put(self, places: Sequence[_Place], tensors: Mapping[str, torch.Tensor]) -> None:
+        for place in places:
+            tensor = tensors[place.stored]
+            place.put(tensor.data if place.slot.is_buffer else tensor)
 
-    def _stored(self, slot: Slot) -> str:
-        """The name under which a slot's tensor is stored."""
-        return self._ties.get(slot.name, slot.name)
+    def _take_away(self, places: Sequence[_Place]) -> None:
+        for place in places:
+            if place.is_ours:
+                place.put(place.absent)
 
-    def _take_away(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            slot.put(self._absent[slot.name])
+    def _give_up_replaced(self, places: list[_Place]) -> None:
+        """Leave what somebody has put in the place of a streamed weight where it is.
+
+        Raises:
+            ModelError: a weight has been taken out of its module, as parametrizations do.
+        """
+        for place in [one for one in places if not one.is_ours]:
+            held = place.registry.get(place.leaf)
+            if held is None:
+                raise ModelError(
+                    f"{place.slot.name} of {self._name} has been taken out of its module, as a parametrization or "
+                    "pruning does; a streamed weight cannot be moved: undo that, or load the model with transformers"
+                )
+            if any(held is absent for absent in self._absent_of(place.stored)):
+                place.put(held)  # tied again, to what it is tied to anyway
+                continue
+            places.remove(place)
+            logger.warning(
+                "%s: %s has been replaced; what was put there is used from now on", self._name, place.slot.name
+            )
+
+    def _absent_of(self, stored: str) -> Iterator[torch.Tensor]:
+        """All that stands for the stored tensor of that name."""
+        return (place.absent for places in self._places for place in places if place.stored == stored)
 
 
-def _shares_memory(output: Any, slots: Sequence[Slot]) -> bool:
+def _shares_memory(output: Any, places: Sequence[_Place]) -> bool:
     """Whether a module returns a view of its own weights, as of a table: then they are used after it has run."""
-    weights = {slot.tensor.untyped_storage().data_ptr() for slot in slots if slot.tensor.numel()}
+    weights = {place.placed.untyped_storage().data_ptr() for place in places if place.placed.numel()}
     return any(tensor.untyped_storage().data_ptr() in weights for tensor in _tensors_in(output))
 
 

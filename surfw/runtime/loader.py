@@ -12,8 +12,13 @@ import torch
 
 from surfw.codec import choose_form
 from surfw.manifest import Chunk, Manifest
+from surfw.metrics import Metrics
+from surfw.runtime.blocks import BlockReader
 from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
+from surfw.runtime.io_thread import IoThread
 from surfw.runtime.layout import ALIGNMENT, plan_layout, spread
+from surfw.runtime.rows import RowReader
+from surfw.runtime.run import Run
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 from surfw.threads import in_thread
@@ -64,6 +69,11 @@ class Loader:
             return None
         view = await self.source.view(self.manifest, chunk, choose_form(chunk))
         return MappedBuffer(view) if view is not None else None
+
+    def reader(self, io: IoThread, metrics: Metrics, *, scratch_bytes: int) -> RowReader:
+        """What reads single tensors, in the model's dtypes, in pieces of so many bytes, and keeps nothing of them."""
+        blocks = BlockReader(self.source, self.manifest, io, metrics, Run)
+        return RowReader(blocks, self._dtypes, scratch_bytes=scratch_bytes, keep_bytes=0)
 
     def scratch_bytes(self, chunk: Chunk) -> int:
         """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""

@@ -28,7 +28,8 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
             f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
             "values, or run surfw chunk --in-place, and serve that store"
         ) from exc
-    child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+    # In a session of its own: a terminal's Ctrl-C ends this process, which then ends that one.
+    child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
     try:
         written, _ = await child.communicate(work)
     except BaseException:

@@ -5,6 +5,7 @@ Two sessions joined in memory are the whole protocol. Its one promise: *whatever
 raises `RemoteProtocolError`, never anything else*; what our own side may not send raises `LocalProtocolError`.
 """
 
+from surfw.config import printable
 from surfw.wire.access import admits, bearer, check_token, is_loopback
 from surfw.wire.client_session import Arrival, ClientSession
 from surfw.wire.frames import binary_header
@@ -24,7 +25,6 @@ from surfw.wire.messages import (
     Models,
     Request,
     ServerHello,
-    printable,
 )
 from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
 from surfw.wire.server_session import ServerSession

@@ -273,11 +273,6 @@ def _parse(text: str, messages: Mapping[str, Callable[[_Fields], Message]]) -> M
     return messages[fields.type](fields)
 
 
-def printable(text: str) -> str:
-    """The text with `?` for what is not printable: a peer's words, as people may see them."""
-    return "".join(character if character.isprintable() else "?" for character in text)
-
-
 def _encodable(value: str) -> bool:
     """Whether the text is free of lone surrogates, which JSON can carry and UTF-8 cannot."""
     try:

@@ -7,6 +7,10 @@ import json
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 from surfw.errors import RemoteProtocolError
+from surfw.wire.messages import MAX_SIZE
+
+_LONGEST_TEXT = 4096
+_MOST_NAMES = 16
 
 
 class ServerFacts(TypedDict):
@@ -98,7 +102,10 @@ def parse_stats(data: bytes) -> ServerStats:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value is of a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one."""
+    """Whether a value is of a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one.
+
+    Texts and names are bounded, and numbers are some that can be shown.
+    """
     if is_typeddict(shape):
         hints = get_type_hints(shape)
         return isinstance(value, dict) and all(
@@ -107,7 +114,13 @@ def _has_shape(value: Any, shape: Any) -> bool:
     if get_origin(shape) is list:
         return isinstance(value, list) and all(_has_shape(item, get_args(shape)[0]) for item in value)
     if get_origin(shape) is dict:
-        return isinstance(value, dict) and all(_has_shape(item, get_args(shape)[1]) for item in value.values())
-    if shape is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, shape) and (shape is bool or not isinstance(value, bool))
+        return (
+            isinstance(value, dict)
+            and len(value) <= _MOST_NAMES
+            and all(_has_shape(key, str) and _has_shape(item, get_args(shape)[1]) for key, item in value.items())
+        )
+    if isinstance(value, bool) or shape is bool:
+        return isinstance(value, bool) and shape is bool
+    if shape is str:
+        return isinstance(value, str) and len(value) <= _LONGEST_TEXT
+    return isinstance(value, int | float if shape is float else shape) and abs(value) <= MAX_SIZE  # which NaN is not

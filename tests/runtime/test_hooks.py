@@ -1,5 +1,6 @@
 """Weights come before a layer runs and go afterwards; whatever happens, and nothing of the hooks is left in the end."""
 
+import copy
 import inspect
 import logging
 import threading
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from surfw.errors import ManifestError, StorageError
+from surfw.errors import ManifestError, ModelError, StorageError
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.hooks import StreamingHooks
 from tests.runtime.nets import Streamed, describe, raw, skeleton_of, streamed
@@ -228,3 +229,173 @@ def test_a_unit_that_the_order_forgets_is_refused() -> None:
     engine: Any = None
     with pytest.raises(ManifestError, match="the manifest of toy does not say when head runs; chunk it again"):
         StreamingHooks(skeleton_of(model), manifest, engine)
+
+
+def test_whoever_reads_weights_outside_of_a_forward_gets_copies_and_pins_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING, "surfw"), streamed(Net) as net:
+        expected = raw(net.resident(X))
+        assert raw(net.model(X)) == expected
+        plan, held = net.engine.plan, net.engine.resident()
+        for (name, there), (_, here) in zip(net.resident.named_parameters(), net.model.named_parameters(), strict=True):
+            for read in (torch.detach, torch.clone, lambda one: one.data, copy.copy, copy.deepcopy, torch.sum):
+                assert raw(read(here)) == raw(read(there)), name
+            assert here.data.numpy().tolist() == there.data.numpy().tolist()
+            here.data.zero_()
+        state = net.model.state_dict()
+        assert {name: raw(one) for name, one in state.items()} == {
+            name: raw(one) for name, one in net.resident.state_dict().items()
+        }
+        assert type(copy.deepcopy(net.model.head.weight)) is nn.Parameter
+        assert (net.engine.plan, net.engine.resident(), net.users()) == (plan, held, 0)
+        assert all_absent(net.model)
+        assert raw(net.model(X)) == expected
+    assert caplog.records == []
+
+
+def test_another_thread_may_read_weights_while_the_model_runs() -> None:
+    with streamed(Net) as net:
+        found: list[bytes] = []
+
+        def read(*_: Any) -> None:
+            reader = threading.Thread(target=lambda: found.append(raw(net.model.head.weight.detach())))
+            reader.start()
+            reader.join()
+
+        handle = net.model.layers[1].register_forward_hook(read)
+        plan = net.engine.plan
+        assert raw(net.model(X)) == raw(net.resident(X))
+        handle.remove()
+        assert found == [raw(net.resident.head.weight)]
+        assert net.engine.plan is plan
+
+
+def replace(model: nn.Module) -> None:
+    model.layers[1].linear.weight = nn.Parameter(torch.full((8, 8), 0.25))
+    model.head.bias = nn.Parameter(torch.ones(3))
+
+
+def assign(model: nn.Module) -> None:
+    state = {name: torch.full_like(one, 0.5) for name, one in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def adapt(model: nn.Module) -> None:
+    """As LoRA does: a wrapper with weights of its own around the module that is streamed."""
+    torch.manual_seed(1)
+    adapter = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8))
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.adapter = base, adapter
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + self.adapter(x)
+
+    model.layers[2].linear = Adapted(model.layers[2].linear)
+
+
+@pytest.mark.parametrize("change", [replace, assign, adapt])
+@pytest.mark.parametrize("after_a_run", [False, True])
+def test_what_is_put_in_the_place_of_a_streamed_weight_is_used_and_stays(
+    change: Callable[[nn.Module], None], after_a_run: bool
+) -> None:
+    with streamed(Net) as net:
+        if after_a_run:
+            net.model(X)
+        before = raw(net.resident(X))
+        change(net.resident)
+        change(net.model)
+        for _ in range(2):
+            assert raw(net.model(X)) == raw(net.resident(X)) != before
+        net.hooks.recover()
+        assert raw(net.model(X)) == raw(net.resident(X))
+        kept = [one for one in net.model.parameters() if not isinstance(one, AbsentParameter)]
+        net.hooks.detach()
+        assert {id(one) for one in kept} <= {id(one) for one in net.model.parameters()}
+        assert kept
+
+
+def test_a_replaced_weight_that_no_forward_has_seen_stays_too() -> None:
+    with streamed(Net) as net:
+        replace(net.model)
+        net.hooks.recover()
+        replace(net.resident)
+        assert raw(net.model(X)) == raw(net.resident(X))
+    with streamed(Net) as net:
+        replace(net.model)
+    assert raw(net.model.head.bias) == raw(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.head.weight.mul_(2),
+        lambda model: model.head.weight.__setitem__(0, 1.0),
+        lambda model: model.head.weight.__iadd__(1),
+        lambda model: setattr(model.head.weight, "data", torch.zeros(3, 8)),
+        lambda model: nn.init.normal_(model.head.weight),
+        lambda model: torch.add(X, 1, out=model.own),
+        lambda model: model.own.copy_(torch.ones(8)),
+        lambda model: torch._foreach_mul_([model.own], 2.0),
+        lambda model: model.layers[0].norm.running_mean.zero_(),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.half(),
+    ],
+)
+def test_a_change_in_place_is_refused_and_nothing_changes(change: Callable[[Any], Any]) -> None:
+    with streamed(Net) as net:
+        with pytest.raises(ModelError, match=r"cannot be changed in place.*module\.weight = torch\.nn\.Parameter"):
+            change(net.model)
+        assert raw(net.model(X)) == raw(net.resident(X))
+
+
+def test_a_state_dict_that_would_be_copied_into_it_is_refused() -> None:
+    with streamed(Net) as net:
+        with pytest.raises(RuntimeError, match="cannot be changed in place"):
+            net.model.load_state_dict(net.resident.state_dict())
+        assert raw(net.model(X)) == raw(net.resident(X))
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda model: model.to("cpu"),
+        lambda model: model.cpu(),
+        lambda model: model.float(),
+        lambda model: model.to(torch.float32),
+        lambda model: model.requires_grad_(False),
+        lambda model: model.eval(),
+    ],
+)
+def test_a_conversion_to_what_it_is_already_reads_nothing(convert: Callable[[Any], Any]) -> None:
+    with streamed(Net) as net:
+        assert convert(net.model.head) is net.model.head
+        assert all_absent(net.model)
+        assert net.source.reads == []
+
+
+def test_a_weight_that_is_taken_out_of_its_module_is_an_error_that_says_so() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+    with streamed(Net) as net:
+        nn.utils.parametrize.register_parametrization(net.model.head, "weight", Doubled(), unsafe=True)
+        with pytest.raises(ModelError, match=r"head\.weight of toy has been taken out of its module, as a parametriz"):
+            net.model(X)
+        assert net.users() == 0
+
+
+def test_tying_again_what_is_tied_changes_nothing() -> None:
+    with streamed(Net) as net:
+        net.model.head.weight = net.model.head.weight
+        assert raw(net.model(X)) == raw(net.resident(X))
+        assert all_absent(net.model)
+
+
+def test_a_streamed_model_cannot_be_copied() -> None:
+    with streamed(Net) as net, pytest.raises(ModelError, match="toy cannot be copied, as its weights are elsewhere"):
+        copy.deepcopy(net.model)

@@ -194,7 +194,7 @@ def test_a_table_that_is_used_outside_of_its_module_is_looked_up_in_by_rows_too(
         assert opened.engine.acquired == set()
         assert torch.equal(nn.functional.linear(given, table), nn.functional.linear(given, resident))
         assert torch.equal(given @ table.T, given @ resident.T)
-        assert opened.engine.acquired == {"model.embed_tokens"}
+        assert opened.engine.acquired == set(), "nothing runs: whoever looks gets a copy"
 
 
 def test_ids_out_of_range_are_torchs_error(tmp_path: Path) -> None:

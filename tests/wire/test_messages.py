@@ -90,7 +90,3 @@ def test_what_a_server_says_to_people_does_nothing_to_their_terminals(message: m
     assert str(caught.value).isprintable()
     with pytest.raises(RemoteProtocolError, match="printable"):
         m.parse_client_message(m.encode(m.ClientHello("\x1b[2J", 1)))
-
-
-def test_printable() -> None:
-    assert m.printable("größer 🙂 \x1b[2J\r\n") == "größer 🙂 ?[2J??"

@@ -38,7 +38,10 @@ def test_statistics_are_read_as_they_were_told() -> None:
 def test_a_part_of_another_shape_is_refused(key: str, value: object) -> None:
     changed = STATS | {key: value}
     fits = (key == "models" and isinstance(value, list) and all(isinstance(one, str) for one in value)) or (
-        key in {"bytes_sent", "clients"} and isinstance(value, int) and not isinstance(value, bool)
+        key in {"bytes_sent", "clients"}
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) <= 1 << 53
     )
     if fits:
         assert parse_stats(json.dumps(changed).encode()) == changed
@@ -57,3 +60,20 @@ def test_any_bytes_are_statistics_or_refused(data: bytes) -> None:
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="not JSON"):
         parse_stats(b"[" * 200_000)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("storage", {"url": "s" * 4097, "healthy": True}),
+        ("server", {"version": "1", "uptime_seconds": float("nan")}),
+        ("server", {"version": "1", "uptime_seconds": float("inf")}),
+        ("server", {"version": "1", "uptime_seconds": 10**400}),
+        ("bytes_sent", 10**400),
+        ("requests", {"total": 7, "in_flight": 8, "latency_seconds": {f"p{rank}": 1.0 for rank in range(17)}}),
+        ("requests", {"total": 7, "in_flight": 8, "latency_seconds": {"p" * 4097: 1.0}}),
+    ],
+)
+def test_what_could_not_be_shown_is_refused(part: str, value: object) -> None:
+    with pytest.raises(RemoteProtocolError, match="its statistics have another shape"):
+        parse_stats(json.dumps(STATS | {part: value}).encode())

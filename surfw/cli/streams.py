@@ -1,0 +1,141 @@
+"""What a command prints to: stdout and stderr, whatever they are, and no text from outside that steers a terminal.
+
+A stream may be closed, full, or a pipe that nobody reads. What cannot be written to stdout ends the command with one
+line on stderr and exit code 1; what cannot be written to stderr is lost, and changes nothing.
+
+Every text is cleaned here, on its way out, so that no command can forget to: on stderr always, on stdout if that is a
+terminal. Into a file or a pipe, stdout is written as it is, byte for byte. Only rich and progress bars, which steer a
+terminal on purpose, write past this, as `rich_proxied_file`; `surfw.cli.render` cleans what it gives to rich.
+"""
+
+import io
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from surfw.config import printable
+
+
+class OutputError(Exception):
+    """Something cannot be written to stdout."""
+
+
+class Output(io.TextIOWrapper):
+    """A standard stream of the process, in place of Python's own; takes over what that one writes to.
+
+    Attributes:
+        failure: why nothing can be written any more, once something could not.
+        rich_proxied_file: the same stream without the cleaning; rich takes it by this name, if it is there.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper, *, is_stdout: bool) -> None:
+        """Take over; the given stream cannot be used any more."""
+        self.failure: OutputError | None = None
+        self._is_stdout = is_stdout
+        self._cleans = not is_stdout or stream.isatty()
+        encoding, line_buffering, write_through = stream.encoding, stream.line_buffering, stream.write_through
+        super().__init__(
+            stream.detach(),
+            encoding=encoding,
+            errors="backslashreplace",
+            line_buffering=line_buffering,
+            write_through=write_through,
+        )
+        self.rich_proxied_file = _Verbatim(self)
+
+    def write(self, text: str) -> int:
+        """Write a text, cleaned where it may come to a terminal.
+
+        Raises:
+            OutputError: it cannot be written to stdout.
+        """
+        return self.write_verbatim(printable(text, lines=True) if self._cleans else text)
+
+    def write_verbatim(self, text: str) -> int:
+        """Write a text as it is.
+
+        Raises:
+            OutputError: it cannot be written to stdout.
+        """
+        with self._no_further():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Have everything written that was buffered.
+
+        Raises:
+            OutputError: it cannot be written to stdout.
+        """
+        with self._no_further():
+            super().flush()
+
+    @contextmanager
+    def _no_further(self) -> Iterator[None]:
+        """After a failure nothing is written any more, so that no buffer fails again when the interpreter ends."""
+        try:
+            yield
+        except OSError as exc:
+            self.failure = OutputError(f"stdout cannot be written to: {exc.strerror}; what was printed is not complete")
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if self._is_stdout and threading.current_thread() is threading.main_thread():
+                raise self.failure from exc  # a thread that draws says nothing: `finish` does
+
+
+class _Verbatim:
+    """A stream without its cleaning."""
+
+    def __init__(self, stream: Output) -> None:
+        self._stream = stream
+        self.write = stream.write_verbatim
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class OneLine(logging.Formatter):
+    """A record on one line, whatever its text is made of."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As `Formatter` does, in one line."""
+        return one_line(super().format(record))
+
+
+def one_line(text: str) -> str:
+    """A text from anywhere, as one line that cannot steer a terminal."""
+    return printable(" ".join(text.split()))
+
+
+def set_up() -> None:
+    """Take the standard streams over. A second time does nothing."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed; no file that is opened later may come to lie here
+            os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY)  # to stdout, every write fails
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.dup(1 if name == "stdout" else 2), "w", encoding="utf-8")  # noqa: PTH123, SIM115 - no path
+        if type(stream) is io.TextIOWrapper:
+            setattr(sys, name, Output(stream, is_stdout=name == "stdout"))
+
+
+def finish() -> None:
+    """Have everything written.
+
+    Raises:
+        OutputError: something could not be written to stdout.
+    """
+    for stream in (sys.stderr, sys.stdout):
+        if isinstance(stream, Output):
+            with suppress(ValueError):  # somebody closed it
+                stream.flush()
+    if isinstance(sys.stdout, Output) and sys.stdout.failure is not None:
+        raise sys.stdout.failure

@@ -1,0 +1,166 @@
+"""Real commands, ended for real: SIGTERM and SIGHUP end them as Ctrl-C does, and nothing of theirs is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.checkpoints import save_llama
+from tests.cli.run import SURFW, environment, surfw
+from tests.servers import serve
+
+TERM, HUP, INT = signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+EVERY = [(INT, 130, ""), (TERM, 143, " by SIGTERM"), (HUP, 129, " by SIGHUP")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a LLaMA that is large enough to be in the middle of something."""
+    home = tmp_path_factory.mktemp("home")
+    save_llama(home / "big", layers=24, hidden=256)
+    assert surfw(home, "chunk", str(home / "big")).returncode == 0
+    return home
+
+
+@contextmanager
+def running(home: Path, *command: str) -> Iterator[subprocess.Popen[str]]:
+    """A command in a session of its own, whose temporary files lie in `home/tmp`."""
+    (home / "tmp").mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        command, env=environment(home, TMPDIR=str(home / "tmp")), text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen[str], is_so: Callable[[], object]) -> None:
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals, *, group: bool = False) -> tuple[int, str]:
+    """Its exit code and what it said in the end; all that it started has ended too."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    if group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert psutil.wait_procs(children, timeout=30)[1] == [], "whatever ran for it has ended"
+    assert "Traceback" not in err
+    return process.returncode, err.splitlines()[-1]
+
+
+def test_chunk(home: Path, tmp_path: Path) -> None:
+    with running(tmp_path, SURFW, "chunk", str(home / "big")) as process:
+        wait_for(process, lambda: list((tmp_path / "store").rglob("*.safetensors")))
+        assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM; the same command goes on where it stopped")
+    assert not list((tmp_path / "store").rglob("models/*"))
+
+
+@pytest.mark.parametrize(("number", "code", "by"), EVERY)
+def test_serve_in_its_first_seconds(number: signal.Signals, code: int, by: str, home: Path, tmp_path: Path) -> None:
+    """As a terminal does it: to all processes of the group, of which one reads the checkpoint."""
+    with running(tmp_path, SURFW, "serve", str(home / "big"), "--port", "0") as process:
+        wait_for(process, psutil.Process(process.pid).children)
+        assert end(process, number, group=True) == (code, f"surfw: interrupted{by}")
+
+
+@pytest.mark.parametrize("number", [INT, TERM, HUP])
+def test_serve_later_stops_as_it_should(number: signal.Signals, home: Path) -> None:
+    with running(home, SURFW, "serve", "--port", "0", "--announce") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        code, last = end(process, number)
+    assert code == 0
+    assert " serves " in last
+
+
+def test_infer_with_the_server_of_the_demo(home: Path) -> None:
+    arguments = ["--model", "demo", "--prompt", "a", "--max-new-tokens", "100000", "--ignore-eos"]
+    with running(home, SURFW, "infer", *arguments) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(8)
+        assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM")
+    assert not list((home / "tmp").iterdir())
+
+
+def test_stats(home: Path) -> None:
+    with (
+        serve(home / "store") as served,
+        running(home, SURFW, "stats", served.url, "--watch", "--json", "--every", "50") as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM")
+
+
+def test_config(home: Path) -> None:
+    file = home / "settings.toml"
+    os.mkfifo(file)
+    with running(home, SURFW, "--config", str(file), "config") as process, file.open("w"):  # opened: it reads
+        assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM")
+
+
+@pytest.mark.parametrize("what", ["wire", "chunk"])
+def test_a_benchmark_leaves_no_files(what: str, home: Path, tmp_path: Path) -> None:
+    arguments = [] if what == "wire" else [str(home / "big"), "--rounds", "1000"]
+    with running(tmp_path, SURFW, "bench", what, *arguments) as process:
+        wait_for(process, lambda: any(path.is_file() for path in (tmp_path / "tmp").rglob("*")))
+        assert end(process, TERM) == (143, "surfw: interrupted by SIGTERM")
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+SLOW_TO_END = """
+import time
+from surfw.cli.main import app, main
+
+@app.command("wait")
+def wait() -> None:
+    try:
+        print("waiting", flush=True)
+        time.sleep(600)
+    finally:
+        print("cleaning", flush=True)
+        while True:
+            time.sleep(600)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("first", [INT, TERM])
+def test_a_second_signal_ends_it_at_once(first: signal.Signals, tmp_path: Path) -> None:
+    with running(tmp_path, sys.executable, "-c", SLOW_TO_END, "wait") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(first)
+        assert process.stdout.readline() == "cleaning\n"
+        process.send_signal(INT)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+
+
+def test_a_process_that_was_started_to_ignore_a_hangup_goes_on(tmp_path: Path) -> None:
+    code = f"import os, signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); os.execv({SURFW!r}, sys.argv[1:])"
+    file = tmp_path / "settings.toml"
+    os.mkfifo(file)
+    with running(tmp_path, sys.executable, "-c", code, SURFW, "--config", str(file), "config", "--json") as process:
+        with file.open("w") as settings:
+            process.send_signal(HUP)
+            settings.write("[tool.surfw]\n")
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert "store" in out

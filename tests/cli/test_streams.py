@@ -1,0 +1,186 @@
+"""What a command prints arrives whole, or the command fails with a line; and nothing from outside steers a terminal."""
+
+import asyncio
+import http.server
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from surfw.storage import Store, open_backend
+from tests.cli.run import SURFW, environment
+from tests.servers import serve
+from tests.wire.test_reports import STATS
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
+"""Sets a title, clears the screen in two ways, overwrites the line, and turns the writing around."""
+
+
+@contextmanager
+def evil_server() -> Iterator[str]:
+    """Something whose statistics have the right shape and the wrong characters."""
+    stats = STATS | {"models": [EVIL], "server": {"version": EVIL, "uptime_seconds": 1}}
+    stats |= {"storage": {"url": EVIL, "healthy": True}}
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(stats).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        answering = threading.Thread(target=server.serve_forever)
+        answering.start()
+        try:
+            yield f"ws://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            answering.join()
+
+
+def on_a_terminal(home: Path, *command: str) -> tuple[int, str]:
+    """Run a command whose stdout and stderr are a terminal: its exit code, and what that saw."""
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, env=environment(home), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs) as it:
+        os.close(theirs)
+        seen = b""
+        try:
+            while piece := os.read(ours, 1 << 16):
+                seen += piece
+        except OSError:  # Linux's way to say that the other end is closed
+            pass
+        os.close(ours)
+    return it.returncode, seen.decode().replace("\r\n", "\n")
+
+
+def steering(text: str) -> set[str]:
+    """The characters of `EVIL` that have come through."""
+    return set(text) & {letter for letter in EVIL if not letter.isprintable()}
+
+
+def test_the_words_of_a_server(tmp_path: Path) -> None:
+    with evil_server() as url:
+        code, seen = on_a_terminal(tmp_path, SURFW, "stats", url)
+        assert (code, steering(seen)) == (0, set()), seen
+        assert "?]0;owned?[2J?2J" in seen
+        code, seen = on_a_terminal(tmp_path, SURFW, "stats", url, "--json")
+        assert (code, steering(seen)) == (0, set())
+        assert json.loads(seen)["models"] == [EVIL]
+        piped = subprocess.run([SURFW, "stats", url], env=environment(tmp_path), capture_output=True, check=True)
+        assert steering(piped.stdout.decode()) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["chunk", f"./{EVIL}"], ["infer", f"--{EVIL}"], ["--config", f"{EVIL}.toml", "config"], ["stats", f"x://{EVIL}"]],
+    ids=lambda one: one[0],
+)
+def test_errors_of_any_kind(arguments: list[str], tmp_path: Path) -> None:
+    code, seen = on_a_terminal(tmp_path, SURFW, *arguments)
+    assert code in {1, 2}
+    assert steering(seen) == set(), seen
+    assert "owned" in seen
+
+
+PRINTS = """
+import logging, sys, warnings
+from surfw.cli import streams
+from surfw.cli.infer_view import PlainView
+streams.set_up()
+text = sys.argv[1]
+view = PlainView(json=False, quiet=False, ids=False)
+view.on_text(text + "\\n")
+view.note(text)
+warnings.warn(text)
+logging.getLogger("somebody").error(text)
+"""
+
+
+def test_what_a_model_generates_is_cleaned_for_a_terminal_and_exact_in_a_file(tmp_path: Path) -> None:
+    text = f"one\ttwo\nthree {EVIL} 👩\u200d🚀 größer"
+    _, seen = on_a_terminal(tmp_path, sys.executable, "-c", PRINTS, text)
+    assert steering(seen) == set()
+    assert seen.startswith("one\ttwo\nthree ?]0;owned?")
+    assert seen.count("👩\u200d🚀 größer") == 4
+    done = subprocess.run([sys.executable, "-c", PRINTS, text], capture_output=True, check=True)
+    assert done.stdout == f"{text}\n".encode()
+    assert steering(done.stderr.decode()) == set()
+
+
+COMMANDS = {
+    "config": ["config"],
+    "config --json": ["config", "--json"],
+    "version": ["--version"],
+    "help": ["infer", "--help"],
+    "stats": ["stats", "SERVER"],
+    "stats --json": ["stats", "SERVER", "--json"],
+    "list": ["chunk", "--list"],
+    "infer": ["infer", "--model", "demo", "--prompt", "a", "--max-new-tokens", "2"],
+    "serve": ["serve", "STORE", "--port", "0", "--announce"],
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """An empty store, and a server of it."""
+    store = tmp_path_factory.mktemp("home") / "store"
+    asyncio.run(Store(open_backend(store)).create())
+    with serve(store) as served:
+        yield {"SERVER": served.url, "STORE": str(store)}
+
+
+def run_in_shell(places: dict[str, str], arguments: list[str], redirections: str) -> subprocess.CompletedProcess[bytes]:
+    """A command with its streams redirected, as a shell does it."""
+    store = Path(places["STORE"])
+    command = [SURFW, *(places.get(one, one) for one in arguments)]
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirections}', "sh", *command],
+        env=environment(store.parent), stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_result_that_cannot_be_printed_is_an_error_in_one_line(name: str, places: dict[str, str]) -> None:
+    kinds = {">&-": "Bad file descriptor", ">/dev/full": "No space left on device"}
+    for redirection, reason in list(kinds.items())[: 1 if name == "infer" else 2]:
+        done = run_in_shell(places, COMMANDS[name], redirection)
+        errors = [line for line in done.stderr.decode().splitlines() if "surfw: source: " not in line]
+        errors = [line for line in errors if " serves " not in line]
+        assert done.returncode == 1, done.stderr
+        assert errors == [f"surfw: error: stdout cannot be written to: {reason}; what was printed is not complete"]
+
+
+@pytest.mark.parametrize("name", ["config", "stats", "list"])
+@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- <&-"])
+def test_without_stderr_the_result_is_the_same(name: str, redirection: str, places: dict[str, str]) -> None:
+    done = run_in_shell(places, COMMANDS[name], redirection)
+    assert done.returncode == 0
+    assert done.stdout
+    for failing in (f">&- {redirection}", f">/dev/full {redirection}"):
+        assert run_in_shell(places, COMMANDS[name], failing).returncode == 1
+    refused = run_in_shell(places, ["chunk", "./nowhere"], redirection)
+    assert (refused.returncode, refused.stdout) == (1, b"")
+
+
+def test_a_reader_that_leaves(places: dict[str, str]) -> None:
+    with subprocess.Popen(
+        [SURFW, "stats", places["SERVER"], "--json", "--watch", "--every", "0.1"],
+        env=environment(Path(places["STORE"]).parent), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == b"surfw: error: stdout cannot be written to: Broken pipe; what was printed is not complete\n"
