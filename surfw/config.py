@@ -22,6 +22,12 @@ BLOCK_BYTES = MIB
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
 
+PROGRESS_BYTES = 64 * 1024
+"""Bytes of an answer that count as progress, and begin a `silence_timeout` anew; fewer do not."""
+
+DAMAGE_RETRIES = 2
+"""How often a block or a file that arrived damaged is fetched again, before that is an error."""
+
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
 

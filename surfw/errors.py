@@ -83,12 +83,14 @@ class ConnectionFailedError(WireError):
 
     Attributes:
         transient: whether trying again may help: a connection that was refused or lost, a server with too many clients.
+        absent: whether it is sure that no surfw server is there: nothing listens, or something else does.
     """
 
-    def __init__(self, message: str, *, transient: bool = False) -> None:
-        """Keep beside the text whether trying again may help."""
+    def __init__(self, message: str, *, transient: bool = False, absent: bool = False) -> None:
+        """Keep beside the text whether trying again may help, and whether anybody is there."""
         super().__init__(message)
         self.transient = transient
+        self.absent = absent
 
 
 class LocalProtocolError(WireError):

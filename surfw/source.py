@@ -40,19 +40,51 @@ class Read:
             raise ValueError(f"destination has {self.destination.nbytes} bytes, the range {self.stop - self.start}")
 
 
+def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
+    """The blocks of a run, starting with block `first` of the form, that are not what their digests promise.
+
+    Returns:
+        The BLAKE3 of what each of them is instead, in hex, by its index.
+    """
+    damage = {}
+    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
+        seen = blake3(data[start : start + BLOCK_BYTES]).digest()
+        if seen != form.block_digest(index):
+            damage[index] = seen.hex()
+    return damage
+
+
 def verify_blocks(chunk: Chunk, form: Form, first: int, data: memoryview, *, where: str) -> None:
     """Check a run of blocks, starting with block `first` of the form, against the manifest's digests.
 
     Raises:
         IntegrityError: a block is not what the manifest promises.
     """
-    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
-        seen = blake3(data[start : start + BLOCK_BYTES]).digest()
-        if seen != form.block_digest(index):
-            raise IntegrityError(
-                f"chunk {chunk.name} from {where} is damaged: block {index} has BLAKE3 {seen.hex()[:16]}…, "
-                f"the manifest promises {form.block_digest(index).hex()[:16]}…; chunk the model again"
-            )
+    for index, seen in find_damage(form, first, data).items():
+        raise IntegrityError(f"{describe_damage(chunk, form, index, seen, where=where)}; chunk the model again")
+
+
+def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
+    """A damaged block in words, without what to do about it; `seen` is the BLAKE3 that it has."""
+    return (
+        f"chunk {chunk.name} from {where} is damaged: block {block} has BLAKE3 {seen[:16]}…, "
+        f"the manifest promises {form.block_digest(block).hex()[:16]}…"
+    )
+
+
+def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
+    """Where the damage of something lies that was fetched several times, and what to do about it.
+
+    Args:
+        seen: what arrived each time: digests, for example.
+        stored: where it would be stored as it arrived.
+    """
+    if len(set(seen)) == 1:
+        return f"it was the same {len(seen)} times, so the damage lies in {stored}: chunk the model again"
+    return (
+        f"it was something else in {len(seen)} attempts, so the damage comes about on the way: check the network, and "
+        "the memory of the machines"
+    )
 
 
 class ChunkSource(ABC):
@@ -121,6 +153,11 @@ class ChunkSource(ABC):
     @property
     def fetched_bytes(self) -> int:
         """Stored bytes delivered so far."""
+        return 0
+
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
         return 0
 
     async def resolve(self, name: str | None) -> str:

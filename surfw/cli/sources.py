@@ -1,7 +1,8 @@
 """Which source `infer` takes when none is named.
 
 In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
-folder with models; the demo model.
+folder with models; the demo model. A server that is there and does not let us in is an error: going on to the store
+without a word might run other weights than those that were meant.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from pathlib import Path
 from surfw.cli.demo import serve_demo
 from surfw.cli.options import Configuration
 from surfw.config import DEFAULT_HOST, is_server_url
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, SurfwError
 
 DEMO = "demo"
 
@@ -53,10 +54,8 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
         yield ChosenSource(settings.source, f"named {how}")
         return
     if settings.model != DEMO:
-        from surfw.client import probe
-
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
-        if asyncio.run(probe(local, token=settings.token)):
+        if _is_served(local, configuration):
             yield ChosenSource(local, "the server on this machine")
             return
         is_default = configuration.origins["store"].kind == "default"
@@ -70,3 +69,20 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
             )
     with serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")
+
+
+def _is_served(url: str, configuration: Configuration) -> bool:
+    """Whether a surfw server is at the address, and lets us in.
+
+    Raises:
+        ConfigurationError: it does not, or nobody says what is there.
+    """
+    from surfw.client import probe
+
+    settings = configuration.settings
+    try:
+        return asyncio.run(probe(url, settings.connect_timeout, token=settings.token))
+    except SurfwError as exc:
+        raise ConfigurationError(
+            f"{exc}; to run without the server on this machine, name a source with --source, such as {settings.store}"
+        ) from exc

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection
 from websockets.client import ClientProtocol
-from websockets.exceptions import WebSocketException
 from websockets.frames import Frame, Opcode
 from websockets.protocol import Event, State
 from websockets.streams import StreamReader
@@ -22,13 +21,19 @@ _LARGE_BYTES = 4096
 _SCRATCH_BYTES = 4096
 """Room for a frame's header and the little that comes with it; the rest of a large frame needs none."""
 _REASON_BYTES = 120
+_HTTP = b"HTTP/"
+_UNREAD_BYTES = 4 << 20
+"""What may lie waiting to go out: far more than requests and credit, less than answers to endless pings."""
 
 
 class Receiver(Protocol):
-    """Takes what arrives. `RemoteProtocolError` from `text` and `binary` closes the connection."""
+    """Takes what arrives. `RemoteProtocolError` from `text` and `binary` ends the connection."""
 
     def place(self, size: int) -> memoryview | None:
         """Where a frame of `size` bytes belongs; None if there is no such place. Raises nothing."""
+
+    def arriving(self, size: int) -> None:
+        """So many bytes more of a frame that has a place are there; the frame may not be complete yet."""
 
     def text(self, text: str) -> None:
         """A text message arrived."""
@@ -37,14 +42,15 @@ class Receiver(Protocol):
         """A binary message arrived; as a `memoryview`, it lies where `place` said."""
 
     def lost(self, error: RemoteProtocolError | None) -> None:
-        """The connection is over, because of the error if there is one."""
+        """The connection is over, because of the error if there is one. It may be said several times."""
 
 
 class PlacingReader(StreamReader):
     """The library's stream reader, except that large payloads go where the receiver says.
 
     Attributes:
-        asking: whether a large payload comes next, whose place is asked for at the next step.
+        asking: whether a large payload comes next, whose place is asked for at the next step. Whoever takes that step
+            clears it first: after a frame that was refused, another parser takes it, and nobody asks again.
         target: the memory of the frame that is being received, if it has a place.
         filled: how many of its bytes are there.
     """
@@ -63,13 +69,13 @@ class PlacingReader(StreamReader):
             return (yield from super().read_exact(n))
         self.asking = True
         yield  # the frames before this one are to be delivered first: the place of this one depends on them
-        self.asking = False
         self.target = self._receiver.place(n)
         if self.target is None:
             return (yield from super().read_exact(n))
         self.filled = min(n, len(self.buffer))
         self.target[: self.filled] = self.buffer[: self.filled]
         del self.buffer[: self.filled]
+        self._receiver.arriving(self.filled)
         while self.filled < n:
             if self.eof:
                 raise EOFError(f"stream ends after {self.filled} bytes, expected {n} bytes")
@@ -88,12 +94,14 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
 
     Attributes:
         heard: when the last byte came, on the loop's clock; before the first, None.
+        first: the first bytes that came.
     """
 
     def __init__(self, protocol: ClientProtocol, receiver: Receiver, **options: Any) -> None:
         """Take the protocol before it has received anything."""
         super().__init__(protocol, **options)
         self.heard: float | None = None
+        self.first = b""
         self._receiver = receiver
         self._error: RemoteProtocolError | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -101,14 +109,26 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
         protocol.parser = protocol.parse()  # the one it was made with holds on to the reader it was made with
         next(protocol.parser)
 
+    @property
+    def may_be_http(self) -> bool:
+        """Whether what came first, if anything, may be the beginning of an HTTP response."""
+        return _HTTP.startswith(self.first)
+
     def send_now(self, text: str) -> None:
         """Write a message; nothing happens if the connection is not open any more."""
         if self.state is State.OPEN:
             self.protocol.send_text(text.encode())
             self.send_data()
 
+    def send_data(self) -> None:
+        """Write what the protocol has to say, unless the peer takes nothing of it."""
+        super().send_data()
+        if self._error is None and self.transport.get_write_buffer_size() > _UNREAD_BYTES:
+            self._refuse(RemoteProtocolError("it asks for more than it reads", close_code=1008))
+
     def drop(self) -> None:
-        """End the connection without a word, if it was ever made."""
+        """End the connection without a word, if it was ever made, and let go of the memory of others."""
+        self.reader.abandon()
         if hasattr(self, "transport"):
             self.transport.abort()
 
@@ -119,30 +139,38 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So much was written there."""
+        if self.heard is None:
+            self.first = bytes(self._scratch[: min(nbytes, len(_HTTP))])
         self.heard = self.loop.time()
-        if self.reader.target is None:
+        reader = self.reader
+        if reader.target is None:
             self.data_received(bytes(self._scratch[:nbytes]))
         else:
-            self.reader.filled += nbytes
-            if self.reader.filled == len(self.reader.target):
+            reader.filled += nbytes
+            self._receiver.arriving(nbytes)
+            if reader.filled == len(reader.target):
                 self.data_received(b"")
-        while self.reader.asking:
+        while reader.asking:
+            reader.asking = False
             self.data_received(b"")
+        if self.protocol.handshake_exc is not None:
+            self.drop()  # it need not hang up, and nothing more is wanted of it
+        refused = self.protocol.parser_exc
+        if refused is not None and self._error is None:
+            self._refuse(RemoteProtocolError(str(refused)))
 
     def process_event(self, event: Event) -> None:
         """Give messages to the receiver, and everything else to the library."""
-        if not isinstance(event, Frame) or event.opcode not in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
-            super().process_event(event)
+        if isinstance(event, Frame) and event.opcode in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
+            if self._error is None:
+                try:
+                    self._deliver(event)
+                except RemoteProtocolError as exc:
+                    self._refuse(exc)
             return
-        if self._error is not None:
-            return
-        try:
-            self._deliver(event)
-        except RemoteProtocolError as exc:
-            self._error = exc
-            self.protocol.fail(exc.close_code, str(exc).encode()[:_REASON_BYTES].decode(errors="ignore"))
-            self.send_data()
-            self.transport.close()
+        super().process_event(event)
+        if isinstance(event, Frame) and event.opcode is Opcode.CLOSE and self.protocol.close_rcvd_then_sent:
+            self._receiver.lost(self._error)  # it need not hang up at once, but says no more
 
     def _deliver(self, frame: Frame) -> None:
         if not frame.fin or frame.opcode is Opcode.CONT:
@@ -156,11 +184,15 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
             raise RemoteProtocolError("a text message is not UTF-8", close_code=1007) from exc
         self._receiver.text(text)
 
+    def _refuse(self, error: RemoteProtocolError) -> None:
+        """Say why, and take nothing more. The receiver hears of it now: the peer may go on for as long as it likes."""
+        self._error = error
+        self.protocol.fail(error.close_code, str(error).encode()[:_REASON_BYTES].decode(errors="ignore"))
+        self.send_data()
+        self._receiver.lost(error)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the receiver too, if there ever was a session."""
         super().connection_lost(exc)
-        refused = self.protocol.parser_exc
-        if self._error is None and isinstance(refused, WebSocketException):
-            self._error = RemoteProtocolError(str(refused))
         if self.response is not None and self.response.status_code == 101:
             self._receiver.lost(self._error)

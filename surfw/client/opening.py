@@ -4,27 +4,82 @@ import asyncio
 import errno
 import logging
 from http import HTTPStatus
-from ssl import SSLCertVerificationError, SSLContext, SSLError
+from ssl import SSLCertVerificationError, SSLContext, SSLEOFError, SSLError, SSLZeroReturnError
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urldefrag, urljoin, urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
+from websockets.exceptions import InvalidMessage, InvalidStatus, InvalidURI, WebSocketException
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
 
 from surfw import __version__
 from surfw.client.address import plan_headers, refusal
-from surfw.client.link import Link
-from surfw.config import MAX_FRAME_BYTES, WireLimits, display_url
+from surfw.client.link import CLOSE_SECONDS, Link
+from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, SurfwError
 from surfw.wire import PROTOCOL, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it shows headers with tokens
 
-_CLOSE_SECONDS = 2
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
+_MOST_REDIRECTS = 4
+_SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
+"""Where a redirect may lead, and what is spoken there."""
+
+_REDIRECTS = {
+    HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.FOUND, HTTPStatus.SEE_OTHER, HTTPStatus.TEMPORARY_REDIRECT,
+    HTTPStatus.PERMANENT_REDIRECT,
+}  # fmt: skip
+_SHOWN = 200
+
+_PASSING = {
+    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
+}  # fmt: skip
+"""What a proxy answers while the server behind it is away, or one of them is busy: trying again may help."""
+
+
+class _NotFollowed(WebSocketException):
+    """A redirect leads where it is not followed to; the text says why."""
+
+
+class _Connecting(connect):
+    """The library's way to a connection, and through a few redirects: also those that HTTP proxies give."""
+
+    def __init__(self, url: str, link: Link, **options: Any) -> None:
+        super().__init__(url, create_connection=link.attach, **options)  # type: ignore[arg-type]  # a factory is all it is used as
+        self._link = link
+        self._named = link.url
+        self._redirects = 0
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Where to go on; an exception if that is not where a redirect may lead, or if this is none."""
+        if not isinstance(exc, InvalidStatus) or exc.response.status_code not in _REDIRECTS:
+            return exc
+        locations = exc.response.headers.get_all("Location")
+        if len(locations) != 1:
+            return exc
+        to = urldefrag(urljoin(self.uri, locations[0])).url
+        scheme, mark, rest = to.partition("://")
+        shown = printable(display_url(to))[:_SHOWN]
+        if scheme.lower() not in _SCHEMES or not mark or "@" in urlsplit(to).netloc:
+            return _NotFollowed(f"{shown}, which is not the address of a server")
+        to = f"{_SCHEMES[scheme.lower()]}{mark}{rest}"
+        old, new = parse_uri(self.uri), parse_uri(to)
+        if old.secure and not new.secure:
+            return _NotFollowed(f"{shown}, where there is no TLS")
+        self._redirects += 1
+        if self._redirects > _MOST_REDIRECTS:
+            return _NotFollowed(f"{shown}, after {_MOST_REDIRECTS} other redirects")
+        if (old.secure, old.host, old.port) != (new.secure, new.host, new.port):
+            self.additional_headers = None  # the token is for the server that was named
+        self.proxy = None if is_loopback(new.host) else True
+        self._link.url = f"{self._named} (redirected to {shown})"
+        return to
 
 
 async def open_link(
@@ -47,8 +102,9 @@ async def open_link(
     tls: dict[str, Any] = {} if ssl is None else {"ssl": ssl}
     try:
         async with asyncio.timeout(connect_seconds):
-            connection = await connect(
+            connection = await _Connecting(
                 url,
+                link,
                 additional_headers=plan_headers(url, token, ssl),
                 **tls,
                 subprotocols=[Subprotocol(PROTOCOL)],
@@ -57,10 +113,9 @@ async def open_link(
                 proxy=None if is_loopback(urlsplit(url).hostname or "") else True,
                 open_timeout=None,
                 ping_interval=None,
-                close_timeout=_CLOSE_SECONDS,
+                close_timeout=CLOSE_SECONDS,
                 max_size=max(limits.control_bytes, MAX_FRAME_BYTES),
                 logger=_library_log,
-                create_connection=link.attach,  # type: ignore[arg-type]  # a factory is all it is used as
             )
             _require_surfw(connection)
             await link.greeted
@@ -73,9 +128,19 @@ async def open_link(
 
 
 async def probe(
-    url: str, timeout_seconds: float = 1.0, *, token: str | None = None, ssl: SSLContext | None = None
+    url: str,
+    timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
+    *,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
 ) -> bool:
-    """Whether a surfw server answers at the address and lets us in, found out within the time."""
+    """Whether a surfw server is at the address: False if nothing listens there, or something else does.
+
+    Raises:
+        ConfigurationError: the address is not one, or the token may not be sent there.
+        RefusedError: a server is there, and wants a token, or another one.
+        ConnectionFailedError: a server is there and does not let us in, or nobody answers within the time.
+    """
     try:
         link = await open_link(
             url,
@@ -85,8 +150,10 @@ async def probe(
             token=token,
             ssl=ssl,
         )
-    except SurfwError:
-        return False
+    except ConnectionFailedError as exc:
+        if exc.absent:
+            return False
+        raise
     link.abort()
     return True
 
@@ -97,46 +164,72 @@ def _require_surfw(connection: ClientConnection) -> None:
 
 
 def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> SurfwError:
-    """Why there is no connection, and whether trying again may help."""
-    transient = False
+    """Why there is no connection, whether trying again may help, and whether a server may be there at all."""
+    transient = absent = False
     match exc:
-        case TimeoutError():
-            silent = link.heard is None
-            waited = f"within {seconds:g} seconds; {_NEXT}"
-            text = (
-                f"no surfw server at {link.url}: no answer {waited}" if silent else _foreign(link, f"no hello {waited}")
-            )
-        case SSLCertVerificationError():
-            text = (
-                f"the certificate of {link.url} is not trusted: {exc.verify_message}; trust whoever signed it, with "
-                "ssl= or SSL_CERT_FILE"
-            )
-        case SSLError():
-            text = (
-                f"{link.url} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
-            )
         case OSError():
-            reason = "connection refused" if isinstance(exc, ConnectionRefusedError) else exc.strerror or exc
-            text = f"no surfw server at {link.url}: {reason}; {_NEXT}"
-            transient = isinstance(exc, ConnectionError) or exc.errno in _UNREACHABLE
+            return _explain_network(link, seconds, exc)
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
         case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
             if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
                 return refusal(link.url, token)
-            text = _refused(link, exc.response.status_code)
+            text = _refused(link, exc.response)
             transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
+        case InvalidStatus() if exc.response.status_code in _PASSING:
+            status = f"status {exc.response.status_code}, as proxies do whose server is away"
+            text, transient = f"{link.url} answers with {status}; {_NEXT}", True
+        case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
+            text, transient = _hung_up(link), True
+        case ConnectionFailedError() if exc.transient:
+            text, transient = f"{exc} before it said hello; {_NEXT}", True
+        case _NotFollowed():
+            text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
-            text = _foreign(link, f"{link.ended or exc}; {_NEXT}")
-    return ConnectionFailedError(printable(text), transient=transient)
+            text, absent = f"{link.url} answers, but is not a surfw server: {link.ended or exc}; {_NEXT}", True
+    return ConnectionFailedError(printable(text), transient=transient, absent=absent)
 
 
-def _refused(link: Link, status: int) -> str:
+def _explain_network(link: Link, seconds: float, exc: OSError) -> ConnectionFailedError:
+    """Why there is not even a handshake."""
+    transient = absent = False
+    match exc:
+        case TimeoutError():
+            what = (
+                f"{link.url} answers, but said no hello" if link.heard else f"no surfw server at {link.url}: no answer"
+            )
+            text, transient = f"{what} within {seconds:g} seconds; {_NEXT}", True
+        case SSLCertVerificationError():
+            text = (
+                f"the certificate of {link.url} is not trusted: {exc.verify_message}; trust whoever signed it, with "
+                "ssl= or SSL_CERT_FILE"
+            )
+        case SSLEOFError() | SSLZeroReturnError():
+            text, transient = _hung_up(link), True
+        case SSLError():
+            text = (
+                f"{link.url} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
+            )
+        case _:
+            refused = isinstance(exc, ConnectionRefusedError)
+            text = f"no surfw server at {link.url}: {'connection refused' if refused else exc.strerror or exc}; {_NEXT}"
+            transient = isinstance(exc, ConnectionError) or exc.errno in _UNREACHABLE
+            absent = refused or not isinstance(exc, ConnectionError)
+    return ConnectionFailedError(printable(text), transient=transient, absent=absent)
+
+
+def _hung_up(link: Link) -> str:
+    other = " (does it want wss://?)" if link.url.startswith("ws:") else ""
+    return f"{link.url} hung up before it said hello{other}; {_NEXT}"
+
+
+def _refused(link: Link, response: Response) -> str:
+    """Why a surfw server does not let us in."""
+    status = response.status_code
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return f"the server at {link.url} takes no more clients; try again later, or {_NEXT}"
-    path = urlsplit(link.url).path or "/"
-    return f"the server at {link.url} refuses the path {path} with status {status}; expected ws://HOST:PORT"
-
-
-def _foreign(link: Link, why: str) -> str:
-    return f"{link.url} answers, but is not a surfw server: {why}"
+    if status == HTTPStatus.NOT_FOUND:
+        path = urlsplit(link.url.partition(" ")[0]).path or "/"
+        return f"the server at {link.url} refuses the path {path} with status {status}; expected ws://HOST:PORT"
+    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
+    return f"the server at {link.url} refuses the connection with status {status}: {said or response.reason_phrase}"

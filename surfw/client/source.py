@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -13,11 +13,18 @@ from typing import TypeVar
 from surfw.client.link import Link
 from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits
-from surfw.errors import ConnectionFailedError, ManifestError, RefusedError, UnknownModelError
+from surfw.config import (
+    BLOCK_BYTES,
+    DAMAGE_RETRIES,
+    DEFAULT_CONNECT_SECONDS,
+    DEFAULT_SILENCE_SECONDS,
+    WireLimits,
+    count,
+)
+from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Digests, Manifest, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
-from surfw.source import ChunkSource, Read
+from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
 
 logger = logging.getLogger("surfw.client")
@@ -27,13 +34,19 @@ Connect = Callable[[], Awaitable[Link]]
 """Makes a link to one and the same server."""
 
 _VERIFIERS = 2
+_SERVED = "the server's storage or memory"
+
+
+def _part(whole: Read, start: int, stop: int) -> memoryview:
+    return whole.destination[start - whole.start : stop - whole.start]
 
 
 class WireSource(ChunkSource):
     """Models of a server. Belongs to the event loop it was opened in.
 
     A connection that is lost is made again, as often as the retry policy says; a chunk then goes on behind the blocks
-    that were already verified, and its attempts are counted anew whenever there were any.
+    that were already verified, and its attempts are counted anew whenever there were any. What arrives damaged is
+    fetched again on its own, a few times.
     """
 
     def __init__(
@@ -47,6 +60,8 @@ class WireSource(ChunkSource):
         self._connecting = asyncio.Lock()
         self._closed = False
         self._fetched_bytes = 0
+        self._refetched_blocks = 0
+        self._limits = link.limits
         self._digests: dict[tuple[str, str], Digests] = {}
         self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
@@ -58,9 +73,14 @@ class WireSource(ChunkSource):
         return self._fetched_bytes
 
     @property
+    def refetched_blocks(self) -> int:
+        """Blocks, manifests and files that arrived damaged and were fetched again."""
+        return self._refetched_blocks
+
+    @property
     def buffered_bytes(self) -> int:
         """What a server may have sent that is not in place yet."""
-        return self._link.limits.window_bytes
+        return self._limits.window_bytes
 
     async def models(self) -> list[str]:
         """The names of the models there are."""
@@ -69,8 +89,9 @@ class WireSource(ChunkSource):
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
         what = f"the manifest of {model} from {self.url}"
+        into = partial(Document, what, made_from_bytes=self._limits.manifest_bytes)
         try:
-            data = await self._receive(lambda number: GetManifest(number, model), lambda: Document(what))
+            data = await self._receive(lambda number: GetManifest(number, model), into)
         except RefusedError as exc:
             if exc.code != "unknown-model":
                 raise
@@ -84,10 +105,8 @@ class WireSource(ChunkSource):
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
         what = f"{path} of {manifest.name} from {self.url}"
-        return await self._receive(
-            lambda number: GetFile(number, manifest.name, path),
-            lambda: Document(what, listed=(entry.size, entry.digest)),
-        )
+        into = partial(Document, what, listed=(entry.size, entry.digest), made_from_bytes=entry.size)
+        return await self._receive(lambda number: GetFile(number, manifest.name, path), into)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""
@@ -102,26 +121,55 @@ class WireSource(ChunkSource):
     async def _fetch(self, model: str, whole: Read, priority: int) -> None:
         if not whole.form.is_known:
             whole = await self._with_digests(model, whole)
-        done, reached, delays, first = 0, 0, self._retry.delays(), None
-        while True:
-            read = Read(whole.chunk, whole.form, whole.start + done, whole.stop, whole.destination[done:])
-            transfer = ChunkTransfer(read, self._verifiers if self._verify else None, where=self.url)
+        size, reached, delays, first = whole.stop - whole.start, 0, self._retry.delays(), None
+        damage: defaultdict[int, list[str]] = defaultdict(list)
+        missing = [(whole.start, whole.stop)]
+        while missing:
+            start, stop = missing.pop()
+            read = replace(whole, start=start, stop=stop, destination=_part(whole, start, stop))
+            transfer = ChunkTransfer(read, self._verifiers if self._verify else None)
             try:
-                await self._attempt(model, read, priority, transfer)
+                await self._attempt(model, read, priority, transfer, fresh=start // BLOCK_BYTES in damage)
             except ConnectionFailedError as exc:
-                first, reached = first or exc, max(reached, done + transfer.received)
-                done += transfer.verified_bytes
+                first, reached = first or exc, max(reached, start - whole.start + transfer.received)
                 if transfer.verified_bytes:
                     delays = self._retry.delays()
+                self._note(whole, damage, await transfer.damage())
+                missing.append((start + transfer.verified_bytes, stop))
                 if not await self._wait(exc, delays):
-                    size, last = whole.stop - whole.start, "" if exc is first else f"; the last attempt: {exc}"
+                    last = "" if exc is first else f"; the last attempt: {exc}"
                     raise ConnectionFailedError(
                         f"{first}, after {reached} of {size} bytes of chunk {whole.chunk.name}{last}; "
                         "see what became of it, and run it again"
                     ) from exc
             else:
-                self._fetched_bytes += whole.stop - whole.start
-                return
+                missing += self._note(whole, damage, await transfer.damage())
+        self._fetched_bytes += size
+
+    def _note(
+        self, whole: Read, damage: defaultdict[int, list[str]], found: Mapping[int, str]
+    ) -> list[tuple[int, int]]:
+        """Note what arrived damaged, and give the ranges to fetch again, the last one first.
+
+        Raises:
+            IntegrityError: a block was so too often.
+        """
+        for block, seen in found.items():
+            damage[block].append(seen)
+        for block, seen in found.items():
+            what = describe_damage(whole.chunk, whole.form, block, seen, where=self.url)
+            if len(damage[block]) > DAMAGE_RETRIES:
+                raise IntegrityError(f"{what}; {locate_damage(damage[block], stored=_SERVED)}")
+        if found:
+            logger.warning("%s; fetching %s again", what, count(len(found), "block"))
+        self._refetched_blocks += len(found)
+        ranges: list[tuple[int, int]] = []
+        for block in sorted(found, reverse=True):
+            start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, whole.stop)
+            if ranges and ranges[-1][0] == stop:
+                _, stop = ranges.pop()
+            ranges.append((start, stop))
+        return ranges
 
     async def _with_digests(self, model: str, read: Read) -> Read:
         """The read, with the digests that its manifest lacks; the server is asked for them once."""
@@ -129,38 +177,50 @@ class WireSource(ChunkSource):
         async with self._asking[name]:
             if name not in self._digests:
                 what = f"what the server at {self.url} says of chunk {read.chunk.name}"
-                data = await self._receive(
-                    lambda number: GetDigests(number, model, read.chunk.id), lambda: Document(what)
-                )
+                into = partial(Document, what, made_from_bytes=read.form.stored_bytes)
+                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), into)
                 self._digests[name] = parse_digests(data, read.form.stored_bytes, where=what)
         known = with_digests(read.chunk, self._digests[name])
         asked = replace(known, id=read.chunk.id)  # a server knows a chunk by both
         return replace(read, chunk=asked, form=known.forms[0])
 
-    async def _attempt(self, model: str, read: Read, priority: int, transfer: ChunkTransfer) -> None:
+    async def _attempt(self, model: str, read: Read, priority: int, transfer: ChunkTransfer, *, fresh: bool) -> None:
         """Have a transfer done over the link; however it ends, nobody touches its destination afterwards."""
 
         def ask(number: int) -> Get:
-            return Get(number, model, read.chunk.id, read.form.codec, read.start, read.stop, priority)
+            return Get(number, model, read.chunk.id, read.form.codec, read.start, read.stop, priority, fresh)
 
         try:
             await (await self._connected()).receive(ask, transfer)
-            await transfer.verified()
+            await transfer.damage()
         except ConnectionFailedError:
-            await transfer.verified()  # what has arrived need not come again
+            await transfer.damage()  # what has arrived need not come again
             raise
         finally:
             await transfer.settle()
 
     async def _receive(self, make: Callable[[int], Request], into: Callable[[], Document]) -> bytes:
-        """A whole document, from the start on with every attempt."""
+        """A whole document, from the start on with every attempt.
 
-        async def attempt(link: Link) -> bytes:
+        Raises:
+            IntegrityError: it is damaged, every time.
+        """
+        seen: list[object] = []
+        while True:
             document = into()
-            await link.receive(make, document)
-            return document.verified()
 
-        return await self._persistently(attempt)
+            async def attempt(link: Link, document: Document = document) -> bytes:
+                await link.receive(make, document)
+                return document.verified()
+
+            try:
+                return await self._persistently(attempt)
+            except IntegrityError as exc:
+                seen.append(document.seen)
+                if len(seen) > DAMAGE_RETRIES:
+                    raise IntegrityError(f"{exc}; {locate_damage(seen, stored=_SERVED)}") from exc
+                logger.warning("%s; fetching it again", exc)
+                self._refetched_blocks += 1
 
     async def _persistently(self, attempt: Callable[[Link], Awaitable[T]]) -> T:
         """Do it, again if the connection is lost meanwhile."""
@@ -217,7 +277,8 @@ async def open_wire_source(
         url: the address.
         limits: sizes that both sides hold each other to.
         connect_timeout: seconds the server has to say hello.
-        silence_timeout: seconds without a byte, while something is asked for, after which a connection is given up.
+        silence_timeout: seconds without progress, while something is asked for, after which a connection is given up:
+            64 KiB that arrive, an answer that is complete, or a server that says how it reads its storage.
         token: what the server wants to be shown, if anything.
         ssl: whose certificates to trust for `wss://`, in place of the system's.
         retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.

@@ -5,17 +5,19 @@ nothing writes to its destination any more; `settle` waits until nothing reads f
 """
 
 import asyncio
-import contextlib
 from concurrent.futures import Executor, Future
 from typing import Protocol
 
-from surfw.config import BLOCK_BYTES, MIB
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB
 from surfw.errors import IntegrityError
 from surfw.manifest import payload_digest
-from surfw.source import Read, verify_blocks
+from surfw.source import Read, find_damage
+from surfw.threads import to_its_end
 from surfw.wire import Begin
 
 _VERIFY_BYTES = 4 * MIB
+_PAGE_BYTES = 4 * MIB
+"""A server reads whole pages, of about this size."""
 
 
 class Transfer(Protocol):
@@ -23,6 +25,9 @@ class Transfer(Protocol):
 
     received: int
     """How many bytes have arrived."""
+
+    most_read_bytes: int
+    """The most that a server can have to read from its storage for the answer."""
 
     def begin(self, message: Begin) -> None:
         """The answer's size and digest are known; only documents are begun. `IntegrityError` refuses the answer."""
@@ -34,12 +39,26 @@ class Transfer(Protocol):
         """The bytes before offset `stop` are there."""
 
 
-class Document:
-    """A manifest or a file: held in memory, and as long as the server says, within the session's limits."""
+def _most_read(size: int, parts: int = 1) -> int:
+    """What is read for so many bytes that lie in some places: whole pages, and more than once if they are damaged."""
+    return (size + 2 * parts * _PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
-    def __init__(self, what: str, *, listed: tuple[int, str] | None = None) -> None:
-        """Name it for errors; `listed` has the size and BLAKE3 that a manifest lists for it."""
+
+class Document:
+    """A manifest or a file: held in memory, and as long as the server says, within the session's limits.
+
+    Attributes:
+        seen: what came in place of what was announced or listed, once that is known: a size or a digest.
+    """
+
+    def __init__(self, what: str, *, listed: tuple[int, str] | None = None, made_from_bytes: int) -> None:
+        """Name it for errors; `listed` has the size and BLAKE3 that a manifest lists for it.
+
+        `made_from_bytes` is how much of the storage a server reads to make it.
+        """
         self.received = 0
+        self.most_read_bytes = _most_read(made_from_bytes)
+        self.seen: object = None
         self._what = what
         self._listed = listed
         self._digest = ""
@@ -52,6 +71,7 @@ class Document:
             IntegrityError: what is announced is not what is listed.
         """
         if self._listed not in {None, (message.size, message.digest)}:
+            self.seen = (message.size, message.digest)
             raise IntegrityError(f"{self._what} is not the one its manifest lists")
         self._digest = message.digest
         self._data = bytearray(message.size)
@@ -71,25 +91,23 @@ class Document:
             IntegrityError: it is not what the server said it would be.
         """
         data = bytes(self._data)
-        if payload_digest(data) != self._digest:
-            raise IntegrityError(
-                f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it; try again"
-            )
+        self.seen = payload_digest(data)
+        if self.seen != self._digest:
+            raise IntegrityError(f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it")
         return data
 
 
 class ChunkTransfer:
     """A range of a chunk's stored bytes, verified as they come."""
 
-    def __init__(self, read: Read, verifiers: Executor | None, *, where: str) -> None:
+    def __init__(self, read: Read, verifiers: Executor | None) -> None:
         """Name what is read; `verifiers` None leaves the bytes unverified, for measurements only."""
         self.received = 0
+        self.most_read_bytes = _most_read(read.stop - read.start, 1 + len(read.chunk.tensors))
         self._read = read
         self._verifiers = verifiers
-        self._where = where
         self._checked = 0
-        self._checks: list[Future[None]] = []
-        self._ends: list[int] = []
+        self._checks: list[tuple[int, Future[dict[int, str]]]] = []
 
     def begin(self, message: Begin) -> None:
         """Sessions let no `begin` through for a chunk."""
@@ -109,34 +127,31 @@ class ChunkTransfer:
         end = self.received if last else self.received - self.received % BLOCK_BYTES
         first = (self._read.start + self._checked) // BLOCK_BYTES
         run = self._read.destination[self._checked : end]
-        chunk, form = self._read.chunk, self._read.form
-        check = self._verifiers.submit(verify_blocks, chunk, form, first, run, where=self._where)
-        self._checks.append(check)
-        self._ends.append(end)
+        self._checks.append((end, self._verifiers.submit(find_damage, self._read.form, first, run)))
         self._checked = end
 
-    async def verified(self) -> None:
-        """Wait until all that arrived is verified.
-
-        Raises:
-            IntegrityError: some of it is not what the manifest promises.
-        """
-        for check in self._checks:
-            await asyncio.wrap_future(check)
+    async def damage(self) -> dict[int, str]:
+        """Wait until all that arrived is verified: the blocks that are damaged, and the BLAKE3 that each has."""
+        damage: dict[int, str] = {}
+        for _, check in self._checks:
+            found: dict[int, str] = await asyncio.wrap_future(check)
+            damage |= found
+        return damage
 
     @property
     def verified_bytes(self) -> int:
-        """How many bytes from the start of the range on are verified."""
+        """How many bytes from the start of the range on are verified, and what they should be."""
         verified = 0
-        for check, end in zip(self._checks, self._ends, strict=True):
+        for end, check in self._checks:
             if not check.done() or check.cancelled() or check.exception():
                 break
+            if damage := check.result():
+                return min(damage) * BLOCK_BYTES - self._read.start
             verified = end
         return verified
 
     async def settle(self) -> None:
         """Wait until no thread looks at the destination any more."""
-        running = [check for check in self._checks if not check.cancel() and not check.done()]
+        running = [check for _, check in self._checks if not check.cancel() and not check.done()]
         for check in running:
-            with contextlib.suppress(IntegrityError):
-                await asyncio.wrap_future(check)
+            await to_its_end(asyncio.wrap_future(check))

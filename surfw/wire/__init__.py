@@ -23,6 +23,7 @@ from surfw.wire.messages import (
     GetManifest,
     ListModels,
     Models,
+    Progress,
     Request,
     ServerHello,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "GetManifest",
     "ListModels",
     "Models",
+    "Progress",
     "RedisState",
     "Request",
     "ServerHealth",

@@ -1,9 +1,12 @@
 """Servers that are not there, are something else, go away, fall silent or break the protocol."""
 
 import asyncio
+import contextlib
+import itertools
 import json
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source as open_and_retry
 from surfw.client import probe
-from surfw.config import KIB, MIB
+from surfw.config import DAMAGE_RETRIES, KIB, MIB
 from surfw.errors import ConfigurationError, ConnectionFailedError, IntegrityError, ManifestError
 from surfw.manifest import payload_digest
 from surfw.retry import RetryPolicy
@@ -21,6 +24,8 @@ from tests.servers import serve
 from tests.stores import make_store
 
 QUICK = 0.3
+
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 open_wire_source = partial(open_and_retry, retry=RetryPolicy(attempts=1))
 
@@ -62,25 +67,53 @@ async def babbling_server(reader: asyncio.StreamReader, writer: asyncio.StreamWr
     await writer.drain()
 
 
+async def dripping_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    with contextlib.suppress(OSError):
+        for byte in itertools.chain(b"HTTP/1.1 101 Switching Protocols\r\n", itertools.cycle(b"A: b\r\n")):
+            writer.write(bytes([byte]))
+            await writer.drain()
+            await asyncio.sleep(QUICK / 10)
+
+
+async def server_cut_off(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(b"HTTP/1.1 101 Switching Pro")
+    writer.close()
+
+
 async def hanging_up_server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     writer.close()
+
+
+@pytest.mark.parametrize("talk", [http_server, babbling_server])
+def test_something_else_listens_there(talk: Talk) -> None:
+    async def main() -> None:
+        async with tcp_server(talk) as url:
+            with pytest.raises(ConnectionFailedError, match="answers, but is not a surfw server") as caught:
+                await open_wire_source(url, connect_timeout=10)
+            assert (caught.value.transient, caught.value.absent) == (False, True)
+            assert not await probe(url, 10)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(
     ("talk", "patience", "complaint"),
     [
-        (http_server, 10, "answers, but is not a surfw server"),
         (silent_server, QUICK, f"no answer within {QUICK} seconds"),
-        (babbling_server, 1, "answers, but is not a surfw server"),
-        (hanging_up_server, 10, "answers, but is not a surfw server"),
+        (dripping_server, 4 * QUICK, f"answers, but said no hello within {4 * QUICK} seconds"),
+        (hanging_up_server, 10, "hung up before it said hello"),
+        (server_cut_off, 10, "hung up before it said hello"),
     ],
 )
-def test_something_else_listens_there(talk: object, patience: float, complaint: str) -> None:
+def test_something_there_says_too_little(talk: Talk, patience: float, complaint: str) -> None:
     async def main() -> None:
-        async with tcp_server(talk) as url:  # type: ignore[arg-type]
-            with pytest.raises(ConnectionFailedError, match=complaint):
-                await open_wire_source(url, connect_timeout=patience)
-            assert not await probe(url, QUICK)
+        async with tcp_server(talk) as url:
+            for ask in (open_wire_source(url, connect_timeout=patience), probe(url, patience)):
+                with pytest.raises(ConnectionFailedError, match=complaint) as caught:
+                    await ask
+                assert (caught.value.transient, caught.value.absent) == (True, False)
 
     asyncio.run(main())
 
@@ -108,7 +141,8 @@ def test_probe_finds_a_server_and_nothing_else(tmp_path: Path) -> None:
             assert await probe(server.url, 10)
             await until(lambda: server.stats()["clients"] == 0)
         assert not await probe(server.url)
-        assert not await probe("ws://127.0.0.1:99999")
+        with pytest.raises(ConfigurationError, match="is not the address of a server"):
+            await probe("ws://127.0.0.1:99999")
 
     asyncio.run(main())
 
@@ -224,12 +258,12 @@ def test_a_manifest_that_is_not_the_one_asked_for(
     body = document if isinstance(document, bytes) else make_store(tmp_path, document, [1]).public().encode()
 
     async def answer(websocket: ServerConnection) -> None:
-        await websocket.recv()
-        begin = {"type": "begin", "id": 0, "size": len(body), "digest": digest or payload_digest(body)}
-        await websocket.send(json.dumps(begin))
-        await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": len(body)}))
-        await websocket.send(body)
-        await websocket.wait_closed()
+        for number in itertools.count():
+            await websocket.recv()
+            begin = {"type": "begin", "id": number, "size": len(body), "digest": digest or payload_digest(body)}
+            await websocket.send(json.dumps(begin))
+            await websocket.send(json.dumps({"type": "data", "id": number, "start": 0, "stop": len(body)}))
+            await websocket.send(body)
 
     async def main() -> None:
         async with pretending(answer) as url, await open_wire_source(url) as source:
@@ -287,20 +321,26 @@ def test_a_file_of_another_size_is_not_taken(tmp_path: Path, size: int) -> None:
     heard = []
 
     async def answer(websocket: ServerConnection) -> None:
+        for number in range(1 + DAMAGE_RETRIES):
+            await websocket.recv()
+            begin = {"type": "begin", "id": number, "size": size, "digest": manifest.files[0].digest}
+            await websocket.send(json.dumps(begin))
+            heard.append(await websocket.recv())
+            failed = {"type": "error", "id": number, "code": "cancelled", "message": "given up"}
+            await websocket.send(json.dumps(failed))
         await websocket.recv()
-        begin = {"type": "begin", "id": 0, "size": size, "digest": manifest.files[0].digest}
-        await websocket.send(json.dumps(begin))
-        heard.append(await websocket.recv())
-        await websocket.send('{"type":"error","id":0,"code":"cancelled","message":"given up"}')
-        await websocket.recv()
-        await websocket.send('{"type":"models","id":1,"models":["still","here"]}')
+        await websocket.send('{"type":"models","id":3,"models":["still","here"]}')
         await websocket.wait_closed()
 
     async def main() -> None:
         async with pretending(answer) as url, await open_wire_source(url) as source:
-            with pytest.raises(IntegrityError, match="is not the one its manifest lists"):
+            with pytest.raises(
+                IntegrityError,
+                match="is not the one its manifest lists; it was the same 3 times, so the damage lies in",
+            ):
                 await source.file(manifest, manifest.files[0].path)
+            assert source.refetched_blocks == 2
             assert await source.models() == ["here", "still"]
 
     asyncio.run(main())
-    assert heard == ['{"type":"cancel","id":0}']
+    assert heard == [f'{{"type":"cancel","id":{number}}}' for number in range(3)]

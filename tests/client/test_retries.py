@@ -31,19 +31,21 @@ def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Callable[[S
     left = list(lengths)
 
     async def answer(websocket: ServerConnection) -> None:
-        request = json.loads(await websocket.recv())
-        asked.append(request)
-        start = request["start"]
-        length = left.pop(0) if left else request["stop"] - start
-        for at in range(start, start + length, 512 * KIB):
-            stop = min(at + 512 * KIB, start + length)
-            await websocket.send(json.dumps({"type": "data", "id": request["id"], "start": at, "stop": stop}))
-            await websocket.send(data[at:stop])
-        if start + length == request["stop"]:
-            await websocket.wait_closed()
-        else:
-            await until(lambda: websocket.transport.get_write_buffer_size() == 0)
-            await websocket.close(1001, "the server is stopping")
+        while True:
+            request = json.loads(await websocket.recv())
+            if request["type"] == "credit":
+                continue
+            asked.append(request)
+            start = request["start"]
+            length = left.pop(0) if left else request["stop"] - start
+            for at in range(start, start + length, 512 * KIB):
+                stop = min(at + 512 * KIB, start + length)
+                await websocket.send(json.dumps({"type": "data", "id": request["id"], "start": at, "stop": stop}))
+                await websocket.send(data[at:stop])
+            if start + length < request["stop"]:
+                await until(lambda: websocket.transport.get_write_buffer_size() == 0)
+                await websocket.close(1001, "the server is stopping")
+                return
 
     return asked, answer
 
@@ -68,17 +70,75 @@ def test_a_chunk_goes_on_behind_the_verified_blocks(tmp_path: Path) -> None:
     assert starts[3] == 12 * MIB
 
 
-def test_a_damaged_block_is_not_asked_for_again(tmp_path: Path) -> None:
-    manifest = make_store(tmp_path, sizes=[8 * MIB])
-    asked, answer = sends(bytes(8 * MIB))
+def damaging(data: bytes, *flips: int) -> tuple[list[dict[str, Any]], Callable[[ServerConnection], Awaitable[None]]]:
+    """A server that damages a byte in its first, second, … answer that has it, at each of these places."""
+    asked: list[dict[str, Any]] = []
+    left = list(flips)
+
+    async def answer(websocket: ServerConnection) -> None:
+        while True:
+            request = json.loads(await websocket.recv())
+            if request["type"] == "credit":
+                continue
+            asked.append(request)
+            start, stop = request["start"], request["stop"]
+            body = bytearray(data[start:stop])
+            for at in set(left):
+                if start <= at < stop:
+                    left.remove(at)
+                    body[at - start] ^= 1 + len(left)
+            for at in range(0, len(body), 512 * KIB):
+                part = body[at : at + 512 * KIB]
+                run = {"type": "data", "id": request["id"], "start": start + at, "stop": start + at + len(part)}
+                await websocket.send(json.dumps(run))
+                await websocket.send(bytes(part))
+
+    return asked, answer
+
+
+def test_a_damaged_block_is_fetched_again_alone_and_fresh(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[9 * MIB + 100])
+    data = payload(tmp_path, manifest.chunks[0])
+    asked, answer = damaging(data, 3 * MIB, 4 * MIB + 7, 4 * MIB + 7, 9 * MIB + 50)
 
     async def main() -> None:
         async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
-            with pytest.raises(IntegrityError, match="is damaged"):
-                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+            read, memory = whole(manifest.chunks[0])
+            await source.fetch(manifest, [read])
+            assert memory == data
+            assert source.refetched_blocks == 4
 
     asyncio.run(main())
-    assert len(asked) == 1
+    ranges = [(request["start"], request["stop"], request.get("fresh", False)) for request in asked]
+    assert ranges == [
+        (0, 9 * MIB + 100, False),
+        (3 * MIB, 5 * MIB, True),
+        (4 * MIB, 5 * MIB, True),
+        (9 * MIB, 9 * MIB + 100, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("server", "where"),
+    [
+        (lambda data: sends(bytes(MIB) + data[MIB:]), r"the same 3 times, so the damage lies in the server's storage"),
+        (lambda data: damaging(data, 5, 5, 5), r"something else in 3 attempts, so the damage comes about on the way"),
+    ],
+)
+def test_damage_that_stays_is_an_error_that_says_where_it_lies(tmp_path: Path, server: Any, where: str) -> None:
+    manifest = make_store(tmp_path, sizes=[2 * MIB])
+    asked, answer = server(payload(tmp_path, manifest.chunks[0]))
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            with pytest.raises(
+                IntegrityError, match=rf"layers\.0 from ws://.* is damaged: block 0 has .*; it was {where}"
+            ):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+            assert source.refetched_blocks == 2
+
+    asyncio.run(main())
+    assert len(asked) == 3
 
 
 def test_attempts_without_progress_come_to_an_end(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def test_without_it_there_is_no_websocket(tmp_path: Path) -> None:
                 await open_wire_source(server.url, token=TOKEN + "x")
             assert str(other.value) == f"the server at {server.url} refuses the token; give the one it was started with"
             assert other.value.code == "another-token"
-            assert not await probe(server.url, 5)
+            with pytest.raises(RefusedError, match="wants a token"):
+                await probe(server.url, 5)
+            with pytest.raises(RefusedError, match="refuses the token"):
+                await probe(server.url, 5, token="x")
             with pytest.raises(RefusedError, match="wants a token"):
                 await asyncio.to_thread(read_stats, server.url)
             with pytest.raises(RefusedError, match="refuses the token"):
