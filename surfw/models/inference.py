@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
+from surfw.models.chat import encode_chat
 
 _TOP_PREDICTIONS = 5
 _RESERVED_POSITIONS = 2
@@ -203,14 +204,7 @@ def _encode(
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         messages = [{"role": "system", "content": request.system}] if request.system else []
         messages.append({"role": "user", "content": request.prompt or ""})
-        template: Any = tokenizer.apply_chat_template
-        try:
-            inputs = dict(template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True))
-        except Exception as exc:  # a template is a program of the model's maker, and raises what it likes
-            raise ConfigurationError(
-                f"the chat template of {model.manifest.name} refuses the prompt ({type(exc).__name__}: "
-                f"{str(exc)[:200]}); leave the system message out, or give the prompt as it is (raw)"
-            ) from exc
+        inputs = encode_chat(tokenizer, messages, where=model.manifest.name)
     elif request.system:
         raise ConfigurationError(
             f"{model.manifest.name} has no chat template, so a system message has no place in its prompt"
