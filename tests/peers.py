@@ -88,6 +88,7 @@ async def pretending(
             await answer(websocket)
 
     options: dict[str, Any] = {"compression": None, "subprotocols": [Subprotocol(PROTOCOL)], "close_timeout": 1}
+    options["ping_interval"] = None
     async with serve(handle, "127.0.0.1", 0, **options) as server:
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 

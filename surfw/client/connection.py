@@ -157,6 +157,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
             self.drop()  # it need not hang up, and nothing more is wanted of it
         refused = self.protocol.parser_exc
         if refused is not None and self._error is None:
+            refused.with_traceback(None)  # whose frames hold on to the memory of others
             self._refuse(RemoteProtocolError(str(refused)))
 
     def process_event(self, event: Event) -> None:
@@ -166,7 +167,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
                 try:
                     self._deliver(event)
                 except RemoteProtocolError as exc:
-                    self._refuse(exc)
+                    self._refuse(exc.with_traceback(None))
             return
         super().process_event(event)
         if isinstance(event, Frame) and event.opcode is Opcode.CLOSE and self.protocol.close_rcvd_then_sent:

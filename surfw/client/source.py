@@ -140,7 +140,8 @@ class WireSource(ChunkSource):
                     last = "" if exc is first else f"; the last attempt: {exc}"
                     raise ConnectionFailedError(
                         f"{first}, after {reached} of {size} bytes of chunk {whole.chunk.name}{last}; "
-                        "see what became of it, and run it again"
+                        "see what became of it, and run it again",
+                        transient=exc.transient,
                     ) from exc
             else:
                 missing += self._note(whole, damage, await transfer.damage())

@@ -1,6 +1,10 @@
 """A server's statistics and health, asked for over plain HTTP at the address of its WebSocket. These calls block."""
 
+import contextlib
 import http.client
+import socket
+import threading
+from concurrent.futures import Future
 from http import HTTPStatus
 from ssl import SSLContext
 from urllib.parse import urlsplit
@@ -28,7 +32,7 @@ def read_stats(
         url: `ws://` or `wss://` and the server's host and port; `host:port` is taken for `ws://`.
         token: what the server wants to be shown, if anything. It is not sent beyond this machine without TLS.
         ssl: with which certificates to trust a `wss://` server; None for those that the system trusts.
-        timeout_seconds: how long to wait for each part of the answer.
+        timeout_seconds: how long to wait for the whole answer.
 
     Raises:
         ConnectionFailedError: no surfw server answers there.
@@ -84,13 +88,48 @@ def _get(
         else http.client.HTTPConnection(host, port or DEFAULT_PORT, timeout=timeout_seconds)
     )
     try:
-        connection.request("GET", path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.headers.get("Server", ""), response.read(_MAX_BYTES)
+        return _within(timeout_seconds, connection, path, headers)
     except (OSError, UnicodeError, http.client.HTTPException) as exc:
+        why = printable(str(exc)) or type(exc).__name__
+        if isinstance(exc, TimeoutError):
+            why = f"no complete answer within {timeout_seconds:g} seconds"
         raise ConnectionFailedError(
-            f"no surfw server at {display_url(url)}: {printable(str(exc)) or type(exc).__name__}; "
-            "start one with 'surfw serve' or name another address"
+            f"no surfw server at {display_url(url)}: {why}; start one with 'surfw serve' or name another address",
+            transient=isinstance(exc, TimeoutError | ConnectionError),
         ) from exc
+
+
+def _within(
+    seconds: float, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]
+) -> tuple[int, str, bytes]:
+    """Status, server and body, all within the time; a timeout of a socket begins anew with every byte.
+
+    Raises:
+        TimeoutError: it took longer. The thread that asks ends soon after, or with the process.
+    """
+    answer: Future[tuple[int, str, bytes]] = Future()
+    sockets: list[socket.socket] = []
+    given_up = threading.Event()
+
+    def ask() -> None:
+        try:
+            connection.connect()
+            sockets.append(connection.sock)
+            if given_up.is_set():
+                return
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+            answer.set_result((response.status, response.headers.get("Server", ""), response.read(_MAX_BYTES)))
+        except BaseException as exc:  # noqa: BLE001 - whoever waits gets it
+            answer.set_exception(exc)
+        finally:
+            connection.close()
+
+    threading.Thread(target=ask, name="surfw-ask", daemon=True).start()
+    try:
+        return answer.result(seconds)
     finally:
-        connection.close()
+        given_up.set()
+        for open_socket in sockets:
+            with contextlib.suppress(OSError):
+                open_socket.shutdown(socket.SHUT_RDWR)

@@ -1,10 +1,13 @@
 """A server's statistics and health, asked for from elsewhere."""
 
 import asyncio
+import contextlib
 import copy
+import itertools
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 from surfw.client import is_ready, read_stats
 from surfw.errors import ConfigurationError, ConnectionFailedError
 from tests.certificates import for_client, for_server, make_certificate
-from tests.peers import serving, tcp_server
+from tests.peers import serving, tcp_server, until
 from tests.stores import make_store
 
 
@@ -118,5 +121,41 @@ def test_what_is_not_a_surfw_servers_is_refused(tmp_path: Path, change: Callable
                 await asyncio.to_thread(read_stats, url)
             with pytest.raises(ConnectionFailedError, match=r"not a surfw server \(status 200 for GET /readyz\)"):
                 await asyncio.to_thread(is_ready, url)
+
+    asyncio.run(main())
+
+
+def drip(*parts: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """A server that sends the first part at once, and of the others a byte now and then, over and over."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(parts[0])
+        with contextlib.suppress(OSError):
+            for byte in itertools.cycle(b"".join(parts[1:])):
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+    return talk
+
+
+@pytest.mark.parametrize(
+    "talk",
+    [
+        drip(b"HTTP/1.1 200 OK\r\n", b"A: b\r\n"),
+        drip(b"HTTP/1.1 200 OK\r\n", b"A"),
+        drip(b"HTTP/1.1 200 OK\r\nServer: surfw/1\r\nContent-Length: 9999\r\n\r\n", b" "),
+        drip(b"HTTP/1.1 200 OK\r\nServer: surfw/1\r\nConnection: close\r\n\r\n", b" "),
+    ],
+)
+@pytest.mark.parametrize("ask", [read_stats, is_ready])
+def test_an_answer_that_never_ends_is_given_up(talk: Any, ask: Callable[..., object]) -> None:
+    async def main() -> None:
+        async with tcp_server(talk) as url:
+            async with asyncio.timeout(20):  # a guard against a hang
+                with pytest.raises(ConnectionFailedError, match=r"no complete answer within 0\.3 seconds"):
+                    await asyncio.to_thread(ask, url, timeout_seconds=0.3)
+            await until(lambda: all(thread.name != "surfw-ask" for thread in threading.enumerate()))
 
     asyncio.run(main())
