@@ -25,6 +25,18 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
 
+PROGRESS_BYTES = 64 * 1024
+"""So many bytes of an answer, or all that is left of it, are progress; fewer do not reset anybody's patience."""
+
+DAMAGE_RETRIES = 2
+"""How often the same block is fetched again because it arrived damaged."""
+
+MANIFEST_BYTES = 64 * MIB
+"""The largest manifest that is read from a store."""
+
+FILE_BYTES = 256 * MIB
+"""The largest file of a tokenizer."""
+
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8765
 DEFAULT_CACHE_MB = 200
