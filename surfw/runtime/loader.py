@@ -63,7 +63,7 @@ class Loader:
         if self._casts(chunk) or choose_form(chunk).codec != "none":
             return None
         view = await self.source.view(self.manifest, chunk, choose_form(chunk))
-        return MappedBuffer(view) if view is not None else None
+        return MappedBuffer(view.memory, view.expect_unchanged) if view is not None else None
 
     def scratch_bytes(self, chunk: Chunk) -> int:
         """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""
