@@ -31,6 +31,12 @@ DAMAGE_RETRIES = 2
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
 
+MANIFEST_BYTES = 64 * MIB
+"""The largest manifest that is read from a store."""
+
+FILE_BYTES = 256 * MIB
+"""The largest file of a tokenizer."""
+
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 DEFAULT_HOST = "127.0.0.1"

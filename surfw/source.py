@@ -5,7 +5,7 @@ read-only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -52,6 +52,20 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
         if seen != form.block_digest(index):
             damage[index] = seen.hex()
     return damage
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Stored bytes where they are mapped.
+
+    Attributes:
+        memory: the bytes.
+        expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
+            `StorageError` if they are not what was verified any more, as far as that can be seen.
+    """
+
+    memory: memoryview
+    expect_unchanged: Callable[[], None]
 
 
 def verify_blocks(chunk: Chunk, form: Form, first: int, data: memoryview, *, where: str) -> None:
@@ -118,14 +132,20 @@ class ChunkSource(ABC):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination with verified bytes. Lower priorities go first.
 
-        Returns when all are there. If one fails, or the call is cancelled, no destination is written to afterwards.
+        Give all reads that are wanted in one call: a source that is far away has as many of them under way at a time as
+        it finds useful, in whatever order, so that many small ones cost few round trips. How many there are does not
+        change the memory that it takes beside the destinations (see `buffered_bytes`).
+
+        Returns when all are there. If one fails, the first failure is raised and the others are given up: what their
+        destinations hold then is undefined. When the call has ended, also by a failure or a cancellation, no
+        destination is written to any more.
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
             StorageError, WireError: they could not be had.
         """
 
-    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's stored bytes, verified, where they can be mapped: no copy of them is made.
 
         The memory may be written to, which changes nothing but this view. It is page-aligned, and stays valid after
@@ -146,6 +166,11 @@ class ChunkSource(ABC):
         """The most memory that fetching takes beside the destinations."""
         return 0
 
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
+        return 0
+
     @abstractmethod
     async def close(self) -> None:
         """Release connections, threads and files. Closing twice is fine."""
@@ -153,11 +178,6 @@ class ChunkSource(ABC):
     @property
     def fetched_bytes(self) -> int:
         """Stored bytes delivered so far."""
-        return 0
-
-    @property
-    def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
         return 0
 
     async def resolve(self, name: str | None) -> str:

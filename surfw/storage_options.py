@@ -5,8 +5,11 @@ line, where every user of the machine sees it, and the value of no option but th
 ever shown.
 """
 
+import json
+import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from surfw.config import display_url
@@ -21,8 +24,23 @@ S3_WORDS = {
 
 _HARMLESS = {
     "addressing_style", "anon", "anonymous", "endpoint_url", "max_concurrency", "profile", "region", "requester_pays",
-    "sse", "sse_kms_key_id",
+    "silence_timeout", "sse", "sse_kms_key_id",
 }  # fmt: skip
+_TUNING = {
+    "addressing_style", "anonymous", "aws_access_key_id", "config_kwargs", "headers", "max_concurrency",
+    "requester_pays", "s3_additional_kwargs", "silence_timeout", "sse", "sse_kms_key_id",
+}  # fmt: skip
+"""Options that do not change which object an address means."""
+
+_FROM_ENVIRONMENT: dict[str, dict[str, tuple[str, ...]]] = {
+    "s3": {
+        "endpoint_url": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+        "profile_name": ("AWS_PROFILE", "AWS_DEFAULT_PROFILE"),
+    },
+    "hf": {"endpoint": ("HF_ENDPOINT",)},
+}
+"""Options that the libraries take from the environment where they are not given."""
+
 _SWITCHES = {"true": True, "false": False}
 _SECRET = re.compile(
     r"secret|passw|passphrase|token|credential|signature|private|connection_string|(account|access|api)_?key$|^sas|^key$",
@@ -66,6 +84,34 @@ def shown_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     return display_url(value) if isinstance(value, str) else value
+
+
+def identify_place(url: str, options: Mapping[str, Any]) -> str:
+    """A text that tells places apart which have the same address: it, and the options that may change what it means.
+
+    Secrets are left out, so that new credentials are no new place, and so is what only tunes.
+    """
+    scheme = url.partition("://")[0].lower() if "://" in url else ""
+    if not scheme or scheme == "file":
+        return url  # folders take no options
+    said = {S3_WORDS.get(name, name) if scheme == "s3" else name: value for name, value in options.items()}
+    for name, variables in _FROM_ENVIRONMENT.get(scheme, {}).items():
+        if said.get(name) is None:
+            said[name] = next((os.environ[one] for one in variables if os.environ.get(one)), None)
+    told = _identifying(said)
+    return f"{url} {json.dumps(told, sort_keys=True)}" if told else url
+
+
+def _identifying(options: Mapping[Any, Any]) -> dict[str, Any]:
+    told = {str(name): value for name, value in options.items() if not _SECRET.search(str(name))}
+    found = {name: _plain(value) for name, value in told.items() if name not in _TUNING}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _identifying(value) or None
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,4 +159,20 @@ def connections_of(max_concurrency: object) -> int:
         return given
     raise ConfigurationError(
         f"storage option max_concurrency is {max_concurrency!a:.80}, expected a number from 1 to {_MOST_CONNECTIONS}"
+    )
+
+
+def seconds_of(silence_timeout: object) -> float:
+    """The seconds that the option of this name says, as a number or in digits.
+
+    Raises:
+        ConfigurationError: it says none.
+    """
+    given = silence_timeout
+    with suppress(ValueError):
+        given = float(given) if isinstance(given, str) else given
+    if isinstance(given, int | float) and not isinstance(given, bool) and 0 < given < float("inf"):
+        return float(given)
+    raise ConfigurationError(
+        f"storage option silence_timeout is {silence_timeout!a:.80}, expected a number of seconds over 0"
     )

@@ -4,6 +4,7 @@ Knows a folder's file names and its JSON files; opens no weights. JSON is capped
 index lists are plain file names of its own folder.
 """
 
+import errno
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from surfw.checkpoint.header import quote
 from surfw.checkpoint.shard import translate_errors
 from surfw.config import MIB
 from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.files import read_regular
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -39,6 +41,7 @@ _SHARDS = {
 
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
+_MAX_DEPTH = 64
 
 _FOREIGN = {
     "adapter_config.json": "a LoRA adapter; merge it into its base model first",
@@ -143,17 +146,45 @@ def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is larger, cannot be read, or holds something else.
     """
-    with translate_errors(path), path.open("rb") as file:
-        text = file.read(limit_bytes + 1)
-    if len(text) > limit_bytes:
-        raise CheckpointError(f"{path} has more than {limit_bytes} bytes, which no file of this kind needs")
+    text = read_small(path, limit_bytes)
     try:
         document = json.loads(text.decode())
-    except (ValueError, RecursionError) as exc:
+    except RecursionError as exc:
+        raise CheckpointError(f"{path} is not JSON that can be read: it is nested too deeply") from exc
+    except ValueError as exc:
         raise CheckpointError(f"{path} is not JSON ({exc}); download it again") from exc
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is not a JSON object but {quote(document)}; download it again")
+    _refuse_depth(path, document)
     return document
+
+
+def read_small(path: Path, limit_bytes: int) -> bytes:
+    """The contents of a regular file of at most `limit_bytes`.
+
+    Raises:
+        CheckpointError: the file is larger, or cannot be read.
+    """
+    with translate_errors(path):
+        try:
+            return read_regular(path, limit_bytes)
+        except OSError as exc:
+            if exc.errno != errno.EFBIG:
+                raise
+            raise CheckpointError(
+                f"{path} has more than {limit_bytes} bytes, which no file of this kind needs"
+            ) from exc
+
+
+def _refuse_depth(path: Path, document: Any) -> None:
+    """Raises: CheckpointError, for what is nested so deeply that going through it would fail somewhere else."""
+    level, depth = [document], 0
+    while level:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"{path} is nested too deeply: expected at most {_MAX_DEPTH} levels")
+        inside = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [one for values in inside for one in values if isinstance(one, dict | list)]
 
 
 def no_checkpoint(where: str) -> CheckpointError:

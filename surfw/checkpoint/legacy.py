@@ -10,6 +10,7 @@ Reading is not safe from several threads.
 """
 
 import logging
+import os
 import pickle
 import re
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 
 from surfw.checkpoint.header import quote
-from surfw.checkpoint.shard import SourceTensor, check_regular, check_unchanged, identify
+from surfw.checkpoint.shard import SourceTensor, check_regular, check_unchanged, identify, translate_errors
 from surfw.config import MIB, format_size
 from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.files import open_regular
 
 logger = logging.getLogger("surfw.checkpoint")
 
@@ -47,7 +49,7 @@ class LegacyShard:
         self.path = path
         check_regular(path)
         self.identity = identify(path)
-        with path.open("rb") as file:
+        with translate_errors(path), os.fdopen(open_regular(path), "rb") as file:
             self._mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
         if not self._mapped:
             logger.warning(

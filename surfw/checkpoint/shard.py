@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from surfw.checkpoint.header import PREFIX_BYTES, header_length, parse_header
 from surfw.errors import CheckpointError
+from surfw.files import open_regular
 from surfw.manifest import nbytes
 
 
@@ -79,7 +80,7 @@ class SafetensorsShard:
         self.path = path
         check_regular(path)
         with translate_errors(path):
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path)
         try:
             self.identity = identify(path, self._fd)
             size = self.identity.size_bytes
@@ -153,7 +154,7 @@ def check_regular(path: Path) -> None:
         if not path.is_file():
             seen = "is no regular file" if path.exists() else "is missing"
             raise CheckpointError(f"{path} {seen}; the checkpoint is incomplete, download it again")
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             stand_in = file.read(24) == b"version https://git-lfs."
     if stand_in:
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it")

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
-from surfw.checkpoint.shard import translate_errors
+from surfw.checkpoint.layout import read_small
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.chunking.writer import ChunkWriter, Progress
-from surfw.config import OnMissing, check_dtype, check_on_missing, display_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, check_dtype, check_on_missing, display_url
 from surfw.errors import ConfigurationError, StorageError
 from surfw.manifest import Manifest, ModelFile, check_model_name, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
@@ -35,6 +35,7 @@ def prepare_model(
     on_missing: OnMissing = "error",
     show_progress: bool = False,
     storage_options: Mapping[str, Any] | None = None,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> "PreparedModel":
     """Open a checkpoint and plan its chunks.
 
@@ -49,6 +50,7 @@ def prepare_model(
             Such a model runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
         storage_options: for a storage URL.
+        silence_timeout: seconds without progress after which that is given up.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or not there.
@@ -64,7 +66,8 @@ def prepare_model(
 
         check_model_class(model_class)
     with ExitStack() as opened:
-        checkpoint = opened.enter_context(_open(model, revision, storage_options, show_progress=show_progress))
+        opening = _open(model, revision, storage_options, silence_timeout, show_progress=show_progress)
+        checkpoint = opened.enter_context(opening)
         checked = check_model_name(name or checkpoint.name)
         from surfw.chunking.prepared import plan_model
 
@@ -73,13 +76,20 @@ def prepare_model(
     return prepared
 
 
-def _open(model: str, revision: str | None, options: Mapping[str, Any] | None, *, show_progress: bool) -> Checkpoint:
+def _open(
+    model: str,
+    revision: str | None,
+    options: Mapping[str, Any] | None,
+    silence_timeout: float,
+    *,
+    show_progress: bool,
+) -> Checkpoint:
     model = read_address(model)
     if is_local_url(model):
         return open_checkpoint(model.removeprefix("file://"), revision=revision, show_progress=show_progress)
     if revision is not None:
         raise ConfigurationError(f"revision {revision!r} is for hub models, but {display_url(model)} is a storage URL")
-    return open_remote_checkpoint(model, options)
+    return open_remote_checkpoint(model, options, silence_timeout=silence_timeout)
 
 
 async def write_model(
@@ -127,8 +137,7 @@ async def _write(prepared: "PreparedModel", store: Store, writer: ChunkWriter) -
 
 async def _write_file(prepared: "PreparedModel", writer: ChunkWriter, path: str) -> ModelFile:
     file = prepared.checkpoint.files[path]
-    with translate_errors(file):
-        data = await asyncio.to_thread(file.read_bytes)
+    data = await asyncio.to_thread(read_small, file, FILE_BYTES)
     digest = payload_digest(data)
     key = blob_key(digest, file.suffix or ".bin")
     await writer.lease.hold([key])

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surfw.checkpoint.layout import read_small
 from surfw.checkpoint.shard import SafetensorsShard, check_unchanged
 from surfw.chunking.chunker import prepare_model
 from surfw.chunking.plan import PlannedChunk
 from surfw.chunking.remote import RemoteCheckpoint, plain_name
 from surfw.chunking.writer import Progress
-from surfw.config import OnMissing, display_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.skeleton.config import sanitise_config, tag_floats
@@ -142,7 +143,7 @@ def _folder_name(place: str) -> str:
 
 
 def _file(path: Path) -> ModelFile:
-    data = path.read_bytes()
+    data = read_small(path, FILE_BYTES)
     return ModelFile(path.name, len(data), payload_digest(data), path.name)
 
 
@@ -186,7 +187,12 @@ async def _digest_all(source: StorageSource, mounted: Manifest, progress: Progre
 
 
 async def publish_place(
-    place: str, options: Mapping[str, Any] | None = None, *, on_missing: OnMissing = "error", model_class: Any = None
+    place: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    on_missing: OnMissing = "error",
+    model_class: Any = None,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> Path:
     """Make the checkpoint in a folder or under a storage URL the one model of a private store, without digests.
 
@@ -196,10 +202,16 @@ async def publish_place(
     Raises:
         SurfwError: it cannot be served in place.
     """
-    folder = private_store(place)
+    folder = private_store(place, options or {})
     name = None if "://" in place else plain_name(await asyncio.to_thread(_folder_name, place))
     prepared = await asyncio.to_thread(
-        prepare_model, place, name=name, on_missing=on_missing, model_class=model_class, storage_options=options
+        prepare_model,
+        place,
+        name=name,
+        on_missing=on_missing,
+        model_class=model_class,
+        storage_options=options,
+        silence_timeout=silence_timeout,
     )
     try:
         manifest = await build_manifest(prepared)

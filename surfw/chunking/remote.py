@@ -19,7 +19,7 @@ from surfw.checkpoint.header import PREFIX_BYTES, header_length, parse_header
 from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHTS_FILES
 from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, Shard, SourceTensor
-from surfw.config import MIB, display_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
 from surfw.storage import StorageBackend, adapt_backend, open_backend
@@ -29,7 +29,6 @@ from surfw.storage.store import MARKER
 T = TypeVar("T")
 
 _SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
-_SMALL_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class RemoteCheckpoint(Checkpoint):
         self.release()
 
 
-def open_remote_checkpoint(url: str, options: Mapping[str, Any] | None = None) -> RemoteCheckpoint:
+def open_remote_checkpoint(
+    url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
+) -> RemoteCheckpoint:
     """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
 
     Raises:
@@ -66,7 +67,7 @@ def open_remote_checkpoint(url: str, options: Mapping[str, Any] | None = None) -
             "settings file (storage_options)"
         )
     name, url = _name_of(url), _commit_of(read_address(url))
-    opened = _Opened(adapt_backend(open_backend(url, options)))
+    opened = _Opened(adapt_backend(open_backend(url, options, silence_timeout=silence_timeout)))
     try:
         names = opened.run(opened.fetch_small())
         with _named_by_address(opened):
@@ -139,9 +140,9 @@ class _Opened:
         for name in sorted(names):
             if name in _SMALL or name.endswith(".json"):
                 pin = await self.pin(name)
-                if pin.size > _SMALL_BYTES:
+                if pin.size > FILE_BYTES:
                     raise CheckpointError(
-                        f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {_SMALL_BYTES}"
+                        f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {FILE_BYTES}"
                     )
                 memory = bytearray(pin.size)
                 await self.read(name, 0, memoryview(memory))

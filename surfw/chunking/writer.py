@@ -25,6 +25,7 @@ from blake3 import blake3
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, encode_header
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
+from surfw.files import read_regular
 from surfw.manifest import Chunk, Form, Location, Manifest, block_digests, decode_line, encode_line
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
@@ -34,6 +35,8 @@ from surfw.storage.store import Store, blob_key, objects_of
 
 _PIECE_BYTES = 8 * MIB
 _BUFFERS = 3
+_LOOK_SECONDS = 0.05
+_JOURNAL_BYTES = 256 * MIB
 
 Progress = Callable[[int, str], None]
 """Called with the bytes just finished and the name of their chunk, from a worker thread."""
@@ -84,6 +87,9 @@ class ChunkWriter:
                 finishing = asyncio.create_task(self._finish(planned.name, form, scratch) if fresh else _now(form))
             if finishing:
                 forms.append(await finishing)
+        except BaseException:
+            self._stop.set()
+            raise
         finally:
             if finishing:
                 await asyncio.gather(finishing, return_exceptions=True)
@@ -208,7 +214,7 @@ class ChunkWriter:
         if self.backend.local_path(form.locations[0].object):  # elsewhere the file is only on its way
             await asyncio.to_thread(sync)
         await self.lease.hold([form.locations[0].object])
-        async with self._placing():
+        async with self._placing(form):
             placed = await self._place(form)
             if placed == form:
                 await self.backend.adopt(form.locations[0].object, scratch)
@@ -218,15 +224,21 @@ class ChunkWriter:
         return placed
 
     @asynccontextmanager
-    async def _placing(self) -> AsyncIterator[None]:
-        """One writer at a time puts blobs in place: another model may have an equal payload behind another header."""
-        place = self.backend.spool().parent
-        with translate_errors(f"locking {place}"):
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    async def _placing(self, form: Form) -> AsyncIterator[None]:
+        """One writer at a time puts a payload in place: another model may have an equal one behind another header.
+
+        Writers of other payloads, or into other stores, are not in its way.
+        """
+        file = self.folder.parent / f"{form.digest}.lock"
+        with translate_errors(f"locking {file}"):
+            while (fd := _lock(file)) is None:
+                if self._stop.is_set():
+                    raise StorageError(f"writing {form.locations[0].object} was stopped")
+                await asyncio.sleep(_LOOK_SECONDS)
         try:
-            await asyncio.to_thread(fcntl.flock, fd, fcntl.LOCK_EX)
             yield
         finally:
+            file.unlink(missing_ok=True)  # first, so that whoever waits for it makes a new one
             os.close(fd)
 
     def _note(self, line: bytes) -> None:
@@ -243,13 +255,15 @@ class ChunkWriter:
         done: dict[str, Form] = {}
         if not self._journal.exists():
             return done
-        for line in self._journal.read_bytes().splitlines():
+        with translate_errors(f"reading the journal in {self.folder}"):
+            written = read_regular(self._journal, _JOURNAL_BYTES)
+        for line in written.splitlines():
             try:
                 entry = decode_line(line)
                 size, start, digest = entry["bytes"], entry["start"], entry["digest"]
                 location = Location(blob_key(digest, ".safetensors"), start, start + size)
                 done[entry["chunk"]] = Form("none", size, digest, bytes.fromhex(entry["blocks"]), (location,))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return done
 
@@ -260,6 +274,22 @@ class ChunkWriter:
             return await self.backend.size(location.object) == location.stop
         except NotFoundError:
             return False
+
+
+def _lock(file: Path) -> int | None:
+    """The descriptor of the locked file; None if somebody else has it."""
+    fd = create_file(file)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:  # else whoever had it removed it, and a new one may be locked already
+            return fd
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
 
 
 async def _now(form: Form) -> Form:

@@ -128,7 +128,8 @@ class WeightClient(SourceThread):
             ssl: whose certificates to trust for `wss://`, in place of the system's.
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
-            silence_timeout: seconds without a byte, while something is asked for, after which a server is given up.
+            silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
+                which a server or a remote storage is given up; a backend of your own has its own.
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
@@ -155,7 +156,7 @@ class WeightClient(SourceThread):
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
         )
-        super().__init__(_describe(source), _opener(source, connect, storage_options))
+        super().__init__(_describe(source), _opener(source, connect, storage_options, silence_timeout))
 
     def models(self) -> list[str]:
         """The names of the models there are, sorted.
@@ -206,7 +207,10 @@ def _describe(source: object) -> str:
 
 
 def _opener(
-    source: Any, connect: Callable[[str], Awaitable[ChunkSource]], options: Mapping[str, Any] | None
+    source: Any,
+    connect: Callable[[str], Awaitable[ChunkSource]],
+    options: Mapping[str, Any] | None,
+    silence_timeout: float,
 ) -> OpenSource:
     """How to open what was given; a function that opens a source is taken as it is."""
     if isinstance(source, StorageBackend):
@@ -217,7 +221,7 @@ def _opener(
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
         if is_server_url(place):
             return partial(connect, place)
-        return partial(_open_place, place, options)
+        return partial(_open_place, place, options, silence_timeout)
     if isinstance(source, type) or not callable(source):
         raise ConfigurationError(
             f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"
@@ -226,13 +230,14 @@ def _opener(
     return opener
 
 
-async def _open_place(place: str, options: Mapping[str, Any] | None) -> ChunkSource:
+async def _open_place(place: str, options: Mapping[str, Any] | None, silence_timeout: float) -> ChunkSource:
     """A source over a store; or over a plain checkpoint, which is read from where it is."""
-    backend = open_backend(place, options)
+    backend = open_backend(place, options, silence_timeout=silence_timeout)
     is_plain = await is_checkpoint(backend)
     if is_plain:
         await backend.close()
-        backend = open_backend(await publish_place(place, options))
+        private = await publish_place(place, options, silence_timeout=silence_timeout)
+        backend = open_backend(private, silence_timeout=silence_timeout)
     source = await open_storage_source(backend, origin_options=PlacedOptions(place, options or {}))
     if is_plain:
         source.url = display_url(place)

@@ -1,6 +1,7 @@
 """Memory for streamed chunks: private anonymous pages, huge ones where there are such, reused by the next chunk."""
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 
 from surfw.errors import SurfwError
@@ -36,9 +37,10 @@ class Buffer:
 class MappedBuffer:
     """Memory that is a file's: filled already, and shared with whoever maps the file."""
 
-    def __init__(self, view: memoryview) -> None:
-        """Take a page-aligned view, which may be written to."""
+    def __init__(self, view: memoryview, expect_unchanged: Callable[[], None] = lambda: None) -> None:
+        """Take a page-aligned view, which may be written to, and what looks whether the file changed since."""
         self.view = view
+        self.expect_unchanged = expect_unchanged
 
 
 class BufferPool:

@@ -394,6 +394,8 @@ class Engine:
         if entry.load.cancelled():
             raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read")
         entry.load.result()
+        if isinstance(entry.buffer, MappedBuffer):
+            entry.buffer.expect_unchanged()
         if not entry.tensors:
             assert entry.buffer is not None, f"{entry.chunk.name} is loaded and has no memory"
             views = self._loader.tensors(entry.chunk, entry.buffer)

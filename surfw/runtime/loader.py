@@ -68,7 +68,7 @@ class Loader:
         if self._casts(chunk) or choose_form(chunk).codec != "none":
             return None
         view = await self.source.view(self.manifest, chunk, choose_form(chunk))
-        return MappedBuffer(view) if view is not None else None
+        return MappedBuffer(view.memory, view.expect_unchanged) if view is not None else None
 
     def reader(self, io: IoThread, metrics: Metrics, *, scratch_bytes: int) -> RowReader:
         """What reads single tensors, in the model's dtypes, in pieces of so many bytes, and keeps nothing of them."""

@@ -14,7 +14,7 @@ from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from surfw.config import display_url, surfw_home
+from surfw.config import DEFAULT_SILENCE_SECONDS, display_url, surfw_home
 from surfw.errors import StorageError
 from surfw.threads import in_thread, to_its_end
 
@@ -77,6 +77,9 @@ class StorageBackend(ABC):
     - **Whole objects** are loaded once for all the ranges that are read of them, if the backend has no faster
       `load_range` or `read_into`. While they are being read, objects of 256 MB in all are kept, or the last one.
 
+    **Sizes** are not believed: surfw loads every object with `load_capped`. That asks `size` first, if the backend has
+    one of its own; otherwise an object that is too large is refused only once it is in memory.
+
     **Errors**: raise `surfw.NotFoundError` for an object that is not there (`KeyError` and `FileNotFoundError` are
     taken for it), `surfw.StorageFullError` if there is no space, `surfw.StorageError` for everything else. Any other
     exception is reported as a `StorageError` with the backend's class, the key, and the exception.
@@ -92,6 +95,9 @@ class StorageBackend(ABC):
 
     reads_in_place: bool = False
     """Whether `read_into` needs hardly any memory beside its destination, and writes nothing once it is cancelled."""
+
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS
+    """Seconds without progress after which surfw's own remote storages give a read up; others bound their own waits."""
 
     def __repr__(self) -> str:
         """The class and the place, without secrets."""
@@ -150,6 +156,19 @@ class StorageBackend(ABC):
             f"{key} in {self.url} is not removed: {type(self).__name__} cannot do that; implement "
             "'async def remove(self, key)' in it, or remove the object with the storage's own tools"
         )
+
+    async def load_capped(self, key: str, most_bytes: int) -> bytes:
+        """The whole object, which may have at most so many bytes.
+
+        Raises:
+            NotFoundError: there is no such object.
+            StorageError: it is larger, or could not be read.
+        """
+        return expect_at_most(await self.load(key), most_bytes, key, self.url)
+
+    def forget(self, key: str) -> None:
+        """What is kept of an object, if anything, may be damaged: the next read asks the storage."""
+        check_key(key)
 
     async def size(self, key: str) -> int:
         """The object's length in bytes."""
@@ -251,6 +270,26 @@ def changed(name: str, expected: str, seen: str) -> ChangedObjectError:
 def spool_folder(place: str) -> Path:
     """A local folder for files on their way to a place, of its own for each."""
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
+
+
+def expect_at_most(data: Data, most_bytes: int, key: str, url: str) -> Data:
+    """The data, if they are no more than what may be loaded.
+
+    Raises:
+        StorageError: they are.
+    """
+    refuse_size(len(data), most_bytes, f"{key} in {url}")
+    return data
+
+
+def refuse_size(size: int, most_bytes: int, name: str) -> None:
+    """Refuse an object that is larger than anything of its kind.
+
+    Raises:
+        StorageError: it is.
+    """
+    if size > most_bytes:
+        raise StorageError(f"{name} has {size} bytes, expected at most {most_bytes}; it is not loaded")
 
 
 def expect_length(data: Data, length: int, key: str, url: str) -> Data:

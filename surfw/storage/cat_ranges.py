@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+from surfw.config import BLOCK_BYTES
 from surfw.storage.transfer import Answer, Place, RangeReader, TransientError
 
 
@@ -23,6 +24,7 @@ class CatRanges(RangeReader):
         """Read, then put in place."""
         try:
             async with self._slots:
+                place.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # it comes as a whole, and shows no progress
                 data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc

@@ -13,7 +13,14 @@ from typing import Any, BinaryIO
 
 from surfw.config import SHARED_LOADS_BYTES
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
-from surfw.storage.base import StorageBackend, check_key, check_prefix, expect_length
+from surfw.storage.base import (
+    StorageBackend,
+    check_key,
+    check_prefix,
+    expect_at_most,
+    expect_length,
+    refuse_size,
+)
 from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
 from surfw.storage.shared_loads import SharedLoads
 from surfw.threads import to_its_end
@@ -47,6 +54,7 @@ class AdaptedBackend(StorageBackend):
         self._shared = SharedLoads(self.load, SHARED_LOADS_BYTES)
         self._pinned: dict[str, str] = {}
         self.parallel_reads = max(1, inner.parallel_reads)
+        self.silence_timeout = inner.silence_timeout
 
     def _own(self, method: str) -> bool:
         """Whether the custom backend has this optional method itself."""
@@ -89,6 +97,22 @@ class AdaptedBackend(StorageBackend):
         """The whole object."""
         with self._reading("load", key):
             return self._bytes(await self._asynchronous("load", self.inner.load(key)), "load", key)
+
+    async def load_capped(self, key: str, most_bytes: int) -> bytes:
+        """The whole object, if it is no larger; where the backend tells no sizes, that shows once it is loaded."""
+        if self._own("load_capped"):
+            with self._reading("load_capped", key):
+                data = self._bytes(await self.inner.load_capped(key, most_bytes), "load_capped", key)
+            return expect_at_most(data, most_bytes, key, self.url)
+        if self._own("size"):
+            refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
+        return expect_at_most(await self.load(key), most_bytes, key, self.url)
+
+    def forget(self, key: str) -> None:
+        """The next range asks the custom backend again."""
+        self._shared.forget(check_key(key))
+        with self._translate("forget", key):
+            self.inner.forget(key)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write an object."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Mapping
 
 from surfw.config import MIB, surfw_home
+from surfw.files import open_regular
 from surfw.manifest import Digests, Manifest, decode_line, encode_line, read_digests
 
 logger = logging.getLogger("surfw.storage")
@@ -33,7 +34,7 @@ class DigestLog:
         """Read what was added since, by whichever process, of chunks of these stored bytes; all that is known then."""
         with self._lock:
             try:
-                with self._path.open("rb") as file:
+                with os.fdopen(open_regular(self._path), "rb") as file:
                     file.seek(self._read_bytes)
                     added = file.read(_MOST_BYTES - self._read_bytes)
             except OSError:

@@ -14,6 +14,7 @@ import fsspec
 
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
+from surfw.files import open_regular, read_regular
 from surfw.storage.base import changed, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
@@ -61,6 +62,14 @@ class FilesystemBackend(FsspecBackend):
         with suppress(OSError):
             return file_revision(await asyncio.to_thread(path.stat))
         return None
+
+    async def _load(self, key: str, most_bytes: int) -> bytes:
+        def load() -> bytes:
+            with translate_errors(self._name(key)):
+                return read_regular(path, most_bytes)
+
+        path = self._path(key)
+        return await asyncio.to_thread(load)
 
     def spool(self) -> Path:
         """A folder on the same file system, so that adopting a file is a rename."""
@@ -160,20 +169,28 @@ def read_file_into(path: Path, start: int, destination: memoryview, revision: st
         StorageError: the file ends early, is of another revision, or cannot be read.
     """
     with translate_errors(f"reading {path}"):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_regular(path)
         try:
             expect_file_revision(path, fd, revision)
-            done = 0
-            while done < destination.nbytes:
-                count = os.preadv(fd, [destination[done:]], start + done)
-                if count == 0:
-                    raise StorageError(
-                        f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes"
-                    )
-                done += count
+            read_exactly(path, fd, start, destination)
             expect_file_revision(path, fd, revision)
         finally:
             os.close(fd)
+
+
+def read_exactly(path: Path, fd: int, start: int, destination: memoryview) -> None:
+    """Fill `destination` from an open file, starting at byte `start`.
+
+    Raises:
+        OSError: it cannot be read.
+        StorageError: it ends early.
+    """
+    done = 0
+    while done < destination.nbytes:
+        count = os.preadv(fd, [destination[done:]], start + done)
+        if count == 0:
+            raise StorageError(f"{path} ends at byte {start + done}, expected {start + destination.nbytes} bytes")
+        done += count
 
 
 def create_file(path: Path) -> int:

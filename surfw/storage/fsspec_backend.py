@@ -8,6 +8,7 @@ surfw's here and nowhere else.
 import asyncio
 import errno
 import shutil
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -16,15 +17,28 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
-from surfw.config import display_text, display_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
-from surfw.storage.base import Check, StorageBackend, check_key, check_prefix, expect_length, is_key, spool_folder
+from surfw.storage.base import (
+    Check,
+    StorageBackend,
+    check_key,
+    check_prefix,
+    expect_at_most,
+    expect_length,
+    is_key,
+    refuse_size,
+    spool_folder,
+)
 from surfw.storage.cat_ranges import CatRanges
 from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
-from surfw.storage_options import connections_of
+from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
+
+_ROUNDS = 10
+"""A listing is many requests, and an object that comes as a whole shows no progress: they may take so much longer."""
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
@@ -64,11 +78,12 @@ def translate_all_errors(what: str) -> Iterator[None]:
 class FsspecBackend(StorageBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
-    def __init__(self, /, url: str, **options: Any) -> None:
+    def __init__(self, /, url: str, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS, **options: Any) -> None:
         """Open the file system.
 
         Args:
             url: the address of what holds the objects.
+            silence_timeout: seconds without progress after which a read of an asynchronous file system is given up.
             **options: what fsspec's implementation takes, and `max_concurrency`: how many ranges to read at a time.
 
         Raises:
@@ -76,11 +91,15 @@ class FsspecBackend(StorageBackend):
         """
         self.url = display_url(url)
         self._address = url  # with what is not shown
+        self._place = identify_place(url, options)
+        self.silence_timeout = seconds_of(silence_timeout)
         connections = CONNECTIONS
         if "max_concurrency" in options:
             options["max_concurrency"] = connections = connections_of(options["max_concurrency"])
         self.fs, self.root = self._open(**options)
         reader = self._ranges(connections)
+        if reader is not None:
+            reader.limit_waits(self.silence_timeout)
         self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None
         self.parallel_reads = connections if reader else 1
         self.reads_in_place = reader is not None and reader.streams
@@ -126,8 +145,8 @@ class FsspecBackend(StorageBackend):
         )
 
     def spool(self) -> Path:
-        """A local folder for files on their way into this storage; URLs that are shown alike may be other places."""
-        return spool_folder(self._address)
+        """A local folder for files on their way into this storage; URLs that are alike may be other places."""
+        return spool_folder(self._place)
 
     def path(self, key: str) -> str:
         """The key's path in the file system."""
@@ -168,11 +187,23 @@ class FsspecBackend(StorageBackend):
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
-        if self._transfer is None or not self._transfer.reader.tells_revision:
-            return bytes(await self._call(key, self.fs.cat_file))
+        return await self._load(key, sys.maxsize)
+
+    async def load_capped(self, key: str, most_bytes: int) -> bytes:
+        """The whole object, if it is no larger: its size is known before any of it is read."""
+        if type(self).load is not FsspecBackend.load:  # somebody's subclass, which may change bytes on their way
+            return await super().load_capped(key, most_bytes)
+        return await self._load(key, most_bytes)
+
+    async def _load(self, key: str, most_bytes: int) -> bytes:
         path = self.path(key)
-        async with self._telling(key):
-            return bytes(await self._transfer.load(path, name=self._name(key)))
+        if self._transfer is not None and self._transfer.reader.tells_revision:
+            async with self._telling(key):
+                return bytes(await self._transfer.load(path, name=self._name(key), most_bytes=most_bytes))
+        if most_bytes < sys.maxsize:
+            refuse_size(await self.size(key), most_bytes, self._name(key))
+        data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
+        return expect_at_most(data, most_bytes, key, self.url)
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
@@ -224,7 +255,7 @@ class FsspecBackend(StorageBackend):
         try:
             if self._transfer is not None:
                 async with self._telling(key):
-                    if facts := await self._transfer.facts(path):
+                    if facts := await self._transfer.facts(path, name=self._name(key)):
                         return facts.revision
             return _revision_of(await self._call(key, self._info))
         except NotFoundError:
@@ -280,7 +311,7 @@ class FsspecBackend(StorageBackend):
         try:
             if self._transfer is not None:
                 async with self._telling(key):
-                    if await self._transfer.facts(path):
+                    if await self._transfer.facts(path, name=self._name(key)):
                         return True
             return await self._call(key, look)
         except NotFoundError:
@@ -291,7 +322,7 @@ class FsspecBackend(StorageBackend):
 
         def remove(path: str) -> None:
             try:
-                self.fs.rm_file(path)
+                self._ask("rm_file", path)
             except NotImplementedError as exc:
                 raise self._no_removal() from exc
 
@@ -311,15 +342,28 @@ class FsspecBackend(StorageBackend):
         path = self.path(key)
         if self._transfer is not None:
             async with self._telling(key):
-                if (facts := await self._transfer.facts(path)) and facts.size is not None:
+                if (facts := await self._transfer.facts(path, name=self._name(key))) and facts.size is not None:
                     return facts.size
         return int(await self._call(key, lambda path: self._info(path)["size"]))
 
     def _info(self, path: str) -> Mapping[str, Any]:
         """What the file system tells of an object now, not what it knew before."""
         self.fs.invalidate_cache()
-        facts: Mapping[str, Any] = self.fs.info(path)
+        facts: Mapping[str, Any] = self._ask("info", path)
         return facts
+
+    def _ask(self, what: str, path: str, *, rounds: int = 1) -> Any:
+        """Call the file system; an asynchronous one has `silence_timeout` for it, as many times as there are rounds."""
+        if self._transfer is None:
+            return getattr(self.fs, what)(path)
+        most = self.silence_timeout * rounds
+        try:
+            return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most)
+        except fsspec.asyn.FSTimeoutError as exc:
+            raise StorageError(
+                f"{self.url}: the storage did not answer within {most:g} seconds; look at it and at the network, or "
+                "give it more time with a longer silence_timeout"
+            ) from exc
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix; a web page may also link what is none."""
@@ -330,7 +374,7 @@ class FsspecBackend(StorageBackend):
             try:
                 with self._translate(f"listing {self.url}"):
                     self.fs.invalidate_cache()  # what others did since is to be seen
-                    paths = self.fs.find(f"{root}/{folder}" if folder else root)
+                    paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS)
             except NotFoundError:
                 return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)

@@ -23,7 +23,7 @@ from surfw.threads import in_thread
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _BUFFER_BYTES = MIB
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
+_CONNECT_SECONDS = 5
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -39,17 +39,26 @@ class HttpRanges(RangeReader):
         fs.kwargs.pop("max_concurrency", None)  # what it does not know, it would give to each request
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
+        self.limit_waits(self.silence_timeout)
+
+    def limit_waits(self, silence_timeout: float) -> None:
+        """Say how long a read may take without progress; a request is tried again after half of that without a byte."""
+        super().limit_waits(silence_timeout)
+        half = silence_timeout / 2
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read into place."""
         asked = {"Range": f"bytes={start}-{stop - 1}"}
         if pinned is not None and pinned.startswith('"'):
             asked["If-Match"] = pinned
-        async with self._slots, self._request(path, asked) as found:
-            if found.status == 416:
-                place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
-                return
-            await _read(found.content, place(_answer(found)))
+        async with self._slots:
+            place.begin()
+            async with self._request(path, asked) as found:
+                if found.status == 416:
+                    place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
+                    return
+                await _read(found.content, place(_answer(found)))
 
     async def facts(self, path: str) -> Answer | None:
         """Size and revision, from the headers of an answer whose bytes are not read.
@@ -74,7 +83,7 @@ class HttpRanges(RangeReader):
             OSError: anything else.
         """
         session = await self._fs.set_session()
-        options = {"timeout": _TIMEOUT, "read_bufsize": _BUFFER_BYTES} | self._fs.kwargs
+        options = {"timeout": self._timeout, "read_bufsize": _BUFFER_BYTES} | self._fs.kwargs
         options["headers"] = {"Accept-Encoding": "identity"} | options.get("headers", {}) | asked
         try:
             async with session.get(self._fs.encode_url(path), **options) as found:
@@ -98,6 +107,7 @@ async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
                 raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
             memory[done : done + len(piece)] = piece
             done += len(piece)
+            landing.came(len(piece))
     except (aiohttp.ClientError, TimeoutError):
         await in_thread(landing.arrived, done)  # what is verified need not come again
         raise

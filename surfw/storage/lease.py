@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from surfw.errors import StorageError
+from surfw.files import read_regular
 from surfw.storage.base import StorageBackend
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.notices import LEASES, Announcement, pruners
@@ -21,6 +22,7 @@ logger = logging.getLogger("surfw.storage")
 
 _LOOK_SECONDS = 1.0
 _AT_ONCE = 16
+_NAME_BYTES = 4096
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -89,7 +91,7 @@ class Lease(Announcement):
         """The name of the lease that a run before this one had, or a new one."""
         file = self._folder / "lease"
         with translate_errors(f"preparing {file}"):
-            known = file.read_text() if file.exists() else ""
+            known = read_regular(file, _NAME_BYTES).decode(errors="replace") if file.exists() else ""
             if not _ID.fullmatch(known):
                 known = uuid.uuid4().hex
                 file.write_text(known)

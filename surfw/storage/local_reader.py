@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 from surfw.config import MIB
 from surfw.errors import StorageError
+from surfw.files import open_regular
 from surfw.storage.base import Check
-from surfw.storage.filesystem import expect_file_revision
+from surfw.storage.filesystem import expect_file_revision, read_exactly
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.threads import to_its_end
 
@@ -179,26 +180,71 @@ async def _results(jobs: Sequence[Future[T]], on_cancel: Callable[[], object] = 
     return [one for one in found if not isinstance(one, BaseException)]
 
 
-def map_file(file: FileRange) -> memoryview:
+class MappedFile:
     """A range of a file as memory, whose pages are those of the page cache; writing to it changes the copy here only.
 
-    Args:
-        file: its start is a multiple of the page size.
-
-    Raises:
-        NotFoundError: there is no such file.
-        StorageError: the file ends early, or cannot be mapped.
+    Attributes:
+        memory: the bytes. They stay valid as long as anything refers to them, unless the file is cut off.
     """
-    with translate_errors(f"mapping {file.path}"), file.path.open("rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        expect_file_revision(file.path, opened.fileno(), file.revision)
-        if size < file.stop:
-            raise StorageError(f"{file.path} ends at byte {size}, expected {file.stop} bytes")
-        begin = file.start - file.start % _HUGE_BYTES  # so that huge pages of the file can be those of the mapping
-        mapped = mmap.mmap(opened.fileno(), file.stop - begin, access=mmap.ACCESS_COPY, offset=begin)
+
+    def __init__(self, file: FileRange) -> None:
+        """Map it.
+
+        Args:
+            file: its start is a multiple of the page size.
+
+        Raises:
+            NotFoundError: there is no such file.
+            StorageError: the file ends early, is no regular one, or cannot be mapped.
+        """
+        self._file = file
+        self._fd = -1
+        with translate_errors(f"mapping {file.path}"):
+            self._fd = open_regular(file.path)
+            found = os.fstat(self._fd)
+            self._seen = _traces(found)
+            expect_file_revision(file.path, self._fd, file.revision)
+            if found.st_size < file.stop:
+                raise StorageError(f"{file.path} ends at byte {found.st_size}, expected {file.stop} bytes")
+            begin = file.start - file.start % _HUGE_BYTES  # so that huge pages of the file can be those of the mapping
+            mapped = mmap.mmap(self._fd, file.stop - begin, access=mmap.ACCESS_COPY, offset=begin)
         with suppress(OSError):  # advice that not every file system takes
             mapped.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(mapped)[file.start - begin :]
+        self.memory = memoryview(mapped)[file.start - begin :]
+
+    def expect_unchanged(self, check: Check) -> None:
+        """Look whether the file was written to, cut off or touched; if so, all of it is verified again.
+
+        Raises:
+            StorageError: it was cut off: to touch what is gone would end the process (SIGBUS).
+            Exception: what `check` raises.
+        """
+        found = os.fstat(self._fd)
+        if _traces(found) == self._seen:
+            return
+        path, size = self._file.path, self._file.stop - self._file.start
+        if found.st_size < self._file.stop:
+            raise StorageError(
+                f"{path} was cut off while it was in use: it has {found.st_size} bytes, expected {self._file.stop}; "
+                "chunk the model again, and open it again"
+            )
+        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+        for at in range(0, size, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, size - at)]
+            with translate_errors(f"reading {path}"):
+                read_exactly(path, self._fd, self._file.start + at, piece)
+            check(at, piece)
+        self._seen = _traces(found)
+
+    def __del__(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def _traces(found: os.stat_result) -> tuple[int, int, int]:
+    """What a writer leaves behind; the last one also where it sets the time of modification back."""
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class _File:
@@ -281,6 +327,6 @@ class _File:
     def _open(self, flag: int) -> int:
         with self._lock:
             if flag not in self._descriptors:
-                self._descriptors[flag] = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | flag)
+                self._descriptors[flag] = open_regular(self._path, flag)
                 expect_file_revision(self._path, self._descriptors[flag], self._revision)
             return self._descriptors[flag]

@@ -207,7 +207,7 @@ async def read_notices(backend: StorageBackend, prefix: str) -> list[Notice]:
     found = []
     for key in await backend.list(prefix):
         with suppress(NotFoundError):  # dropped since it was listed
-            found.append(_parse(key, await backend.load(key), backend.url))
+            found.append(_parse(key, await backend.load_capped(key, _MAX_BYTES), backend.url))
     return found
 
 
@@ -227,8 +227,6 @@ def _parse(key: str, data: bytes, url: str) -> Notice:
 
 
 def _read(key: str, data: bytes) -> Notice:
-    if len(data) > _MAX_BYTES:
-        raise ValueError(f"it has {len(data)} bytes, expected at most {_MAX_BYTES}")
     document = json.loads(data)
     if (document["format"], document["version"]) != (_FORMAT, _VERSION):
         raise ValueError(f"expected the format {_FORMAT!r}, version {_VERSION}")

@@ -12,7 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from surfw.config import display_text, display_url, is_server_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url, is_server_url
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.storage.addresses import read_address
 from surfw.storage.base import StorageBackend
@@ -27,12 +27,19 @@ ENTRY_POINTS = "surfw.storage"
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
 
 
-def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> StorageBackend:
+def open_backend(
+    url: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+) -> StorageBackend:
     """The backend for a local path or a storage URL. Nothing is made or contacted yet.
 
     Args:
         url: the address.
         options: storage options, for the backend that the scheme chooses; folders have none, and ignore them.
+        silence_timeout: seconds without progress after which a read of a remote storage is given up, unless the options
+            say otherwise; what is offered by others bounds its own waits.
 
     Raises:
         ConfigurationError: no storage has this scheme, its package is missing, an option cannot be used, or it looks
@@ -40,13 +47,14 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
     """
     text, given = read_address(str(url)), dict(options or {})
     scheme, mark, rest = text.partition("://")
-    if not mark:
-        return FilesystemBackend(text, create=False)
-    if scheme == "file":
-        return FilesystemBackend(rest, create=False)
+    if not mark or scheme == "file":
+        folder = FilesystemBackend(rest if mark else text, create=False)
+        folder.silence_timeout = silence_timeout  # for what its manifests point at
+        return folder
+    patience = {"silence_timeout": silence_timeout}
     if scheme == "s3":
         bucket, _, prefix = rest.partition("/")
-        return S3Backend(bucket, prefix, **s3_arguments(given))
+        return S3Backend(bucket, prefix, **patience | s3_arguments(given))
     if offered := entry_points(group=ENTRY_POINTS, name=scheme):
         return _call(_load_entry_point(next(iter(offered)), text), text, given)
     if is_server_url(text):
@@ -57,7 +65,7 @@ def open_backend(url: str | Path, options: Mapping[str, Any] | None = None) -> S
     if _DOTTED.fullmatch(scheme):
         return _call(_import(scheme, text), text, given)
     kind = HubBackend if scheme == "hf" else FsspecBackend
-    return kind(text, **fsspec_arguments(given))
+    return kind(text, **patience | fsspec_arguments(given))
 
 
 def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:

@@ -10,6 +10,8 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 """
 
 import asyncio
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from typing import Any, BinaryIO
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
 from surfw.storage.addresses import scheme_of
-from surfw.storage.base import ChangedObjectError, Check, StorageBackend
+from surfw.storage.base import ChangedObjectError, Check, StorageBackend, refuse_size
 from surfw.storage.opening import open_backend
 
 _MOUNT = "origins/"
@@ -70,7 +72,8 @@ class Objects(StorageBackend):
         self._own = own
         self._is_local = own.local_path(marker) is not None
         self._options = options or PlacedOptions(own.url, {})
-        self._mounted: dict[str, _Mounted] = {}
+        self._mounted: Mapping[str, _Mounted] = {}  # replaced as a whole: other threads may be going through it
+        self._mounting = threading.Lock()
 
     @property
     def parallel_reads(self) -> int:  # type: ignore[override]  # of the one that gains most by it
@@ -104,9 +107,10 @@ class Objects(StorageBackend):
                     f"the manifest from {where} lacks digests, and names no origin; chunk the model again"
                 )
             return manifest
-        if origin.key not in self._mounted:
-            self._refuse(origin, where)
-            self._mounted[origin.key] = _Mounted(origin, open_backend(origin.url, self._options.for_url(origin.url)))
+        self._refuse(origin, where)
+        with self._mounting:
+            if origin.key not in self._mounted:
+                self._mounted = {**self._mounted, origin.key: _Mounted(origin, self._open(origin.url))}
         chunks = tuple(
             replace(
                 chunk,
@@ -122,6 +126,9 @@ class Objects(StorageBackend):
         )
         files = tuple(replace(file, object=_name(origin, file.object)) for file in manifest.files)
         return replace(manifest, chunks=chunks, files=files)
+
+    def _open(self, url: str) -> StorageBackend:
+        return open_backend(url, self._options.for_url(url), silence_timeout=self._own.silence_timeout)
 
     def _refuse(self, origin: Origin, where: str) -> None:
         """Raises: ManifestError, if no manifest may name such an origin, or none of a store on another machine."""
@@ -164,12 +171,23 @@ class Objects(StorageBackend):
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
+        return await self.load_capped(key, sys.maxsize)
+
+    async def load_capped(self, key: str, most_bytes: int) -> bytes:
+        """The whole object, if it is no larger."""
         found = self.find(key)
         if found.revision is None:
-            return await found.backend.load(found.key)
-        memory = bytearray(await self.size(key))
+            return await found.backend.load_capped(found.key, most_bytes)
+        size = await self.size(key)
+        refuse_size(size, most_bytes, f"{key} in {self.url}")
+        memory = bytearray(size)
         await self.read_into(key, 0, memoryview(memory))
         return bytes(memory)
+
+    def forget(self, key: str) -> None:
+        """The next read asks the storage that it lies in."""
+        found = self.find(key)
+        found.backend.forget(found.key)
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
@@ -205,7 +223,8 @@ class Objects(StorageBackend):
 
     async def close(self) -> None:
         """Close the origins; the store's own backend stays open."""
-        mounted, self._mounted = list(self._mounted.values()), {}
+        with self._mounting:
+            mounted, self._mounted = list(self._mounted.values()), {}
         await asyncio.gather(*(one.backend.close() for one in mounted))
 
 

@@ -9,10 +9,13 @@ until it is complete; one that fails is aborted, so that its parts are not kept.
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from surfw.config import MIB, display_url, expect
+import fsspec
+
+from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
 from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
@@ -59,6 +62,7 @@ class S3Backend(FsspecBackend):
         sse_kms_key_id: str | None = None,
         requester_pays: bool = False,
         anonymous: bool = False,
+        silence_timeout: float = DEFAULT_SILENCE_SECONDS,
         **options: Any,
     ) -> None:
         """Name the bucket; nothing is contacted yet.
@@ -78,6 +82,7 @@ class S3Backend(FsspecBackend):
             sse_kms_key_id: the key for SSE-KMS; default: the account's own.
             requester_pays: pay for requests to a bucket whose owner wants that.
             anonymous: sign nothing, for public buckets.
+            silence_timeout: seconds without progress after which a read is given up.
             **options: whatever else `s3fs.S3FileSystem` takes, such as `config_kwargs` or `max_concurrency`.
 
         Raises:
@@ -132,6 +137,7 @@ class S3Backend(FsspecBackend):
             | options.pop("s3_additional_kwargs", {}),
             requester_pays=requester_pays,
             anon=anonymous,
+            silence_timeout=silence_timeout,
             **({"profile": profile_name} if profile_name else {}),
             **options,
         )
@@ -141,7 +147,8 @@ class S3Backend(FsspecBackend):
 
         given = options.pop("config_kwargs", {})
         config: dict[str, Any] = {
-            "connect_timeout": _CONNECT_SECONDS,
+            "connect_timeout": min(_CONNECT_SECONDS, self.silence_timeout / 2),
+            "read_timeout": self.silence_timeout / 2,
             "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},
             "max_pool_connections": max(10, 2 * options.get("max_concurrency", CONNECTIONS)),
         } | given
@@ -190,7 +197,9 @@ class S3Backend(FsspecBackend):
         if code != "403":
             return code
         try:
-            self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=self.prefix, MaxKeys=1)
+            asked = {"Bucket": self.bucket, "Prefix": self.prefix, "MaxKeys": 1}
+            listing = partial(self.fs._call_s3, "list_objects_v2", **asked)  # noqa: SLF001 - as its own systems do
+            fsspec.asyn.sync(self.fs.loop, listing, timeout=self.silence_timeout)
         except OSError as why:
             return code_of(why) or code
         return code

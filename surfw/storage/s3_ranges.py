@@ -7,6 +7,7 @@ verified at once. botocore tries a request again as its configuration says; `Tra
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,6 +20,7 @@ from botocore import exceptions as boto
 from botocore.config import Config
 from s3fs.errors import translate_boto_error
 
+from surfw.config import PROGRESS_BYTES
 from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
 from surfw.threads import DaemonThreads, to_its_end
 
@@ -31,6 +33,9 @@ _OF_AIOBOTOCORE = ("connector_args", "http_session_cls")
 
 _STREAM_BYTES = 256 << 10
 """What is taken of a stream at a time: a copy of so much lies in the processor's cache when it is put into place."""
+
+_SLOW_SECONDS = 1.0
+"""A stream of which a piece took longer is taken in pieces that are just enough to be progress."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
@@ -99,6 +104,7 @@ class _Get:
 
     def run(self) -> None:
         """Do it, unless it is given up before anything is placed."""
+        self._place.begin()
         try:
             found = self._ask()
         except boto.ClientError as exc:
@@ -144,12 +150,15 @@ def _connect(fs: Any) -> Any:
 
 
 def _read(stream: urllib3.HTTPResponse, landing: Landing) -> None:
-    memory, done = landing.memory, 0
+    memory, done, most = landing.memory, 0, PROGRESS_BYTES
     while done < len(memory):
-        count = stream.readinto(memory[done : done + _STREAM_BYTES])
+        start = time.monotonic()
+        count = stream.readinto(memory[done : done + most])
         if not count:
             raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(memory))
         done += count
+        most = _STREAM_BYTES if time.monotonic() - start < _SLOW_SECONDS else PROGRESS_BYTES
+        landing.came(count)
         landing.arrived(done)
 
 

@@ -18,7 +18,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
 
 _KNOWN = (
     "region", "profile", "endpoint_url", "addressing_style", "sse", "sse_kms_key_id", "requester_pays", "anonymous",
-    "max_concurrency", "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
+    "max_concurrency", "silence_timeout", "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
 )  # fmt: skip
 _NOT_GIVEN = {"self", "session", "asynchronous", "loop", "kwargs"}
 """Parameters of s3fs that are no options."""

@@ -8,19 +8,21 @@ import asyncio
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
-from surfw.config import BLOCK_BYTES
-from surfw.errors import IntegrityError, StorageError
+from blake3 import blake3
+
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
+from surfw.errors import IntegrityError, ManifestError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, verify_blocks
+from surfw.source import ChunkSource, Read, View
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
-from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, map_file
+from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import most_range_bytes
-from surfw.storage.store import MARKER, Store, segments
+from surfw.storage.store import MARKER, Store, manifest_key, segments
 from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
@@ -44,6 +46,7 @@ class StorageSource(ChunkSource):
         self._owned = owned
         self.url = backend.url
         self._fetched_bytes = 0
+        self._refetched_blocks = 0
         self._local = LocalReader()
         self._digesting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -52,43 +55,66 @@ class StorageSource(ChunkSource):
         """Stored bytes delivered so far."""
         return self._fetched_bytes
 
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were read again."""
+        return self._refetched_blocks
+
     async def models(self) -> list[str]:
         """The names of the models there are."""
         return await self.store.models()
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model."""
+        """The manifest of the model; one that arrives damaged is read again."""
+        for _ in range(DAMAGE_RETRIES):
+            with suppress(IntegrityError, ManifestError):
+                return await self.store.manifest(model)
+            self.store.backend.forget(manifest_key(model))
         return await self.store.manifest(model)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file of the model, verified."""
-        entry = manifest.file(path)
-        data = await self.store.objects.load(entry.object)
-        if payload_digest(data) != entry.digest:
-            raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; chunk the model again")
-        return data
+        """A tokenizer file of the model, verified; one that arrives damaged is loaded again."""
+        entry, seen = manifest.file(path), list[str]()
+        while len(seen) <= DAMAGE_RETRIES:
+            data = await self.store.objects.load_capped(entry.object, min(entry.size, FILE_BYTES))
+            if payload_digest(data) == entry.digest:
+                return data
+            seen.append(payload_digest(data))
+            self.store.objects.forget(entry.object)
+        raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; {_where(seen, self.url)}")
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others."""
-        for read in reads:
-            if read.form.is_known:
-                await self._fetch(read, urgent=priority == 0)
-            else:
-                await self._fetch_unknown(manifest, read, urgent=priority == 0)
-            self._fetched_bytes += read.stop - read.start
+        """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others.
 
-    async def _fetch_unknown(self, manifest: Manifest, read: Read, *, urgent: bool) -> None:
-        """Fetch bytes of a chunk that had no digests when its manifest was read."""
+        Local files are read in the order of the reads. From far away as many pieces of them are under way as are worth
+        it. A block that arrives damaged is read again.
+        """
+        urgent = priority == 0
+        found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
+        known = [read for read in found if read is not None]
+        far = []
+        for read in known:
+            if self._files(read.form, read.start, read.stop):
+                await self._fetch_near(read, urgent=urgent)
+            else:
+                far.append(read)
+        await self._fetch_from_afar(far)
+        self._fetched_bytes += sum(read.stop - read.start for read in reads)
+
+    async def _with_digests(self, manifest: Manifest, read: Read, *, urgent: bool) -> Read | None:
+        """The read with its chunk's digests, which may have to be found out; None if that has filled it."""
+        if read.form.is_known:
+            return read
         async with self._digesting[read.chunk.id]:
             digests = self.store.digests(manifest, read.chunk)
             if digests is None and read.stop - read.start == read.form.stored_bytes:
-                await self._fetch(read, urgent=urgent, verify=False)
+                await self._fetch_unverified(read, urgent=urgent)
                 await self._learn(manifest, read.chunk, read.destination)
-                return
+                return None
             if digests is None:
                 digests = await self.digest(manifest, read.chunk, urgent=urgent)
         known = with_digests(read.chunk, digests)
-        await self._fetch(replace(read, chunk=known, form=known.forms[0]), urgent=urgent)
+        return replace(read, chunk=known, form=known.forms[0])
 
     async def digest(
         self,
@@ -115,7 +141,7 @@ class StorageSource(ChunkSource):
         for start in range(0, size, _DIGESTED_BYTES):
             stop = min(start + _DIGESTED_BYTES, size)
             piece = Read(chunk, form, start, stop, scratch[: stop - start])
-            await self._fetch(piece, urgent=urgent, verify=False)
+            await self._fetch_unverified(piece, urgent=urgent)
             await in_thread(digester.update, piece.destination)
             progress(stop - start, chunk.name)
         digests = digester.result()
@@ -132,18 +158,35 @@ class StorageSource(ChunkSource):
 
         await in_thread(learn)
 
-    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview | None:
-        """The form's bytes as they lie in a local file, in pages that all processes share; verified here, once.
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
+        """The form's bytes as they lie in a local file, in pages that all processes share; verified here.
 
         Blobs of a store are replaced, and never changed. A checkpoint's own files may be: these are read.
         """
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
-        mapped = await in_thread(map_file, files[0])
-        await self._local.check(mapped, partial(self._verify, chunk, form, 0))
+        mapped = await in_thread(MappedFile, files[0])
+        try:
+            await self._local.check(mapped.memory, partial(self._verify, chunk, form, 0))
+        except _DamagedBlockError as exc:
+            start = exc.block * BLOCK_BYTES
+            stop = min(start + BLOCK_BYTES, form.stored_bytes)
+            again = Read(chunk, form, start, stop, memoryview(mmap.mmap(-1, stop - start)))
+            await self._mend(again, start, stop, exc, urgent=True)
+            return None  # the file is as it should be, and its pages in memory are not: it is read past them
         self._fetched_bytes += form.stored_bytes
-        return mapped
+
+        def expect_unchanged() -> None:
+            try:
+                mapped.expect_unchanged(partial(self._verify, chunk, form, 0))
+            except IntegrityError as exc:
+                raise IntegrityError(
+                    f"chunk {chunk.name} was changed in {self.url} while it was in use, and what was computed since "
+                    "may be wrong; chunk the model again, and open it again"
+                ) from exc
+
+        return View(mapped.memory, expect_unchanged)
 
     def _files(self, form: Form, start: int, stop: int) -> list[FileRange]:
         """Where these stored bytes lie in local files; empty if they do not."""
@@ -156,7 +199,11 @@ class StorageSource(ChunkSource):
         return found
 
     def _verify(self, chunk: Chunk, form: Form, start: int, at: int, piece: memoryview) -> None:
-        verify_blocks(chunk, form, (start + at) // BLOCK_BYTES, piece, where=self.url)
+        first = (start + at) // BLOCK_BYTES
+        for block, low in enumerate(range(0, len(piece), BLOCK_BYTES), first):
+            seen = blake3(piece[low : low + BLOCK_BYTES]).digest()
+            if seen != form.block_digest(block):
+                raise _DamagedBlockError(chunk, form, block, [seen], self.url)
 
     @property
     def buffered_bytes(self) -> int:
@@ -177,49 +224,100 @@ class StorageSource(ChunkSource):
             return _PIECE_BYTES
         return most_range_bytes(objects.parallel_reads, streamed=objects.reads_in_place)
 
-    async def _fetch(self, read: Read, *, urgent: bool, verify: bool = True) -> None:
-        """Fill a destination; without `verify`, whoever calls does what has to be done about the bytes."""
+    async def _fetch_unverified(self, read: Read, *, urgent: bool) -> None:
+        """Fill a destination; whoever calls does what has to be done about the bytes."""
+        if not await self._fetch_local(read, _accept, urgent=urgent):
+            await self._fetch_from_afar([read], check=False)
+
+    async def _fetch_near(self, read: Read, *, urgent: bool) -> None:
+        try:
+            await self._fetch_local(read, self._check(read), urgent=urgent)
+        except _DamagedBlockError as exc:
+            await self._mend(read, read.start, read.stop, exc, urgent=urgent)
+
+    async def _fetch_local(self, read: Read, check: Check, *, urgent: bool) -> bool:
+        """Fill a destination from local files; whether the bytes lie in such."""
         if not read.form.locations:
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
-        check = partial(self._verify, read.chunk, read.form, read.start) if verify else None
+        files = self._files(read.form, read.start, read.stop)
         try:
-            if files := self._files(read.form, read.start, read.stop):
-                await self._local.read(files, read.destination, check or _accept, urgent=urgent)
-                return
+            if files:
+                await self._local.read(files, read.destination, check, urgent=urgent)
         except ChangedObjectError as exc:
             raise explain_change(exc) from exc
-        await self._fetch_from_afar(read, check)
+        return bool(files)
 
-    async def _fetch_from_afar(self, read: Read, check: Check | None) -> None:
-        """Fill a destination, with as many pieces under way as are worth it."""
-        cuts = [*range(read.start, read.stop, self._piece_bytes()), read.stop]
-        left = pairwise(cuts)
-        at_once = min(len(cuts) - 1, self.store.objects.parallel_reads)
-        await together(self._take(read, left, check) for _ in range(at_once))
+    def _check(self, read: Read) -> Check:
+        return partial(self._verify, read.chunk, read.form, read.start)
 
-    async def _take(self, read: Read, left: Iterator[tuple[int, int]], check: Check | None) -> None:
+    async def _fetch_from_afar(self, reads: Sequence[Read], *, check: bool = True) -> None:
+        """Fill destinations, with as many pieces under way as are worth it, whichever reads they are of."""
+        pieces = self._pieces(reads)
+        left = iter(pieces)
+        at_once = min(len(pieces), self.store.objects.parallel_reads)
+        await together(self._take(left, check=check) for _ in range(at_once))
+
+    def _pieces(self, reads: Sequence[Read]) -> list[tuple[Read, int, int]]:
+        """What is read at a time: stored bytes of a read, from start to stop."""
+        size, found = self._piece_bytes(), list[tuple[Read, int, int]]()
+        for read in reads:
+            if not read.form.locations:
+                raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
+            found += ((read, start, min(start + size, read.stop)) for start in range(read.start, read.stop, size))
+        return found
+
+    async def _take(self, left: Iterator[tuple[Read, int, int]], *, check: bool) -> None:
         """Read and verify one piece after the other, until none is left."""
         objects = self.store.objects
-        for start, stop in left:
+        for read, start, stop in left:
             begin = start - read.start
             piece = read.destination[begin : stop - read.start]
-            check_piece = shifted(check, begin) if check else None
             parts = segments(read.form.locations, start, stop)
-            if check_piece and len(parts) == 1:
-                await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
-                continue
-            at = 0
-            for key, offset, length in parts:
-                await self._read(key, offset, piece[at : at + length])
-                at += length
-            if check_piece:
-                await in_thread(check_piece, 0, piece)
+            check_piece = shifted(self._check(read), begin)
+            try:
+                if check and len(parts) == 1:
+                    await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
+                    continue
+                await self._read(parts, piece)
+                if check:
+                    await in_thread(check_piece, 0, piece)
+            except _DamagedBlockError as exc:
+                await self._mend(read, start, stop, exc, urgent=True)
 
-    async def _read(self, key: str, start: int, destination: memoryview) -> None:
+    async def _read(self, parts: Sequence[tuple[str, int, int]], destination: memoryview) -> None:
         """Read into place. Only streams are known to write nothing any more once they are cancelled."""
-        objects = self.store.objects
-        reading = objects.read_into(key, start, destination)
-        await (reading if objects.find(key).backend.reads_in_place else to_its_end(reading))
+        objects, at = self.store.objects, 0
+        for key, start, length in parts:
+            reading = objects.read_into(key, start, destination[at : at + length])
+            await (reading if objects.find(key).backend.reads_in_place else to_its_end(reading))
+            at += length
+
+    async def _mend(self, read: Read, start: int, stop: int, damaged: "_DamagedBlockError", *, urgent: bool) -> None:
+        """Read stored bytes of which a block arrived damaged once more, block by block.
+
+        Raises:
+            IntegrityError: a block stays damaged, however often it is read.
+        """
+        for low in range(start, stop, BLOCK_BYTES):
+            high, block = min(low + BLOCK_BYTES, stop), low // BLOCK_BYTES
+            seen = list(damaged.seen) if block == damaged.block else []
+            one = replace(
+                read, start=low, stop=high, destination=read.destination[low - read.start : high - read.start]
+            )
+            while True:
+                if seen:
+                    self._refetched_blocks += 1
+                    for key, _, _ in segments(read.form.locations, low, high):
+                        self.store.objects.forget(key)
+                try:
+                    if not await self._fetch_local(one, self._check(one), urgent=urgent):
+                        await self._read(segments(read.form.locations, low, high), one.destination)
+                        await in_thread(self._check(one), 0, one.destination)
+                    break
+                except _DamagedBlockError as exc:
+                    seen += exc.seen
+                    if len(seen) > DAMAGE_RETRIES:
+                        raise _DamagedBlockError(read.chunk, read.form, block, seen, self.url) from exc
 
     async def close(self) -> None:
         """Close the backend, if it belongs to this."""
@@ -229,6 +327,29 @@ class StorageSource(ChunkSource):
             await self.store.backend.close()
         else:
             await self.store.let_go()
+
+
+class _DamagedBlockError(IntegrityError):
+    """A block is not what the manifest promises; `seen` has its digest, of each time that it was read."""
+
+    def __init__(self, chunk: Chunk, form: Form, block: int, seen: Sequence[bytes], where: str) -> None:
+        """Say which, and what was seen."""
+        self.block = block
+        self.seen = tuple(seen)
+        super().__init__(
+            f"chunk {chunk.name} from {where} is damaged: block {block} has BLAKE3 {seen[-1].hex()[:16]}…, the "
+            f"manifest promises {form.block_digest(block).hex()[:16]}…; {_where(seen, where)}"
+        )
+
+
+def _where(seen: Sequence[object], place: str) -> str:
+    """Where the damage lies, by what was seen each time, and what to do."""
+    if len(set(seen)) == 1:
+        return f"it was the same {len(seen)} times, so the damage lies in {place}: chunk the model again"
+    return (
+        f"it was another each of {len(seen)} times, so the damage comes on the way from {place}: check the network and "
+        "the memory of this machine"
+    )
 
 
 def _accept(at: int, piece: memoryview) -> None:

@@ -16,7 +16,7 @@ from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.notices import ABANDONED_SECONDS
 
 _WORK = re.compile(r"[0-9a-f]{32}")
-_SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp")
+_SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp|[0-9a-f]{64}\.lock")
 
 
 def remove_leftovers(spool: Path, *, dry_run: bool) -> int:

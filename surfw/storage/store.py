@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 
-from surfw.config import display_url
+from surfw.config import KIB, MANIFEST_BYTES, display_url
 from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import (
     Chunk,
@@ -39,6 +39,7 @@ logger = logging.getLogger("surfw.storage")
 MARKER = "surfw.json"
 FORMAT = "surfw.store"
 STORE_VERSION = 1
+_MARKER_BYTES = 64 * KIB
 MODELS, BLOBS = "models/", "blobs/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
@@ -76,13 +77,13 @@ class Store:
             NotAStoreError: it does not.
         """
         try:
-            data = await self.backend.load(MARKER)
+            data = await self.backend.load_capped(MARKER, _MARKER_BYTES)
         except NotFoundError as exc:
             raise NotAStoreError(await self._explain_lack()) from exc
         try:
             document = json.loads(data)
             kind, version = document["format"], document["version"]
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read") from exc
         if kind != FORMAT:
             raise NotAStoreError(
@@ -182,7 +183,7 @@ class Store:
             UnknownModelError: there is none.
         """
         try:
-            return await self.backend.load(manifest_key(model))
+            return await self.backend.load_capped(manifest_key(model), MANIFEST_BYTES)
         except NotFoundError as exc:
             raise UnknownModelError(model, await self.models(), where=self.url) from exc
 

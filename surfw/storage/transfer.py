@@ -9,21 +9,25 @@ Invariants:
   what else arrived is written over. A reason that will not pass ends the read at once.
 - When a read ends, however it does, nothing is written to its destination any more.
 
+- Nothing is waited for without end: see `patience`.
+
 Everything here but `Transfer`'s calls, and what readers do in threads, runs on the reader's event loop.
 """
 
 import asyncio
 import itertools
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from surfw.config import BLOCK_BYTES
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS
 from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
-from surfw.storage.base import ChangedObjectError, Check, changed, shifted
+from surfw.storage.base import ChangedObjectError, Check, changed, refuse_size, shifted
+from surfw.storage.patience import Activity, Patience, SilenceError
 from surfw.storage.ranges import most_range_bytes, plan_ranges
 from surfw.threads import in_thread, on_loop, together
 
@@ -80,8 +84,14 @@ class Landing:
     def __init__(self, memory: memoryview, check: Check | None = None) -> None:
         """Nothing has arrived."""
         self.memory = memory
+        self.patience: Patience | None = None
         self._check = check
         self._checked = 0
+
+    def came(self, count: int) -> None:
+        """So many more bytes came, to whoever waits for them."""
+        if self.patience is not None:
+            self.patience.arrived(count)
 
     def arrived(self, count: int) -> None:
         """Verify the whole blocks among the first `count` bytes. For threads: it takes the time of hashing them.
@@ -105,8 +115,27 @@ class Landing:
             await in_thread(self.arrived, len(self.memory))
 
 
-Place = Callable[[Answer], Landing]
-"""Where to put the bytes of an answer, which it also judges: one that is not wanted is an error."""
+class Place:
+    """Where to put the bytes of an answer, which it also judges: one that is not wanted is an error."""
+
+    def __init__(self, put: Callable[[Answer], Landing], patience: Patience) -> None:
+        """Name what judges, and the patience of whoever waits."""
+        self._put = put
+        self._patience = patience
+
+    def begin(self, blocks: int = 1) -> None:
+        """Tell that the request is made now; before, it waited for its turn. See `Patience.begin`."""
+        self._patience.begin(blocks)
+
+    def __call__(self, answer: Answer) -> Landing:
+        """Where its bytes go.
+
+        Raises:
+            StorageError: it is not the answer that was wanted.
+        """
+        landing = self._put(answer)
+        landing.patience = self._patience
+        return landing
 
 
 class RangeReader(ABC):
@@ -117,23 +146,30 @@ class RangeReader(ABC):
         streams: whether what arrives is put in place at once, and not held in memory first.
         tells_revision: whether answers carry one.
         read_only: whether nothing can be written there.
+        silence_timeout: seconds without progress after which a read is given up.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
     streams = True
     tells_revision = True
     read_only = False
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS
 
     def __init__(self, connections: int) -> None:
         """Say how many ranges may be under way; nothing is contacted."""
         self.connections = connections
         self.range_bytes = most_range_bytes(connections, streamed=self.streams)
 
+    def limit_waits(self, silence_timeout: float) -> None:
+        """Say how long a read may take without progress, in seconds; half of that is what one request may be silent."""
+        self.silence_timeout = silence_timeout
+
     @abstractmethod
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read bytes `start` to `stop`, or fewer if the object ends before, to where `place` says.
 
-        It may call `place` in a thread, and tell the landing what has arrived; what it did not tell is verified later.
+        It tells `place` when its turn has come, may call it in a thread, and tells the landing what came and what has
+        arrived in place; what it did not tell is verified later.
 
         Raises:
             TransientError: from what may pass.
@@ -161,6 +197,7 @@ class Transfer:
         self.reader = reader
         self._retries = retries
         self._reached = False
+        self._activity = Activity()
 
     async def _on_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await (work() if self.reader.loop is None else on_loop(self.reader.loop, work))
@@ -183,25 +220,30 @@ class Transfer:
             read = _Read(path, name, pinned)
             await self._on_loop(lambda: self._fill(read, start, destination.cast("B"), check))
 
-    async def load(self, path: str, *, name: str) -> bytearray:
-        """The whole object; a small one takes a single request."""
-        return await self._on_loop(lambda: self._load(path, name))
+    async def load(self, path: str, *, name: str, most_bytes: int = sys.maxsize) -> bytearray:
+        """The whole object; a small one takes a single request. One with more bytes is refused before any is read."""
+        return await self._on_loop(lambda: self._load(path, name, most_bytes))
 
-    async def facts(self, path: str) -> Answer | None:
+    async def facts(self, path: str, *, name: str) -> Answer | None:
         """Size and revision, if the reader has a way of its own to tell."""
-        found = await self._on_loop(lambda: self._retry(lambda: self.reader.facts(path)))
+
+        async def ask(patience: Patience) -> Answer | None:
+            patience.begin()
+            return await self.reader.facts(path)
+
+        found = await self._on_loop(lambda: self._retry(name, ask))
         self._reached = self._reached or found is not None
         return found
 
-    async def _load(self, path: str, name: str) -> bytearray:
+    async def _load(self, path: str, name: str, most_bytes: int) -> bytearray:
         for _ in range(_RESTARTS):
             try:
-                return await self._load_once(_Read(path, name))
+                return await self._load_once(_Read(path, name), most_bytes)
             except ChangedObjectError:  # the beginning and the rest were of two objects: begin anew
                 continue
-        return await self._load_once(_Read(path, name))
+        return await self._load_once(_Read(path, name), most_bytes)
 
-    async def _load_once(self, read: "_Read") -> bytearray:
+    async def _load_once(self, read: "_Read", most_bytes: int) -> bytearray:
         memory, arrived = bytearray(), 0
 
         def place(answer: Answer) -> Landing:
@@ -211,11 +253,18 @@ class Transfer:
                 raise StorageError(f"{read.name} was answered from byte {answer.start} on, expected byte 0")
             if answer.size is None and answer.length == self.reader.range_bytes:
                 raise StorageError(f"{read.name} comes in ranges that do not say how long all of it is")
-            memory = _allocate(read.name, answer.length if answer.size is None else answer.size)
+            size = answer.length if answer.size is None else answer.size
+            refuse_size(size, most_bytes, read.name)
+            if answer.length > size:
+                raise StorageError(f"{read.name} has {size} bytes, and is answered with {answer.length}")
+            memory = _allocate(read.name, size)
             arrived = answer.length
             return Landing(memoryview(memory)[:arrived])
 
-        await self._get(read, lambda: self.reader.get(read.path, 0, self.reader.range_bytes, place, read.pinned))
+        async def get(patience: Patience) -> None:
+            await self.reader.get(read.path, 0, self.reader.range_bytes, Place(place, patience), read.pinned)
+
+        await self._get(read, get)
         if arrived < len(memory):
             await self._fill(read, arrived, memoryview(memory)[arrived:])
         return memory
@@ -239,7 +288,7 @@ class Transfer:
         """Fill the destination with one range."""
         stop, landing = start + len(destination), Landing(destination, check)
 
-        async def get() -> None:
+        async def get(patience: Patience) -> None:
             nonlocal landing
             landing = landing.left()
             begin = stop - len(landing.memory)
@@ -250,34 +299,47 @@ class Transfer:
                 return landing
 
             if begin < stop:
-                await self.reader.get(read.path, begin, stop, place, read.pinned)
+                await self.reader.get(read.path, begin, stop, Place(place, patience), read.pinned)
 
         await self._get(read, get)
         await landing.verify()
 
-    async def _get(self, read: "_Read", ask: Callable[[], Awaitable[None]]) -> None:
-        async def get() -> None:
-            await ask()
+    async def _get(self, read: "_Read", ask: Callable[[Patience], Awaitable[None]]) -> None:
+        async def get(patience: Patience) -> None:
+            await ask(patience)
             self._reached = True
 
         try:
-            await self._retry(get)
+            await self._retry(read.name, get)
         except PinLostError as exc:
             raise read.changed("another") from exc
 
-    async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do it, and again while it fails for a reason that may pass; at last that reason is raised."""
-        delays = self._retries.delays()
-        for failed in itertools.count(1):
-            try:
-                return await work()
-            except TransientError as exc:
-                delay = next(delays, None)
-                if delay is None or (failed > _FIRST_TRIES and not self._reached):
-                    what = exc.__cause__ or exc
-                    raise what from what.__cause__
-                await asyncio.sleep(delay)
-        raise AssertionError  # never: the loop has no end
+    async def _retry(self, name: str, work: Callable[[Patience], Awaitable[T]]) -> T:
+        """Do it, and again while it fails for a reason that may pass and there is patience; at last that is raised."""
+        patience = Patience(self.reader.silence_timeout, self._activity)
+        failure: BaseException | None = None
+
+        async def tries() -> T:
+            nonlocal failure
+            delays = self._retries.delays()
+            for failed in itertools.count(1):
+                patience.queue()
+                try:
+                    return await work(patience)
+                except TransientError as exc:
+                    failure, delay = exc.__cause__ or exc, next(delays, None)
+                    if delay is None or (failed > _FIRST_TRIES and not self._reached):
+                        break
+                    await asyncio.sleep(delay)
+            assert failure is not None, "the loop ends with one"
+            raise failure from failure.__cause__
+
+        try:
+            return await patience.hold(tries(), name)
+        except SilenceError:
+            if failure is None:
+                raise
+            raise failure from failure.__cause__
 
 
 class _Read:

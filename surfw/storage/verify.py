@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from surfw.config import BLOCK_BYTES
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, block_digests, has_digest
 from surfw.storage.prune import Steps
@@ -163,35 +163,75 @@ async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
 
 
 async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
+    """What is damaged. What seems to be is read again first: it may have been damaged on its way."""
+    tries = 1 if part.blocks is not None else 1 + DAMAGE_RETRIES  # blocks are read again one by one
+    begun, complaint = reading.done, ""
+    for _ in range(tries):
+        reading.done = begun
+        complaint = await _read_through(store, part, reading)
+        if not complaint:
+            break
+        _forget(store, part.locations)
+    return complaint
+
+
+async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
     buffers = [memoryview(bytearray(min(part.size, _PIECE_BYTES))) for _ in range(2)]
     whole, damaged = blake3(), list[int]()
-    checking: asyncio.Future[None] | None = None
+    checking: asyncio.Future[list[int]] | None = None
+    before = 0, buffers[0]
 
-    def check(start: int, piece: memoryview) -> None:
-        whole.update(piece)
+    def check(start: int, piece: memoryview) -> list[int]:
+        """The blocks that are not what they should be; a piece without any is digested."""
+        found: list[int] = []
         if part.blocks is not None:
             known = part.blocks[start // BLOCK_BYTES * 32 :]
-            for index, found in enumerate(_digests(block_digests(piece))):
-                if found != known[32 * index : 32 * index + 32]:
-                    damaged.append(start // BLOCK_BYTES + index)
+            seen = enumerate(_digests(block_digests(piece)))
+            found = [index for index, digest in seen if digest != known[32 * index : 32 * index + 32]]
+        if not found:
+            whole.update(piece)
+        return found
+
+    async def finish() -> None:
+        """See what came of the piece before, and read its damaged blocks again."""
+        start, piece = before
+        bad = await checking if checking else []
+        for _ in range(DAMAGE_RETRIES):
+            for index in bad:
+                low = index * BLOCK_BYTES
+                await _read(store, part, start + low, piece[low : low + BLOCK_BYTES], fresh=True)
+            bad = bad and await asyncio.to_thread(check, start, piece)
+        damaged.extend(start // BLOCK_BYTES + index for index in bad)
 
     try:
         for index, start in enumerate(range(0, part.size, _PIECE_BYTES)):
             piece = buffers[index % 2][: min(_PIECE_BYTES, part.size - start)]
-            at = 0
-            for key, first, length in segments(part.locations, start, start + len(piece)):
-                await store.objects.read_into(key, first, piece[at : at + length])
-                at += length
-            if checking:
-                await checking
-            checking = asyncio.ensure_future(asyncio.to_thread(check, start, piece))
+            await _read(store, part, start, piece)
+            await finish()
+            before, checking = (start, piece), asyncio.ensure_future(asyncio.to_thread(check, start, piece))
             reading.add(len(piece), part.name)
+        await finish()
     finally:
         if checking:
             await to_its_end(checking)
     if damaged:
         return f"block {damaged[0]} is damaged ({len(damaged)} of {-(-part.size // BLOCK_BYTES)} blocks are)"
     return "" if whole.hexdigest() == part.digest else f"its digest is {whole.hexdigest()}, expected {part.digest}"
+
+
+async def _read(store: Store, part: _Part, start: int, destination: memoryview, *, fresh: bool = False) -> None:
+    """Fill the destination with the part's bytes from `start` on; `fresh` ones are not from what a backend keeps."""
+    at = 0
+    for key, first, length in segments(part.locations, start, start + len(destination)):
+        if fresh:
+            store.objects.forget(key)
+        await store.objects.read_into(key, first, destination[at : at + length])
+        at += length
+
+
+def _forget(store: Store, locations: Sequence[Location]) -> None:
+    for location in locations:
+        store.objects.forget(location.object)
 
 
 def _digests(joined: bytes) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given, settings
@@ -309,6 +310,94 @@ def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backe
     assert [stored(backend, chunk) for chunk in found.values()] == [PAYLOAD, PAYLOAD]
     assert len({chunk.forms[0].locations for chunk in found.values()}) == 1
     assert len(marks(backend.base)) == 1
+
+
+class Far(DictBackend):
+    """Elsewhere, under an address of its own. Its uploads begin, and end when the test says so."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.two_rely_on_it = threading.Event()
+
+    async def save(self, key: str, data: bytes | BinaryIO) -> None:
+        await super().save(key, data)
+        if len([key for key in self.objects if key.startswith("leases/")]) == 2:
+            self.two_rely_on_it.set()
+
+    async def adopt(self, key: str, path: Path) -> None:
+        self.begun.set()
+        await asyncio.to_thread(self.may_end.wait, 60)
+        await super().adopt(key, path)
+
+
+def writing(backend: StorageBackend, name: str, key: str) -> threading.Thread:
+    """Write a chunk of this name, whose payload is always the same, in a thread."""
+    chunk, _ = toy_chunk(name, [("U8", (6000,))])
+    writer = make_named(backend, Payloads([(chunk, PAYLOAD)]), key)
+    thread = threading.Thread(target=run, args=(writer, planned([(chunk, PAYLOAD)])), daemon=True)
+    thread.start()
+    return thread
+
+
+def make_named(backend: StorageBackend, source: Payloads, key: str) -> ChunkWriter:
+    return ChunkWriter(adapt_backend(backend), source, model="toy", key=key, progress=lambda *_: None)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_uploads_to_other_stores_are_in_nobodys_way(home: Path) -> None:
+    slow, other = Far("elsewhere://one"), Far("elsewhere://two")
+    other.may_end.set()
+    held = writing(slow, "short", "a")
+    try:
+        assert slow.begun.wait(60)
+        free = writing(other, "short", "a")
+        free.join(20)
+        assert not free.is_alive()
+        assert slow.objects.keys().isdisjoint(other.objects)
+    finally:
+        slow.may_end.set()
+        held.join(60)
+    assert [key for key in slow.objects if key.startswith("blobs/")] == [
+        key for key in other.objects if key.startswith("blobs/")
+    ]
+    assert list(home.rglob("*.lock")) == []
+
+
+def test_equal_payloads_wait_for_each_other_and_ctrl_c_does_not(home: Path) -> None:
+    backend = Far("elsewhere://one")
+    held = writing(backend, "short", "a")
+    assert backend.begun.wait(60)
+    chunk, _ = toy_chunk("longer" * 1500, [("U8", (6000,))])
+    writer = make_named(backend, Payloads([(chunk, PAYLOAD)]), "b")
+
+    async def give_up() -> None:
+        work = asyncio.create_task(writer.write(planned([(chunk, PAYLOAD)])))
+        await asyncio.to_thread(backend.two_rely_on_it.wait, 60)  # which is just before it waits for its turn
+        done, _ = await asyncio.wait([work], timeout=0.2)
+        assert not done
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    def interrupt() -> None:
+        with writer.locked():
+            asyncio.run(give_up())
+
+    interrupted = threading.Thread(target=interrupt, daemon=True)
+    interrupted.start()
+    interrupted.join(20)
+    ended = not interrupted.is_alive()
+    backend.may_end.set()
+    held.join(60)
+    assert ended
+    assert len([key for key in backend.objects if key.startswith("blobs/")]) == 1
 
 
 def test_equal_chunks_of_one_model_share_a_blob(backend: FilesystemBackend) -> None:

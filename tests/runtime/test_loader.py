@@ -19,6 +19,7 @@ from surfw.runtime.buffers import Buffer, MappedBuffer
 from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
 from surfw.skeleton.dtypes import torch_dtype
+from surfw.source import View
 from tests.toys import ToySource, damage, toy_chunk, toy_manifest
 
 
@@ -162,10 +163,10 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
 class Mapped(ToySource):
     """A source whose payloads lie in memory that begins at a page, as mapped files do."""
 
-    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> memoryview:
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View:
         memory = mmap.mmap(-1, form.stored_bytes)
         memory[:] = self.payloads[chunk.id]
-        return memoryview(memory)
+        return View(memoryview(memory), lambda: None)
 
 
 def mapped(chunk: Chunk, payload: bytes, dtypes: Mapping[str, torch.dtype] | None = None) -> tuple[Loader, Any]:

@@ -1,6 +1,7 @@
 """Local files straight into memory: the right bytes by every way, and nothing written once a read has ended."""
 
 import asyncio
+import gc
 import mmap
 import os
 import threading
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from surfw.config import KIB, MIB
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Manifest
+from surfw.source import View
 from surfw.storage import FilesystemBackend, local_reader
 from surfw.storage.base import ChangedObjectError
 from surfw.storage.filesystem import file_revision
-from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, _Bounces, _File, map_file
+from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, MappedFile, _Bounces, _File
 from surfw.storage.source import StorageSource
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store, payload
@@ -386,7 +388,7 @@ def test_a_reader_that_is_closed_between_two_pieces_leaves_nothing_that_writes(
 
 @pytest.mark.parametrize("start", [0, PAGE, 2 * MIB, 2 * MIB + 3 * PAGE, 8 * MIB - PAGE])
 def test_a_mapping_has_the_bytes_and_its_changes_stay_its_own(start: int, file: Path, data: bytes) -> None:
-    one, other = (map_file(FileRange(file, start, SIZE)) for _ in range(2))
+    one, other = (MappedFile(FileRange(file, start, SIZE)).memory for _ in range(2))
     assert bytes(one) == bytes(other) == data[start:]
     one[0] ^= 0xFF
     one[-1] ^= 0xFF
@@ -398,7 +400,7 @@ def test_a_mapping_has_the_bytes_and_its_changes_stay_its_own(start: int, file: 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping shares")
 def test_a_mapping_is_no_copy(file: Path, data: bytes) -> None:
     file.read_bytes()  # so that its pages are there to be shared
-    view = map_file(FileRange(file, PAGE, SIZE))
+    view = MappedFile(FileRange(file, PAGE, SIZE)).memory
     assert bytes(view) == data[PAGE:]
     lines = Path("/proc/self/smaps").read_text().splitlines()
     (at,) = (index for index, line in enumerate(lines) if line.endswith(str(file)))
@@ -410,10 +412,10 @@ def test_a_mapping_is_no_copy(file: Path, data: bytes) -> None:
 
 def test_a_file_too_short_to_be_mapped(file: Path, tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
-        map_file(FileRange(file, PAGE, SIZE + 1))
+        MappedFile(FileRange(file, PAGE, SIZE + 1))
     assert str(caught.value) == f"{file} ends at byte {SIZE}, expected {SIZE + 1} bytes"
     with pytest.raises(NotFoundError, match=rf"mapping {tmp_path}/nothing: not found"):
-        map_file(FileRange(tmp_path / "nothing", 0, 1))
+        MappedFile(FileRange(tmp_path / "nothing", 0, 1))
 
 
 STORED = 9 * MIB + 77
@@ -429,7 +431,8 @@ def view_of(source: StorageSource, manifest: Manifest, index: int = 0) -> memory
 
     async def main() -> memoryview | None:
         try:
-            return await source.view(manifest, chunk, chunk.forms[0])
+            view = await source.view(manifest, chunk, chunk.forms[0])
+            return None if view is None else view.memory
         finally:
             await source.close()
 
@@ -473,3 +476,73 @@ def test_there_is_no_view_where_there_is_no_file_or_where_it_begins_between_page
         assert asyncio.run(source.view(manifest, chunk, replace(moved, stored_bytes=STORED - 64))) is None
     finally:
         asyncio.run(source.close())
+
+
+def changing(manifest: Manifest, tmp_path: Path) -> tuple[StorageSource, View, Path]:
+    """A view that is in use, and its file."""
+    source = StorageSource(FilesystemBackend(tmp_path / "store"))
+    chunk = manifest.chunks[0]
+
+    async def main() -> View | None:
+        try:
+            return await source.view(manifest, chunk, chunk.forms[0])
+        finally:
+            await source.close()
+
+    view = asyncio.run(main())
+    assert view is not None
+    view.expect_unchanged()
+    return source, view, tmp_path / "store" / chunk.forms[0].locations[0].object
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_a_file_that_is_changed_while_it_is_in_use_is_an_error(hides: bool, manifest: Manifest, tmp_path: Path) -> None:
+    source, view, file = changing(manifest, tmp_path)
+    before = file.stat()
+    with file.open("r+b") as blob:
+        blob.seek(5 * MIB)
+        old = blob.read(1)
+        blob.seek(5 * MIB)
+        blob.write(bytes([old[0] ^ 1]))
+    if hides:
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match=rf"^chunk layers\.0 was changed in {source.url} while it was in use"):
+            view.expect_unchanged()
+    with file.open("r+b") as blob:
+        blob.seek(5 * MIB)
+        blob.write(old)
+    view.expect_unchanged()
+
+
+def test_a_file_that_is_cut_off_while_it_is_in_use_is_an_error(manifest: Manifest, tmp_path: Path) -> None:
+    _, view, file = changing(manifest, tmp_path)
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(StorageError, match=rf"^{file} was cut off while it was in use: it has {size - 1} bytes, expe"):
+        view.expect_unchanged()
+
+
+def test_what_does_not_change_the_bytes_in_use_is_none(manifest: Manifest, tmp_path: Path) -> None:
+    """Touched, replaced by another file, removed: what is mapped is what it was."""
+    _, view, file = changing(manifest, tmp_path)
+    seen = bytes(view.memory)
+    file.touch()
+    view.expect_unchanged()
+    (tmp_path / "other").write_bytes(b"something else")
+    (tmp_path / "other").replace(file)
+    view.expect_unchanged()
+    file.unlink()
+    view.expect_unchanged()
+    assert bytes(view.memory) == seen
+
+
+def test_a_mapping_closes_its_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(PAGE))
+    mapped = MappedFile(FileRange(tmp_path / "file", 0, PAGE))
+    descriptor = mapped._fd
+    assert os.fstat(descriptor).st_size == PAGE
+    del mapped
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

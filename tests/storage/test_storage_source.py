@@ -7,10 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest
+from surfw.metrics import Metrics
+from surfw.runtime.blocks import BlockReader
+from surfw.runtime.io_thread import IoThread
+from surfw.runtime.rows import RowReader
+from surfw.runtime.run import Run
 from surfw.source import Read
 from surfw.storage import FilesystemBackend
 from surfw.storage.ranges import most_range_bytes
@@ -235,6 +241,76 @@ def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="the line is cut"):
         fetch(StorageSource(backend), manifest, manifest.chunks[0])
     assert backend.given_up == 1
+
+
+class ManyBackend(FarBackend):
+    """Four reads at a time are worth it; it notes how many rounds of four there were."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.parallel_reads = 4
+        self.together = asyncio.Barrier(4)
+        self.reads = self.rounds = 0
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        self.reads += 1
+        if destination.nbytes >= BLOCK_BYTES:  # a part of a model
+            try:
+                async with asyncio.timeout(20):  # ends a test that fails
+                    last = await self.together.wait() == 0
+                self.rounds += last
+            except TimeoutError as exc:
+                raise StorageError("it is read one by one") from exc
+        await FilesystemBackend.read_into(self, key, start, destination, revision=revision)
+
+
+def test_reads_of_one_call_are_under_way_together(tmp_path: Path) -> None:
+    """Sixteen reads are four round trips, where four reads at a time are worth it."""
+    manifest = make_store(tmp_path / "store", sizes=(32 * BLOCK_BYTES,))
+    (chunk,) = manifest.chunks
+    backend = ManyBackend(tmp_path / "store")
+    source = StorageSource(backend)
+    memory = bytearray(chunk.payload_bytes)
+    starts = range(0, chunk.payload_bytes, 2 * BLOCK_BYTES)
+    reads = [
+        Read(chunk, chunk.forms[0], at, at + BLOCK_BYTES, memoryview(memory)[at : at + BLOCK_BYTES]) for at in starts
+    ]
+    asyncio.run(source.fetch(manifest, reads))
+    whole = payload(tmp_path / "store", chunk)
+    assert all(memory[at : at + BLOCK_BYTES] == whole[at : at + BLOCK_BYTES] for at in starts)
+    assert (backend.reads, backend.rounds, source.fetched_bytes) == (16, 4, 16 * BLOCK_BYTES)
+
+
+def test_rows_far_apart_cost_few_round_trips(tmp_path: Path) -> None:
+    """Rows in 24 places, of which a group of 16 is read at a time: 6 round trips, and not 24."""
+    made = make_store(tmp_path / "store", sizes=(48 * BLOCK_BYTES,))
+    table = replace(made.chunks[0].tensors[0], shape=(48, BLOCK_BYTES))
+    manifest = replace(made, chunks=(replace(made.chunks[0], tensors=(table,)),))
+    backend = ManyBackend(tmp_path / "store")
+    io = IoThread()
+    try:
+        rows = RowReader(BlockReader(StorageSource(backend), manifest, io, Metrics(), Run))
+        found = rows.lookup(table.name, torch.arange(0, 48, 2))
+    finally:
+        io.close()
+    whole = payload(tmp_path / "store", made.chunks[0])
+    expected = (whole[at * BLOCK_BYTES : (at + 1) * BLOCK_BYTES] for at in range(0, 48, 2))
+    assert found.numpy().tobytes() == b"".join(expected)
+    assert (backend.reads, backend.rounds) == (24, 6)
+
+
+def test_a_read_that_fails_ends_those_beside_it(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path / "store", sizes=(3 * BLOCK_BYTES, 100))
+    backend = FarBackend(tmp_path / "store")
+    backend.failing = 100
+    memories = [bytearray(chunk.payload_bytes) for chunk in manifest.chunks]
+    reads = [
+        Read(chunk, chunk.forms[0], 0, chunk.payload_bytes, memoryview(memory))
+        for chunk, memory in zip(manifest.chunks, memories, strict=True)
+    ]
+    with pytest.raises(StorageError, match="the line is cut"):
+        asyncio.run(asyncio.wait_for(StorageSource(backend).fetch(manifest, reads), 20))
+    assert (backend.given_up, any(memories[0])) == (1, False)
 
 
 def test_closing_closes_the_backend(manifest: Manifest, tmp_path: Path) -> None:

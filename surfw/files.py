@@ -1,0 +1,38 @@
+"""Local files that others may have put there: only regular ones are opened, and none is read further than it may be.
+
+A FIFO would wait for its writer, a device may have no end, a sparse file may be larger than any memory.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+def open_regular(path: str | os.PathLike[str], flags: int = 0) -> int:
+    """A descriptor of a regular file, open for reading; a link to one is followed.
+
+    Raises:
+        OSError: there is none, it is something else, or it cannot be opened.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # or opening a FIFO waits for its writer
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
+def read_regular(path: Path, most_bytes: int) -> bytes:
+    """The contents of a regular file, which may have at most so many bytes.
+
+    Raises:
+        OSError: as `open_regular`, or it is larger.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most_bytes:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {most_bytes}", str(path))
+        return file.read(size)
