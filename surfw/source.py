@@ -146,6 +146,11 @@ class ChunkSource(ABC):
         """The most memory that fetching takes beside the destinations."""
         return 0
 
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
+        return 0
+
     @abstractmethod
     async def close(self) -> None:
         """Release connections, threads and files. Closing twice is fine."""
@@ -153,11 +158,6 @@ class ChunkSource(ABC):
     @property
     def fetched_bytes(self) -> int:
         """Stored bytes delivered so far."""
-        return 0
-
-    @property
-    def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
         return 0
 
     async def resolve(self, name: str | None) -> str:
