@@ -193,7 +193,8 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case _NotFollowed():
             text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
-            text, absent = f"{link.url} answers, but is not a surfw server: {link.ended or exc}; {_NEXT}", True
+            why = (link.ended if isinstance(exc, ConnectionFailedError) else None) or exc
+            text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
 
 
