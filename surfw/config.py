@@ -22,14 +22,14 @@ BLOCK_BYTES = MIB
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
 
-PROGRESS_BYTES = 64 * 1024
-"""Bytes of an answer that count as progress, and begin a `silence_timeout` anew; fewer do not."""
-
-DAMAGE_RETRIES = 2
-"""How often a block or a file that arrived damaged is fetched again, before that is an error."""
-
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
+
+PROGRESS_BYTES = 64 * 1024
+"""So many bytes of an answer, or all that is left of it, are progress; fewer do not reset anybody's patience."""
+
+DAMAGE_RETRIES = 2
+"""How often the same block is fetched again because it arrived damaged."""
 
 MANIFEST_BYTES = 64 * MIB
 """The largest manifest that is read from a store."""

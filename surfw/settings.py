@@ -135,7 +135,7 @@ class Settings:
     )
     silence_timeout: float = _setting(
         DEFAULT_SILENCE_SECONDS,
-        "Seconds a server may send nothing while it is asked for something.",
+        "Seconds without progress after which what is asked is given up.",
         least=_SHORTEST_SECONDS,
     )
     retry_attempts: int = _setting(

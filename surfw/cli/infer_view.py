@@ -169,6 +169,8 @@ def summary(facts: dict[str, Any]) -> str:
         parts.append(f"{count(facts['prompt_tokens'], 'token')} in {render.seconds(spent)}")
     parts.append(f"{count(cache['hits'], 'hit')}, {cache['prefetched']} prefetched, {count(cache['stalls'], 'stall')}")
     parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
+    if cache["refetched_blocks"]:
+        parts.append(f"{count(cache['refetched_blocks'], 'damaged block')} fetched again")
     parts.append(bottleneck(facts["source"], time["stall_seconds"], spent, facts["plan"]))
     return "; ".join(parts)
 

@@ -79,9 +79,9 @@ def _is_served(url: str, configuration: Configuration) -> bool:
     """
     from surfw.client import probe
 
-    settings = configuration.settings
+    settings, token = configuration.settings, configuration.settings.token
     try:
-        return asyncio.run(probe(url, settings.connect_timeout, token=settings.token))
+        return asyncio.run(probe(url, settings.connect_timeout, token=token))
     except SurfwError as exc:
         raise ConfigurationError(
             f"{exc}; to run without the server on this machine, name a source with --source, such as {settings.store}"

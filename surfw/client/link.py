@@ -78,6 +78,7 @@ class Link:
     Attributes:
         limits: what both sides hold each other to.
         greeted: done when hellos were exchanged, or failed if the connection was over before.
+        shows_token: whether a token, if there is one, is shown where this leads; redirects take it nowhere else.
         ended: what ended the connection, once it is over: "went away", for example.
     """
 
@@ -86,6 +87,7 @@ class Link:
         self.url = url
         self.limits = limits
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.shows_token = True
         self.ended: str | None = None
         self._transient = False
         self._session = ClientSession(limits, client=f"surfw/{__version__}")

@@ -18,7 +18,7 @@ from surfw import __version__
 from surfw.client.address import plan_headers, refusal
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
-from surfw.errors import ConfigurationError, ConnectionFailedError, SurfwError
+from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
 from surfw.wire import PROTOCOL, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
@@ -63,22 +63,29 @@ class _Connecting(connect):
         locations = exc.response.headers.get_all("Location")
         if len(locations) != 1:
             return exc
-        to = urldefrag(urljoin(self.uri, locations[0])).url
-        scheme, mark, rest = to.partition("://")
-        shown = printable(display_url(to))[:_SHOWN]
-        if scheme.lower() not in _SCHEMES or not mark or "@" in urlsplit(to).netloc:
+        shown = printable(display_url(locations[0]))[:_SHOWN]
+        try:
+            old, to = parse_uri(self.uri), urldefrag(urljoin(self.uri, locations[0])).url
+            scheme, mark, rest = to.partition("://")
+            to = f"{_SCHEMES.get(scheme.lower(), 'no')}{mark}{rest}"
+            new = parse_uri(to)
+        except (ValueError, InvalidURI):
             return _NotFollowed(f"{shown}, which is not the address of a server")
-        to = f"{_SCHEMES[scheme.lower()]}{mark}{rest}"
-        old, new = parse_uri(self.uri), parse_uri(to)
-        if old.secure and not new.secure:
-            return _NotFollowed(f"{shown}, where there is no TLS")
         self._redirects += 1
-        if self._redirects > _MOST_REDIRECTS:
-            return _NotFollowed(f"{shown}, after {_MOST_REDIRECTS} other redirects")
+        why = None
+        if new.user_info:
+            why = "with a user and a password that are not ours"
+        elif old.secure and not new.secure:
+            why = "where there is no TLS"
+        elif self._redirects > _MOST_REDIRECTS:
+            why = f"after {_MOST_REDIRECTS} other redirects"
+        if why:
+            return _NotFollowed(f"{shown}, {why}")
         if (old.secure, old.host, old.port) != (new.secure, new.host, new.port):
-            self.additional_headers = None  # the token is for the server that was named
+            self.additional_headers = None
+            self._link.shows_token = False
         self.proxy = None if is_loopback(new.host) else True
-        self._link.url = f"{self._named} (redirected to {shown})"
+        self._link.url = f"{self._named} (redirected to {printable(display_url(to))[:_SHOWN]})"
         return to
 
 
@@ -173,7 +180,7 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
         case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
             if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
-                return refusal(link.url, token)
+                return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
             text = _refused(link, exc.response)
             transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
         case InvalidStatus() if exc.response.status_code in _PASSING:
@@ -186,7 +193,8 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case _NotFollowed():
             text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
-            text, absent = f"{link.url} answers, but is not a surfw server: {link.ended or exc}; {_NEXT}", True
+            why = (link.ended if isinstance(exc, ConnectionFailedError) else None) or exc
+            text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
 
 
@@ -216,6 +224,11 @@ def _explain_network(link: Link, seconds: float, exc: OSError) -> ConnectionFail
             transient = isinstance(exc, ConnectionError) or exc.errno in _UNREACHABLE
             absent = refused or not isinstance(exc, ConnectionError)
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
+
+
+def _redirected_refusal(link: Link) -> RefusedError:
+    text = f"the server at {link.url} wants a token, which redirects take nowhere else; name the server's own address"
+    return RefusedError(text, code="no-token")
 
 
 def _hung_up(link: Link) -> str:

@@ -314,7 +314,7 @@ class StreamingBaseModel:
 
     def statistics(self) -> dict[str, Any]:
         """Both, in the form that `surfw infer --json` prints."""
-        return full_statistics(self.metrics, self._opened)
+        return full_statistics(self.metrics, self._opened, self._client.refetched_blocks)
 
     def clear_cache(self) -> None:
         """Forget every layer that is not in use, and give its memory back. Counters go on."""

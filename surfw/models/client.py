@@ -43,6 +43,7 @@ class SourceThread:
         self._lock = threading.Lock()
         self._io: IoThread | None = None
         self._source: ChunkSource | None = None
+        self._refetched_blocks = 0
         self._closed = False
 
     @property
@@ -75,6 +76,12 @@ class SourceThread:
                 self._io = io
             return self._io, self._source
 
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks and files that arrived damaged and were fetched again, by all who read through this."""
+        source = self._source
+        return self._refetched_blocks + (source.refetched_blocks if source else 0)
+
     def run(self, work: Callable[[ChunkSource], Coroutine[Any, Any, T]]) -> T:
         """Do something with the source, on its event loop, and wait for it."""
         io, source = self._open()
@@ -89,6 +96,7 @@ class SourceThread:
         """Leave the source; the next use opens it again."""
         with self._lock:
             io, source = self._io, self._source
+            self._refetched_blocks = self.refetched_blocks
             self._io = self._source = None
         if io is None or source is None:
             return

@@ -65,7 +65,7 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, opened: OpenedModel | None) -> dict[str, Any]:
+def full_statistics(metrics: Metrics, opened: OpenedModel | None, refetched_blocks: int) -> dict[str, Any]:
     """All of it, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
@@ -77,6 +77,7 @@ def full_statistics(metrics: Metrics, opened: OpenedModel | None) -> dict[str, A
             "hit_rate": hit_rate(hits, misses),
             "resident_bytes": opened.resident_bytes if opened else 0,
             "fetched_bytes": metrics.count("fetched_bytes"),
+            "refetched_blocks": refetched_blocks,
             "kv_cache_bytes": opened.kv_cache_bytes if opened else 0,
         },
         "time": {"stall_seconds": metrics.seconds("stall"), "compute_seconds": _compute_seconds(metrics)},

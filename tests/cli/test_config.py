@@ -1,14 +1,21 @@
 """Settings on the command line: what goes before what, `surfw config`, and how mistakes end."""
 
+import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from surfw.settings import SETTINGS
+from surfw.cli.options import Configuration
+from surfw.cli.sources import choose_source
+from surfw.errors import ConfigurationError
+from surfw.settings import SETTINGS, Origin, Settings
 from tests.checkpoints import save_llama
 from tests.cli.run import complaint, surfw
+from tests.peers import tcp_server
 from tests.servers import serve
+from tests.stores import make_store
 
 
 def write(folder: Path, text: str) -> str:
@@ -140,3 +147,45 @@ def test_a_server_and_its_clients_share_one_file(tmp_path: Path) -> None:
         assert json.loads(surfw(tmp_path, "--config", file, "stats", "--json").stdout)["models"] == ["tiny"]
         assert surfw(tmp_path, "stats", served.url, SURFW_TOKEN="s3cret").returncode == 0
         assert "token" in complaint(surfw(tmp_path, "stats", served.url, SURFW_TOKEN="wrong"))
+
+
+@pytest.mark.parametrize(("extra", "why"), [({}, "wants a token"), ({"SURFW_TOKEN": "another"}, "refuses the token")])
+def test_a_server_on_this_machine_that_says_no_is_an_error(tmp_path: Path, extra: dict[str, str], why: str) -> None:
+    make_store(tmp_path / "store", "tiny")
+    (tmp_path / "token").write_text("s3cret\n")
+    with serve(tmp_path / "store", "--token-file", str(tmp_path / "token")) as served:
+        port = served.url.rpartition(":")[2]
+        said = complaint(surfw(tmp_path, "infer", "--prompt-ids", "5", "--model", "tiny", SURFW_PORT=port, **extra))
+    assert said.startswith(f"the server at {served.url} {why}; ")
+    assert "name a source with --source" in said
+
+
+async def silence(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def mail(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"220 mail.example.org ESMTP\r\n")
+    await reader.read()
+
+
+def test_what_is_no_surfw_server_is_passed_over_and_what_says_nothing_is_not(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", "tiny")
+
+    async def choose(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> str:
+        async with tcp_server(talk) as url:
+            settings = Settings(
+                port=int(url.rpartition(":")[2]), store=str(tmp_path / "store"), model="tiny", connect_timeout=0.5
+            )
+            origins = {name: Origin("default", "default") for name in SETTINGS}
+            configuration = Configuration(settings, origins)
+
+            def look() -> str:
+                with choose_source(configuration) as chosen:
+                    return chosen.url
+
+            return await asyncio.to_thread(look)
+
+    assert asyncio.run(choose(mail)) == str(tmp_path / "store")
+    with pytest.raises(ConfigurationError, match=r"no answer within 0\.5 seconds; .* name a source with --source"):
+        asyncio.run(choose(silence))
