@@ -8,21 +8,20 @@ import asyncio
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
-from surfw.errors import IntegrityError, ManifestError, StorageError
+from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, View
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import most_range_bytes
-from surfw.storage.store import MARKER, Store, manifest_key, segments
+from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
@@ -65,11 +64,7 @@ class StorageSource(ChunkSource):
         return await self.store.models()
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model; one that arrives damaged is read again."""
-        for _ in range(DAMAGE_RETRIES):
-            with suppress(IntegrityError, ManifestError):
-                return await self.store.manifest(model)
-            self.store.backend.forget(manifest_key(model))
+        """The manifest of the model."""
         return await self.store.manifest(model)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:

@@ -14,11 +14,18 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from surfw.config import KIB, MANIFEST_BYTES, display_url
-from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
+from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, display_url
+from surfw.errors import (
+    IntegrityError,
+    ManifestError,
+    NotAStoreError,
+    NotFoundError,
+    StorageError,
+    UnknownModelError,
+)
 from surfw.manifest import Chunk, Digests, Location, Manifest, check_model_name, parse_manifest
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
@@ -156,7 +163,7 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
-        manifest = await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
+        manifest = await self._read(model, self.parse_manifest)
         return await asyncio.to_thread(self.with_digests, manifest)
 
     async def facts(self, model: str) -> Manifest:
@@ -166,7 +173,15 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
-        return await asyncio.to_thread(self._parse, model, await self.manifest_bytes(model))
+        return await self._read(model, self._parse)
+
+    async def _read(self, model: str, parse: Callable[[str, bytes], Manifest]) -> Manifest:
+        """Read and parse a manifest, and again if it is not valid: it may have been damaged on its way."""
+        for _ in range(DAMAGE_RETRIES):
+            with suppress(IntegrityError, ManifestError):
+                return await asyncio.to_thread(parse, model, await self.manifest_bytes(model))
+            self.backend.forget(manifest_key(model))
+        return await asyncio.to_thread(parse, model, await self.manifest_bytes(model))
 
     async def manifest_bytes(self, model: str) -> bytes:
         """The model's manifest as it is stored; see `parse_manifest`.

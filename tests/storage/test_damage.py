@@ -254,10 +254,11 @@ def verified(backend: StorageBackend) -> tuple[Damage, ...]:
 def test_verifying_reports_only_what_stays_damaged(make: Make, manifest: Manifest, line: Line) -> None:
     vocabulary = manifest.file("vocab.txt").object
     damage(line, manifest.chunks[0])
-    line.at[vocabulary] = 3
+    line.at |= {vocabulary: 3, "models/toy/model.json": 0}
     line.flip = once
     with served(line) as url:
         assert verified(make(url, line)) == ()
+        del line.at["models/toy/model.json"]
         line.flip = always
         found = verified(make(url, line))
     assert [(one.part, one.complaint.partition(",")[0]) for one in found] == [
