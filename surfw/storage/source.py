@@ -340,10 +340,10 @@ class _DamagedBlockError(IntegrityError):
 def _where(seen: Sequence[object], place: str) -> str:
     """Where the damage lies, by what was seen each time, and what to do."""
     if len(set(seen)) == 1:
-        return f"it was the same {len(seen)} times, so the damage lies in {place}: chunk the model again"
+        return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {place}"
     return (
-        f"it was another each of {len(seen)} times, so the damage comes on the way from {place}: check the network and "
-        "the memory of this machine"
+        "check the network and the memory of this machine: it was not the same each of "
+        f"{len(seen)} times, so the damage comes on the way from {place}"
     )
 
 

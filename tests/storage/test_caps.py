@@ -271,7 +271,6 @@ def test_a_file_that_stays_damaged_says_where_it_lies(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=(10,))
     (tmp_path / manifest.file("vocab.txt").object).write_bytes(b"one\nTWO\n")
     source = StorageSource(FilesystemBackend(tmp_path))
-    with pytest.raises(
-        IntegrityError, match=f"damaged; it was the same 3 times, so the damage lies in {tmp_path}: chun"
-    ):
+    said = f"is damaged; chunk the model again: it was the same 3 times, so the damage lies in {tmp_path}$"
+    with pytest.raises(IntegrityError, match=said):
         asyncio.run(source.file(manifest, "vocab.txt"))
