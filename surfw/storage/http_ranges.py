@@ -14,9 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import aiohttp
+from yarl import URL
 
-from surfw.config import MIB
+from surfw.config import MIB, display_url
 from surfw.errors import StorageError
+from surfw.storage.base import refuse_size
 from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
 from surfw.threads import in_thread
 
@@ -24,6 +26,11 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _BUFFER_BYTES = MIB
 _CONNECT_SECONDS = 5
+_PAGE_BYTES = 16 * MIB
+"""The largest page with a folder's listing."""
+
+_REDIRECTS = 5
+
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -37,6 +44,13 @@ class HttpRanges(RangeReader):
         super().__init__(connections)
         self._fs = fs
         fs.kwargs.pop("max_concurrency", None)  # what it does not know, it would give to each request
+        judging = aiohttp.TraceConfig()
+        judging.on_request_redirect.append(self._judge_redirect)
+        own = {"response_class": _CappedResponse, "trace_configs": [judging]}
+        fs.client_kwargs = own | fs.client_kwargs
+        self._tells_headers = any(
+            given.get(name) for given in (fs.kwargs, fs.client_kwargs) for name in ("headers", "cookies", "auth")
+        )
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
         self.limit_waits(self.silence_timeout)
@@ -46,6 +60,19 @@ class HttpRanges(RangeReader):
         super().limit_waits(silence_timeout)
         half = silence_timeout / 2
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
+
+    async def _judge_redirect(
+        self, session: aiohttp.ClientSession, context: object, found: aiohttp.TraceRequestRedirectParams
+    ) -> None:
+        """Refuse to be sent to where somebody can listen, or elsewhere with what may be secret."""
+        del session, context
+        source, location = found.response.url, found.response.headers.get("Location", "")
+        target = source.join(URL(location))
+        said = f"{source.host} sends to {display_url(str(target.origin()))}"
+        if source.scheme == "https" and target.scheme != "https":
+            raise StorageError(f"{said}, which is not encrypted; name an address that is")
+        if self._tells_headers and target.origin() != source.origin():
+            raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read into place."""
@@ -83,12 +110,18 @@ class HttpRanges(RangeReader):
             OSError: anything else.
         """
         session = await self._fs.set_session()
-        options = {"timeout": self._timeout, "read_bufsize": _BUFFER_BYTES} | self._fs.kwargs
+        options = {
+            "timeout": self._timeout,
+            "read_bufsize": _BUFFER_BYTES,
+            "max_redirects": _REDIRECTS,
+        } | self._fs.kwargs
         options["headers"] = {"Accept-Encoding": "identity"} | options.get("headers", {}) | asked
         try:
             async with session.get(self._fs.encode_url(path), **options) as found:
                 _judge(found)
                 yield found
+        except aiohttp.TooManyRedirects as exc:
+            raise OSError(errno.ELOOP, f"the server sends elsewhere more than {_REDIRECTS} times") from exc
         except aiohttp.InvalidURL as exc:
             raise OSError(errno.EINVAL, "this is no URL") from exc
         except (aiohttp.ClientError, TimeoutError) as exc:
@@ -96,6 +129,22 @@ class HttpRanges(RangeReader):
             lost = OSError(errno.EIO, f"the server cannot be reached ({name}); check the address and the network")
             lost.__cause__ = exc
             raise TransientError from lost
+
+
+class _CappedResponse(aiohttp.ClientResponse):
+    """An answer whose text, which is all that fsspec takes of a listing, is no longer than a page may be."""
+
+    async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
+        """The text.
+
+        Raises:
+            StorageError: it is too long.
+        """
+        data = bytearray()
+        async for piece in self.content.iter_any():
+            data += piece
+            refuse_size(len(data), _PAGE_BYTES, f"the listing of {self.url.path}")
+        return data.decode(encoding or "utf-8", errors)
 
 
 async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:

@@ -8,21 +8,20 @@ import asyncio
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
-from surfw.errors import IntegrityError, ManifestError, StorageError
+from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, View
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import most_range_bytes
-from surfw.storage.store import MARKER, Store, manifest_key, segments
+from surfw.storage.store import MARKER, Store, segments
 from surfw.threads import in_thread, to_its_end, together
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
@@ -65,11 +64,7 @@ class StorageSource(ChunkSource):
         return await self.store.models()
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model; one that arrives damaged is read again."""
-        for _ in range(DAMAGE_RETRIES):
-            with suppress(IntegrityError, ManifestError):
-                return await self.store.manifest(model)
-            self.store.backend.forget(manifest_key(model))
+        """The manifest of the model."""
         return await self.store.manifest(model)
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
@@ -345,10 +340,10 @@ class _DamagedBlockError(IntegrityError):
 def _where(seen: Sequence[object], place: str) -> str:
     """Where the damage lies, by what was seen each time, and what to do."""
     if len(set(seen)) == 1:
-        return f"it was the same {len(seen)} times, so the damage lies in {place}: chunk the model again"
+        return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {place}"
     return (
-        f"it was another each of {len(seen)} times, so the damage comes on the way from {place}: check the network and "
-        "the memory of this machine"
+        "check the network and the memory of this machine: it was not the same each of "
+        f"{len(seen)} times, so the damage comes on the way from {place}"
     )
 
 

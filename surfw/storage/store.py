@@ -14,11 +14,20 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
-from surfw.config import KIB, MANIFEST_BYTES, display_url
-from surfw.errors import ManifestError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
+from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, display_url
+from surfw.errors import (
+    IntegrityError,
+    ManifestError,
+    NotAStoreError,
+    NotFoundError,
+    StorageError,
+    UnknownModelError,
+)
 from surfw.manifest import (
     Chunk,
     Digests,
@@ -35,6 +44,8 @@ from surfw.storage.notices import LEASES, PRUNES
 from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
+
+T = TypeVar("T")
 
 MARKER = "surfw.json"
 FORMAT = "surfw.store"
@@ -164,7 +175,7 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
-        manifest = await asyncio.to_thread(self.parse_manifest, model, await self.manifest_bytes(model))
+        manifest = await self.read_manifest(model, partial(self.parse_manifest, model))
         return await asyncio.to_thread(self.with_digests, manifest)
 
     async def facts(self, model: str) -> Manifest:
@@ -174,7 +185,22 @@ class Store:
             UnknownModelError: there is none.
             ManifestError: there is one, and it is not valid.
         """
-        return await asyncio.to_thread(self._parse, model, await self.manifest_bytes(model))
+        return await self.read_manifest(model, partial(self._parse, model))
+
+    async def read_manifest(self, model: str, parse: Callable[[bytes], T]) -> T:
+        """What `parse`, called in a thread, makes of the model's manifest as it is stored.
+
+        Read again if it is not valid: it may have been damaged on its way.
+
+        Raises:
+            UnknownModelError: there is none.
+            Exception: what `parse` raises.
+        """
+        for _ in range(DAMAGE_RETRIES):
+            with suppress(IntegrityError, ManifestError):
+                return await asyncio.to_thread(parse, await self.manifest_bytes(model))
+            self.backend.forget(manifest_key(model))
+        return await asyncio.to_thread(parse, await self.manifest_bytes(model))
 
     async def manifest_bytes(self, model: str) -> bytes:
         """The model's manifest as it is stored; see `parse_manifest`.

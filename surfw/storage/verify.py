@@ -8,6 +8,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from blake3 import blake3
 
@@ -99,8 +100,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     damage, undigested = [], []
     for name in names:
         try:
-            data = await store.manifest_bytes(name)
-            manifest = await asyncio.to_thread(store.parse_manifest, name, data)
+            manifest, is_digested = await store.read_manifest(name, partial(_parse, store, name))
         except UnknownModelError:
             if model is not None:
                 raise
@@ -109,7 +109,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             await store.check()  # an error of its own, if the storage does not answer
             damage.append(Damage(model=name, part="", objects=(), complaint=str(exc)))
             continue
-        if not has_digest(data):
+        if not is_digested:
             undigested.append(name)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault((*part.locations, part.digest, part.blocks), part)
@@ -129,6 +129,11 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         damage=tuple(damage),
         undigested=tuple(undigested),
     )
+
+
+def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
+    """A manifest, and whether it is stored with a digest."""
+    return store.parse_manifest(name, data), has_digest(data)
 
 
 def _parts_of(manifest: Manifest) -> list[_Part]:

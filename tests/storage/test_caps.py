@@ -83,6 +83,20 @@ def test_a_web_server_that_announces_two_gigabytes_costs_next_to_nothing() -> No
     assert int(lines[3]) < 48 * 1024  # KiB; the first look also loads modules
 
 
+def test_a_listing_without_end_is_given_up() -> None:
+    with announcing(HUGE) as (url, sent):
+
+        async def look() -> None:
+            await open_backend(url).list("models/")
+
+        with (
+            little_memory(),
+            pytest.raises(StorageError, match=r"^the listing of /models has 16\d* bytes, expected at m"),
+        ):
+            asyncio.run(look())
+    assert max(sent) < HUGE // 8
+
+
 def put_sparse(file: Path) -> None:
     with file.open("wb") as out:
         out.truncate(HUGE)
@@ -257,7 +271,6 @@ def test_a_file_that_stays_damaged_says_where_it_lies(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=(10,))
     (tmp_path / manifest.file("vocab.txt").object).write_bytes(b"one\nTWO\n")
     source = StorageSource(FilesystemBackend(tmp_path))
-    with pytest.raises(
-        IntegrityError, match=f"damaged; it was the same 3 times, so the damage lies in {tmp_path}: chun"
-    ):
+    said = f"is damaged; chunk the model again: it was the same 3 times, so the damage lies in {tmp_path}$"
+    with pytest.raises(IntegrityError, match=said):
         asyncio.run(source.file(manifest, "vocab.txt"))

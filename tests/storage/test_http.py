@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from yarl import URL
 
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
@@ -209,3 +211,42 @@ def test_a_model_is_run_from_a_web_server(folder: Path, url: str) -> None:
         with StreamingModel.open(place, "llama", cache_size=1) as model:
             answers.append(model(input_ids=ids).logits)
     assert torch.equal(*answers)
+
+
+def sending_to(target: str) -> type[Ignoring]:
+    """A server that has everything elsewhere."""
+
+    class Sending(Ignoring):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", f"{target}{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    return Sending
+
+
+def test_what_has_moved_is_followed_but_not_with_headers_to_another_server(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"text")
+    with offered_by(Ignoring, tmp_path) as there, offered_by(sending_to(there), tmp_path) as here:
+        assert asyncio.run(FsspecBackend(here).load("x")) == b"text"
+        telling = FsspecBackend(here, headers={"X-Api-Key": "secret"})
+        for question in (telling.load("x"), telling.list("x")):
+            with pytest.raises(StorageError, match=r"^127\.0\.0\.1 sends to http://127.*, which must not see"):
+                asyncio.run(question)
+
+
+def test_what_moves_without_end_is_an_error(tmp_path: Path) -> None:
+    with (
+        offered_by(sending_to(""), tmp_path) as url,
+        pytest.raises(StorageError, match="sends elsewhere more than 5 time"),
+    ):
+        asyncio.run(FsspecBackend(url).load("x"))
+
+
+def test_nobody_is_sent_to_where_others_can_listen() -> None:
+    backend = FsspecBackend("https://host/x")
+    assert backend._transfer is not None
+    moved = SimpleNamespace(url=URL("https://host/x"), headers={"Location": "http://host/x"})
+    with pytest.raises(StorageError, match=r"^host sends to http://host, which is not encrypted"):
+        asyncio.run(backend._transfer.reader._judge_redirect(None, None, SimpleNamespace(response=moved)))
