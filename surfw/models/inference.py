@@ -326,9 +326,11 @@ def _generation_config(own: GenerationConfig, request: Request) -> GenerationCon
     if request.ignore_eos:
         config.eos_token_id, config.min_length, config.min_new_tokens = None, None, None
         config.forced_eos_token_id = None
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if ends in ([], [None]):
+        config.eos_token_id = config.exponential_decay_length_penalty = None  # which is put on the end's token
     if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends if ends is not None else 0
+        config.pad_token_id = ends[0] if ends and ends[0] is not None else 0
     return config
 
 

@@ -282,7 +282,7 @@ def test_an_exception_of_the_callers_own_comes_back_as_it_is(
     def fail(*_: object) -> None:
         raise mine
 
-    request = Request(prompt=PROMPT, max_new_tokens=500)  # more than there are positions, which is not to blame
+    request = Request(prompt=PROMPT, max_new_tokens=5000)  # more than there are positions, which is not to blame
     with pytest.raises(kind) as caught:
         answer(llama, tokenizer, request, **{which: fail})
     assert caught.value is mine

@@ -16,9 +16,10 @@ from surfw.skeleton.generation import sanitise_generation
 from surfw.storage import FilesystemBackend, Store
 
 SETTINGS = [*sorted(name for name in vars(GenerationConfig()) if not name.startswith("_")), "streamer", "to_dict"]
-VALUES: list[Any] = [True, -1, 3, 10**6, 0.5, "x", [], [[3]], [10**6], [[[3], 1.0]], [2, 1.5], {"a": 1}]
+VALUES: list[Any] = [True, -1, 10**6, 0.5, [], [10**6], [[[3], 1.0]], [2, 1.5], {"a": 1}]
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_no_generation_setting_ends_in_an_error_of_another(store: Path) -> None:
     request = Request(prompt_ids=[5, 6, 7], max_new_tokens=2)
     others = {}
