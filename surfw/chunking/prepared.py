@@ -29,6 +29,7 @@ from surfw.skeleton.config import (
     tag_floats,
 )
 from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
+from surfw.skeleton.generation import sanitise_outputs
 from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 
 logger = logging.getLogger("surfw.chunking")
@@ -103,6 +104,9 @@ def plan_model(
         logger.warning(
             "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
         )
+    clean, unfit = sanitise_outputs(clean, where=where)
+    for line in unfit:
+        logger.warning("%s: left out of the configuration, because no file may choose it: %s", name, line)
     clean = tag_floats(clean)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]

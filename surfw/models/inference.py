@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -17,6 +17,11 @@ from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
+
+P = ParamSpec("P")
+
+_INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+"""Settings whose tokens are looked up in the embeddings, or in the logits."""
 
 _TOP_PREDICTIONS = 5
 _RESERVED_POSITIONS = 2
@@ -163,20 +168,56 @@ def answer(
             "use it from Python, as a StreamingModel"
         )
     inputs = _encode(model, tokenizer, request)
+    caller = _Caller()
     try:
         if model.model.can_generate():
-            return _generate(model, tokenizer, request, inputs, on_text=on_text, on_token=on_token)
+            heard = (caller.calls(on_text), caller.calls(on_token))
+            return _generate(model, tokenizer, request, inputs, heard)
         return _encoder(model, tokenizer, inputs)
-    except (IndexError, RuntimeError) as exc:
-        prompt_tokens = inputs["input_ids"].shape[1]
-        new_tokens = request.max_new_tokens if model.model.can_generate() else 0
-        positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is None or prompt_tokens + new_tokens + _RESERVED_POSITIONS <= positions:
+    except (ValueError, IndexError, RuntimeError) as exc:
+        complaint = None if exc is caller.error else _complaint(model, request, inputs["input_ids"].shape[1], exc)
+        if complaint is None:
             raise
-        raise ConfigurationError(
-            f"{model.manifest.name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and "
-            f"{new_tokens} new ones are asked for; ask for less"
-        ) from exc
+        raise ConfigurationError(complaint) from exc
+
+
+class _Caller:
+    """Calls the functions of whoever asked, and knows the exception of theirs that ended it."""
+
+    error: Exception | None = None
+
+    def calls(self, function: Callable[P, None]) -> Callable[P, None]:
+        """The function, with its exception noted."""
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+            try:
+                function(*args, **kwargs)
+            except Exception as exc:
+                self.error = exc
+                raise
+
+        return call
+
+
+def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, exc: Exception) -> str | None:
+    """What a request or the settings of a model have to do with an exception of transformers; None if nothing."""
+    name, generates = model.manifest.name, model.model.can_generate()
+    if isinstance(exc, ValueError):
+        return f"{name} cannot generate so: {exc}" if generates else None
+    config = model.model.config.get_text_config(decoder=True)
+    for setting in _INDEXED if generates else ():
+        tokens = getattr(model.model.generation_config, setting, None)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is not None and not 0 <= token < config.vocab_size:
+                return f"{name} has the generation setting {setting} = {token}, expected 0 to {config.vocab_size - 1}"
+    new_tokens = request.max_new_tokens if generates else 0
+    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or prompt_tokens + new_tokens + _RESERVED_POSITIONS <= positions:
+        return None
+    return (
+        f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "
+        "are asked for; ask for less"
+    )
 
 
 def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> int:
@@ -231,22 +272,19 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase | None,
     request: Request,
     inputs: dict[str, torch.Tensor],
-    *,
-    on_text: Callable[[str], None],
-    on_token: Callable[[int, float], None],
+    heard: tuple[Callable[[str], None], Callable[[int, float], None]],
 ) -> Answer:
+    on_text, on_token = heard
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so no text can end its generation")
     text = _TextOut(tokenizer, on_text) if tokenizer is not None else None
     is_encoder_decoder = bool(model.model.config.is_encoder_decoder)
     inputs.pop("token_type_ids", None)
-    stopping = {"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}
+    stops = list(request.stop) or getattr(model.model.generation_config, "stop_strings", None)
+    stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
     prompt_tokens = inputs["input_ids"].shape[1]
     clock = TokenClock(text, on_token)
-    try:
-        output = model.run(lambda inner: _generate_with(model, inner, request, streamer=clock, **inputs, **stopping))
-    except ValueError as exc:
-        raise ConfigurationError(f"{model.manifest.name} cannot generate so: {exc}") from exc
+    output = model.run(lambda inner: _generate_with(model, inner, request, streamer=clock, **inputs, **stopping))
     took = time.perf_counter() - clock.start
     new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
     times = clock.times[-len(new) :] if new else []
@@ -279,6 +317,8 @@ def _generation_config(own: GenerationConfig, request: Request) -> GenerationCon
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
+    config.return_dict_in_generate = False
+    config.output_attentions = config.output_hidden_states = config.output_scores = config.output_logits = False
     config.do_sample = request.samples
     config.temperature = request.temperature if request.samples else None
     config.top_p = request.top_p if request.samples else None
@@ -286,9 +326,11 @@ def _generation_config(own: GenerationConfig, request: Request) -> GenerationCon
     if request.ignore_eos:
         config.eos_token_id, config.min_length, config.min_new_tokens = None, None, None
         config.forced_eos_token_id = None
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if ends in ([], [None]):
+        config.eos_token_id = config.exponential_decay_length_penalty = None  # which is put on the end's token
     if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends if ends is not None else 0
+        config.pad_token_id = ends[0] if ends and ends[0] is not None else 0
     return config
 
 

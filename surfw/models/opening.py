@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -19,6 +20,7 @@ from surfw.runtime.loader import as_parameter
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
+from surfw.skeleton.generation import check_generation, sanitise_generation, sanitise_outputs
 from surfw.skeleton.loading import target_dtypes
 from surfw.skeleton.shared import foreign_errors
 from surfw.skeleton.units import Slot
@@ -26,6 +28,8 @@ from surfw.skeleton.units import Slot
 logger = logging.getLogger("surfw.models")
 
 _MAX_MISSING_BYTES = 4 * GIB
+_TAKEN = frozenset(dir(GenerationConfig))
+"""What generation settings cannot be called: methods and attributes of their class."""
 
 
 def open_skeleton(
@@ -55,6 +59,9 @@ def open_skeleton(
     generation, dropped_generation = sanitise_config(manifest.generation_config or {})
     for line in dropped + dropped_generation:
         logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
+    clean, unfit = sanitise_outputs(clean, where=where)
+    for line in unfit:
+        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
     config = read_config(clean, where=where, model_class=model_class)
     cls = model_class or resolve_class(manifest.class_name, config, where=where)
     tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
@@ -82,7 +89,7 @@ def open_skeleton(
     _check_order(manifest, skeleton)
     fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
-    with foreign_errors(f"the generation settings of {where}"):
+    if skeleton.model.can_generate():
         _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
     return skeleton
 
@@ -158,9 +165,11 @@ def _configure_generation(
     model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
 ) -> None:
     """As `from_pretrained` does: generation_config.json, else what config.json says of generation."""
-    if not model.can_generate():
-        return
-    if manifest.generation_config is not None:
-        model.generation_config = GenerationConfig.from_dict(generation)
-    else:
-        model.generation_config = GenerationConfig.from_model_config(dict(config))
+    has_file = manifest.generation_config is not None
+    settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
+    for line in dropped if has_file else ():
+        logger.warning("%s: ignored in its generation settings, because no file may choose it: %s", manifest.name, line)
+    check_generation(settings, where=manifest.name)
+    with foreign_errors(f"the generation settings of {manifest.name}"):
+        make: Any = GenerationConfig.from_dict if has_file else GenerationConfig.from_model_config
+        model.generation_config = make(settings)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.skeleton.config import IMPLEMENTATIONS, untag_floats
+from surfw.skeleton.config import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub
 from surfw.skeleton.units import Slot, Unit, find_units
 
@@ -94,21 +94,21 @@ def read_config(
         )
     with foreign_errors(f"the configuration of {where}"), no_hub():
         found: PreTrainedConfig = config_class.from_dict(untag_floats(dict(config)))
-        _refuse_implementations(found, where)
+        _refuse_implementations(found, IMPLEMENTATIONS if model_class is None else IMPLEMENTATIONS | COMPILED, where)
         return found
 
 
-def _refuse_implementations(config: PreTrainedConfig, where: str) -> None:
+def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: str) -> None:
     """Refuse code from elsewhere in what was built of a configuration, whatever way it found past `sanitise_config`."""
     asked = {config._attn_implementation, config._experts_implementation} - {None}  # noqa: SLF001 - the names in use
-    if not asked <= IMPLEMENTATIONS:
+    if not asked <= allowed:
         raise UnsupportedModelError(
-            f"the configuration of {where} asks for the implementation {min(asked - IMPLEMENTATIONS)!r}, "
-            f"expected one of {', '.join(sorted(IMPLEMENTATIONS))}"
+            f"the configuration of {where} asks for the implementation {min(asked - allowed)!r}, "
+            f"expected one of {', '.join(sorted(allowed))}"
         )
     for name in config.sub_configs:
         if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
-            _refuse_implementations(inner, where)
+            _refuse_implementations(inner, allowed, where)
 
 
 def check_model_class(model_class: object) -> None:

@@ -12,11 +12,16 @@ from typing import Any
 
 from surfw.errors import UnsupportedModelError
 
-IMPLEMENTATIONS = {"eager", "sdpa", "flex_attention", "batched_mm", "grouped_mm"}
-"""The attention and expert implementations whose code comes with transformers and torch."""
+_ATTENTION, _EXPERTS = {"eager", "sdpa"}, {"eager", "batched_mm", "grouped_mm"}
+IMPLEMENTATIONS = _ATTENTION | _EXPERTS
+"""The attention and expert implementations that a configuration may choose: they are torch's own, and ready at once."""
 
-_FETCHED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"}
-"""Names of transformers' own for which it may fetch a kernel: not used, but no reason to refuse a checkpoint."""
+COMPILED = {"flex_attention"}
+"""Those that transformers compiles first: for whoever names a class of one's own."""
+
+_UNUSED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"} | COMPILED
+"""Names of transformers' own for which it may fetch a kernel, or compiles one for a minute and keeps it elsewhere on
+the machine: not used, but no reason to refuse a checkpoint."""
 
 _CODE_KEYS = {
     "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config",
@@ -62,7 +67,8 @@ def _asks_for_code(key: str, value: Any) -> bool:
         return bool(value)
     if key == "backbone":
         return isinstance(value, str) and "/" in value
-    return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and not set(_texts(value)) <= IMPLEMENTATIONS
+    allowed = _EXPERTS if "expert" in key else _ATTENTION
+    return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and not set(_texts(value)) <= allowed
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -111,7 +117,7 @@ def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
         UnsupportedModelError: it does; the text names the key and what to change.
     """
     for key, value in _walk(config):
-        named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _FETCHED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
+        named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _UNUSED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
         if named or (key in {"use_kernels", "kernel_config"} and value):
             asked = named[0] if named else str(value)
             raise UnsupportedModelError(

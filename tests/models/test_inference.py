@@ -270,3 +270,36 @@ def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_answer_starts_empty() -> None:
     assert Answer().token_ids == []
     assert Answer().embedding is Answer().predictions is None
+
+
+@pytest.mark.parametrize("kind", [ValueError, IndexError, RuntimeError])
+@pytest.mark.parametrize("which", ["on_text", "on_token"])
+def test_an_exception_of_the_callers_own_comes_back_as_it_is(
+    kind: type[Exception], which: str, llama: StreamingModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    mine = kind("mine")
+
+    def fail(*_: object) -> None:
+        raise mine
+
+    request = Request(prompt=PROMPT, max_new_tokens=5000)  # more than there are positions, which is not to blame
+    with pytest.raises(kind) as caught:
+        answer(llama, tokenizer, request, **{which: fail})
+    assert caught.value is mine
+    assert len(answer(llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=2)).token_ids) == 2
+
+
+def test_stop_texts_and_outputs_of_the_model_s_own_settings(
+    llama: StreamingModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    plain = answer(llama, tokenizer, Request(prompt_ids=[5, 6], max_new_tokens=4))
+    before = llama.model.generation_config
+    own = copy.deepcopy(before)
+    own.stop_strings, own.return_dict_in_generate, own.output_scores = ["no such text"], True, True
+    llama.model.generation_config = own
+    try:
+        assert answer(llama, tokenizer, Request(prompt_ids=[5, 6], max_new_tokens=4)).token_ids == plain.token_ids
+        with pytest.raises(ConfigurationError, match="cannot generate so: There are one or more stop strings"):
+            answer(llama, None, Request(prompt_ids=[5, 6], max_new_tokens=4))
+    finally:
+        llama.model.generation_config = before

@@ -175,7 +175,7 @@ def test_an_order_that_does_not_fit(manifest: Manifest, edit: Callable[[list[Use
         open_skeleton(replace(manifest, order=tuple(edit(list(manifest.order)))))
 
 
-@pytest.mark.parametrize("settings", [{"cache_implementation": "org/cache"}, {"watermarking_config": 5}])
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"watermarking_config": {"a": 1}}])
 def test_generation_settings_that_transformers_refuses(manifest: Manifest, settings: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedModelError, match="the generation settings of llama cannot be used"):
         open_skeleton(replace(manifest, generation_config=settings))

@@ -73,10 +73,19 @@ def test_what_asks_for_nothing_stays(config: dict[str, Any]) -> None:
     refuse_kernels(config, where="here")
 
 
-def test_implementations_that_may_be_fetched_are_not_used_and_not_refused() -> None:
-    config = {"attn_implementation": "flash_attention_2"}
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_implementations_that_may_be_fetched_or_compiled_are_not_used_and_not_refused(name: str) -> None:
+    config = {"attn_implementation": name, "text_config": {"_attn_implementation": {"": "sdpa", "x": name}}}
     refuse_kernels(config, where="here")
-    assert sanitise_config(config) == ({}, ["attn_implementation: flash_attention_2"])
+    clean, dropped = sanitise_config(config)
+    assert clean == {"text_config": {}}
+    assert dropped[0] == f"attn_implementation: {name}"
+
+
+def test_attention_and_experts_have_implementations_of_their_own() -> None:
+    config = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    assert sanitise_config(config) == (config, [])
+    assert sanitise_config({"attn_implementation": "grouped_mm", "experts_implementation": "sdpa"})[0] == {}
 
 
 plain = st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.sampled_from(sorted(IMPLEMENTATIONS))
