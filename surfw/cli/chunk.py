@@ -152,23 +152,17 @@ def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
 
 def _facts(prepared: Any) -> dict[str, Any]:
     """What a dry run tells."""
-    from surfw.runtime.buffers import buffer_capacity
-    from surfw.runtime.layout import plan_layout
-    from surfw.runtime.residency import describe_needs, least_bytes
+    from surfw.models.needs import plan_least_budget
 
-    kinds = {chunk.name: chunk.kind for chunk in prepared.plan.chunks}
-    sizes = {
-        chunk.name: buffer_capacity(plan_layout([tensor.info.nbytes for tensor in chunk.tensors])[1])
-        for chunk in prepared.plan.chunks
-    }
-    needs = describe_needs(prepared.name, kinds, sizes, prepared.plan.order)
+    least, per_token = plan_least_budget(prepared)
     return {
         "model": prepared.name,
         "class": prepared.class_name,
         "dtype": prepared.dtype,
         "payload_bytes": prepared.plan.payload_bytes,
         "layers": sum(chunk.kind == "layer" for chunk in prepared.plan.chunks),
-        "least_budget_bytes": least_bytes(needs, list(sizes)),
+        "least_budget_bytes": least,
+        "kv_token_bytes": per_token,
         "chunks": [
             {"name": chunk.name, "kind": chunk.kind, "tensors": len(chunk.tensors), "bytes": chunk.payload_bytes}
             for chunk in prepared.plan.chunks
@@ -193,6 +187,11 @@ def _show_plan(facts: dict[str, Any]) -> None:
         f"{facts['model']} ({facts['class']}, {facts['dtype']}): {count(len(facts['chunks']), 'chunk')}, "
         f"{count(facts['layers'], 'layer')}, "
         f"{format_size(facts['payload_bytes'])}; the smallest budget for weights that can run it: "
-        f"{format_size(facts['least_budget_bytes'])}. Nothing was written.",
+        f"{format_size(facts['least_budget_bytes'])}{_for_tokens(facts)}. Nothing was written.",
         soft_wrap=True,
     )
+
+
+def _for_tokens(facts: dict[str, Any]) -> str:
+    per_token = facts["kv_token_bytes"]
+    return f", and {format_size(per_token)} for each token of a generation" if per_token else ""

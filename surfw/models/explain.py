@@ -98,8 +98,10 @@ def explain(opened: OpenedModel, metrics: Metrics, *, prompt_tokens: int = 1) ->
     Raises:
         SurfwError: weights could not be had.
     """
+    room = opened.engine.limit.reserved_bytes
     with metrics.off_the_record():
         computing = measure_computing(opened, metrics, prompt_tokens)
+        opened.set_room(room)  # what the measurement's own KV cache took is free again
         settle(opened)
         bytes_per_second = measure_reading(opened)
     return explain_plan(opened, computing, bytes_per_second)

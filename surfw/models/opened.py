@@ -3,43 +3,38 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import MIB, OnMissing, Policy, expect
+from surfw.config import OnMissing, Policy, expect
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
+from surfw.models.needs import ROWS_BYTES, find_phases, model_needs
 from surfw.models.opening import cast_dtypes, open_skeleton
 from surfw.models.room import GenerationRoom
 from surfw.runtime.blocks import BlockReader
-from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.loader import Loader
-from surfw.runtime.memory import MemoryClaim, deciding, default_budget_bytes, rss_bytes
-from surfw.runtime.residency import Limit, Needs, ResidencyPlan, describe_needs
+from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
+from surfw.runtime.residency import Limit, ResidencyPlan
 from surfw.runtime.rows import RowReader
 from surfw.runtime.run import Run
-from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
-from surfw.skeleton.build import Skeleton
+from surfw.runtime.tables import StreamedTables, tables_of
 from surfw.skeleton.dtypes import parse_dtype
 
 logger = logging.getLogger("surfw.models")
 
 LimitedBy = Literal["memory_budget", "cache_layers", "default"]
 """Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
-
-_ROWS_BYTES = 4 * MIB
-"""For blocks of tables that are being read, and as much for those that were used last."""
 
 _LOOK_SECONDS = 0.05
 """How often a run that waits for its turn looks whether it is still wanted."""
@@ -82,9 +77,9 @@ class OpenedModel:
         loader = Loader(client.source, manifest, dtypes)
         units = tables_of(skeleton, manifest)
         blocks = BlockReader(client.source, manifest, client.io, metrics, lambda: self._engine.run)
-        rows = RowReader(blocks, dtypes, scratch_bytes=_ROWS_BYTES, keep_bytes=_ROWS_BYTES)
+        rows = RowReader(blocks, dtypes, scratch_bytes=ROWS_BYTES, keep_bytes=ROWS_BYTES)
         self.layers = [name for name in _in_order(manifest) if manifest.by_name[name].kind == "layer"]
-        needs = _needs(manifest, loader, units, rows)
+        needs = model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
         with deciding:
             self._engine = Engine(
                 manifest,
@@ -93,7 +88,7 @@ class OpenedModel:
                 loader,
                 io=client.io,
                 metrics=metrics,
-                phases=_phases(manifest, skeleton),
+                phases=find_phases(manifest, skeleton),
                 tables=units,
                 prefetch=settings.prefetch,
             )
@@ -207,6 +202,11 @@ class OpenedModel:
         """
         self._room.leave(prompt_tokens, new_tokens, sequences)
 
+    def set_room(self, size_bytes: int) -> None:
+        """Leave so much memory for a KV cache from now on, and no more."""
+        self._engine.reserve(size_bytes)
+        self._claim.peak_bytes = self._engine.claimed_bytes
+
     @property
     def kv_cache_bytes(self) -> int:
         """What the KV cache took after the last forward that had one."""
@@ -267,31 +267,13 @@ class OpenedModel:
         return ModelClosedError(f"{self.manifest.name} {what}")
 
 
-def _needs(manifest: Manifest, loader: Loader, units: Mapping[str, TableUnit], rows: RowReader) -> Needs:
-    known = describe_needs(
-        manifest.name,
-        {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {chunk.name: buffer_capacity(loader.buffer_bytes(chunk)) for chunk in manifest.chunks},
-        manifest.order,
-    )
-    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
-    size = {tensor.name: tensor.nbytes for chunk in manifest.chunks for tensor in chunk.tensors}
-    looked_up = {name for unit in units.values() for name in unit.looked_up}
-    others = {name for unit in units.values() for name in unit.others}
-    return replace(
-        known,
-        overhead_bytes=min(loader.source.buffered_bytes, 2 * max(known.sizes.values(), default=0)),
-        scratch={chunk.name: loader.scratch_bytes(chunk) for chunk in manifest.chunks},
-        tables=frozenset(home[name] for name in looked_up) - known.fixed,
-        table_bytes=rows.buffer_bytes + sum(size[name] for name in others),
-    )
-
-
 def _limit(settings: OpenSettings) -> Limit:
     if settings.cache_size is not None:
         return Limit(cache_layers=settings.cache_size, policy=settings.policy)
-    budget = settings.budget_bytes
-    return Limit(budget_bytes=default_budget_bytes() if budget is None else budget, policy=settings.policy)
+    if settings.budget_bytes is not None:
+        return Limit(budget_bytes=settings.budget_bytes, policy=settings.policy)
+    found = find_default_budget()
+    return Limit(budget_bytes=found.budget_bytes, policy=settings.policy, reason=found.reason)
 
 
 def _warn_of_lru(manifest: Manifest, plan: ResidencyPlan) -> None:
@@ -300,21 +282,6 @@ def _warn_of_lru(manifest: Manifest, plan: ResidencyPlan) -> None:
         "keeps a part of them",
         manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
     )  # fmt: skip
-
-
-def _phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
-    """In which order modules will run: all in a cycle, or, where a model has an encoder and a decoder, that one's."""
-    order = tuple(use.module for use in manifest.order)
-    model: Any = skeleton.model
-    if not (model.config.is_encoder_decoder and model.can_generate()):
-        return Phases(cycle=order)
-    inside = {id(module) for module in model.get_encoder().modules()}
-    again = {id(module) for module in model.get_decoder().modules()}
-    units = {unit.path: id(unit.module) for unit in skeleton.units}
-    return Phases(
-        once=tuple(path for path in order if units.get(path) in inside),
-        cycle=tuple(path for path in order if units.get(path) not in inside or units.get(path) in again),
-    )
 
 
 def find_manifest(client: SourceThread, name: str | None) -> Manifest:

@@ -97,6 +97,7 @@ class Engine:
         self.metrics = metrics
         self._planning = Planning(manifest, needs, limit, phases=phases, tables=tables)
         self._loader = loader
+        loader.in_pieces = self.plan.in_pieces
         self._io = io
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
         self._pool = BufferPool()
@@ -438,6 +439,7 @@ class Engine:
         before = self.plan
         done = change()
         if self.plan is not before:
+            self._loader.in_pieces = self.plan.in_pieces
             if before.ring_bytes != self.plan.ring_bytes:
                 self._pool.clear()
             self._is_settled = False

@@ -7,10 +7,12 @@ casts them.
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from surfw.codec import choose_form
+from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.blocks import BlockReader
@@ -25,7 +27,11 @@ from surfw.threads import in_thread
 
 
 class Loader:
-    """Loads chunks of one model from one source."""
+    """Loads chunks of one model from one source.
+
+    Attributes:
+        in_pieces: whether no more than a block is asked of the source at a time, so that it never holds much; slower.
+    """
 
     def __init__(
         self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None
@@ -34,11 +40,13 @@ class Loader:
         self.source = source
         self.manifest = manifest
         self._dtypes = dtypes or {}
+        self.in_pieces = False
         self._scratch_turn = asyncio.Semaphore(1)
+        self._piece_turn = asyncio.Semaphore(1)
 
     def buffer_bytes(self, chunk: Chunk) -> int:
         """How large a buffer the chunk's tensors need."""
-        return plan_layout(self._sizes(chunk))[1]
+        return buffer_bytes(chunk, self._dtypes)
 
     async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> int:
         """Fill the buffer with the chunk's tensors.
@@ -53,7 +61,7 @@ class Loader:
         if not self._casts(chunk):
             return await self._read(chunk, buffer, priority)
         async with self._scratch_turn:
-            scratch = Buffer(self._stored_bytes(chunk))
+            scratch = Buffer(_stored_bytes(chunk))
             count = await self._read(chunk, scratch, priority)
             await in_thread(self._cast, chunk, scratch, buffer)
         return count
@@ -77,19 +85,19 @@ class Loader:
 
     def scratch_bytes(self, chunk: Chunk) -> int:
         """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""
-        return buffer_capacity(self._stored_bytes(chunk)) if self._casts(chunk) else 0
+        return scratch_bytes(chunk, self._dtypes)
 
     async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
         """The chunk's stored tensors into a buffer, each at its place there."""
         form = choose_form(chunk)
-        if form.stored_bytes:
-            read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
-            await self.source.fetch(self.manifest, [read], priority=priority)
+        step = BLOCK_BYTES if self.in_pieces else max(1, form.stored_bytes)
+        for start in range(0, form.stored_bytes, step):
+            stop = min(start + step, form.stored_bytes)
+            async with self._piece_turn if self.in_pieces else nullcontext():
+                read = Read(chunk, form, start, stop, buffer.view[start:stop])
+                await self.source.fetch(self.manifest, [read], priority=priority)
         spread(buffer.view, [tensor.nbytes for tensor in chunk.tensors])
         return form.stored_bytes
-
-    def _stored_bytes(self, chunk: Chunk) -> int:
-        return plan_layout([tensor.nbytes for tensor in chunk.tensors])[1]
 
     def tensors(self, chunk: Chunk, buffer: Buffer | MappedBuffer) -> dict[str, torch.Tensor]:
         """Views over a filled buffer, by tensor name; they keep its memory alive.
@@ -107,15 +115,34 @@ class Loader:
             cast[name].copy_(tensor)
 
     def _targets(self, chunk: Chunk) -> list[torch.dtype]:
-        return [self._dtypes.get(tensor.name, torch_dtype(tensor.dtype)) for tensor in chunk.tensors]
-
-    def _sizes(self, chunk: Chunk) -> list[int]:
-        stored = (torch_dtype(tensor.dtype).itemsize for tensor in chunk.tensors)
-        pairs = zip(chunk.tensors, stored, self._targets(chunk), strict=True)
-        return [tensor.nbytes // size * target.itemsize for tensor, size, target in pairs]
+        return _targets(chunk, self._dtypes)
 
     def _casts(self, chunk: Chunk) -> bool:
-        return any(tensor.name in self._dtypes for tensor in chunk.tensors)
+        return _casts(chunk, self._dtypes)
+
+
+def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+    """How large a buffer the chunk's tensors need, with these dtypes in place of the stored ones."""
+    stored = (torch_dtype(tensor.dtype).itemsize for tensor in chunk.tensors)
+    triples = zip(chunk.tensors, stored, _targets(chunk, dtypes), strict=True)
+    return plan_layout([tensor.nbytes // size * target.itemsize for tensor, size, target in triples])[1]
+
+
+def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Memory beside its buffer that loading the chunk takes: what it is cast from. One at a time is cast."""
+    return buffer_capacity(_stored_bytes(chunk)) if _casts(chunk, dtypes) else 0
+
+
+def _stored_bytes(chunk: Chunk) -> int:
+    return plan_layout([tensor.nbytes for tensor in chunk.tensors])[1]
+
+
+def _targets(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[torch.dtype]:
+    return [dtypes.get(tensor.name, torch_dtype(tensor.dtype)) for tensor in chunk.tensors]
+
+
+def _casts(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> bool:
+    return any(tensor.name in dtypes for tensor in chunk.tensors)
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:

@@ -8,12 +8,13 @@ import resource
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
 import psutil
 
-from surfw.config import MIB
+from surfw.config import MIB, format_size
 from surfw.runtime.limits import MemoryLimit, read_limits
 
 HEADROOM_BYTES = 192 * MIB
@@ -73,13 +74,41 @@ def claimed_bytes() -> int:
     return sum(claim.open_bytes for claim in claims)
 
 
+@dataclass(frozen=True, slots=True)
+class DefaultBudget:
+    """What weights may take where nobody says.
+
+    Attributes:
+        budget_bytes: 0 if there is no memory to spare.
+        reason: what limits it, for people.
+    """
+
+    budget_bytes: int
+    reason: str
+
+
+def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
+    """What weights may take where nobody says.
+
+    Args:
+        root: the folder that holds `proc` and what `proc` names.
+    """
+    limit, claimed = min(read_limits(root), key=_spare_bytes), claimed_bytes()
+    open_models = f", {format_size(claimed)} may still be taken by other open models" if claimed else ""
+    return DefaultBudget(
+        max(0, _spare_bytes(limit) - claimed),
+        f"{limit.place} allows {format_size(limit.limit_bytes)}, {format_size(limit.in_use_bytes)} of it is in use, "
+        f"{format_size(headroom_bytes(limit.limit_bytes))} is headroom{open_models}",
+    )
+
+
 def default_budget_bytes(root: Path = Path("/")) -> int:
     """What weights may take where nobody says; 0 if there is no memory to spare.
 
     Args:
         root: the folder that holds `proc` and what `proc` names.
     """
-    return max(0, min(map(_spare_bytes, read_limits(root))) - claimed_bytes())
+    return find_default_budget(root).budget_bytes
 
 
 def headroom_bytes(limit_bytes: int) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.runtime.residency import Limit, Needs, ResidencyPlan, least_bytes, next_uses, plan_residency
 from surfw.runtime.schedule import Phases, Schedule
@@ -93,7 +94,12 @@ class Planning:
         """
         forced = frozenset(name for name in self.uses[module] if not self.stays(name))
         if forced:
-            self._change(_forced=self._forced | forced)
+            try:
+                self._change(_forced=self._forced | forced)
+            except ConfigurationError as exc:
+                raise ConfigurationError(
+                    f"weights of {module} are used outside of its forward, so they have to stay in memory: {exc}"
+                ) from exc
         return forced
 
     def read_whole(self, names: Sequence[str]) -> bool:
@@ -120,7 +126,9 @@ class Planning:
             ConfigurationError: the model does not run with the rest.
         """
         if or_less and self.limit.budget_bytes is not None:
-            size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least_bytes(*self._planned())))
+            needs, cycle, before = self._planned()
+            least = least_bytes(needs.in_pieces(), cycle, before)
+            size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least))
         if size_bytes == self.limit.reserved_bytes:
             return False
         self._change(limit=replace(self.limit, reserved_bytes=size_bytes))
@@ -144,8 +152,9 @@ class Planning:
 
     @property
     def least_budget_bytes(self) -> int:
-        """The smallest budget that the model runs with, and that leaves what is reserved now."""
-        return least_bytes(*self._planned()) + self.limit.reserved_bytes
+        """The smallest budget that the model runs with, from any source, and that leaves what is reserved now."""
+        needs, cycle, before = self._planned()
+        return least_bytes(needs.from_anywhere(), cycle, before) + self.limit.reserved_bytes
 
     def upcoming(self) -> Iterator[str]:
         """The chunks that are used next, as far as one can tell; not those of tables that rows are read of."""

@@ -39,7 +39,9 @@ class Needs:
         together: the most chunks, without the fixed ones, that one module uses.
         tables: chunks of which single rows can be read, so that they need not be in memory to be looked up in.
         table_bytes: memory that reading rows takes, in place of the tables.
-        overhead_bytes: memory beside the chunks, such as what is in flight.
+        overhead_bytes: the most memory that what is in flight takes beside the chunks, if they are large.
+        in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
+            where that would make no difference.
         scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
     """
 
@@ -50,11 +52,28 @@ class Needs:
     tables: frozenset[str] = frozenset()
     table_bytes: int = 0
     overhead_bytes: int = 0
+    in_flight_bytes: int | None = None
     scratch: Mapping[str, int] = field(default_factory=dict)
 
+    def from_anywhere(self) -> "Needs":
+        """The same model, read in small pieces from the source that takes most memory for that."""
+        return self if self.in_flight_bytes is None else replace(self, overhead_bytes=self.in_flight_bytes)
+
+    def in_pieces(self) -> "Needs":
+        """The same model, read in small pieces."""
+        anywhere = self.from_anywhere()
+        return anywhere if anywhere.overhead_bytes < self.overhead_bytes else self
+
     def beside(self, names: Iterable[str]) -> int:
-        """Memory beside the chunks where no others than these are ever in memory, in bytes."""
-        return self.overhead_bytes + max((self.scratch.get(name, 0) for name in names), default=0)
+        """Memory beside the chunks where no others than these are ever in memory, in bytes.
+
+        No more is in flight than two chunks, or what rows take that are read of the others.
+        """
+        names = list(names)
+        flight = 2 * max((self.sizes[name] for name in names), default=0)
+        if not self.tables.issubset(names):
+            flight = max(flight, self.table_bytes)
+        return min(self.overhead_bytes, flight) + max((self.scratch.get(name, 0) for name in names), default=0)
 
 
 def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int], order: Sequence[Use]) -> Needs:
@@ -82,12 +101,14 @@ class Limit:
         cache_layers: in place of it, the number of chunks to keep, the fixed ones not counted.
         reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
         policy: `auto`, or `lru`: a plain LRU cache in place of the plan's choice.
+        reason: what the budget is limited by, where it was found out; empty for one that somebody gave.
     """
 
     budget_bytes: int | None = None
     cache_layers: int | None = None
     reserved_bytes: int = 0
     policy: Policy = "auto"
+    reason: str = ""
 
     def __post_init__(self) -> None:
         """Refuse a number of layers that nothing can run with."""
@@ -116,6 +137,7 @@ class ResidencyPlan:
         bytes_per_pass: what is read in one pass through the cycle, in the memory's dtype, once the pinned chunks are
             there. Rows of tables are not counted.
         policy: `auto` or `lru`.
+        in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
     """
 
     pinned: frozenset[str]
@@ -132,6 +154,7 @@ class ResidencyPlan:
     cache_layers: int | None = None
     bytes_per_pass: int = 0
     policy: Policy = "auto"
+    in_pieces: bool = False
     fixed: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
@@ -193,17 +216,41 @@ def plan_residency(needs: Needs, limit: Limit, cycle: Sequence[str], before: Col
         return _plan_layers(needs, limit.cache_layers, limit.policy, cycle, before)
     if limit.budget_bytes is None:
         return _everything(needs, limit)
+    made = _plan_budget(needs, limit, cycle, before)
+    if made is None and (gentle := needs.in_pieces()) is not needs:
+        made = _plan_budget(gentle, limit, cycle, before)
+        made = made and replace(made, in_pieces=True)
+    if made is None:
+        raise _too_small(needs, limit, cycle, before)
+    return made
+
+
+def _plan_budget(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str]) -> ResidencyPlan | None:
+    """The plan for a budget; None if there is none."""
+    assert limit.budget_bytes is not None, "without a budget everything stays"
     if sum(needs.sizes.values()) + needs.beside(needs.sizes) + limit.reserved_bytes <= limit.budget_bytes:
         return _everything(needs, limit)
-    made = _plan_bytes(needs, limit, cycle, before)
-    if made is not None:
-        return made
-    least = least_bytes(needs, cycle, before) + limit.reserved_bytes
+    return _plan_bytes(needs, limit, cycle, before)
+
+
+def _too_small(needs: Needs, limit: Limit, cycle: Collection[str], before: Collection[str]) -> ConfigurationError:
+    """What is said of a budget that the model does not run with: given by somebody, or found out."""
+    assert limit.budget_bytes is not None, "without a budget everything stays"
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
-    instead = ", or ask for fewer tokens" if limit.reserved_bytes else ""
-    raise ConfigurationError(
-        f"a memory budget of {format_size(limit.budget_bytes)} is too small for {needs.name}, which needs "
-        f"{format_size(least)} ({least} bytes) at least{reserve}; give that or more{instead}"
+    runs_without = least_bytes(needs.in_pieces(), cycle, before) <= limit.budget_bytes
+    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and runs_without else ""
+    least = least_bytes(needs.from_anywhere(), cycle, before) + limit.reserved_bytes
+    needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
+    if not limit.reason:
+        return ConfigurationError(
+            f"a memory budget of {format_size(limit.budget_bytes)} is too small for {needs.name}, which needs "
+            f"{needed}; give that or more{tokens}"
+        )
+    there = f"{format_size(limit.budget_bytes)} is" if limit.budget_bytes else "none is"
+    return ConfigurationError(
+        f"there is too little memory for {needs.name}: it needs {needed}, and {there} free for it ({limit.reason}); "
+        f"make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond it "
+        "(memory_budget, --memory-budget)"
     )
 
 
@@ -252,7 +299,10 @@ def _cost(plan: ResidencyPlan) -> tuple[int, int]:
 
 
 def least_bytes(needs: Needs, cycle: Collection[str], before: Collection[str] = ()) -> int:
-    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and what is beside."""
+    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and what is beside.
+
+    What is shown to people is that of `needs.from_anywhere()`: one number, whatever the weights are read from.
+    """
     ring = max(_RING, needs.together)
     least = needs.beside(needs.sizes) + sum(needs.sizes.values())
     sizes, overhead = _in_memory(needs, cycle, before)

@@ -42,7 +42,8 @@ def test_chunk_says_what_it_made(home: Path, tmp_path: Path) -> None:
 
 def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     facts = json.loads(surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run", "--json").stdout)
-    assert 0 < facts["least_budget_bytes"] < facts["payload_bytes"]
+    assert 0 < facts["least_budget_bytes"] < facts["payload_bytes"] + 3 * max(one["bytes"] for one in facts["chunks"])
+    assert facts["kv_token_bytes"] == 4 * 2 * 2 * 16 * 4, "layers, keys and values, heads, numbers of each, bytes"
     shown = surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run").stdout
     assert "model.layers.3" in shown
     assert "Nothing was written" in shown

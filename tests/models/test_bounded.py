@@ -20,6 +20,7 @@ from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, opened
 from surfw.runtime.kv_cache import CACHE_NAMES, kv_cost, output_cache
+from surfw.runtime.memory import DefaultBudget
 from surfw.storage import open_backend
 
 SLACK = 48 * MIB
@@ -225,8 +226,8 @@ def test_a_budget_that_was_given_and_is_too_small_for_a_generation_is_refused(st
 def test_a_budget_that_surfw_found_out_only_warns(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(opened, "default_budget_bytes", lambda: everything_of_llama)
-    everything_of_llama = everything_of(store)
+    everything_of_llama = DefaultBudget(everything_of(store), "this machine allows so much")
+    monkeypatch.setattr(opened, "find_default_budget", lambda: everything_of_llama)
     with caplog.at_level(logging.WARNING, "surfw"), StreamingModel.open(str(store), "llama") as model:
         eos = int(model.generate(PROMPT, **GREEDY)[0, 20])
         assert caplog.messages == []
@@ -234,5 +235,22 @@ def test_a_budget_that_surfw_found_out_only_warns(
             ended = model.generate(PROMPT, **GREEDY | {"max_new_tokens": 1000, "eos_token_id": eos})
             assert ended.shape == (8, 21)
     (message,) = caplog.messages
-    assert "is too small for llama" in message
-    assert "for the KV cache" in message
+    assert message.startswith("there is too little memory for llama: it needs ")
+    assert "of it for the KV cache, and " in message
+    assert "free for it (this machine allows so much); make some free or raise that limit, or ask for fewer" in message
+
+
+def test_a_machine_that_is_too_full_is_told_of_and_no_budget_of_nothing(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free, said in ((0, "none is"), (1000, "1.0 KB is")):
+        full = DefaultBudget(free, "/proc/meminfo allows 8.0 GB, 7.9 GB of it is in use, 429.5 MB is headroom")
+        monkeypatch.setattr(opened, "find_default_budget", lambda full=full: full)
+        with pytest.raises(ConfigurationError) as refused:
+            StreamingModel.open(str(store), "llama")
+        text = str(refused.value)
+        assert text.startswith("there is too little memory for llama: it needs ")
+        assert f"and {said} free for it (/proc/meminfo allows 8.0 GB, 7.9 GB of it is in use, 429.5 MB is " in text
+        assert "--memory-budget" in text
+        assert "tokens" not in text
+        assert " 0 B" not in text
