@@ -13,7 +13,7 @@ from typing import Self
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES
-from surfw.errors import IntegrityError, UnknownModelError
+from surfw.errors import UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest
 
 
@@ -54,30 +54,6 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
     return damage
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """Stored bytes where they are mapped.
-
-    Attributes:
-        memory: the bytes.
-        expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
-            `StorageError` if they are not what was verified any more, as far as that can be seen.
-    """
-
-    memory: memoryview
-    expect_unchanged: Callable[[], None]
-
-
-def verify_blocks(chunk: Chunk, form: Form, first: int, data: memoryview, *, where: str) -> None:
-    """Check a run of blocks, starting with block `first` of the form, against the manifest's digests.
-
-    Raises:
-        IntegrityError: a block is not what the manifest promises.
-    """
-    for index, seen in find_damage(form, first, data).items():
-        raise IntegrityError(f"{describe_damage(chunk, form, index, seen, where=where)}; chunk the model again")
-
-
 def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
     """A damaged block in words, without what to do about it; `seen` is the BLAKE3 that it has."""
     return (
@@ -94,11 +70,25 @@ def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
         stored: where it would be stored as it arrived.
     """
     if len(set(seen)) == 1:
-        return f"it was the same {len(seen)} times, so the damage lies in {stored}: chunk the model again"
+        return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {stored}"
     return (
-        f"it was something else in {len(seen)} attempts, so the damage comes about on the way: check the network, and "
-        "the memory of the machines"
+        "check the network and the memory of this machine: it was not the same each of "
+        f"{len(seen)} times, so the damage comes on the way"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Stored bytes where they are mapped.
+
+    Attributes:
+        memory: the bytes.
+        expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
+            `StorageError` if they are not what was verified any more, as far as that can be seen.
+    """
+
+    memory: memoryview
+    expect_unchanged: Callable[[], None]
 
 
 class ChunkSource(ABC):

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.config import BLOCK_BYTES
-from surfw.errors import IntegrityError, UnknownModelError
-from surfw.source import Read, verify_blocks
+from surfw.errors import UnknownModelError
+from surfw.manifest import payload_digest
+from surfw.source import Read, describe_damage, find_damage, locate_damage
 from tests.toys import ToySource, toy_chunk, toy_manifest
 
 SIZE = 2 * BLOCK_BYTES + 5
@@ -39,20 +40,27 @@ def test_the_destination_has_the_size_of_the_range() -> None:
 
 @pytest.mark.parametrize(("first", "start", "stop"), [(0, 0, SIZE), (1, BLOCK_BYTES, SIZE), (2, 2 * BLOCK_BYTES, SIZE)])
 def test_blocks_as_promised_pass(first: int, start: int, stop: int) -> None:
-    verify_blocks(CHUNK, FORM, first, memoryview(PAYLOAD)[start:stop], where="here")
+    assert find_damage(FORM, first, memoryview(PAYLOAD)[start:stop]) == {}
 
 
 @given(st.integers(0, SIZE - 1), st.integers(1, 255))
 def test_one_wrong_byte_is_found_in_its_block(at: int, change: int) -> None:
-    data = bytearray(PAYLOAD)
+    data, block = bytearray(PAYLOAD), at // BLOCK_BYTES
     data[at] ^= change
-    with pytest.raises(IntegrityError, match=f"chunk c from here is damaged: block {at // BLOCK_BYTES} has BLAKE3"):
-        verify_blocks(CHUNK, FORM, 0, memoryview(data), where="here")
+    seen = payload_digest(bytes(data[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]))
+    assert find_damage(FORM, 0, memoryview(data)) == {block: seen}
+    text = f"chunk c from here is damaged: block {block} has BLAKE3 {seen[:16]}…, the manifest promises "
+    assert describe_damage(CHUNK, FORM, block, seen, where="here").startswith(text)
 
 
 def test_more_blocks_than_promised_are_damage() -> None:
-    with pytest.raises(IntegrityError, match="block 3 has BLAKE3"):
-        verify_blocks(CHUNK, FORM, 3, memoryview(b"more"), where="here")
+    assert find_damage(FORM, 3, memoryview(b"more")) == {3: payload_digest(b"more")}
+
+
+def test_where_damage_lies() -> None:
+    same = "chunk the model again: it was the same 3 times, so the damage lies in the store"
+    assert locate_damage(["a", "a", "a"]) == same
+    assert "it was not the same each of 3 times, so the damage comes on the way" in locate_damage(["a", "b", "a"])
 
 
 def source(*names: str) -> ToySource:

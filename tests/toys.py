@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from surfw.config import BLOCK_BYTES
-from surfw.errors import NotFoundError, UnknownModelError
+from surfw.errors import IntegrityError, NotFoundError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks, nbytes, payload_digest
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.layout import plan_layout
 from surfw.runtime.residency import Needs, describe_needs
-from surfw.source import ChunkSource, Read, verify_blocks
+from surfw.source import ChunkSource, Read, find_damage
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 """The tensors of a chunk: safetensors dtype and shape of each."""
@@ -79,7 +79,8 @@ class ToySource(ChunkSource):
             if self.gate is not None:
                 await self.gate.passes(read.chunk.name)
             read.destination[:] = self.payloads[read.chunk.id][read.start : read.stop]
-            verify_blocks(read.chunk, read.form, read.start // BLOCK_BYTES, read.destination, where=self.url)
+            if find_damage(read.form, read.start // BLOCK_BYTES, read.destination):
+                raise IntegrityError(f"chunk {read.chunk.name} from {self.url} is damaged")
 
     async def close(self) -> None:
         self.closed += 1

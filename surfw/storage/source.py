@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from blake3 import blake3
-
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
 from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, View
+from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
@@ -76,7 +74,8 @@ class StorageSource(ChunkSource):
                 return data
             seen.append(payload_digest(data))
             self.store.objects.forget(entry.object)
-        raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged; {_where(seen, self.url)}")
+        what = f"{path} of {manifest.name} in {self.url} is damaged"
+        raise IntegrityError(f"{what}; {locate_damage(seen, stored=self.url)}")
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others.
@@ -194,11 +193,8 @@ class StorageSource(ChunkSource):
         return found
 
     def _verify(self, chunk: Chunk, form: Form, start: int, at: int, piece: memoryview) -> None:
-        first = (start + at) // BLOCK_BYTES
-        for block, low in enumerate(range(0, len(piece), BLOCK_BYTES), first):
-            seen = blake3(piece[low : low + BLOCK_BYTES]).digest()
-            if seen != form.block_digest(block):
-                raise _DamagedBlockError(chunk, form, block, [seen], self.url)
+        for block, seen in find_damage(form, (start + at) // BLOCK_BYTES, piece).items():
+            raise _DamagedBlockError(chunk, form, block, [seen], self.url)
 
     @property
     def buffered_bytes(self) -> int:
@@ -327,24 +323,12 @@ class StorageSource(ChunkSource):
 class _DamagedBlockError(IntegrityError):
     """A block is not what the manifest promises; `seen` has its digest, of each time that it was read."""
 
-    def __init__(self, chunk: Chunk, form: Form, block: int, seen: Sequence[bytes], where: str) -> None:
+    def __init__(self, chunk: Chunk, form: Form, block: int, seen: Sequence[str], where: str) -> None:
         """Say which, and what was seen."""
         self.block = block
         self.seen = tuple(seen)
-        super().__init__(
-            f"chunk {chunk.name} from {where} is damaged: block {block} has BLAKE3 {seen[-1].hex()[:16]}…, the "
-            f"manifest promises {form.block_digest(block).hex()[:16]}…; {_where(seen, where)}"
-        )
-
-
-def _where(seen: Sequence[object], place: str) -> str:
-    """Where the damage lies, by what was seen each time, and what to do."""
-    if len(set(seen)) == 1:
-        return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {place}"
-    return (
-        "check the network and the memory of this machine: it was not the same each of "
-        f"{len(seen)} times, so the damage comes on the way from {place}"
-    )
+        what = describe_damage(chunk, form, block, seen[-1], where=where)
+        super().__init__(f"{what}; {locate_damage(seen, stored=where)}")
 
 
 def _accept(at: int, piece: memoryview) -> None:

@@ -336,7 +336,7 @@ def test_a_file_of_another_size_is_not_taken(tmp_path: Path, size: int) -> None:
         async with pretending(answer) as url, await open_wire_source(url) as source:
             with pytest.raises(
                 IntegrityError,
-                match="is not the one its manifest lists; it was the same 3 times, so the damage lies in",
+                match="is not the one its manifest lists; chunk the model again: it was the same 3 times",
             ):
                 await source.file(manifest, manifest.files[0].path)
             assert source.refetched_blocks == 2
