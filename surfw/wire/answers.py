@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from surfw.wire.messages import Data, Get, ListModels, Request
+from surfw.wire.messages import Data, Get, ListModels, Progress, Request
 
 
 @dataclass(slots=True)
@@ -11,11 +11,13 @@ class Answer:
     """An answer that is not complete: the next byte is `at`, the last one before `stop`.
 
     `stop` is None as long as it is not known: before `begin`, and for `models`, which is answered without bytes.
+    `read` is the count of the last `progress`.
     """
 
     request: Request
     at: int = 0
     stop: int | None = None
+    read: int = 0
 
     @classmethod
     def to(cls, request: Request) -> Self:
@@ -37,3 +39,7 @@ class Answer:
         if self.stop is None or run.start != self.at:
             return False
         return run.start < run.stop <= self.stop or run.start == run.stop == self.stop
+
+    def rises(self, progress: Progress) -> bool:
+        """Whether more was read than was said before."""
+        return progress.bytes > self.read

@@ -6,6 +6,7 @@
     OPEN    models                                     OPEN    has the names
     OPEN    begin of an open manifest, file, digests   OPEN    makes room for `size` bytes
     OPEN    data of an open id, where it stopped       RUN     `place` says where the bytes belong; of no bytes: OPEN
+    OPEN    progress of an open id, if it rose         OPEN    waits on: the server reads for the request
     OPEN    error of an open id                        OPEN    the request failed, or was cancelled
     RUN     binary within the run                      RUN     OPEN after the run's last byte; sends credit when due
     any     anything else                              –       closes with the error's code
@@ -29,6 +30,7 @@ from surfw.wire.messages import (
     Failed,
     GetManifest,
     Models,
+    Progress,
     Request,
     ServerHello,
     ServerMessage,
@@ -69,7 +71,7 @@ class ClientSession:
 
     def hello(self) -> str:
         """The message to answer the server's hello with."""
-        return encode(ClientHello(self._client, self.limits.window_bytes))
+        return encode(ClientHello(self._client, self.limits.window_bytes, progress=True))
 
     def next_id(self) -> int:
         """The id for the next request."""
@@ -102,6 +104,10 @@ class ClientSession:
                 self._begin(message)
             case Data():
                 self._announced(message)
+            case Progress():
+                answer = self._answer(message)
+                self._require(answer.rises(message), message)
+                answer.read = message.bytes
         return message
 
     def _greet(self, message: ServerMessage) -> ServerHello:
@@ -199,7 +205,7 @@ class ClientSession:
         """Whether the answer to a request is not complete yet."""
         return request_id in self._answers
 
-    def _answer(self, message: Models | Begin | Data | Failed) -> Answer:
+    def _answer(self, message: Models | Begin | Data | Progress | Failed) -> Answer:
         if message.id not in self._answers:
             raise RemoteProtocolError(f"{message.type} for id {message.id}, which is not open")
         return self._answers[message.id]

@@ -26,11 +26,12 @@ _TEXT_LENGTH = 4096
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """The client's first message: who it is, and the most bytes it wants to have uncredited."""
+    """The client's first message: who it is, the most bytes it wants uncredited, and whether it takes `progress`."""
 
     type: ClassVar[str] = "hello"
     client: str
     window_bytes: int
+    progress: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,10 @@ class GetDigests:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Asks for bytes `start` to `stop` of a form of a chunk (by its identity). Lower priorities are sent first."""
+    """Asks for bytes `start` to `stop` of a form of a chunk (by its identity). Lower priorities are sent first.
+
+    `fresh` wants them read from the storage again: those that the server has kept arrived damaged.
+    """
 
     type: ClassVar[str] = "get"
     id: int
@@ -82,6 +86,7 @@ class Get:
     start: int
     stop: int
     priority: int = 0
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,15 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
+class Progress:
+    """Says that an open request waits for the storage: so many bytes were read for it so far; the count only rises."""
+
+    type: ClassVar[str] = "progress"
+    id: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Ends a request without the rest of its answer; `code` is for machines, `message` for people."""
 
@@ -153,12 +167,12 @@ class Failed:
 
 Request = ListModels | GetManifest | GetFile | GetDigests | Get
 ClientMessage = ClientHello | Request | Cancel | Credit
-ServerMessage = ServerHello | Models | Begin | Data | Failed
+ServerMessage = ServerHello | Models | Begin | Data | Progress | Failed
 
 
 def encode(message: ClientMessage | ServerMessage) -> str:
-    """The message as JSON text."""
-    fields = {name: getattr(message, name) for name in message.__slots__}
+    """The message as JSON text. A field that is false is left out, as peers that do not know it do."""
+    fields = {name: value for name in message.__slots__ if (value := getattr(message, name)) is not False}
     return json.dumps({"type": message.type} | fields, separators=(",", ":"))
 
 
@@ -216,6 +230,12 @@ class _Fields:
             raise self._unexpected(name, value, f"an integer from {low} to {high}")
         return value
 
+    def flag(self, name: str) -> bool:
+        value = self._document.get(name, False)
+        if not isinstance(value, bool):
+            raise self._unexpected(name, value, "true or false")
+        return value
+
     def _checked_text(self, name: str, value: object, longest: int) -> str:
         if not isinstance(value, str) or len(value) > longest or not _encodable(value):
             raise self._unexpected(name, value, f"a text of at most {longest} characters")
@@ -233,7 +253,9 @@ class _Fields:
 Message = TypeVar("Message")
 
 _FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
-    ClientHello.type: lambda fields: ClientHello(fields.shown("client"), fields.size("window_bytes")),
+    ClientHello.type: lambda fields: ClientHello(
+        fields.shown("client"), fields.size("window_bytes"), fields.flag("progress")
+    ),
     ListModels.type: lambda fields: ListModels(fields.size("id")),
     GetManifest.type: lambda fields: GetManifest(fields.size("id"), fields.text("model")),
     GetFile.type: lambda fields: GetFile(fields.size("id"), fields.text("model"), fields.text("path")),
@@ -246,6 +268,7 @@ _FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
         fields.size("start"),
         fields.size("stop"),
         fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
+        fields.flag("fresh"),
     ),
     Cancel.type: lambda fields: Cancel(fields.size("id")),
     Credit.type: lambda fields: Credit(fields.size("bytes")),
@@ -262,6 +285,7 @@ _FROM_SERVER: dict[str, Callable[[_Fields], ServerMessage]] = {
     Models.type: lambda fields: Models(fields.size("id"), fields.texts("models")),
     Begin.type: lambda fields: Begin(fields.size("id"), fields.size("size"), fields.text("digest")),
     Data.type: lambda fields: Data(fields.size("id"), fields.size("start"), fields.size("stop")),
+    Progress.type: lambda fields: Progress(fields.size("id"), fields.size("bytes")),
     Failed.type: lambda fields: Failed(fields.size("id"), fields.shown("code"), fields.shown("message", _TEXT_LENGTH)),
 }
 

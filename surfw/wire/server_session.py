@@ -17,6 +17,7 @@
     digests
     get              data                                                       the run that reaches its stop
     any              error, at any time between two runs                        itself
+    any              progress, at any time between two runs, if it rose         –
 
 The server speaks first, with `hello`. After `data` it sends exactly the announced bytes in binary frames, and nothing
 else until they are out. Ids are the client's, and rise: no id is used twice.
@@ -34,6 +35,7 @@ from surfw.wire.messages import (
     Data,
     Failed,
     Models,
+    Progress,
     Request,
     ServerHello,
     ServerMessage,
@@ -47,12 +49,14 @@ class ServerSession:
 
     Attributes:
         window: bytes that may be announced before the client credits more; 0 until it said hello.
+        takes_progress: whether the client's hello said so.
     """
 
     def __init__(self, limits: WireLimits, *, server: str) -> None:
         """Nothing was sent yet; `server` is the name and version to say hello with."""
         self.limits = limits
         self.window = 0
+        self.takes_progress = False
         self._server = server
         self._window_bytes = 0
         self._greeted = False
@@ -101,6 +105,7 @@ class ServerSession:
                 f"hello: a window of {message.window_bytes} bytes holds less than two frames", close_code=1008
             )
         self._greeted = True
+        self.takes_progress = message.progress
         self._window_bytes = self.window = min(message.window_bytes, self.limits.window_bytes)
 
     def _credited(self, message: Credit) -> Credit:
@@ -137,6 +142,10 @@ class ServerSession:
                 answer.stop = message.size
             case Data():
                 self._announce(message)
+            case Progress():
+                answer = self._answer(message)
+                self._require(self.takes_progress and answer.rises(message), message)
+                answer.read = message.bytes
             case ServerHello():
                 self._require(False, message)
         return encode(message)
@@ -150,7 +159,7 @@ class ServerSession:
         if answer.at == answer.stop:
             del self._answers[message.id]
 
-    def _answer(self, message: Models | Begin | Data | Failed) -> Answer:
+    def _answer(self, message: Models | Begin | Data | Progress | Failed) -> Answer:
         if message.id not in self._answers:
             raise LocalProtocolError(f"{message.type} for id {message.id}, which is not open")
         return self._answers[message.id]

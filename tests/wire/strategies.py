@@ -11,12 +11,12 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=256)
 SHOWN = st.text(st.characters(exclude_categories=["C", "Z"]) | st.just(" "), max_size=256)
 
 CLIENT_MESSAGES = st.one_of(
-    st.builds(m.ClientHello, SHOWN, SIZE),
+    st.builds(m.ClientHello, SHOWN, SIZE, st.booleans()),
     st.builds(m.ListModels, SIZE),
     st.builds(m.GetManifest, SIZE, TEXT),
     st.builds(m.GetFile, SIZE, TEXT, TEXT),
     st.builds(m.GetDigests, SIZE, TEXT, TEXT),
-    st.builds(m.Get, SIZE, TEXT, TEXT, TEXT, SIZE, SIZE, st.integers(-m.MAX_PRIORITY, m.MAX_PRIORITY)),
+    st.builds(m.Get, SIZE, TEXT, TEXT, TEXT, SIZE, SIZE, st.integers(-m.MAX_PRIORITY, m.MAX_PRIORITY), st.booleans()),
     st.builds(m.Cancel, SIZE),
     st.builds(m.Credit, SIZE),
 )
@@ -25,14 +25,29 @@ SERVER_MESSAGES = st.one_of(
     st.builds(m.Models, SIZE, st.lists(SHOWN, max_size=4).map(tuple)),
     st.builds(m.Begin, SIZE, SIZE, TEXT),
     st.builds(m.Data, SIZE, SIZE, SIZE),
+    st.builds(m.Progress, SIZE, SIZE),
     st.builds(m.Failed, SIZE, SHOWN, SHOWN),
 )
 NAMES = ["type", "id", "model", "chunk", "form", "start", "stop", "bytes", "window_bytes", "client", "path", "priority"]
-TYPES = ["hello", "models", "manifest", "file", "digests", "get", "cancel", "credit", "begin", "data", "error"]
+FLAGS = ["progress", "fresh"]
+TYPES = [
+    "hello",
+    "models",
+    "manifest",
+    "file",
+    "digests",
+    "get",
+    "cancel",
+    "credit",
+    "begin",
+    "data",
+    "progress",
+    "error",
+]
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(TYPES),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES + FLAGS), inner, max_size=4),
     max_leaves=8,
 )
-OBJECTS = st.dictionaries(st.sampled_from(NAMES), ODD, max_size=8)
+OBJECTS = st.dictionaries(st.sampled_from(NAMES + FLAGS), ODD, max_size=8)
 ODD_TEXTS = st.text() | ODD.map(json.dumps) | OBJECTS.map(json.dumps)

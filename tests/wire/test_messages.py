@@ -54,6 +54,8 @@ def test_whatever_is_sent_is_a_message_or_refused(text: str) -> None:
         '{"type": "credit", "bytes": 9007199254740993}',
         '{"type": "credit", "bytes": ' + "9" * 5000 + "}",
         '{"type": "manifest", "id": 1, "model": "\\ud800"}',
+        '{"type": "hello", "client": "c", "window_bytes": 1, "progress": 1}',
+        '{"type": "get", "id": 0, "model": "m", "chunk": "c", "form": "none", "start": 0, "stop": 1, "fresh": null}',
         '{"type": "manifest", "id": 1, "model": "' + "x" * 300 + '"}',
         '{"type": "manifest", "id": 1, "model": ["x"]}',
         "[" * 100_000,
@@ -67,6 +69,17 @@ def test_refused(text: str) -> None:
 
 def test_fields_that_are_not_known_are_ignored() -> None:
     assert m.parse_client_message('{"type": "cancel", "id": 3, "why": "not needed"}') == m.Cancel(3)
+
+
+def test_what_an_older_peer_does_not_say_is_false_and_false_is_not_said() -> None:
+    older = '{"type":"hello","client":"c","window_bytes":7}'
+    assert m.parse_client_message(older) == m.ClientHello("c", 7, progress=False)
+    assert m.encode(m.ClientHello("c", 7, progress=False)) == older
+    assert '"progress":true' in m.encode(m.ClientHello("c", 7, progress=True))
+    get = m.Get(0, "m", "c", "none", 0, 1)
+    assert "fresh" not in m.encode(get)
+    assert m.parse_client_message(m.encode(get)) == get
+    assert '"fresh":true' in m.encode(m.Get(0, "m", "c", "none", 0, 1, fresh=True))
 
 
 def test_reasons_name_field_value_and_what_was_expected() -> None:

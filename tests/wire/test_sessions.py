@@ -22,6 +22,7 @@ from surfw.wire import (
     GetManifest,
     ListModels,
     Models,
+    Progress,
     ServerHello,
     ServerSession,
 )
@@ -145,6 +146,34 @@ def test_cancel_ends_with_an_error_or_with_the_last_run() -> None:
         client.send(Cancel(0))
 
 
+def test_progress_is_for_open_requests_and_rises() -> None:
+    client, server = joined()
+    assert server.takes_progress
+    server.receive(client.send(get(0)))
+    server.receive(client.send(GetManifest(1, "m")))
+    for progress in (Progress(0, 1), Progress(1, 1), Progress(0, 9), Progress(1, 5)):
+        assert client.receive(server.send(progress)) == progress
+    for wrong in (Progress(0, 9), Progress(1, 0), Progress(2, 1)):
+        with pytest.raises(LocalProtocolError):
+            server.send(wrong)
+        with pytest.raises(RemoteProtocolError):
+            client.receive(encode(wrong))
+    deliver(client, server, Data(0, 0, 2 * FRAME))
+    assert client.receive(server.send(Progress(0, 10))) == Progress(0, 10)
+    client.receive(server.send(Data(0, 2 * FRAME, 3 * FRAME)))
+    with pytest.raises(RemoteProtocolError):
+        client.receive(encode(Progress(1, 6)))  # within a run
+
+
+def test_no_progress_for_a_client_that_does_not_know_it() -> None:
+    server = ServerSession(LIMITS, server="s")
+    server.receive(encode(ClientHello("older", LIMITS.window_bytes)))
+    server.receive(encode(get(0)))
+    assert not server.takes_progress
+    with pytest.raises(LocalProtocolError):
+        server.send(Progress(0, 1))
+
+
 HELLO = encode(ClientHello("c", LIMITS.window_bytes))
 GET = encode(get(0))
 
@@ -209,13 +238,16 @@ def test_a_client_refuses_a_server_it_cannot_work_with(hello: ServerHello | Mode
         [Begin(0, 10, "d")],
         [Models(0, ())],
         [Failed(9, "x", "y")],
+        [Progress(0, 0)],
+        [Progress(9, 1)],
+        [Progress(1, 5), Progress(1, 5)],
         [Begin(1, LIMITS.manifest_bytes + 1, "d")],
         [Begin(1, 5, "d"), Begin(1, 5, "d")],
         [Data(1, 0, 1)],
         [ServerHello("surfw.v1", "s", FRAME, MIB, 1)],
     ],
 )
-def test_a_client_refuses(messages: list[Data | Begin | Models | Failed | ServerHello]) -> None:
+def test_a_client_refuses(messages: list[Data | Begin | Models | Progress | Failed | ServerHello]) -> None:
     client, _ = joined()
     client.send(get(0))
     client.send(GetManifest(1, "m"))
@@ -286,6 +318,7 @@ FROM_SERVER = st.one_of(
     SERVER_MESSAGES,
     IN_RANGE,
     st.builds(Begin, SMALL, st.integers(0, 9), st.just("d")),
+    st.builds(Progress, SMALL, SMALL),
     st.builds(Failed, SMALL, st.just("x"), st.just("y")),
 ).map(encode)
 
