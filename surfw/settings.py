@@ -105,6 +105,12 @@ class Settings:
         "Allow listening beyond loopback without a token, or with one in clear text.",
     )
     clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
+    allowed_host: str | None = _setting(
+        None,
+        "Names that a server without a token may be called by, with commas between them.",
+        shown="its addresses, localhost and --host",
+        metavar="NAMES",
+    )
     cache_layers: int | None = _setting(
         None, "Layers kept in memory; one more may be in flight.", shown="what fits", least=1
     )

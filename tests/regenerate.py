@@ -13,7 +13,18 @@ from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("chunk", "serve", "infer", "stats", "config", "bench wire", "bench chunk", "bench storage", "bench infer")
+COMMANDS = (
+    "chunk",
+    "serve",
+    "infer",
+    "stats",
+    "config",
+    "bench wire",
+    "bench flood",
+    "bench chunk",
+    "bench storage",
+    "bench infer",
+)
 
 
 def completions() -> dict[Path, str]:

@@ -26,6 +26,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "cache_mb": (0, 1000, 2000),
     "insecure": (False, True, True),
     "clients": (1, 2, 3),
+    "allowed_host": ("a.example", "b.example", "c.example"),
     "cache_layers": (1, 2, 3),
     "memory_budget": ("1.2GB", "500 MiB", "4096"),
     "policy": ("lru", "auto", "lru"),

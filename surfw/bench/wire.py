@@ -35,7 +35,7 @@ from surfw.storage import FilesystemBackend, Store
 SIZES = tuple(range(8 * MB, 89 * MB, 16 * MB // 3))
 """16 chunks of 8 to 88 MB."""
 
-_MODEL = "bench"
+BENCH_MODEL = "bench"
 _SPARE_BYTES = 64 * MB
 
 
@@ -82,8 +82,11 @@ def bench_wire(*, rounds: int = 7, sizes: Sequence[int] = SIZES) -> Result:
         sizes: bytes of each chunk; all of them are held in memory by each server and by the client.
     """
     with tempfile.TemporaryDirectory(prefix="surfw-bench-") as place:
-        manifest = asyncio.run(_write_store(Path(place), sizes))
-        with _peer(_serve, place, sum(sizes)) as server, _peer(_serve_raw, place, manifest) as raw_server:
+        manifest = asyncio.run(write_store(Path(place), sizes))
+        with (
+            peer(serve_store, place, (sum(sizes) + _SPARE_BYTES) / MB) as server,
+            peer(_serve_raw, place, manifest) as raw_server,
+        ):
             series = asyncio.run(_measure(rounds, sizes, server, raw_server))
     return Result(benchmark="wire", machine=describe_machine(), rows=_rows(sum(sizes), *series))
 
@@ -100,7 +103,7 @@ async def _measure(
             await open_wire_source(url) as source,
             WireSource(connect, RetryPolicy(), await connect(), unverified_for_measurement_only=True) as blind,
         ):
-            manifest = await source.manifest(_MODEL)
+            manifest = await source.manifest(BENCH_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
             await _fetch(source, manifest, memory)
             misses = await asyncio.to_thread(server.cache_misses)
@@ -117,9 +120,15 @@ async def _measure(
 
 
 async def _fetch(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:
-    for chunk, destination in zip(manifest.chunks, memory, strict=True):
-        form = chunk.forms[0]
-        await source.fetch(manifest, [Read(chunk, form, 0, form.stored_bytes, destination)])
+    for index in range(len(manifest.chunks)):
+        await fetch_chunk(source, manifest, index, memory[index])
+
+
+async def fetch_chunk(source: WireSource, manifest: Manifest, index: int, destination: memoryview) -> None:
+    """Fetch a whole chunk."""
+    chunk = manifest.chunks[index]
+    form = chunk.forms[0]
+    await source.fetch(manifest, [Read(chunk, form, 0, form.stored_bytes, destination)])
 
 
 def _receive_raw(connection: socket.socket, memory: Sequence[memoryview]) -> None:
@@ -154,7 +163,7 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
     return tuple(rows)
 
 
-async def _write_store(place: Path, sizes: Sequence[int]) -> Manifest:
+async def write_store(place: Path, sizes: Sequence[int]) -> Manifest:
     """A store with one model of random bytes, a chunk per size."""
     store = Store(FilesystemBackend(place))
     await store.create()
@@ -165,13 +174,13 @@ async def _write_store(place: Path, sizes: Sequence[int]) -> Manifest:
         digest, blocks = digest_blocks(iter([payload]))
         form = Form("none", size, digest, blocks, (Location(key, 0, size),))
         chunks.append(Chunk(str(index), "layer", digest, size, (TensorInfo(f"{index}.w", "U8", (size,), 0),), (form,)))
-    manifest = Manifest(_MODEL, "Bench", "uint8", {}, None, (), {}, tuple(chunks), ())
+    manifest = Manifest(BENCH_MODEL, "Bench", "uint8", {}, None, (), {}, tuple(chunks), ())
     await store.publish(manifest)
     return manifest
 
 
 @contextmanager
-def _peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
+def peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
     """Run a server function in a process of its own, until the end of the body."""
     processes = multiprocessing.get_context("spawn")
     port, ready = processes.Pipe(duplex=False)
@@ -186,12 +195,11 @@ def _peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
         port.close()
 
 
-def _serve(place: str, size: int, ready: Connection) -> None:
-    """A server whose cache holds everything; runs in a process of its own."""
+def serve_store(place: str, cache_mb: float, ready: Connection) -> None:
+    """A server with a cache of this size; runs in a process of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:
-        cache_mb = (size + _SPARE_BYTES) / MB
         async with WeightServer(model_path=place, port=0, cache_size_mb=cache_mb) as server:
             ready.send(server.port)
             await server.serve_forever()

@@ -36,6 +36,17 @@ def wire(
     _show(bench_wire(rounds=rounds), json=json)
 
 
+@app.command("flood", cls=Command, epilog="Example:  surfw bench flood --seconds 3 --json")
+def flood(
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
+    json: options.Json = False,
+) -> None:
+    """A good client's rate, and a new one's wait, beside clients that flood the server in a dozen ways."""
+    from surfw.bench.flood import bench_flood
+
+    _show(bench_flood(seconds=seconds), json=json)
+
+
 @app.command("chunk", cls=Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],

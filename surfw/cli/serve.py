@@ -29,7 +29,16 @@ logger = logging.getLogger("surfw.server")
 
 
 @options.with_settings(
-    "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "token_file", "live"
+    "store",
+    "storage_options",
+    "host",
+    "port",
+    "cache_mb",
+    "insecure",
+    "clients",
+    "allowed_host",
+    "token_file",
+    "live",
 )
 def serve(
     *,
@@ -85,6 +94,7 @@ def _make_server(settings: Settings, place: str) -> Any:
         token=settings.token,
         insecure=settings.insecure,
         clients=settings.clients,
+        allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
     )
 
 

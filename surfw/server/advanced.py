@@ -1,7 +1,7 @@
 """A server that has a place for a cache in Redis, which it shares with other servers."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from ssl import SSLContext
 from typing import Any
@@ -29,6 +29,7 @@ class AdvancedWeightServer(WeightServer):
         ssl: SSLContext | None = None,
         insecure: bool = False,
         clients: int = DEFAULT_CLIENTS,
+        allowed_hosts: Sequence[str] = (),
         limits: WireLimits | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -44,6 +45,7 @@ class AdvancedWeightServer(WeightServer):
             ssl: a server's context with its certificates.
             insecure: listen beyond loopback without a token, or with a token in clear text.
             clients: the most connections at a time.
+            allowed_hosts: names that the server may be called by.
             limits: sizes of messages, frames and windows.
             storage_options: for the storage that `chunks_dir` names.
 
@@ -61,6 +63,7 @@ class AdvancedWeightServer(WeightServer):
             ssl=ssl,
             insecure=insecure,
             clients=clients,
+            allowed_hosts=allowed_hosts,
             limits=limits,
             storage_options=storage_options,
         )

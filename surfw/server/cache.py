@@ -61,3 +61,79 @@ class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
         while self._values and self.bytes > most_bytes:
             del self[next(iter(self._values))]
             self.evictions += 1
+
+
+class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
+    """A cache in which values that were hardly used go before those that were, whoever fills it with them.
+
+    A new value is on trial until half of its size was used (`note_use`). While those on trial take more than half of
+    the budget, they make room; otherwise the values that have proved themselves do, and of each kind the least recently
+    used. Where all values prove themselves, this is an `LruCache`.
+
+    Attributes:
+        capacity_bytes: the budget.
+    """
+
+    policy = "lru"
+
+    def __init__(self, capacity_bytes: int, size_of: Callable[[Value], int]) -> None:
+        """Start empty; `size_of` tells what a value takes of the budget."""
+        self.capacity_bytes = capacity_bytes
+        self._size_of = size_of
+        self._trial: LruCache[Key, Value] = LruCache(capacity_bytes, size_of)
+        self._proven: LruCache[Key, Value] = LruCache(capacity_bytes, size_of)
+        self._used: dict[Key, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """What the values take, at most the budget."""
+        return self._trial.bytes + self._proven.bytes
+
+    @property
+    def evictions(self) -> int:
+        """How many values had to go."""
+        return self._trial.evictions + self._proven.evictions
+
+    def note_use(self, key: Key, used_bytes: int) -> None:
+        """So many bytes of a value were used, if it is there."""
+        if key in self._trial:
+            self._used[key] += used_bytes
+            if 2 * self._used[key] >= self._size_of(self._trial[key]):
+                del self._used[key]
+                self._proven[key] = self._trial.pop(key)
+
+    def __getitem__(self, key: Key) -> Value:
+        return self._trial[key] if key in self._trial else self._proven[key]
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        self.pop(key, None)
+        size = self._size_of(value)
+        if size > self.capacity_bytes:
+            return
+        self.trim(self.capacity_bytes - size)
+        self._trial[key], self._used[key] = value, 0
+
+    def __delitem__(self, key: Key) -> None:
+        if self._used.pop(key, None) is None:
+            del self._proven[key]
+        else:
+            del self._trial[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._trial or key in self._proven
+
+    def __iter__(self) -> Iterator[Key]:
+        yield from self._trial
+        yield from self._proven
+
+    def __len__(self) -> int:
+        return len(self._trial) + len(self._proven)
+
+    def trim(self, most_bytes: int) -> None:
+        """Evict values until the rest takes at most `most_bytes`."""
+        while self.bytes > most_bytes:
+            if self._trial and (2 * self._trial.bytes > self.capacity_bytes or not self._proven):
+                del self._used[next(iter(self._trial))]
+                self._trial.trim(self._trial.bytes - 1)
+            else:
+                self._proven.trim(self._proven.bytes - 1)

@@ -8,15 +8,19 @@ bytes stay as they are. The listing is looked at again for a name that is not in
 """
 
 import asyncio
+import gc
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
+from surfw.server.fairness import Account
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
@@ -27,8 +31,11 @@ FRESH_SECONDS = 2.0
 """How old a listing may be when a chunk or a file is looked up: after that long, a removed model is gone here too."""
 
 _CACHE_BYTES = 64 * MIB
+"""What all manifests may take that are kept; one that takes more is kept alone."""
 _READS = 2
 """The most manifests that are read at a time: one that is being parsed takes many times its size."""
+_LISTING = ""
+"""What stands for the list of models, among the manifests that are read: no model has that name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,7 @@ class Entry:
         digest: the BLAKE3 of `public`.
         revision: what the storage said of the stored manifest, if it can tell.
         stored: the BLAKE3 of the stored manifest.
+        kept_bytes: what all of this takes in memory.
         is_complete: whether it has the digests of all chunks.
     """
 
@@ -52,7 +60,33 @@ class Entry:
     digest: str
     revision: str | None
     stored: str
+    kept_bytes: int
     is_complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A model's manifest as it crosses the wire: a piece of an answer that holds no bytes while it waits."""
+
+    catalog: "Catalog"
+    model: str
+    digest: str
+    size: int
+    account: Account
+
+    async def use(self) -> None:
+        """Nothing to do: it was just read."""
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of it.
+
+        Raises:
+            StorageError: it is another one meanwhile.
+        """
+        entry = await self.catalog.entry(self.model, self.account)
+        if entry.digest != self.digest:
+            raise StorageError(f"the manifest of {self.model} was replaced while it was sent; ask for it again")
+        return memoryview(entry.public)[start:stop]
 
 
 class Catalog:
@@ -62,45 +96,65 @@ class Catalog:
         """Name the store; nothing is read yet."""
         self.names: Sequence[str] = ()
         """The models there were when last looked."""
+        self.read_bytes = 0
+        """What manifests were read so far."""
         self._store = store
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
-        self._entries: LruCache[str, Entry] = LruCache(_CACHE_BYTES, lambda entry: len(entry.public))
+        self._entries: LruCache[str, Entry] = LruCache(_CACHE_BYTES, lambda entry: min(entry.kept_bytes, _CACHE_BYTES))
         self._reads = SingleFlight(self._read, _READS)
+        self._listings = SingleFlight(self._list, 1)
 
-    async def models(self) -> Sequence[str]:
-        """The names of the models there are now; what is kept of others is forgotten."""
+    async def models(self, account: Account | None = None) -> Sequence[str]:
+        """The names of the models there are now; what is kept of others is forgotten.
+
+        Whoever asks while they are being listed waits for the next listing, together with all who do.
+        """
+        if _LISTING in self._listings:
+            self._listings.detach(_LISTING)
+        return await self._listings.join(_LISTING, account)
+
+    async def _list(self, _: str) -> Sequence[str]:
         self.names = tuple(await self._store.models())
         self._listed = time.monotonic()
         for name in set(self._entries) - set(self.names):
             del self._entries[name]
         return self.names
 
-    async def read(self, model: str) -> Entry:
+    async def read(self, model: str, account: Account | None = None) -> Entry:
         """The model as it is in the store now.
+
+        Args:
+            model: its name.
+            account: who pays for the reading; None for nobody in particular.
 
         Raises:
             RefusedError: the store has no such model.
             StorageError, ManifestError: it cannot be read.
         """
-        name = _own(model, self.names) or _own(model, await self.models())
+        name = _own(model, self.names) or _own(model, await self.models(account))
         if name is None:
             raise _unknown(model)
         try:
-            return await self._reads.join(name)
+            return await self._reads.join(name, account)
         except UnknownModelError as exc:  # it was removed since it was listed
-            await self.models()
+            await self.models(account)
             raise _unknown(model) from exc
 
-    async def entry(self, model: str) -> Entry:
+    async def document(self, model: str, account: Account | None = None) -> Document:
+        """The model's manifest as it is now, to be sent; raises as `read` does."""
+        entry = await self.read(model, account)
+        return Document(self, entry.manifest.name, entry.digest, len(entry.public), account or Account())
+
+    async def entry(self, model: str, account: Account | None = None) -> Entry:
         """The model as it was when its manifest was last asked for, or as it is now."""
         if time.monotonic() - self._listed >= self._fresh_seconds:
             self._listed = time.monotonic()  # one of those who ask looks, and the others go on
             try:
-                await self.models()
+                await self.models(account)
             except StorageError as exc:  # what is in the cache can be served without the storage
                 log.warning("the models of %s cannot be listed: %s", self._store.url, exc)
-        return self._entries.get(model) or await self.read(model)
+        return self._entries.get(model) or await self.read(model, account)
 
     async def _read(self, name: str) -> Entry:
         kept = self._entries.get(name)
@@ -109,24 +163,27 @@ class Catalog:
             if kept.is_complete or not await asyncio.to_thread(_has_learned, self._store, kept):
                 return kept
             kept = None
-        data = await self._store.manifest_bytes(name)
-        entry = await asyncio.to_thread(_make_entry, self._store, name, data, revision, kept)
+        size, entry = await self._store.read_manifest(
+            name, lambda data: (len(data), _make_entry(self._store, name, data, revision, kept))
+        )
+        self.read_bytes += size
         self._entries[name] = entry
         return entry
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
+        await self._listings.close()
         await self._reads.close()
         self._entries.clear()
 
-    async def chunk(self, request: Get) -> Sequence[Location]:
+    async def chunk(self, request: Get, account: Account | None = None) -> Sequence[Location]:
         """Where the stored bytes that are asked for lie.
 
         Raises:
             RefusedError: the model's manifest does not list such bytes.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest, chunk = await self.find(request.model, request.chunk)
+        manifest, chunk = await self.find(request.model, request.chunk, account)
         form = chunk.form(request.form)
         if form is None:
             raise RefusedError(f"chunk {chunk.name} has no form {request.form[:80]!a}", code="unknown-form")
@@ -139,27 +196,27 @@ class Catalog:
             raise ManifestError(f"the manifest of {manifest.name} does not say where chunk {chunk.name} lies")
         return form.locations
 
-    async def find(self, model: str, identity: str) -> tuple[Manifest, Chunk]:
+    async def find(self, model: str, identity: str, account: Account | None = None) -> tuple[Manifest, Chunk]:
         """A chunk of a model, by one of its identities, and the model's manifest.
 
         Raises:
             RefusedError: the model has no such chunk.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        entry = await self.entry(model)
+        entry = await self.entry(model, account)
         chunk = entry.chunks.get(identity)
         if chunk is None:
             raise RefusedError(f"{entry.manifest.name} has no chunk {identity[:80]!a}", code="unknown-chunk")
         return entry.manifest, chunk
 
-    async def file(self, request: GetFile) -> tuple[Location, str]:
+    async def file(self, request: GetFile, account: Account | None = None) -> tuple[Location, str]:
         """Where a file of the model lies, and its digest.
 
         Raises:
             RefusedError: the model's manifest does not list it.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest = (await self.entry(request.model)).manifest
+        manifest = (await self.entry(request.model, account)).manifest
         for file in manifest.files:
             if file.path == request.path:
                 return Location(file.object, 0, file.size), file.digest
@@ -175,7 +232,21 @@ def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept
     known = store.with_digests(manifest)
     public = known.public().encode()
     chunks = known.by_id | manifest.by_id
-    return Entry(manifest, chunks, public, payload_digest(public), revision, stored, known.is_known)
+    kept_bytes = _footprint(manifest.__dict__) + len(public) + sys.getsizeof(chunks)
+    if known is not manifest:
+        kept_bytes += _footprint(known.__dict__)
+    return Entry(manifest, chunks, public, payload_digest(public), revision, stored, kept_bytes, known.is_known)
+
+
+def _footprint(root: Any) -> int:
+    """What an object takes in memory with all that it holds; what is held twice counts twice. Parsing takes longer."""
+    total, rest = 0, [root]
+    while rest:
+        one = rest.pop()
+        if not isinstance(one, type):
+            total += sys.getsizeof(one)
+            rest.extend(gc.get_referents(one))
+    return total
 
 
 def _has_learned(store: Store, kept: Entry) -> bool:

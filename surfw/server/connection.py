@@ -8,21 +8,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from surfw import __version__
 from surfw.config import WireLimits
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
-from surfw.manifest import payload_digest
 from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
+from surfw.server.fairness import Account
 from surfw.server.late_digests import LateDigests
 from surfw.server.outlet import Outlet
-from surfw.server.pages import PageCache
-from surfw.server.pieces import HeldPiece, Piece, plan_pieces, use_ahead
+from surfw.server.pages import PROGRESS_SECONDS, PageCache, Reader
+from surfw.server.pieces import Piece, plan_pieces, use_ahead
+from surfw.server.reception import Reception
+from surfw.server.sparse_log import SparseLog
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,
@@ -36,6 +38,7 @@ from surfw.wire import (
     GetManifest,
     ListModels,
     Models,
+    Progress,
     Request,
     ServerSession,
     printable,
@@ -44,10 +47,17 @@ from surfw.wire import (
 log = logging.getLogger("surfw.server")
 
 _HELLO_SECONDS = 10
-_SIGN_SECONDS = 5
-"""How often a client that waits for digests hears that the server is at work."""
 _REASON_BYTES = 120
 """A close frame has room for 123 bytes of reason."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that is being answered: by whom, and how far the storage has got for it."""
+
+    task: asyncio.Task[None]
+    progress: Callable[[], int]
+    told: int = 0
 
 
 class Connection:
@@ -55,7 +65,7 @@ class Connection:
 
     def __init__(
         self,
-        websocket: ServerConnection,
+        websocket: Reception,
         *,
         catalog: Catalog,
         digests: LateDigests,
@@ -64,35 +74,42 @@ class Connection:
         metrics: Metrics,
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
-        self.open_requests: dict[int, asyncio.Task[None]] = {}
+        self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
         self._catalog = catalog
         self._digests = digests
         self._pages = pages
         self._limits = limits
         self._metrics = metrics
+        self._account = Account()
         self._session = ServerSession(limits, server=f"surfw/{__version__}")
         self._outlet = Outlet(websocket, self._session, metrics)
         self._peer = str(websocket.remote_address)
+        self._refusals = SparseLog(log)
 
     async def serve(self) -> None:
         """Answer until the client leaves, is closed for what it sent, or the server stops."""
         log.info("%s connected", self._peer)
+        telling = asyncio.create_task(self._tell_progress())
         try:
+            self._websocket.opened()
             self._outlet.send(self._session.hello())
             async with asyncio.timeout(_HELLO_SECONDS):
-                self._session.receive(await self._websocket.recv())
-            async for message in self._websocket:
-                self._take(self._session.receive(message))
+                self._session.receive(await self._websocket.receive())
+            while True:
+                self._take(self._session.receive(await self._websocket.receive()))
                 await self._outlet.keep_up()
-            log.info("%s left", self._peer)
         except RemoteProtocolError as exc:
             await self._close(exc.close_code, str(exc))
         except TimeoutError:
             await self._close(1008, f"no hello within {_HELLO_SECONDS} seconds")
+        except ConnectionClosedOK:
+            log.info("%s left", self._peer)
         except ConnectionClosed as exc:
             log.info("%s is gone: %s", self._peer, exc)
         finally:
+            telling.cancel()
+            self._refusals.flush()
             await self._stop_answering()
 
     async def _close(self, code: int, reason: str) -> None:
@@ -101,7 +118,7 @@ class Connection:
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
     async def _stop_answering(self) -> None:
-        tasks = list(self.open_requests.values())
+        tasks = [request.task for request in self.open_requests.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -113,14 +130,38 @@ class Connection:
             case Credit():
                 self._outlet.grant()
             case Cancel():
-                if task := self.open_requests.get(message.id):
-                    task.cancel()
-                self._outlet.send(self._session.send(Failed(message.id, "cancelled", "the client gave it up")))
+                if request := self.open_requests.get(message.id):
+                    request.task.cancel()
+                self._end(Failed(message.id, "cancelled", "the client gave it up"))
             case _:
                 self._metrics.add("requests")
-                task = asyncio.create_task(self._answer(message), name=f"surfw {message.type} {message.id}")
-                self.open_requests[message.id] = task
+                reader = Reader(self._account, fresh=isinstance(message, Get) and message.fresh)
+                task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
+                self.open_requests[message.id] = _Open(task, self._progress_of(message, reader))
                 task.add_done_callback(lambda task: self._answered(message, task))
+
+    def _progress_of(self, request: Request, reader: Reader) -> Callable[[], int]:
+        """What counts how far the storage has got for a request."""
+        if isinstance(request, Get | GetFile):
+            return lambda: self._pages.progress(reader)
+        before = self._read_for_documents()
+        return lambda: self._read_for_documents() - before
+
+    def _read_for_documents(self) -> int:
+        return self._catalog.read_bytes + self._digests.digested_bytes
+
+    async def _tell_progress(self) -> None:
+        """Tell a client whose requests wait for the storage, now and then, that they get on."""
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            for number, request in self.open_requests.items() if self._session.takes_progress else ():
+                count = request.progress()
+                if count > request.told and self._session.is_open(number):
+                    request.told = count
+                    self._outlet.send(self._session.send(Progress(number, count)))
+
+    def _end(self, failed: Failed) -> None:
+        self._outlet.send(self._session.send(failed), ends=True)
 
     def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
         del self.open_requests[request.id]
@@ -128,12 +169,12 @@ class Connection:
             log.error("%s: answering %s failed, which is a bug in surfw", self._peer, request, exc_info=exc)
             self._fail(request, "internal", "the server failed; its log says more")
 
-    async def _answer(self, request: Request) -> None:
+    async def _answer(self, request: Request, reader: Reader) -> None:
         started = time.perf_counter()
         try:
-            await self._look_up_and_send(request)
+            await self._look_up_and_send(request, reader)
         except RefusedError as exc:
-            log.info("%s is refused: %s", self._peer, exc)
+            self._refusals.write(f"{self._peer} is refused: {exc}")
             self._fail(request, exc.code, str(exc))
         except ChangedObjectError as exc:
             log.error("%s cannot be answered: %s", self._peer, exc)  # noqa: TRY400 - the text says it all
@@ -151,46 +192,34 @@ class Connection:
 
     def _fail(self, request: Request, code: str, text: str) -> None:
         if self._session.is_open(request.id):
-            self._outlet.send(self._session.send(Failed(request.id, code, printable(text))))
+            self._end(Failed(request.id, code, printable(text)))
 
-    async def _look_up_and_send(self, request: Request) -> None:
+    async def _look_up_and_send(self, request: Request, reader: Reader) -> None:
+        account = reader.account
         match request:
             case ListModels():
-                names = tuple(await self._catalog.models())
+                names = tuple(await self._catalog.models(account))
                 if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
                     raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
-                self._outlet.send(self._session.send(Models(request.id, names)))
+                async with self._outlet.turn(0, 0):
+                    self._outlet.send(self._session.send(Models(request.id, names)))
             case GetManifest():
-                entry = await self._catalog.read(request.model)
-                self._outlet.send(self._session.send(Begin(request.id, len(entry.public), entry.digest)))
-                await self._send_bytes(request.id, iter([HeldPiece(entry.public)]), 0, len(entry.public))
+                document = await self._catalog.document(request.model, account)
+                self._outlet.send(self._session.send(Begin(request.id, document.size, document.digest)))
+                await self._send_bytes(request.id, iter([document]), 0, document.size)
             case GetFile():
-                location, digest = await self._catalog.file(request)
+                location, digest = await self._catalog.file(request, account)
                 self._outlet.send(self._session.send(Begin(request.id, location.stop, digest)))
-                pieces = plan_pieces(self._pages, [location], 0, location.stop)
+                pieces = plan_pieces(self._pages, [location], 0, location.stop, reader)
                 await self._send_bytes(request.id, pieces, 0, location.stop)
             case GetDigests():
-                data = await self._find_digests(request)
-                self._outlet.send(self._session.send(Begin(request.id, len(data), payload_digest(data))))
-                await self._send_bytes(request.id, iter([HeldPiece(data)]), 0, len(data))
+                digests = await self._digests.document(request, account)
+                self._outlet.send(self._session.send(Begin(request.id, digests.size, digests.digest)))
+                await self._send_bytes(request.id, iter([digests]), 0, digests.size)
             case Get():
-                locations = await self._catalog.chunk(request)
-                pieces = plan_pieces(self._pages, locations, request.start, request.stop)
+                locations = await self._catalog.chunk(request, account)
+                pieces = plan_pieces(self._pages, locations, request.start, request.stop, reader)
                 await self._send_bytes(request.id, pieces, request.start, request.stop, request.priority)
-
-    async def _find_digests(self, request: GetDigests) -> bytes:
-        """The digests of a chunk. While it is read, pings tell the client that something happens."""
-        manifest, chunk = await self._catalog.find(request.model, request.chunk)
-        finding = asyncio.ensure_future(self._digests.document(manifest, chunk))
-        before = self._digests.digested_bytes
-        try:
-            while not (await asyncio.wait([finding], timeout=_SIGN_SECONDS))[0]:
-                if self._digests.digested_bytes != before:
-                    before = self._digests.digested_bytes
-                    await self._websocket.ping()
-            return finding.result()
-        finally:
-            finding.cancel()
 
     async def _send_bytes(
         self, request_id: int, pieces: Iterator[Piece], at: int, stop: int, priority: int = 0
@@ -203,10 +232,19 @@ class Connection:
                 sent = 0
                 while sent < piece.size:
                     async with self._outlet.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
-                        run = (await piece.view())[sent : sent + self._room()]
-                        self._outlet.send_run(self._session.send(Data(request_id, at, at + len(run))), run)
-                    sent += len(run)
-                    at += len(run)
+                        size = await self._send_run(request_id, at, piece, sent)
+                    sent += size
+                    at += size
+
+    async def _send_run(self, request_id: int, at: int, piece: Piece, sent: int) -> int:
+        """Send what may be sent now of a piece, and say how much it was.
+
+        The view of it ends with this call. While a client keeps us waiting, none of its requests may hold one: a single
+        byte would keep its whole page alive, beyond the cache's budget.
+        """
+        run = await piece.view(sent, min(piece.size, sent + self._room()))
+        self._outlet.send_run(self._session.send(Data(request_id, at, at + len(run))), run)
+        return len(run)
 
     def _room(self) -> int:
         """How long a run may be now: whole frames, unless the window has room for less than one."""

@@ -1,32 +1,57 @@
 """Digests of chunks that lack them, found out by reading all their bytes, through the server's cache.
 
 A chunk is read once for all who ask meanwhile, and what was found out is kept for good (`storage.digest_log`).
-Invariants: at most `_READS` chunks are read for this at a time, and of each a few pages are held.
+Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
 """
 
 import asyncio
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from surfw.errors import RefusedError
-from surfw.manifest import Chunk, Digester, Digests, Manifest
-from surfw.server.pages import PageCache
+from surfw.manifest import Chunk, Digester, Digests, Manifest, payload_digest
+from surfw.server.catalog import Catalog
+from surfw.server.fairness import Account
+from surfw.server.pages import PageCache, Reader
 from surfw.server.pieces import plan_pieces, use_ahead
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
+from surfw.wire import GetDigests
 
 _READS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A chunk of an origin, known by its provisional identity alone."""
+    """A chunk of an origin, known by its provisional identity alone; and who pays for it.
+
+    Of its manifest and the chunk, only what reading it needs: many may wait for long.
+    """
 
     origin: str
     identity: str
     manifest: Manifest = field(compare=False, repr=False)
     chunk: Chunk = field(compare=False, repr=False)
+    account: Account = field(compare=False, repr=False)
+
+
+class DigestsDocument:
+    """Digests as they cross the wire: a piece of an answer that holds no text while it waits."""
+
+    def __init__(self, digests: Digests) -> None:
+        """Write it once, to know its size and digest."""
+        data = _encode(digests)
+        self.size = len(data)
+        self.digest = payload_digest(data)
+        self._digests = digests
+
+    async def use(self) -> None:
+        """Nothing to do."""
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of it."""
+        return memoryview(_encode(self._digests))[start:stop]
 
 
 class LateDigests:
@@ -36,35 +61,41 @@ class LateDigests:
         digested_bytes: what was read for them so far.
     """
 
-    def __init__(self, store: Store, pages: PageCache) -> None:
-        """Name the store, and the cache its objects are read through."""
+    def __init__(self, store: Store, pages: PageCache, catalog: Catalog) -> None:
+        """Name the store, the cache its objects are read through, and what knows its models."""
         self.digested_bytes = 0
         self._store = store
         self._pages = pages
+        self._catalog = catalog
         self._reads = SingleFlight(self._read, _READS)
 
-    async def document(self, manifest: Manifest, chunk: Chunk) -> bytes:
-        """The digests of a chunk, as they cross the wire.
+    async def document(self, request: GetDigests, account: Account) -> DigestsDocument:
+        """The digests of a chunk, as they cross the wire; the account pays if it has to be read for them.
 
         Raises:
-            RefusedError: the manifest has them.
+            RefusedError: there is no such chunk, or the manifest has its digests.
             StorageError: its bytes cannot be read, or were changed.
         """
-        form = chunk.forms[0]
-        if form.is_known or manifest.origin is None:
-            raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
-        digests = self._store.digests(manifest, chunk)
+        wanted = await self._look_up(request, account)
+        digests = self._store.digests(wanted.manifest, wanted.chunk)
         if digests is None:
-            digests = await self._reads.join(_Wanted(manifest.origin.key, chunk.id, manifest, chunk))
-        return json.dumps(digests.document()).encode()
+            digests = await self._reads.join(wanted, account, wanted.chunk.forms[0].stored_bytes)
+        return DigestsDocument(digests)
+
+    async def _look_up(self, request: GetDigests, account: Account) -> _Wanted:
+        manifest, chunk = await self._catalog.find(request.model, request.chunk, account)
+        if chunk.forms[0].is_known or manifest.origin is None:
+            raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
+        part = replace(manifest, config={}, generation_config=None, files=(), ties={}, chunks=(), order=())
+        return _Wanted(manifest.origin.key, chunk.id, part, replace(chunk, tensors=()), account)
 
     async def _read(self, wanted: _Wanted) -> Digests:
         (form,) = wanted.chunk.forms
         digester = Digester()
-        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes)
+        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, Reader(wanted.account))
         async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
             async for piece in ready:
-                await asyncio.to_thread(digester.update, await piece.view())
+                await asyncio.to_thread(digester.update, await piece.view(0, piece.size))
                 self.digested_bytes += piece.size
         digests = digester.result()
         await asyncio.to_thread(self._store.learn, wanted.manifest, wanted.chunk, digests)
@@ -73,3 +104,7 @@ class LateDigests:
     async def close(self) -> None:
         """Stop reading."""
         await self._reads.close()
+
+
+def _encode(digests: Digests) -> bytes:
+    return json.dumps(digests.document()).encode()

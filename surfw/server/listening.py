@@ -2,12 +2,13 @@
 
 import errno
 import logging
+import re
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.asyncio.server import Server, serve
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -21,11 +22,25 @@ _library_log.setLevel(logging.WARNING)  # below that, it says what our own lines
 
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
-"""A client may be busy with a layer for a while before it answers a ping."""
+"""Clients that are gone without a word are found so; nothing else depends on pings."""
 OPEN_SECONDS = 5
 """Within which a plain request must be answered, and a WebSocket be open."""
 _CLOSE_SECONDS = 3
 _MAX_PORT = 65535
+_HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
+
+
+def check_hosts(names: Sequence[str]) -> None:
+    """Make sure that they can be names of hosts.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        if isinstance(names, str) or not isinstance(name, str) or not _HOST.fullmatch(name):
+            raise ConfigurationError(
+                f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,8 +88,9 @@ class Listening:
 
     async def open(
         self,
-        serve_client: Callable[[ServerConnection], Awaitable[None]],
-        process_request: Callable[[ServerConnection, Request], Awaitable[Response | None]],
+        serve_client: Callable[[Any], Awaitable[None]],
+        process_request: Callable[[Any, Request], Awaitable[Response | None]],
+        create_connection: Any,
         limits: WireLimits,
     ) -> Server:
         """Listen.
@@ -102,7 +118,8 @@ class Listening:
                 open_timeout=OPEN_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
                 max_size=limits.control_bytes,
-                write_limit=limits.frame_bytes,
+                write_limit=(1, 0),  # what is drained is all with the socket
+                create_connection=create_connection,
                 logger=_library_log,
                 **tls,
             )

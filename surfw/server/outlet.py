@@ -2,12 +2,15 @@
 
 A turn sends one run. Turns are given to the lowest priority number first, and in order of asking among equals, so that
 answers of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out
-together, and whoever waits for credit holds no bytes of the cache meanwhile.
+together, and whoever waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once is
+copied: a view of it would keep its page alive as long as the client likes. So a client that does not read costs one run
+and the messages that end its requests, and those are counted.
 """
 
 import asyncio
 import contextlib
 import heapq
+import os
 from collections.abc import AsyncIterator
 
 from websockets.asyncio.server import ServerConnection
@@ -28,6 +31,7 @@ class Outlet:
         self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
         self._asked = 0
         self._busy = False
+        self._untaken = 0
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
@@ -57,33 +61,55 @@ class Outlet:
         self._busy = True
         heapq.heappop(self._waiting)[-1].set_result(None)
 
-    def send(self, text: str) -> None:
-        """Write a message."""
-        if self._websocket.state is State.OPEN:
+    def send(self, text: str, *, ends: bool = False) -> None:
+        """Write a message; one that `ends` a request is counted as untaken until the socket has it."""
+        if self._is_open():
             self._websocket.protocol.send_text(text.encode())
             self._websocket.send_data()
+            if ends and self._websocket.transport.get_write_buffer_size():
+                self._untaken += 1
 
     def send_run(self, announcement: str, run: memoryview) -> None:
         """Write an announcement and the bytes it announces, at least one, without copying them into frames."""
-        if self._websocket.state is not State.OPEN:
+        if not self._is_open():
             return
         self._websocket.protocol.send_text(announcement.encode())
         prefix = b"".join(self._websocket.protocol.data_to_send())
-        transport, frame_bytes = self._websocket.transport, self._session.limits.frame_bytes
+        frame_bytes = self._session.limits.frame_bytes
+        parts: list[bytes | memoryview] = []
         for start in range(0, len(run), frame_bytes):
             frame = run[start : start + frame_bytes]
-            transport.write(prefix + binary_header(len(frame)))
-            transport.write(frame)
+            parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
+        self._write(parts)
         self._metrics.add("bytes_sent", len(run))
 
+    def _is_open(self) -> bool:
+        return self._websocket.state is State.OPEN and not self._websocket.transport.is_closing()
+
+    def _write(self, parts: list[bytes | memoryview]) -> None:
+        """Write without keeping a view of any part. A TLS transport copies what it is given; others may keep it."""
+        transport = self._websocket.transport
+        if transport.get_extra_info("sslcontext") is not None:
+            for part in parts:
+                transport.write(part)
+            return
+        written = 0
+        if not transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # full, or lost, which the transport finds out with the rest
+                written = os.writev(transport.get_extra_info("socket").fileno(), parts)
+        for part in parts:
+            if written < len(part):
+                transport.write(bytes(part[written:]))
+            written = max(0, written - len(part))
+
     async def keep_up(self) -> None:
-        """Wait while more than a window and a run lies waiting, for a client that asks and does not read."""
-        limits = self._session.limits
-        if self._websocket.transport.get_write_buffer_size() > limits.window_bytes + limits.run_bytes:
+        """Wait while as many requests as may be open have ended and the client has not taken that in."""
+        if self._untaken >= self._session.limits.requests_in_flight:
             await self._drain()
 
     async def _drain(self) -> None:
         """Wait until little is left to go out. That the connection was lost is for its reader to find."""
         with contextlib.suppress(OSError):
             await self._websocket.drain()
+            self._untaken = 0

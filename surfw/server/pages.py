@@ -3,18 +3,24 @@
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
+- Reads take turns by what each reader's account has paid: for a whole page, and more where little of it is wanted.
 - Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
   had to be read for this use).
-- Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`.
+- Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`. That holds as
+  long as nobody keeps a view across an `await`.
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
 """
 
-from dataclasses import dataclass
+import mmap
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 
-from surfw.config import MIB
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
-from surfw.server.cache import LruCache
+from surfw.server.cache import ProvingCache
+from surfw.server.fairness import Account
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import StorageBackend
 
@@ -22,8 +28,15 @@ PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
 
+PROGRESS_SECONDS = DEFAULT_SILENCE_SECONDS / 6
+"""How often a client that waits hears how far the storage has got, so that it hears it well within its patience."""
+
 _READS = 8
-"""The most reads of the storage at a time."""
+"""The most reads of the storage at a time; of one that is near, `_NEAR_READS`: they are work for this machine."""
+_NEAR_READS = 2
+
+_MOST_PRICE = 64
+"""How many times its size a page costs, at most, where little of it is wanted."""
 
 
 class ReadAhead:
@@ -53,6 +66,30 @@ class Page:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """For whom pages are read.
+
+    Attributes:
+        account: who pays for them.
+        fresh: whether it wants them read again, also if they are there.
+        read_bytes: how much of them was read, and what else counts; see `PageCache.progress`.
+        waits_for: the pages that it waits for now.
+        seen_bytes: what the storage had given, to anybody, when its progress was last counted.
+    """
+
+    account: Account = field(default_factory=Account)
+    fresh: bool = False
+    read_bytes: int = 0
+    waits_for: list[Page] = field(default_factory=list)
+    seen_bytes: int = 0
+
 
 class PageCache:
     """Pages of a storage, as read-only views.
@@ -60,6 +97,7 @@ class PageCache:
     Attributes:
         cache: the pages there are.
         healthy: whether the storage answered when it was last asked.
+        read_bytes: what the storage has given so far.
         read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within half of the
             budget, so that they are still there when their turn comes.
         most_ahead: how many of them one answer may have.
@@ -68,12 +106,16 @@ class PageCache:
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
         """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self.cache: LruCache[Page, memoryview] = LruCache(capacity_bytes, len)
+        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
+        self.read_bytes = 0
         self._backend = backend
         self._metrics = metrics
-        self._reads = SingleFlight(self._read, slots=min(_READS, capacity_bytes // (2 * PAGE_BYTES)))
+        most = _READS if backend.parallel_reads > 1 else _NEAR_READS
+        self._reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
+        self._reading: dict[Page, int] = {}
         self._reading_bytes = 0
+        self._is_slow = False
         self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES))
 
     @property
@@ -81,47 +123,116 @@ class PageCache:
         """How many of them one answer may have: one where the storage is near."""
         return min(_READS, self._backend.parallel_reads)
 
-    async def use(self, page: Page) -> None:
+    async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
         """Have the page read, and count the use.
+
+        Args:
+            page: what to read.
+            reader: for whom; None for one without an account.
+            wanted_bytes: how much of the page is wanted.
 
         Raises:
             StorageError: it cannot be read.
         """
-        if page in self.cache:
+        if reader is not None and reader.fresh:
+            self.cache.pop(page, None)
+            self._reads.detach(page)
+        if self.cache.get(page) is not None:
             self._metrics.add("hits")
         else:
             self._metrics.add("coalesced" if page in self._reads else "misses")
-        await self.view(page)
+            await self._join(page, reader, wanted_bytes)
 
-    async def view(self, page: Page) -> memoryview:
+    async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
         """The page's bytes, for use until the next `await`: holding on to them would keep them beyond the budget.
+
+        Args:
+            page: what to look at; it is read again if it had to go.
+            reader: for whom, as in `use`.
+            wanted_bytes: how many bytes are used now.
 
         Raises:
             StorageError: they cannot be read.
         """
-        cached = self.cache.get(page)
-        if cached is not None:
-            return cached
-        return await self._reads.join(page)
+        view = self.cache.get(page)
+        if view is None:
+            view = await self._join(page, reader, wanted_bytes)
+        self.cache.note_use(page, wanted_bytes)
+        return view
+
+    async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
+        """Read the page, together with whoever else wants it."""
+        reader = reader or Reader()
+        price = page.size * min(_MOST_PRICE, max(1, page.size // max(1, wanted_bytes)))
+        reader.waits_for.append(page)
+        reader.seen_bytes = self.read_bytes
+        try:
+            view = await self._reads.join(page, reader.account, price)
+            reader.read_bytes += page.size
+            return view
+        finally:
+            reader.waits_for.remove(page)
+
+    def progress(self, reader: Reader) -> int:
+        """How far the storage has got with what a reader waits for, in bytes that only rise.
+
+        Those are its own pages' bytes; while it waits in line, also those of the pages before them. So a line that
+        moves is progress, and a read of its own that hangs is none, whatever others get.
+        """
+        own = sum(self._reading.get(page, 0) for page in reader.waits_for)
+        if reader.waits_for and not any(page in self._reading for page in reader.waits_for):
+            reader.read_bytes += self.read_bytes - reader.seen_bytes
+        reader.seen_bytes = self.read_bytes
+        return reader.read_bytes + own
 
     async def _read(self, page: Page) -> memoryview:
-        size = page.stop - page.start
-        self._reading_bytes += size
+        self._reading[page] = 0
+        self._reading_bytes += page.size
         try:
             self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
-            buffer = bytearray(size)
-            await self._backend.read_into(page.object, page.start, memoryview(buffer))
+            buffer = _allocate(page.size)
+            await self._fill(page, buffer)
             self.healthy = True
         except StorageError as exc:
             self.healthy = isinstance(exc, NotFoundError)
             raise
         finally:
-            self._reading_bytes -= size
-        view = memoryview(buffer).toreadonly()
-        self.cache[page] = view
+            self._reading.pop(page, None)
+            self._reading_bytes -= page.size
+        view = buffer.toreadonly()
+        if self._reads.leads(page):
+            self.cache[page] = view
         return view
+
+    async def _fill(self, page: Page, buffer: memoryview) -> None:
+        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them."""
+        step = BLOCK_BYTES if self._is_slow else page.size
+        started = time.monotonic()
+        for at in range(0, page.size, step):
+            stop = min(at + step, page.size)
+            await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
+            self._reading[page] = stop
+            self.read_bytes += stop - at
+        self._is_slow = time.monotonic() - started > PROGRESS_SECONDS
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
         await self._reads.close()
         self.cache.clear()
+
+
+def _allocate(size: int) -> memoryview:
+    """Memory for a page. A large one is mapped, so that it goes back to the system, whole, when it is dropped.
+
+    An allocator keeps what it was given back, and scatters other things over it. Huge pages make up for what mapping
+    costs: 4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
+    """
+    if size < MIB:
+        return memoryview(bytearray(size))
+    try:
+        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no more mappings are to be had; the allocator has room of its own
+        return memoryview(bytearray(size))
+    with suppress(OSError, AttributeError):  # a system without huge pages
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapped)

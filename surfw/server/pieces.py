@@ -1,4 +1,4 @@
-"""What an answer's bytes are made of: pieces in order, from memory or from pages of the storage."""
+"""What an answer's bytes are made of: pieces in order, most of them of pages of the storage."""
 
 import asyncio
 from collections import deque
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from surfw.manifest import Location
-from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead
+from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead, Reader
 
 
 class Piece(Protocol):
-    """Bytes that come one after the other in an answer. First `use` it once, then `view` it as often as needed."""
+    """Bytes that come one after the other in an answer. First `use` it once, then `view` parts of it."""
 
     @property
     def size(self) -> int:
@@ -24,27 +24,8 @@ class Piece(Protocol):
             StorageError: they cannot be read.
         """
 
-    async def view(self) -> memoryview:
-        """The bytes, for use until the next `await`."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldPiece:
-    """Bytes that are in memory anyway, such as a manifest's."""
-
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        """How many bytes."""
-        return len(self.data)
-
-    async def use(self) -> None:
-        """Nothing to do."""
-
-    async def view(self) -> memoryview:
-        """The bytes."""
-        return memoryview(self.data)
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of them, for use until the next `await`: no view may be kept across it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +36,7 @@ class StoredPiece:
     page: Page
     start: int
     stop: int
+    reader: Reader
 
     @property
     def size(self) -> int:
@@ -63,15 +45,18 @@ class StoredPiece:
 
     async def use(self) -> None:
         """Have the page read, and count the use."""
-        await self.pages.use(self.page)
+        await self.pages.use(self.page, self.reader, self.size)
 
-    async def view(self) -> memoryview:
+    async def view(self, start: int, stop: int) -> memoryview:
         """The bytes."""
-        return (await self.pages.view(self.page))[self.start : self.stop]
+        page = await self.pages.view(self.page, self.reader, stop - start)
+        return page[self.start + start : self.start + stop]
 
 
-def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, stop: int) -> Iterator[Piece]:
-    """The pieces that make up bytes `start` to `stop` of what lies at the locations.
+def plan_pieces(
+    pages: PageCache, locations: Sequence[Location], start: int, stop: int, reader: Reader
+) -> Iterator[Piece]:
+    """The pieces that make up bytes `start` to `stop` of what lies at the locations, for a reader.
 
     Pages are cut from the start of each location, so that whoever asks for bytes of it meets the same pages.
     """
@@ -85,7 +70,7 @@ def plan_pieces(pages: PageCache, locations: Sequence[Location], start: int, sto
         for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
             last = min(first + PAGE_BYTES, length)
             page = Page(location.object, location.start + first, location.start + last)
-            yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first)
+            yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
 
 
 class _Window:

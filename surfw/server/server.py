@@ -5,17 +5,20 @@ who may come, `catalog` for what can be named, `pages` and `outlet` for what bou
 """
 
 import asyncio
+import ctypes
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
-from websockets.asyncio.server import Server, ServerConnection
+from websockets.asyncio.server import Server
 
 from surfw import __version__
 from surfw.config import (
@@ -32,11 +35,13 @@ from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics, hit_rate
 from surfw.server.catalog import Catalog
 from surfw.server.connection import Connection
+from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
 from surfw.server.late_digests import LateDigests
-from surfw.server.listening import Listening
+from surfw.server.listening import Listening, check_hosts
 from surfw.server.pages import PageCache
 from surfw.server.private_store import make_private_store
+from surfw.server.reception import Opening, Reception
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
@@ -63,6 +68,7 @@ class WeightServer:
         ssl: SSLContext | None = None,
         insecure: bool = False,
         clients: int = DEFAULT_CLIENTS,
+        allowed_hosts: Sequence[str] = (),
         limits: WireLimits | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -79,6 +85,8 @@ class WeightServer:
             ssl: a server's context with its certificates, for `wss://`.
             insecure: listen beyond loopback without a token, or with a token in clear text.
             clients: the most connections at a time.
+            allowed_hosts: names that the server may be called by, beside addresses, `localhost` and its `host`. Where
+                there is no token, requests for others are refused: a web page could have made them.
             limits: sizes of messages, frames and windows.
             storage_options: for the storage that `model_path` names, such as `{"endpoint_url": "http://…"}`.
 
@@ -92,6 +100,7 @@ class WeightServer:
             )
         expect("cache_size_mb", cache_size_mb, int | float, "a number of MB from 0 on")
         expect("clients", clients, int, "a whole number from 1 on")
+        check_hosts(allowed_hosts)
         expect("limits", limits, WireLimits | None, "WireLimits or None")
         expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
         if storage_options and model_path is None:
@@ -110,6 +119,8 @@ class WeightServer:
         self._limits = limits or WireLimits()
         self._connections: set[Connection] = set()
         self._process = psutil.Process()
+        self._names = (host, *allowed_hosts)
+        self._endpoints: HttpEndpoints | None = None
         self._websockets: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
@@ -128,7 +139,7 @@ class WeightServer:
         self._metrics = Metrics()
         self._catalog = Catalog(self._store)
         self._pages = PageCache(self._store.objects, self._cache_bytes, self._metrics)
-        self._digests = LateDigests(self._store, self._pages)
+        self._digests = LateDigests(self._store, self._pages, self._catalog)
         self._released = False
 
     def _alone(self) -> asyncio.Lock:
@@ -154,9 +165,12 @@ class WeightServer:
             try:
                 await self._find_store()
                 await self._prepare()
-                endpoints = HttpEndpoints(self, self._listening.token)
+                self._endpoints = HttpEndpoints(self, self._listening.token, self._names)
                 self._websockets = await self._listening.open(
-                    self._serve_client, endpoints.process_request, self._limits
+                    self._serve_client,
+                    self._endpoints.process_request,
+                    partial(Reception, turns=Turns(), opening=Opening(), most_unsent_bytes=self._limits.run_bytes),
+                    self._limits,
                 )
             except BaseException:
                 await self._release()
@@ -208,6 +222,8 @@ class WeightServer:
 
     async def _release(self) -> None:
         """Let go of everything that was laid out."""
+        if self._endpoints is not None:
+            await self._endpoints.close()
         await self._catalog.close()
         await self._digests.close()
         await self._pages.close()
@@ -246,7 +262,7 @@ class WeightServer:
         """Whether no more clients are taken."""
         return len(self._connections) >= self._clients
 
-    async def _serve_client(self, websocket: ServerConnection) -> None:
+    async def _serve_client(self, websocket: Reception) -> None:
         connection = Connection(
             websocket,
             catalog=self._catalog,
@@ -260,6 +276,8 @@ class WeightServer:
             await connection.serve()
         finally:
             self._connections.discard(connection)
+            if not self._connections:
+                await asyncio.to_thread(_give_memory_back)
 
     async def health(self) -> ServerHealth:
         """Whether the server listens, and whether its storage can be reached now; looks for new models too."""
@@ -306,3 +324,9 @@ class WeightServer:
             "storage": {"url": self._shown, "healthy": self._pages.healthy},
             "resources": {"rss_bytes": self._process.memory_info().rss, "cpu_percent": self._process.cpu_percent()},
         }
+
+
+def _give_memory_back() -> None:
+    """Give the system what the allocator keeps of what clients took, where there is a way to ask for it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,26 +3,37 @@
 Invariants:
 
 - Whoever asks for a key that is being worked on joins that work. Giving up a wait does not stop it for the others.
+- Work waits for its turn on the account of each who asks for it, so that nobody waits longer because another asked too;
+  whoever's turn comes first pays.
 - Work for which nobody waits any more is dropped while it is queued; once it has begun, it goes on to its end.
 - A failure goes to all who wait, and is nobody's if none does.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
+
+from surfw.server.fairness import Account, FairQueue
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-@dataclass(slots=True, eq=False)
-class _Flight(Generic[Value]):
-    """Work for one key: how many wait for it, and whether it has begun."""
+class _Flight(Generic[Key, Value]):
+    """Work for one key: how many wait for it, what comes of it, and who does it, once it has begun."""
 
-    task: asyncio.Task[Value] = field(init=False)
-    waiters: int = 0
-    begun: bool = False
+    __slots__ = ("key", "outcome", "task", "waiters")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.outcome: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
+        self.waiters = 0
+        self.task: asyncio.Task[Value] | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.task is not None
 
 
 class SingleFlight(Generic[Key, Value]):
@@ -31,9 +42,11 @@ class SingleFlight(Generic[Key, Value]):
     def __init__(self, work: Callable[[Key], Awaitable[Value]], slots: int) -> None:
         """Nothing is done yet."""
         self._work = work
-        self._slots = asyncio.Semaphore(slots)
-        self._flights: dict[Key, _Flight[Value]] = {}
+        self._free = slots
+        self._flights: dict[Key, _Flight[Key, Value]] = {}
+        self._queue: FairQueue[_Flight[Key, Value]] = FairQueue(lambda flight: flight.begun)
         self._tasks: set[asyncio.Task[Value]] = set()
+        self._own = Account()
 
     def __contains__(self, key: object) -> bool:
         return key in self._flights
@@ -41,44 +54,78 @@ class SingleFlight(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._flights)
 
-    async def join(self, key: Key) -> Value:
-        """What the work for the key gives; what it raises goes to all who wait."""
-        flight = self._flights.get(key) or self._start(key)
+    async def join(self, key: Key, account: Account | None = None, price: float = 1) -> Value:
+        """What the work for the key gives; what it raises goes to all who wait.
+
+        Args:
+            key: what to do.
+            account: who pays; None for those who are all one.
+            price: what it costs, if it is begun for this.
+        """
+        account = account or self._own
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(key)
         flight.waiters += 1
+        if not flight.begun:
+            self._queue.put(account, price, flight)
+            self._begin()
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(flight.outcome)
         finally:
             flight.waiters -= 1
+            self._queue.drop(account, flight)  # it may have begun on another's account; what came of it must not stay
             if not flight.waiters and not flight.begun:
-                self._forget(key, flight)
-                flight.task.cancel()
+                self._forget(flight)
+                flight.outcome.cancel()
 
-    def _start(self, key: Key) -> _Flight[Value]:
-        flight: _Flight[Value] = _Flight()
-        flight.task = asyncio.create_task(self._fly(key, flight), name=f"surfw {key}")
-        self._flights[key] = flight
-        self._tasks.add(flight.task)
-        flight.task.add_done_callback(lambda _: self._finished(key, flight))
-        return flight
+    def detach(self, key: Key) -> None:
+        """Let nobody join what has begun for a key: whoever asks next has it done again."""
+        flight = self._flights.get(key)
+        if flight is not None and flight.begun:
+            self._forget(flight)
 
-    async def _fly(self, key: Key, flight: _Flight[Value]) -> Value:
-        async with self._slots:
-            flight.begun = True
-            return await self._work(key)
+    def leads(self, key: Key) -> bool:
+        """Whether the caller is the work that those who ask for the key now would join."""
+        flight = self._flights.get(key)
+        return flight is not None and flight.task is asyncio.current_task()
 
-    def _finished(self, key: Key, flight: _Flight[Value]) -> None:
-        self._forget(key, flight)
-        self._tasks.discard(flight.task)
-        if not flight.task.cancelled():
-            flight.task.exception()  # looked at here, for a failure that nobody waits for any more
+    def _begin(self) -> None:
+        """Begin what waits, as far as there are slots."""
+        while self._free and (flight := self._queue.take()) is not None:
+            self._free -= 1
+            flight.task = asyncio.create_task(self._fly(flight), name=f"surfw {flight.key}")
+            self._tasks.add(flight.task)
+            flight.task.add_done_callback(partial(self._finished, flight))
 
-    def _forget(self, key: Key, flight: _Flight[Value]) -> None:
+    async def _fly(self, flight: _Flight[Key, Value]) -> Value:
+        return await self._work(flight.key)
+
+    def _finished(self, flight: _Flight[Key, Value], task: asyncio.Task[Value]) -> None:
+        self._forget(flight)
+        self._tasks.discard(task)
+        self._free += 1
+        if task.cancelled():
+            flight.outcome.cancel()
+        elif (exc := task.exception()) is not None:
+            flight.outcome.set_exception(exc)
+            flight.outcome.exception()  # looked at here, for a failure that nobody waits for any more
+        else:
+            flight.outcome.set_result(task.result())
+        self._begin()
+
+    def _forget(self, flight: _Flight[Key, Value]) -> None:
         """Let nobody join it any more; a later flight of the same key stays."""
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
 
     async def close(self) -> None:
         """Stop all work."""
+        for flight in list(self._flights.values()):
+            if not flight.begun:
+                self._forget(flight)
+                flight.outcome.cancel()
+        self._queue = FairQueue(lambda flight: flight.begun)
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -6,7 +6,7 @@ raises `RemoteProtocolError`, never anything else*; what our own side may not se
 """
 
 from surfw.config import printable
-from surfw.wire.access import admits, bearer, check_token, is_loopback
+from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
 from surfw.wire.client_session import Arrival, ClientSession
 from surfw.wire.frames import binary_header
 from surfw.wire.messages import (
@@ -58,6 +58,7 @@ __all__ = [
     "binary_header",
     "check_token",
     "is_loopback",
+    "is_meant",
     "parse_stats",
     "printable",
 ]

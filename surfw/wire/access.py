@@ -7,10 +7,11 @@ in clear text never leaves the machine. Nothing here shows a token: not in an er
 import hmac
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from surfw.errors import ConfigurationError
 
+_PORT = re.compile(r"(?<=[^:]):[0-9]*$|(?<=\]):[0-9]*$")
 _TOKEN = re.compile(r"[!-~]{1,1024}")
 
 
@@ -50,3 +51,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_meant(host: str, names: Collection[str]) -> bool:
+    """Whether a `Host` header names this server: by an address, as `localhost`, or by one of its names.
+
+    Where anybody is let in, any other name is refused: a web page can give its own name this machine's address (*DNS
+    rebinding*), and its reader's browser then lets it ask and read here.
+    """
+    name = host.strip().rpartition(":")[0] if _PORT.search(host.strip()) else host.strip()
+    name = name.lower().removesuffix(".")
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
+    except ValueError:
+        return name == "localhost" or name in {known.lower().removesuffix(".") for known in names}
+    return True

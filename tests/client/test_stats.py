@@ -49,7 +49,8 @@ def test_a_host_and_a_port_are_enough(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_server_is_not_ready_while_its_storage_is_away(tmp_path: Path) -> None:
+def test_a_server_is_not_ready_while_its_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surfw.server.http.KEPT_SECONDS", 0)
     make_store(tmp_path / "store")
 
     async def main() -> None:

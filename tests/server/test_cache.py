@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.server.cache import LruCache
+from surfw.server.cache import LruCache, ProvingCache
 
 KEYS = st.integers(0, 5)
 STEPS = st.lists(
@@ -72,3 +72,48 @@ def test_behaves_like_the_model(capacity: int, steps: list[tuple[str, int, int]]
         assert list(cache) == [key for key, _ in model.items]
         assert cache.bytes == sum(size for _, size in model.items) <= capacity
         assert cache.evictions == model.evictions
+
+
+def proving(capacity: int = 8) -> ProvingCache[str, bytes]:
+    return ProvingCache(capacity, len)
+
+
+def test_what_was_hardly_used_goes_first() -> None:
+    cache = proving(12)
+    cache["good"] = b"1234"
+    cache.note_use("good", 2)
+    for name in "abcdef":
+        cache[name] = b"12"
+        cache.note_use(name, 0)
+    assert set(cache) == {"good", "c", "d", "e", "f"}
+    assert (cache.bytes, cache.evictions) == (12, 2)
+
+
+def test_what_is_on_trial_has_half_of_the_budget() -> None:
+    cache = proving()
+    for name in "ab":
+        cache[name] = b"1234"
+        cache.note_use(name, 4)
+    cache["c"] = b"12"
+    assert set(cache) == {"b", "c"}
+    cache["d"] = b"12"
+    assert set(cache) == {"b", "c", "d"}
+    cache["e"] = b"1"
+    assert set(cache) == {"c", "d", "e"}, "no more than half on trial: the least recently used makes room"
+
+
+def test_where_all_are_used_it_is_the_least_recently_used_that_goes() -> None:
+    cache = proving(4)
+    for name in "abcd":
+        cache[name] = b"1"
+        cache.note_use(name, 1)
+    assert cache["a"] == b"1"
+    cache["e"] = b"1"
+    assert set(cache) == {"a", "c", "d", "e"}
+    del cache["a"]
+    assert "a" not in cache
+    assert cache.get("b") is None
+    cache["huge"] = b"12345"
+    assert set(cache) == {"c", "d", "e"}
+    cache.clear()
+    assert (len(cache), cache.bytes) == (0, 0)

@@ -1,7 +1,9 @@
 """A catalog reads and parses a manifest once, and serves what the store holds now."""
 
 import asyncio
+import gc
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -159,5 +161,61 @@ def test_closing_ends_reads_that_hang(tmp_path: Path) -> None:
         await asyncio.wait([reading])
         assert reading.cancelled()
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_what_is_kept_of_a_manifest_is_counted(tmp_path: Path) -> None:
+    make_store(tmp_path, "a", [10] * 300)
+    make_store(tmp_path, "b", [10])
+
+    async def main() -> None:
+        catalog = Catalog(Store(RecordingBackend(tmp_path)))
+        await catalog.read("b")  # what is imported and compiled on the way is nobody's
+        tracemalloc.start()
+        entry = await catalog.read("a")
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(entry.public) < 0.5 * taken < entry.kept_bytes < 2 * taken
+        assert catalog._entries.bytes == sum(catalog._entries[name].kept_bytes for name in tuple(catalog._entries))
+
+    asyncio.run(main())
+
+
+def test_a_manifest_that_is_sent_is_not_kept_for_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("surfw.server.catalog._CACHE_BYTES", 1)
+    make_store(tmp_path, "a", [10])
+    make_store(tmp_path, "b", [10])
+
+    async def main() -> None:
+        backend = RecordingBackend(tmp_path)
+        catalog = Catalog(Store(backend))
+        document = await catalog.document("a")
+        await catalog.document("b")
+        assert list(catalog._entries) == ["b"], "one is kept, however large"
+        assert bytes(await document.view(0, document.size)) == (await catalog.entry("a")).public
+        assert backend.asked.count(MANIFEST) == 2
+        await asyncio.to_thread(make_store, tmp_path, "a", [10], seed=1)
+        await catalog.read("a")
+        with pytest.raises(StorageError, match="was replaced while it was sent"):
+            await document.view(0, 1)
+
+    asyncio.run(main())
+
+
+def test_those_who_ask_for_the_models_at_once_share_a_listing(tmp_path: Path) -> None:
+    make_store(tmp_path, "a", [10])
+
+    async def main() -> None:
+        backend = RecordingBackend(tmp_path)
+        catalog = Catalog(Store(backend))
+        first = asyncio.create_task(catalog.models())
+        await until(lambda: "models/" in backend.asked)
+        await asyncio.to_thread(make_store, tmp_path, "b", [10])
+        later = [asyncio.create_task(catalog.models()) for _ in range(20)]
+        assert set(await asyncio.gather(*later)) == {("a", "b")}, "they do not get what was listed before"
+        await first
+        assert backend.asked.count("models/") <= 3
 
     asyncio.run(main())

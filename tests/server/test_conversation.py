@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from surfw.client import open_wire_source
-from surfw.config import KIB, WireLimits
+from surfw.config import KIB, MIB, WireLimits
 from surfw.manifest import Manifest
 from tests.peers import BareClient, bare_client, serving, until, whole
 from tests.server.backends import GatedBackend
@@ -211,3 +211,99 @@ def test_a_manifest_crosses_without_locations(tmp_path: Path) -> None:
             assert b"blobs" not in body
 
     asyncio.run(main())
+
+
+def test_fresh_bytes_are_read_from_the_storage_again(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[1_000_000])
+    location = manifest.chunks[0].forms[0].locations[0]
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        backend.gate.set()
+        async with serving(backend) as server, bare_client(server.url) as client:
+            for number, (fresh, reads) in enumerate([({}, 1), ({}, 1), ({"fresh": True}, 2), ({"fresh": False}, 2)]):
+                await client.say("get", id=number, **wanting(manifest, stop=5, **fresh))
+                assert await runs(client, 1) == [(number, 0, 5)]
+                assert backend.reads == reads
+            blob = tmp_path / location.object
+            blob.write_bytes(blob.read_bytes()[: location.start] + bytes(1_000_000))
+            await client.say("get", id=9, **wanting(manifest, stop=5, fresh=True))
+            assert (await client.hear_text())["id"] == 9
+            assert await client.hear() == bytes(5)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["get", "file", "manifest"])
+def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("surfw.server.connection.PROGRESS_SECONDS", 0.001)
+    manifest = make_store(tmp_path, sizes=[1_000_000])
+    asked = {
+        "get": wanting(manifest),
+        "file": {"model": manifest.name, "path": "vocab.txt"},
+        "manifest": {"model": manifest.name},
+    }[kind]
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with (
+            serving(backend) as server,
+            bare_client(server.url, greet=False) as knows,
+            bare_client(server.url) as older,
+        ):
+            await knows.hear_text()
+            await knows.say("hello", client="bare", window_bytes=8 * MIB, progress=True)
+            if kind == "manifest":
+                monkeypatch.setattr(server._catalog._store, "manifest_bytes", waiting(server, backend))
+            for client in (older, knows):
+                await client.say(kind, id=7, **asked)
+            await backend.reading.wait()
+            if kind == "file":
+                assert (await knows.hear_text())["type"] == "begin"
+            for number in (1, 2):  # as if others before it in line were read
+                if kind == "manifest":
+                    server._catalog.read_bytes += number
+                else:
+                    await until(lambda: len(server._pages._reading) == 1)
+                    (page,) = server._pages._reading
+                    server._pages._reading[page] += number
+                heard = await knows.hear_text()
+                assert heard == {"type": "progress", "id": 7, "bytes": number * (number + 1) // 2}
+            backend.gate.set()
+            assert (await knows.hear_text())["type"] in {"data", "begin", "progress"}
+            assert (await older.hear_text())["type"] in {"data", "begin"}, "no progress for a client that knows none"
+
+    asyncio.run(main())
+
+
+def waiting(server: Any, backend: GatedBackend) -> Any:
+    """A load of a manifest that waits for the gate."""
+    load = server._catalog._store.manifest_bytes
+
+    async def wait(model: str) -> bytes:
+        backend.reading.set()
+        await backend.gate.wait()
+        return bytes(await load(model))
+
+    return wait
+
+
+def test_refused_requests_of_a_client_write_a_line_now_and_then(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_store(tmp_path, sizes=[100])
+    caplog.set_level("INFO", "surfw.server")
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as client:
+            for number in range(50):
+                await client.say("manifest", id=number, model=f"nope {number}")
+                assert (await client.hear_text())["code"] == "unknown-model"
+
+    asyncio.run(main())
+    lines = [line for line in caplog.messages if "nope" in line]
+    assert len(lines) == 2, "the first, and what came of the others when it left"
+    assert "nope 49" in lines[1]
+    assert "48 times more" in lines[1]

@@ -4,21 +4,28 @@ import asyncio
 import http.client
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from surfw.client import open_wire_source
+from surfw.errors import ConfigurationError
+from surfw.server import WeightServer
+from surfw.server import http as server_http
 from surfw.storage import FilesystemBackend
 from tests.peers import serving, whole
+from tests.server.backends import RecordingBackend
 from tests.stores import make_store
 
 
-def fetch(port: int, path: str) -> tuple[int, str, str]:
+def fetch(port: int, path: str, **headers: str) -> tuple[int, str, str]:
     """Status, content type and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.headers["Content-Type"], answer.read().decode()
     finally:
@@ -70,7 +77,8 @@ def test_other_requests_are_told_where_they_are(tmp_path: Path) -> None:
         assert "/metrics" in body
 
 
-def test_not_ready_while_the_storage_is_away(tmp_path: Path) -> None:
+def test_not_ready_while_the_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "KEPT_SECONDS", 0)
     store = tmp_path / "store"
     make_store(store, sizes=[100])
 
@@ -105,3 +113,72 @@ def test_a_storage_that_hangs_is_not_ready(tmp_path: Path) -> None:
             assert (status, body) == (503, "the storage cannot be reached\n")
 
     asyncio.run(main())
+
+
+def test_health_that_is_asked_for_often_is_looked_at_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        backend = RecordingBackend(tmp_path)
+        async with serving(backend) as server:
+            before = len(backend.asked)
+            with ThreadPoolExecutor(20) as callers:
+                paths = ("/readyz", "/stats") * 10
+                calls = [asyncio.wrap_future(callers.submit(fetch, server.port, path)) for path in paths]
+                assert {status for status, _, _ in await asyncio.gather(*calls)} == {200}
+            looked = len(backend.asked) - before
+            monkeypatch.setattr(server_http, "KEPT_SECONDS", 0)
+            await asyncio.to_thread(fetch, server.port, "/readyz")
+            assert len(backend.asked) - before == 2 * looked, "twenty answers cost what one does"
+
+    asyncio.run(main())
+
+
+HOSTS = [("127.0.0.1", 200), ("localhost:1", 200), ("[::1]:80", 200), ("Known.example.:80", 200), ("evil.example", 421)]
+
+
+@pytest.mark.parametrize(("host", "status"), HOSTS)
+def test_a_server_without_a_token_answers_to_its_own_names(tmp_path: Path, host: str, status: int) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path, allowed_hosts=["known.example"]) as server:
+            for path in ("/livez", "/stats"):
+                seen, _, body = await asyncio.to_thread(fetch, server.port, path, Host=host)
+                assert seen == status
+                assert ("--allowed-host" in body) == (status == 421)
+            seen, _, _ = await asyncio.to_thread(fetch, server.port, "/", Host=host, Upgrade="websocket")
+            assert (seen == 421) == (status == 421)
+
+    asyncio.run(main())
+
+
+def test_a_token_decides_alone(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path, token="t") as server:
+            shown = {"Host": "any.example", "Authorization": "Bearer t"}
+            assert (await asyncio.to_thread(fetch, server.port, "/stats", **shown))[0] == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("names", ["a.example", ["a b"], [""], [7], ["http://x"]])
+def test_names_that_cannot_be_names_are_refused(tmp_path: Path, names: Any) -> None:
+    with pytest.raises(ConfigurationError, match="allowed_hosts has"):
+        WeightServer(FilesystemBackend(tmp_path), allowed_hosts=names)
+
+
+def test_requests_that_are_refused_write_a_line_now_and_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path, token="t") as server:
+            for _ in range(20):
+                assert (await asyncio.to_thread(fetch, server.port, "/stats"))[0] == 401
+
+    asyncio.run(main())
+    assert sum("no token" in line for line in caplog.messages) == 1

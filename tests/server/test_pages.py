@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pytest
+
 from surfw.errors import StorageError
 from surfw.metrics import Metrics
-from surfw.server.pages import MIN_CACHE_BYTES, PAGE_BYTES, Page, PageCache
+from surfw.server.pages import MIN_CACHE_BYTES, PAGE_BYTES, Page, PageCache, Reader
 from tests.peers import until
 from tests.server.backends import GatedBackend
 
@@ -171,5 +173,87 @@ def test_closing_ends_reads_that_hang(tmp_path: Path) -> None:
         await backend.reading.wait()
         await pages.close()
         assert (await asyncio.gather(use, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+
+    run(tmp_path, test)
+
+
+def test_fresh_pages_are_read_again_and_others_go_on(tmp_path: Path) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        old = asyncio.create_task(pages.view(page(0)))
+        await backend.reading.wait()
+        (tmp_path / "blobs/x").write_bytes(b"\7" * len(CONTENT))
+        fresh = asyncio.create_task(pages.use(page(0), Reader(fresh=True)))
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(old, fresh)
+        assert backend.reads == 2
+        (tmp_path / "blobs/x").write_bytes(b"\x08" * len(CONTENT))
+        assert bytes(await pages.view(page(0))) == b"\7" * PAGE_BYTES
+        await pages.use(page(0), Reader(fresh=True))
+        assert bytes(await pages.view(page(0))) == b"\x08" * PAGE_BYTES
+
+    run(tmp_path, test)
+
+
+def test_who_wants_single_bytes_pays_for_the_pages(tmp_path: Path) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        order: list[int] = []
+        read_into = backend.read_into
+
+        async def noted(key: str, start: int, destination: memoryview) -> None:
+            order.append(start // PAGE_BYTES)
+            await read_into(key, start, destination)
+
+        backend.read_into = noted  # type: ignore[method-assign,assignment]
+        greedy, whole = Reader(), Reader()
+        first = [asyncio.create_task(pages.use(page(index), greedy, 1)) for index in (0, 1, 2, 3)]
+        await backend.reading.wait()
+        second = [asyncio.create_task(pages.use(page(index), whole)) for index in (4, 5)]
+        await asyncio.sleep(0)
+        backend.gate.set()
+        await asyncio.gather(*first, *second)
+        assert order == [0, 1, 4, 5, 2, 3], "two had begun, and the others waited behind what they cost"
+
+    run(tmp_path, test)
+
+
+def test_progress_is_what_is_read_for_a_reader_or_before_it_in_line(tmp_path: Path) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        others = [asyncio.create_task(pages.use(page(index))) for index in (0, 1)]
+        await backend.reading.wait()
+        reader = Reader()
+        waiting = asyncio.create_task(pages.use(page(2), reader))
+        await asyncio.sleep(0)
+        assert pages.progress(reader) == 0, "nothing was read for anybody"
+        pages.read_bytes += 5
+        assert pages.progress(reader) == 5, "the line moves"
+        assert pages.progress(reader) == 5
+        backend.gate.set()
+        await asyncio.gather(*others, waiting)
+        assert pages.progress(reader) >= 5 + PAGE_BYTES
+        hung = Reader()
+        backend.gate.clear()
+        own = asyncio.create_task(pages.use(page(3), hung))
+        await until(lambda: page(3) in pages._reading)
+        pages.read_bytes += 1000
+        assert pages.progress(hung) == 0, "its own read hangs, whatever others get"
+        own.cancel()
+
+    run(tmp_path, test)
+
+
+def test_a_slow_storage_is_read_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        backend.gate.set()
+        monkeypatch.setattr("surfw.server.pages.PROGRESS_SECONDS", -1)
+        await pages.use(page(0))
+        assert backend.reads == 1
+        await pages.use(page(1))
+        assert backend.reads == 5
+        assert bytes(await pages.view(page(1))) == CONTENT[PAGE_BYTES : 2 * PAGE_BYTES]
+        monkeypatch.setattr("surfw.server.pages.PROGRESS_SECONDS", 3600)
+        await pages.use(page(2))
+        await pages.use(page(3))
+        assert backend.reads == 10
 
     run(tmp_path, test)

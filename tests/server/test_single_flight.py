@@ -1,8 +1,11 @@
 """Work is done once for all who want it, some at a time, and not at all for nobody."""
 
 import asyncio
+import weakref
 
+from surfw.server.fairness import Account
 from surfw.server.single_flight import SingleFlight
+from tests.peers import until
 
 
 class Work:
@@ -88,5 +91,67 @@ def test_closing_stops_what_has_begun_and_what_is_queued() -> None:
         assert all(one.cancelled() for one in wanted)
         assert (work.begun, len(work.flights)) == (["a"], 0)
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(main())
+
+
+def test_who_joins_waits_no_longer_than_on_its_own_account() -> None:
+    async def main() -> None:
+        work = Work(slots=1)
+        greedy, modest = Account(), Account()
+        wanted = [asyncio.create_task(work.flights.join(key, greedy, 100)) for key in "abcd"]
+        await settle()
+        good = asyncio.create_task(work.flights.join("d", modest, 1))
+        await settle()
+        work.gate.set()
+        assert await good == "D"
+        await asyncio.gather(*wanted)
+        assert work.begun == ["a", "d", "b", "c"]
+
+    asyncio.run(main())
+
+
+def test_nothing_of_what_came_of_it_is_kept() -> None:
+    class Result:
+        pass
+
+    async def main() -> None:
+        gate = asyncio.Event()
+        results: list[weakref.ref[Result]] = []
+
+        async def work(key: str) -> Result:
+            await gate.wait()
+            result = Result()
+            results.append(weakref.ref(result))
+            return result
+
+        async def want(flights: SingleFlight[str, Result], key: str, account: Account) -> None:
+            await flights.join(key, account)
+
+        flights = SingleFlight(work, 1)
+        accounts = [Account() for _ in range(4)]
+        wanted = [asyncio.create_task(want(flights, key, account)) for key in "ab" for account in accounts]
+        wanted += [asyncio.create_task(want(flights, key, accounts[0])) for key in "cdefgh"]
+        await settle()
+        gate.set()
+        await until(lambda: len(results) == 4)
+        await asyncio.sleep(0)
+        assert [result() for result in results[:2]] == [None, None], "what waits in line holds no results of others"
+        await asyncio.gather(*wanted)
+
+    asyncio.run(main())
+
+
+def test_what_is_detached_is_done_again() -> None:
+    async def main() -> None:
+        work = Work(slots=2)
+        (first,) = work.want("a")
+        await settle()
+        work.flights.detach("a")
+        (second,) = work.want("a")
+        await settle()
+        assert work.begun == ["a", "a"]
+        work.gate.set()
+        assert await asyncio.gather(first, second) == ["A", "A"]
 
     asyncio.run(main())

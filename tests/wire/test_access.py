@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.errors import ConfigurationError
-from surfw.wire import admits, bearer, check_token, is_loopback
+from surfw.wire import admits, bearer, check_token, is_loopback, is_meant
 
 TOKENS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
 
@@ -45,3 +45,26 @@ def test_any_text_is_a_token_or_refused(text: str) -> None:
 )  # fmt: skip
 def test_what_cannot_leave_the_machine(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
+
+
+@pytest.mark.parametrize(
+    ("host", "meant"),
+    [
+        ("127.0.0.1", True),
+        ("10.0.0.7:8765", True),
+        ("[::1]", True),
+        ("[2001:db8::1]:80", True),
+        ("::1", True),
+        ("LocalHost:8765", True),
+        ("gpu.example.org", True),
+        ("GPU.example.org.:80", True),
+        ("", False),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("1.2.3.4.5", False),
+        ("[evil]", False),
+        ("gpu.example.org@evil.example", False),
+    ],
+)
+def test_a_host_means_a_server_by_address_or_known_name(host: str, meant: bool) -> None:
+    assert is_meant(host, ["gpu.example.org."]) is meant

@@ -1,0 +1,153 @@
+"""The receiving side of a connection, from its first byte on: taken in by small portions, in fair turns.
+
+The library would take in all that has arrived, thousands of messages or pings, before anybody else's turn. Here a
+connection reads one portion, hands on the messages in it one after the other, and then waits for its turn to read
+another. What it does not read stays with the client, so that nothing of a client's piles up here.
+"""
+
+import asyncio
+from contextlib import suppress
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import Frame, Opcode
+from websockets.protocol import Event
+from websockets.typing import Data
+
+from surfw.server.fairness import Account, Turns
+
+PORTION_BYTES = 256
+"""About one request, or some dozens of pings: as much work as a turn may be."""
+
+_MOST_OPENING = 512
+
+
+class Opening:
+    """The connections that are not open yet. Of those that are too many, the one goes that has said nothing longest."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._connections: dict[ServerConnection, None] = {}
+
+    def __contains__(self, connection: ServerConnection) -> bool:
+        return connection in self._connections
+
+    def add(self, connection: ServerConnection) -> None:
+        """One was accepted, or has said something."""
+        self._connections.pop(connection, None)
+        self._connections[connection] = None
+        if len(self._connections) > _MOST_OPENING:
+            oldest = next(iter(self._connections))
+            self.discard(oldest)
+            oldest.transport.abort()
+
+    def discard(self, connection: ServerConnection) -> None:
+        """One is open, or gone."""
+        self._connections.pop(connection, None)
+
+
+class Reception(ServerConnection, asyncio.BufferedProtocol):
+    """The library's server connection, whose input waits for its turn.
+
+    Attributes:
+        account: who pays for turns of the loop.
+    """
+
+    def __init__(self, *arguments: Any, turns: Turns, opening: Opening, most_unsent_bytes: int, **options: Any) -> None:
+        """Take the library's arguments, and what all connections share.
+
+        Args:
+            arguments: the library's.
+            turns: of the loop.
+            opening: where it is until it is open.
+            most_unsent_bytes: while more than this waits to go out, nothing is read.
+            options: the library's.
+        """
+        super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
+        self.account = Account()
+        self._turns = turns
+        self._opening = opening
+        self._most_unsent_bytes = most_unsent_bytes
+        self._portion = memoryview(bytearray(PORTION_BYTES))
+        self._unread = 0
+        self._waits_to_read = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count it among those that are opening."""
+        super().connection_made(transport)
+        self._opening.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self._opening.discard(self)
+        super().connection_lost(exc)
+
+    def opened(self) -> None:
+        """It is open: others may not push it out any more."""
+        self._opening.discard(self)
+
+    async def turn(self) -> None:
+        """Wait for a turn in the loop."""
+        await self._turns.turn(self.account)
+
+    async def receive(self) -> Data:
+        """The next message, in its turn."""
+        if self._unread:
+            await self.turn()
+        message = await self.recv()
+        self._unread -= 1
+        if not self._unread:
+            self._read_on()
+        return message
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the transport may write what it receives next."""
+        return self._portion
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So much was written there: read on when its messages are taken, in turn, and if what goes out is taken."""
+        self.transport.pause_reading()
+        if self in self._opening:
+            self._opening.add(self)
+        self.data_received(bytes(self._portion[:nbytes]))
+        if not self._unread:
+            self._read_on()
+
+    def process_event(self, event: Event) -> None:
+        """Count the messages."""
+        super().process_event(event)
+        if isinstance(event, Frame) and event.fin and event.opcode in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
+            self._unread += 1
+
+    def send_data(self) -> None:
+        """Write all that is to go out in one go, such as the answers to many pings."""
+        writes = self.protocol.data_to_send()
+        if data := b"".join(writes):
+            self.transport.write(data)
+        if b"" not in writes:
+            return
+        if self.transport.can_write_eof():
+            with suppress(OSError, RuntimeError):
+                self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def resume_writing(self) -> None:
+        """What waited to go out is taken."""
+        super().resume_writing()
+        if self._waits_to_read:
+            self._waits_to_read = False
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Read the next portion in its turn, or as soon as enough of what waits to go out is taken."""
+        if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
+            self._waits_to_read = True
+        elif (turn := self._turns.ask(self.account)) is None:
+            self._resume()
+        else:
+            turn.add_done_callback(self._resume)
+
+    def _resume(self, _: Any = None) -> None:
+        if not self.transport.is_closing():
+            self.transport.resume_reading()

@@ -1,0 +1,76 @@
+"""What clients can make a server keep: its cache, their windows, and a constant; seen from outside of its process."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from surfw.bench.raw_peer import RawPeer, message
+from surfw.config import MB, MIB
+from surfw.manifest import Manifest
+from tests.servers import Served, serve
+from tests.stores import make_store
+
+PAGE_BYTES = 4 * MIB
+CLIENTS, GETS = 64, 64
+WINDOW_BYTES = 2 * 512 * 1024
+"""The smallest: two frames."""
+CACHE_MB = 34
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """Four chunks of seven pages and a bit: three times the cache."""
+    path = tmp_path_factory.mktemp("memory")
+    return path, make_store(path, sizes=[7 * PAGE_BYTES + 999] * 4, files={})
+
+
+@pytest.fixture
+def served(stored: tuple[Path, Manifest]) -> Iterator[Served]:
+    with serve(stored[0], "--cache-mb", str(CACHE_MB), "--clients", str(CLIENTS)) as served:
+        yield served
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """The most memory that the process has had."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def from_the_end_of_a_page(manifest: Manifest, number: int) -> dict[str, object]:
+    """A `get` of the last byte of a page, and of all that follows in its chunk."""
+    chunk = manifest.chunks[number % 4]
+    start = (number // 4 % 7 + 1) * PAGE_BYTES - 1
+    asked = {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": start, "stop": chunk.payload_bytes}
+    return asked | {"priority": -number}  # each that comes first sends its one byte before the others go on
+
+
+def test_many_slow_clients_with_small_windows(stored: tuple[Path, Manifest], served: Served) -> None:
+    _, manifest = stored
+    port = int(served.url.rpartition(":")[2])
+    process = psutil.Process(served.process.pid)
+    most = CACHE_MB * MB + CLIENTS * WINDOW_BYTES + 64 * MB
+    clients = [RawPeer(port, receive_bytes=4096).shake_hands() for _ in range(CLIENTS)]
+    for shift, client in enumerate(clients):
+        client.greet(WINDOW_BYTES)
+        asked = [
+            message("get", id=number, **from_the_end_of_a_page(manifest, number + shift)) for number in range(GETS)
+        ]
+        client.send(b"".join(asked))
+    for _ in range(3):  # each takes in half a window, and lets the server send as much again
+        for client in clients:
+            taken = 0
+            while taken < WINDOW_BYTES // 2:
+                heard = client.hear()
+                taken += len(heard) if isinstance(heard, bytes) else 0
+            client.send(message("credit", bytes=taken))
+            assert process.memory_info().rss < most, "the peak is past the bound"
+    assert peak_bytes(process) < most
+    for client in clients:
+        client.close()
+    deadline = time.monotonic() + 10
+    while served.stats()["clients"] or process.memory_info().rss >= (CACHE_MB + 96) * MB:
+        assert time.monotonic() < deadline, "what the clients took is not given back"
+        time.sleep(0.1)

@@ -1,0 +1,165 @@
+"""What clients send is taken in by portions, in turns; what they do not take stops it."""
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from surfw.bench.raw_peer import RawPeer, message, ping
+from surfw.config import KIB, WireLimits
+from surfw.metrics import Metrics
+from surfw.server import reception
+from surfw.server.connection import Connection
+from surfw.server.outlet import Outlet
+from surfw.server.reception import PORTION_BYTES
+from surfw.wire import ServerSession
+from tests.peers import bare_client, serving, until
+from tests.stores import make_store
+
+SMALL = WireLimits(frame_bytes=128 * KIB, run_bytes=128 * KIB, window_bytes=256 * KIB)
+
+
+def test_a_backlog_of_one_client_is_worked_off_between_the_messages_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_store(tmp_path, sizes=[100])
+    order: list[str] = []
+    ask: list[Any] = []
+    take = Connection._take
+
+    def noted(self: Connection, taken: Any) -> None:
+        order.append(self._peer)
+        while ask:
+            ask.pop()()  # while the backlog is being worked off
+        take(self, taken)
+
+    monkeypatch.setattr(Connection, "_take", noted)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as flood, bare_client(server.url) as good:
+            cancels = [json.dumps({"type": "cancel", "id": number}) for number in range(400)]
+            flood.websocket.transport.pause_reading()
+            for cancel in cancels:
+                flood.websocket.protocol.send_text(cancel.encode())
+            flood.websocket.transport.write(b"".join(flood.websocket.protocol.data_to_send()))
+            ask.append(lambda: good.websocket.transport.write(message("models", id=0)))
+            assert (await good.hear_text())["models"] == ["toy/model"]
+            mine = str(good.websocket.local_address)
+            assert order.count(mine) == 1
+            assert order.index(mine) < 100, "the others' four hundred did not go first"
+            await until(lambda: len(order) == 401)
+            flood.websocket.transport.abort()
+
+    asyncio.run(main())
+
+
+def test_a_client_that_pings_and_never_reads_is_not_listened_to_for_long(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server:
+            peer = await asyncio.to_thread(lambda: RawPeer(server.port, receive_bytes=4096).shake_hands())
+            await asyncio.to_thread(peer.greet)
+            (connection,) = server._connections
+            transport = connection._websocket.transport
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            with peer:
+                peer.socket.setblocking(False)
+                one = ping(bytes(125))
+                pings, sent = one * 100, 0
+                stalled = 0
+                while stalled < 100:
+                    try:
+                        sent += peer.socket.send(pings[sent % len(one) :])
+                        stalled = 0
+                    except BlockingIOError:
+                        stalled += 1
+                        await asyncio.sleep(0.005)
+                    await asyncio.sleep(0)
+                    assert transport.get_write_buffer_size() < SMALL.run_bytes + 10 * PORTION_BYTES
+                    assert sent < 100_000_000, "it was listened to although it did not read"
+
+    asyncio.run(main())
+
+
+def test_too_many_connections_that_say_nothing_push_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "_MOST_OPENING", 4)
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as good:
+            silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(6)]
+            assert await silent[0][0].read() == b""
+            assert await silent[1][0].read() == b""
+            async with bare_client(server.url) as other:
+                await other.say("models", id=0)
+                assert (await other.hear_text())["models"] == ["toy/model"]
+            await good.say("models", id=0)
+            assert (await good.hear_text())["models"] == ["toy/model"]
+            for _, writer in silent:
+                writer.close()
+
+    asyncio.run(main())
+
+
+class Kept:
+    """A transport that takes a part at once, keeps what else it is given, and says what that was."""
+
+    def __init__(self, ours: socket.socket) -> None:
+        self.ours = ours
+        self.kept: list[object] = []
+
+    def get_extra_info(self, name: str) -> object:
+        return self.ours if name == "socket" else None
+
+    def get_write_buffer_size(self) -> int:
+        return sum(len(part) for part in self.kept)  # type: ignore[arg-type]
+
+    def write(self, data: object) -> None:
+        self.kept.append(data)
+
+
+def test_no_transport_is_given_a_view_of_a_page_to_keep() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        websocket, metrics = type("Websocket", (), {})(), Metrics()
+        websocket.transport = Kept(ours)
+        outlet = Outlet(websocket, ServerSession(SMALL, server="s"), metrics)
+        page = bytes(range(256)) * (16 * KIB)
+        outlet._write([b"header", memoryview(page)])
+        kept = websocket.transport.kept
+        assert kept, "a socket does not take so much at once"
+        assert all(type(part) is bytes for part in kept)
+        outlet._write([b"more", memoryview(page)[:5]])
+        theirs.settimeout(10)
+        taken = len(b"header") + len(page) - sum(map(len, kept[:-2]))
+        received = b""
+        while len(received) < taken:
+            received += theirs.recv(1 << 20)
+        assert received + b"".join(kept) == b"header" + page + b"more" + page[:5]
+
+
+def test_pings_are_answered_in_one_go(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[100])
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            peer = await asyncio.to_thread(lambda: RawPeer(server.port).shake_hands())
+            await asyncio.to_thread(peer.greet)
+            (connection,) = server._connections
+            writes: list[int] = []
+            websocket, write = connection._websocket, connection._websocket.transport.write
+            websocket.transport.write = lambda data: (writes.append(len(data)), write(data))  # type: ignore[func-returns-value]
+            await asyncio.to_thread(peer.send, ping() * 40 + message("models", id=0))
+            assert (await asyncio.to_thread(peer.hear_text))["models"] == ["toy/model"]
+            assert sum(writes[:-1]) == 80
+            assert len(writes) <= 4
+            peer.close()
+
+    asyncio.run(main())
