@@ -118,7 +118,7 @@ class Listening:
                 open_timeout=OPEN_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
                 max_size=limits.control_bytes,
-                write_limit=(1, 0),  # what is drained is all with the socket
+                write_limit=limits.frame_bytes,
                 create_connection=create_connection,
                 logger=_library_log,
                 **tls,

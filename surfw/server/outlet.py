@@ -106,10 +106,15 @@ class Outlet:
     async def keep_up(self) -> None:
         """Wait while as many requests as may be open have ended and the client has not taken that in."""
         if self._untaken >= self._session.limits.requests_in_flight:
-            await self._drain()
+            self._websocket.transport.set_write_buffer_limits(0)  # until nothing is left
+            try:
+                await self._drain()
+            finally:
+                self._websocket.transport.set_write_buffer_limits(self._session.limits.frame_bytes)
 
     async def _drain(self) -> None:
         """Wait until little is left to go out. That the connection was lost is for its reader to find."""
         with contextlib.suppress(OSError):
             await self._websocket.drain()
+        if not self._websocket.transport.get_write_buffer_size():
             self._untaken = 0
