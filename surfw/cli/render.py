@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -23,6 +23,18 @@ class _CleanConsole(Console):
         """The pieces of a renderable, cleaned."""
         for piece in super().render(renderable, options):
             yield piece if piece.control else Segment(printable(piece.text, lines=True), piece.style)
+
+    @property
+    def file(self) -> IO[str]:
+        """What it writes to, past all that stands before it: the cleaning, and the proxy of a live view before that."""
+        file = super().file
+        while (inner := getattr(file, "rich_proxied_file", file)) is not file:
+            file = inner
+        return file
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
 
 out = _CleanConsole(highlight=False, markup=False, emoji=False)

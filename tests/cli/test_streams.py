@@ -48,10 +48,12 @@ def evil_server() -> Iterator[str]:
             answering.join()
 
 
-def on_a_terminal(home: Path, *command: str) -> tuple[int, str]:
+def on_a_terminal(home: Path, *command: str, **extra: str) -> tuple[int, str]:
     """Run a command whose stdout and stderr are a terminal: its exit code, and what that saw."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(command, env=environment(home), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs) as it:
+    with subprocess.Popen(
+        command, env=environment(home, **extra), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+    ) as it:
         os.close(theirs)
         seen = b""
         try:
@@ -104,6 +106,14 @@ view.note(text)
 warnings.warn(text)
 logging.getLogger("somebody").error(text)
 """
+
+
+def test_a_live_view_draws_itself_in_place(tmp_path: Path) -> None:
+    demo = ("infer", "--model", "demo", "--prompt", "Weight streaming is", "--max-new-tokens", "4")
+    code, seen = on_a_terminal(tmp_path, SURFW, *demo, TERM="xterm-256color", COLUMNS="80", LINES="24")
+    assert code == 0, seen[-2000:]
+    assert "\x1b[2K\x1b[1A" in seen, "it erases its lines and goes up"
+    assert "?[" not in seen, "what it says to the terminal is not cleaned"
 
 
 def test_what_a_model_generates_is_cleaned_for_a_terminal_and_exact_in_a_file(tmp_path: Path) -> None:
