@@ -149,7 +149,8 @@ def test_hooks_of_several_runs_open_models_at_once(store: Path) -> None:
     found: list[torch.dtype] = []
 
     def open_another() -> None:
-        meeting.wait(60)
+        if meeting.wait(60):
+            until(is_building)  # by the other one, who waits for this run
         found.append(open_and_close(store))
 
     with opened(store, 2) as models:
