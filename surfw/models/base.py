@@ -31,6 +31,7 @@ from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_
 from surfw.runtime.residency import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import check_model_class
+from surfw.skeleton.shared import runs
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -353,7 +354,7 @@ class StreamingBaseModel:
         self._closed = True
         if opening := self._opening_run:
             opening.interrupt(self._closed_error())
-        with self._opening, self._state:
+        with runs.holding(self._opening), self._state:
             opened, compute = self._opened, self._compute
         closed = opened.close() if opened else True
         if compute is not None:
@@ -406,7 +407,7 @@ class StreamingBaseModel:
 
     def _open(self) -> OpenedModel:
         """The open model; the first call opens it."""
-        with self._opening:
+        with runs.holding(self._opening):
             if self._closed:
                 raise self._closed_error()
             if self._opened is not None:

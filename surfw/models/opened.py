@@ -30,14 +30,12 @@ from surfw.runtime.rows import RowReader
 from surfw.runtime.run import Run
 from surfw.runtime.tables import StreamedTables, tables_of
 from surfw.skeleton.dtypes import parse_dtype
+from surfw.skeleton.shared import runs
 
 logger = logging.getLogger("surfw.models")
 
 LimitedBy = Literal["memory_budget", "cache_layers", "default"]
 """Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
-
-_LOOK_SECONDS = 0.05
-"""How often a run that waits for its turn looks whether it is still wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +112,7 @@ class OpenedModel:
         Raises:
             ModelClosedError: it is closed, or was closed meanwhile.
         """
-        with self._alone(run):
+        with runs.holding(self._running, run.check):
             with self._state:
                 if self._closing.is_set():
                     raise self._closed_error("is closed; open it again")
@@ -133,16 +131,6 @@ class OpenedModel:
                     close_now = self._closing.is_set() and outer is None
                 if close_now:
                     self._finish()
-
-    @contextmanager
-    def _alone(self, run: Run) -> Iterator[None]:
-        """Wait for one's turn to run the model, unless the run is interrupted before it comes."""
-        while not self._running.acquire(timeout=_LOOK_SECONDS):
-            run.check()
-        try:
-            yield
-        finally:
-            self._running.release()
 
     @property
     def closed(self) -> bool:
@@ -247,7 +235,7 @@ class OpenedModel:
             run.interrupt(self._closed_error("was closed while it ran"))
             if thread == threading.get_ident():
                 return False
-        with self._running:
+        with runs.holding(self._running):
             self._finish()
         return True
 

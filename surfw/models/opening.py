@@ -17,6 +17,7 @@ from surfw.config import GIB, OnMissing, count, format_size
 from surfw.errors import ManifestError, UninitializedWeightsWarning
 from surfw.manifest import Manifest, TensorInfo
 from surfw.runtime.loader import as_parameter
+from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
 from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
@@ -39,7 +40,7 @@ def open_skeleton(
     model_class: type[PreTrainedModel] | None = None,
     on_missing: OnMissing = "error",
 ) -> Skeleton:
-    """Build the model of a manifest, without weights.
+    """Build the model of a manifest, without weights; the run that this thread works for may be interrupted meanwhile.
 
     Args:
         manifest: what is known of it.
@@ -73,6 +74,7 @@ def open_skeleton(
         dtype or parse_dtype(manifest.dtype),
         tensor_count=len(tensors) + len(manifest.ties),
         accepts=shapes.__contains__ if strict else lambda _: True,
+        check=(current_run.get() or Run()).check,
         where=where,
     )
     for name, slot in skeleton.slots.items():

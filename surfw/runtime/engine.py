@@ -37,6 +37,7 @@ from surfw.runtime.residency import Limit, Needs, ResidencyPlan, floating_victim
 from surfw.runtime.run import Run
 from surfw.runtime.schedule import Phases
 from surfw.runtime.tables import TableUnit
+from surfw.skeleton.shared import runs
 
 T = TypeVar("T")
 
@@ -120,7 +121,8 @@ class Engine:
         with self._lock:
             self._planning.begin()
         try:
-            yield
+            with runs.computing():
+                yield
         finally:
             self._run, self._ahead, self._runner = before
 
@@ -174,8 +176,8 @@ class Engine:
         Raises:
             SurfwError: the run was interrupted.
         """
+        self._run.pause()
         with self._lock:
-            self._run.check()
             self._observe(module)
             self._prefetch(())
 
@@ -353,8 +355,8 @@ class Engine:
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[_Entry, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
+        self._run.pause()  # without the lock, which others need meanwhile
         with self._lock:
-            self._run.check()
             self._observe(module)
             self._replan(lambda: self._planning.read_whole(names))
         while True:

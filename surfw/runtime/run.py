@@ -5,6 +5,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextvars import ContextVar
 from typing import Any
 
+from surfw.skeleton.shared import runs
+
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
 """The run that this thread works for, so that whoever waits for the thread can interrupt it."""
 
@@ -12,7 +14,7 @@ current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
 class Run:
     """A forward, or a generation, that another thread may interrupt.
 
-    What runs calls `check` at every layer, and waits with `wait_for`, so that it ends within one layer's computation.
+    What runs calls `pause` at every layer, and waits with `wait_for`, so that it ends within one layer's computation.
     """
 
     def __init__(self) -> None:
@@ -35,11 +37,18 @@ class Run:
         if self._stop.done():
             self._stop.result()
 
+    def pause(self) -> None:
+        """As `check`, but first wait while another thread builds a model under another default dtype."""
+        while (build := runs.build) is not None and runs.builder != threading.get_ident():
+            self.wait_for(build)
+        self.check()
+
     def wait_for(self, future: "Future[Any]") -> None:
         """Wait until a future is done, however it ends.
 
         Raises:
             Exception: what the run was interrupted with in the meantime.
         """
-        wait([future, self._stop], return_when=FIRST_COMPLETED)
+        with runs.resting():
+            wait([future, self._stop], return_when=FIRST_COMPLETED)
         self.check()

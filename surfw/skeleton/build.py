@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.skeleton.config import COMPILED, IMPLEMENTATIONS, untag_floats
-from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub
+from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub, runs
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")
@@ -163,9 +163,10 @@ def build_skeleton(
     *,
     tensor_count: int,
     accepts: Callable[[tuple[int, ...]], bool] = lambda _: True,
+    check: Callable[[], object] = lambda: None,
     where: str,
 ) -> Skeleton:
-    """Build the model on the meta device.
+    """Build the model on the meta device. Models that run in other threads wait for it, if it has another dtype.
 
     Args:
         config: its configuration; changed by transformers while building.
@@ -173,13 +174,16 @@ def build_skeleton(
         dtype: the default dtype of its parameters.
         tensor_count: how many tensors the checkpoint or manifest has; many more are refused.
         accepts: whether a parameter of this shape can be right; the first that is not ends the building.
+        check: called while it waits for other threads; raises when the model is no longer wanted.
         where: names the model in errors.
 
     Raises:
         UnsupportedModelError: the model cannot be built, or asks for more than `tensor_count` and `accepts` allow.
+        ModelError: a model that runs in another thread does not reach its next layer.
     """
     with ExitStack() as stack:
-        stack.enter_context(_BUILDING)
+        stack.enter_context(runs.holding(_BUILDING, check))
+        stack.enter_context(runs.building(dtype, check, where=where))
         stack.enter_context(guarded(Guard(tensor_count, accepts, where)))
         stack.enter_context(foreign_errors(f"model {where} ({cls.__name__})"))
         stack.enter_context(no_hub())
@@ -227,7 +231,7 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
         raise UnsupportedModelError(f"{where} wants {size} bytes of buffers, expected at most {_MAX_BUFFER_BYTES}")
     for module, leaf in places:
         setattr(module, leaf, _unmade(getattr(module, leaf)))
-    with _BUILDING, foreign_errors(f"the buffers of {where}"):
+    with runs.holding(_BUILDING), foreign_errors(f"the buffers of {where}"):
         initialise: Any = model.initialize_weights
         initialise()
     for module, leaf in places:
