@@ -19,7 +19,7 @@ import transformers
 from surfw.chunking.chunker import prepare_model, write_model
 from surfw.config import MIB, Policy
 from surfw.errors import ConfigurationError
-from surfw.models import StreamingModel, WeightClient, opened
+from surfw.models import StreamingModel, WeightClient, needs, opened
 from surfw.runtime.kv_cache import kv_cost
 from surfw.storage import open_backend
 from tests.exactness.families import Family
@@ -135,7 +135,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory for rows, so that it is worth it to read tables of a few MB row by row."""
-    monkeypatch.setattr(opened, "_ROWS_BYTES", MIB)
+    for module in (needs, opened):
+        monkeypatch.setattr(module, "ROWS_BYTES", MIB)
 
 
 @pytest.fixture(autouse=True)
