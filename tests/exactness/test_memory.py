@@ -1,6 +1,7 @@
 """However little memory there is, and however it is used, the bits are those of the resident model."""
 
 import asyncio
+import bisect
 import copy
 import inspect
 import itertools
@@ -21,6 +22,7 @@ from surfw.config import MIB, Policy
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, WeightClient, needs, opened
 from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.residency import Limit
 from surfw.storage import open_backend
 from tests.exactness.families import Family
 from tests.servers import serve
@@ -178,15 +180,28 @@ def cache_bytes(model: Any) -> int:
     return kv_cost(model.config, model.dtype).total_bytes(PROMPT, NEW_TOKENS, sequences=3)
 
 
+def runs_with(model: StreamingModel, budget: int) -> bool:
+    """Whether an open model could be planned for with so many bytes."""
+    assert model._opened is not None
+    try:
+        model._opened.engine.plan_with(Limit(budget_bytes=budget))
+    except ConfigurationError:
+        return False
+    return True
+
+
 def budget_of(place: Place, name: str, setting: Setting) -> int:
     """The budget in bytes, with the KV cache on top of what weights have."""
     key = (name, setting.source, setting.dtype)
     if key not in place.bounds:
-        with pytest.raises(ConfigurationError) as caught:
-            place.open(name, 1, setting)
         with place.open(name, 10**9, setting) as model:
-            (least,) = map(int, re.findall(r"\((\d+) bytes\) at least", str(caught.value)))
-            place.bounds[key] = least, model.plan.peak_bytes
+            everything = model.plan.peak_bytes
+            least = bisect.bisect_left(range(everything), 1, key=lambda budget: runs_with(model, budget))
+            place.bounds[key] = least, everything
+        with pytest.raises(ConfigurationError, match=r"needs .* at least") as caught:
+            place.open(name, least - 1, setting)
+        (told,) = map(int, re.findall(r"\((\d+) bytes\) at least", str(caught.value)))
+        assert told >= least, "it is for whatever source there may be"
     least, everything = place.bounds[key]
     assert least < everything
     sizes = dict(zip(BUDGETS, (least, (least + everything) // 2, everything - 1, everything), strict=True))
