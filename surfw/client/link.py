@@ -188,7 +188,7 @@ class Link:
     def _give_up(self, request_id: int, pending: _Pending) -> None:
         """Make sure that nothing more goes to the transfer; if the answer is not complete, cancel it."""
         pending.transfer = None
-        if not pending.done.cancel():
+        if not pending.done.cancel() and not pending.done.cancelled():
             pending.done.exception()  # whoever was cancelled while it failed does not look at it
         if self._session.is_open(request_id) and self._connection and not self.ended:
             if self._receiving == request_id:

@@ -1,16 +1,19 @@
 """A server as a source: what it fetches is right, verified, and written nowhere else."""
 
 import asyncio
+import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
 from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import IntegrityError, RefusedError, UnknownModelError
 from surfw.source import Read
-from tests.peers import serving, until, whole
+from tests.peers import pretending, serving, until, whole
 from tests.server.backends import GatedBackend
 from tests.stores import TOKENIZER, make_store, payload
 
@@ -175,9 +178,42 @@ def test_after_a_cancelled_fetch_nothing_is_written_and_others_go_on(tmp_path: P
                 assert bytes(memory) == seen
                 read.destination.release()
                 memory.clear()  # fails if anything else still holds on to it
-            await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+                await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+                assert server.stats()["bytes_sent"] - sent < 40 * MIB  # both, and the first of them not to its end
 
     asyncio.run(main())
+
+
+def test_a_fetch_that_is_cancelled_within_a_frame_is_cancelled_there_too(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+    heard: list[dict[str, Any]] = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": 256 * KIB}))
+        websocket.transport.write(b"\x82\x7f" + (256 * KIB).to_bytes(8) + b"!" * 100_000)
+        while not heard or heard[-1]["type"] != "models":
+            heard.append(json.loads(await websocket.recv()))
+        websocket.transport.write(b"?" * (256 * KIB - 100_000))
+        await websocket.send(json.dumps({"type": "error", "id": 0, "code": "cancelled", "message": "given up"}))
+        await websocket.send(json.dumps({"type": "models", "id": 1, "models": ["a"]}))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            read, memory = whole(manifest.chunks[0])
+            fetching = asyncio.create_task(source.fetch(manifest, [read]))
+            await until(lambda: memory[99_999] != 0)
+            fetching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fetching
+            assert await source.models() == ["a"]
+            assert memory == b"!" * 100_000 + bytes(MIB - 100_000)
+            read.destination.release()
+            memory.clear()  # fails if anything else still holds on to it
+
+    asyncio.run(main())
+    assert [message["type"] for message in heard] == ["cancel", "models"]
 
 
 def test_a_fetch_that_is_cancelled_before_it_begins_asks_for_nothing(tmp_path: Path) -> None:
