@@ -1,10 +1,16 @@
-"""How often, and after how long, an operation on a network is tried again. Pure: whoever tries does the waiting."""
+"""What is tried again on a network, how often, and after how long. Pure: whoever tries does the waiting."""
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from surfw.errors import ConfigurationError
+
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses of a server that is busy, or of a proxy whose server is away: trying again may help."""
+
+MOST_REDIRECTS = 5
+"""So many redirects are followed, one after the other."""
 
 _MOST_ATTEMPTS = 1000
 

@@ -19,6 +19,7 @@ from surfw.client.address import plan_headers, refusal
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
+from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
 from surfw.wire import PROTOCOL, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
@@ -26,7 +27,6 @@ _library_log.setLevel(logging.WARNING)  # below that, it shows headers with toke
 
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
-_MOST_REDIRECTS = 4
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 """Where a redirect may lead, and what is spoken there."""
 
@@ -35,12 +35,6 @@ _REDIRECTS = {
     HTTPStatus.PERMANENT_REDIRECT,
 }  # fmt: skip
 _SHOWN = 200
-
-_PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
-}  # fmt: skip
-"""What a proxy answers while the server behind it is away, or one of them is busy: trying again may help."""
 
 
 class _NotFollowed(WebSocketException):
@@ -77,8 +71,8 @@ class _Connecting(connect):
             why = "with a user and a password that are not ours"
         elif old.secure and not new.secure:
             why = "where there is no TLS"
-        elif self._redirects > _MOST_REDIRECTS:
-            why = f"after {_MOST_REDIRECTS} other redirects"
+        elif self._redirects > MOST_REDIRECTS:
+            why = f"after {MOST_REDIRECTS} other redirects"
         if why:
             return _NotFollowed(f"{shown}, {why}")
         if (old.secure, old.host, old.port) != (new.secure, new.host, new.port):
@@ -183,7 +177,7 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
                 return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
             text = _refused(link, exc.response)
             transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        case InvalidStatus() if exc.response.status_code in _PASSING:
+        case InvalidStatus() if exc.response.status_code in TRANSIENT_STATUSES:
             status = f"status {exc.response.status_code}, as proxies do whose server is away"
             text, transient = f"{link.url} answers with {status}; {_NEXT}", True
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:

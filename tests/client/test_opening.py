@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
 from surfw.errors import ConnectionFailedError, RefusedError
-from surfw.retry import RetryPolicy
+from surfw.retry import TRANSIENT_STATUSES, RetryPolicy
 from tests.certificates import for_client, for_server, make_certificate
 from tests.peers import pretending, serving, tcp_server
 from tests.stores import make_store
@@ -42,7 +42,7 @@ def answers(status: int, *headers: str) -> bytes:
 @pytest.mark.parametrize(
     ("said", "complaint"),
     [
-        *((answers(status), f"answers with status {status}, as proxies do") for status in (429, 500, 502, 503, 504)),
+        *((answers(status), f"answers with status {status}, as proxies do") for status in sorted(TRANSIENT_STATUSES)),
         (b"", "hung up before it said hello"),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgr", "hung up before it said hello"),
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 500\r\n\r\nso", "hung up before it said hello"),
@@ -135,7 +135,7 @@ def test_a_redirect_is_followed(tmp_path: Path, status: int, scheme: str) -> Non
     async def main() -> None:
         async with serving(tmp_path) as server:
             to = f"{scheme}://127.0.0.1:{server.port}/"
-            talk = redirecting("/one", "two#here", to, status=status)
+            talk = redirecting("/one", "two#here", "/three", "/four", to, status=status)
             async with tcp_server(talk) as url, await open_wire_source(url, retry=ONCE) as source:
                 assert await source.models() == ["toy/model"]
                 assert source.url == f"{url} (redirected to ws://127.0.0.1:{server.port}/)"
@@ -162,7 +162,7 @@ def test_a_redirect_to_another_host_or_port_takes_no_token_along(tmp_path: Path)
 @pytest.mark.parametrize(
     ("location", "complaint"),
     [
-        ("/again", "after 4 other redirects"),
+        ("/again", "after 5 other redirects"),
         ("ftp://127.0.0.1/x", "which is not the address of a server"),
         ("file:///etc/passwd", "which is not the address of a server"),
         ("ws://me:secret@127.0.0.1:1/", "with a user and a password that are not ours"),
