@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from surfw.errors import ConfigurationError
 
+_MOST_ATTEMPTS = 1000
+
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses of a server that is busy, or of a proxy whose server is away: trying again may help."""
+"""What an HTTP server answers for reasons that may pass."""
 
 MOST_REDIRECTS = 5
-"""So many redirects are followed, one after the other."""
-
-_MOST_ATTEMPTS = 1000
+"""How often in a row a server may send elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -117,6 +117,13 @@ class Link:
         """Whether what came first, if anything, may be the beginning of an HTTP response."""
         return self._connection is None or self._connection.may_be_http
 
+    @property
+    def is_surfw(self) -> bool:
+        """Whether a surfw server answers, of whatever version: it says so in its HTTP response, or in its hello."""
+        response = self._connection.response if self._connection else None
+        called = response.headers.get_all("Server") if response else []  # a proxy may have added its own
+        return any(one.startswith("surfw/") for one in called) or self._session.offered.startswith("surfw.")
+
     async def models(self) -> tuple[str, ...]:
         """The names of the server's models."""
         answer = await self._ask(ListModels, None)

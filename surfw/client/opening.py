@@ -34,6 +34,9 @@ _REDIRECTS = {
     HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.FOUND, HTTPStatus.SEE_OTHER, HTTPStatus.TEMPORARY_REDIRECT,
     HTTPStatus.PERMANENT_REDIRECT,
 }  # fmt: skip
+_NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
+"""With these somebody says no who may well stand before a surfw server."""
+
 _SHOWN = 200
 
 
@@ -120,7 +123,7 @@ async def open_link(
             )
             _require_surfw(connection)
             await link.greeted
-    except (OSError, ValueError, WebSocketException, ConnectionFailedError) as exc:
+    except (OSError, ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
         raise _explain(link, connect_seconds, token, exc) from exc
     finally:
         if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
@@ -172,7 +175,7 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             return _explain_network(link, seconds, exc)
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
-        case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
+        case InvalidStatus() if link.is_surfw:
             if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
                 return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
             text = _refused(link, exc.response)
@@ -180,6 +183,9 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case InvalidStatus() if exc.response.status_code in TRANSIENT_STATUSES:
             status = f"status {exc.response.status_code}, as proxies do whose server is away"
             text, transient = f"{link.url} answers with {status}; {_NEXT}", True
+        case InvalidStatus() if exc.response.status_code in _NOT_LET_IN:
+            status = f"status {exc.response.status_code}, as proxies do that want to know who asks"
+            text = f"{link.url} refuses the connection with {status}; name an address that lets you in"
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
             text, transient = _hung_up(link), True
         case ConnectionFailedError() if exc.transient:
@@ -188,7 +194,10 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
             why = (link.ended if isinstance(exc, ConnectionFailedError) else None) or exc
-            text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
+            if link.is_surfw:
+                text = f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides"
+            else:
+                text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
 
 
