@@ -175,17 +175,8 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             return _explain_network(link, seconds, exc)
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
-        case InvalidStatus() if link.is_surfw:
-            if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
-                return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
-            text = _refused(link, exc.response)
-            transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        case InvalidStatus() if exc.response.status_code in TRANSIENT_STATUSES:
-            status = f"status {exc.response.status_code}, as proxies do whose server is away"
-            text, transient = f"{link.url} answers with {status}; {_NEXT}", True
-        case InvalidStatus() if exc.response.status_code in _NOT_LET_IN:
-            status = f"status {exc.response.status_code}, as proxies do that want to know who asks"
-            text = f"{link.url} refuses the connection with {status}; name an address that lets you in"
+        case InvalidStatus():
+            return _explain_status(link, token, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
             text, transient = _hung_up(link), True
         case ConnectionFailedError() if exc.transient:
@@ -193,12 +184,35 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case _NotFollowed():
             text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
-            why = (link.ended if isinstance(exc, ConnectionFailedError) else None) or exc
-            if link.is_surfw:
-                text = f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides"
-            else:
-                text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
+            return _not_surfw(link, (link.ended if isinstance(exc, ConnectionFailedError) else None) or str(exc))
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
+
+
+def _explain_status(link: Link, token: str | None, response: Response) -> SurfwError:
+    """Why there is only an HTTP answer."""
+    status, transient = response.status_code, False
+    if link.is_surfw:
+        if status == HTTPStatus.UNAUTHORIZED:
+            return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
+        text, transient = _refused(link, response), status == HTTPStatus.SERVICE_UNAVAILABLE
+    elif status in TRANSIENT_STATUSES:
+        text, transient = f"{link.url} answers with status {status}, as proxies do whose server is away; {_NEXT}", True
+    elif status in _NOT_LET_IN:
+        text = (
+            f"{link.url} refuses the connection with status {status}, as proxies do; name an address that lets you in"
+        )
+    else:
+        return _not_surfw(link, f"it answers with status {status}")
+    return ConnectionFailedError(printable(text), transient=transient)
+
+
+def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
+    """Something else is there, or a surfw server that speaks otherwise."""
+    if link.is_surfw:
+        text = f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides"
+    else:
+        text = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}"
+    return ConnectionFailedError(printable(text), absent=not link.is_surfw)
 
 
 def _explain_network(link: Link, seconds: float, exc: OSError) -> ConnectionFailedError:
