@@ -20,7 +20,7 @@ from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.client.connection import WireConnection
-from surfw.client.transfer import Transfer
+from surfw.client.transfer import Transfer, most_read
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
@@ -273,7 +273,10 @@ class Link:
 
     def _read_on(self, pending: _Pending, message: Progress) -> None:
         """The server has read for a request; more than there is to read does not count."""
-        read_bytes = min(message.bytes, pending.transfer.most_read_bytes) if pending.transfer else 0
+        if pending.done.done():  # it was given up
+            return
+        most = pending.transfer.most_read_bytes if pending.transfer else most_read(self.limits.control_bytes)
+        read_bytes = min(message.bytes, most)
         if read_bytes >= pending.read_bytes + PROGRESS_BYTES:
             pending.read_bytes = read_bytes
             self._progress(pending)
