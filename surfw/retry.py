@@ -1,4 +1,4 @@
-"""How often, and after how long, an operation on a network is tried again. Pure: whoever tries does the waiting."""
+"""What is tried again on a network, how often, and after how long. Pure: whoever tries does the waiting."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from surfw.errors import ConfigurationError
 
 _MOST_ATTEMPTS = 1000
+
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""What an HTTP server answers for reasons that may pass."""
+
+MOST_REDIRECTS = 5
+"""How often in a row a server may send elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

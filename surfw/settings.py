@@ -141,7 +141,7 @@ class Settings:
     )
     silence_timeout: float = _setting(
         DEFAULT_SILENCE_SECONDS,
-        "Seconds without progress after which what is asked is given up.",
+        "Give up after this many seconds without progress.",
         least=_SHORTEST_SECONDS,
     )
     retry_attempts: int = _setting(

@@ -72,8 +72,8 @@ def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
     if len(set(seen)) == 1:
         return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {stored}"
     return (
-        "check the network and the memory of this machine: it was not the same each of "
-        f"{len(seen)} times, so the damage comes on the way"
+        f"it differed between {len(seen)} reads, so it is damaged on the way; check the network and the memory of this "
+        "machine"
     )
 
 

@@ -20,7 +20,7 @@ from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.client.connection import WireConnection
-from surfw.client.transfer import Transfer
+from surfw.client.transfer import Transfer, most_read
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
@@ -117,6 +117,13 @@ class Link:
         """Whether what came first, if anything, may be the beginning of an HTTP response."""
         return self._connection is None or self._connection.may_be_http
 
+    @property
+    def is_surfw(self) -> bool:
+        """Whether a surfw server answers, of whatever version: it says so in its HTTP response, or in its hello."""
+        response = self._connection.response if self._connection else None
+        called = response.headers.get_all("Server") if response else []  # a proxy may have added its own
+        return any(one.startswith("surfw/") for one in called) or self._session.offered.startswith("surfw.")
+
     async def models(self) -> tuple[str, ...]:
         """The names of the server's models."""
         answer = await self._ask(ListModels, None)
@@ -188,7 +195,7 @@ class Link:
     def _give_up(self, request_id: int, pending: _Pending) -> None:
         """Make sure that nothing more goes to the transfer; if the answer is not complete, cancel it."""
         pending.transfer = None
-        if not pending.done.cancel():
+        if not pending.done.cancel() and not pending.done.cancelled():
             pending.done.exception()  # whoever was cancelled while it failed does not look at it
         if self._session.is_open(request_id) and self._connection and not self.ended:
             if self._receiving == request_id:
@@ -266,7 +273,10 @@ class Link:
 
     def _read_on(self, pending: _Pending, message: Progress) -> None:
         """The server has read for a request; more than there is to read does not count."""
-        read_bytes = min(message.bytes, pending.transfer.most_read_bytes) if pending.transfer else 0
+        if pending.done.done():  # it was given up
+            return
+        most = pending.transfer.most_read_bytes if pending.transfer else most_read(self.limits.control_bytes)
+        read_bytes = min(message.bytes, most)
         if read_bytes >= pending.read_bytes + PROGRESS_BYTES:
             pending.read_bytes = read_bytes
             self._progress(pending)

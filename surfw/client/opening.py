@@ -19,6 +19,7 @@ from surfw.client.address import plan_headers, refusal
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
+from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
 from surfw.wire import PROTOCOL, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
@@ -26,7 +27,6 @@ _library_log.setLevel(logging.WARNING)  # below that, it shows headers with toke
 
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
-_MOST_REDIRECTS = 4
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 """Where a redirect may lead, and what is spoken there."""
 
@@ -34,13 +34,10 @@ _REDIRECTS = {
     HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.FOUND, HTTPStatus.SEE_OTHER, HTTPStatus.TEMPORARY_REDIRECT,
     HTTPStatus.PERMANENT_REDIRECT,
 }  # fmt: skip
-_SHOWN = 200
+_NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
+"""With these somebody says no who may well stand before a surfw server."""
 
-_PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
-}  # fmt: skip
-"""What a proxy answers while the server behind it is away, or one of them is busy: trying again may help."""
+_SHOWN = 200
 
 
 class _NotFollowed(WebSocketException):
@@ -77,8 +74,8 @@ class _Connecting(connect):
             why = "with a user and a password that are not ours"
         elif old.secure and not new.secure:
             why = "where there is no TLS"
-        elif self._redirects > _MOST_REDIRECTS:
-            why = f"after {_MOST_REDIRECTS} other redirects"
+        elif self._redirects > MOST_REDIRECTS:
+            why = f"after {MOST_REDIRECTS} other redirects"
         if why:
             return _NotFollowed(f"{shown}, {why}")
         if (old.secure, old.host, old.port) != (new.secure, new.host, new.port):
@@ -126,7 +123,7 @@ async def open_link(
             )
             _require_surfw(connection)
             await link.greeted
-    except (OSError, ValueError, WebSocketException, ConnectionFailedError) as exc:
+    except (OSError, ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
         raise _explain(link, connect_seconds, token, exc) from exc
     finally:
         if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
@@ -178,14 +175,8 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
             return _explain_network(link, seconds, exc)
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
-        case InvalidStatus() if exc.response.headers.get("Server", "").startswith("surfw/"):
-            if exc.response.status_code == HTTPStatus.UNAUTHORIZED:
-                return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
-            text = _refused(link, exc.response)
-            transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        case InvalidStatus() if exc.response.status_code in _PASSING:
-            status = f"status {exc.response.status_code}, as proxies do whose server is away"
-            text, transient = f"{link.url} answers with {status}; {_NEXT}", True
+        case InvalidStatus():
+            return _explain_status(link, token, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
             text, transient = _hung_up(link), True
         case ConnectionFailedError() if exc.transient:
@@ -193,9 +184,35 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
         case _NotFollowed():
             text, absent = f"{link.url} redirects to {exc}; name the server's own address", True
         case _:
-            why = (link.ended if isinstance(exc, ConnectionFailedError) else None) or exc
-            text, absent = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", True
+            return _not_surfw(link, (link.ended if isinstance(exc, ConnectionFailedError) else None) or str(exc))
     return ConnectionFailedError(printable(text), transient=transient, absent=absent)
+
+
+def _explain_status(link: Link, token: str | None, response: Response) -> SurfwError:
+    """Why there is only an HTTP answer."""
+    status, transient = response.status_code, False
+    if link.is_surfw:
+        if status == HTTPStatus.UNAUTHORIZED:
+            return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
+        text, transient = _refused(link, response), status == HTTPStatus.SERVICE_UNAVAILABLE
+    elif status in TRANSIENT_STATUSES:
+        text, transient = f"{link.url} answers with status {status}, as proxies do whose server is away; {_NEXT}", True
+    elif status in _NOT_LET_IN:
+        text = (
+            f"{link.url} refuses the connection with status {status}, as proxies do; name an address that lets you in"
+        )
+    else:
+        return _not_surfw(link, f"it answers with status {status}")
+    return ConnectionFailedError(printable(text), transient=transient)
+
+
+def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
+    """Something else is there, or a surfw server that speaks otherwise."""
+    if link.is_surfw:
+        text = f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides"
+    else:
+        text = f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}"
+    return ConnectionFailedError(printable(text), absent=not link.is_surfw)
 
 
 def _explain_network(link: Link, seconds: float, exc: OSError) -> ConnectionFailedError:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from surfw.client.link import Link
 from surfw.client.opening import open_link
-from surfw.client.transfer import ChunkTransfer, Document
+from surfw.client.transfer import ChunkTransfer, Document, most_digests_bytes
 from surfw.config import (
     BLOCK_BYTES,
     DAMAGE_RETRIES,
@@ -25,6 +25,7 @@ from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, R
 from surfw.manifest import Digests, Manifest, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
+from surfw.threads import together
 from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
 
 logger = logging.getLogger("surfw.client")
@@ -110,13 +111,7 @@ class WireSource(ChunkSource):
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""
-        fetches = [asyncio.create_task(self._fetch(manifest.name, read, priority)) for read in reads]
-        try:
-            await asyncio.gather(*fetches)
-        finally:
-            for fetch in fetches:
-                fetch.cancel()
-            await asyncio.gather(*fetches, return_exceptions=True)
+        await together(self._fetch(manifest.name, read, priority) for read in reads)
 
     async def _fetch(self, model: str, whole: Read, priority: int) -> None:
         if not whole.form.is_known:
@@ -178,9 +173,10 @@ class WireSource(ChunkSource):
         async with self._asking[name]:
             if name not in self._digests:
                 what = f"what the server at {self.url} says of chunk {read.chunk.name}"
-                into = partial(Document, what, made_from_bytes=read.form.stored_bytes)
+                size = read.form.stored_bytes
+                into = partial(Document, what, most_bytes=most_digests_bytes(size), made_from_bytes=size)
                 data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), into)
-                self._digests[name] = parse_digests(data, read.form.stored_bytes, where=what)
+                self._digests[name] = parse_digests(data, size, where=what)
         known = with_digests(read.chunk, self._digests[name])
         asked = replace(known, id=read.chunk.id)  # a server knows a chunk by both
         return replace(read, chunk=asked, form=known.forms[0])

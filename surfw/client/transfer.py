@@ -10,7 +10,7 @@ from typing import Protocol
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB
 from surfw.errors import IntegrityError
-from surfw.manifest import payload_digest
+from surfw.manifest import count_blocks, payload_digest
 from surfw.source import Read, find_damage
 from surfw.threads import to_its_end
 from surfw.wire import Begin
@@ -18,6 +18,8 @@ from surfw.wire import Begin
 _VERIFY_BYTES = 4 * MIB
 _PAGE_BYTES = 4 * MIB
 """A server reads whole pages, of about this size."""
+_AROUND_DIGESTS_BYTES = 1024
+"""What a document has beside the digests of blocks."""
 
 
 class Transfer(Protocol):
@@ -39,9 +41,14 @@ class Transfer(Protocol):
         """The bytes before offset `stop` are there."""
 
 
-def _most_read(size: int, parts: int = 1) -> int:
+def most_read(size: int, parts: int = 1) -> int:
     """What is read for so many bytes that lie in some places: whole pages, and more than once if they are damaged."""
     return (size + 2 * parts * _PAGE_BYTES) * (1 + DAMAGE_RETRIES)
+
+
+def most_digests_bytes(stored_bytes: int) -> int:
+    """How long the document with the digests of so many stored bytes may be: two characters for each byte of them."""
+    return 64 * count_blocks(stored_bytes) + _AROUND_DIGESTS_BYTES
 
 
 class Document:
@@ -51,16 +58,28 @@ class Document:
         seen: what came in place of what was announced or listed, once that is known: a size or a digest.
     """
 
-    def __init__(self, what: str, *, listed: tuple[int, str] | None = None, made_from_bytes: int) -> None:
-        """Name it for errors; `listed` has the size and BLAKE3 that a manifest lists for it.
+    def __init__(
+        self,
+        what: str,
+        *,
+        listed: tuple[int, str] | None = None,
+        most_bytes: int | None = None,
+        made_from_bytes: int,
+    ) -> None:
+        """Name it for errors.
 
-        `made_from_bytes` is how much of the storage a server reads to make it.
+        Args:
+            what: its name.
+            listed: the size and BLAKE3 that a manifest lists for it.
+            most_bytes: how long it can be, if less than the session's limits is known.
+            made_from_bytes: how much of the storage a server reads to make it.
         """
         self.received = 0
-        self.most_read_bytes = _most_read(made_from_bytes)
+        self.most_read_bytes = most_read(made_from_bytes)
         self.seen: object = None
         self._what = what
         self._listed = listed
+        self._most_bytes = most_bytes
         self._digest = ""
         self._data = bytearray()
 
@@ -68,11 +87,14 @@ class Document:
         """Make room.
 
         Raises:
-            IntegrityError: what is announced is not what is listed.
+            IntegrityError: what is announced is not what is listed, or longer than it can be.
         """
         if self._listed not in {None, (message.size, message.digest)}:
             self.seen = (message.size, message.digest)
             raise IntegrityError(f"{self._what} is not the one its manifest lists")
+        if self._most_bytes is not None and message.size > self._most_bytes:
+            self.seen = (message.size, message.digest)
+            raise IntegrityError(f"{self._what} has {message.size} bytes, expected at most {self._most_bytes}")
         self._digest = message.digest
         self._data = bytearray(message.size)
 
@@ -103,7 +125,7 @@ class ChunkTransfer:
     def __init__(self, read: Read, verifiers: Executor | None) -> None:
         """Name what is read; `verifiers` None leaves the bytes unverified, for measurements only."""
         self.received = 0
-        self.most_read_bytes = _most_read(read.stop - read.start, 1 + len(read.chunk.tensors))
+        self.most_read_bytes = most_read(read.stop - read.start, 1 + len(read.chunk.tensors))
         self._read = read
         self._verifiers = verifiers
         self._checked = 0
@@ -153,5 +175,4 @@ class ChunkTransfer:
     async def settle(self) -> None:
         """Wait until no thread looks at the destination any more."""
         running = [check for _, check in self._checks if not check.cancel() and not check.done()]
-        for check in running:
-            await to_its_end(asyncio.wrap_future(check))
+        await to_its_end(asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True))

@@ -38,6 +38,8 @@ from surfw.wire.messages import (
     parse_server_message,
 )
 
+_SHOWN = 40
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -54,12 +56,14 @@ class ClientSession:
 
     Attributes:
         requests: the most requests to have open at a time, by both sides' limits; 0 until the server said hello.
+        offered: the protocol that the server's hello named, spoken here or not; "" until there was one.
     """
 
     def __init__(self, limits: WireLimits, *, client: str) -> None:
         """Nothing was received yet; `client` is the name and version to say hello with."""
         self.limits = limits
         self.requests = 0
+        self.offered = ""
         self._client = client
         self._frame_bytes = 0
         self._window_bytes = 0
@@ -111,8 +115,11 @@ class ClientSession:
         return message
 
     def _greet(self, message: ServerMessage) -> ServerHello:
-        if not isinstance(message, ServerHello) or message.protocol != PROTOCOL:
+        if not isinstance(message, ServerHello):
             raise RemoteProtocolError(f"the first message of a server is hello for {PROTOCOL}")
+        self.offered = message.protocol
+        if self.offered != PROTOCOL:
+            raise RemoteProtocolError(f"hello for {self.offered[:_SHOWN]}, expected {PROTOCOL}")
         if not MIN_FRAME_BYTES <= message.frame_bytes <= MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"hello: frames of {message.frame_bytes} bytes; they have from 128 to 512 KiB")
         window = min(message.window_bytes, self.limits.window_bytes)

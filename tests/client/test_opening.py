@@ -1,6 +1,7 @@
 """The way to a server: what passes is tried again, and redirects are followed as far as is safe."""
 
 import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 from websockets.asyncio.server import ServerConnection
 
-from surfw.client import open_wire_source
+from surfw.client import open_wire_source, probe
+from surfw.config import WireLimits
 from surfw.errors import ConnectionFailedError, RefusedError
-from surfw.retry import RetryPolicy
+from surfw.retry import TRANSIENT_STATUSES, RetryPolicy
+from surfw.wire import ServerSession
 from tests.certificates import for_client, for_server, make_certificate
 from tests.peers import pretending, serving, tcp_server
 from tests.stores import make_store
@@ -42,7 +45,8 @@ def answers(status: int, *headers: str) -> bytes:
 @pytest.mark.parametrize(
     ("said", "complaint"),
     [
-        *((answers(status), f"answers with status {status}, as proxies do") for status in (429, 500, 502, 503, 504)),
+        *((answers(status), f"answers with status {status}, as proxies do") for status in sorted(TRANSIENT_STATUSES)),
+        (answers(503, "Server: nginx", "Server: cloud"), "answers with status 503, as proxies do"),
         (b"", "hung up before it said hello"),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgr", "hung up before it said hello"),
         (b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 500\r\n\r\nso", "hung up before it said hello"),
@@ -75,22 +79,53 @@ def test_a_proxy_whose_server_is_away_is_tried_again(tmp_path: Path, said: bytes
     assert len(asked) == 4
 
 
-@pytest.mark.parametrize("status", [200, 301, 400, 401, 403, 404, 426])
-def test_another_status_is_not_tried_again(status: int) -> None:
+@pytest.mark.parametrize(
+    ("said", "complaint", "absent"),
+    [
+        *((answers(status), "answers, but is not a surfw server", True) for status in (200, 301, 400, 404, 426)),
+        *((answers(status), f"refuses the connection with status {status}", False) for status in (401, 403, 407)),
+        (answers(400, "Server: nginx", "Server: cloud"), "answers, but is not a surfw server", True),
+        (answers(418, "Server: nginx", "Server: surfw/9"), "the server at .* refuses the connection .* 418", False),
+        (answers(101, "Server: surfw/9"), "the server at .* cannot be used: .*; run the same version", False),
+    ],
+)
+def test_another_answer_is_not_tried_again(said: bytes, complaint: str, absent: bool) -> None:
     asked = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked.append(await reader.readuntil(b"\r\n\r\n"))
-        writer.write(answers(status))
+        writer.write(said)
 
     async def main() -> None:
         async with tcp_server(talk) as url:
-            with pytest.raises(ConnectionFailedError, match="answers, but is not a surfw server") as caught:
+            with pytest.raises(ConnectionFailedError, match=complaint) as caught:
                 await open_wire_source(url, retry=AT_ONCE)
-            assert (caught.value.transient, caught.value.absent) == (False, True)
+            assert (caught.value.transient, caught.value.absent) == (False, absent)
+            if absent:
+                assert not await probe(url)
+            else:
+                with pytest.raises(ConnectionFailedError, match=complaint):
+                    await probe(url)
 
     asyncio.run(main())
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("said", "absent"), [("surfw.v2", False), ("chat.v1", True)])
+def test_a_server_that_speaks_another_protocol(said: str, absent: bool) -> None:
+    hello = json.loads(ServerSession(WireLimits(), server="surfw/9").hello()) | {"protocol": said}
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.send(json.dumps(hello))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer, greet=False) as url:
+            with pytest.raises(ConnectionFailedError, match=rf"hello for {said}, expected surfw\.v1; ") as caught:
+                await open_wire_source(url, retry=AT_ONCE)
+            assert (caught.value.transient, caught.value.absent) == (False, absent)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("code", [None, 1001, 1011, 1012, 1013])
@@ -135,7 +170,7 @@ def test_a_redirect_is_followed(tmp_path: Path, status: int, scheme: str) -> Non
     async def main() -> None:
         async with serving(tmp_path) as server:
             to = f"{scheme}://127.0.0.1:{server.port}/"
-            talk = redirecting("/one", "two#here", to, status=status)
+            talk = redirecting("/one", "two#here", "/three", "/four", to, status=status)
             async with tcp_server(talk) as url, await open_wire_source(url, retry=ONCE) as source:
                 assert await source.models() == ["toy/model"]
                 assert source.url == f"{url} (redirected to ws://127.0.0.1:{server.port}/)"
@@ -162,7 +197,7 @@ def test_a_redirect_to_another_host_or_port_takes_no_token_along(tmp_path: Path)
 @pytest.mark.parametrize(
     ("location", "complaint"),
     [
-        ("/again", "after 4 other redirects"),
+        ("/again", "after 5 other redirects"),
         ("ftp://127.0.0.1/x", "which is not the address of a server"),
         ("file:///etc/passwd", "which is not the address of a server"),
         ("ws://me:secret@127.0.0.1:1/", "with a user and a password that are not ours"),

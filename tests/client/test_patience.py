@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +17,86 @@ from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import ConnectionFailedError
 from surfw.retry import RetryPolicy
 from surfw.source import Read
-from tests.peers import pretending, whole
+from tests.peers import pretending, until, whole
 from tests.stores import make_store, payload
 
-QUICK = 0.4
+SILENCE = 30
 ONCE = RetryPolicy(attempts=1)
-Answer = Callable[[ServerConnection], Awaitable[None]]
+Answer = Callable[[ServerConnection, "Clock"], Awaitable[None]]
 
 
-async def drips(websocket: ServerConnection) -> None:
+class Clock:
+    """The loop's clock, put forward by hand: nobody has to wait, and a slow machine changes nothing."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+        loop = asyncio.get_running_loop()
+        time = loop.time
+        loop.time = lambda: time() + self.ahead  # type: ignore[method-assign]
+
+
+async def others_go_on() -> None:
+    """Let everybody do what can be done now."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def drips(websocket: ServerConnection, clock: Clock) -> None:
     """Sends a byte now and then, in a frame each, and then within a large frame."""
-    await websocket.recv()
     await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": MIB}))
     for _ in range(10):
         await websocket.send(b"?")
-        await asyncio.sleep(QUICK / 20)
+        await (await websocket.ping())
+        clock.ahead += 1
     websocket.transport.write(b"\x82\x7f" + (256 * KIB).to_bytes(8))
-    while True:
+    while not websocket.transport.is_closing():
         websocket.transport.write(b"?" * 5000)
-        await asyncio.sleep(QUICK / 4)
+        await others_go_on()
+        clock.ahead += 5
 
 
-async def pings(websocket: ServerConnection) -> None:
-    await websocket.recv()
-    await ping_on(websocket)
-
-
-async def ping_on(websocket: ServerConnection) -> None:
+async def pings(websocket: ServerConnection, clock: Clock) -> None:
     while True:
-        await websocket.ping()
-        await asyncio.sleep(QUICK / 10)
+        await (await websocket.ping())
+        clock.ahead += 5
 
 
 def reads(counts: Iterator[int]) -> Answer:
     """Says again and again that it reads, and gives nothing."""
 
-    async def answer(websocket: ServerConnection) -> None:
-        await websocket.recv()
+    async def answer(websocket: ServerConnection, clock: Clock) -> None:
         for count in counts:
             await websocket.send(json.dumps({"type": "progress", "id": 0, "bytes": count}))
-            await asyncio.sleep(QUICK / 10)
+            await (await websocket.ping())
+            clock.ahead += 5
 
     return answer
 
 
-async def announces(websocket: ServerConnection) -> None:
-    await websocket.recv()
+async def announces(websocket: ServerConnection, clock: Clock) -> None:
     await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": MIB}))
-    await ping_on(websocket)
+    await pings(websocket, clock)
+
+
+async def says_nothing(websocket: ServerConnection, clock: Clock) -> None:
+    clock.ahead += SILENCE + 1
+    await websocket.wait_closed()
+
+
+async def _open(url: str, limits: WireLimits | None = None, retry: RetryPolicy = ONCE) -> WireSource:
+    return await open_wire_source(url, silence_timeout=SILENCE, retry=retry, limits=limits)
+
+
+@contextlib.asynccontextmanager
+async def asked(answer: Answer, clock: Clock) -> AsyncIterator[WireSource]:
+    """A source whose server does what `answer` does once it was asked for something."""
+
+    async def when_asked(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await answer(websocket, clock)
+
+    async with pretending(when_asked) as url, await _open(url) as source:
+        yield source
 
 
 @pytest.mark.parametrize(
@@ -75,63 +107,68 @@ async def announces(websocket: ServerConnection) -> None:
         (announces, "made no progress for"),
         (reads(itertools.count(1)), "made no progress for"),
         (reads(itertools.count(1 << 40, 1 << 20)), "made no progress for"),
-        (lambda websocket: websocket.wait_closed(), "said nothing for"),
+        (says_nothing, "said nothing for"),
     ],
 )
 def test_what_is_no_progress_ends_in_one_transient_error(tmp_path: Path, answer: Answer, complaint: str) -> None:
     manifest = make_store(tmp_path, sizes=[MIB])
 
     async def main() -> None:
-        limit = asyncio.timeout(60)  # a guard against a hang
-        async with limit, pretending(answer) as url, await _open(url) as source:
-            with pytest.raises(ConnectionFailedError, match=rf"{complaint} {QUICK} seconds") as caught:
+        async with asked(answer, Clock()) as source:
+            with pytest.raises(ConnectionFailedError, match=rf"{complaint} {SILENCE} seconds") as caught:
                 await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
             assert caught.value.transient
 
     asyncio.run(main())
 
 
-async def _open(url: str, silence: float = QUICK, limits: WireLimits | None = None) -> WireSource:
-    return await open_wire_source(url, silence_timeout=silence, retry=ONCE, limits=limits)
-
-
-class Clock:
-    """The loop's clock, put forward by hand: nobody has to wait."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-        loop = asyncio.get_running_loop()
-        time = loop.time
-        loop.time = lambda: time() + self.ahead  # type: ignore[method-assign]
-
-
 def test_a_server_that_reads_on_or_sends_slowly_is_waited_for(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[MIB])
     data = payload(tmp_path, manifest.chunks[0])
-    clocks: list[Clock] = []
+    read, memory = whole(manifest.chunks[0])
 
-    async def answer(websocket: ServerConnection) -> None:
-        await websocket.recv()
+    async def send(websocket: ServerConnection, clock: Clock, sent: bytes, stop: int) -> None:
+        clock.ahead += 20
+        websocket.transport.write(sent)
+        await until(lambda: memory[stop - 64 : stop] == data[stop - 64 : stop])
+
+    async def answer(websocket: ServerConnection, clock: Clock) -> None:
         for count in (64 * KIB, 200 * KIB, MIB):
-            clocks[0].ahead += 20
+            clock.ahead += 20
             await websocket.send(json.dumps({"type": "progress", "id": 0, "bytes": count}))
             await (await websocket.ping())
         await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": MIB}))
         for at in range(0, MIB, 256 * KIB):
-            clocks[0].ahead += 20
-            websocket.transport.write(b"\x82\x7f" + (256 * KIB).to_bytes(8) + data[at : at + 100 * KIB])
-            await asyncio.sleep(0.05)
-            clocks[0].ahead += 20
-            websocket.transport.write(data[at + 100 * KIB : at + 256 * KIB])
-            await asyncio.sleep(0.05)
+            middle, stop = at + 100 * KIB, at + 256 * KIB
+            await send(websocket, clock, b"\x82\x7f" + (256 * KIB).to_bytes(8) + data[at:middle], middle)
+            await send(websocket, clock, data[middle:stop], stop)
         await websocket.wait_closed()
 
     async def main() -> None:
-        clocks.append(Clock())
-        async with pretending(answer) as url, await _open(url, 30) as source:
-            read, memory = whole(manifest.chunks[0])
+        async with asked(answer, Clock()) as source:
             await source.fetch(manifest, [read])
             assert memory == data
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("counts", "waits"), [(range(MIB, 9 * MIB, MIB), True), (itertools.count(1, 1 << 30), False)])
+def test_a_server_that_lists_its_models_may_say_that_it_gets_on(counts: Iterable[int], waits: bool) -> None:
+    async def answer(websocket: ServerConnection, clock: Clock) -> None:
+        for count in counts:
+            clock.ahead += 20
+            await websocket.send(json.dumps({"type": "progress", "id": 0, "bytes": count}))
+            await (await websocket.ping())
+        await websocket.send(json.dumps({"type": "models", "id": 0, "models": ["a"]}))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with asked(answer, Clock()) as source:
+            if waits:
+                assert await source.models() == ["a"]
+            else:
+                with pytest.raises(ConnectionFailedError, match=f"made no progress for {SILENCE} seconds"):
+                    await source.models()
 
     asyncio.run(main())
 
@@ -148,6 +185,7 @@ def test_a_request_may_wait_for_more_urgent_ones_and_not_for_later_ones(
     manifest = make_store(tmp_path, sizes=[1000, 1000])
     data = [payload(tmp_path, chunk) for chunk in manifest.chunks]
     clocks: list[Clock] = []
+    heard: list[dict[str, Any]] = []
 
     async def send(websocket: ServerConnection, number: int, body: bytes) -> None:
         await websocket.send(json.dumps({"type": "data", "id": number, "start": 0, "stop": len(body)}))
@@ -155,6 +193,7 @@ def test_a_request_may_wait_for_more_urgent_ones_and_not_for_later_ones(
 
     async def answer(websocket: ServerConnection) -> None:
         first = json.loads(await websocket.recv())
+        heard.append(first)
         for _ in range(8):
             asked = json.loads(await websocket.recv())
             if asked["type"] == "cancel":
@@ -167,15 +206,15 @@ def test_a_request_may_wait_for_more_urgent_ones_and_not_for_later_ones(
     async def main() -> None:
         clocks.append(Clock())
         limits = WireLimits(requests_in_flight=4)
-        async with pretending(answer, limits=limits) as url, await _open(url, 30) as source:
+        async with pretending(answer, limits=limits) as url, await _open(url, limits) as source:
             first = _ask(source, manifest, 0, 3)
-            await asyncio.sleep(0)
+            await until(lambda: bool(heard))
             with contextlib.suppress(ConnectionFailedError):
                 for _ in range(8):
                     if first.done():
                         break
                     await _ask(source, manifest, 1, 3 if not waits else priority - 5)
-                    await asyncio.sleep(0.05)
+                    await others_go_on()
             if waits:
                 await first
             else:
@@ -188,25 +227,31 @@ def test_a_request_may_wait_for_more_urgent_ones_and_not_for_later_ones(
 def test_cancels_that_are_never_answered_do_not_block_what_comes_after(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[1000])
     connections: list[ServerConnection] = []
+    heard: list[str] = []
 
     async def answer(websocket: ServerConnection) -> None:
         connections.append(websocket)
         async for message in websocket:
-            asked = json.loads(message)
-            if asked["type"] == "models":
-                await websocket.send(json.dumps({"type": "models", "id": asked["id"], "models": ["a"]}))
+            request = json.loads(message)
+            heard.append(request["type"])
+            if request["type"] == "models":
+                await websocket.send(json.dumps({"type": "models", "id": request["id"], "models": ["a"]}))
 
     async def main() -> None:
-        limits, limit = WireLimits(requests_in_flight=2), asyncio.timeout(60)  # a guard against a hang
-        async with limit, pretending(answer, limits=limits) as url:
-            retry = RetryPolicy(attempts=2, first_delay_seconds=0)
-            async with await open_wire_source(url, silence_timeout=QUICK, retry=retry) as source:
-                for _ in range(2):
-                    asking = _ask(source, manifest, 0, 0)
-                    await asyncio.sleep(0.02)
-                    asking.cancel()
-                    await asyncio.gather(asking, return_exceptions=True)
-                assert await source.models() == ["a"]
+        clock, limits = Clock(), WireLimits(requests_in_flight=2)
+        retry = RetryPolicy(attempts=2, first_delay_seconds=0)
+        async with pretending(answer, limits=limits) as url, await _open(url, retry=retry) as source:
+            for number in (1, 2):
+                asking = _ask(source, manifest, 0, 0)
+                await until(lambda number=number: heard.count("get") == number)
+                asking.cancel()
+                await asyncio.gather(asking, return_exceptions=True)
+                await until(lambda number=number: heard.count("cancel") == number)
+            listing = asyncio.create_task(source.models())
+            await others_go_on()
+            assert heard == ["get", "cancel"] * 2
+            clock.ahead += SILENCE + 1
+            assert await listing == ["a"]
         assert len(connections) == 2
 
     asyncio.run(main())

@@ -1,16 +1,21 @@
 """A server as a source: what it fetches is right, verified, and written nowhere else."""
 
 import asyncio
+import json
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
-from surfw.config import KIB, MIB, WireLimits
+from surfw.config import DAMAGE_RETRIES, KIB, MIB, WireLimits
 from surfw.errors import IntegrityError, RefusedError, UnknownModelError
-from surfw.source import Read
-from tests.peers import serving, until, whole
+from surfw.manifest import Form
+from surfw.source import Read, find_damage
+from tests.peers import pretending, serving, until, whole
 from tests.server.backends import GatedBackend
 from tests.stores import TOKENIZER, make_store, payload
 
@@ -175,9 +180,107 @@ def test_after_a_cancelled_fetch_nothing_is_written_and_others_go_on(tmp_path: P
                 assert bytes(memory) == seen
                 read.destination.release()
                 memory.clear()  # fails if anything else still holds on to it
-            await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+                await until(lambda: server.stats()["requests"]["in_flight"] == 0)
+                assert server.stats()["bytes_sent"] - sent < 40 * MIB  # both, and the first of them not to its end
 
     asyncio.run(main())
+
+
+def test_a_fetch_that_is_cancelled_within_a_frame_is_cancelled_there_too(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+    heard: list[dict[str, Any]] = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        await websocket.recv()
+        await websocket.send(json.dumps({"type": "data", "id": 0, "start": 0, "stop": 256 * KIB}))
+        websocket.transport.write(b"\x82\x7f" + (256 * KIB).to_bytes(8) + b"!" * 100_000)
+        while not heard or heard[-1]["type"] != "models":
+            heard.append(json.loads(await websocket.recv()))
+        websocket.transport.write(b"?" * (256 * KIB - 100_000))
+        await websocket.send(json.dumps({"type": "error", "id": 0, "code": "cancelled", "message": "given up"}))
+        await websocket.send(json.dumps({"type": "models", "id": 1, "models": ["a"]}))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url) as source:
+            read, memory = whole(manifest.chunks[0])
+            fetching = asyncio.create_task(source.fetch(manifest, [read]))
+            await until(lambda: memory[99_999] != 0)
+            fetching.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await fetching
+            assert await source.models() == ["a"]
+            assert memory == b"!" * 100_000 + bytes(MIB - 100_000)
+            read.destination.release()
+            memory.clear()  # fails if anything else still holds on to it
+
+    asyncio.run(main())
+    assert [message["type"] for message in heard] == ["cancel", "models"]
+
+
+def test_a_fetch_ends_when_nobody_reads_its_memory_however_often_it_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_store(tmp_path, sizes=[8 * MIB])
+    gates = [threading.Event(), threading.Event()]
+    looking: list[int] = []
+    looked: list[int] = []
+
+    def find_when_told(form: Form, first: int, data: memoryview) -> dict[int, str]:
+        looking.append(first)
+        assert gates[first // 4].wait(60)
+        found = find_damage(form, first, data)
+        looked.append(first)
+        return found
+
+    monkeypatch.setattr("surfw.client.transfer.find_damage", find_when_told)
+
+    async def goes_on(fetching: "asyncio.Task[None]") -> None:
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert not fetching.done()
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, await open_wire_source(server.url) as source:
+            fetching = asyncio.create_task(source.fetch(manifest, [whole(manifest.chunks[0])[0]]))
+            await until(lambda: len(looking) == 2)
+            for _ in range(2):
+                fetching.cancel()
+                await goes_on(fetching)
+            gates[0].set()
+            await until(lambda: bool(looked))
+            await goes_on(fetching)
+            gates[1].set()
+            with pytest.raises(asyncio.CancelledError):
+                await fetching
+
+    asyncio.run(main())
+    assert looked == [0, 4]
+
+
+def test_digests_are_no_longer_than_their_blocks_make_them(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[2 * MIB])
+    chunk = manifest.chunks[0]
+    read, _ = whole(replace(chunk, forms=(replace(chunk.forms[0], digest="", blocks=b""),)))
+    heard: list[str] = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        for number in range(1 + DAMAGE_RETRIES):
+            asked = json.loads(await websocket.recv())
+            begin = {"type": "begin", "id": number, "size": 2000, "digest": "0" * 64}
+            await websocket.send(json.dumps(begin))
+            heard.extend([asked["type"], json.loads(await websocket.recv())["type"]])
+            failed = {"type": "error", "id": number, "code": "cancelled", "message": "given up"}
+            await websocket.send(json.dumps(failed))
+        await websocket.wait_closed()
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, silence_timeout=5) as source:
+            with pytest.raises(IntegrityError, match=r"of chunk layers\.0 has 2000 bytes, expected at most 1152; "):
+                await source.fetch(manifest, [read])
+
+    asyncio.run(main())
+    assert heard == ["digests", "cancel"] * 3
 
 
 def test_a_fetch_that_is_cancelled_before_it_begins_asks_for_nothing(tmp_path: Path) -> None:

@@ -65,7 +65,11 @@ def _draw_fault(draw: random.Random, reach_bytes: int) -> Fault:
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
-    """Before the server at `target`, a URL."""
+    """Before the server at `target`, a URL.
+
+    Attributes:
+        flips: each flip of a bit: all that was sent that way on its connection, as it was before, and the byte's place.
+    """
 
     allow_reuse_address = True
     daemon_threads = True
@@ -76,6 +80,7 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         self.target = (parts.hostname or "", parts.port or 80)
         self.schedule = list(schedule)
         self.over = threading.Event()
+        self.flips: list[tuple[bytearray, int]] = []
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -122,6 +127,8 @@ class _Pump:
     ) -> None:
         self.over, self.stuck = handler.server.over, stuck
         self.source, self.sink, self.faults = source, sink, faults
+        self.flips = handler.server.flips
+        self.sent = bytearray()
         self.gone = 0
         self.left_out = 0
 
@@ -136,6 +143,7 @@ class _Pump:
 
     def pass_on(self, data: bytes) -> None:
         """Send the data, with what happens to it."""
+        self.sent += data
         while data:
             found = [(place, fault) for fault in self.faults if (place := self.find(fault, data)) is not None]
             place, fault = min(found, key=lambda one: one[0]) if found else (len(data), None)
@@ -173,6 +181,7 @@ class _Pump:
         return data
 
     def flip(self, data: bytes, fault: Fault) -> bytes:
+        self.flips.append((self.sent, self.gone))
         return bytes([data[0] ^ 1 << int(fault.amount)]) + data[1:]
 
     def truncate(self, data: bytes, fault: Fault) -> bytes:
