@@ -86,8 +86,7 @@ class LateDigests:
         manifest, chunk = await self._catalog.find(request.model, request.chunk, account)
         if chunk.forms[0].is_known or manifest.origin is None:
             raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
-        part = replace(manifest, config={}, generation_config=None, files=(), ties={}, chunks=(), order=())
-        return _Wanted(manifest.origin.key, chunk.id, part, replace(chunk, tensors=()), account)
+        return _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk, account)
 
     async def _read(self, wanted: _Wanted) -> Digests:
         (form,) = wanted.chunk.forms
