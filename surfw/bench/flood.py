@@ -96,11 +96,11 @@ def _ask(port: int, make: Callable[[], tuple[str, dict[str, Any]]], *, singly: b
                 opened.send(message("credit", bytes=taken))
 
 
-def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random, **more: bool) -> None:
     def make() -> tuple[str, Get]:
         wanted = chance.choice(gets)
         start = chance.randrange(wanted["stop"])
-        return "get", wanted | {"start": start, "stop": start + 1}
+        return "get", wanted | {"start": start, "stop": start + 1} | more
 
     _ask(port, make)
 
@@ -108,6 +108,10 @@ def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None
 def _same_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del chance
     _ask(port, lambda: ("get", gets[0] | {"stop": 1}))
+
+
+def _fresh_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+    _single_bytes(port, gets, chance, fresh=True)
 
 
 def _small_credits(port: int, gets: Sequence[Get], chance: random.Random) -> None:
@@ -165,6 +169,7 @@ FLOODS: Mapping[str, Flood] = {
     "get, cancel, never read": _get_and_cancel,
     "single bytes of many pages": _single_bytes,
     "single bytes of one page": _same_bytes,
+    "fresh bytes of the good client's pages": _fresh_bytes,
     "credits of one byte": _small_credits,
     "manifests": _manifests,
     "lists of models": _models,
@@ -176,6 +181,9 @@ FLOODS: Mapping[str, Flood] = {
     "plain HTTP": _plain_http,
 }
 """What the flooders do, each until it is ended."""
+
+_AT_THE_GOOD = {"fresh bytes of the good client's pages"}
+"""The floods that ask for the chunks of the good client; the others ask for those that do not fit the cache."""
 
 
 def bench_flood(*, seconds: float = 3.0, floods: Sequence[str] = tuple(FLOODS)) -> Result:
@@ -244,9 +252,10 @@ def _connect(port: int) -> bool:
 @contextmanager
 def _flooding(port: int, name: str, manifest: Manifest) -> Iterator[None]:
     """Flood during the body, in a process of its own."""
+    good, other = manifest.chunks[: len(GOOD_SIZES)], manifest.chunks[len(GOOD_SIZES) :]
     gets = [
         {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": 0, "stop": chunk.payload_bytes}
-        for chunk in manifest.chunks[len(GOOD_SIZES) :]
+        for chunk in (good if name in _AT_THE_GOOD else other)
     ]
     process = multiprocessing.get_context("spawn").Process(target=_flood, args=(port, name, gets), daemon=True)
     process.start()

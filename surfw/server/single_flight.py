@@ -85,11 +85,6 @@ class SingleFlight(Generic[Key, Value]):
         if flight is not None and flight.begun:
             self._forget(flight)
 
-    def leads(self, key: Key) -> bool:
-        """Whether the caller is the work that those who ask for the key now would join."""
-        flight = self._flights.get(key)
-        return flight is not None and flight.task is asyncio.current_task()
-
     def _begin(self) -> None:
         """Begin what waits, as far as there are slots."""
         while self._free and (flight := self._queue.take()) is not None:
