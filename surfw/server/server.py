@@ -118,6 +118,7 @@ class WeightServer:
         self._clients = clients
         self._limits = limits or WireLimits()
         self._connections: set[Connection] = set()
+        self._opening = Opening()
         self._process = psutil.Process()
         self._names = (host, *allowed_hosts)
         self._endpoints: HttpEndpoints | None = None
@@ -169,7 +170,7 @@ class WeightServer:
                 self._websockets = await self._listening.open(
                     self._serve_client,
                     self._endpoints.process_request,
-                    partial(Reception, turns=Turns(), opening=Opening(), most_unsent_bytes=self._limits.run_bytes),
+                    partial(Reception, turns=Turns(), opening=self._opening, most_unsent_bytes=self._limits.run_bytes),
                     self._limits,
                 )
             except BaseException:
