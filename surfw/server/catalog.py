@@ -21,6 +21,7 @@ from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModel
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Account
+from surfw.server.pages import Reader
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
@@ -173,6 +174,17 @@ class Catalog:
         self.read_bytes += size
         self._entries[name] = entry
         return entry
+
+    def progress(self, model: str, reader: Reader) -> int:
+        """How far the storage has got for one who waits for a manifest, in bytes that only rise.
+
+        While it waits in line, those are the manifests before its own. One that is being read comes in one go: whether
+        others are read meanwhile says nothing about it.
+        """
+        if self._reads.is_queued(model):
+            reader.read_bytes += self.read_bytes - reader.seen_bytes
+        reader.seen_bytes = self.read_bytes
+        return reader.read_bytes
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""

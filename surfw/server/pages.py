@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, MIB
+from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
@@ -29,8 +29,8 @@ PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
 
-PROGRESS_SECONDS = DEFAULT_SILENCE_SECONDS / 6
-"""How often a client that waits hears how far the storage has got, so that it hears it well within its patience."""
+PROGRESS_SECONDS = 1.0
+"""How often a client that waits hears how far the storage has got, if it has: well within any patience of its own."""
 
 _READS = 8
 """The most reads of the storage at a time; of one that is near, `_NEAR_READS`: they are work for this machine."""
@@ -61,7 +61,7 @@ class ReadAhead:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Bytes `start` to `stop` (end-exclusive) of a stored object; `anew` where they are read although they are there."""
+    """Bytes `start` to `stop` (end-exclusive) of a stored object; `anew` if they are read although they are there."""
 
     object: str
     start: int

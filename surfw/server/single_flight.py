@@ -54,6 +54,11 @@ class SingleFlight(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._flights)
 
+    def is_queued(self, key: Key) -> bool:
+        """Whether somebody waits for the key's work, which has not begun."""
+        flight = self._flights.get(key)
+        return flight is not None and not flight.begun
+
     async def join(self, key: Key, account: Account | None = None, price: float = 1) -> Value:
         """What the work for the key gives; what it raises goes to all who wait.
 
