@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,11 @@ Get = dict[str, Any]
 Flood = Callable[[int, Sequence[Get], random.Random], None]
 
 
-def _open(port: int) -> RawPeer:
-    opened = RawPeer(port).shake_hands()
-    opened.greet()
-    return opened
+@contextmanager
+def _open(port: int) -> Iterator[RawPeer]:
+    with RawPeer(port).shake_hands() as opened:
+        opened.greet()
+        yield opened
 
 
 def _never_read(port: int, batches: Iterator[bytes]) -> None:
@@ -147,16 +148,17 @@ def _pings(port: int, gets: Sequence[Get], chance: random.Random) -> None:
 def _come_and_go(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del gets, chance
     while True:
-        _open(port).close()
+        with _open(port):
+            pass
 
 
 def _half_open(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del gets, chance
     while True:
-        held = [RawPeer(port) for _ in range(_BATCH)]
-        time.sleep(_PAUSE_SECONDS)
-        for one in held:
-            one.close()
+        with ExitStack() as held:
+            for _ in range(_BATCH):
+                held.enter_context(RawPeer(port))
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _plain_http(port: int, gets: Sequence[Get], chance: random.Random) -> None:
