@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,11 @@ Get = dict[str, Any]
 Flood = Callable[[int, Sequence[Get], random.Random], None]
 
 
-def _open(port: int) -> RawPeer:
-    opened = RawPeer(port).shake_hands()
-    opened.greet()
-    return opened
+@contextmanager
+def _open(port: int) -> Iterator[RawPeer]:
+    with RawPeer(port).shake_hands() as opened:
+        opened.greet()
+        yield opened
 
 
 def _never_read(port: int, batches: Iterator[bytes]) -> None:
@@ -96,11 +97,11 @@ def _ask(port: int, make: Callable[[], tuple[str, dict[str, Any]]], *, singly: b
                 opened.send(message("credit", bytes=taken))
 
 
-def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random, **more: bool) -> None:
     def make() -> tuple[str, Get]:
         wanted = chance.choice(gets)
         start = chance.randrange(wanted["stop"])
-        return "get", wanted | {"start": start, "stop": start + 1}
+        return "get", wanted | {"start": start, "stop": start + 1} | more
 
     _ask(port, make)
 
@@ -108,6 +109,10 @@ def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None
 def _same_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del chance
     _ask(port, lambda: ("get", gets[0] | {"stop": 1}))
+
+
+def _fresh_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+    _single_bytes(port, gets, chance, fresh=True)
 
 
 def _small_credits(port: int, gets: Sequence[Get], chance: random.Random) -> None:
@@ -143,16 +148,17 @@ def _pings(port: int, gets: Sequence[Get], chance: random.Random) -> None:
 def _come_and_go(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del gets, chance
     while True:
-        _open(port).close()
+        with _open(port):
+            pass
 
 
 def _half_open(port: int, gets: Sequence[Get], chance: random.Random) -> None:
     del gets, chance
     while True:
-        held = [RawPeer(port) for _ in range(_BATCH)]
-        time.sleep(_PAUSE_SECONDS)
-        for one in held:
-            one.close()
+        with ExitStack() as held:
+            for _ in range(_BATCH):
+                held.enter_context(RawPeer(port))
+            time.sleep(_PAUSE_SECONDS)
 
 
 def _plain_http(port: int, gets: Sequence[Get], chance: random.Random) -> None:
@@ -165,6 +171,7 @@ FLOODS: Mapping[str, Flood] = {
     "get, cancel, never read": _get_and_cancel,
     "single bytes of many pages": _single_bytes,
     "single bytes of one page": _same_bytes,
+    "fresh bytes of the good client's pages": _fresh_bytes,
     "credits of one byte": _small_credits,
     "manifests": _manifests,
     "lists of models": _models,
@@ -176,6 +183,9 @@ FLOODS: Mapping[str, Flood] = {
     "plain HTTP": _plain_http,
 }
 """What the flooders do, each until it is ended."""
+
+_AT_THE_GOOD = {"fresh bytes of the good client's pages"}
+"""The floods that ask for the chunks of the good client; the others ask for those that do not fit the cache."""
 
 
 def bench_flood(*, seconds: float = 3.0, floods: Sequence[str] = tuple(FLOODS)) -> Result:
@@ -244,9 +254,10 @@ def _connect(port: int) -> bool:
 @contextmanager
 def _flooding(port: int, name: str, manifest: Manifest) -> Iterator[None]:
     """Flood during the body, in a process of its own."""
+    good, other = manifest.chunks[: len(GOOD_SIZES)], manifest.chunks[len(GOOD_SIZES) :]
     gets = [
         {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": 0, "stop": chunk.payload_bytes}
-        for chunk in manifest.chunks[len(GOOD_SIZES) :]
+        for chunk in (good if name in _AT_THE_GOOD else other)
     ]
     process = multiprocessing.get_context("spawn").Process(target=_flood, args=(port, name, gets), daemon=True)
     process.start()

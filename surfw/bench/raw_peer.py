@@ -55,12 +55,24 @@ class RawPeer:
         if receive_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(_SECONDS)
-        self.socket.connect(("127.0.0.1", port))
+        try:
+            self.socket.connect(("127.0.0.1", port))
+        except OSError:
+            self.socket.close()
+            raise
         self._buffer = bytearray()
         self._port = port
 
     def shake_hands(self) -> Self:
-        """Open the WebSocket."""
+        """Open the WebSocket; if that fails, hang up."""
+        try:
+            self._shake_hands()
+        except OSError:
+            self.close()
+            raise
+        return self
+
+    def _shake_hands(self) -> None:
         key = "c3VyZncgaXMgYSB0ZXN0IQ=="
         self.socket.sendall(
             f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -72,7 +84,6 @@ class RawPeer:
         answer, self._buffer = bytes(self._buffer[:end]), self._buffer[end + 4 :]
         if b" 101 " not in answer.splitlines()[0]:
             raise ConnectionRefusedError(answer.decode(errors="replace"))
-        return self
 
     def greet(self, window_bytes: int = 8 << 20) -> dict[str, Any]:
         """Exchange hellos; the server's is given back."""

@@ -66,9 +66,10 @@ class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
 class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
     """A cache in which values that were hardly used go before those that were, whoever fills it with them.
 
-    A new value is on trial until half of its size was used (`note_use`). While those on trial take more than half of
-    the budget, they make room; otherwise the values that have proved themselves do, and of each kind the least recently
-    used. Where all values prove themselves, this is an `LruCache`.
+    A new value is on trial until half of its size was used (`note_use`); one that takes the place of another has proved
+    itself if that one had. While those on trial take more than half of the budget, they make room; otherwise the values
+    that have proved themselves do, and of each kind the least recently used. Where all values prove themselves, this is
+    an `LruCache`.
 
     Attributes:
         capacity_bytes: the budget.
@@ -106,12 +107,16 @@ class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
         return self._trial[key] if key in self._trial else self._proven[key]
 
     def __setitem__(self, key: Key, value: Value) -> None:
+        has_proved_itself = key in self._proven
         self.pop(key, None)
         size = self._size_of(value)
         if size > self.capacity_bytes:
             return
         self.trim(self.capacity_bytes - size)
-        self._trial[key], self._used[key] = value, 0
+        if has_proved_itself:
+            self._proven[key] = value
+        else:
+            self._trial[key], self._used[key] = value, 0
 
     def __delitem__(self, key: Key) -> None:
         if self._used.pop(key, None) is None:

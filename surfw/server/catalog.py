@@ -21,6 +21,7 @@ from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModel
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Account
+from surfw.server.pages import Reader
 from surfw.server.single_flight import SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
@@ -31,7 +32,9 @@ FRESH_SECONDS = 2.0
 """How old a listing may be when a chunk or a file is looked up: after that long, a removed model is gone here too."""
 
 _CACHE_BYTES = 64 * MIB
-"""What all manifests may take that are kept; one that takes more is kept alone."""
+"""What all models may take that are kept."""
+_LEAST_KEPT = 4
+"""How many models are kept at least, however large: those that are used at the same time must not evict each other."""
 _READS = 2
 """The most manifests that are read at a time: one that is being parsed takes many times its size."""
 _LISTING = ""
@@ -43,7 +46,7 @@ class Entry:
     """A model as it is in the store.
 
     Attributes:
-        manifest: with locations, as it is stored.
+        manifest: with locations, as it is stored, but only what is looked up here: no tensors, no digests of blocks.
         chunks: its chunks by the identities they are asked for with: those of the stored manifest, and those that
             they got when their digests became known.
         public: the manifest as it may cross the wire, encoded.
@@ -101,7 +104,9 @@ class Catalog:
         self._store = store
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
-        self._entries: LruCache[str, Entry] = LruCache(_CACHE_BYTES, lambda entry: min(entry.kept_bytes, _CACHE_BYTES))
+        self._entries: LruCache[str, Entry] = LruCache(
+            _CACHE_BYTES, lambda entry: min(entry.kept_bytes, _CACHE_BYTES // _LEAST_KEPT)
+        )
         self._reads = SingleFlight(self._read, _READS)
         self._listings = SingleFlight(self._list, 1)
 
@@ -170,6 +175,17 @@ class Catalog:
         self._entries[name] = entry
         return entry
 
+    def progress(self, model: str, reader: Reader) -> int:
+        """How far the storage has got for one who waits for a manifest, in bytes that only rise.
+
+        While it waits in line, those are the manifests before its own. One that is being read comes in one go: whether
+        others are read meanwhile says nothing about it.
+        """
+        if self._reads.is_queued(model):
+            reader.read_bytes += self.read_bytes - reader.seen_bytes
+        reader.seen_bytes = self.read_bytes
+        return reader.read_bytes
+
     async def close(self) -> None:
         """Stop reading, and forget everything."""
         await self._listings.close()
@@ -231,19 +247,28 @@ def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept
     manifest = store.parse_manifest(name, data)
     known = store.with_digests(manifest)
     public = known.public().encode()
-    chunks = known.by_id | manifest.by_id
-    kept_bytes = _footprint(manifest.__dict__) + len(public) + sys.getsizeof(chunks)
-    if known is not manifest:
-        kept_bytes += _footprint(known.__dict__)
-    return Entry(manifest, chunks, public, payload_digest(public), revision, stored, kept_bytes, known.is_known)
+    own = _without_details(manifest)
+    chunks = (own if known is manifest else _without_details(known)).by_id | own.by_id
+    kept_bytes = _footprint(own.__dict__, chunks, public)
+    return Entry(own, chunks, public, payload_digest(public), revision, stored, kept_bytes, known.is_known)
 
 
-def _footprint(root: Any) -> int:
-    """What an object takes in memory with all that it holds; what is held twice counts twice. Parsing takes longer."""
-    total, rest = 0, [root]
+def _without_details(manifest: Manifest) -> Manifest:
+    """What requests are looked up in; the rest, most of a large manifest, is only ever sent."""
+    chunks = tuple(
+        replace(chunk, tensors=(), forms=tuple(replace(form, blocks=b"") for form in chunk.forms))
+        for chunk in manifest.chunks
+    )
+    return replace(manifest, config={}, generation_config=None, ties={}, chunks=chunks, order=())
+
+
+def _footprint(*roots: Any) -> int:
+    """What objects take in memory with all that they hold, each counted once."""
+    total, seen, rest = 0, set[int](), list(roots)
     while rest:
         one = rest.pop()
-        if not isinstance(one, type):
+        if id(one) not in seen and not isinstance(one, type):
+            seen.add(id(one))
             total += sys.getsizeof(one)
             rest.extend(gc.get_referents(one))
     return total

@@ -24,7 +24,7 @@ from surfw.server.outlet import Outlet
 from surfw.server.pages import PROGRESS_SECONDS, PageCache, Reader
 from surfw.server.pieces import Piece, plan_pieces, use_ahead
 from surfw.server.reception import Reception
-from surfw.server.sparse_log import SparseLog
+from surfw.server.sparse_log import ClientLog
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,
@@ -72,6 +72,7 @@ class Connection:
         pages: PageCache,
         limits: WireLimits,
         metrics: Metrics,
+        client_log: ClientLog,
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
         self.open_requests: dict[int, _Open] = {}
@@ -85,11 +86,11 @@ class Connection:
         self._session = ServerSession(limits, server=f"surfw/{__version__}")
         self._outlet = Outlet(websocket, self._session, metrics)
         self._peer = str(websocket.remote_address)
-        self._refusals = SparseLog(log)
+        self._log = client_log
 
     async def serve(self) -> None:
         """Answer until the client leaves, is closed for what it sent, or the server stops."""
-        log.info("%s connected", self._peer)
+        self._log.visits.write(f"{self._peer} connected")
         telling = asyncio.create_task(self._tell_progress())
         try:
             self._websocket.opened()
@@ -104,16 +105,16 @@ class Connection:
         except TimeoutError:
             await self._close(1008, f"no hello within {_HELLO_SECONDS} seconds")
         except ConnectionClosedOK:
-            log.info("%s left", self._peer)
+            self._log.visits.write(f"{self._peer} left")
         except ConnectionClosed as exc:
-            log.info("%s is gone: %s", self._peer, exc)
+            self._log.visits.write(f"{self._peer} is gone: {exc}")
         finally:
             telling.cancel()
-            self._refusals.flush()
+            await asyncio.gather(telling, return_exceptions=True)
             await self._stop_answering()
 
     async def _close(self, code: int, reason: str) -> None:
-        log.warning("%s is closed: %s", self._peer, reason)
+        self._log.closings.write(f"{self._peer} is closed: {reason}")
         await self._stop_answering()
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
@@ -142,13 +143,16 @@ class Connection:
 
     def _progress_of(self, request: Request, reader: Reader) -> Callable[[], int]:
         """What counts how far the storage has got for a request."""
-        if isinstance(request, Get | GetFile):
-            return lambda: self._pages.progress(reader)
-        before = self._read_for_documents()
-        return lambda: self._read_for_documents() - before
-
-    def _read_for_documents(self) -> int:
-        return self._catalog.read_bytes + self._digests.digested_bytes
+        match request:
+            case ListModels():
+                return lambda: 0
+            case GetManifest():
+                reader.seen_bytes = self._catalog.read_bytes
+                return lambda: self._catalog.progress(request.model, reader)
+            case GetDigests():
+                return lambda: self._digests.progress(reader)
+            case _:
+                return lambda: self._pages.progress(reader)
 
     async def _tell_progress(self) -> None:
         """Tell a client whose requests wait for the storage, now and then, that they get on."""
@@ -174,10 +178,10 @@ class Connection:
         try:
             await self._look_up_and_send(request, reader)
         except RefusedError as exc:
-            self._refusals.write(f"{self._peer} is refused: {exc}")
+            self._log.refusals.write(f"{self._peer} is refused: {exc}")
             self._fail(request, exc.code, str(exc))
         except ChangedObjectError as exc:
-            log.error("%s cannot be answered: %s", self._peer, exc)  # noqa: TRY400 - the text says it all
+            self._log.changes.write(f"{self._peer} cannot be answered: {exc}")
             self._fail(
                 request,
                 "changed",
@@ -185,7 +189,7 @@ class Connection:
                 "surfw chunk --in-place again; the server's log names the file",
             )
         except SurfwError as exc:
-            log.warning("%s cannot be answered: %s", self._peer, exc)
+            self._log.failures.write(f"{self._peer} cannot be answered: {exc}")
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
             self._metrics.latency("requests").observe(time.perf_counter() - started)
@@ -213,7 +217,7 @@ class Connection:
                 pieces = plan_pieces(self._pages, [location], 0, location.stop, reader)
                 await self._send_bytes(request.id, pieces, 0, location.stop)
             case GetDigests():
-                digests = await self._digests.document(request, account)
+                digests = await self._digests.document(request, reader)
                 self._outlet.send(self._session.send(Begin(request.id, digests.size, digests.digest)))
                 await self._send_bytes(request.id, iter([digests]), 0, digests.size)
             case Get():

@@ -68,31 +68,57 @@ class LateDigests:
         self._pages = pages
         self._catalog = catalog
         self._reads = SingleFlight(self._read, _READS)
+        self._waiting: dict[Reader, _Wanted] = {}
+        self._readers: dict[_Wanted, Reader] = {}
 
-    async def document(self, request: GetDigests, account: Account) -> DigestsDocument:
-        """The digests of a chunk, as they cross the wire; the account pays if it has to be read for them.
+    async def document(self, request: GetDigests, reader: Reader) -> DigestsDocument:
+        """The digests of a chunk, as they cross the wire; the reader's account pays if it has to be read for them.
 
         Raises:
             RefusedError: there is no such chunk, or the manifest has its digests.
             StorageError: its bytes cannot be read, or were changed.
         """
-        wanted = await self._look_up(request, account)
+        wanted = await self._look_up(request, reader.account)
         digests = self._store.digests(wanted.manifest, wanted.chunk)
         if digests is None:
-            digests = await self._reads.join(wanted, account, wanted.chunk.forms[0].stored_bytes)
+            self._waiting[reader], reader.seen_bytes = wanted, self.digested_bytes
+            try:
+                digests = await self._reads.join(wanted, reader.account, wanted.chunk.forms[0].stored_bytes)
+            finally:
+                del self._waiting[reader]
         return DigestsDocument(digests)
+
+    def progress(self, reader: Reader) -> int:
+        """How far the storage has got for one who waits for digests, in bytes that only rise.
+
+        Those are its chunk's bytes; while it waits in line, those of the chunks before it.
+        """
+        wanted = self._waiting.get(reader)
+        if wanted is None:
+            return reader.read_bytes
+        if (own := self._readers.get(wanted)) is not None:
+            return reader.read_bytes + self._pages.progress(own)
+        reader.read_bytes += self.digested_bytes - reader.seen_bytes
+        reader.seen_bytes = self.digested_bytes
+        return reader.read_bytes
 
     async def _look_up(self, request: GetDigests, account: Account) -> _Wanted:
         manifest, chunk = await self._catalog.find(request.model, request.chunk, account)
         if chunk.forms[0].is_known or manifest.origin is None:
             raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
-        part = replace(manifest, config={}, generation_config=None, files=(), ties={}, chunks=(), order=())
-        return _Wanted(manifest.origin.key, chunk.id, part, replace(chunk, tensors=()), account)
+        return _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk, account)
 
     async def _read(self, wanted: _Wanted) -> Digests:
+        reader = self._readers[wanted] = Reader(wanted.account)
+        try:
+            return await self._digest(wanted, reader)
+        finally:
+            del self._readers[wanted]
+
+    async def _digest(self, wanted: _Wanted, reader: Reader) -> Digests:
         (form,) = wanted.chunk.forms
         digester = Digester()
-        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, Reader(wanted.account))
+        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, reader)
         async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
             async for piece in ready:
                 await asyncio.to_thread(digester.update, await piece.view(0, piece.size))

@@ -3,6 +3,7 @@
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
+- A page that is read anew stays as it was for all others, until the new one has arrived in its place.
 - Reads take turns by what each reader's account has paid: for a whole page, and more where little of it is wanted.
 - Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
   had to be read for this use).
@@ -14,9 +15,9 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 import mmap
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, MIB
+from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
@@ -28,8 +29,8 @@ PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
 
-PROGRESS_SECONDS = DEFAULT_SILENCE_SECONDS / 6
-"""How often a client that waits hears how far the storage has got, so that it hears it well within its patience."""
+PROGRESS_SECONDS = 1.0
+"""How often a client that waits hears how far the storage has got, if it has: well within any patience of its own."""
 
 _READS = 8
 """The most reads of the storage at a time; of one that is near, `_NEAR_READS`: they are work for this machine."""
@@ -60,11 +61,12 @@ class ReadAhead:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Bytes `start` to `stop` (end-exclusive) of a stored object."""
+    """Bytes `start` to `stop` (end-exclusive) of a stored object; `anew` if they are read although they are there."""
 
     object: str
     start: int
     stop: int
+    anew: bool = False
 
     @property
     def size(self) -> int:
@@ -135,8 +137,7 @@ class PageCache:
             StorageError: it cannot be read.
         """
         if reader is not None and reader.fresh:
-            self.cache.pop(page, None)
-            self._reads.detach(page)
+            page = replace(page, anew=True)
         if self.cache.get(page) is not None:
             self._metrics.add("hits")
         else:
@@ -200,8 +201,9 @@ class PageCache:
             self._reading.pop(page, None)
             self._reading_bytes -= page.size
         view = buffer.toreadonly()
-        if self._reads.leads(page):
-            self.cache[page] = view
+        place = replace(page, anew=False)
+        if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
+            self.cache[place] = view
         return view
 
     async def _fill(self, page: Page, buffer: memoryview) -> None:

@@ -23,25 +23,31 @@ _MOST_OPENING = 512
 
 
 class Opening:
-    """The connections that are not open yet. Of those that are too many, the one goes that has said nothing longest."""
+    """The connections that are not open yet, each from when it was accepted on, its TLS handshake included.
+
+    Of those that are too many, the one goes that has said nothing longest.
+    """
 
     def __init__(self) -> None:
         """None yet."""
-        self._connections: dict[ServerConnection, None] = {}
+        self._connections: dict[Reception, None] = {}
 
-    def __contains__(self, connection: ServerConnection) -> bool:
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __contains__(self, connection: object) -> bool:
         return connection in self._connections
 
-    def add(self, connection: ServerConnection) -> None:
+    def add(self, connection: "Reception") -> None:
         """One was accepted, or has said something."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
         if len(self._connections) > _MOST_OPENING:
             oldest = next(iter(self._connections))
             self.discard(oldest)
-            oldest.transport.abort()
+            oldest.abort()
 
-    def discard(self, connection: ServerConnection) -> None:
+    def discard(self, connection: "Reception") -> None:
         """One is open, or gone."""
         self._connections.pop(connection, None)
 
@@ -71,11 +77,22 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
         self._portion = memoryview(bytearray(PORTION_BYTES))
         self._unread = 0
         self._waits_to_read = False
+        self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
+        if self._accepting is not None:
+            self._accepting.add_done_callback(self._accepted)
+        opening.add(self)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Count it among those that are opening."""
-        super().connection_made(transport)
-        self._opening.add(self)
+    def _accepted(self, _: asyncio.Task[Any]) -> None:
+        """It has a transport now; one that has none, such as after a failed TLS handshake, is gone without a word."""
+        if not hasattr(self, "transport"):
+            self._opening.discard(self)
+
+    def abort(self) -> None:
+        """Hang up, whether it has a transport yet or not."""
+        if hasattr(self, "transport"):
+            self.transport.abort()
+        elif self._accepting is not None:
+            self._accepting.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""

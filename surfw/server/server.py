@@ -42,6 +42,7 @@ from surfw.server.listening import Listening, check_hosts
 from surfw.server.pages import PageCache
 from surfw.server.private_store import make_private_store
 from surfw.server.reception import Opening, Reception
+from surfw.server.sparse_log import ClientLog
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
@@ -118,6 +119,8 @@ class WeightServer:
         self._clients = clients
         self._limits = limits or WireLimits()
         self._connections: set[Connection] = set()
+        self._opening = Opening()
+        self._client_log = ClientLog(log)
         self._process = psutil.Process()
         self._names = (host, *allowed_hosts)
         self._endpoints: HttpEndpoints | None = None
@@ -169,7 +172,7 @@ class WeightServer:
                 self._websockets = await self._listening.open(
                     self._serve_client,
                     self._endpoints.process_request,
-                    partial(Reception, turns=Turns(), opening=Opening(), most_unsent_bytes=self._limits.run_bytes),
+                    partial(Reception, turns=Turns(), opening=self._opening, most_unsent_bytes=self._limits.run_bytes),
                     self._limits,
                 )
             except BaseException:
@@ -224,6 +227,7 @@ class WeightServer:
         """Let go of everything that was laid out."""
         if self._endpoints is not None:
             await self._endpoints.close()
+        self._client_log.flush()
         await self._catalog.close()
         await self._digests.close()
         await self._pages.close()
@@ -270,6 +274,7 @@ class WeightServer:
             pages=self._pages,
             limits=self._limits,
             metrics=self._metrics,
+            client_log=self._client_log,
         )
         self._connections.add(connection)
         try:

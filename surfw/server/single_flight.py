@@ -54,6 +54,11 @@ class SingleFlight(Generic[Key, Value]):
     def __len__(self) -> int:
         return len(self._flights)
 
+    def is_queued(self, key: Key) -> bool:
+        """Whether somebody waits for the key's work, which has not begun."""
+        flight = self._flights.get(key)
+        return flight is not None and not flight.begun
+
     async def join(self, key: Key, account: Account | None = None, price: float = 1) -> Value:
         """What the work for the key gives; what it raises goes to all who wait.
 
@@ -84,11 +89,6 @@ class SingleFlight(Generic[Key, Value]):
         flight = self._flights.get(key)
         if flight is not None and flight.begun:
             self._forget(flight)
-
-    def leads(self, key: Key) -> bool:
-        """Whether the caller is the work that those who ask for the key now would join."""
-        flight = self._flights.get(key)
-        return flight is not None and flight.task is asyncio.current_task()
 
     def _begin(self) -> None:
         """Begin what waits, as far as there are slots."""

@@ -1,8 +1,21 @@
 """The floods are within the protocol, and what a good client keeps is measured beside each of them."""
 
+import asyncio
+import random
+import threading
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from surfw.bench.flood import FLOODS, bench_flood
+from surfw.bench.wire import BENCH_MODEL
+from surfw.server.connection import Connection
+from surfw.server.reception import Reception
+from tests.peers import serving, until
+from tests.stores import make_store
 
 
 def test_it_measures_what_it_says() -> None:
@@ -21,7 +34,63 @@ def test_it_measures_what_it_says() -> None:
         assert newcomer.value > 0
 
 
-def test_there_are_floods() -> None:
-    assert len(FLOODS) == 12
-    with pytest.raises(KeyError):
-        FLOODS["no such flood"]
+CONNECTIONS = {"come and go", "half-open connections", "plain HTTP"}
+"""The floods that open connections; the others stay on one."""
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_each_flood_goes_on_and_breaks_no_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    manifest = make_store(tmp_path, BENCH_MODEL, sizes=[10_000, 20_000])
+    gets = [
+        {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": 0, "stop": chunk.payload_bytes}
+        for chunk in manifest.chunks
+    ]
+    heard: Counter[str] = Counter()
+    take, made, updated = Connection._take, Reception.connection_made, Reception.buffer_updated
+
+    def took(self: Connection, message: Any) -> None:
+        heard[getattr(message, "type", "")] += 1
+        take(self, message)
+
+    def opened(self: Reception, transport: asyncio.BaseTransport) -> None:
+        heard["connections"] += 1
+        made(self, transport)
+
+    def read(self: Reception, nbytes: int) -> None:
+        heard["bytes"] += nbytes
+        updated(self, nbytes)
+
+    monkeypatch.setattr("surfw.server.listening._CLOSE_SECONDS", 0.1)  # most of them do not say goodbye
+    monkeypatch.setattr(Connection, "_take", took)
+    monkeypatch.setattr(Reception, "connection_made", opened)
+    monkeypatch.setattr(Reception, "buffer_updated", read)
+    failed: list[Exception] = []
+
+    def flood(port: int) -> None:
+        with suppress(OSError):  # the server is gone
+            try:
+                FLOODS[name](port, gets, random.Random(0))
+            except ValueError as exc:
+                failed.append(exc)
+
+    def goes_on() -> bool:
+        if name in CONNECTIONS:
+            return heard["connections"] > 64
+        if name == "pings":
+            return heard["bytes"] > 10_000
+        return heard.total() - heard["bytes"] - heard["connections"] - heard["credit"] > 96
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            flooder = threading.Thread(target=flood, args=(server.port,), daemon=True)
+            flooder.start()
+            await until(goes_on)
+            assert heard["connections"] == 1 or name in CONNECTIONS
+        await asyncio.to_thread(flooder.join, 10)
+        assert not flooder.is_alive()
+
+    asyncio.run(main())
+    assert not failed
+    assert not [line for line in caplog.messages if "is closed" in line or "bug" in line]

@@ -89,6 +89,17 @@ def test_what_was_hardly_used_goes_first() -> None:
     assert (cache.bytes, cache.evictions) == (12, 2)
 
 
+def test_what_takes_the_place_of_a_proven_value_is_not_on_trial() -> None:
+    cache = proving(12)
+    cache["good"] = b"1234"
+    cache.note_use("good", 2)
+    cache["good"] = b"5678"
+    for name in "abcdef":
+        cache[name] = b"12"
+    assert cache["good"] == b"5678"
+    assert cache.bytes == 12
+
+
 def test_what_is_on_trial_has_half_of_the_budget() -> None:
     cache = proving()
     for name in "ab":

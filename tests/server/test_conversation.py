@@ -9,6 +9,7 @@ import pytest
 from surfw.client import open_wire_source
 from surfw.config import KIB, MIB, WireLimits
 from surfw.manifest import Manifest
+from surfw.server.connection import Connection
 from tests.peers import BareClient, bare_client, serving, until, whole
 from tests.server.backends import GatedBackend
 from tests.stores import make_store, payload
@@ -234,7 +235,7 @@ def test_fresh_bytes_are_read_from_the_storage_again(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("kind", ["get", "file", "manifest"])
+@pytest.mark.parametrize("kind", ["get", "file"])
 def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -243,7 +244,6 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
     asked = {
         "get": wanting(manifest),
         "file": {"model": manifest.name, "path": "vocab.txt"},
-        "manifest": {"model": manifest.name},
     }[kind]
 
     async def main() -> None:
@@ -255,20 +255,15 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
         ):
             await knows.hear_text()
             await knows.say("hello", client="bare", window_bytes=8 * MIB, progress=True)
-            if kind == "manifest":
-                monkeypatch.setattr(server._catalog._store, "manifest_bytes", waiting(server, backend))
             for client in (older, knows):
                 await client.say(kind, id=7, **asked)
             await backend.reading.wait()
             if kind == "file":
                 assert (await knows.hear_text())["type"] == "begin"
             for number in (1, 2):  # as if others before it in line were read
-                if kind == "manifest":
-                    server._catalog.read_bytes += number
-                else:
-                    await until(lambda: len(server._pages._reading) == 1)
-                    (page,) = server._pages._reading
-                    server._pages._reading[page] += number
+                await until(lambda: len(server._pages._reading) == 1)
+                (page,) = server._pages._reading
+                server._pages._reading[page] += number
                 heard = await knows.hear_text()
                 assert heard == {"type": "progress", "id": 7, "bytes": number * (number + 1) // 2}
             backend.gate.set()
@@ -276,6 +271,82 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
             assert (await older.hear_text())["type"] in {"data", "begin"}, "no progress for a client that knows none"
 
     asyncio.run(main())
+
+
+def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("surfw.server.connection.PROGRESS_SECONDS", 0.001)
+    for name in ("a", "b", "c"):
+        make_store(tmp_path, name, sizes=[10])
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        async with serving(backend) as server, bare_client(server.url, greet=False) as client:
+            catalog = server._catalog
+            monkeypatch.setattr(catalog._store, "manifest_bytes", waiting(server, backend))
+            await client.hear_text()
+            await client.say("hello", client="bare", window_bytes=8 * MIB, progress=True)
+            for number, name in enumerate(("a", "b", "c")):
+                await client.say("manifest", id=number, model=name)
+            await until(lambda: len(catalog._reads) == 3)
+            for count in (1, 3):  # as if others before it in line were read
+                catalog.read_bytes += 1 if count == 1 else 2
+                assert await client.hear_text() == {"type": "progress", "id": 2, "bytes": count}
+            backend.gate.set()
+            while (heard := await client.hear_text())["type"] != "begin" or heard["id"] != 2:
+                assert heard["type"] != "progress" or heard["id"] == 2
+                if heard["type"] == "data":
+                    await client.hear()
+
+    asyncio.run(main())
+
+
+def test_nothing_of_a_connection_runs_on_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path, sizes=[100])
+    left: list[set[Any]] = []
+    serve = Connection.serve
+
+    async def noted(self: Connection) -> None:
+        before = asyncio.all_tasks()
+        await serve(self)
+        left.append({task for task in asyncio.all_tasks() - before if "Connection" in task.get_coro().__qualname__})
+
+    monkeypatch.setattr(Connection, "serve", noted)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url):
+            await until(lambda: len(server._connections) == 1)
+
+    asyncio.run(main())
+    assert left == [set()]
+
+
+def test_lines_that_clients_cause_are_sparse_whatever_kind_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    manifest = make_store(tmp_path, sizes=[100])
+    caplog.set_level("INFO", "surfw.server")
+
+    async def main() -> None:
+        backend = GatedBackend(tmp_path)
+        backend.gate.set()
+        backend.failing = True
+        async with serving(backend) as server:
+            for _ in range(2):  # what is counted is not another client's line again
+                async with bare_client(server.url) as client:
+                    for number in range(20):
+                        await client.say("get", id=number, **wanting(manifest))
+                        assert (await client.hear_text())["code"] == "storage"
+            for _ in range(30):
+                async with bare_client(server.url) as client:
+                    await client.websocket.send("garbage")
+                    await client.closed()
+
+    asyncio.run(main())
+    assert sum("cannot be answered" in line for line in caplog.messages) == 2
+    assert sum("is closed" in line for line in caplog.messages) == 2
+    assert sum("connected" in line or "left" in line for line in caplog.messages) <= 21
 
 
 def waiting(server: Any, backend: GatedBackend) -> Any:

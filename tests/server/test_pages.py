@@ -195,6 +195,28 @@ def test_fresh_pages_are_read_again_and_others_go_on(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_page_that_is_read_anew_stays_for_the_others_until_then(tmp_path: Path) -> None:
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        backend.gate.set()
+        await pages.use(page(0))
+        backend.gate.clear()
+        (tmp_path / "blobs/x").write_bytes(b"\7" * len(CONTENT))
+        others = [asyncio.create_task(pages.use(page(index))) for index in (1, 2)]
+        await until(lambda: len(pages._reading) == 2)
+        fresh = [asyncio.create_task(pages.use(page(0), Reader(fresh=True), 1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await pages.use(page(0))
+            assert bytes(await pages.view(page(0))) == CONTENT[:PAGE_BYTES], "it waits in line"
+        backend.gate.set()
+        await asyncio.gather(*others, *fresh)
+        assert backend.reads == 4, "it was read anew once for all who wanted that"
+        assert bytes(await pages.view(page(0))) == b"\7" * PAGE_BYTES
+        assert counts(metrics) == (1, 4, 2)
+
+    run(tmp_path, test)
+
+
 def test_who_wants_single_bytes_pays_for_the_pages(tmp_path: Path) -> None:
     async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
         order: list[int] = []

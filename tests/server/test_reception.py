@@ -16,6 +16,7 @@ from surfw.server.connection import Connection
 from surfw.server.outlet import Outlet
 from surfw.server.reception import PORTION_BYTES
 from surfw.wire import ServerSession
+from tests.certificates import for_server, make_certificate
 from tests.peers import bare_client, serving, until
 from tests.stores import make_store
 
@@ -81,6 +82,29 @@ def test_a_client_that_pings_and_never_reads_is_not_listened_to_for_long(tmp_pat
                     await asyncio.sleep(0)
                     assert transport.get_write_buffer_size() < SMALL.run_bytes + 10 * PORTION_BYTES
                     assert sent < 100_000_000, "it was listened to although it did not read"
+
+    asyncio.run(main())
+
+
+def test_too_many_connections_without_a_tls_handshake_push_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reception, "_MOST_OPENING", 4)
+    make_store(tmp_path / "store", sizes=[100])
+    tls = for_server(make_certificate(tmp_path))
+
+    async def main() -> None:
+        async with serving(tmp_path / "store", ssl=tls) as server:
+            silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(6)]
+            async with asyncio.timeout(3):  # less than the server gives a handshake
+                assert [await silent[index][0].read() for index in (0, 1)] == [b"", b""]
+            opening = server._opening
+            assert len(opening) == 4
+            silent[2][1].write(b"no TLS at all")
+            await until(lambda: len(opening) == 3)
+            for _, writer in silent:
+                writer.close()
+            await until(lambda: len(opening) == 0)
 
     asyncio.run(main())
 
