@@ -8,6 +8,12 @@ from surfw.errors import ConfigurationError
 
 _MOST_ATTEMPTS = 1000
 
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""What an HTTP server answers for reasons that may pass."""
+
+MOST_REDIRECTS = 5
+"""How often in a row a server may send elsewhere."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
