@@ -14,7 +14,7 @@ from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.layout import plan_layout
 from surfw.runtime.residency import Needs, describe_needs
-from surfw.source import ChunkSource, Read, find_damage
+from surfw.source import ChunkSource, Read, describe_damage, find_damage
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 """The tensors of a chunk: safetensors dtype and shape of each."""
@@ -79,8 +79,8 @@ class ToySource(ChunkSource):
             if self.gate is not None:
                 await self.gate.passes(read.chunk.name)
             read.destination[:] = self.payloads[read.chunk.id][read.start : read.stop]
-            if find_damage(read.form, read.start // BLOCK_BYTES, read.destination):
-                raise IntegrityError(f"chunk {read.chunk.name} from {self.url} is damaged")
+            for block, seen in find_damage(read.form, read.start // BLOCK_BYTES, read.destination).items():
+                raise IntegrityError(describe_damage(read.chunk, read.form, block, seen, where=self.url))
 
     async def close(self) -> None:
         self.closed += 1
