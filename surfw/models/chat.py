@@ -66,9 +66,16 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Map
     }
     command = [sys.executable, "-I", str(_RENDERER)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each thread of numpy's would take memory
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-    ) as process:
+    try:
+        started = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+    except OSError as exc:
+        raise ConfigurationError(
+            f"the chat template of {where} could not be rendered: no process of Python ({sys.executable!r}) can be "
+            f"started for it: {exc.strerror or exc}; {_RAW}"
+        ) from exc
+    with started as process:
         assert process.stdin is not None
         assert process.stdout is not None
         end = threading.Timer(_SECONDS, process.kill)

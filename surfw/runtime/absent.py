@@ -19,6 +19,7 @@ from surfw.errors import ModelError
 _FACTS = {
     "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_floating_point", "is_complex",
     "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
+    "detach_",
 }  # fmt: skip
 _VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
 _READS = {"__index__", "__int__", "__invert__"}
@@ -104,6 +105,8 @@ def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any]
     Raises:
         ModelError: the values would be changed.
     """
+    if name == "share_memory_":  # there are no values to be shared: whoever uses it reads them
+        return args[0]
     if _changes_absent(name, args, kwargs):
         raise ModelError(
             "a streamed weight cannot be changed in place, as it is read anew for every use; put a parameter of your "

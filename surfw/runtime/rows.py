@@ -4,11 +4,13 @@ An embedding uses one row of its table for each token. To look ids up, the rows 
 together into a small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table.
 
 Invariants: no block is used that was not verified; memory is bounded by `buffer_bytes` (a single longer range than the
-scratch buffer makes that grow), however many rows are asked for. Used by one forward pass at a time.
+scratch buffer makes that grow), however many rows are asked for. Where they take several groups of blocks, the next
+group is under way while one is waited for. Used by one forward pass at a time.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import groupby
 
 import torch
@@ -17,6 +19,7 @@ from surfw.config import BLOCK_BYTES, MIB
 from surfw.manifest import Chunk, TensorInfo
 from surfw.runtime.blocks import BlockReader, plain_form
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.io_thread import Job
 from surfw.skeleton.dtypes import torch_dtype
 
 Range = tuple[int, int]
@@ -105,46 +108,95 @@ class RowReader:
 
     def _pieces(self, chunk: Chunk, ranges: Sequence[Range]) -> Iterator[memoryview]:
         """The bytes of each range; valid until the next one is asked for."""
-        for group, blocks in plan_groups([one for one in ranges if one[0] < one[1]], self._scratch_blocks):
-            scratch = self._bring(chunk, blocks)
-            places = {block: place * BLOCK_BYTES for place, block in enumerate(blocks)}
-            for start, stop in group:
-                place = places[start // BLOCK_BYTES] + start % BLOCK_BYTES
-                yield scratch[place : place + stop - start]
+        groups = list(plan_groups([one for one in ranges if one[0] < one[1]], self._scratch_blocks))
+        most = max((len(blocks) for _, blocks in groups), default=0)
+        bring = (
+            self._bring_ahead if len(groups) > 1 and most <= self._scratch_blocks <= self._keep_blocks else self._bring
+        )
+        brought = bring(chunk, [blocks for _, blocks in groups])
+        with closing(brought):
+            for scratch, (group, blocks) in zip(brought, groups, strict=True):
+                places = {block: place * BLOCK_BYTES for place, block in enumerate(blocks)}
+                for start, stop in group:
+                    place = places[start // BLOCK_BYTES] + start % BLOCK_BYTES
+                    yield scratch[place : place + stop - start]
 
-    def _bring(self, chunk: Chunk, blocks: Sequence[int]) -> memoryview:
-        """The blocks, side by side in the scratch buffer."""
-        if self._scratch is None or self._scratch.capacity_bytes < len(blocks) * BLOCK_BYTES:
-            self._scratch = Buffer(len(blocks) * BLOCK_BYTES)
-        scratch, stored_bytes = self._scratch.view, plain_form(chunk).stored_bytes
-        missing: dict[int, memoryview] = {}
-        for place, block in enumerate(blocks):
-            length = min(BLOCK_BYTES, stored_bytes - block * BLOCK_BYTES)
-            into = scratch[place * BLOCK_BYTES : place * BLOCK_BYTES + length]
-            if kept := self._kept.get((chunk.name, block)):
-                self._kept.move_to_end((chunk.name, block))
-                into[:] = kept
-            else:
-                missing[block] = into
-        if missing:
-            self._read(chunk, missing, scratch, blocks)
-        return scratch
+    def _bring(self, chunk: Chunk, groups: Sequence[Sequence[int]]) -> Generator[memoryview, None, None]:
+        """The blocks of each group, side by side in the scratch buffer."""
+        for blocks in groups:
+            if self._scratch is None or self._scratch.capacity_bytes < len(blocks) * BLOCK_BYTES:
+                self._scratch = Buffer(len(blocks) * BLOCK_BYTES)
+            places = self._places(chunk, blocks, self._scratch.view)
+            missing = {block: into for block, into in places.items() if not self._recall(chunk, block, into)}
+            if missing:
+                try:
+                    self._blocks.wait(self._start(chunk, missing, blocks, self._scratch.view))
+                except BaseException:
+                    self._scratch = None  # it may still be written to
+                    raise
+                self._keep(chunk, missing)
+            yield self._scratch.view
 
-    def _read(
-        self, chunk: Chunk, missing: Mapping[int, memoryview], scratch: memoryview, blocks: Sequence[int]
-    ) -> None:
+    def _bring_ahead(self, chunk: Chunk, groups: Sequence[Sequence[int]]) -> Generator[memoryview, None, None]:
+        """As `_bring`, and the next group is under way while one is waited for, and used.
+
+        It lies in the memory of the blocks used last, of which so many groups would leave nothing anyway.
+        """
+        self._kept.clear()
+        buffers = [
+            self._scratch or Buffer(self._scratch_blocks * BLOCK_BYTES),
+            Buffer(self._scratch_blocks * BLOCK_BYTES),
+        ]
+        self._scratch = None  # until the end: it may still be written to
+        places = [self._places(chunk, blocks, buffers[at % 2].view) for at, blocks in enumerate(groups)]
+
+        def start(at: int) -> Job[None]:
+            return self._start(chunk, places[at], groups[at], buffers[at % 2].view)
+
+        under_way = [start(0)]
+        try:
+            for at in range(len(groups)):
+                under_way += [start(at + 1)] if at + 1 < len(groups) else []
+                self._blocks.wait(under_way.pop(0))
+                yield buffers[at % 2].view
+        finally:
+            for job in under_way:
+                job.cancel()
+        last = (len(groups) - 1) % 2
+        self._scratch = buffers.pop(last)
+        buffers.clear()  # before there is anything in its place
+        places[:-1] = []
+        self._keep(chunk, places[-1])
+
+    def _places(self, chunk: Chunk, blocks: Sequence[int], scratch: memoryview) -> dict[int, memoryview]:
+        """Where each block goes."""
+        ends = plain_form(chunk).stored_bytes
+        return {
+            block: scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, ends - block * BLOCK_BYTES)]
+            for place, block in enumerate(blocks)
+        }
+
+    def _recall(self, chunk: Chunk, block: int, into: memoryview) -> bool:
+        """Fill in a block that was kept; whether it was."""
+        kept = self._kept.get((chunk.name, block))
+        if kept:
+            self._kept.move_to_end((chunk.name, block))
+            into[:] = kept
+        return bool(kept)
+
+    def _start(
+        self, chunk: Chunk, missing: Mapping[int, memoryview], blocks: Sequence[int], scratch: memoryview
+    ) -> Job[None]:
         runs = []
         for first, last in plan_runs(list(missing)):
             at = blocks.index(first) * BLOCK_BYTES
             length = (last - first) * BLOCK_BYTES + missing[last].nbytes
             runs.append((first, scratch[at : at + length]))
-        try:
-            self._blocks.wait(self._blocks.start(chunk, runs))
-        except BaseException:
-            self._scratch = None  # it may still be written to
-            raise
-        for block in list(missing)[-self._keep_blocks :] if self._keep_blocks else ():
-            self._kept[chunk.name, block] = bytes(missing[block])
+        return self._blocks.start(chunk, runs)
+
+    def _keep(self, chunk: Chunk, read: Mapping[int, memoryview]) -> None:
+        for block in list(read)[-self._keep_blocks :] if self._keep_blocks else ():
+            self._kept[chunk.name, block] = bytes(read[block])
         while len(self._kept) > self._keep_blocks:
             self._kept.popitem(last=False)
 

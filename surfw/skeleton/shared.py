@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from surfw.errors import ModelError, SurfwError, UnsupportedModelError
 
 _MODULES_PER_TENSOR = 32
+_BUILDING_TRIES = 6000
 _LOOK_SECONDS = 0.05
 """How often whoever waits for others looks whether it is still wanted."""
 _LAYER_SECONDS = 300.0
@@ -244,8 +245,15 @@ def _tie_weights_elsewhere() -> Any:
     Transformers' `no_tie_weights` replaces the method while a class is built. Where two threads do that at once, one
     takes the other's replacement for the method, and no model of the process has its weights tied from then on.
     """
-    while (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
+    for _ in range(_BUILDING_TRIES):
+        if not (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
+            break
         time.sleep(0.01)  # another thread builds a class just now
+    else:
+        raise SurfwError(
+            "surfw is imported while transformers builds a model, in this thread or, for a minute already, in another "
+            "one; import surfw before"
+        )
 
     @wraps(original)
     def tie_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

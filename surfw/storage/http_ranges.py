@@ -16,8 +16,9 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from surfw.config import MIB, display_url
+from surfw.config import MIB, display_text, display_url
 from surfw.errors import StorageError
+from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
 from surfw.storage.base import refuse_size
 from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
 from surfw.threads import in_thread
@@ -29,9 +30,7 @@ _CONNECT_SECONDS = 5
 _PAGE_BYTES = 16 * MIB
 """The largest page with a folder's listing."""
 
-_REDIRECTS = 5
-
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+_REDIRECTS = {301, 302, 303, 307, 308}
 
 
 class HttpRanges(RangeReader):
@@ -44,13 +43,10 @@ class HttpRanges(RangeReader):
         super().__init__(connections)
         self._fs = fs
         fs.kwargs.pop("max_concurrency", None)  # what it does not know, it would give to each request
-        judging = aiohttp.TraceConfig()
-        judging.on_request_redirect.append(self._judge_redirect)
-        own = {"response_class": _CappedResponse, "trace_configs": [judging]}
-        fs.client_kwargs = own | fs.client_kwargs
-        self._tells_headers = any(
+        tells_headers = any(
             given.get(name) for given in (fs.kwargs, fs.client_kwargs) for name in ("headers", "cookies", "auth")
         )
+        fs.client_kwargs = fs.client_kwargs | {"response_class": _KeptResponse if tells_headers else _Response}
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
         self.limit_waits(self.silence_timeout)
@@ -60,19 +56,6 @@ class HttpRanges(RangeReader):
         super().limit_waits(silence_timeout)
         half = silence_timeout / 2
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
-
-    async def _judge_redirect(
-        self, session: aiohttp.ClientSession, context: object, found: aiohttp.TraceRequestRedirectParams
-    ) -> None:
-        """Refuse to be sent to where somebody can listen, or elsewhere with what may be secret."""
-        del session, context
-        source, location = found.response.url, found.response.headers.get("Location", "")
-        target = source.join(URL(location))
-        said = f"{source.host} sends to {display_url(str(target.origin()))}"
-        if source.scheme == "https" and target.scheme != "https":
-            raise StorageError(f"{said}, which is not encrypted; name an address that is")
-        if self._tells_headers and target.origin() != source.origin():
-            raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read into place."""
@@ -113,7 +96,7 @@ class HttpRanges(RangeReader):
         options = {
             "timeout": self._timeout,
             "read_bufsize": _BUFFER_BYTES,
-            "max_redirects": _REDIRECTS,
+            "max_redirects": MOST_REDIRECTS,
         } | self._fs.kwargs
         options["headers"] = {"Accept-Encoding": "identity"} | options.get("headers", {}) | asked
         try:
@@ -121,7 +104,7 @@ class HttpRanges(RangeReader):
                 _judge(found)
                 yield found
         except aiohttp.TooManyRedirects as exc:
-            raise OSError(errno.ELOOP, f"the server sends elsewhere more than {_REDIRECTS} times") from exc
+            raise OSError(errno.ELOOP, f"the server sends elsewhere more than {MOST_REDIRECTS} times") from exc
         except aiohttp.InvalidURL as exc:
             raise OSError(errno.EINVAL, "this is no URL") from exc
         except (aiohttp.ClientError, TimeoutError) as exc:
@@ -131,11 +114,43 @@ class HttpRanges(RangeReader):
             raise TransientError from lost
 
 
-class _CappedResponse(aiohttp.ClientResponse):
-    """An answer whose text, which is all that fsspec takes of a listing, is no longer than a page may be."""
+class _Response(aiohttp.ClientResponse):
+    """An answer that does not send to where somebody can listen, with a text no longer than a page may be.
+
+    Every answer on the way comes by here before aiohttp follows it, those to fsspec's own requests too.
+    """
+
+    tells_headers = False
+    """Whether the requests carry what may be secret."""
+
+    async def start(self, connection: Any) -> aiohttp.ClientResponse:
+        """Read the head.
+
+        Raises:
+            StorageError: it sends to where the request must not go.
+        """
+        await super().start(connection)
+        if self.status in _REDIRECTS:
+            self._judge_redirect()
+        return self
+
+    def _judge_redirect(self) -> None:
+        source, locations = self.url, self.headers.getall("Location", [])
+        if len(locations) != 1 or not locations[0]:  # aiohttp would follow the first one, or a header `URI`
+            raise StorageError(f"{source.host} sends elsewhere with {len(locations)} headers Location, expected one")
+        try:
+            target = source.join(URL(locations[0]))
+            origin = target.origin()
+        except ValueError as exc:
+            raise StorageError(f"{source.host} sends to {display_text(locations[0])[:80]!a}, which is no URL") from exc
+        said = f"{source.host} sends to {display_url(str(origin))}"
+        if source.scheme == "https" and target.scheme != "https":
+            raise StorageError(f"{said}, which is not encrypted; name an address that is")
+        if self.tells_headers and origin != source.origin():
+            raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
-        """The text.
+        """The text, which is all that fsspec takes of a listing.
 
         Raises:
             StorageError: it is too long.
@@ -145,6 +160,12 @@ class _CappedResponse(aiohttp.ClientResponse):
             data += piece
             refuse_size(len(data), _PAGE_BYTES, f"the listing of {self.url.path}")
         return data.decode(encoding or "utf-8", errors)
+
+
+class _KeptResponse(_Response):
+    """One to a request that no other server must see."""
+
+    tells_headers = True
 
 
 async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
@@ -171,7 +192,7 @@ def _judge(found: aiohttp.ClientResponse) -> None:
         raise FileNotFoundError(errno.ENOENT, said)
     if found.status == 412:
         raise PinLostError
-    if found.status in _TRANSIENT:
+    if found.status in TRANSIENT_STATUSES:
         raise TransientError from OSError(errno.EIO, f"{said}; look at its log, and try again later")
     if found.status in {401, 403, 407}:
         raise PermissionError(errno.EACCES, said)

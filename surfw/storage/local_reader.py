@@ -11,10 +11,12 @@ reader at 88 to 94 %. A read that somebody waits for has a thread of its own, an
 """
 
 import asyncio
+import ctypes
 import errno
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -207,10 +209,7 @@ class MappedFile:
             if found.st_size < file.stop:
                 raise StorageError(f"{file.path} ends at byte {found.st_size}, expected {file.stop} bytes")
             begin = file.start - file.start % _HUGE_BYTES  # so that huge pages of the file can be those of the mapping
-            mapped = mmap.mmap(self._fd, file.stop - begin, access=mmap.ACCESS_COPY, offset=begin)
-        with suppress(OSError):  # advice that not every file system takes
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-        self.memory = memoryview(mapped)[file.start - begin :]
+            self.memory = _map(self._fd, begin, file.stop - begin)[file.start - begin :]
 
     def expect_unchanged(self, check: Check) -> None:
         """Look whether the file was written to, cut off or touched; if so, all of it is verified again.
@@ -240,6 +239,31 @@ class MappedFile:
         """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _map(descriptor: int, start: int, length: int) -> memoryview:
+    """Private pages of a file; unmapped when nothing refers to them any more.
+
+    Python's own `mmap` keeps a second descriptor of the file open for each mapping (until 3.13: `trackfd`), and a model
+    has thousands of chunks.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    address = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE, descriptor, start)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _libc.madvise(address, length, mmap.MADV_HUGEPAGE)  # advice that not every file system takes
+    pages = (ctypes.c_char * length).from_address(address)
+    weakref.finalize(pages, _libc.munmap, address, length).atexit = False
+    return memoryview(pages).cast("B")
 
 
 def _traces(found: os.stat_result) -> tuple[int, int, int]:

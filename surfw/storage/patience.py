@@ -66,8 +66,8 @@ class Patience:
     def _expect_time(self, name: str) -> None:
         if self.left() <= 0:
             raise SilenceError(
-                f"{name}: the storage did not get on for {self.seconds * self.extent:g} seconds ({self._bytes} bytes "
-                "had come); look at it and at the network, or give it more time with a longer silence_timeout"
+                f"{name}: the storage made no progress for {self.seconds * self.extent:g} seconds ({self._bytes} bytes "
+                "arrived); check it and the network, or give it more time with a longer silence_timeout"
             )
 
     async def hold(self, work: Coroutine[Any, Any, T], name: str) -> T:
@@ -92,4 +92,4 @@ class Patience:
 
 
 class SilenceError(StorageError):
-    """The storage did not get on for too long."""
+    """The storage made no progress for too long."""

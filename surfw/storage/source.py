@@ -54,8 +54,8 @@ class StorageSource(ChunkSource):
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were read again."""
-        return self._refetched_blocks
+        """Blocks, files and manifests that arrived damaged and were read again."""
+        return self._refetched_blocks + self.store.reloads
 
     async def models(self) -> list[str]:
         """The names of the models there are."""
@@ -67,15 +67,18 @@ class StorageSource(ChunkSource):
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file of the model, verified; one that arrives damaged is loaded again."""
-        entry, seen = manifest.file(path), list[str]()
-        while len(seen) <= DAMAGE_RETRIES:
-            data = await self.store.objects.load_capped(entry.object, min(entry.size, FILE_BYTES))
-            if payload_digest(data) == entry.digest:
-                return data
-            seen.append(payload_digest(data))
-            self.store.objects.forget(entry.object)
-        what = f"{path} of {manifest.name} in {self.url} is damaged"
-        raise IntegrityError(f"{what}; {locate_damage(seen, stored=self.url)}")
+        entry, objects = manifest.file(path), self.store.objects
+
+        def check(data: bytes) -> bytes:
+            if payload_digest(data) != entry.digest:
+                raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged")
+            return data
+
+        return await self.store.load_right(
+            lambda: objects.load_capped(entry.object, min(entry.size, FILE_BYTES)),
+            check,
+            forget=lambda: objects.forget(entry.object),
+        )
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others.

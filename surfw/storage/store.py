@@ -14,7 +14,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -36,7 +36,9 @@ from surfw.manifest import (
     check_model_name,
     encode_stored_manifest,
     parse_stored_manifest,
+    payload_digest,
 )
+from surfw.source import locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digest_log import DigestLog, chunk_sizes
@@ -71,6 +73,8 @@ class Store:
         self.backend = adapt_backend(backend)
         self.objects = Objects(self.backend, MARKER, origin_options)
         """What the manifests point at; named as in the manifests that this gives out."""
+        self.reloads = 0
+        """How many documents arrived damaged and were loaded again."""
         self._logs: dict[tuple[str, str], DigestLog] = {}
         self._given = backend
         self.url = display_url(self.backend.url)
@@ -196,11 +200,38 @@ class Store:
             UnknownModelError: there is none.
             Exception: what `parse` raises.
         """
-        for _ in range(DAMAGE_RETRIES):
-            with suppress(IntegrityError, ManifestError):
-                return await asyncio.to_thread(parse, await self.manifest_bytes(model))
-            self.backend.forget(manifest_key(model))
-        return await asyncio.to_thread(parse, await self.manifest_bytes(model))
+        return await self.load_right(
+            lambda: self.manifest_bytes(model), parse, forget=lambda: self.backend.forget(manifest_key(model))
+        )
+
+    async def load_right(
+        self, load: Callable[[], Awaitable[bytes]], parse: Callable[[bytes], T], *, forget: Callable[[], None]
+    ) -> T:
+        """What `parse`, called in a thread, makes of a whole document; one that arrives damaged is loaded again.
+
+        Args:
+            load: loads it.
+            parse: raises `IntegrityError` or `ManifestError` if it is damaged.
+            forget: drops what is kept of it, before it is loaded again.
+
+        Raises:
+            IntegrityError, ManifestError: it stays damaged; if it was not the same each time, this says so.
+            Exception: what `load` and `parse` raise.
+        """
+        seen: list[str] = []
+        while True:
+            data = await load()
+            try:
+                return await asyncio.to_thread(parse, data)
+            except (IntegrityError, ManifestError) as exc:
+                seen.append(await asyncio.to_thread(payload_digest, data))
+                if len(seen) > DAMAGE_RETRIES:
+                    if isinstance(exc, ManifestError) and len(set(seen)) == 1:
+                        raise  # it lies there so, and the parser knows best what that means
+                    what = str(exc).removesuffix("; chunk the model again")
+                    raise type(exc)(f"{what}; {locate_damage(seen, stored=self.url)}") from exc
+            self.reloads += 1
+            forget()
 
     async def manifest_bytes(self, model: str) -> bytes:
         """The model's manifest as it is stored; see `parse_manifest`.

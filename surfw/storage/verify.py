@@ -15,6 +15,7 @@ from blake3 import blake3
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, block_digests, has_digest
+from surfw.source import locate_damage
 from surfw.storage.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
@@ -170,14 +171,15 @@ async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
 async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
     """What is damaged. What seems to be is read again first: it may have been damaged on its way."""
     tries = 1 if part.blocks is not None else 1 + DAMAGE_RETRIES  # blocks are read again one by one
-    begun, complaint = reading.done, ""
-    for _ in range(tries):
+    begun, seen = reading.done, list[str]()
+    while len(seen) < tries:
         reading.done = begun
         complaint = await _read_through(store, part, reading)
         if not complaint:
-            break
+            return ""
+        seen.append(complaint)
         _forget(store, part.locations)
-    return complaint
+    return seen[-1] if len(set(seen)) == 1 else f"{seen[-1]}; {locate_damage(seen)}"
 
 
 async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:

@@ -82,6 +82,20 @@ def test_a_template_without_an_end_is_one_clear_error(template: str, complaint: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("python", ["", "/nowhere/python"])
+def test_where_no_process_can_be_started_is_one_clear_error(
+    python: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = "x"
+    monkeypatch.setattr("sys.executable", python)
+    said = (
+        rf"^the chat template of m could not be rendered: no process of Python \({python!r}\) can be started for it: "
+    )
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        encode_chat(tokenizer, MESSAGES, where="m")
+    assert str(caught.value).endswith("; give the prompt as it is (raw)")
+
+
 @pytest.mark.parametrize(
     "template",
     [

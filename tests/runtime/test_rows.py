@@ -1,6 +1,9 @@
 """Rows of a table are those of the whole table, wherever blocks end; what is read is what holds them."""
 
+import asyncio
 import threading
+import weakref
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,7 +14,10 @@ from torch.nn.functional import embedding
 
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError, ModelClosedError, ModelError
+from surfw.manifest import Manifest
+from surfw.runtime.buffers import Buffer
 from surfw.runtime.rows import RowReader, plan_groups, plan_runs
+from surfw.source import Read
 from tests.runtime.nets import raw
 from tests.runtime.parts import Parts, parts_of
 from tests.toys import Gate, damage
@@ -90,6 +96,53 @@ def test_a_long_prompt_goes_through_the_table_piece_by_piece() -> None:
         assert torch.equal(reader.lookup("t0", torch.arange(9)), parts.tensors[0])
         assert parts.blocks_read() == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
         assert reader.buffer_bytes == 4 * MIB
+
+
+def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, alive, most = Buffer.__init__, [0], [0]
+
+    def counted(self: Buffer, size_bytes: int) -> None:
+        made(self, size_bytes)
+        alive[0] += self.capacity_bytes
+        most[0] = max(most[0], alive[0])
+        weakref.finalize(self, lambda size: alive.__setitem__(0, alive[0] - size), self.capacity_bytes)
+
+    monkeypatch.setattr(Buffer, "__init__", counted)
+    with parts_of(table(13, 256 * KIB)) as parts:  # a row is a block
+        fetch, begun = parts.source.fetch, list[int]()
+        second = asyncio.Event()
+
+        async def met(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+            begun.append(reads[0].start // BLOCK_BYTES)
+            if len(begun) == 1:
+                await asyncio.wait_for(second.wait(), 60)  # the first one ends when the second one has begun
+            if len(begun) == 2:
+                second.set()
+            await fetch(manifest, reads, priority=priority)
+
+        parts.source.fetch = met  # type: ignore[method-assign]
+        reader = RowReader(parts.blocks, scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
+        assert torch.equal(reader.lookup("t0", torch.arange(13)), parts.tensors[0])
+        assert begun == list(range(0, 13, 2))
+        assert most == [reader.buffer_bytes] == [4 * MIB]
+        assert alive == [2 * MIB]
+        parts.reads.clear()
+        assert torch.equal(reader.lookup("t0", torch.tensor([12])), parts.tensors[0][12:])
+        assert parts.reads == []  # it was kept
+
+
+def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
+    with parts_of(table(9, 256 * KIB)) as parts:
+        whole = parts.chunk
+        reader = RowReader(parts.blocks, scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
+        reader._homes["t0"] = (damage(whole), whole.tensors[0])
+        with pytest.raises(IntegrityError, match="chunk c from toys is damaged"):
+            reader.lookup("t0", torch.arange(9))
+        assert (reader._scratch, len(reader._kept)) == (None, 0)
+        reader._homes["t0"] = (whole, whole.tensors[0])
+        assert torch.equal(reader.lookup("t0", torch.arange(9)), parts.tensors[0])
 
 
 def test_a_row_across_two_blocks_needs_both_and_a_larger_one_all_of_its_own() -> None:

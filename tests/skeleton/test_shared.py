@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, initialization
 
+from surfw.errors import SurfwError
+from surfw.skeleton import shared
 from surfw.skeleton.build import read_config
 from tests.skeleton.models import settings_of, skeleton_of
 
@@ -160,3 +162,19 @@ def test_the_hub_is_back_when_two_models_were_opened_at_once(monkeypatch: pytest
     one.end()
     other.end()
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_an_import_amid_the_building_of_a_model_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        assert sum(waited) < 100, "it waits without end"
+
+    monkeypatch.setattr(shared.time, "sleep", sleep)
+    with (
+        initialization.no_tie_weights(),
+        pytest.raises(SurfwError, match=r"^surfw is imported while transformers builds a model"),
+    ):
+        shared._tie_weights_elsewhere()
+    assert sum(waited) == pytest.approx(60)

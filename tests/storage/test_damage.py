@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
-from surfw.errors import IntegrityError, SurfwError
+from surfw.errors import IntegrityError, ManifestError, SurfwError
 from surfw.manifest import Chunk, Manifest
 from surfw.source import Read
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, StorageBackend, Store, local_reader
@@ -243,6 +243,41 @@ def test_files_and_manifests_are_read_again_too(what: str, make: Make, manifest:
             asyncio.run(main(make(url, line)))
 
 
+@pytest.mark.parametrize("make", [over_http, over_s3, custom])
+@pytest.mark.parametrize("what", ["file", "manifest"])
+@pytest.mark.parametrize(
+    ("flip", "again", "said"),
+    [
+        (once, 1, None),
+        (every_retry_but_one, DAMAGE_RETRIES, None),
+        (always, DAMAGE_RETRIES, "; chunk the model again"),
+        (differently, DAMAGE_RETRIES, "; check the network and the memory of this machine"),
+    ],
+)
+def test_files_and_manifests_that_are_read_again_are_counted_and_their_damage_is_located(
+    flip: Flip, again: int, said: str | None, what: str, make: Make, manifest: Manifest, line: Line
+) -> None:
+    line.flip = flip
+    key = manifest.file("vocab.txt").object if what == "file" else "models/toy/model.json"
+    line.at = {key: 3 if what == "file" else 300}
+
+    async def main(backend: StorageBackend) -> int:
+        async with StorageSource(backend) as source:
+            asked = source.file(manifest, "vocab.txt") if what == "file" else source.manifest("toy/model")
+            if said is None:
+                await asked
+            else:
+                with pytest.raises(IntegrityError if what == "file" else ManifestError) as caught:
+                    await asked
+                assert "is damaged" in str(caught.value)
+                assert said in str(caught.value)
+                assert ("chunk the model again" in str(caught.value)) == (flip is always)
+            return source.refetched_blocks
+
+    with served(line) as url:
+        assert asyncio.run(main(make(url, line))) == again
+
+
 def verified(backend: StorageBackend) -> tuple[Damage, ...]:
     async def main() -> tuple[Damage, ...]:
         try:
@@ -269,6 +304,18 @@ def test_verifying_reports_only_what_stays_damaged(make: Make, manifest: Manifes
         ("vocab.txt", found[1].complaint.partition(",")[0]),
     ]
     assert found[1].complaint.endswith(f"expected {manifest.file('vocab.txt').digest}")
+
+
+def test_verifying_says_what_differs_from_time_to_time(manifest: Manifest, line: Line) -> None:
+    line.at, line.flip = {manifest.file("vocab.txt").object: 3, "models/toy/model.json": 300}, differently
+    with served(line) as url:
+        (found,) = verified(over_http(url, line))
+        assert "; check the network" in found.complaint
+        del line.at["models/toy/model.json"]
+        line.times.clear()
+        (found,) = verified(over_http(url, line))
+    assert found.part == "vocab.txt"
+    assert "; check the network" in found.complaint
 
 
 def test_a_page_that_is_damaged_in_memory_alone_is_read_from_the_file(

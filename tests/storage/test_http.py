@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
+import ssl
 import threading
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
+import aiohttp
 import pytest
-from yarl import URL
 
 from surfw.config import MIB
 from surfw.errors import NotFoundError, StorageError
@@ -18,6 +18,7 @@ from surfw.models import StreamingModel
 from surfw.retry import RetryPolicy
 from surfw.storage import FsspecBackend, StorageBackend, fsspec_backend, open_backend
 from surfw.testing import OBJECTS, ReadOnlyStorageBackendSuite
+from tests.certificates import for_client, for_server, make_certificate
 from tests.services.http import http_server
 from tests.services.processes import free_port
 from tests.services.proxy import PASS, proxy_to
@@ -119,14 +120,18 @@ class TaggingRangesOfAll(TaggingRanges):
 
 
 @contextlib.contextmanager
-def offered_by(kind: type[Ignoring], folder: Path) -> Iterator[str]:
+def offered_by(kind: type[Ignoring], folder: Path, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """The URL of a server of this kind."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(kind, directory=str(folder))) as server:
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         serving.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        serving.join()
+        try:
+            yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            serving.join()
 
 
 def test_a_server_without_ranges_is_told_as_one(tmp_path: Path) -> None:
@@ -213,13 +218,14 @@ def test_a_model_is_run_from_a_web_server(folder: Path, url: str) -> None:
     assert torch.equal(*answers)
 
 
-def sending_to(target: str) -> type[Ignoring]:
-    """A server that has everything elsewhere."""
+def sending_to(target: str, *headers: str) -> type[Ignoring]:
+    """A server that has everything elsewhere, and says so in these headers."""
 
     class Sending(Ignoring):
         def do_GET(self) -> None:
             self.send_response(302)
-            self.send_header("Location", f"{target}{self.path}")
+            for name in headers or ("Location",):
+                self.send_header(name, f"{target}{self.path}")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -244,9 +250,47 @@ def test_what_moves_without_end_is_an_error(tmp_path: Path) -> None:
         asyncio.run(FsspecBackend(url).load("x"))
 
 
-def test_nobody_is_sent_to_where_others_can_listen() -> None:
-    backend = FsspecBackend("https://host/x")
-    assert backend._transfer is not None
-    moved = SimpleNamespace(url=URL("https://host/x"), headers={"Location": "http://host/x"})
-    with pytest.raises(StorageError, match=r"^host sends to http://host, which is not encrypted"):
-        asyncio.run(backend._transfer.reader._judge_redirect(None, None, SimpleNamespace(response=moved)))
+@pytest.mark.parametrize("headers", [("URI",), ("Location", "Location"), ("Location", "URI")])
+def test_whatever_names_the_other_server_it_does_not_see_headers(headers: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"text")
+    asked: list[str | None] = []
+
+    class Listening(Ignoring):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("X-Api-Key"))
+            super().do_GET()
+
+    async def main(url: str) -> None:
+        own = {"trace_configs": [aiohttp.TraceConfig()]}
+        telling = FsspecBackend(url, headers={"X-Api-Key": "secret"}, client_kwargs=own)
+        for question in (telling.load("x"), telling.size("x"), telling.list("x")):
+            with pytest.raises(StorageError, match=r"127\.0\.0\.1 sends "):
+                await question
+        plain = FsspecBackend(url)
+        if headers == ("Location", "URI"):
+            assert await plain.load("x") == b"text"
+        else:
+            with pytest.raises(
+                StorageError, match=r"^127\.0\.0\.1 sends elsewhere with [02] headers Location, expected"
+            ):
+                await plain.load("x")
+
+    with offered_by(Listening, tmp_path) as there, offered_by(sending_to(there, *headers), tmp_path) as here:
+        asyncio.run(main(here))
+    assert asked == [None] * (headers == ("Location", "URI"))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("http://127.0.0.1:1", r"127\.0\.0\.1 sends to http://127\.0\.0\.1:1, which is not encrypted; name an addr"),
+        ("//[", r"127\.0\.0\.1 sends to '//\[/x?', which is no URL"),
+    ],
+)
+def test_nobody_is_sent_to_where_others_can_listen(target: str, said: str, tmp_path: Path) -> None:
+    certificate = make_certificate(tmp_path)
+    with offered_by(sending_to(target), tmp_path, for_server(certificate)) as url:
+        backend = FsspecBackend(url, ssl=for_client(certificate))
+        for question in (backend.load("x"), backend.list("x")):
+            with pytest.raises(StorageError, match=said):
+                asyncio.run(question)

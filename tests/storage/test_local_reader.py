@@ -546,3 +546,21 @@ def test_a_mapping_closes_its_file(tmp_path: Path) -> None:
     gc.collect()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptor)
+
+
+def test_a_mapping_keeps_one_descriptor_and_its_pages_outlive_it(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (PAGE // 256)
+    (tmp_path / "file").write_bytes(data)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    mapped = [MappedFile(FileRange(tmp_path / "file", 0, PAGE)) for _ in range(50)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before + 50
+    pages = mapped[7].memory[5:]
+    mapped.clear()
+    gc.collect()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert pages == data[5:]
+    here = str(tmp_path / "file")
+    assert Path("/proc/self/maps").read_text().count(here) == 1
+    del pages
+    gc.collect()
+    assert here not in Path("/proc/self/maps").read_text()

@@ -221,7 +221,9 @@ def test_what_is_given_up_has_ended() -> None:
     async def main() -> None:
         await Patience(0.01, Activity()).hold(work(), "x in y")
 
-    with pytest.raises(SilenceError, match=r"^x in y: the storage did not get on for 0\.01 seconds \(0 bytes had come"):
+    with pytest.raises(
+        SilenceError, match=r"^x in y: the storage made no progress for 0\.01 seconds \(0 bytes arrived\); check"
+    ):
         asyncio.run(main())
     assert ended
 
