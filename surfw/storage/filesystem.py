@@ -156,7 +156,7 @@ def _walk(top: Path, *, follow: bool = True) -> Iterator[Path]:
 
 
 def _unless_missing(error: OSError) -> None:
-    """What is not there, or goes away while it is listed, has no keys. A link to nothing hides what it should lead to."""
+    """What is not there, or goes away while it is listed, has no keys; a link to nothing hides what it should show."""
     if not isinstance(error, FileNotFoundError) or Path(error.filename).is_symlink():
         raise error
 
