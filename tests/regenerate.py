@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-import surfw.cli.main  # noqa: F401 - the commands declare their options
+import surfw.cli.app  # noqa: F401 - the commands declare their options
 from surfw import errors
 from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS

@@ -1,6 +1,5 @@
 """A command as typer runs it, which tells three things in other words: its usage, wrong values, interruptions."""
 
-import sys
 from typing import Any
 
 import typer
@@ -27,9 +26,13 @@ class Command(TyperCommand):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run it; where it is interrupted that is said, with the text that the interruption may have."""
         try:
+            signals.begin()
             return super().invoke(ctx)
         except KeyboardInterrupt as exc:
-            then = f"; {exc}" if str(exc) else ""
-            begin = "\n" if sys.stderr.isatty() else ""  # the terminal shows ^C where the output ended
-            print(f"{begin}surfw: {signals.description()}{then}", file=sys.stderr)
+            signals.say(str(exc))
             raise
+        except Exception as exc:
+            if not signals.is_interrupted():
+                raise
+            signals.say()  # whatever fails from then on fails because of that
+            raise KeyboardInterrupt from exc

@@ -1,11 +1,18 @@
 """How a command is ended from outside: SIGTERM and SIGHUP end it as Ctrl-C does, and clean up as that does.
 
-They do what SIGINT does at that moment: raise `KeyboardInterrupt`, or what an event loop has put in its place. A second
-signal ends the process at once. The exit code is 128 and the signal's number, as shells have it: 130, 143 or 129.
+- Before a command runs, while its code is imported, and after it ran, nothing is to be cleaned up: a signal ends the
+  process at once, with a line on stderr.
+- While it runs, they do what SIGINT does at that moment: raise `KeyboardInterrupt`, or what an event loop has put in
+  its place. Within an import that waits for the import's end: one of numpy that is broken off cannot be repeated, and
+  fails with whatever error, somewhere else.
+- A second signal ends the process at once.
+
+The exit code is 128 and the signal's number, as shells have it: 130, 143 or 129.
 """
 
 import os
 import signal
+import sys
 from contextlib import suppress
 from types import FrameType
 from typing import NoReturn
@@ -15,15 +22,31 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a command that was interrupted, whichever signal did it, until `exit_code` tells them apart."""
 
+_IMPORT = "<frozen importlib._bootstrap>"
+_LOOK_SECONDS = 0.01
 _received: list[int] = []
 
 
 def set_up() -> None:
-    """Have SIGTERM and SIGHUP end this process as an interrupt does, unless it was started to ignore them."""
+    """Have these signals end the process at once, with a line, unless it was started to ignore them."""
     _received.clear()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end_as_interrupt)
+    _handle_all(_end_with_line)
+
+
+def begin() -> None:
+    """From now on, until `conclude`, they interrupt what is under way. Does nothing without `set_up`."""
+    for number in ENDING:
+        if signal.getsignal(number) is _end_with_line:
+            signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.default_int_handler = _interrupt  # the one that asyncio.run replaces
+
+
+def conclude() -> None:
+    """What was under way is over, and cleaned up."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if not _received:
+        _handle_all(_end_with_line)
 
 
 def note(number: int) -> None:
@@ -32,9 +55,12 @@ def note(number: int) -> None:
     For whoever handles signals alone; what follows has to come to an end by itself.
     """
     _received.append(number)
-    for other in ENDING:
-        if signal.getsignal(other) is not signal.SIG_IGN:
-            signal.signal(other, _end_at_once)
+    _handle_all(_end_at_once)
+
+
+def is_interrupted() -> bool:
+    """Whether a signal was noted: what fails from then on may fail because of it."""
+    return bool(_received)
 
 
 def exit_code() -> int:
@@ -42,22 +68,51 @@ def exit_code() -> int:
     return 128 + (_received[0] if _received else signal.SIGINT)
 
 
-def description() -> str:
-    """What to say of it."""
-    first = _received[0] if _received else signal.SIGINT
-    return "interrupted" if first == signal.SIGINT else f"interrupted by {signal.Signals(first).name}"
+def say(then: str = "") -> None:
+    """Say it on stderr, with the text that the interruption may have."""
+    print(_line(_received[0] if _received else signal.SIGINT, then), file=sys.stderr)
 
 
-def _end_as_interrupt(number: int, frame: FrameType | None) -> None:
-    interrupt = signal.getsignal(signal.SIGINT)
+def _line(number: int, then: str = "") -> str:
+    begin = "\n" if os.isatty(2) else ""  # the terminal shows ^C where the output ended
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    return f"{begin}surfw: interrupted{by}{f'; {then}' if then else ''}"
+
+
+def _handle_all(handler: "signal._HANDLER") -> None:
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    of_loop = signal.getsignal(signal.SIGINT)
     note(number)
-    if callable(interrupt):
-        interrupt(number, frame)
-    else:  # a shell's background job ignores SIGINT, and no other signal
-        signal.default_int_handler(number, frame)
+    if callable(of_loop) and of_loop is not _interrupt:
+        of_loop(number, frame)
+    else:  # no loop runs, or a shell's background job ignores SIGINT, and no other signal
+        _raise_after_import(number, frame)
+
+
+def _raise_after_import(_: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename == _IMPORT:
+            signal.signal(signal.SIGALRM, _raise_after_import)
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _end_with_line(number: int, _: FrameType | None) -> NoReturn:
+    _end(number, _line(number))
 
 
 def _end_at_once(number: int, _: FrameType | None) -> NoReturn:
+    _end(number, "surfw: ended at once, without cleaning up")
+
+
+def _end(number: int, line: str) -> NoReturn:
     with suppress(OSError):
-        os.write(2, b"surfw: ended at once, without cleaning up\n")
+        os.write(2, f"{line}\n".encode())
     os._exit(128 + number)

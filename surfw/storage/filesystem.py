@@ -133,16 +133,31 @@ class FilesystemBackend(FsspecBackend):
 
     def _keys(self, folder: str) -> Iterator[str]:
         """The keys of all files below a folder, as they are found."""
-        top = self.base / folder
-        with translate_errors(f"listing {self.url}"):
-            for path, _, names in os.walk(top, onerror=_unless_missing):
-                for name in names:
-                    yield Path(path, name).relative_to(self.base).as_posix()
+        try:
+            for path in _walk(self.base / folder):
+                yield path.relative_to(self.base).as_posix()
+        except OSError as exc:
+            with translate_errors(f"listing {exc.filename or self.url}"):
+                raise
+
+
+def _walk(top: Path, *, follow: bool = True) -> Iterator[Path]:
+    """Whatever has a key below a folder: files, and folders in the place of files.
+
+    A folder that is linked to is one of the tree; links in it are not followed, so that this ends.
+    """
+    for path, folders, names in os.walk(top, onerror=_unless_missing):
+        yield from (Path(path, name) for name in names)
+        for folder in (Path(path, name) for name in folders):
+            if folder.suffix == ".json":  # no part of a key but the last ends so: here a file is missing, and not known
+                yield folder
+            elif follow and folder.is_symlink():
+                yield from _walk(folder, follow=False)
 
 
 def _unless_missing(error: OSError) -> None:
-    """What is not there, or goes away while it is listed, has no keys."""
-    if not isinstance(error, FileNotFoundError):
+    """What is not there, or goes away while it is listed, has no keys; a link to nothing hides what it should show."""
+    if not isinstance(error, FileNotFoundError) or Path(error.filename).is_symlink():
         raise error
 
 

@@ -78,11 +78,15 @@ async def survey(store: Store) -> Survey:
     for name in await store.listed():
         needed.update(await _needs_of(store, name))
     keys = await store.backend.list()
-    return Survey(
-        leases=leases,
-        unneeded=[key for key in keys if is_blob(key) and key not in needed],
-        strangers=[key for key in keys if not belongs(key)],
-    )
+    strangers = [key for key in keys if not belongs(key)]
+    for key in strangers:
+        if key.startswith(MODELS) and not await store.backend.exists(key):
+            raise StorageError(
+                f"which blobs of {store.url} are needed cannot be told: {key} leads to nothing, and models may be "
+                "missing there; nothing is removed. Mend the link, or move it away"
+            )
+    unneeded = [key for key in keys if is_blob(key) and key not in needed]
+    return Survey(leases=leases, unneeded=unneeded, strangers=strangers)
 
 
 async def _needs_of(store: Store, name: str) -> Sequence[str]:

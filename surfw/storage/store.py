@@ -238,11 +238,18 @@ class Store:
 
         Raises:
             UnknownModelError: there is none.
+            StorageError: there is one, and it cannot be read.
         """
+        key = manifest_key(model)
+        advice = "; move it away, and chunk the model again" if self.backend.local_path(key) else ""
         try:
-            return await self.backend.load_capped(manifest_key(model), MANIFEST_BYTES)
-        except NotFoundError as exc:
-            raise UnknownModelError(model, await self.models(), where=self.url) from exc
+            with suppress(NotFoundError):
+                return await self.backend.load_capped(key, MANIFEST_BYTES)
+            if model not in await self.listed():
+                raise UnknownModelError(model, await self.models(), where=self.url)
+            return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a link to nothing
+        except StorageError as exc:
+            raise StorageError(f"the manifest of model {model} cannot be read: {exc}{advice}") from exc
 
     async def manifest_revision(self, model: str) -> str | None:
         """What changes whenever the model's manifest does; None if the storage cannot tell, or there is none."""

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +15,14 @@ from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
-from surfw.manifest import Form, Location, Manifest, block_digests, has_digest
+from surfw.manifest import Form, Location, Manifest, block_digests, has_digest, nbytes
 from surfw.source import locate_damage
 from surfw.storage.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
 
 _PIECE_BYTES = 8 * BLOCK_BYTES
+_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class _Part:
     size: int
     digest: str
     blocks: bytes | None
+    has_header: bool = False
 
 
 @dataclass
@@ -143,8 +146,12 @@ def _parts_of(manifest: Manifest) -> list[_Part]:
         (chunk.name, form) for chunk in manifest.chunks for form in chunk.forms if form.is_known
     ]
     parts = [
-        _Part(manifest.name, name, form.locations, form.stored_bytes, form.digest, form.blocks) for name, form in forms
-    ]
+        _Part(
+            manifest.name, name, form.locations, form.stored_bytes, form.digest, form.blocks,
+            has_header=manifest.origin is None and form.codec == "none" and len(form.locations) == 1,
+        )
+        for name, form in forms
+    ]  # fmt: skip
     for file in manifest.files:
         location = Location(file.object, 0, file.size)
         parts.append(_Part(manifest.name, file.path, (location,), file.size, file.digest, None))
@@ -160,7 +167,8 @@ async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
             size = await store.objects.size(location.object)
             if size < location.stop or (part.blocks is None and size != location.stop):
                 return f"{location.object} has {size} bytes, expected {location.stop}"
-        return await _compare(store, part, reading)
+        complaint = await _compare(store, part, reading)
+        return complaint or (await _check_header(store, part) if part.has_header else "")
     except NotFoundError:
         return "it is missing"
     except StorageError as exc:
@@ -180,6 +188,45 @@ async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
         seen.append(complaint)
         _forget(store, part.locations)
     return seen[-1] if len(set(seen)) == 1 else f"{seen[-1]}; {locate_damage(seen)}"
+
+
+async def _check_header(store: Store, part: _Part) -> str:
+    """What is damaged in the safetensors header before a chunk's payload, of which there is no digest.
+
+    Names, dtypes and shapes are not compared: models share an equal payload behind the header of one of them.
+    """
+    (location,) = part.locations
+    complaint = ""
+    if location.start > 8 + _HEADER_BYTES:
+        return (
+            f"its payload begins at byte {location.start}, expected a header of at most {_HEADER_BYTES} bytes before it"
+        )
+    for _ in range(1 + DAMAGE_RETRIES):
+        header = bytearray(location.start)
+        await store.objects.read_into(location.object, 0, memoryview(header))
+        complaint = await asyncio.to_thread(_find_header_damage, bytes(header), part.size)
+        if not complaint:
+            break
+        _forget(store, part.locations)
+    return complaint
+
+
+def _find_header_damage(header: bytes, payload_bytes: int) -> str:
+    length = int.from_bytes(header[:8], "little")
+    if length != len(header) - 8:
+        return f"the header of its file says that it has {length} bytes, expected {len(header) - 8}"
+    end = 0
+    try:
+        document = json.loads(header[8:])
+        document.pop("__metadata__", None)
+        for entry in sorted(document.values(), key=lambda entry: entry["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            if start != end or stop - start != nbytes(entry["dtype"], entry["shape"]):
+                return f"the header of its file is damaged: a tensor lies at bytes {start} to {stop} of the payload"
+            end = stop
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        return f"the header of its file is damaged ({type(exc).__name__})"
+    return "" if end == payload_bytes else f"the header of its file ends at byte {end} of {payload_bytes}"
 
 
 async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:

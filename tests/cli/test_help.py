@@ -16,7 +16,7 @@ from tests.cli.run import environment, surfw
 def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None:
     code = (
         "import sys, json\n"
-        "from surfw.cli.main import app\n"
+        "from surfw.cli.app import app\n"
         f"try: app({[*command, '--help']!r})\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"

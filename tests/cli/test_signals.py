@@ -123,11 +123,51 @@ def test_a_benchmark_leaves_no_files(what: str, home: Path, tmp_path: Path) -> N
     assert not list((tmp_path / "tmp").iterdir())
 
 
+IMPORTS = """
+import sys
+from pathlib import Path
+from surfw.cli.main import main
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[2]:
+            Path("reached").touch()
+            Path("opened").read_text()  # waits at a FIFO
+            Path("passed").touch()
+
+sys.meta_path.insert(0, Slow())
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code", "by"),
+    [*(("typer", *one) for one in EVERY), ("numpy", *EVERY[0]), ("numpy", *EVERY[1])],
+)
+def test_an_import_is_ended_before_a_command_runs_and_comes_to_its_end_within_one(
+    module: str, number: signal.Signals, code: int, by: str, tmp_path: Path
+) -> None:
+    save_llama(tmp_path / "model")
+    os.mkfifo(tmp_path / "opened")
+    program = f"import os; os.chdir({str(tmp_path)!r}){IMPORTS}".replace("sys.argv[2]", repr(module))
+    with running(tmp_path, sys.executable, "-c", program, "chunk", str(tmp_path / "model")) as process:
+        wait_for(process, (tmp_path / "reached").exists)
+        process.send_signal(number)
+        if module != "typer":
+            (tmp_path / "opened").write_text("")
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[0].partition(";")[0]) == (code, f"surfw: interrupted{by}")
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "passed").exists() == (module != "typer")
+
+
 SLOW_TO_END = """
 import time
-from surfw.cli.main import app, main
+from surfw.cli.app import app
+from surfw.cli.command import Command
+from surfw.cli.main import main
 
-@app.command("wait")
+@app.command("wait", cls=Command)
 def wait() -> None:
     try:
         print("waiting", flush=True)

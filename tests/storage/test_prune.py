@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -233,6 +234,64 @@ def test_what_is_not_understood_may_need_anything(key: str, data: bytes, complai
     assert [model.name for model in contents.models] == ["kept"]
     assert contents.unneeded_blobs is None
     assert len(contents.complaints) == 1
+
+
+def _folder(manifest: Path) -> None:
+    manifest.mkdir()
+    (manifest / "notes.txt").write_bytes(b"1")
+
+
+def _link_to_folder(manifest: Path) -> None:
+    manifest.symlink_to(manifest.parent, target_is_directory=True)
+
+
+def _link_to_nothing(manifest: Path) -> None:
+    manifest.symlink_to(manifest.parent / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("put", "complaint"),
+    [
+        (Path.mkdir, "Is a directory"),
+        (_folder, "Is a directory"),
+        (_link_to_folder, "Is a directory"),
+        (_link_to_nothing, "not found"),
+        (os.mkfifo, "it is no regular file"),
+    ],
+)
+def test_whatever_lies_in_the_place_of_a_manifest_is_one_that_cannot_be_read(
+    put: Callable[[Path], None], complaint: str, tmp_path: Path
+) -> None:
+    make_store(tmp_path, "a", (5000,))
+    manifest = tmp_path / "models" / "a.json"
+    manifest.unlink()
+    put(manifest)
+    before = sorted(tmp_path.rglob("blobs/*/*"))
+    told = rf"the manifest of model a cannot be read: .*{complaint}; move it away, and chunk the model again"
+    with pytest.raises(StorageError, match=told):
+        asyncio.run(prune_it(FilesystemBackend(tmp_path)))
+    assert sorted(tmp_path.rglob("blobs/*/*")) == before
+    contents = asyncio.run(Housekeeping(tmp_path).contents())
+    assert (contents.unneeded_blobs, len(contents.complaints)) == (None, 1)
+    (damage,) = asyncio.run(Housekeeping(tmp_path).verify()).damage
+    assert (damage.model, damage.part) == ("a", "")
+    assert complaint in damage.complaint
+
+
+def test_links_to_folders_are_followed_and_a_link_to_nothing_hides_what_may_be_there(tmp_path: Path) -> None:
+    store, models = tmp_path / "store", tmp_path / "models"
+    make_store(store, "org/a", (5000,))
+    (store / "models" / "org").rename(models)
+    (store / "models" / "org").symlink_to(models, target_is_directory=True)
+    assert asyncio.run(prune_it(FilesystemBackend(store))).blobs == 0
+    models.rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="models/org leads to nothing"):
+        asyncio.run(prune_it(FilesystemBackend(store)))
+    (store / "models" / "org").unlink()
+    (store / "models").rmdir()
+    (store / "models").symlink_to(tmp_path / "not mounted", target_is_directory=True)
+    with pytest.raises(StorageError, match=f"listing {store}/models: not found"):
+        asyncio.run(prune_it(FilesystemBackend(store)))
 
 
 def test_what_is_not_of_the_layout_is_named_and_stays() -> None:

@@ -40,7 +40,7 @@ def test_a_whole_store_is_as_it_should_be_and_what_is_shared_is_read_once(tmp_pa
     assert steps[-1] == (size, size)
     assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     blob = manifest.chunks[0].forms[0].locations[0].object
-    assert backend.asked.count(blob) == 2  # two pieces
+    assert backend.asked.count(blob) == 3  # two pieces, and the header
 
 
 def test_a_backend_with_four_methods_is_verified_too(tmp_path: Path) -> None:
@@ -81,6 +81,27 @@ def test_any_flipped_bit_is_found(part: int, at: float, bit: int, tmp_path_facto
         assert (found.model, found.part, found.objects) == ("a", name, (blob,))
         flip()
     assert check(path).damage == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ((0, b"\xf9"), "the header of its file says that it has 4089 bytes, expected 4088"),
+        ((8, b"\x00"), "the header of its file is damaged (JSONDecodeError)"),
+        ((b"U8", b"V8"), "the header of its file is damaged (KeyError)"),
+        ((b"[5000]", b"[5001]"), "the header of its file is damaged: a tensor lies at bytes 0 to 5000 of the payload"),
+        ((b"[0, 5000]", b"[8, 5008]"), "the header of its file is damaged: a tensor lies at bytes 8 to 5008"),
+        ((b"data_offsets", b"datA_offsets"), "the header of its file is damaged (KeyError)"),
+    ],
+)
+def test_a_damaged_header_is_found(change: tuple[int | bytes, bytes], complaint: str, tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, "a", (5000,), files={})
+    blob = tmp_path / manifest.chunks[0].forms[0].locations[0].object
+    data, (what, new) = blob.read_bytes(), change
+    at = what if isinstance(what, int) else data.index(what)
+    blob.write_bytes(data[:at] + new + data[at + len(new) :])
+    (found,) = check(tmp_path).damage
+    assert (found.part, found.complaint[: len(complaint)]) == ("layers.0", complaint)
 
 
 def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""The application: its commands, and how errors become a line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 130 interrupted, 143 and 129 the same by
+SIGTERM and SIGHUP.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated, Any
+
+import typer
+
+from surfw import __version__
+from surfw.cli import bench, chunk, config, infer, options, serve, signals, stats, streams
+from surfw.cli.command import Command
+from surfw.errors import SurfwError, UninitializedWeightsWarning
+
+app = typer.Typer(
+    name="surfw",
+    help="Run transformer models whose weights are somewhere else, or are bigger than memory.",
+    epilog="Start with:  surfw infer --prompt 'Weight streaming is'",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("chunk", cls=Command, epilog=chunk.EXAMPLES)(chunk.chunk)
+app.command("serve", cls=Command, epilog=serve.EXAMPLES)(serve.serve)
+app.command("infer", cls=Command, epilog=infer.EXAMPLES)(infer.infer)
+app.command("stats", cls=Command, epilog=stats.EXAMPLES)(stats.stats)
+app.command("config", cls=Command, epilog=config.EXAMPLES)(config.config)
+app.add_typer(bench.app, name="bench")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"surfw {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+    config: options.ConfigFile = None,
+) -> None:
+    """Options of every command."""
+
+
+_show_other_warning = warnings.showwarning
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A warning that surfw means for people is one line, as its other ones are."""
+    if issubclass(category, UninitializedWeightsWarning):
+        logging.getLogger("surfw").warning("%s", message)
+    else:
+        _show_other_warning(message, category, *where, **more)
+
+
+def run() -> int:
+    """Run the command line; the exit code."""
+    streams.set_up()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Remark("%(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("surfw").addHandler(handler)
+    warnings.showwarning = _show_warning
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    code = _run()
+    try:
+        streams.finish()
+    except streams.OutputError as exc:
+        code = code or _fail(str(exc))
+    return code
+
+
+def _run() -> int:
+    """Run the command; what it raises becomes a line and an exit code."""
+    try:
+        try:
+            app()
+        finally:
+            signals.conclude()
+    except SystemExit as end:
+        if end.code == signals.INTERRUPTED:
+            return signals.exit_code()
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return signals.exit_code()
+    except (SurfwError, streams.OutputError) as exc:
+        return _fail(str(exc))
+    except Exception as exc:
+        if os.environ.get("SURFW_DEBUG"):
+            raise
+        return _fail(f"unexpected {type(exc).__name__}: {exc}; SURFW_DEBUG=1 shows where, please report it")
+    return 0
+
+
+class _Remark(streams.OneLine):
+    """`surfw: warning: …` on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"surfw: {record.levelname.lower()}: {super().format(record)}"
+
+
+def _fail(message: str) -> int:
+    """One line on stderr, and exit code 1."""
+    print(f"surfw: error: {streams.one_line(message)}", file=sys.stderr)
+    return 1
