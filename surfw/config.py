@@ -32,7 +32,7 @@ DAMAGE_RETRIES = 2
 """How often the same block is fetched again because it arrived damaged."""
 
 MANIFEST_BYTES = 64 * MIB
-"""The largest manifest that is read from a store."""
+"""The largest manifest, in a store (with the line that has its digest) and from a server."""
 
 FILE_BYTES = 256 * MIB
 """The largest file of a tokenizer."""
@@ -234,8 +234,8 @@ class WireLimits:
     window_bytes: int = 8 * MIB
     control_bytes: int = 256 * KIB
     requests_in_flight: int = 64
-    manifest_bytes: int = 32 * MIB
-    file_bytes: int = 256 * MIB
+    manifest_bytes: int = MANIFEST_BYTES
+    file_bytes: int = FILE_BYTES
 
     def __post_init__(self) -> None:
         """Refuse limits that the protocol rules out, or that would block a transfer."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from surfw.config import MANIFEST_BYTES
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
@@ -27,7 +28,6 @@ from surfw.manifest.facts import (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_BYTES = 1 << 46
-_MAX_MANIFEST_BYTES = 64 << 20
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
@@ -62,10 +62,10 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
         ManifestError: the bytes are no manifest, or one of a version this surfw does not know, or break a rule.
     """
     pieces = data.count(b"{") + data.count(b"[")
-    if len(data) > _MAX_MANIFEST_BYTES or pieces > _MAX_PIECES:
+    if len(data) > MANIFEST_BYTES or pieces > _MAX_PIECES:
         raise ManifestError(
             f"the manifest from {where} has {len(data)} bytes and {pieces} objects and lists; "
-            f"expected at most {_MAX_MANIFEST_BYTES} and {_MAX_PIECES}"
+            f"expected at most {MANIFEST_BYTES} and {_MAX_PIECES}"
         )
     try:
         document = json.loads(data)
@@ -94,8 +94,10 @@ def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
     A manifest without a digest is accepted if its bytes are one JSON object from the first byte to the last.
 
     Raises:
-        ManifestError: the bytes are damaged, or no manifest; see `parse_manifest`.
+        ManifestError: the bytes are damaged, or more than `MANIFEST_BYTES`, or no manifest; see `parse_manifest`.
     """
+    if len(data) > MANIFEST_BYTES:  # the line with the digest included, as a store loads no more
+        raise ManifestError(f"the manifest from {where} has {len(data)} bytes, expected at most {MANIFEST_BYTES}")
     if not has_digest(data):
         return parse_manifest(data, where=where)
     line, _, document = data.partition(b"\n")

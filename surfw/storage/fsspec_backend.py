@@ -38,7 +38,10 @@ T = TypeVar("T")
 _COPY_BYTES = 8 << 20
 
 _ROUNDS = 10
-"""A listing is many requests, and an object that comes as a whole shows no progress: they may take so much longer."""
+"""A listing is many requests, and an object that comes as a whole shows no progress: they may take so much longer.
+
+Of HTTP, none of the requests may be silent for longer than `silence_timeout`.
+"""
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
@@ -360,9 +363,11 @@ class FsspecBackend(StorageBackend):
         try:
             return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most)
         except fsspec.asyn.FSTimeoutError as exc:
+            one = exc.__cause__ is not None  # of the requests was silent for too long
+            waited = f"was silent for {self.silence_timeout:g}" if one else f"did not answer within {most:g}"
             raise StorageError(
-                f"{self.url}: the storage did not answer within {most:g} seconds; look at it and at the network, or "
-                "give it more time with a longer silence_timeout"
+                f"{self.url}: the storage {waited} seconds; check it and the network, or give it more time with a "
+                "longer silence_timeout"
             ) from exc
 
     async def list(self, prefix: str = "") -> list[str]:

@@ -56,6 +56,8 @@ class HttpRanges(RangeReader):
         super().limit_waits(silence_timeout)
         half = silence_timeout / 2
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
+        whole = aiohttp.ClientTimeout(total=None, sock_connect=silence_timeout, sock_read=silence_timeout)
+        self._fs.client_kwargs = {"timeout": whole} | self._fs.client_kwargs  # for fsspec's own requests: listings
 
     async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
         """Read into place."""

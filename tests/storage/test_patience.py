@@ -135,6 +135,13 @@ def test_other_questions_have_a_bound_too(behaviour: Behaviour, make: Make) -> N
     assert time.monotonic() - start < 2 * HANG
 
 
+@pytest.mark.parametrize("behaviour", [say_nothing, stop_in_the_middle])
+def test_a_listing_by_http_that_hangs_is_given_up_after_one_silence(behaviour: Behaviour) -> None:
+    said = rf"the storage was silent for {SILENCE:g} seconds; check it and the network"
+    with served(behaviour) as url, pytest.raises(StorageError, match=said):
+        asyncio.run(http_at(url).list())
+
+
 @pytest.mark.parametrize("behaviour", [say_nothing, drip_head])
 def test_a_client_gives_its_patience_to_a_store(behaviour: Behaviour) -> None:
     start = time.monotonic()

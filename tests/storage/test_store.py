@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from surfw.config import MANIFEST_BYTES, WireLimits
 from surfw.errors import ManifestError, NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Location
 from surfw.storage import FilesystemBackend, Store
 from surfw.storage.store import blob_key, manifest_key, segments
+from tests.stores import make_store
 from tests.toys import toy_model
 
 MANIFEST, _ = toy_model([10, 20])
@@ -176,3 +178,21 @@ def test_segments_are_the_bytes_of_the_range(
     found = segments(locations, start, stop)
     assert b"".join(objects[key][at : at + length] for key, at, length in found) == joined[start:stop]
     assert all(length > 0 for _, _, length in found)
+
+
+def test_what_is_published_can_be_read_from_a_store_and_from_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_store(tmp_path, sizes=(10,))
+    assert WireLimits().manifest_bytes == MANIFEST_BYTES
+    stored = (tmp_path / manifest_key(manifest.name)).stat().st_size
+    store = Store(FilesystemBackend(tmp_path))
+    for most in (stored, stored - 1):
+        for module in ("surfw.manifest.parser", "surfw.storage.store"):
+            monkeypatch.setattr(f"{module}.MANIFEST_BYTES", most)
+        if most == stored:
+            asyncio.run(store.publish(manifest))
+            assert asyncio.run(store.manifest(manifest.name)) == manifest
+        else:
+            with pytest.raises(ManifestError, match=rf"has {stored} bytes, expected at most {most}$"):
+                asyncio.run(store.publish(manifest))
