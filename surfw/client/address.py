@@ -1,5 +1,6 @@
 """What a client says to an address, and what it keeps to itself: a token in clear text never leaves the machine."""
 
+from http import HTTPStatus
 from ssl import SSLContext
 from urllib.parse import urlsplit
 
@@ -8,6 +9,12 @@ from surfw.errors import ConfigurationError, RefusedError
 from surfw.wire import bearer, is_loopback
 
 _PLAIN = {"ws", "http"}
+
+PASSING = {
+    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
+    HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
+}  # fmt: skip
+"""What a proxy answers while the server behind it is away, or one of them is busy: trying again may help."""
 
 
 def plan_headers(url: str, token: str | None, ssl: SSLContext | None) -> dict[str, str]:

@@ -15,7 +15,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from surfw import __version__
-from surfw.client.address import plan_headers, refusal
+from surfw.client.address import PASSING, plan_headers, refusal
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
@@ -35,12 +35,6 @@ _REDIRECTS = {
     HTTPStatus.PERMANENT_REDIRECT,
 }  # fmt: skip
 _SHOWN = 200
-
-_PASSING = {
-    HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
-    HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT,
-}  # fmt: skip
-"""What a proxy answers while the server behind it is away, or one of them is busy: trying again may help."""
 
 
 class _NotFollowed(WebSocketException):
@@ -183,7 +177,7 @@ def _explain(link: Link, seconds: float, token: str | None, exc: Exception) -> S
                 return refusal(link.url, token) if link.shows_token else _redirected_refusal(link)
             text = _refused(link, exc.response)
             transient = exc.response.status_code == HTTPStatus.SERVICE_UNAVAILABLE
-        case InvalidStatus() if exc.response.status_code in _PASSING:
+        case InvalidStatus() if exc.response.status_code in PASSING:
             status = f"status {exc.response.status_code}, as proxies do whose server is away"
             text, transient = f"{link.url} answers with {status}; {_NEXT}", True
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
