@@ -41,7 +41,7 @@ TABLE = "tool.surfw"
 _PLACES = ("argument", "variable", "file", "default")
 """Where a value can come from, the nearest first."""
 
-_EXCLUSIVE = ("cache_layers", "memory_budget")
+EXCLUSIVE = ("cache_layers", "memory_budget")
 """Two settings that say the same thing in two ways, and have no default. The one from the nearer place counts."""
 
 _RETRY = RetryPolicy()
@@ -99,7 +99,7 @@ class Settings:
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
-    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB; the least is 17.", least=0)
+    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB; at least 17 are used.", least=0)
     insecure: bool = _setting(
         False,
         "Allow listening beyond loopback without a token, or with one in clear text.",
@@ -160,8 +160,8 @@ class Settings:
         """Check every value."""
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(getattr(self, name), name))
-        if None not in [getattr(self, name) for name in _EXCLUSIVE]:
-            raise _exclude_each_other(" and ".join(_EXCLUSIVE))
+        if None not in [getattr(self, name) for name in EXCLUSIVE]:
+            raise _exclude_each_other(" and ".join(EXCLUSIVE))
 
     @classmethod
     def load(cls, config: str | os.PathLike[str] | None = None, **arguments: Any) -> Self:
@@ -293,11 +293,11 @@ def _decide_between(origins: Mapping[str, Origin]) -> tuple[str | None, str]:
     Raises:
         ConfigurationError: both are given in the same place.
     """
-    nearer, other = sorted(_EXCLUSIVE, key=lambda name: _PLACES.index(origins[name].kind))
+    nearer, other = sorted(EXCLUSIVE, key=lambda name: _PLACES.index(origins[name].kind))
     if (place := origins[other]).kind == "default":
         return None, nearer
     if place.kind == origins[nearer].kind:
-        names = " and ".join(SETTINGS[name].variable if place.kind == "variable" else name for name in _EXCLUSIVE)
+        names = " and ".join(SETTINGS[name].variable if place.kind == "variable" else name for name in EXCLUSIVE)
         raise _exclude_each_other(f"{place.name}: {names}" if place.kind == "file" else names)
     return other, nearer
 

@@ -398,9 +398,12 @@ def test_what_a_damaged_manifest_is_told_of() -> None:
     data = encode_stored_manifest(SAMPLE)
     with pytest.raises(ManifestError) as caught:
         parse_stored_manifest(data.replace(b"bfloat16", b"afloat16"), where="there")
-    line = data.partition(b"\n")[0].decode()
-    assert str(caught.value).startswith(f"the manifest from there is damaged: its first line is b'{line}', expected 's")
-    assert str(caught.value).endswith("; chunk the model again")
+    assert str(caught.value).startswith("the manifest from there is damaged: the digest of its bytes is ")
+    assert str(caught.value).endswith(", and its first line has another; chunk the model again")
+    for stored, seen in ((b"", "it is empty"), (b"\xff\0", r"it begins with '\ufffd\x00', expected 'surfw.manifest ")):
+        with pytest.raises(ManifestError) as caught:
+            parse_stored_manifest(stored, where="there")
+        assert str(caught.value).startswith(f"the manifest from there is damaged: {seen}")
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text() | st.integers(), max_size=3), st.data())

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from surfw.setting import Setting
-from surfw.settings import CONFIG_VARIABLE, SETTINGS, TABLE, Origin, Settings, trace_settings
+from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, Origin, Settings, trace_settings
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
@@ -42,7 +42,11 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
 
     Raises:
         ConfigurationError: one of them cannot be used.
+        BadParameter: two options exclude each other.
     """
+    given = [SETTINGS[name].option for name in EXCLUSIVE if arguments.get(name) is not None]
+    if len(given) > 1:
+        raise typer.BadParameter(f"does not go with {given[0]}; give one of them", param_hint=given[1])
     found = trace_settings(config or context.find_root().params.get("config"), arguments)
     return Configuration(
         Settings(**{name: value for name, (value, _) in found.items()}),

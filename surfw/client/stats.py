@@ -6,12 +6,13 @@ import socket
 import threading
 from concurrent.futures import Future
 from http import HTTPStatus
-from ssl import SSLContext
+from ssl import SSLCertVerificationError, SSLContext, SSLError
 from urllib.parse import urlsplit
 
 from surfw.client.address import plan_headers, refusal
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
+from surfw.retry import TRANSIENT_STATUSES
 from surfw.wire import ServerStats, parse_stats, printable
 
 _MAX_BYTES = 1 << 20
@@ -39,10 +40,16 @@ def read_stats(
         RefusedError: it wants a token, or another one.
         ConfigurationError: the address is not one, or the token cannot be sent there.
     """
-    status, _, body = _get(url, "/stats", token, ssl, timeout_seconds)
+    status, server, body = _get(url, "/stats", token, ssl, timeout_seconds)
     shown = display_url(url)
-    if status == HTTPStatus.UNAUTHORIZED:
+    is_surfw = server.startswith("surfw/")
+    if status == HTTPStatus.UNAUTHORIZED and is_surfw:
         raise refusal(shown, token)
+    if status in TRANSIENT_STATUSES and not is_surfw:
+        raise ConnectionFailedError(
+            f"{shown} answers with status {status}, as proxies do whose server is away; try again, or name another",
+            transient=True,
+        )
     why = f"status {status} for GET /stats"
     if status == HTTPStatus.OK:
         try:
@@ -91,6 +98,9 @@ def _get(
         return _within(timeout_seconds, connection, path, headers)
     except (OSError, UnicodeError, http.client.HTTPException) as exc:
         why = printable(str(exc)) or type(exc).__name__
+        if isinstance(exc, SSLError) and not isinstance(exc, SSLCertVerificationError):
+            why = f"it does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
+            raise ConnectionFailedError(f"no surfw server at {display_url(url)}: {why}") from exc
         if isinstance(exc, TimeoutError):
             why = f"no complete answer within {timeout_seconds:g} seconds"
         raise ConnectionFailedError(

@@ -101,12 +101,15 @@ def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
     if not has_digest(data):
         return parse_manifest(data, where=where)
     line, _, document = data.partition(b"\n")
-    expected = f"{_DIGEST_LINE}{payload_digest(document)}"
-    if line != expected.encode():
-        raise ManifestError(
-            f"the manifest from {where} is damaged: its first line is {line[:100]!r}, expected '{expected}'; "
-            "chunk the model again"
-        )
+    if line != f"{_DIGEST_LINE}{payload_digest(document)}".encode():
+        begin = line[: len(_DIGEST_LINE)].decode("ascii", "replace")
+        if not data:
+            seen = "it is empty"
+        elif begin == _DIGEST_LINE:
+            seen = f"the digest of its bytes is {payload_digest(document)}, and its first line has another"
+        else:
+            seen = f"it begins with {begin!a}, expected {_DIGEST_LINE!a}"
+        raise ManifestError(f"the manifest from {where} is damaged: {seen}; chunk the model again")
     return parse_manifest(document, where=where)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
-from surfw.config import Policy, format_size
+from surfw.config import KB, Policy, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
 
@@ -242,8 +242,9 @@ def _too_small(needs: Needs, limit: Limit, cycle: Collection[str], before: Colle
     least = least_bytes(needs.from_anywhere(), cycle, before) + limit.reserved_bytes
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
     if not limit.reason:
+        given = f" ({limit.budget_bytes} bytes)" if limit.budget_bytes >= KB else ""
         return ConfigurationError(
-            f"a memory budget of {format_size(limit.budget_bytes)} is too small for {needs.name}, which needs "
+            f"a memory budget of {format_size(limit.budget_bytes)}{given} is too small for {needs.name}, which needs "
             f"{needed}; give that or more{tokens}"
         )
     there = f"{format_size(limit.budget_bytes)} is" if limit.budget_bytes else "none is"

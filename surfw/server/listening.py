@@ -3,6 +3,7 @@
 import errno
 import logging
 import re
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ OPEN_SECONDS = 5
 """Within which a plain request must be answered, and a WebSocket be open."""
 _CLOSE_SECONDS = 3
 _MAX_PORT = 65535
+_NUMBERS = re.compile(r"[0-9]+(\.[0-9]+)+")
 _HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
 
 
@@ -130,6 +132,11 @@ class Listening:
         """Refuse an open door to other machines, unless it is meant."""
         if self.insecure or is_loopback(self.host) or (self.token and self.tls):
             return
+        if _NUMBERS.fullmatch(self.host):
+            try:
+                socket.inet_aton(self.host)
+            except OSError:
+                raise ConfigurationError(f"{self.host} is no IP address; listen on one of this machine's") from None
         if self.token is None:
             reason = "clients are not authenticated"
         else:

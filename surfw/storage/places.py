@@ -21,6 +21,12 @@ async def is_checkpoint(backend: StorageBackend) -> bool:
         return False
     if await backend.exists(_CONFIG):
         return True
+    for name in (MARKER, _CONFIG):
+        path = backend.local_path(name)
+        if path is not None and (path.exists() or path.is_symlink()):
+            raise NotAStoreError(
+                f"{path} is no regular file, expected one; put the file itself there, or name another place"
+            )
     url, file = display_url(backend.url), backend.local_path(MARKER)
     if file is not None and not await asyncio.to_thread(file.parent.is_dir):
         raise NotAStoreError(

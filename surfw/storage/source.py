@@ -8,11 +8,12 @@ import asyncio
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
-from surfw.errors import IntegrityError, StorageError
+from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
@@ -163,7 +164,8 @@ class StorageSource(ChunkSource):
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
-        mapped = await in_thread(MappedFile, files[0])
+        with _naming(chunk, self.url):
+            mapped = await in_thread(MappedFile, files[0])
         try:
             await self._local.check(mapped.memory, partial(self._verify, chunk, form, 0))
         except _DamagedBlockError as exc:
@@ -235,8 +237,9 @@ class StorageSource(ChunkSource):
             raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
         files = self._files(read.form, read.start, read.stop)
         try:
-            if files:
-                await self._local.read(files, read.destination, check, urgent=urgent)
+            with _naming(read.chunk, self.url):
+                if files:
+                    await self._local.read(files, read.destination, check, urgent=urgent)
         except ChangedObjectError as exc:
             raise explain_change(exc) from exc
         return bool(files)
@@ -332,6 +335,20 @@ class _DamagedBlockError(IntegrityError):
         self.seen = tuple(seen)
         what = describe_damage(chunk, form, block, seen[-1], where=where)
         super().__init__(f"{what}; {locate_damage(seen, stored=where)}")
+
+
+@contextmanager
+def _naming(chunk: Chunk, where: str) -> Iterator[None]:
+    """Errors of the chunk's file as those of the chunk."""
+    try:
+        yield
+    except ChangedObjectError:
+        raise
+    except StorageError as exc:
+        kind = NotFoundError if isinstance(exc, NotFoundError) else StorageError
+        raise kind(
+            f"chunk {chunk.name} in {where} cannot be read: {exc}; put its file back, or chunk the model again"
+        ) from exc
 
 
 def _accept(at: int, piece: memoryview) -> None:

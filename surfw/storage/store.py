@@ -53,6 +53,7 @@ MARKER = "surfw.json"
 FORMAT = "surfw.store"
 STORE_VERSION = 1
 _MARKER_BYTES = 64 * KIB
+_MEND = f'; if one lies there, write {{"format": "{FORMAT}", "version": {STORE_VERSION}}} into that file'
 MODELS, BLOBS = "models/", "blobs/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
@@ -99,10 +100,10 @@ class Store:
             document = json.loads(data)
             kind, version = document["format"], document["version"]
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
-            raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read") from exc
+            raise NotAStoreError(f"{self.url} is not a surfw store: its {MARKER} cannot be read{_MEND}") from exc
         if kind != FORMAT:
             raise NotAStoreError(
-                f"{self.url} is not a surfw store: its {MARKER} says {str(kind)[:80]!r}, not {FORMAT!r}"
+                f"{self.url} is not a surfw store: its {MARKER} says {str(kind)[:80]!r}, not {FORMAT!r}{_MEND}"
             )
         if version != STORE_VERSION:
             raise NotAStoreError(

@@ -64,5 +64,5 @@ def is_meant(host: str, names: Collection[str]) -> bool:
     try:
         ipaddress.ip_address(name[1:-1] if name.startswith("[") and name.endswith("]") else name)
     except ValueError:
-        return name == "localhost" or name in {known.lower().removesuffix(".") for known in names}
+        return name == "localhost" or (name != "" and name in {known.lower().removesuffix(".") for known in names})
     return True

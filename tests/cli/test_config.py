@@ -107,8 +107,9 @@ def test_infer_keeps_within_the_budget_that_is_nearest(tmp_path: Path) -> None:
     assert complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="1B")) == small
     for options in (["--cache-layers", "4"], ["--memory-budget", "1GB", "--policy", "lru"]):
         assert surfw(tmp_path, *arguments, *options, SURFW_MEMORY_BUDGET="1B").returncode == 0
-    both = complaint(surfw(tmp_path, *arguments, "--cache-layers", "4", "--memory-budget", "1GB"))
-    assert both == "cache_layers and memory_budget exclude each other; give one of them"
+    both = surfw(tmp_path, *arguments, "--cache-layers", "4", "--memory-budget", "1GB")
+    assert both.returncode == 2
+    assert "--memory-budget: does not go with --cache-layers; give one of them" in both.stderr
     wrong = complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="much"))
     assert wrong == "SURFW_MEMORY_BUDGET is 'much', expected a size such as 1.2GB"
     wrong = complaint(surfw(tmp_path, *arguments, "--memory-budget", "much"))

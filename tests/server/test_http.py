@@ -136,7 +136,14 @@ def test_health_that_is_asked_for_often_is_looked_at_now_and_then(
     asyncio.run(main())
 
 
-HOSTS = [("127.0.0.1", 200), ("localhost:1", 200), ("[::1]:80", 200), ("Known.example.:80", 200), ("evil.example", 421)]
+HOSTS = [
+    ("127.0.0.1", 200),
+    ("localhost:1", 200),
+    ("[::1]:80", 200),
+    ("Known.example.:80", 200),
+    ("evil.example", 421),
+    ("", 421),
+]
 
 
 @pytest.mark.parametrize(("host", "status"), HOSTS)
