@@ -243,7 +243,7 @@ def test_a_budget_that_surfw_found_out_only_warns(
 def test_a_machine_that_is_too_full_is_told_of_and_no_budget_of_nothing(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for free, said in ((0, "none is"), (1000, "1.0 KB is")):
+    for free, said in ((0, "none is"), (1000, "1.0 kB is")):
         full = DefaultBudget(free, "/proc/meminfo allows 8.0 GB, 7.9 GB of it is in use, 429.5 MB is headroom")
         monkeypatch.setattr(opened, "find_default_budget", lambda full=full: full)
         with pytest.raises(ConfigurationError) as refused:
