@@ -1,6 +1,7 @@
 """Which backend an address gives, with which options; and one clear line for whatever cannot be opened."""
 
 import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,10 @@ import pytest
 
 from surfw.chunking.chunker import prepare_model
 from surfw.config import is_server_url
-from surfw.errors import ConfigurationError, StorageError
+from surfw.errors import ConfigurationError, NotAStoreError, StorageError
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, open_backend
 from surfw.storage.origins import PlacedOptions, is_local_url
+from surfw.storage.places import is_checkpoint
 from surfw.storage_options import parse_options, shown_options
 from tests.services.processes import free_port
 from tests.storage.backend_of_others import Found
@@ -296,3 +298,9 @@ def test_only_what_is_known_to_be_harmless_is_shown() -> None:
     assert shown_options(options) == {
         "region": "x", "endpoint_url": "http://***@host", "odd": "***", "client_kwargs": "***",
     }  # fmt: skip
+
+
+def test_what_lies_in_the_place_of_a_store_s_files_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "surfw.json")
+    with pytest.raises(NotAStoreError, match=f"{tmp_path}/surfw.json is no regular file, expected one; put"):
+        asyncio.run(is_checkpoint(FilesystemBackend(tmp_path)))
