@@ -67,8 +67,8 @@ class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
     """A cache in which values that were hardly used go before those that were, whoever fills it with them.
 
     A new value is on trial until half of its size was used (`note_use`); one that takes the place of another has proved
-    itself if that one had. While those on trial take more than half of the budget, they make room; otherwise the values
-    that have proved themselves do, and of each kind the least recently used. Where all values prove themselves, this is
+    itself if that one had. While those on trial take more than a quarter of the budget, they make room; otherwise the
+    values that have proved themselves do, and of each kind the least recently used. Where all values prove themselves, this is
     an `LruCache`.
 
     Attributes:
@@ -137,7 +137,7 @@ class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
     def trim(self, most_bytes: int) -> None:
         """Evict values until the rest takes at most `most_bytes`."""
         while self.bytes > most_bytes:
-            if self._trial and (2 * self._trial.bytes > self.capacity_bytes or not self._proven):
+            if self._trial and (4 * self._trial.bytes > self.capacity_bytes or not self._proven):
                 del self._used[next(iter(self._trial))]
                 self._trial.trim(self._trial.bytes - 1)
             else:

@@ -129,6 +129,8 @@ class Connection:
             case None:
                 return
             case Credit():
+                if message.bytes >= self._limits.frame_bytes:  # it comes with what it was sent, and asks for nothing
+                    self._websocket.give_back_turn()
                 self._outlet.grant()
             case Cancel():
                 if request := self.open_requests.get(message.id):

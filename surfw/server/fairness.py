@@ -18,9 +18,9 @@ class Account:
 
     __slots__ = ("paid",)
 
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.paid = 0.0
+    def __init__(self, paid: float = 0.0) -> None:
+        """So much already."""
+        self.paid = paid
 
 
 class FairQueue(Generic[Item]):

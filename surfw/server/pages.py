@@ -12,6 +12,7 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
 """
 
+import asyncio
 import mmap
 import time
 from contextlib import suppress
@@ -39,6 +40,9 @@ _NEAR_READS = 2
 _MOST_PRICE = 64
 """How many times its size a page costs, at most, where little of it is wanted."""
 
+_LITTLE = 16
+"""As this share of a page is little, a near storage rests after reading it for so long as three such reads take."""
+
 
 class ReadAhead:
     """How many pages all answers together may have read ahead of their turn, beyond the one that each of them may."""
@@ -61,12 +65,16 @@ class ReadAhead:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Bytes `start` to `stop` (end-exclusive) of a stored object; `anew` if they are read although they are there."""
+    """Bytes `start` to `stop` (end-exclusive) of a stored object.
+
+    `anew` if they are read although they are there; `for_little` if hardly any of them are wanted.
+    """
 
     object: str
     start: int
     stop: int
     anew: bool = False
+    for_little: bool = field(default=False, compare=False)
 
     @property
     def size(self) -> int:
@@ -100,8 +108,8 @@ class PageCache:
         cache: the pages there are.
         healthy: whether the storage answered when it was last asked.
         read_bytes: what the storage has given so far.
-        read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within half of the
-            budget, so that they are still there when their turn comes.
+        read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within a quarter
+            of the budget, so that they are still there when their turn comes.
         most_ahead: how many of them one answer may have.
     """
 
@@ -113,12 +121,13 @@ class PageCache:
         self.read_bytes = 0
         self._backend = backend
         self._metrics = metrics
-        most = _READS if backend.parallel_reads > 1 else _NEAR_READS
+        self._is_near = backend.parallel_reads == 1
+        most = _NEAR_READS if self._is_near else _READS
         self._reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._reading: dict[Page, int] = {}
         self._reading_bytes = 0
         self._is_slow = False
-        self.read_ahead = ReadAhead(capacity_bytes // (2 * PAGE_BYTES))
+        self.read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
 
     @property
     def most_ahead(self) -> int:
@@ -164,7 +173,9 @@ class PageCache:
     async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
         """Read the page, together with whoever else wants it."""
         reader = reader or Reader()
-        price = page.size * min(_MOST_PRICE, max(1, page.size // max(1, wanted_bytes)))
+        waste = page.size // max(1, wanted_bytes)
+        page = replace(page, for_little=waste >= _LITTLE)
+        price = page.size * min(_MOST_PRICE, max(1, waste))
         reader.waits_for.append(page)
         reader.seen_bytes = self.read_bytes
         try:
@@ -192,8 +203,10 @@ class PageCache:
         try:
             self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
             buffer = _allocate(page.size)
-            await self._fill(page, buffer)
+            took = await self._fill(page, buffer)
             self.healthy = True
+            if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
+                await asyncio.sleep(3 * took)
         except StorageError as exc:
             self.healthy = isinstance(exc, NotFoundError)
             raise
@@ -206,8 +219,12 @@ class PageCache:
             self.cache[place] = view
         return view
 
-    async def _fill(self, page: Page, buffer: memoryview) -> None:
-        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them."""
+    async def _fill(self, page: Page, buffer: memoryview) -> float:
+        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
+
+        Returns:
+            The seconds that it took.
+        """
         step = BLOCK_BYTES if self._is_slow else page.size
         started = time.monotonic()
         for at in range(0, page.size, step):
@@ -215,7 +232,9 @@ class PageCache:
             await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
             self._reading[page] = stop
             self.read_bytes += stop - at
-        self._is_slow = time.monotonic() - started > PROGRESS_SECONDS
+        took = time.monotonic() - started
+        self._is_slow = took > PROGRESS_SECONDS
+        return took
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""

@@ -26,10 +26,14 @@ class Opening:
     """The connections that are not open yet, each from when it was accepted on, its TLS handshake included.
 
     Of those that are too many, the one goes that has said nothing longest.
+
+    Attributes:
+        account: all of them pay from it, so that whoever comes again and again is one among those who are there.
     """
 
     def __init__(self) -> None:
         """None yet."""
+        self.account = Account()
         self._connections: dict[Reception, None] = {}
 
     def __len__(self) -> int:
@@ -70,7 +74,7 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
             options: the library's.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
-        self.account = Account()
+        self.account = opening.account
         self._turns = turns
         self._opening = opening
         self._most_unsent_bytes = most_unsent_bytes
@@ -100,12 +104,17 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
         super().connection_lost(exc)
 
     def opened(self) -> None:
-        """It is open: others may not push it out any more."""
+        """It is open: others may not push it out any more, and it pays for itself from now on."""
         self._opening.discard(self)
+        self.account = Account(self._opening.account.paid)
 
     async def turn(self) -> None:
         """Wait for a turn in the loop."""
         await self._turns.turn(self.account)
+
+    def give_back_turn(self) -> None:
+        """What was taken in costs nothing."""
+        self.account.paid -= 1
 
     async def receive(self) -> Data:
         """The next message, in its turn."""

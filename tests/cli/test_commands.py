@@ -60,7 +60,8 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
         "tpot_seconds", "tokens_per_second", "cache", "time", "plan", "peak_rss_bytes",
     }  # fmt: skip
     assert facts["cache"].keys() == {
-        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "kv_cache_bytes",
+        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "refetched_blocks",
+        "kv_cache_bytes",
     }  # fmt: skip
     assert facts["plan"].keys() == {
         "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",

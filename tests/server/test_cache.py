@@ -100,7 +100,7 @@ def test_what_takes_the_place_of_a_proven_value_is_not_on_trial() -> None:
     assert cache.bytes == 12
 
 
-def test_what_is_on_trial_has_half_of_the_budget() -> None:
+def test_what_is_on_trial_has_a_quarter_of_the_budget() -> None:
     cache = proving()
     for name in "ab":
         cache[name] = b"1234"
@@ -110,7 +110,7 @@ def test_what_is_on_trial_has_half_of_the_budget() -> None:
     cache["d"] = b"12"
     assert set(cache) == {"b", "c", "d"}
     cache["e"] = b"1"
-    assert set(cache) == {"c", "d", "e"}, "no more than half on trial: the least recently used makes room"
+    assert set(cache) == {"b", "d", "e"}, "no more than a quarter on trial: the least recently used makes room"
 
 
 def test_where_all_are_used_it_is_the_least_recently_used_that_goes() -> None:
