@@ -239,6 +239,28 @@ def test_who_wants_single_bytes_pays_for_the_pages(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize(("wanted", "rests"), [(1, True), (PAGE_BYTES // 4, False), (PAGE_BYTES, False)])
+def test_a_near_storage_rests_after_a_page_of_which_little_is_wanted(
+    wanted: int, rests: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rested: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        rested.append(seconds)
+        await sleep(0)
+
+    async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
+        backend.gate.set()
+        with monkeypatch.context() as patch:
+            patch.setattr("surfw.server.pages.asyncio.sleep", noted)
+            await pages.use(page(0), Reader(), wanted)
+
+    run(tmp_path, test)
+    assert len(rested) == rests
+    assert all(seconds > 0 for seconds in rested)
+
+
 def test_progress_is_what_is_read_for_a_reader_or_before_it_in_line(tmp_path: Path) -> None:
     async def test(pages: PageCache, backend: GatedBackend, metrics: Metrics) -> None:
         others = [asyncio.create_task(pages.use(page(index))) for index in (0, 1)]

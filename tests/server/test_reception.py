@@ -57,6 +57,32 @@ def test_a_backlog_of_one_client_is_worked_off_between_the_messages_of_others(
     asyncio.run(main())
 
 
+def test_newcomers_pay_from_one_account_and_go_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path, sizes=[100])
+    opened: list[tuple[float, float]] = []
+    plain = reception.Reception.opened
+
+    def noted(self: reception.Reception) -> None:
+        shared = self.account
+        assert shared is self._opening.account
+        plain(self)
+        assert self.account is not shared
+        opened.append((shared.paid, self.account.paid))
+
+    monkeypatch.setattr(reception.Reception, "opened", noted)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for _ in range(3):
+                async with bare_client(server.url):
+                    pass
+
+    asyncio.run(main())
+    before, now = zip(*opened, strict=True)
+    assert before == now, "whoever comes has paid what those before it have"
+    assert 0 < now[0] < now[1] < now[2]
+
+
 def test_a_client_that_pings_and_never_reads_is_not_listened_to_for_long(tmp_path: Path) -> None:
     make_store(tmp_path, sizes=[100])
 
