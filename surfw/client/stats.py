@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import socket
 import threading
 from concurrent.futures import Future
@@ -134,6 +135,9 @@ def _within(
             answer.set_exception(exc)
         finally:
             connection.close()
+            for connected in sockets:  # an answer that broke off leaves a file of it open
+                if (descriptor := connected.detach()) >= 0:
+                    os.close(descriptor)
 
     threading.Thread(target=ask, name="surfw-ask", daemon=True).start()
     try:

@@ -68,8 +68,8 @@ class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
 
     A new value is on trial until half of its size was used (`note_use`); one that takes the place of another has proved
     itself if that one had. While those on trial take more than a quarter of the budget, they make room; otherwise the
-    values that have proved themselves do, and of each kind the least recently used. Where all values prove themselves, this is
-    an `LruCache`.
+    values that have proved themselves do, and of each kind the least recently used. Where all values prove themselves,
+    this is an `LruCache`.
 
     Attributes:
         capacity_bytes: the budget.
