@@ -173,11 +173,14 @@ def test_stats_have_the_documented_shape(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+FOLDER = FilesystemBackend("x", create=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         ({}, "neither of storage_backend and model_path was given"),
-        ({"storage_backend": FilesystemBackend("x"), "model_path": "x"}, "both of .* were given; a server serves one"),
+        ({"storage_backend": FOLDER, "model_path": "x"}, "both of .* were given; a server serves one"),
         ({"model_path": "x", "cache_size_mb": -1}, "cache_size_mb is -1; expected a number of MB from 0 on"),
         ({"model_path": "x", "cache_size_mb": float("nan")}, "cache_size_mb is nan"),
         ({"model_path": "x", "cache_size_mb": float("inf")}, "cache_size_mb is inf"),
