@@ -229,7 +229,9 @@ class Failed:
 
 Request = ListModels | GetManifest | GetFile | GetDigests | Get
 ClientMessage = ClientHello | Request | Cancel | Credit
-ServerMessage = ServerHello | Models | Begin | Data | Progress | Failed
+AnswerMessage = Models | Begin | Data | Progress | Failed
+"""What a server says about one request."""
+ServerMessage = ServerHello | AnswerMessage
 
 
 _Checked = tuple[str, object, Callable[[object], object]]
