@@ -1,4 +1,4 @@
-"""The connection to a server: requests go out, and each answer finds its transfer.
+"""The connection to a server: requests go out, and each answer finds its download.
 
 Belongs to the event loop it was opened in. Once it is over it stays so: every request then fails with the same error.
 
@@ -20,7 +20,7 @@ from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.client.connection import WireConnection
-from surfw.client.transfer import Transfer, most_read
+from surfw.client.downloads import Download, most_read
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
@@ -50,7 +50,7 @@ _FAULTS_OF_OURS = {
 
 @dataclass(slots=True)
 class _Pending:
-    """A request whose answer is not complete; its transfer is None if it takes no bytes, or was given up.
+    """A request whose answer is not complete; its download is None if it takes no bytes, or was given up.
 
     `progressed` is when it last made progress, `read_bytes` how much of the server's reading counted as that, and
     `overtaken` how many later and less urgent requests were answered since.
@@ -58,7 +58,7 @@ class _Pending:
 
     request: Request
     done: asyncio.Future[Models | None]
-    transfer: Transfer | None
+    download: Download | None
     progressed: float
     read_bytes: int = 0
     overtaken: int = 0
@@ -129,18 +129,18 @@ class Link:
         answer = await self._ask(ListModels, None)
         return answer.models if answer else ()
 
-    async def receive(self, make: Callable[[int], Request], transfer: Transfer) -> None:
-        """Send the request that `make` gives for an id, and return when its answer is in the transfer.
+    async def receive(self, make: Callable[[int], Request], download: Download) -> None:
+        """Send the request that `make` gives for an id, and return when its answer is in the download.
 
-        However it ends, nothing is written through the transfer afterwards.
+        However it ends, nothing is written through the download afterwards.
 
         Raises:
             RefusedError: the server does not give it.
             ConnectionFailedError: the connection is over.
         """
-        await self._ask(make, transfer)
+        await self._ask(make, download)
 
-    async def _ask(self, make: Callable[[int], Request], transfer: Transfer | None) -> Models | None:
+    async def _ask(self, make: Callable[[int], Request], download: Download | None) -> Models | None:
         await self._slots.acquire()
         if self.ended:
             self._slots.release()
@@ -148,7 +148,7 @@ class Link:
         request, now = make(self._session.next_id()), self._loop.time()
         if not self._pending:
             self._progressed, self._arrived_since = now, 0
-        pending = _Pending(request, self._loop.create_future(), transfer, now)
+        pending = _Pending(request, self._loop.create_future(), download, now)
         self._pending[request.id] = pending
         self._send(self._session.send(request))
         if self._watch is None and not self.ended:
@@ -193,8 +193,8 @@ class Link:
             pending.progressed, pending.overtaken = self._progressed, 0
 
     def _give_up(self, request_id: int, pending: _Pending) -> None:
-        """Make sure that nothing more goes to the transfer; if the answer is not complete, cancel it."""
-        pending.transfer = None
+        """Make sure that nothing more goes to the download; if the answer is not complete, cancel it."""
+        pending.download = None
         if not pending.done.cancel() and not pending.done.cancelled():
             pending.done.exception()  # whoever was cancelled while it failed does not look at it
         if self._session.is_open(request_id) and self._connection and not self.ended:
@@ -212,8 +212,8 @@ class Link:
             self._receiving, offset = self._session.place(size)
         except RemoteProtocolError:
             return None
-        transfer = self._pending[self._receiving].transfer
-        return transfer.place(offset, size) if transfer else self._nowhere[:size]
+        download = self._pending[self._receiving].download
+        return download.place(offset, size) if download else self._nowhere[:size]
 
     def arriving(self, size: int) -> None:
         """Bytes of an answer arrived."""
@@ -224,20 +224,19 @@ class Link:
     def binary(self, data: bytes | bytearray | memoryview) -> None:
         """A frame arrived."""
         size = len(data)
-        request_id, offset = self._session.place(size)
-        transfer = self._pending[request_id].transfer
-        if not isinstance(data, memoryview):
-            self._receiving = request_id
-            self.arriving(size)
-            if transfer:
-                transfer.place(offset, size)[:] = data
         arrival = self._session.receive_binary(size)
+        download = self._pending[arrival.id].download
+        if not isinstance(data, memoryview):
+            self._receiving = arrival.id
+            self.arriving(size)
+            if download:
+                download.place(arrival.start, size)[:] = data
         if credit := self._session.credit():
             self._send(credit)
-        if transfer:
-            transfer.arrived(arrival.stop)
+        if download:
+            download.arrived(arrival.stop)
         if arrival.last:
-            self._finish(request_id, None)
+            self._finish(arrival.id, None)
 
     def text(self, text: str) -> None:
         """A message arrived."""
@@ -262,12 +261,12 @@ class Link:
                 self._finish(message.id, RefusedError(f"{self.url}: {message.message}", code=message.code))
 
     def _begin(self, pending: _Pending, message: Begin) -> None:
-        """Begin the transfer; one that does not want what is coming fails at once, and takes nothing."""
+        """Begin the download; one that does not want what is coming fails at once, and takes nothing."""
         try:
-            if pending.transfer:
-                pending.transfer.begin(message)
+            if pending.download:
+                pending.download.begin(message)
         except IntegrityError as exc:
-            pending.transfer = None
+            pending.download = None
             if not pending.done.done():
                 pending.done.set_exception(exc)
 
@@ -275,7 +274,7 @@ class Link:
         """The server has read for a request; more than there is to read does not count."""
         if pending.done.done():  # it was given up
             return
-        most = pending.transfer.most_read_bytes if pending.transfer else most_read(self.limits.control_bytes)
+        most = pending.download.most_read_bytes if pending.download else most_read(self.limits.control_bytes)
         read_bytes = min(message.bytes, most)
         if read_bytes >= pending.read_bytes + PROGRESS_BYTES:
             pending.read_bytes = read_bytes

@@ -1,9 +1,13 @@
-"""A server as a `ChunkSource`: what a fetch returns was received into its destination and verified there."""
+"""A server as a `ChunkSource`: what a fetch returns was received into its destination and verified there.
+
+Retries are decided here, and only here: `_persistently` makes a lost connection again, and what arrived damaged is
+asked for again, fresh from the server's storage.
+"""
 
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -11,18 +15,11 @@ from ssl import SSLContext
 from typing import TypeVar
 
 from surfw.client.connect import open_link
+from surfw.client.downloads import ChunkDownload, DocumentDownload
 from surfw.client.link import Link
-from surfw.client.transfer import ChunkTransfer, Document, most_digests_bytes
-from surfw.config import (
-    BLOCK_BYTES,
-    DAMAGE_RETRIES,
-    DEFAULT_CONNECT_SECONDS,
-    DEFAULT_SILENCE_SECONDS,
-    WireLimits,
-    count,
-)
+from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
-from surfw.manifest import Digests, Manifest, parse_digests, parse_manifest, with_digests
+from surfw.manifest import Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.threads import together
@@ -36,10 +33,8 @@ Connect = Callable[[], Awaitable[Link]]
 
 _VERIFIERS = 2
 _SERVED = "the server's storage or memory"
-
-
-def _part(whole: Read, start: int, stop: int) -> memoryview:
-    return whole.destination[start - whole.start : stop - whole.start]
+_AROUND_DIGESTS_BYTES = 1024
+"""What a document has beside the digests of blocks, each of which takes 64 characters."""
 
 
 class WireSource(ChunkSource):
@@ -89,10 +84,9 @@ class WireSource(ChunkSource):
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
-        what = f"the manifest of {model} from {self.url}"
-        into = partial(Document, what, made_from_bytes=self._limits.manifest_bytes)
+        document = DocumentDownload(f"the manifest of {model} from {self.url}", read_bytes=self._limits.manifest_bytes)
         try:
-            data = await self._receive(lambda number: GetManifest(number, model), into)
+            data = await self._receive(lambda number: GetManifest(number, model), document)
         except RefusedError as exc:
             if exc.code != "unknown-model":
                 raise
@@ -106,66 +100,67 @@ class WireSource(ChunkSource):
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
         what = f"{path} of {manifest.name} from {self.url}"
-        into = partial(Document, what, listed=(entry.size, entry.digest), made_from_bytes=entry.size)
-        return await self._receive(lambda number: GetFile(number, manifest.name, path), into)
+        document = DocumentDownload(what, read_bytes=entry.size, listed=(entry.size, entry.digest))
+        return await self._receive(lambda number: GetFile(number, manifest.name, path), document)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""
         await together(self._fetch(manifest.name, read, priority) for read in reads)
 
-    async def _fetch(self, model: str, whole: Read, priority: int) -> None:
-        if not whole.form.is_known:
-            whole = await self._with_digests(model, whole)
-        size, reached, delays, first = whole.stop - whole.start, 0, self._retry.delays(), None
-        damage: defaultdict[int, list[str]] = defaultdict(list)
-        missing = [(whole.start, whole.stop)]
-        while missing:
-            start, stop = missing.pop()
-            read = replace(whole, start=start, stop=stop, destination=_part(whole, start, stop))
-            transfer = ChunkTransfer(read, self._verifiers if self._verify else None)
-            try:
-                await self._attempt(model, read, priority, transfer, fresh=start // BLOCK_BYTES in damage)
-            except ConnectionFailedError as exc:
-                first, reached = first or exc, max(reached, start - whole.start + transfer.received)
-                if transfer.verified_bytes:
-                    delays = self._retry.delays()
-                self._note(whole, damage, await transfer.damage())
-                missing.append((start + transfer.verified_bytes, stop))
-                if not await self._wait(exc, delays):
-                    last = "" if exc is first else f"; the last attempt: {exc}"
-                    raise ConnectionFailedError(
-                        f"{first}, after {reached} of {size} bytes of chunk {whole.chunk.name}{last}; "
-                        "see what became of it, and run it again",
-                        transient=exc.transient,
-                    ) from exc
-            else:
-                missing += self._note(whole, damage, await transfer.damage())
+    async def _fetch(self, model: str, read: Read, priority: int) -> None:
+        if not read.form.is_known:
+            read = await self._with_digests(model, read)
+        download = ChunkDownload(read, self._verifiers if self._verify else None)
+        size = read.stop - read.start
+
+        async def attempt(link: Link) -> None:
+            while download.missing:
+                await self._receive_range(link, model, download, priority)
+
+        try:
+            await self._persistently(attempt, download.failed)
+        except ConnectionFailedError as exc:
+            first = download.first_failure
+            last = "" if str(exc) == first else f"; the last attempt: {exc}"
+            raise ConnectionFailedError(
+                f"{first}, after {download.reached_bytes} of {size} bytes of chunk {read.chunk.name}{last}; "
+                "see what became of it, and run it again",
+                transient=exc.transient,
+            ) from exc
         self._fetched_bytes += size
 
-    def _note(
-        self, whole: Read, damage: defaultdict[int, list[str]], found: Mapping[int, str]
-    ) -> list[tuple[int, int]]:
-        """Note what arrived damaged, and give the ranges to fetch again, the last one first.
+    async def _receive_range(self, link: Link, model: str, download: ChunkDownload, priority: int) -> None:
+        """Take in the next range of a download; however it ends, nobody touches its destination afterwards."""
+        read = download.read
+        start, stop, fresh = download.next_range()
+
+        def ask(number: int) -> Get:
+            return Get(number, model, read.chunk.id, read.form.codec, start, stop, priority, fresh)
+
+        try:
+            await link.receive(ask, download)
+        except ConnectionFailedError:
+            await self._verify_range(download)  # what has arrived need not come again
+            raise
+        else:
+            await self._verify_range(download)
+        finally:
+            await download.settle()
+
+    async def _verify_range(self, download: ChunkDownload) -> None:
+        """Have what arrived verified.
 
         Raises:
-            IntegrityError: a block was so too often.
+            IntegrityError: a block was damaged too often.
         """
+        found = await download.verify()
         for block, seen in found.items():
-            damage[block].append(seen)
-        for block, seen in found.items():
-            what = describe_damage(whole.chunk, whole.form, block, seen, where=self.url)
-            if len(damage[block]) > DAMAGE_RETRIES:
-                raise IntegrityError(f"{what}; {locate_damage(damage[block], stored=_SERVED)}")
+            what = describe_damage(download.read.chunk, download.read.form, block, seen, where=self.url)
+            if len(download.damage[block]) > DAMAGE_RETRIES:
+                raise IntegrityError(f"{what}; {locate_damage(download.damage[block], stored=_SERVED)}")
         if found:
             logger.warning("%s; fetching %s again", what, count(len(found), "block"))
         self._refetched_blocks += len(found)
-        ranges: list[tuple[int, int]] = []
-        for block in sorted(found, reverse=True):
-            start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, whole.stop)
-            if ranges and ranges[-1][0] == stop:
-                _, stop = ranges.pop()
-            ranges.append((start, stop))
-        return ranges
 
     async def _with_digests(self, model: str, read: Read) -> Read:
         """The read, with the digests that its manifest lacks; the server is asked for them once."""
@@ -174,59 +169,49 @@ class WireSource(ChunkSource):
             if name not in self._digests:
                 what = f"what the server at {self.url} says of chunk {read.chunk.name}"
                 size = read.form.stored_bytes
-                into = partial(Document, what, most_bytes=most_digests_bytes(size), made_from_bytes=size)
-                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), into)
+                most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
+                document = DocumentDownload(what, read_bytes=size, most_bytes=most_bytes)
+                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
         known = with_digests(read.chunk, self._digests[name])
         asked = replace(known, id=read.chunk.id)  # a server knows a chunk by both
         return replace(read, chunk=asked, form=known.forms[0])
 
-    async def _attempt(self, model: str, read: Read, priority: int, transfer: ChunkTransfer, *, fresh: bool) -> None:
-        """Have a transfer done over the link; however it ends, nobody touches its destination afterwards."""
-
-        def ask(number: int) -> Get:
-            return Get(number, model, read.chunk.id, read.form.codec, read.start, read.stop, priority, fresh)
-
-        try:
-            await (await self._connected()).receive(ask, transfer)
-            await transfer.damage()
-        except ConnectionFailedError:
-            await transfer.damage()  # what has arrived need not come again
-            raise
-        finally:
-            await transfer.settle()
-
-    async def _receive(self, make: Callable[[int], Request], into: Callable[[], Document]) -> bytes:
+    async def _receive(self, make: Callable[[int], Request], document: DocumentDownload) -> bytes:
         """A whole document, from the start on with every attempt.
 
         Raises:
             IntegrityError: it is damaged, every time.
         """
-        seen: list[object] = []
+
+        async def attempt(link: Link) -> bytes:
+            await link.receive(make, document)
+            return document.verified()
+
         while True:
-            document = into()
-
-            async def attempt(link: Link, document: Document = document) -> bytes:
-                await link.receive(make, document)
-                return document.verified()
-
             try:
                 return await self._persistently(attempt)
             except IntegrityError as exc:
-                seen.append(document.seen)
-                if len(seen) > DAMAGE_RETRIES:
-                    raise IntegrityError(f"{exc}; {locate_damage(seen, stored=_SERVED)}") from exc
+                if len(document.damage) > DAMAGE_RETRIES:
+                    raise IntegrityError(f"{exc}; {locate_damage(document.damage, stored=_SERVED)}") from exc
                 logger.warning("%s; fetching it again", exc)
                 self._refetched_blocks += 1
 
-    async def _persistently(self, attempt: Callable[[Link], Awaitable[T]]) -> T:
-        """Do it, again if the connection is lost meanwhile."""
+    async def _persistently(
+        self, attempt: Callable[[Link], Awaitable[T]], failed: Callable[[ConnectionFailedError], bool] = lambda _: False
+    ) -> T:
+        """Do it, again over another connection if that is lost meanwhile, as often as the policy says.
+
+        Attempts are counted anew if `failed` says of a failure that there was progress before it.
+        """
         delays = self._retry.delays()
         while True:
             try:
                 return await attempt(await self._connected())
             except ConnectionFailedError as exc:
-                if not await self._wait(exc, delays):
+                if failed(exc):
+                    delays = self._retry.delays()
+                if self._closed or not await wait_before_retry(exc, delays):
                     raise
 
     async def _connected(self) -> Link:
@@ -236,10 +221,6 @@ class WireSource(ChunkSource):
                 self._link = await self._connect()
                 logger.info("connected to %s again", self.url)
             return self._link
-
-    async def _wait(self, error: ConnectionFailedError, delays: Iterator[float]) -> bool:
-        """Wait before the next attempt; False if there is none."""
-        return not self._closed and await wait_before_retry(error, delays)
 
     async def close(self) -> None:
         """Leave the server."""
