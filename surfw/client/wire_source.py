@@ -14,7 +14,7 @@ from functools import partial
 from ssl import SSLContext
 from typing import TypeVar
 
-from surfw.client.connect import open_link
+from surfw.client.connect import Endpoint, open_link
 from surfw.client.downloads import ChunkDownload, DocumentDownload
 from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
@@ -269,12 +269,10 @@ async def open_wire_source(
     retry = retry or RetryPolicy()
     connect = partial(
         open_link,
-        url,
+        Endpoint(url, token, ssl),
         limits=limits or WireLimits(),
         connect_seconds=connect_timeout,
         silence_seconds=silence_timeout,
-        token=token,
-        ssl=ssl,
     )
     delays = retry.delays()
     while True:
