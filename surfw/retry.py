@@ -4,13 +4,21 @@ Pure: callers do the waiting and the asking.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urldefrag, urljoin, urlsplit
 
 from surfw.errors import ConfigurationError
 
-_MOST_ATTEMPTS = 1000
+_FINITE = sys.float_info.max
+_BOUNDS = {
+    "attempts": (1, 1000, "{} attempts make no sense; expected 1 to 1000"),
+    "first_delay_seconds": (0, _FINITE, "a first delay of {} seconds makes no sense; expected 0 or more"),
+    "backoff": (1, _FINITE, "a backoff of {} makes no sense; expected 1 or more"),
+    "most_delay_seconds": (0, _FINITE, "a longest delay of {} seconds makes no sense; expected 0 or more"),
+    "jitter": (0, 1, "a jitter of {} makes no sense; expected a share from 0 to 1"),
+}
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What an HTTP server answers for reasons that may pass."""
@@ -88,24 +96,12 @@ class RetryPolicy:
         Raises:
             ConfigurationError: a value is out of its bounds.
         """
-        for name in ("attempts", "first_delay_seconds", "backoff", "most_delay_seconds", "jitter"):
+        for name, (low, high, complaint) in _BOUNDS.items():
             value, kind = getattr(self, name), int if name == "attempts" else int | float
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise ConfigurationError(f"{name} is {value!a:.80}, expected a number")
-        if not 1 <= self.attempts <= _MOST_ATTEMPTS:
-            raise ConfigurationError(f"{self.attempts} attempts make no sense; expected 1 to {_MOST_ATTEMPTS}")
-        if not 0 <= self.first_delay_seconds < float("inf"):
-            raise ConfigurationError(
-                f"a first delay of {self.first_delay_seconds} seconds makes no sense; expected 0 or more"
-            )
-        if not 1 <= self.backoff < float("inf"):
-            raise ConfigurationError(f"a backoff of {self.backoff} makes no sense; expected 1 or more")
-        if not 0 <= self.most_delay_seconds < float("inf"):
-            raise ConfigurationError(
-                f"a longest delay of {self.most_delay_seconds} seconds makes no sense; expected 0 or more"
-            )
-        if not 0 <= self.jitter <= 1:
-            raise ConfigurationError(f"a jitter of {self.jitter} makes no sense; expected a share from 0 to 1")
+            if not low <= value <= high:
+                raise ConfigurationError(complaint.format(value))
 
     def delays(self, draw: Callable[[], float] = random.random) -> Iterator[float]:
         """The seconds to wait before the second, third, … attempt; `draw` gives numbers from 0 to 1."""
