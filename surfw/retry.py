@@ -1,6 +1,6 @@
-"""What is tried again on a network, how often and after how long, and where a redirect may lead.
+"""Rules for networks: what is tried again, how often and after how long, and what a redirect changes.
 
-Pure: callers do the waiting and the asking.
+Pure: callers do the waiting and the requests.
 """
 
 import random
@@ -21,7 +21,7 @@ _BOUNDS = {
 }
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""What an HTTP server answers for reasons that may pass."""
+"""HTTP statuses of errors that may pass."""
 
 REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
@@ -33,14 +33,14 @@ _HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """Where a server sends a request instead.
+    """The target of a redirect.
 
     Attributes:
         url: the absolute address, without its fragment.
-        has_tls: whether the connection to it would be encrypted.
-        loses_tls: whether it would not be, while the one to the server is. Such a redirect must not be followed.
-        leaves_origin: whether scheme, host or port change. Secrets for the server must not be sent there.
-        names_user: whether the address comes with a user, who is not ours.
+        has_tls: whether it is encrypted.
+        loses_tls: whether it is not, although the address before it was. It must not be followed then.
+        leaves_origin: whether scheme, host or port change. Tokens and other secrets must not be sent there then.
+        names_user: whether the address has a user name, which is not ours.
     """
 
     url: str
@@ -51,10 +51,10 @@ class Redirect:
 
 
 def parse_redirect(url: str, location: str) -> Redirect:
-    """The redirect to `location`, absolute or relative, that the server at `url` answered with.
+    """The redirect that a server at `url` answered with; `location` may be relative.
 
     Raises:
-        ValueError: it does not lead to a host over HTTP or WebSocket.
+        ValueError: it is not the address of an HTTP or WebSocket server.
     """
     target = urldefrag(urljoin(url, location)).url
     old, new = _origin(url), _origin(target)
@@ -64,24 +64,24 @@ def parse_redirect(url: str, location: str) -> Redirect:
 def _origin(url: str) -> tuple[bool, str, int]:
     parts = urlsplit(url)
     if parts.scheme not in _HAS_TLS or not parts.hostname:
-        raise ValueError(f"{url!a} has no host that HTTP or WebSocket leads to")
+        raise ValueError(f"{url!a} is not the address of an HTTP or WebSocket server")
     has_tls = _HAS_TLS[parts.scheme]
     return has_tls, parts.hostname, parts.port or (443 if has_tls else 80)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """Tries after a transient error: a connection that was refused, or lost.
+    """How often, and after which delays, to try again after a connection was refused or lost.
 
-    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, but never more than `most_delay_seconds`; a share of
-    it of up to `jitter` is left out at random, so that many clients of one server do not come back at the same moment.
+    The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, at most `most_delay_seconds`. A random share of it, up
+    to `jitter`, is left out, so that many clients of one server do not come back at the same moment.
 
     Attributes:
-        attempts: how often it is tried in all; 1 never tries again.
-        first_delay_seconds: before the second attempt.
-        backoff: by how much every further delay is longer than the one before it; at least 1.
-        most_delay_seconds: what no delay is longer than.
-        jitter: the share of a delay that chance may take away, from 0 to 1.
+        attempts: the number of attempts in all; 1 never tries again.
+        first_delay_seconds: the delay before the second attempt.
+        backoff: the factor from each delay to the next, 1 or more.
+        most_delay_seconds: the longest delay.
+        jitter: the largest share of a delay that may be left out, from 0 to 1.
     """
 
     attempts: int = 4
@@ -91,7 +91,7 @@ class RetryPolicy:
     jitter: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense.
+        """Check the values.
 
         Raises:
             ConfigurationError: a value is out of its bounds.
@@ -104,7 +104,7 @@ class RetryPolicy:
                 raise ConfigurationError(complaint.format(value))
 
     def delays(self, draw: Callable[[], float] = random.random) -> Iterator[float]:
-        """The seconds to wait before the second, third, … attempt; `draw` gives numbers from 0 to 1."""
+        """The seconds to wait before the second, third, … attempt. `draw` returns random numbers from 0 to 1."""
         delay = min(self.first_delay_seconds, self.most_delay_seconds)
         for _ in range(self.attempts - 1):
             yield delay * (1 - self.jitter * draw())

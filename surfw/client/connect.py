@@ -1,6 +1,6 @@
-"""Finding a server: connect, exchange hellos, and say plainly why not if there is none.
+"""Connecting to a server: the handshake, redirects, hellos, and a plain reason where one of them fails.
 
-A token in clear text never leaves this machine, and a redirect takes it nowhere else.
+A token is never sent to another machine in clear text, nor to another server by a redirect.
 """
 
 import asyncio
@@ -26,25 +26,25 @@ from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, p
 from surfw.wire import PROTOCOL, bearer, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
-_library_log.setLevel(logging.WARNING)  # below that, it shows headers with tokens
+_library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token
 
 _PLAIN = {"ws", "http"}
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
 _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
-"""A proxy that answers so may well stand before a surfw server."""
+"""A proxy in front of a surfw server may answer with these."""
 
 _SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server's address, and what a client shows and trusts there.
+    """A server's address, the token for it, and the certificates to trust.
 
     Attributes:
         url: `ws://` or `wss://`, host and port.
-        token: what the server wants to be shown, if anything. It is not sent beyond this machine without TLS.
-        ssl: which certificates to trust; None for those that the system trusts.
+        token: the secret that the server was started with, if any. Without TLS it is sent to this machine only.
+        ssl: trusts the certificates of a `wss://` server; None for those that the system trusts.
     """
 
     url: str
@@ -53,15 +53,15 @@ class Endpoint:
 
     @property
     def shown(self) -> str:
-        """The address as it may be shown: without secrets."""
+        """The address without its secrets."""
         return display_url(self.url)
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request: the token, if there is one and it may be sent there.
+        """The headers of a request: the token, if there is one.
 
         Raises:
-            ConfigurationError: it may not, it cannot be a token, or there is a TLS context for an address without TLS.
-            ValueError: the address is not one.
+            ConfigurationError: the token may not be sent there or is not a token, or `ssl` is given without TLS.
+            ValueError: the address is malformed.
         """
         parts = urlsplit(self.url)
         plain = parts.scheme in _PLAIN
@@ -83,17 +83,17 @@ class Endpoint:
         return bearer(self.token)
 
     def refusal(self, where: str) -> RefusedError:
-        """Why the server, called `where`, let nobody in with status 401."""
+        """The error for a server, named by `where`, that answered 401."""
         why, code = ("wants a token", "no-token") if self.token is None else ("refuses the token", "another-token")
         return RefusedError(f"the server at {where} {why}; give the one it was started with", code=code)
 
 
 class _NotFollowed(WebSocketException):
-    """A redirect leads where it is not followed to; the text says why."""
+    """A redirect is not followed; the text says where it leads, and why not."""
 
 
 class _Connecting(connect):
-    """The library's way to a connection, and through a few redirects: also those that HTTP proxies give."""
+    """The library's connection attempt, with our rules for redirects, which HTTP proxies give too."""
 
     def __init__(self, url: str, link: Link, **options: Any) -> None:
         super().__init__(url, create_connection=link.attach, **options)  # type: ignore[arg-type]  # a factory is all it is used as
@@ -102,7 +102,7 @@ class _Connecting(connect):
         self._redirects = 0
 
     def process_redirect(self, exc: Exception) -> Exception | str:
-        """Where to go on; an exception if that is not where a redirect may lead, or if this is none."""
+        """The address to go on with; an exception if this is no redirect, or not one that may be followed."""
         if not isinstance(exc, InvalidStatus) or exc.response.status_code not in REDIRECT_STATUSES:
             return exc
         locations = exc.response.headers.get_all("Location")
@@ -134,12 +134,12 @@ class _Connecting(connect):
 
 
 async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: float, silence_seconds: float) -> Link:
-    """Connect to a surfw server, and exchange hellos. The link's `url` is the address as it may be shown.
+    """Connect to a surfw server, and exchange hellos.
 
     Raises:
-        ConfigurationError: the address is not one, or the token may not be sent there.
+        ConfigurationError: the address is malformed, or the token may not be sent there.
         RefusedError: the server wants a token, or another one.
-        ConnectionFailedError: nothing answers there, or something else does.
+        ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     link = Link(endpoint.shown, limits, silence_seconds)
     tls: dict[str, Any] = {} if endpoint.ssl is None else {"ssl": endpoint.ssl}
@@ -182,9 +182,9 @@ async def probe(
     """Whether a surfw server is at the address: False if nothing listens there, or something else does.
 
     Raises:
-        ConfigurationError: the address is not one, or the token may not be sent there.
-        RefusedError: a server is there, and wants a token, or another one.
-        ConnectionFailedError: a server is there and does not let us in, or nobody answers within the time.
+        ConfigurationError: the address is malformed, or the token may not be sent there.
+        RefusedError: the server wants a token, or another one.
+        ConnectionFailedError: the server refuses the connection, or nothing answers within the time.
     """
     endpoint = Endpoint(url, token, ssl)
     try:
@@ -209,7 +209,7 @@ def _failed(text: str, *, transient: bool = False, absent: bool = False) -> Conn
 
 
 def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
-    """Why there is no session, whether trying again may help, and whether it is sure that no server is there."""
+    """The error for a connection on which no session came about."""
     match exc:
         case ValueError() | InvalidURI():
             return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
@@ -226,7 +226,7 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
 
 
 def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
-    """Why there is only an HTTP answer."""
+    """The error for an HTTP response that is no handshake."""
     status = response.status_code
     if link.is_surfw:
         return _explain_refusal(link, endpoint, response)
@@ -242,7 +242,7 @@ def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> Surfw
 
 
 def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
-    """Why a surfw server does not let us in."""
+    """The error for a surfw server that refuses the handshake."""
     status, server = response.status_code, f"the server at {link.url}"
     match status:
         case HTTPStatus.UNAUTHORIZED if link.shows_token:
@@ -260,7 +260,7 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
 
 
 def _explain_network(link: Link, endpoint: Endpoint, seconds: float, exc: OSError) -> ConnectionFailedError:
-    """Why there is not even a handshake."""
+    """The error for a connection that the network did not give, or not in time."""
     nobody = f"no surfw server at {link.url}"
     match exc:
         case TimeoutError():
@@ -291,7 +291,7 @@ def _hung_up(link: Link, endpoint: Endpoint) -> ConnectionFailedError:
 
 
 def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
-    """Something else is there, or a surfw server that speaks otherwise."""
+    """The error for something else than a surfw server, or for one of another version."""
     if link.is_surfw:
         return _failed(f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides")
     return _failed(f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", absent=True)

@@ -1,8 +1,7 @@
-"""Answers on their way into memory: a chunk's stored bytes into the caller's, or a whole document.
+"""Downloads: a chunk's stored bytes into the caller's memory, or a whole document.
 
-A download outlives the attempts that it takes. The link writes through it only while it waits for an answer. A chunk's
-bytes are verified in runs of blocks by threads, while the next ones arrive; `settle` waits until no thread reads them
-any more.
+A download may take several attempts. A link writes to it only while it waits for the answer. Threads verify a chunk's
+bytes in runs of blocks while the next ones arrive; `settle` waits until no thread reads the caller's memory any more.
 """
 
 import asyncio
@@ -24,10 +23,10 @@ class Download(Protocol):
     """Where the bytes of an answer go."""
 
     most_read_bytes: int
-    """The most that a server can have to read from its storage for the answer."""
+    """The most that a server may have to read from its storage for the answer."""
 
     def begin(self, message: Begin) -> None:
-        """The answer's size and digest are known; only documents are begun. `IntegrityError` refuses the answer."""
+        """The size and digest of a document are known. An `IntegrityError` refuses it."""
 
     def place(self, offset: int, size: int) -> memoryview:
         """The memory for `size` bytes of the answer from `offset` on."""
@@ -37,15 +36,15 @@ class Download(Protocol):
 
 
 def most_read(size: int, parts: int = 1) -> int:
-    """What is read for so many bytes that lie in some places: whole pages, and more than once if they are damaged."""
+    """The most that a server reads for `size` bytes in `parts` places: whole pages, again if they are damaged."""
     return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
 
 class DocumentDownload:
-    """A manifest, a file or digests: held in memory, and as long as the server says, within the session's limits.
+    """A manifest, a file or digests, held in memory. It is as long as the server says, within the session's limits.
 
     Attributes:
-        damage: what came each time instead of what was announced or listed: a size and digest, or a digest.
+        damage: for each attempt that was damaged, what came: a digest, or an announced size and digest.
     """
 
     def __init__(
@@ -55,9 +54,9 @@ class DocumentDownload:
 
         Args:
             what: its name.
-            read_bytes: how much of the storage a server reads to make it.
-            listed: the size and BLAKE3 that a manifest lists for it.
-            most_bytes: how long it can be, if less than the session's limits is known.
+            read_bytes: how much a server reads from its storage to make it.
+            listed: its size and BLAKE3 by the manifest, if that lists it.
+            most_bytes: its greatest length, if that is known to be less than the session's limits.
         """
         self.most_read_bytes = most_read(read_bytes)
         self.damage: list[object] = []
@@ -71,7 +70,7 @@ class DocumentDownload:
         """Make room.
 
         Raises:
-            IntegrityError: what is announced is not what is listed, or longer than it can be.
+            IntegrityError: it is not the one that the manifest lists, or too long.
         """
         announced = (message.size, message.digest)
         if self._listed not in {None, announced}:
@@ -88,13 +87,13 @@ class DocumentDownload:
         return memoryview(self._data)[offset : offset + size]
 
     def arrived(self, stop: int) -> None:
-        """Nothing has to be done before the whole is there."""
+        """Do nothing: a document is verified as a whole."""
 
     def verified(self) -> bytes:
-        """The whole, once it is there.
+        """The document, once all of it has arrived.
 
         Raises:
-            IntegrityError: it is not what the server said it would be.
+            IntegrityError: its digest is not the one that the server announced.
         """
         data = bytes(self._data)
         digest = payload_digest(data)
@@ -105,18 +104,18 @@ class DocumentDownload:
 
 
 class ChunkDownload:
-    """A read of a chunk's stored bytes, over as many attempts as it takes.
+    """A range of a chunk's stored bytes, over as many attempts as it takes.
 
     Attributes:
-        read: what is read, and into which memory.
-        missing: the ranges that have to come, the next one last. Empty once all is there and verified.
-        damage: for each block that was damaged, the BLAKE3 that it had each time.
-        first_failure: why the first attempt that failed did so.
-        reached_bytes: how far from the start of the read the failed attempts got at most.
+        read: the range and its destination.
+        missing: the ranges that still have to arrive, the next one last. Empty once everything is verified.
+        damage: the damaged blocks, with the BLAKE3 that each had each time.
+        first_failure: the error that the first broken attempt ended with.
+        reached_bytes: how far the broken attempts got, from the start of the range.
     """
 
     def __init__(self, read: Read, verifiers: Executor | None) -> None:
-        """Nothing is there yet; `verifiers` None leaves the bytes unverified, for measurements only."""
+        """Start with nothing. Without `verifiers` the bytes stay unverified, for measurements only."""
         self.read = read
         self.missing = [(read.start, read.stop)]
         self.damage: defaultdict[int, list[str]] = defaultdict(list)
@@ -129,7 +128,7 @@ class ChunkDownload:
         self._progressed = False
 
     def next_range(self) -> tuple[int, int, bool]:
-        """Begin an attempt: the range to ask for now, and whether it is asked for because it came damaged."""
+        """Begin an attempt: the range to ask for, and whether to ask for it because it arrived damaged."""
         start, stop = self._start, self._stop = self.missing[-1]
         self._at = self._checked = start
         self._checks = []
@@ -137,7 +136,7 @@ class ChunkDownload:
         return start, stop, start // BLOCK_BYTES in self.damage
 
     def begin(self, message: Begin) -> None:
-        """Sessions let no `begin` through for a chunk."""
+        """Never called: sessions refuse `begin` for a chunk."""
         raise AssertionError(message)
 
     def place(self, offset: int, size: int) -> memoryview:
@@ -146,7 +145,7 @@ class ChunkDownload:
         return self.read.destination[start : start + size]
 
     def arrived(self, stop: int) -> None:
-        """Have whole blocks verified, some at a time."""
+        """Hand whole blocks to the verifiers, several at a time."""
         self._at = stop
         last = stop == self._stop
         if not last and stop - self._checked < _VERIFY_BYTES:
@@ -158,10 +157,10 @@ class ChunkDownload:
         self._checked = end
 
     async def verify(self) -> dict[int, str]:
-        """Wait until what arrived in this attempt is verified, and let `missing` be what has still to come.
+        """Wait until what arrived in this attempt is verified, and update `missing`.
 
         Returns:
-            The blocks of it that are damaged, and the BLAKE3 that each has.
+            The blocks that are damaged, with the BLAKE3 of each.
         """
         found: dict[int, str] = {}
         for check in self._checks:
@@ -182,12 +181,12 @@ class ChunkDownload:
         return found
 
     async def settle(self) -> None:
-        """Wait until no thread looks at the destination any more."""
+        """Wait until no thread reads the destination any more."""
         running = [check for check in self._checks if not check.cancel() and not check.done()]
         await to_its_end(asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True))
 
     def failed(self, error: ConnectionFailedError) -> bool:
-        """Note that an attempt was broken off; whether anything was verified since the last one that was."""
+        """Note a broken attempt; return whether anything was verified since the one before."""
         self.first_failure = self.first_failure or str(error)  # the error itself would keep frames and memory alive
         self.reached_bytes = max(self.reached_bytes, self._at - self.read.start)
         progressed, self._progressed = self._progressed, False

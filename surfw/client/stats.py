@@ -1,4 +1,4 @@
-"""A server's statistics and health, asked for over plain HTTP at the address of its WebSocket. These calls block."""
+"""A server's statistics and health, over plain HTTP at the address of its WebSocket. These calls block."""
 
 import contextlib
 import http.client
@@ -18,7 +18,7 @@ from surfw.wire import ServerStats, parse_stats, printable
 
 _MAX_BYTES = 1 << 20
 _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
-"""Whether there is TLS behind the scheme."""
+"""The schemes, and whether they have TLS."""
 
 
 def read_stats(
@@ -31,15 +31,15 @@ def read_stats(
     """Ask a server for its statistics.
 
     Args:
-        url: `ws://` or `wss://` and the server's host and port; `host:port` is taken for `ws://`.
-        token: what the server wants to be shown, if anything. It is not sent beyond this machine without TLS.
-        ssl: with which certificates to trust a `wss://` server; None for those that the system trusts.
+        url: `ws://` or `wss://`, host and port; `host:port` means `ws://host:port`.
+        token: the secret that the server was started with, if any. Without TLS it is sent to this machine only.
+        ssl: trusts the certificates of a `wss://` server; None for those that the system trusts.
         timeout_seconds: how long to wait for the whole answer.
 
     Raises:
         ConnectionFailedError: no surfw server answers there.
         RefusedError: it wants a token, or another one.
-        ConfigurationError: the address is not one, or the token cannot be sent there.
+        ConfigurationError: the address is malformed, or the token may not be sent there.
     """
     endpoint = _endpoint(url, token, ssl)
     status, is_surfw, body = _get(endpoint, "/stats", timeout_seconds)
@@ -61,11 +61,11 @@ def read_stats(
 
 
 def is_ready(url: str, *, ssl: SSLContext | None = None, timeout_seconds: float = DEFAULT_CONNECT_SECONDS) -> bool:
-    """Whether a server's storage answers too, so that it can serve. No token is needed for that.
+    """Whether a server and its storage answer, so that it can serve. This needs no token.
 
     Raises:
         ConnectionFailedError: no surfw server answers there.
-        ConfigurationError: the address is not one.
+        ConfigurationError: the address is malformed.
     """
     endpoint = _endpoint(url, None, ssl)
     status, is_surfw, _ = _get(endpoint, "/readyz", timeout_seconds)
@@ -81,7 +81,7 @@ def _endpoint(url: str, token: str | None, ssl: SSLContext | None) -> Endpoint:
 
 
 def _get(endpoint: Endpoint, path: str, seconds: float) -> tuple[int, bool, bytes]:
-    """Status, whether surfw answers, and body."""
+    """GET a path: the status, whether a surfw server answered, and the body."""
     try:
         parts = urlsplit(endpoint.url)
         host, port = parts.hostname, parts.port
@@ -114,10 +114,10 @@ def _get(endpoint: Endpoint, path: str, seconds: float) -> tuple[int, bool, byte
 def _within(
     seconds: float, connection: http.client.HTTPConnection, path: str, headers: dict[str, str]
 ) -> tuple[int, bool, bytes]:
-    """Status, whether surfw answers, and body, all within the time; a timeout of a socket begins anew with every byte.
+    """As `_get`, within the time. A thread asks: a socket's own timeout would begin anew with every byte.
 
     Raises:
-        TimeoutError: it took longer. The thread that asks ends soon after, or with the process.
+        TimeoutError: it took longer. The thread ends soon after, or with the process.
     """
     answer: Future[tuple[int, bool, bytes]] = Future()
     sockets: list[socket.socket] = []
@@ -133,11 +133,11 @@ def _within(
             response = connection.getresponse()
             is_surfw = response.headers.get("Server", "").startswith("surfw/")
             answer.set_result((response.status, is_surfw, response.read(_MAX_BYTES)))
-        except BaseException as exc:  # noqa: BLE001 - whoever waits gets it
+        except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
             answer.set_exception(exc)
         finally:
             connection.close()
-            for connected in sockets:  # an answer that broke off leaves a file of it open
+            for connected in sockets:  # the response has it open still, if it broke off
                 if (descriptor := connected.detach()) >= 0:
                     os.close(descriptor)
 

@@ -1,7 +1,7 @@
-"""A server as a `ChunkSource`: what a fetch returns was received into its destination and verified there.
+"""A server as a `ChunkSource`: bytes are received straight into their destination, and verified there.
 
-Retries are decided here, and only here: `_persistently` makes a lost connection again, and what arrived damaged is
-asked for again, fresh from the server's storage.
+All retries of the client are decided here. `_persistently` connects again after a connection was lost; what arrived
+damaged is asked for again, to be read fresh from the server's storage.
 """
 
 import asyncio
@@ -29,26 +29,26 @@ logger = logging.getLogger("surfw.client")
 
 T = TypeVar("T")
 Connect = Callable[[], Awaitable[Link]]
-"""Makes a link to one and the same server."""
+"""Opens another link to the same server."""
 
 _VERIFIERS = 2
 _SERVED = "the server's storage or memory"
 _AROUND_DIGESTS_BYTES = 1024
-"""What a document has beside the digests of blocks, each of which takes 64 characters."""
+"""What the digests document has besides 64 characters for each block."""
 
 
 class WireSource(ChunkSource):
-    """Models of a server. Belongs to the event loop it was opened in.
+    """The models of a server. A source belongs to the event loop it was opened in.
 
-    A connection that is lost is made again, as often as the retry policy says; a chunk then goes on behind the blocks
-    that were already verified, and its attempts are counted anew whenever there were any. What arrives damaged is
-    fetched again on its own, a few times.
+    A lost connection is made again, as often as the retry policy says. A chunk then continues after its verified
+    blocks; if there were any since the last failure, its attempts are counted anew. Blocks that arrive damaged are
+    fetched again by themselves, up to `DAMAGE_RETRIES` times.
     """
 
     def __init__(
         self, connect: Connect, retry: RetryPolicy, link: Link, *, unverified_for_measurement_only: bool = False
     ) -> None:
-        """Take over a link; use `open_wire_source` to make one. `bench wire` alone leaves bytes unverified."""
+        """Take over a link; see `open_wire_source`. Only `bench wire` leaves bytes unverified."""
         self.url = link.url
         self._connect = connect
         self._retry = retry
@@ -75,11 +75,11 @@ class WireSource(ChunkSource):
 
     @property
     def buffered_bytes(self) -> int:
-        """What a server may have sent that is not in place yet."""
+        """The window: what a server may have sent that has not been taken in."""
         return self._limits.window_bytes
 
     async def models(self) -> list[str]:
-        """The names of the models there are."""
+        """The names of the server's models, sorted."""
         return sorted(await self._persistently(lambda link: link.models()))
 
     async def manifest(self, model: str) -> Manifest:
@@ -130,7 +130,7 @@ class WireSource(ChunkSource):
         self._fetched_bytes += size
 
     async def _receive_range(self, link: Link, model: str, download: ChunkDownload, priority: int) -> None:
-        """Take in the next range of a download; however it ends, nobody touches its destination afterwards."""
+        """Receive the next range of a download. When this has ended, no thread touches the destination any more."""
         read = download.read
         start, stop, fresh = download.next_range()
 
@@ -140,7 +140,7 @@ class WireSource(ChunkSource):
         try:
             await link.receive(ask, download)
         except ConnectionFailedError:
-            await self._verify_range(download)  # what has arrived need not come again
+            await self._verify_range(download)  # what is intact need not come again
             raise
         else:
             await self._verify_range(download)
@@ -148,7 +148,7 @@ class WireSource(ChunkSource):
             await download.settle()
 
     async def _verify_range(self, download: ChunkDownload) -> None:
-        """Have what arrived verified.
+        """Wait for the verification of what arrived.
 
         Raises:
             IntegrityError: a block was damaged too often.
@@ -163,7 +163,7 @@ class WireSource(ChunkSource):
         self._refetched_blocks += len(found)
 
     async def _with_digests(self, model: str, read: Read) -> Read:
-        """The read, with the digests that its manifest lacks; the server is asked for them once."""
+        """The read with the digests that its manifest lacks. The server is asked for those of a chunk once."""
         name = (model, read.chunk.id)
         async with self._asking[name]:
             if name not in self._digests:
@@ -174,14 +174,14 @@ class WireSource(ChunkSource):
                 data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
         known = with_digests(read.chunk, self._digests[name])
-        asked = replace(known, id=read.chunk.id)  # a server knows a chunk by both
+        asked = replace(known, id=read.chunk.id)  # the server finds the chunk by the id of its manifest
         return replace(read, chunk=asked, form=known.forms[0])
 
     async def _receive(self, make: Callable[[int], Request], document: DocumentDownload) -> bytes:
-        """A whole document, from the start on with every attempt.
+        """A whole document; every attempt begins at its start.
 
         Raises:
-            IntegrityError: it is damaged, every time.
+            IntegrityError: it was damaged every time.
         """
 
         async def attempt(link: Link) -> bytes:
@@ -200,9 +200,9 @@ class WireSource(ChunkSource):
     async def _persistently(
         self, attempt: Callable[[Link], Awaitable[T]], failed: Callable[[ConnectionFailedError], bool] = lambda _: False
     ) -> T:
-        """Do it, again over another connection if that is lost meanwhile, as often as the policy says.
+        """Run `attempt` over the link, and again over a new one if the connection is lost, as the policy says.
 
-        Attempts are counted anew if `failed` says of a failure that there was progress before it.
+        `failed` hears of each lost connection. If it returns True, there was progress, and attempts are counted anew.
         """
         delays = self._retry.delays()
         while True:
@@ -215,7 +215,7 @@ class WireSource(ChunkSource):
                     raise
 
     async def _connected(self) -> Link:
-        """The link, made again if it is over."""
+        """The link, or a new one if it has ended."""
         async with self._connecting:
             if self._link.ended and not self._closed:
                 self._link = await self._connect()
@@ -223,14 +223,14 @@ class WireSource(ChunkSource):
             return self._link
 
     async def close(self) -> None:
-        """Leave the server."""
+        """Close the connection, and end the threads."""
         self._closed = True
         await self._link.close()
         self._verifiers.shutdown()
 
 
 async def wait_before_retry(error: ConnectionFailedError, delays: Iterator[float]) -> bool:
-    """Wait before the next attempt; False if there is none, or if it would not help."""
+    """Wait before the next attempt; False if the policy allows none, or none would help."""
     delay = next(delays, None) if error.transient else None
     if delay is None:
         return False
@@ -249,22 +249,22 @@ async def open_wire_source(
     ssl: SSLContext | None = None,
     retry: RetryPolicy | None = None,
 ) -> WireSource:
-    """A source over the server at a `ws://` or `wss://` address.
+    """Open a source over the server at a `ws://` or `wss://` address.
 
     Args:
         url: the address.
-        limits: sizes that both sides hold each other to.
-        connect_timeout: seconds the server has to say hello.
-        silence_timeout: seconds without progress, while something is asked for, after which a connection is given up:
-            64 KiB that arrive, an answer that is complete, or a server that says how it reads its storage.
-        token: what the server wants to be shown, if anything.
-        ssl: whose certificates to trust for `wss://`, in place of the system's.
+        limits: the client's side of the limits that both sides hold each other to.
+        connect_timeout: seconds that the server has to say hello.
+        silence_timeout: seconds without progress, while requests are open, after which a connection is given up.
+            Progress is 64 KiB that arrive, an answer that is completed, or a report that the server read that much.
+        token: the secret that the server was started with, if any.
+        ssl: trusts the certificates of a `wss://` server, instead of the system's.
         retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
 
     Raises:
-        ConfigurationError: the address is not one, or the token would go there in clear text.
+        ConfigurationError: the address is malformed, or the token would go there in clear text.
         RefusedError: the server wants a token, or another one.
-        ConnectionFailedError: nothing answers there, or something else does.
+        ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     retry = retry or RetryPolicy()
     connect = partial(
