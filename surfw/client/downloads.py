@@ -164,7 +164,8 @@ class ChunkDownload:
         """
         found: dict[int, str] = {}
         for check in self._checks:
-            found |= await asyncio.wrap_future(check)
+            damaged: dict[int, str] = await asyncio.wrap_future(check)
+            found |= damaged
         for block, seen in found.items():
             self.damage[block].append(seen)
         self._progressed |= self._checked - self._start > len(found) * BLOCK_BYTES

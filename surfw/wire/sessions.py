@@ -270,7 +270,8 @@ class ServerSession(_Session):
         self._go_on(parsed)
         match parsed:
             case ClientHello():
-                return self._greet(parsed)
+                self._greet(parsed)
+                return None
             case Credit():
                 return self._credited(parsed)
             case Cancel():
