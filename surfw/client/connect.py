@@ -20,10 +20,10 @@ from websockets.uri import parse_uri
 
 from surfw import __version__
 from surfw.client.link import CLOSE_SECONDS, Link
-from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
+from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url, printable
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
 from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
-from surfw.wire import PROTOCOL, bearer, is_loopback, printable
+from surfw.wire import PROTOCOL, bearer, is_loopback
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token

@@ -21,7 +21,7 @@ from websockets.frames import CloseCode
 from surfw import __version__
 from surfw.client.connection import WireConnection
 from surfw.client.downloads import Download, most_read
-from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size
+from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size, printable
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
     Begin,
@@ -35,7 +35,6 @@ from surfw.wire import (
     Progress,
     Request,
     ServerHello,
-    printable,
 )
 
 CLOSE_SECONDS = 2

@@ -11,10 +11,10 @@ from ssl import SSLCertVerificationError, SSLContext, SSLError
 from urllib.parse import urlsplit
 
 from surfw.client.connect import Endpoint
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, printable
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
 from surfw.retry import TRANSIENT_STATUSES
-from surfw.wire import ServerStats, parse_stats, printable
+from surfw.wire import ServerStats, parse_stats
 
 _MAX_BYTES = 1 << 20
 _SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}

@@ -11,9 +11,8 @@ from typing import Self, get_args
 from surfw.wire.messages import (
     AnswerMessage,
     Begin,
-    Cancel,
     ClientHello,
-    Credit,
+    ClientMessage,
     Data,
     Failed,
     Get,
@@ -70,7 +69,7 @@ CLIENT_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
 }
 SERVER_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
     _GREETING: {ClientHello: _OPEN},
-    _OPEN: dict.fromkeys(get_args(Request | Cancel | Credit), _OPEN),  # a cancel may come late
+    _OPEN: {kind: _OPEN for kind in get_args(ClientMessage) if kind is not ClientHello},
 }
 
 ANSWER_STARTS: dict[type, AnswerState] = {
