@@ -28,7 +28,8 @@ REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 MOST_REDIRECTS = 5
 """How many redirects are followed in a row."""
 
-_HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
+HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
+"""The schemes of HTTP and WebSocket, and whether they are encrypted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def parse_redirect(url: str, location: str) -> Redirect:
 
 def _origin(url: str) -> tuple[bool, str, int]:
     parts = urlsplit(url)
-    if parts.scheme not in _HAS_TLS or not parts.hostname:
+    if parts.scheme not in HAS_TLS or not parts.hostname:
         raise ValueError(f"{url!a} is not the address of an HTTP or WebSocket server")
-    has_tls = _HAS_TLS[parts.scheme]
+    has_tls = HAS_TLS[parts.scheme]
     return has_tls, parts.hostname, parts.port or (443 if has_tls else 80)
 
 

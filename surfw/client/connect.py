@@ -22,13 +22,12 @@ from surfw import __version__
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url, printable
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
-from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
+from surfw.retry import HAS_TLS, MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
 from surfw.wire import PROTOCOL, bearer, is_loopback
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token
 
-_PLAIN = {"ws", "http"}
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
 _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
@@ -64,7 +63,7 @@ class Endpoint:
             ValueError: the address is malformed.
         """
         parts = urlsplit(self.url)
-        plain = parts.scheme in _PLAIN
+        plain = HAS_TLS.get(parts.scheme) is False
         if plain and self.ssl is not None:
             raise ConfigurationError(
                 f"{self.shown} is an address without TLS, but an SSL context was given; expected wss://HOST:PORT"

@@ -7,7 +7,6 @@ bytes in runs of blocks while the next ones arrive; `settle` waits until no thre
 import asyncio
 from collections import defaultdict
 from concurrent.futures import Executor, Future
-from typing import Protocol
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
 from surfw.errors import ConnectionFailedError, IntegrityError
@@ -17,22 +16,6 @@ from surfw.threads import to_its_end
 from surfw.wire import Begin
 
 _VERIFY_BYTES = 4 * MIB
-
-
-class Download(Protocol):
-    """Where the bytes of an answer go."""
-
-    most_read_bytes: int
-    """The most that a server may have to read from its storage for the answer."""
-
-    def begin(self, message: Begin) -> None:
-        """The size and digest of a document are known. An `IntegrityError` refuses it."""
-
-    def place(self, offset: int, size: int) -> memoryview:
-        """The memory for `size` bytes of the answer from `offset` on."""
-
-    def arrived(self, stop: int) -> None:
-        """The bytes before offset `stop` are there."""
 
 
 def most_read(size: int, parts: int = 1) -> int:
@@ -135,10 +118,6 @@ class ChunkDownload:
         self.most_read_bytes = most_read(stop - start, 1 + len(self.read.chunk.tensors))
         return start, stop, start // BLOCK_BYTES in self.damage
 
-    def begin(self, message: Begin) -> None:
-        """Never called: sessions refuse `begin` for a chunk."""
-        raise AssertionError(message)
-
     def place(self, offset: int, size: int) -> memoryview:
         """The part of the destination."""
         start = offset - self.read.start
@@ -192,3 +171,6 @@ class ChunkDownload:
         self.reached_bytes = max(self.reached_bytes, self._at - self.read.start)
         progressed, self._progressed = self._progressed, False
         return progressed
+
+
+Download = DocumentDownload | ChunkDownload

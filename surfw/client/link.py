@@ -15,7 +15,7 @@ from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.client.connection import WireConnection
-from surfw.client.downloads import Download, most_read
+from surfw.client.downloads import DocumentDownload, Download, most_read
 from surfw.client.patience import Patience
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size, printable
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
@@ -231,7 +231,7 @@ class Link:
     def _begin(self, pending: _Pending, message: Begin) -> None:
         """Begin the download. If it refuses the answer, the request fails at once, and its bytes are dropped."""
         try:
-            if pending.download:
+            if isinstance(pending.download, DocumentDownload):
                 pending.download.begin(message)
         except IntegrityError as exc:
             pending.download = None

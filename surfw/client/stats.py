@@ -13,12 +13,10 @@ from urllib.parse import urlsplit
 from surfw.client.connect import Endpoint
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, printable
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
-from surfw.retry import TRANSIENT_STATUSES
+from surfw.retry import HAS_TLS, TRANSIENT_STATUSES
 from surfw.wire import ServerStats, parse_stats
 
 _MAX_BYTES = 1 << 20
-_SCHEMES = {"ws": False, "http": False, "wss": True, "https": True}
-"""The schemes, and whether they have TLS."""
 
 
 def read_stats(
@@ -87,14 +85,14 @@ def _get(endpoint: Endpoint, path: str, seconds: float) -> tuple[int, bool, byte
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if host is None or parts.scheme not in _SCHEMES:
+    if host is None or parts.scheme not in HAS_TLS:
         raise ConfigurationError(
             f"{endpoint.shown!r} is not the address of a server; expected something like ws://127.0.0.1:8765"
         )
     headers = endpoint.headers()
     connection = (
         http.client.HTTPSConnection(host, port, timeout=seconds, context=endpoint.ssl)
-        if _SCHEMES[parts.scheme]
+        if HAS_TLS[parts.scheme]
         else http.client.HTTPConnection(host, port or DEFAULT_PORT, timeout=seconds)
     )
     try:
