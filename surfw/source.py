@@ -5,14 +5,14 @@ read-only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from blake3 import blake3
 
-from surfw.config import BLOCK_BYTES
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest
 
@@ -77,6 +77,21 @@ def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
     )
 
 
+async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str]) -> bool:
+    """Read what arrived damaged until it is right, at most `DAMAGE_RETRIES` more times; return whether it is.
+
+    Args:
+        read: reads it, past everything that may have kept it, and returns the digest of what came; None if it is right.
+        seen: the digests that it had so far, to which this adds; see `locate_damage`.
+    """
+    while len(seen) <= DAMAGE_RETRIES:
+        digest = await read()
+        if digest is None:
+            return True
+        seen.append(digest)
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Stored bytes where they are mapped.
@@ -132,7 +147,7 @@ class ChunkSource(ABC):
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
-            StorageError, WireError: they could not be had.
+            StorageError, WireError: they could not be read.
         """
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
@@ -146,7 +161,7 @@ class ChunkSource(ABC):
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
-            StorageError: they could not be had.
+            StorageError: they could not be read.
         """
         del manifest, chunk, form
         return None

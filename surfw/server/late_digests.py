@@ -1,16 +1,16 @@
 """Digests of chunks that lack them, found out by reading all their bytes, through the server's cache.
 
-A chunk is read once for all who ask meanwhile, and what was found out is kept for good (`storage.digest_log`).
+A chunk is read once for all who ask meanwhile, and what was found out is kept for good (`storage.digests`).
 Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
 """
 
-import asyncio
 import contextlib
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from surfw.errors import RefusedError
-from surfw.manifest import Chunk, Digester, Digests, Manifest, payload_digest
+from surfw.manifest import Chunk, Digests, Manifest, payload_digest
 from surfw.server.catalog import Catalog
 from surfw.server.fairness import Account
 from surfw.server.pages import PageCache, Reader
@@ -79,7 +79,7 @@ class LateDigests:
             StorageError: its bytes cannot be read, or were changed.
         """
         wanted = await self._look_up(request, reader.account)
-        digests = self._store.digests(wanted.manifest, wanted.chunk)
+        digests = self._store.learned.get(wanted.manifest, wanted.chunk)
         if digests is None:
             self._waiting[reader], reader.seen_bytes = wanted, self.digested_bytes
             try:
@@ -111,21 +111,18 @@ class LateDigests:
     async def _read(self, wanted: _Wanted) -> Digests:
         reader = self._readers[wanted] = Reader(wanted.account)
         try:
-            return await self._digest(wanted, reader)
+            return await self._store.learned.learn(wanted.manifest, wanted.chunk, self._views(wanted.chunk, reader))
         finally:
             del self._readers[wanted]
 
-    async def _digest(self, wanted: _Wanted, reader: Reader) -> Digests:
-        (form,) = wanted.chunk.forms
-        digester = Digester()
+    async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview]:
+        """The chunk's bytes in order, a piece at a time, which has to be let go before the next one."""
+        (form,) = chunk.forms
         pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, reader)
         async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
             async for piece in ready:
-                await asyncio.to_thread(digester.update, await piece.view(0, piece.size))
+                yield await piece.view(0, piece.size)
                 self.digested_bytes += piece.size
-        digests = digester.result()
-        await asyncio.to_thread(self._store.learn, wanted.manifest, wanted.chunk, digests)
-        return digests
 
     async def close(self) -> None:
         """Stop reading."""

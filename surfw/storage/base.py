@@ -8,28 +8,24 @@ before it touches anything, in surfw's own backends or before a custom one (see 
 import asyncio
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from surfw.config import DEFAULT_SILENCE_SECONDS, display_url, surfw_home
+from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, surfw_home
 from surfw.errors import StorageError
-from surfw.threads import in_thread, to_its_end
+from surfw.storage.ranges import PIECE_BYTES, Check, ObjectRange, ObjectRead, cut, most_range_bytes
+from surfw.threads import in_thread, to_its_end, together
 
 Data = TypeVar("Data", bytes, memoryview)
 
-Check = Callable[[int, memoryview], None]
-"""Verifies a piece, given the offset of its first byte and the bytes themselves; raises if they are not right."""
+_STREAM_BYTES = 2 * MIB
+"""What a connection may have received and not yet put in place."""
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
-
-
-def shifted(check: Check, begin: int) -> Check:
-    """The check of what begins there: offsets of its pieces are counted from `begin`."""
-    return lambda at, piece: check(begin + at, piece)
 
 
 def check_key(key: str) -> str:
@@ -204,19 +200,63 @@ class StorageBackend(ABC):
         if revision is not None:
             await self.expect_revision(key, revision)
 
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, with bytes that are verified by `check` before this ends.
+    @property
+    def range_bytes(self) -> int:
+        """How many bytes are read at a time."""
+        if self.parallel_reads == 1:
+            return PIECE_BYTES
+        return most_range_bytes(self.parallel_reads, streamed=self.reads_in_place)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that one `read_all` takes besides its destinations."""
+        return self.parallel_reads * (_STREAM_BYTES if self.reads_in_place else self.range_bytes)
+
+    async def read_all(self, reads: Sequence[ObjectRead]) -> None:
+        """Fill the destinations of all reads, each with verified bytes if it has a check.
+
+        As many ranges are under way as are worth it, whichever reads they are of. The first failure ends the others.
+        When this has ended, also by a cancellation, no destination is written to any more.
 
         Raises:
             StorageError: as in `read_into`.
-            Exception: what `check` raises.
+            Exception: what a check raises.
         """
-        pinned = {} if revision is None else {"revision": revision}
-        reading = self.read_into(key, start, destination, **pinned)
+        pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
+        if len(pieces) == 1:
+            await self._read_piece(pieces[0])
+            return
+        left = iter(pieces)
+
+        async def take() -> None:
+            for piece in left:
+                await self._read_piece(piece)
+
+        await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
+
+    async def _read_piece(self, piece: ObjectRead) -> None:
+        if len(piece.parts) == 1:
+            await self.read_range(piece.parts[0], piece.destination, piece.check)
+            return
+        at = 0
+        for part in piece.parts:
+            await self.read_range(part, piece.destination[at : at + part.length])
+            at += part.length
+        if piece.check is not None:
+            await in_thread(piece.check, 0, piece.destination)
+
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range of an object, which is not cut any more, and verify it.
+
+        Raises:
+            StorageError: as in `read_into`.
+            Exception: what the check raises.
+        """
+        pinned = {} if part.pin.revision is None else {"revision": part.pin.revision}  # some backends know none
+        reading = self.read_into(part.key, part.start, destination, **pinned)
         await (reading if self.reads_in_place else to_its_end(reading))
-        await in_thread(check, 0, destination)
+        if check is not None:
+            await in_thread(check, 0, destination)
 
     async def expect_revision(self, key: str, revision: str) -> None:
         """Make sure, after a read, that the object is still what it was when `revision()` gave this.
@@ -226,7 +266,7 @@ class StorageBackend(ABC):
         """
         seen = await self.revision(key)
         if seen != revision:
-            raise changed(f"{key} in {self.url}", revision, str(seen))
+            raise ChangedObjectError(f"{key} in {self.url}", revision, str(seen))
 
     async def find_foreign_key(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
@@ -256,15 +296,18 @@ class StorageBackend(ABC):
 
 
 class ChangedObjectError(StorageError):
-    """The object is not the one it was."""
+    """An object is of another revision than the one that is wanted.
 
+    Attributes:
+        name: the object.
+        expected: its revision when it was first read.
+        seen: its revision now.
+    """
 
-def changed(name: str, expected: str, seen: str) -> ChangedObjectError:
-    """The error for an object that is not the one it was."""
-    return ChangedObjectError(
-        f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}; "
-        "read it anew from its beginning"
-    )
+    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it anew from its beginning") -> None:
+        """Say which object, and with `advice` what that means."""
+        self.name, self.expected, self.seen = name, expected, seen
+        super().__init__(f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}{advice}")
 
 
 def spool_folder(place: str) -> Path:

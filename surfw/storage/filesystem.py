@@ -15,7 +15,7 @@ import fsspec
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.files import open_regular, read_regular
-from surfw.storage.base import changed, check_key, check_prefix
+from surfw.storage.base import ChangedObjectError, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
 
@@ -173,7 +173,7 @@ def expect_file_revision(path: Path, fd: int, revision: str | None) -> None:
         ChangedObjectError: it is of another.
     """
     if revision is not None and (seen := file_revision(os.fstat(fd))) != revision:
-        raise changed(str(path), revision, seen)
+        raise ChangedObjectError(str(path), revision, seen)
 
 
 def read_file_into(path: Path, start: int, destination: memoryview, revision: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """Any file system that fsspec knows, as a storage. Local files have a few shorter ways: see `filesystem`.
 
 Its remote file systems are asynchronous underneath, on a loop of their own: bytes of theirs are read there, as ranges
-in parallel (see `transfer`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions become
+in parallel (see `far_reads`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions become
 surfw's here and nowhere else.
 """
 
@@ -20,7 +20,7 @@ import fsspec
 from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import (
-    Check,
+    ChangedObjectError,
     StorageBackend,
     check_key,
     check_prefix,
@@ -30,11 +30,23 @@ from surfw.storage.base import (
     refuse_size,
     spool_folder,
 )
-from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, Answer, Place, RangeReader, Transfer, TransientError
+from surfw.storage.far_reads import (
+    CONNECTIONS,
+    RANGE_RETRIES,
+    Destination,
+    FarReads,
+    RangeReader,
+    RangeResponse,
+    TransientError,
+)
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
 from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
 _COPY_BYTES = 8 << 20
+
+_RESTARTS = 3
+"""How often a load begins anew because the object was replaced meanwhile."""
 
 _ROUNDS = 10
 """A listing is many requests, and an object that comes as a whole shows no progress: they may take so much longer.
@@ -99,15 +111,15 @@ class FsspecBackend(StorageBackend):
         if "max_concurrency" in options:
             options["max_concurrency"] = connections = connections_of(options["max_concurrency"])
         self.fs, self.root = self._open(**options)
-        reader = self._ranges(connections)
+        reader = self._range_reader(connections)
+        self._far: FarReads | None = None
         if reader is not None:
             reader.limit_waits(self.silence_timeout)
-        self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None
-        self.parallel_reads = connections if reader else 1
-        self.reads_in_place = reader is not None and reader.streams
+            self._far = FarReads(reader, RANGE_RETRIES)
+            self.parallel_reads, self.reads_in_place = connections, reader.streams
         self._read_only = reader is not None and reader.read_only
 
-    def _ranges(self, connections: int) -> RangeReader | None:
+    def _range_reader(self, connections: int) -> RangeReader | None:
         """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
         if not getattr(self.fs, "async_impl", False):
             return None
@@ -198,18 +210,28 @@ class FsspecBackend(StorageBackend):
         return await self._load(key, most_bytes)
 
     async def _load(self, key: str, most_bytes: int) -> bytes:
-        path = self.path(key)
-        if self._transfer is not None and self._transfer.reader.tells_revision:
-            async with self._telling(key):
-                return bytes(await self._transfer.load(path, name=self._name(key), most_bytes=most_bytes))
-        if most_bytes < sys.maxsize:
-            refuse_size(await self.size(key), most_bytes, self._name(key))
-        data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
-        return expect_at_most(data, most_bytes, key, self.url)
+        if self._far is None or not self._far.reader.tells_revision:
+            if most_bytes < sys.maxsize:
+                refuse_size(await self.size(key), most_bytes, self._name(key))
+            data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
+            return expect_at_most(data, most_bytes, key, self.url)
+        for _ in range(_RESTARTS):
+            with suppress(ChangedObjectError):  # the beginning and the rest were of two objects: begin anew
+                return await self._load_far(self._far, key, most_bytes)
+        return await self._load_far(self._far, key, most_bytes)
+
+    async def _load_far(self, far: FarReads, key: str, most_bytes: int) -> bytes:
+        """The whole object, of which the first range tells the size; a small one takes a single request."""
+        path, pin = self.path(key), Pin()
+        async with self._telling(key):
+            memory, done = await far.begin(path, name=self._name(key), pin=pin, most_bytes=most_bytes)
+        rest = memoryview(memory)[done:]
+        await self.read_all([ObjectRead([ObjectRange(key, done, len(rest), pin)], rest)])
+        return bytes(memory)
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
-        if self._transfer is None:
+        if self._far is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
         memory = bytearray(stop - start)
@@ -218,46 +240,43 @@ class FsspecBackend(StorageBackend):
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
-        if self._transfer is None:
+        check_key(key)
+        if self._far is None:
             await super().read_into(key, start, destination, revision=revision)
-        else:
-            await self._read(self._transfer, key, start, destination, revision=revision)
-
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, verified; a range of S3's as it arrives."""
-        if self._transfer is None:
-            await super().read_verified(key, start, destination, check, revision=revision)
-        else:
-            await self._read(self._transfer, key, start, destination, revision=revision, check=check)
-
-    async def _read(
-        self,
-        transfer: Transfer,
-        key: str,
-        start: int,
-        destination: memoryview,
-        *,
-        revision: str | None,
-        check: Check | None = None,
-    ) -> None:
-        path, tells = self.path(key), transfer.reader.tells_revision
-        if not tells and revision is None and destination.nbytes > transfer.reader.range_bytes:
-            revision = await self.revision(key)
-        async with self._telling(key):
-            pinned = revision if tells else None
-            await transfer.read_into(path, start, destination, name=self._name(key), pinned=pinned, check=check)
+            return
+        tells, pin = self._far.reader.tells_revision, Pin(revision)
+        if not tells:
+            if revision is None and destination.nbytes > self.range_bytes:
+                revision = await self.revision(key)
+            pin = Pin()  # it is looked at once, when all have come
+        part = ObjectRange(key, start, destination.nbytes, pin)
+        await self.read_all([ObjectRead([part], destination.cast("B"))])
         if not tells and revision is not None:
             await self.expect_revision(key, revision)
+
+    @property
+    def range_bytes(self) -> int:
+        """How many bytes are read at a time."""
+        return super().range_bytes if self._far is None else self._far.reader.range_bytes
+
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range, verified; one of S3's as it arrives."""
+        if self._far is None:
+            await super().read_range(part, destination, check)
+            return
+        key, pin = part.key, part.pin
+        async with self._telling(key):
+            await self._far.read(self.path(key), part.start, destination, name=self._name(key), pin=pin, check=check)
+        if not self._far.reader.tells_revision and pin.revision is not None:
+            await self.expect_revision(key, pin.revision)
 
     async def revision(self, key: str) -> str | None:
         """What the file system says that changes with the object; None if it says nothing, or there is no object."""
         path = self.path(key)
         try:
-            if self._transfer is not None:
+            if self._far is not None:
                 async with self._telling(key):
-                    if facts := await self._transfer.facts(path, name=self._name(key)):
+                    if facts := await self._far.facts(path, name=self._name(key)):
                         return facts.revision
             return _revision_of(await self._call(key, self._info))
         except NotFoundError:
@@ -311,9 +330,9 @@ class FsspecBackend(StorageBackend):
 
         path = self.path(key)
         try:
-            if self._transfer is not None:
+            if self._far is not None:
                 async with self._telling(key):
-                    if await self._transfer.facts(path, name=self._name(key)):
+                    if await self._far.facts(path, name=self._name(key)):
                         return True
             return await self._call(key, look)
         except NotFoundError:
@@ -342,9 +361,9 @@ class FsspecBackend(StorageBackend):
     async def size(self, key: str) -> int:
         """The object's length."""
         path = self.path(key)
-        if self._transfer is not None:
+        if self._far is not None:
             async with self._telling(key):
-                if (facts := await self._transfer.facts(path, name=self._name(key))) and facts.size is not None:
+                if (facts := await self._far.facts(path, name=self._name(key))) and facts.size is not None:
                     return facts.size
         return int(await self._call(key, lambda path: self._info(path)["size"]))
 
@@ -356,7 +375,7 @@ class FsspecBackend(StorageBackend):
 
     def _ask(self, what: str, path: str, *, rounds: int = 1) -> Any:
         """Call the file system; an asynchronous one has `silence_timeout` for it, as many times as there are rounds."""
-        if self._transfer is None:
+        if self._far is None:
             return getattr(self.fs, what)(path)
         most = self.silence_timeout * rounds
         try:
@@ -410,12 +429,13 @@ class _CatRanges(RangeReader):
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
 
-    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+    async def get(self, path: str, into: Destination) -> None:
         """Read, then put in place."""
+        start, stop = into.start, into.stop
         try:
             async with self._slots:
-                place.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # it comes as a whole, and shows no progress
+                into.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # it comes as a whole, and shows no progress
                 data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc
-        place(Answer(None, start, len(data), None)).memory[:] = data
+        into.accept(RangeResponse(None, start, len(data), None))[:] = data

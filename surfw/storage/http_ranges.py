@@ -20,7 +20,7 @@ from surfw.config import MIB, display_text, display_url
 from surfw.errors import StorageError
 from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
 from surfw.storage.base import refuse_size
-from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
+from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
 from surfw.threads import in_thread
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -59,30 +59,31 @@ class HttpRanges(RangeReader):
         whole = aiohttp.ClientTimeout(total=None, sock_connect=silence_timeout, sock_read=silence_timeout)
         self._fs.client_kwargs = {"timeout": whole} | self._fs.client_kwargs  # for fsspec's own requests: listings
 
-    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+    async def get(self, path: str, into: Destination) -> None:
         """Read into place."""
-        asked = {"Range": f"bytes={start}-{stop - 1}"}
+        start, pinned = into.start, into.pin.revision
+        asked = {"Range": f"bytes={start}-{into.stop - 1}"}
         if pinned is not None and pinned.startswith('"'):
             asked["If-Match"] = pinned
         async with self._slots:
-            place.begin()
+            into.begin()
             async with self._request(path, asked) as found:
                 if found.status == 416:
-                    place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
+                    into.accept(RangeResponse(None, start, 0, None if start else 0))  # empty, or it ends before
                     return
-                await _read(found.content, place(_answer(found)))
+                await _read(found.content, into.accept(_response(found)), into)
 
-    async def facts(self, path: str) -> Answer | None:
+    async def facts(self, path: str) -> RangeResponse | None:
         """Size and revision, from the headers of an answer whose bytes are not read.
 
         It is one to a range, as all others are: of the whole, a server may tell another revision, or none.
         """
         async with self._request(path, {"Range": "bytes=0-0"}) as found:
-            part = None if found.status == 416 else _answer(found)
+            part = None if found.status == 416 else _response(found)
         if part is not None and part.size is not None:
             return part
         async with self._request(path, {}) as found:  # an empty object, or a server that does not say how long it is
-            whole = _answer(found)
+            whole = _response(found)
         return whole if part is None else replace(whole, revision=part.revision)
 
     @asynccontextmanager
@@ -170,8 +171,8 @@ class _KeptResponse(_Response):
     tells_headers = True
 
 
-async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
-    memory, done = landing.memory, 0
+async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destination) -> None:
+    done = 0
     try:
         while done < len(memory):
             piece = await content.read(min(_BUFFER_BYTES, len(memory) - done))
@@ -179,9 +180,9 @@ async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
                 raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
             memory[done : done + len(piece)] = piece
             done += len(piece)
-            landing.came(len(piece))
+            into.came(len(piece))
     except (aiohttp.ClientError, TimeoutError):
-        await in_thread(landing.arrived, done)  # what is verified need not come again
+        await in_thread(into.arrived, done)  # what is verified need not come again
         raise
 
 
@@ -202,7 +203,7 @@ def _judge(found: aiohttp.ClientResponse) -> None:
         raise OSError(errno.EIO, f"{said}, expected 200 or 206")
 
 
-def _answer(found: aiohttp.ClientResponse) -> Answer:
+def _response(found: aiohttp.ClientResponse) -> RangeResponse:
     length, size, start = found.headers.get("Content-Length", ""), None, 0
     if not _LENGTH.fullmatch(length) or found.headers.get("Content-Encoding", "identity") != "identity":
         raise StorageError(
@@ -215,7 +216,7 @@ def _answer(found: aiohttp.ClientResponse) -> Answer:
         start, size = int(match[1]), None if match[3] == "*" else int(match[3])
     else:
         size = int(length)
-    return Answer(_revision(found, size), start, int(length), size)
+    return RangeResponse(_revision(found, size), start, int(length), size)
 
 
 def _revision(found: aiohttp.ClientResponse, size: int | None) -> str | None:

@@ -27,12 +27,11 @@ from typing import Any, TypeVar
 from surfw.config import MIB
 from surfw.errors import StorageError
 from surfw.files import open_regular
-from surfw.storage.base import Check
 from surfw.storage.filesystem import expect_file_revision, read_exactly
 from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.ranges import PIECE_BYTES, Check
 from surfw.threads import to_its_end
 
-PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SMALL_BYTES = 256 * 1024
 _HUGE_BYTES = 2 * MIB

@@ -24,10 +24,11 @@ from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
 from surfw.storage.backends import open_backend, scheme_of
-from surfw.storage.base import ChangedObjectError, Check, StorageBackend, refuse_size
+from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
+from surfw.storage.ranges import Check, ObjectRange, Pin
 from surfw.storage_options import identify_place
 
-_MOUNT = "origins/"
+_MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
 """Schemes of origins that manifests may name; those of stores on this machine may also name folders."""
 
@@ -84,9 +85,17 @@ class Objects(StorageBackend):
         return max(backend.parallel_reads for backend in self._backends())
 
     @property
-    def reads_in_place(self) -> bool:  # type: ignore[override]
-        """Whether all of them read straight into the destination."""
-        return all(backend.reads_in_place for backend in self._backends())
+    def range_bytes(self) -> int:
+        """How many bytes are read at a time: as the one wants it that gains most by several reads."""
+        return max(self._backends(), key=lambda backend: backend.parallel_reads).range_bytes
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that reading takes besides its destinations; files are read in place."""
+        return max(
+            0 if backend.local_path(_ANY) and backend.parallel_reads == 1 else backend.buffered_bytes
+            for backend in self._backends()
+        )
 
     @property
     def has_local_origin(self) -> bool:
@@ -164,13 +173,12 @@ class Objects(StorageBackend):
         with _explaining(found):
             await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
 
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, verified."""
-        found = self.find(key)
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range of an object, if it is what it was."""
+        found = self.find(part.key)
+        pin = part.pin if found.revision is None else Pin(found.revision)
         with _explaining(found):
-            await found.backend.read_verified(found.key, start, destination, check, **_pin(found, revision))
+            await found.backend.read_range(ObjectRange(found.key, part.start, part.length, pin), destination, check)
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
@@ -250,11 +258,11 @@ def _explaining(found: Found) -> Iterator[None]:
 
 def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
     """The error for an object of an origin that is not what it was."""
-    seen = str(exc).rpartition("; ")[0]
-    return ChangedObjectError(
-        f"{seen}: it belongs to a model that is served in place, and none of its weights is used; start the server "
-        "again, or run surfw chunk --in-place again"
+    advice = (
+        ": it belongs to a model that is served in place, and none of its weights is used; start the server again, or "
+        "run surfw chunk --in-place again"
     )
+    return ChangedObjectError(exc.name, exc.expected, exc.seen, advice)
 
 
 def may_be_origin(url: str) -> bool:

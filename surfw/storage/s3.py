@@ -22,9 +22,9 @@ import fsspec
 from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
 from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import check_prefix
+from surfw.storage.far_reads import CONNECTIONS, RangeReader
 from surfw.storage.fsspec_backend import FsspecBackend
 from surfw.storage.s3_errors import code_of, explain_botocore, explain_code
-from surfw.storage.transfer import CONNECTIONS, RangeReader
 from surfw.storage_options import S3_WORDS
 
 _CONNECT_SECONDS = 5
@@ -170,7 +170,7 @@ class S3Backend(FsspecBackend):
         fs.retries = _ROUNDS
         return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
 
-    def _ranges(self, connections: int) -> RangeReader:
+    def _range_reader(self, connections: int) -> RangeReader:
         from surfw.storage.s3_ranges import S3Ranges
 
         return S3Ranges(self.fs, connections)
@@ -213,8 +213,8 @@ class S3Backend(FsspecBackend):
 
     async def close(self) -> None:
         """Close the connections; a later use opens new ones."""
-        if self._transfer is not None:
-            self._transfer.reader.close()
+        if self._far is not None:
+            self._far.reader.close()
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)

@@ -29,8 +29,6 @@ from surfw.errors import (
     UnknownModelError,
 )
 from surfw.manifest import (
-    Chunk,
-    Digests,
     Location,
     Manifest,
     check_model_name,
@@ -41,7 +39,7 @@ from surfw.manifest import (
 from surfw.source import locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
-from surfw.storage.digest_log import DigestLog, chunk_sizes
+from surfw.storage.digests import LearnedDigests
 from surfw.storage.notices import LEASES, PRUNES
 from surfw.storage.origins import Objects, PlacedOptions
 
@@ -76,7 +74,8 @@ class Store:
         """What the manifests point at; named as in the manifests that this gives out."""
         self.reloads = 0
         """How many documents arrived damaged and were loaded again."""
-        self._logs: dict[tuple[str, str], DigestLog] = {}
+        self.learned = LearnedDigests()
+        """Digests of chunks whose manifests lack them."""
         self._given = backend
         self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
@@ -273,21 +272,7 @@ class Store:
 
     def with_digests(self, manifest: Manifest) -> Manifest:
         """The manifest with the digests that were found out by reading until now; reads a file."""
-        if manifest.origin is None or manifest.is_known:
-            return manifest
-        return manifest.with_digests(self._log(manifest).refresh(chunk_sizes(manifest)))
-
-    def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk whose manifest lacks them, if they were found out in this process or before it."""
-        return self._log(manifest).known.get(chunk.id)
-
-    def learn(self, manifest: Manifest, chunk: Chunk, digests: Digests) -> None:
-        """Keep digests that were found out by reading all bytes of a chunk; writes a file."""
-        self._log(manifest).add(chunk.id, digests)
-
-    def _log(self, manifest: Manifest) -> DigestLog:
-        assert manifest.origin is not None, "only what was not copied lacks digests"
-        return self._logs.setdefault((manifest.origin.key, manifest.name), DigestLog(manifest.origin.key))
+        return self.learned.complete(manifest)
 
     async def publish(self, manifest: Manifest) -> None:
         """Make a model visible: all its blobs are there.
