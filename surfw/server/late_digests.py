@@ -1,7 +1,7 @@
-"""Digests of chunks that lack them, found out by reading all their bytes, through the server's cache.
+"""Digests of chunks whose manifests lack them, computed by reading all bytes of a chunk through the server's cache.
 
-A chunk is read once for all who ask meanwhile, and what was found out is kept for good (`storage.digests`).
-Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
+A chunk is read once for all clients that wait for it, and its digests are kept for good (`storage.digests`).
+Invariants: at most `_READS` chunks are read for this at a time, and one page of each is in use while it is digested.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ _READS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A chunk of an origin, known by its provisional identity alone; and who pays for it.
+    """A chunk of an origin, identified by its provisional id, and the account that pays for reading it.
 
-    Of its manifest and the chunk, only what reading it needs: many may wait for long.
+    It keeps only what reading needs of the manifest and the chunk, since many may wait for long.
     """
 
     origin: str
@@ -37,10 +37,10 @@ class _Wanted:
 
 
 class DigestsDocument:
-    """Digests as they cross the wire: a piece of an answer that holds no text while it waits."""
+    """Digests as they cross the wire: a piece of a response that keeps no encoded bytes while it waits."""
 
     def __init__(self, digests: Digests) -> None:
-        """Write it once, to know its size and digest."""
+        """Encode it once, for its size and digest."""
         data = _encode(digests)
         self.size = len(data)
         self.digest = payload_digest(data)
@@ -55,14 +55,14 @@ class DigestsDocument:
 
 
 class LateDigests:
-    """Finds digests out.
+    """Computes digests.
 
     Attributes:
-        digested_bytes: what was read for them so far.
+        digested_bytes: how many bytes were read for them so far.
     """
 
     def __init__(self, store: Store, pages: PageCache, catalog: Catalog) -> None:
-        """Name the store, the cache its objects are read through, and what knows its models."""
+        """Name the store, the cache its objects are read through, and the catalog of its models."""
         self.digested_bytes = 0
         self._store = store
         self._pages = pages
@@ -72,7 +72,7 @@ class LateDigests:
         self._readers: dict[_Wanted, Reader] = {}
 
     async def document(self, request: GetDigests, reader: Reader) -> DigestsDocument:
-        """The digests of a chunk, as they cross the wire; the reader's account pays if it has to be read for them.
+        """Return the digests of a chunk; the reader's account pays if the chunk has to be read for them.
 
         Raises:
             RefusedError: there is no such chunk, or the manifest has its digests.
@@ -89,9 +89,9 @@ class LateDigests:
         return DigestsDocument(digests)
 
     def progress(self, reader: Reader) -> int:
-        """How far the storage has got for one who waits for digests, in bytes that only rise.
+        """Return how far the storage has got for a reader that waits for digests, in bytes that only rise.
 
-        Those are its chunk's bytes; while it waits in line, those of the chunks before it.
+        They are those of its chunk or, while it is queued, those of the chunks before it.
         """
         wanted = self._waiting.get(reader)
         if wanted is None:
@@ -116,7 +116,7 @@ class LateDigests:
             del self._readers[wanted]
 
     async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview]:
-        """The chunk's bytes in order, a piece at a time, which has to be let go before the next one."""
+        """The chunk's bytes in order, a piece at a time, each of which has to be released before the next one."""
         (form,) = chunk.forms
         pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, reader)
         async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:

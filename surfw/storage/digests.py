@@ -1,12 +1,12 @@
-"""Digests of chunks whose manifests lack them: found out by reading all bytes of a chunk once, and kept.
+"""Digests of chunks whose manifests lack them: computed by reading all bytes of a chunk once, and kept.
 
-Models that are served in place may be published before anybody has read them. `LearnedDigests` is what a store knows of
-their chunks by now; whoever needs to verify such a chunk asks it, and reads the chunk first if nobody has.
+Models that are served in place may be published before they have been read. `LearnedDigests` is what a store knows of
+their chunks by now. To verify such a chunk, ask it, and have it read the chunk if it does not know the digests yet.
 
 They are kept in `$SURFW_HOME/digests`, one file per origin and its pins, with one line per chunk: JSON with its
 provisional id, behind the BLAKE3 of the JSON. Lines are appended in one write each, so that several processes may do it
-at once. A line that is cut off or damaged is passed over, and what it said is found out again. A file grows to
-`_MOST_BYTES` and no further. Where it cannot be written, digests are found out anew by the next process.
+at once. A line that is cut off or damaged is skipped, and its digests are computed again. A file grows to `_MOST_BYTES`
+and no further. Where it cannot be written, the next process computes the digests again.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ _MOST_BYTES = 256 * MIB
 
 
 class LearnedDigests:
-    """The digests that were found out, of the chunks of all models of a store."""
+    """Computed digests of the chunks of all models of a store."""
 
     def __init__(self) -> None:
         """Nothing is read yet."""
@@ -36,34 +36,34 @@ class LearnedDigests:
         self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def complete(self, manifest: Manifest) -> Manifest:
-        """The manifest with all digests that are known by now; reads a file, so call it in a thread."""
+        """Return the manifest with all digests that are known by now; reads a file, so call it in a thread."""
         if manifest.origin is None or manifest.is_known:
             return manifest
         sizes = {chunk.id: form.stored_bytes for chunk in manifest.chunks for form in chunk.forms if not form.is_known}
         return manifest.with_digests(self._log(manifest).refresh(sizes))
 
     def get(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk whose manifest lacks them, if they were found out in this process or before it."""
+        """Return the digests of a chunk whose manifest lacks them, if `complete` or `learn` found them."""
         return self._log(manifest).known.get(chunk.id)
 
     async def find(self, manifest: Manifest, chunk: Chunk, pieces: Callable[[], AsyncGenerator[memoryview]]) -> Digests:
-        """As `get`; a chunk that nobody has read is read now (see `learn`), once for all who ask meanwhile."""
+        """As `get`; a chunk with unknown digests is read now (see `learn`), once for all callers that wait for it."""
         async with self._reading[chunk.id]:
             return self.get(manifest, chunk) or await self.learn(manifest, chunk, pieces())
 
     async def learn(self, manifest: Manifest, chunk: Chunk, pieces: AsyncGenerator[memoryview]) -> Digests:
-        """Read all stored bytes of a chunk, and keep what their digests are.
+        """Read all stored bytes of a chunk, and keep their digests.
 
         Args:
             manifest: the model.
             chunk: one of its chunks.
-            pieces: its stored bytes in order; each piece is let go before the next one is asked for.
+            pieces: its stored bytes in order; each piece is released before the next one is requested.
         """
         digester = Digester()
         async with aclosing(pieces):
             async for piece in pieces:
                 await in_thread(digester.update, piece)
-                del piece  # it may be a page of a cache, which nobody may keep while others are read
+                del piece  # it may be a page of a cache: none may be kept while the next one is read
         digests = digester.result()
         await in_thread(self._log(manifest).add, chunk.id, digests)
         return digests
@@ -77,14 +77,14 @@ class _DigestLog:
     """The digests of the chunks of one origin, and their file. Usable from any thread."""
 
     def __init__(self, key: str) -> None:
-        """Name the origin by its key; nothing is read yet."""
+        """Name the origin by its key. Nothing is read yet."""
         self.known: dict[str, Digests] = {}
         self._path = surfw_home() / "digests" / f"{key}.jsonl"
         self._read_bytes = 0
         self._lock = threading.Lock()
 
     def refresh(self, sizes: Mapping[str, int]) -> Mapping[str, Digests]:
-        """Read what was added since, by whichever process, of chunks of these stored bytes; all that is known then."""
+        """Read what any process has added since, and return all that is known; `sizes` are the chunks' stored bytes."""
         with self._lock:
             try:
                 with os.fdopen(open_regular(self._path), "rb") as file:
@@ -92,7 +92,7 @@ class _DigestLog:
                     added = file.read(_MOST_BYTES - self._read_bytes)
             except OSError:
                 return self.known
-            whole = added[: added.rfind(b"\n") + 1]  # somebody may be writing what follows
+            whole = added[: added.rfind(b"\n") + 1]  # another process may be writing the rest
             for line in whole.splitlines():
                 self._take(line, sizes)
             self._read_bytes += len(whole)
@@ -107,7 +107,7 @@ class _DigestLog:
             return
 
     def add(self, chunk: str, digests: Digests) -> None:
-        """Keep what was found out; what is kept of the chunk already is replaced."""
+        """Keep the digests of a chunk, instead of any that were kept before."""
         if self.known.get(chunk) == digests:
             return
         with self._lock:
@@ -122,4 +122,4 @@ class _DigestLog:
                 finally:
                     os.close(fd)
             except OSError as exc:
-                logger.warning("%s cannot be written, and digests are found out again next time: %s", self._path, exc)
+                logger.warning("%s cannot be written, so digests are computed again next time: %s", self._path, exc)

@@ -1,17 +1,17 @@
 """Reads of objects that are far away: one range at a time, retried, straight into its destination.
 
-Each kind of file system supplies a `RangeReader`: one method that asks for a range and puts what comes into memory.
+Each kind of file system supplies a `RangeReader`: one method that requests a range and writes what comes into memory.
 `FarReads` does the rest. Invariants:
 
-- All ranges with one `Pin` come from one revision of the object: the pinned one, else the one that answered first. A
+- All ranges with one `Pin` are of one revision of the object: the pinned one, or else that of the first response. A
   change in between is an error, never a mixture.
-- A number of connections for all of a file system bounds what is under way.
-- A range that fails for a reason that may pass is asked for anew after a pause, but for its blocks that were verified;
-  what else arrived is written over. A reason that will not pass ends the read at once.
-- When a read ends, however it does, nothing is written to its destination any more.
-- Nothing is waited for without end: see `patience`.
+- The number of connections of a file system bounds how many ranges are under way, over all reads of all objects.
+- After a transient failure a range is requested again, without its blocks that were verified; anything else that
+  arrived is overwritten. Any other failure ends the read at once.
+- Once a read has ended, also by a failure or a cancellation, nothing is written to its destination any more.
+- No wait is endless: see `patience`.
 
-Everything here but `FarReads`' public methods, and what readers do in threads, runs on the reader's event loop.
+Everything here runs on the reader's event loop, except `FarReads`' public methods and what readers do in threads.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ from surfw.threads import in_thread, on_loop
 T = TypeVar("T")
 
 CONNECTIONS = 4
-"""The most ranges that are read at a time, of all objects of a file system, unless it is told otherwise.
+"""How many ranges of a file system are read at a time, unless `max_concurrency` says otherwise.
 
 From a gateway on the same machine, 4 at a time came as fast as 8.
 """
@@ -41,26 +41,26 @@ RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, mo
 """Some ten seconds in all, in which a gateway may restart."""
 
 _FIRST_TRIES = 1
-"""How often a storage that was never reached is tried again: its address may be wrong."""
+"""How often a storage that has never responded is tried again: its address may be wrong."""
 
 
 class PinLostError(Exception):
-    """A reader's word for an object that is of another revision than the pinned one."""
+    """The object has another revision than the pinned one."""
 
 
 class TransientError(Exception):
-    """Wraps, as its cause, what may pass when it is tried again."""
+    """Wraps, as its cause, a failure after which another try may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RangeResponse:
-    """What a storage says before it sends bytes.
+    """The facts of a response, known before its bytes are read.
 
     Attributes:
-        revision: changes whenever the object does; None if the storage does not tell.
-        start: the first byte it sends.
-        length: how many it sends.
-        size: of the whole object; None if it does not tell.
+        revision: changes whenever the object does; None if the response does not have one.
+        start: the first byte that is sent.
+        length: how many bytes are sent.
+        size: the length of the whole object; None if the response does not say.
     """
 
     revision: str | None
@@ -73,9 +73,9 @@ class Destination:
     """Where one range of an object goes. It judges the response, and verifies blocks as they arrive.
 
     Attributes:
-        start: the first byte of the range. After a failure it begins behind what was verified.
-        memory: what is to be filled, from its beginning to its end.
-        pin: the revision that the response has to be of.
+        start: the first byte of the range. After a failure it moves behind what was verified.
+        memory: the bytes to fill, from the first to the last.
+        pin: the revision that the response has to have.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class Destination:
         return self.start + len(self.memory)
 
     def begin(self, blocks: int = 1) -> None:
-        """Say that the request is made now; before, it waited for its turn. See `Patience.begin`."""
+        """Note that the request is made now; before, it waited for a connection. See `Patience.begin`."""
         self.patience.begin(blocks)
 
     def accept(self, response: RangeResponse) -> memoryview:
-        """The memory for the bytes of a response. May be called in a thread.
+        """Return the memory for the bytes of a response. May be called in a thread.
 
         Raises:
-            ChangedObjectError: it is of another revision.
-            StorageError: it is not what was asked for.
+            ChangedObjectError: it has another revision.
+            StorageError: it is not the range that was requested.
         """
         self._expect_revision(response)
         if response.start != self.start or response.length > len(self.memory):
@@ -123,11 +123,11 @@ class Destination:
             raise ChangedObjectError(self.name, str(expected), str(response.revision))
 
     def came(self, count: int) -> None:
-        """Say that so many more bytes came."""
+        """Note that `count` more bytes came."""
         self.patience.arrived(count)
 
     def arrived(self, count: int) -> None:
-        """Verify the whole blocks among the first `count` bytes. For threads: it takes the time of hashing them.
+        """Verify the whole blocks among the first `count` bytes. Call it in a thread: hashing takes its time.
 
         Raises:
             Exception: what the check raises.
@@ -138,19 +138,19 @@ class Destination:
             self._verified = whole
 
     def resume(self) -> None:
-        """Before another try: leave out the blocks that are verified."""
+        """Before another try, leave out the blocks that are verified."""
         if self._check is not None and self._verified:
             done, self._verified = self._verified, 0
             self.start, self.memory, self._check = self.start + done, self.memory[done:], shifted(self._check, done)
 
     async def verify(self) -> None:
-        """Verify what is left, once all has arrived."""
+        """Verify the rest, once all bytes have arrived."""
         if self._check is not None and self._verified < len(self.memory):
             await in_thread(self.arrived, len(self.memory))
 
 
 class _Beginning(Destination):
-    """The first range of an object of unknown size, and with its response the memory for all of it."""
+    """The first range of an object of unknown size; its response says how much memory the whole object takes."""
 
     def __init__(self, name: str, pin: Pin, patience: Patience, range_bytes: int, most_bytes: int) -> None:
         super().__init__(name, 0, memoryview(b""), pin, patience)
@@ -186,10 +186,10 @@ class RangeReader(ABC):
     """One kind of file system, as `FarReads` needs it. It bounds by itself how many ranges are under way.
 
     Attributes:
-        loop: the event loop it is called on; None for any.
-        streams: whether what arrives is put in place at once, and not held in memory first.
-        tells_revision: whether responses carry one.
-        read_only: whether nothing can be written there.
+        loop: the event loop that it is called on; None for any.
+        streams: whether bytes are written to the destination as they arrive, and not held in memory first.
+        tells_revision: whether responses have a revision.
+        read_only: whether the file system cannot be written to.
         silence_timeout: seconds without progress after which a read is given up.
     """
 
@@ -200,29 +200,29 @@ class RangeReader(ABC):
     silence_timeout: float = DEFAULT_SILENCE_SECONDS
 
     def __init__(self, connections: int) -> None:
-        """Say how many ranges may be under way; nothing is contacted."""
+        """Set how many ranges may be under way. Nothing is contacted."""
         self.range_bytes = most_range_bytes(connections, streamed=self.streams)
 
     def limit_waits(self, silence_timeout: float) -> None:
-        """Say how long a read may take without progress, in seconds; half of that is what one request may be silent."""
+        """Set how long, in seconds, a read may make no progress; a single request may be silent for half of that."""
         self.silence_timeout = silence_timeout
 
     @abstractmethod
     async def get(self, path: str, into: Destination) -> None:
-        """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into what `into.accept` gives.
+        """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
 
-        It says when its turn has come (`begin`), what came (`came`) and how much of it is in place (`arrived`); blocks
-        that it did not say have arrived are verified later. `accept`, `came` and `arrived` may be called in a thread.
-        Once this has ended, also by a cancellation, nothing is written any more.
+        It calls `begin` when the request is made, `came` for bytes as they come, and `arrived` when the first bytes of
+        the memory are final; blocks for which it does not are verified later. `accept`, `came` and `arrived` may be
+        called in a thread. Once this has ended, also by a cancellation, nothing is written any more.
 
         Raises:
-            TransientError: from what may pass.
-            PinLostError: the object is of another revision than the pinned one.
-            Exception: whatever will not pass.
+            TransientError: from a failure after which another try may succeed.
+            PinLostError: the object has another revision than the pinned one.
+            Exception: any other failure.
         """
 
     async def facts(self, path: str) -> RangeResponse | None:
-        """Size and revision without the bytes; None if fsspec's own way has to do.
+        """Return size and revision without the bytes; None if the reader has no way of its own to ask.
 
         Raises:
             Exception: as `get` does.
@@ -230,11 +230,11 @@ class RangeReader(ABC):
         return None
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Let go of connections that the file system does not close; a later use makes new ones."""
+        """Close connections that the file system does not close; a later use opens new ones."""
 
 
 class FarReads:
-    """Reads through a `RangeReader`. Its calls may come from any event loop; `name` is what errors call the object."""
+    """Reads through a `RangeReader`, from any event loop. `name` is what errors call the object."""
 
     def __init__(self, reader: RangeReader, retries: RetryPolicy) -> None:
         """Name the parts; nothing is contacted."""
@@ -251,13 +251,13 @@ class FarReads:
         await self._on_loop(lambda: self._fill(path, into))
 
     async def begin(self, path: str, *, name: str, pin: Pin, most_bytes: int) -> tuple[bytearray, int]:
-        """Memory for the whole object, which may have at most so many bytes, and how many of them one range filled."""
+        """Return memory for the whole object, of at most `most_bytes`, and how many of them its first range filled."""
         into = _Beginning(name, pin, self._patience(), self.reader.range_bytes, most_bytes)
         await self._on_loop(lambda: self._fill(path, into))
         return into.whole, len(into.memory)
 
     async def facts(self, path: str, *, name: str) -> RangeResponse | None:
-        """Size and revision, if the reader has a way of its own to tell."""
+        """Return size and revision; None if the reader has no way of its own to ask."""
         patience = self._patience()
 
         async def ask() -> RangeResponse | None:
@@ -288,7 +288,7 @@ class FarReads:
         await into.verify()
 
     async def _retry(self, name: str, patience: Patience, work: Callable[[], Awaitable[T]]) -> T:
-        """Do it, and again while it fails for a reason that may pass and there is patience; at last that is raised."""
+        """Do the work, and again after transient failures, while there is patience; the last failure is raised."""
         failure: BaseException | None = None
 
         async def tries() -> T:

@@ -1,4 +1,4 @@
-"""What a read of stored bytes is, and how it is cut into ranges. Pure: nothing is read here.
+"""A read of stored bytes, and how it is cut into ranges. Pure: nothing is read here.
 
 This is the only place that decides how large a range is. `StorageBackend.read_all` cuts with it, and keeps as many
 ranges under way as are worth it; a backend reads one range at a time (`read_range`).
@@ -12,7 +12,7 @@ from itertools import pairwise
 from surfw.config import BLOCK_BYTES, MIB
 
 Check = Callable[[int, memoryview], None]
-"""Verifies a piece, given the offset of its first byte and the bytes themselves; raises, or notes what is not right."""
+"""Verifies bytes, given their offset in the read and the bytes themselves; raises, or notes what is damaged."""
 
 PIECE_BYTES = 8 * MIB
 """The size of a range where one is read at a time: while it is verified, the next one is read."""
@@ -23,7 +23,7 @@ _MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES = 32 * MIB, 128 * MIB
 
 
 class Pin:
-    """The one revision that all ranges of a read are of. Usable from any thread."""
+    """The one revision that all ranges of a read must have. Usable from any thread."""
 
     def __init__(self, revision: str | None = None) -> None:
         """Name the revision; with None, the first response decides."""
@@ -31,7 +31,7 @@ class Pin:
         self._lock = threading.Lock()
 
     def settle(self, seen: str | None) -> str | None:
-        """The revision that a response has to be of; the first one seen becomes it."""
+        """Return the revision that a response has to have; if none is set, that of this response becomes it."""
         with self._lock:
             if self.revision is None:
                 self.revision = seen
@@ -40,7 +40,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRange:
-    """`length` bytes of an object from `start` on, of the revision that is pinned."""
+    """`length` bytes of an object from `start` on, of the pinned revision."""
 
     key: str
     start: int
@@ -50,13 +50,13 @@ class ObjectRange:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRead:
-    """Stored bytes to be read: one or several ranges of objects, one behind the other in memory.
+    """Stored bytes to read: one or several ranges of objects, one after the other in memory.
 
     Attributes:
         parts: the ranges; together they have as many bytes as the destination.
         destination: writable memory.
-        check: verifies whole blocks of the destination, which begins with one; None if nothing can be verified. Ranges
-            of what is not verified have to be of one revision of their object.
+        check: verifies whole blocks, counted from the beginning of the destination; None if the bytes are not verified.
+            Then all ranges of an object have to be of one revision.
     """
 
     parts: Sequence[ObjectRange]
@@ -64,7 +64,7 @@ class ObjectRead:
     check: Check | None = None
 
     def piece(self, start: int, stop: int) -> "ObjectRead":
-        """The part of the read that fills bytes `start` to `stop` (end-exclusive) of the destination."""
+        """Return the part of the read that fills bytes `start` to `stop` (end-exclusive) of the destination."""
         parts, at = list[ObjectRange](), 0
         for part in self.parts:
             low, high = max(start, at), min(stop, at + part.length)
@@ -77,16 +77,16 @@ class ObjectRead:
 
 
 def shifted(check: Check, begin: int) -> Check:
-    """The check for bytes from `begin` on: offsets of its pieces are counted from there."""
+    """Return the check for bytes from `begin` on, which counts offsets from there."""
     return lambda at, piece: check(begin + at, piece)
 
 
 def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
-    """Cut a read into as few pieces as will do, of nearly equal size.
+    """Cut a read into as few pieces as possible, of nearly equal size.
 
     Args:
         read: the read.
-        most_bytes: the size of the largest piece, in whole blocks. All cuts lie between blocks of the destination.
+        most_bytes: the size of the largest piece, in whole blocks. All cuts are between blocks of the destination.
     """
     length = read.destination.nbytes
     blocks, count = -(-length // BLOCK_BYTES), -(-length // most_bytes)
@@ -96,15 +96,15 @@ def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
 
 
 def most_range_bytes(connections: int, *, streamed: bool) -> int:
-    """How large a range may be, of as many at a time as there are connections: 8 to 32 MiB, whole blocks.
+    """Return the size of the largest range for a number of connections: 8 to 32 MiB, whole blocks.
 
     A request costs both ends some 2 ms of processor time: from a gateway on the same two cores, over 4 connections, 2.2
     GB came at 0.86 GB/s in ranges of 16 MiB, and at 0.92 in 32. With more connections ranges are smaller, so that the
-    bytes of a layer or two keep all of them busy; all together are 128 MiB (64 where held) until a range has only 8.
+    bytes of a layer or two keep all of them busy: together they have 128 MiB (64 if held), until each has only 8.
 
     Args:
         connections: how many ranges are read at a time.
-        streamed: whether they are streamed into place; others, which are held in memory first, are at most 16 MiB.
+        streamed: whether they are streamed into place; ranges that are held in memory first have at most 16 MiB.
     """
     most, all_bytes = (_MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES) if streamed else (_MOST_HELD_BYTES, _ALL_HELD_BYTES)
     return max(_LEAST_BYTES, min(most, all_bytes // connections // BLOCK_BYTES * BLOCK_BYTES))

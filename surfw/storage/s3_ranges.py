@@ -1,8 +1,8 @@
-"""Ranges of S3's objects: streamed into place, of one ETag; what may pass is told from the rest.
+"""Ranges of S3's objects, streamed into place, of one ETag.
 
-They are asked for by botocore's blocking client, in threads, with what s3fs was given for its own one: a byte costs two
-thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short of, and can be
-verified at once. botocore tries a request again as its configuration says; `FarReads` does the rest.
+They are requested by botocore's blocking client, in threads, with the arguments that s3fs has for its own client: a
+byte costs two thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short
+of, and can be verified at once. botocore tries a request again as configured; `FarReads` does the rest.
 """
 
 import re
@@ -29,13 +29,13 @@ _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECust
 """Settings of the file system that a GET takes."""
 
 _OF_AIOBOTOCORE = ("connector_args", "http_session_cls")
-"""Settings of a client's configuration that only s3fs' own one takes."""
+"""Settings of a client's configuration that only s3fs' own client takes."""
 
 _STREAM_BYTES = 256 << 10
-"""What is taken of a stream at a time: a copy of so much lies in the processor's cache when it is put into place."""
+"""How much is taken of a stream at a time: so much is still in the processor's cache when it is copied into place."""
 
 _SLOW_SECONDS = 1.0
-"""A stream of which a piece took longer is taken in pieces that are just enough to be progress."""
+"""After a piece that took longer, a stream is taken in pieces of `PROGRESS_BYTES`, so that progress shows."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
@@ -66,7 +66,7 @@ class S3Ranges(RangeReader):
         """Read into place, in the next thread that is free."""
         one = _Get(partial(self._ask, path, into), into)
         reading = self._threads.submit(one.run)
-        with _told_apart(self._fs.endpoint_url):
+        with _classified(self._fs.endpoint_url):
             await to_its_end(reading, on_cancel=lambda: one.give_up() or reading.cancel())
 
     def _ask(self, path: str, into: Destination) -> Mapping[str, Any]:
@@ -84,7 +84,7 @@ class S3Ranges(RangeReader):
         return found
 
     def close(self) -> None:
-        """End the threads and close the connections; a later use makes new ones."""
+        """End the threads and close the connections; a later use opens new ones."""
         self._threads.close()
         with self._connecting:
             client, self._client = self._client, None
@@ -122,7 +122,7 @@ class _Get:
             _read(stream, memory, into)
 
     def give_up(self) -> bool:
-        """End it. Returns whether it has to be waited for, because it may still write to its place."""
+        """End it. Returns whether it has to be awaited, because it may still write to its destination."""
         with self._lock:
             self._given_up = True
             if self._stream is None:
@@ -133,7 +133,7 @@ class _Get:
 
 
 def _connect(fs: Any) -> Any:
-    """A blocking client that asks whom s3fs asks, in the same name and with the same patience."""
+    """A blocking client for the endpoint of s3fs, with the same credentials and timeouts."""
     given = {
         "aws_access_key_id": fs.key,
         "aws_secret_access_key": fs.secret,
@@ -171,18 +171,18 @@ def _response(found: Mapping[str, Any]) -> RangeResponse:
 
 
 @contextmanager
-def _told_apart(endpoint: str | None) -> Iterator[None]:
-    """What may pass as `TransientError`, the rest as s3fs tells it."""
+def _classified(endpoint: str | None) -> Iterator[None]:
+    """Transient failures as `TransientError`, all others as s3fs translates them."""
     try:
         yield
     except boto.ClientError as exc:
         code, status = _code(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in {"PreconditionFailed", "412"}:
             raise PinLostError from exc
-        told = translate_boto_error(exc)
+        translated = translate_boto_error(exc)
         if code in _TRANSIENT_CODES or status >= 500:
-            raise TransientError from told
-        raise told from exc
+            raise TransientError from translated
+        raise translated from exc
     except _UNSAFE:
         raise
     except _LOST as exc:

@@ -1,8 +1,8 @@
 """A storage as a `ChunkSource`: no server between. Blocks are verified as they arrive, or while others are read.
 
-Local files are read by `local_reader`, everything else by `StorageBackend.read_all`. Chunks of a model that was not
-copied may lack digests: then all bytes of a chunk are read first (see `digests`), and it is verified as any other from
-then on.
+Local files are read by `local_reader`, everything else by `StorageBackend.read_all`. Blocks that arrive damaged are
+noted, and read again when all others are there. Chunks of a model that was not copied may lack digests: all bytes of
+such a chunk are read once to compute them (see `digests`), and from then on it is verified as any other.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from surfw.storage.store import Store, segments
 from surfw.threads import in_thread, together
 
 _DIGESTED_BYTES = 16 * BLOCK_BYTES
-"""What is held of a chunk whose digests are found out."""
+"""How much of a chunk is in memory while its digests are computed."""
 
 
 class StorageSource(ChunkSource):
@@ -75,10 +75,9 @@ class StorageSource(ChunkSource):
         )
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination; from local files, those of priority 0 overtake the others.
+        """Fill every read's destination. Reads of local files with priority 0 overtake the others.
 
-        Local files are read in the order of the reads. From far away as many ranges of them are under way as are worth
-        it. Blocks that arrived damaged are read again when all are there.
+        Local files are read in the order of the reads; far away, several ranges are under way at a time.
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
@@ -89,7 +88,7 @@ class StorageSource(ChunkSource):
         self._fetched_bytes += sum(read.stop - read.start for read in reads)
 
     async def _with_digests(self, manifest: Manifest, read: Read, *, urgent: bool) -> Read | None:
-        """The read with its chunk's digests, which may have to be found out; None if that has filled it."""
+        """The read with its chunk's digests, computed if need be; None if that has filled it already."""
         if read.form.is_known:
             return read
         filled = False
@@ -109,7 +108,7 @@ class StorageSource(ChunkSource):
     async def _pieces(
         self, chunk: Chunk, *, urgent: bool = False, progress: Callable[[int, str], object] = lambda *_: None
     ) -> AsyncGenerator[memoryview]:
-        """All stored bytes of a chunk that lacks digests, a piece at a time, in memory that is used again."""
+        """All stored bytes of a chunk that lacks digests, a piece at a time, in memory that is reused."""
         (form,) = chunk.forms
         size = form.stored_bytes
         scratch = memoryview(mmap.mmap(-1, max(1, min(size, _DIGESTED_BYTES))))
@@ -122,7 +121,7 @@ class StorageSource(ChunkSource):
     async def digest_all(
         self, manifest: Manifest, *, progress: Callable[[int, str], object] = lambda *_: None
     ) -> Mapping[str, Digests]:
-        """Read all bytes of the chunks that lack digests, and keep what theirs are.
+        """Read all bytes of the chunks that lack digests, and keep their digests.
 
         Args:
             manifest: the model.
@@ -146,9 +145,10 @@ class StorageSource(ChunkSource):
         return found
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes as they lie in a local file, in pages that all processes share; verified here.
+        """The form's bytes, verified, as mapped pages of a local file, which all processes share.
 
-        Blobs of a store are replaced, and never changed. A checkpoint's own files may be: these are read.
+        Only blobs of a store are mapped, which are replaced but never changed. The files of a checkpoint may change, so
+        they are read.
         """
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
@@ -162,7 +162,7 @@ class StorageSource(ChunkSource):
                 start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, form.stored_bytes)
                 again = Read(chunk, form, start, stop, memoryview(mmap.mmap(-1, stop - start)))
                 await self._mend(again, {block: seen}, urgent=True)
-            return None  # the file is as it should be, and its pages in memory are not: it is read past them
+            return None  # the file is right, but its cached pages are not: it is read past them
         self._fetched_bytes += form.stored_bytes
 
         def expect_same(at: int, piece: memoryview) -> None:
@@ -175,7 +175,7 @@ class StorageSource(ChunkSource):
         return View(mapped.memory, partial(mapped.expect_unchanged, expect_same))
 
     def _files(self, form: Form, start: int, stop: int) -> list[FileRange]:
-        """Where these stored bytes lie in local files; empty if they do not."""
+        """The ranges of local files with these stored bytes; empty if they are not in local files."""
         found = []
         for key, offset, length in segments(form.locations, start, stop):
             path = self.store.objects.local_path(key)
@@ -186,15 +186,15 @@ class StorageSource(ChunkSource):
 
     @property
     def buffered_bytes(self) -> int:
-        """Ranges that a backend hands over before they are put in place; files and streams are read in place.
+        """The most memory that fetching takes besides the destinations.
 
-        Shards of checkpoints are read through buffers, as their tensors begin anywhere.
+        It holds ranges that a backend returns as a whole, and the buffers for shards, whose tensors begin at any byte.
         """
         objects = self.store.objects
         return objects.buffered_bytes + (BOUNCES_BYTES if objects.has_local_origin else 0)
 
     async def _read(self, reads: Sequence[tuple[Read, Check | None]], *, urgent: bool) -> None:
-        """Fill destinations from local files or from far away, whatever their checks say about the bytes."""
+        """Fill destinations from local files or from far away, and verify those that have a check."""
         far = []
         for read, check in reads:
             if not read.form.locations:
@@ -214,10 +214,10 @@ class StorageSource(ChunkSource):
             raise explain_change(exc) from exc
 
     async def _mend(self, read: Read, damaged: Mapping[int, str], *, urgent: bool) -> None:
-        """Read blocks that arrived damaged once more; `damaged` has the digest that each of them has.
+        """Read damaged blocks again; `damaged` has the digest that each of them had.
 
         Raises:
-            IntegrityError: a block stays damaged, however often it is read.
+            IntegrityError: a block stays damaged.
         """
         for block, first in sorted(damaged.items()):
             low, high = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, read.stop)
@@ -237,7 +237,7 @@ class StorageSource(ChunkSource):
                 raise IntegrityError(f"{what}; {locate_damage(seen, stored=self.url)}")
 
     async def close(self) -> None:
-        """Close the backend, if it belongs to this."""
+        """Close the backend, if this owns it."""
         await in_thread(self._local.close)
         await self.store.objects.close()
         if self._owned:
@@ -247,9 +247,9 @@ class StorageSource(ChunkSource):
 
 
 class _Verification:
-    """A check of whole blocks of a form, from stored byte `start` on, that notes which of them are damaged.
+    """A check that notes which blocks of a form are damaged, from stored byte `start` on.
 
-    It raises nothing, so that the other ranges of a read go on. Pieces may be verified in several threads at once.
+    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
     """
 
     def __init__(self, form: Form, start: int) -> None:
@@ -263,7 +263,7 @@ class _Verification:
 
 @contextmanager
 def _naming(chunk: Chunk, where: str) -> Iterator[None]:
-    """Errors of the chunk's file as those of the chunk."""
+    """Name the chunk in errors of its file."""
     try:
         yield
     except ChangedObjectError:
@@ -276,16 +276,16 @@ def _naming(chunk: Chunk, where: str) -> Iterator[None]:
 
 
 def _accept(at: int, piece: memoryview) -> None:
-    """Bytes that cannot be verified: they are digested as a whole."""
+    """Accept bytes without digests, of which the digests are about to be computed."""
 
 
 async def open_storage_source(
     backend: StorageBackend, *, owned: bool = True, origin_options: PlacedOptions | None = None
 ) -> StorageSource:
-    """A source over the backend, which must hold a store; an `owned` backend is closed with the source.
+    """Return a source for the store in the backend; an `owned` backend is closed with the source.
 
     Raises:
-        NotAStoreError: it does not.
+        NotAStoreError: there is no store in it.
     """
     source = StorageSource(backend, owned=owned, origin_options=origin_options)
     await source.store.check()
