@@ -10,9 +10,7 @@ import typer
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
-    from surfw.storage.housekeeping import Housekeeping, StoreContents, StoredModel
-    from surfw.storage.prune import Pruned, Removed, Steps
-    from surfw.storage.verify import Verified
+    from surfw.storage.housekeeping import Housekeeping, Pruned, Removed, Steps, StoreContents, StoredModel, Verified
 
 T = TypeVar("T")
 _SHOWN = 10
