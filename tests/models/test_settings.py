@@ -12,7 +12,7 @@ from surfw.errors import SurfwError, UnsupportedModelError
 from surfw.models import StreamingModel, opening
 from surfw.models.inference import InferenceRequest, InferenceResult, answer
 from surfw.models.opening import open_skeleton
-from surfw.skeleton.generation import sanitise_generation
+from surfw.skeleton.sanitise import sanitise_generation
 from surfw.storage import FilesystemBackend, Store
 
 SETTINGS = [*sorted(name for name in vars(GenerationConfig()) if not name.startswith("_")), "streamer", "to_dict"]
