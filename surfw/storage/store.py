@@ -114,7 +114,7 @@ class Store:
         """Why no store lies here, and what to do."""
         is_web = self.url.startswith("http")  # which may keep to itself what it has
         with suppress(StorageError):
-            if not is_web and await self._stranger() is None:
+            if not is_web and await self._foreign_key() is None:
                 return (
                     f"{self.url} is not a surfw store yet: nothing was chunked into it; "
                     f"'surfw chunk MODEL --store {self.url}' does that, or name another place"
@@ -133,17 +133,17 @@ class Store:
         if await self.backend.exists(MARKER):
             await self.check()
             return
-        if stranger := await self._stranger():
+        if foreign := await self._foreign_key():
             raise NotAStoreError(
-                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; "
+                f"{self.url} holds other things (such as {foreign}) and no {MARKER}; "
                 "choose an empty place for the store"
             )
         document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())
 
-    async def _stranger(self) -> str | None:
+    async def _foreign_key(self) -> str | None:
         """A key that is of no store's beginnings."""
-        found = await self.backend.stranger(_PARTIAL)
+        found = await self.backend.find_foreign_key(_PARTIAL)
         if found is not None and found.startswith(_IN_PROGRESS):
             found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
         return found

@@ -29,7 +29,7 @@ from surfw.runtime.run import Run
 from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend, open_backend
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.exactness.families import Family
 from tests.toys import toy_needs
 

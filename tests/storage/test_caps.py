@@ -20,7 +20,7 @@ from surfw.errors import CheckpointError, IntegrityError, NotAStoreError, Storag
 from surfw.files import open_regular, read_regular
 from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, Store, adapt_backend, open_backend
 from surfw.storage.housekeeping.leases import read_leases
-from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.store_source import StorageSource, open_storage_source
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store
 

@@ -16,7 +16,7 @@ from surfw.manifest import Chunk, Manifest
 from surfw.source import Read
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, StorageBackend, Store, local_reader
 from surfw.storage.housekeeping.verify import Damage, verify
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.storage.dict_backend import DictBackend
 from tests.stores import TOKENIZER, make_store, payload
 

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from surfw.config import display_url, expect
 from surfw.manifest import Manifest
+from surfw.storage.backends import open_backend
 from surfw.storage.base import StorageBackend
 from surfw.storage.housekeeping.leases import LeaseRecord
 from surfw.storage.housekeeping.prune import Pruned, Removed, Steps, prune, remove_model, survey
 from surfw.storage.housekeeping.verify import Damage, Verified, verify
-from surfw.storage.opening import open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.store import Store, objects_of
 
