@@ -194,6 +194,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
 
 
+def quote(name: object) -> str:
+    """A name from a file as it may stand in an error: quoted, on one line, of bounded length."""
+    return ascii(str(name)[:120])
+
+
 def escape_json(text: str) -> str:
     """JSON with escapes in place of the characters that JSON allows in its strings, and that could steer a terminal."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -5,15 +5,12 @@ others, each in the order of the module's registration. Stored without gaps, all
 of 64 by themselves, and only the few small ones at the end have to be moved apart in memory.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from surfw.config import ALIGNMENT
-from surfw.manifest import Chunk, Form, TensorInfo, Use, nbytes
-
-HEADER_ALIGNMENT = 4096
+from surfw.manifest import Chunk, Form, TensorInfo, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +104,3 @@ def _arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
         arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))
         offset += tensor.info.nbytes
     return tuple(arranged)
-
-
-def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
-    """The safetensors header of a chunk's file, padded with spaces so that the payload starts at a multiple of 4096.
-
-    The format (https://huggingface.co/docs/safetensors): eight bytes of little-endian length, then JSON that maps each
-    name to dtype, shape and byte offsets in the payload, with trailing spaces allowed.
-    """
-    entries = {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.offset, tensor.offset + nbytes(tensor.dtype, tensor.shape)],
-        }
-        for tensor in tensors
-    }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8
-    return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -23,7 +23,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from surfw.checkpoint.layout import read_small
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, TensorBytes, encode_header
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, TensorBytes
 from surfw.chunking.prepare import PreparedModel
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES
 from surfw.errors import NotFoundError, StorageError
@@ -39,6 +39,7 @@ from surfw.manifest import (
     encode_line,
     payload_digest,
 )
+from surfw.safetensors_header import encode_header
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors

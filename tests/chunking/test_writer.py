@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surfw.chunking import write as write_module
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, encode_header
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
 from surfw.chunking.write import ChunkWriter
 from surfw.config import BLOCK_BYTES
 from surfw.errors import CheckpointError, StorageError, StorageFullError
 from surfw.manifest import Chunk, Digester, decode_line, encode_line
+from surfw.safetensors_header import encode_header
 from surfw.storage import FilesystemBackend, StorageBackend, adapt_backend
 from surfw.storage.store import blob_key
 from tests.storage.dict_backend import DictBackend
