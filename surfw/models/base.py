@@ -31,7 +31,7 @@ from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_
 from surfw.runtime.residency import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import check_model_class
-from surfw.skeleton.shared import runs
+from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")

@@ -29,8 +29,8 @@ from surfw.runtime.residency import Limit, ResidencyPlan
 from surfw.runtime.rows import RowReader
 from surfw.runtime.run import Run
 from surfw.runtime.tables import StreamedTables, tables_of
+from surfw.skeleton.default_dtype import runs
 from surfw.skeleton.dtypes import parse_dtype
-from surfw.skeleton.shared import runs
 
 logger = logging.getLogger("surfw.models")
 

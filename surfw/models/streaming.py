@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
-from surfw.models.inference import Request, answer
+from surfw.models.inference import InferenceRequest, answer
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
 from surfw.threads import refuse_event_loop
@@ -18,7 +18,7 @@ _AHEAD = 16
 """How many pieces of text a generation may be ahead of who reads them."""
 
 
-_OPTIONS = {field.name for field in fields(Request)} - {"prompt", "prompt_ids"}
+_OPTIONS = {field.name for field in fields(InferenceRequest)} - {"prompt", "prompt_ids"}
 
 
 class StreamingModel(StreamingBaseModel):
@@ -92,10 +92,10 @@ class StreamingModel(StreamingBaseModel):
         if not isinstance(prompt, str | Sequence):
             raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
         if isinstance(prompt, str):
-            return self._stream(Request(prompt=prompt, **options), is_text=True)
-        return self._stream(Request(prompt_ids=prompt, **options), is_text=False)
+            return self._stream(InferenceRequest(prompt=prompt, **options), is_text=True)
+        return self._stream(InferenceRequest(prompt_ids=prompt, **options), is_text=False)
 
-    async def _stream(self, request: Request, *, is_text: bool) -> AsyncGenerator[Any, None]:
+    async def _stream(self, request: InferenceRequest, *, is_text: bool) -> AsyncGenerator[Any, None]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
 
         def give(piece: Any) -> None:
@@ -119,7 +119,7 @@ class StreamingModel(StreamingBaseModel):
             if not work.cancelled():
                 work.exception()  # whoever stopped reading does not look at it
 
-    def _generate_for(self, request: Request, give: Callable[[Any], None], *, is_text: bool) -> None:
+    def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None], *, is_text: bool) -> None:
         self._expect_generation()
         tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:

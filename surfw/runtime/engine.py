@@ -37,7 +37,7 @@ from surfw.runtime.residency import Limit, Needs, ResidencyPlan, floating_victim
 from surfw.runtime.run import Run
 from surfw.runtime.schedule import Phases
 from surfw.runtime.tables import TableUnit
-from surfw.skeleton.shared import runs
+from surfw.skeleton.default_dtype import runs
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextvars import ContextVar
 from typing import Any
 
-from surfw.skeleton.shared import runs
+from surfw.skeleton.default_dtype import runs
 
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
 """The run that this thread works for, so that whoever waits for the thread can interrupt it."""
