@@ -28,7 +28,7 @@ from surfw.models.opened import OpenedModel, OpenSettings, find_manifest
 from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, check_device
 from surfw.models.room import generation_size
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
-from surfw.runtime.residency import ResidencyPlan, check_cache_layers
+from surfw.runtime.plan import ResidencyPlan, check_cache_layers
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import check_model_class
 from surfw.skeleton.shared import runs

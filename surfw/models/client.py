@@ -15,7 +15,7 @@ from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, displ
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.models.beside import beside
 from surfw.retry import RetryPolicy
-from surfw.runtime.io_thread import IoThread
+from surfw.runtime.run import IoThread
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions

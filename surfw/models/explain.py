@@ -11,7 +11,7 @@ from surfw.config import GB, Policy, is_server_url
 from surfw.metrics import Metrics
 from surfw.models.measure import Computing, measure_computing, measure_reading, settle
 from surfw.models.opened import LimitedBy, OpenedModel
-from surfw.runtime.residency import Limit, ResidencyPlan
+from surfw.runtime.plan import Limit, ResidencyPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,10 +17,10 @@ from surfw.models.opening import cast_dtypes
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import buffer_bytes, scratch_bytes
+from surfw.runtime.plan import Limit, Needs, describe_needs
 from surfw.runtime.planning import Planning
-from surfw.runtime.residency import Limit, Needs, describe_needs
+from surfw.runtime.rows import TableUnit, tables_of
 from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import TableUnit, tables_of
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
 

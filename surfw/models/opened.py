@@ -20,15 +20,13 @@ from surfw.models.client import SourceThread
 from surfw.models.needs import ROWS_BYTES, find_phases, model_needs
 from surfw.models.opening import cast_dtypes, open_skeleton
 from surfw.models.room import GenerationRoom
-from surfw.runtime.blocks import BlockReader
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.loader import Loader
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.residency import Limit, ResidencyPlan
-from surfw.runtime.rows import RowReader
+from surfw.runtime.plan import Limit, ResidencyPlan
+from surfw.runtime.rows import StreamedTables, tables_of
 from surfw.runtime.run import Run
-from surfw.runtime.tables import StreamedTables, tables_of
 from surfw.skeleton.dtypes import parse_dtype
 from surfw.skeleton.shared import runs
 
@@ -74,8 +72,6 @@ class OpenedModel:
         dtypes = cast_dtypes(manifest, skeleton)
         loader = Loader(client.source, manifest, dtypes)
         units = tables_of(skeleton, manifest)
-        blocks = BlockReader(client.source, manifest, client.io, metrics, lambda: self._engine.run)
-        rows = RowReader(blocks, dtypes, scratch_bytes=ROWS_BYTES, keep_bytes=ROWS_BYTES)
         self.layers = [name for name in _in_order(manifest) if manifest.by_name[name].kind == "layer"]
         needs = model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
         with deciding:
@@ -88,13 +84,14 @@ class OpenedModel:
                 metrics=metrics,
                 phases=find_phases(manifest, skeleton),
                 tables=units,
+                rows_bytes=ROWS_BYTES,
                 prefetch=settings.prefetch,
             )
             self._claim = MemoryClaim(self._engine.claimed_bytes, lambda: self._engine.anonymous_bytes)
         if self._engine.plan.policy == "lru" and self._engine.plan.streamed:
             _warn_of_lru(manifest, self._engine.plan)
         self._room = GenerationRoom(self.model, self._engine, self._claim, is_exact=settings.budget_bytes is not None)
-        self._tables = StreamedTables(units, rows, self._engine.by_rows)
+        self._tables = StreamedTables(units, self._engine.rows, self._engine.by_rows)
         self._hooks = StreamingHooks(skeleton, manifest, self._engine, self._tables)
         self._running = threading.RLock()  # held while the model runs
         self._state = threading.Lock()  # guards the two below; never held for long
