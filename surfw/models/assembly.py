@@ -23,18 +23,16 @@ from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
-from surfw.runtime.blocks import BlockReader
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
+from surfw.runtime.plan import Limit, Needs, describe_needs
 from surfw.runtime.planning import Planning
-from surfw.runtime.residency import Limit, Needs, describe_needs
-from surfw.runtime.rows import RowReader
+from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
 
@@ -142,14 +140,13 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             metrics=metrics,
             phases=find_phases(manifest, skeleton),
             tables=units,
+            rows_bytes=ROWS_BYTES,
             prefetch=settings.prefetch,
         )
         claim = MemoryClaim(engine.claimed_bytes, lambda: engine.anonymous_bytes)
     if engine.plan.policy == "lru" and engine.plan.streamed:
         _warn_of_lru(engine)
-    blocks = BlockReader(client.source, manifest, client.io, metrics, lambda: engine.run)
-    rows = RowReader(blocks, dtypes, scratch_bytes=ROWS_BYTES, keep_bytes=ROWS_BYTES)
-    tables = StreamedTables(units, rows, engine.by_rows)
+    tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
     parts = ModelParts(
         client=client,

@@ -34,7 +34,7 @@ from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
-from surfw.runtime.residency import ResidencyPlan
+from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop

@@ -17,8 +17,7 @@ from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError, ModelError
 from surfw.retry import RetryPolicy
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.run import Run, current_run
+from surfw.runtime.run import IoThread, Run, current_run
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions

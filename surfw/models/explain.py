@@ -10,7 +10,7 @@ from typing import Literal
 from surfw.config import GB, Policy, is_server_url
 from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.measure import Computing, RunModel, measure_computing, measure_reading, settle
-from surfw.runtime.residency import Limit, ResidencyPlan
+from surfw.runtime.plan import Limit, ResidencyPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

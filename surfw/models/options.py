@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from surfw.config import OnMissing, Policy, check_on_missing, check_policy, expect, is_size, parse_size
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
-from surfw.runtime.residency import check_cache_layers
+from surfw.runtime.plan import check_cache_layers
 from surfw.skeleton.build import check_model_class
 
 

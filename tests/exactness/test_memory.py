@@ -22,7 +22,7 @@ from surfw.config import MIB, Policy
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, WeightClient, assembly
 from surfw.runtime.kv_cache import kv_cost
-from surfw.runtime.residency import Limit
+from surfw.runtime.plan import Limit
 from surfw.storage import open_backend
 from tests.exactness.families import Family
 from tests.servers import serve
