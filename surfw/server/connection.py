@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
@@ -21,9 +21,10 @@ from surfw.server.catalog import Catalog
 from surfw.server.fairness import Account
 from surfw.server.late_digests import LateDigests
 from surfw.server.outlet import Outlet
-from surfw.server.pages import PROGRESS_SECONDS, PageCache, Reader
+from surfw.server.pages import PROGRESS_SECONDS, PageCache
 from surfw.server.pieces import Piece, plan_pieces, use_ahead
 from surfw.server.reception import Reception
+from surfw.server.single_flight import Reader
 from surfw.server.sparse_log import ClientLog
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
@@ -53,10 +54,10 @@ _REASON_BYTES = 120
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is being answered: by whom, and how far the storage has got for it."""
+    """A request that is being answered: the task, for whom it reads, and the progress that the client was told."""
 
     task: asyncio.Task[None]
-    progress: Callable[[], int]
+    reader: Reader
     told: int = 0
 
 
@@ -140,28 +141,15 @@ class Connection:
                 self._metrics.add("requests")
                 reader = Reader(self._account, fresh=isinstance(message, Get) and message.fresh)
                 task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
-                self.open_requests[message.id] = _Open(task, self._progress_of(message, reader))
+                self.open_requests[message.id] = _Open(task, reader)
                 task.add_done_callback(lambda task: self._answered(message, task))
-
-    def _progress_of(self, request: Request, reader: Reader) -> Callable[[], int]:
-        """What counts how far the storage has got for a request."""
-        match request:
-            case ListModels():
-                return lambda: 0
-            case GetManifest():
-                reader.seen_bytes = self._catalog.read_bytes
-                return lambda: self._catalog.progress(request.model, reader)
-            case GetDigests():
-                return lambda: self._digests.progress(reader)
-            case _:
-                return lambda: self._pages.progress(reader)
 
     async def _tell_progress(self) -> None:
         """Tell a client whose requests wait for the storage, now and then, that they get on."""
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
-                count = request.progress()
+                count = request.reader.progress_bytes
                 if count > request.told and self._session.is_open(number):
                     request.told = count
                     self._outlet.send(self._session.send(Progress(number, count)))
@@ -201,20 +189,20 @@ class Connection:
             self._end(Failed(request.id, code, printable(text)))
 
     async def _look_up_and_send(self, request: Request, reader: Reader) -> None:
-        account = reader.account
+        lookup = Reader(reader.account)  # progress is that of the bytes to send, or of a manifest that is asked for
         match request:
             case ListModels():
-                names = tuple(await self._catalog.models(account))
+                names = tuple(await self._catalog.models(reader))
                 if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
                     raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
                 async with self._outlet.turn(0, 0):
                     self._outlet.send(self._session.send(Models(request.id, names)))
             case GetManifest():
-                document = await self._catalog.document(request.model, account)
+                document = await self._catalog.document(request.model, reader)
                 self._outlet.send(self._session.send(Begin(request.id, document.size, document.digest)))
                 await self._send_bytes(request.id, iter([document]), 0, document.size)
             case GetFile():
-                location, digest = await self._catalog.file(request, account)
+                location, digest = await self._catalog.file(request, lookup)
                 self._outlet.send(self._session.send(Begin(request.id, location.stop, digest)))
                 pieces = plan_pieces(self._pages, [location], 0, location.stop, reader)
                 await self._send_bytes(request.id, pieces, 0, location.stop)
@@ -223,7 +211,7 @@ class Connection:
                 self._outlet.send(self._session.send(Begin(request.id, digests.size, digests.digest)))
                 await self._send_bytes(request.id, iter([digests]), 0, digests.size)
             case Get():
-                locations = await self._catalog.chunk(request, account)
+                locations = await self._catalog.chunk(request, lookup)
                 pieces = plan_pieces(self._pages, locations, request.start, request.stop, reader)
                 await self._send_bytes(request.id, pieces, request.start, request.stop, request.priority)
 

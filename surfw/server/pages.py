@@ -22,8 +22,7 @@ from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.fairness import Account
-from surfw.server.single_flight import SingleFlight
+from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
 PAGE_BYTES = 4 * MIB
@@ -82,32 +81,13 @@ class Page:
         return self.stop - self.start
 
 
-@dataclass(slots=True, eq=False)
-class Reader:
-    """For whom pages are read.
-
-    Attributes:
-        account: who pays for them.
-        fresh: whether it wants them read again, also if they are there.
-        read_bytes: how much of them was read, and what else counts; see `PageCache.progress`.
-        waits_for: the pages that it waits for now.
-        seen_bytes: what the storage had given, to anybody, when its progress was last counted.
-    """
-
-    account: Account = field(default_factory=Account)
-    fresh: bool = False
-    read_bytes: int = 0
-    waits_for: list[Page] = field(default_factory=list)
-    seen_bytes: int = 0
-
-
 class PageCache:
     """Pages of a storage, as read-only views.
 
     Attributes:
         cache: the pages there are.
         healthy: whether the storage answered when it was last asked.
-        read_bytes: what the storage has given so far.
+        reads: the pages that are being read, or queued for that.
         read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within a quarter
             of the budget, so that they are still there when their turn comes.
         most_ahead: how many of them one answer may have.
@@ -118,14 +98,11 @@ class PageCache:
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
         self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
-        self.read_bytes = 0
         self._backend = backend
         self._metrics = metrics
         self._is_near = backend.parallel_reads == 1
         most = _NEAR_READS if self._is_near else _READS
-        self._reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
-        self._reading: dict[Page, int] = {}
-        self._reading_bytes = 0
+        self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._is_slow = False
         self.read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
 
@@ -139,7 +116,7 @@ class PageCache:
 
         Args:
             page: what to read.
-            reader: for whom; None for one without an account.
+            reader: for whom; None for the server itself.
             wanted_bytes: how much of the page is wanted.
 
         Raises:
@@ -150,7 +127,7 @@ class PageCache:
         if self.cache.get(page) is not None:
             self._metrics.add("hits")
         else:
-            self._metrics.add("coalesced" if page in self._reads else "misses")
+            self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
 
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
@@ -172,54 +149,30 @@ class PageCache:
 
     async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
         """Read the page, together with whoever else wants it."""
-        reader = reader or Reader()
         waste = page.size // max(1, wanted_bytes)
         page = replace(page, for_little=waste >= _LITTLE)
         price = page.size * min(_MOST_PRICE, max(1, waste))
-        reader.waits_for.append(page)
-        reader.seen_bytes = self.read_bytes
+        return await self.reads.join(page, reader, price)
+
+    async def _read(self, page: Page, reader: Reader) -> memoryview:
+        reading_bytes = sum(other.size for other, _ in self.reads.running())
+        self.cache.trim(max(0, self.cache.capacity_bytes - reading_bytes))
+        buffer = _allocate(page.size)
         try:
-            view = await self._reads.join(page, reader.account, price)
-            reader.read_bytes += page.size
-            return view
-        finally:
-            reader.waits_for.remove(page)
-
-    def progress(self, reader: Reader) -> int:
-        """How far the storage has got with what a reader waits for, in bytes that only rise.
-
-        Those are its own pages' bytes; while it waits in line, also those of the pages before them. So a line that
-        moves is progress, and a read of its own that hangs is none, whatever others get.
-        """
-        own = sum(self._reading.get(page, 0) for page in reader.waits_for)
-        if reader.waits_for and not any(page in self._reading for page in reader.waits_for):
-            reader.read_bytes += self.read_bytes - reader.seen_bytes
-        reader.seen_bytes = self.read_bytes
-        return reader.read_bytes + own
-
-    async def _read(self, page: Page) -> memoryview:
-        self._reading[page] = 0
-        self._reading_bytes += page.size
-        try:
-            self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
-            buffer = _allocate(page.size)
-            took = await self._fill(page, buffer)
+            took = await self._fill(page, buffer, reader)
             self.healthy = True
             if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
                 await asyncio.sleep(3 * took)
         except StorageError as exc:
             self.healthy = isinstance(exc, NotFoundError)
             raise
-        finally:
-            self._reading.pop(page, None)
-            self._reading_bytes -= page.size
         view = buffer.toreadonly()
         place = replace(page, anew=False)
         if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
             self.cache[place] = view
         return view
 
-    async def _fill(self, page: Page, buffer: memoryview) -> float:
+    async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
         """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
 
         Returns:
@@ -230,15 +183,15 @@ class PageCache:
         for at in range(0, page.size, step):
             stop = min(at + step, page.size)
             await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
-            self._reading[page] = stop
-            self.read_bytes += stop - at
+            reader.read_bytes = stop
+            self.reads.read_bytes += stop - at
         took = time.monotonic() - started
         self._is_slow = took > PROGRESS_SECONDS
         return took
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
-        await self._reads.close()
+        await self.reads.close()
         self.cache.clear()
 
 

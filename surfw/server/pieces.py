@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from surfw.manifest import Location
-from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead, Reader
+from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead
+from surfw.server.single_flight import Reader
 
 
 class Piece(Protocol):
