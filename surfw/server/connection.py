@@ -242,5 +242,5 @@ class Connection:
 
     def _room(self) -> int:
         """How long a run may be now: whole frames, unless the window has room for less than one."""
-        room = min(self._limits.run_bytes, self._session.window)
+        room = min(self._limits.run_bytes, self._session.credit_bytes)
         return room - room % self._limits.frame_bytes or room

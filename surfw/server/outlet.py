@@ -56,7 +56,7 @@ class Outlet:
         """Give the next turn, if it is free and the window has room."""
         while self._waiting and self._waiting[0][-1].done():
             heapq.heappop(self._waiting)
-        if self._busy or not self._waiting or self._session.window < self._waiting[0][2]:
+        if self._busy or not self._waiting or self._session.credit_bytes < self._waiting[0][2]:
             return
         self._busy = True
         heapq.heappop(self._waiting)[-1].set_result(None)

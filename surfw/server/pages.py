@@ -18,14 +18,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from surfw.config import BLOCK_BYTES, MIB
+from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
 from surfw.errors import NotFoundError, StorageError
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
-PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
 

@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from surfw.config import PAGE_BYTES
 from surfw.manifest import Location
-from surfw.server.pages import PAGE_BYTES, Page, PageCache, ReadAhead
+from surfw.server.pages import Page, PageCache, ReadAhead
 from surfw.server.single_flight import Reader
 
 

@@ -7,7 +7,7 @@
             digests, get
     OPEN    cancel of an open id            OPEN    stops the work and sends `error`
     OPEN    cancel of another id            OPEN    nothing: the answer was already complete
-    OPEN    credit                          OPEN    may announce so much more: see `window`
+    OPEN    credit                          OPEN    may announce so much more: see `credit_bytes`
     any     anything else                   –       closes with the error's code
 
     request          answer                                                     complete with
@@ -48,14 +48,14 @@ class ServerSession:
     """Takes a client's messages, and turns the server's into text.
 
     Attributes:
-        window: bytes that may be announced before the client credits more; 0 until it said hello.
+        credit_bytes: bytes that may be announced before the client credits more; 0 until it said hello.
         takes_progress: whether the client's hello said so.
     """
 
     def __init__(self, limits: WireLimits, *, server: str) -> None:
         """Nothing was sent yet; `server` is the name and version to say hello with."""
         self.limits = limits
-        self.window = 0
+        self.credit_bytes = 0
         self.takes_progress = False
         self._server = server
         self._window_bytes = 0
@@ -106,14 +106,14 @@ class ServerSession:
             )
         self._greeted = True
         self.takes_progress = message.progress
-        self._window_bytes = self.window = min(message.window_bytes, self.limits.window_bytes)
+        self._window_bytes = self.credit_bytes = min(message.window_bytes, self.limits.window_bytes)
 
     def _credited(self, message: Credit) -> Credit:
-        if not 0 < message.bytes <= self._window_bytes - self.window:
+        if not 0 < message.bytes <= self._window_bytes - self.credit_bytes:
             raise RemoteProtocolError(
-                f"credit of {message.bytes} bytes, while {self._window_bytes - self.window} are not credited"
+                f"credit of {message.bytes} bytes, while {self._window_bytes - self.credit_bytes} are not credited"
             )
-        self.window += message.bytes
+        self.credit_bytes += message.bytes
         return message
 
     def _asked(self, request: Request) -> Request:
@@ -153,8 +153,8 @@ class ServerSession:
     def _announce(self, message: Data) -> None:
         answer = self._answer(message)
         length = message.stop - message.start
-        self._require(answer.continues(message) and length <= self.window, message)
-        self.window -= length
+        self._require(answer.continues(message) and length <= self.credit_bytes, message)
+        self.credit_bytes -= length
         answer.at = message.stop
         if answer.at == answer.stop:
             del self._answers[message.id]

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surfw.config import PAGE_BYTES
 from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
-from surfw.server.pages import PAGE_BYTES, PageCache, ReadAhead
+from surfw.server.pages import PageCache, ReadAhead
 from surfw.server.pieces import Piece, StoredPiece, plan_pieces, use_ahead
 from surfw.server.single_flight import Reader
 from surfw.storage import FilesystemBackend

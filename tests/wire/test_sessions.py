@@ -62,7 +62,7 @@ def deliver(client: ClientSession, server: ServerSession, run: Data) -> list[Arr
 
 def test_hello_tells_each_side_the_others_limits() -> None:
     client, server = joined()
-    assert (client.requests, server.window) == (2, 4 * FRAME)
+    assert (client.requests, server.credit_bytes) == (2, 4 * FRAME)
 
 
 def test_a_client_has_no_more_requests_open_than_it_likes() -> None:
@@ -113,11 +113,11 @@ def test_window_is_spent_by_announcing_and_given_back_by_credit() -> None:
     client, server = joined()
     server.receive(client.send(get(0, 0, 9 * FRAME)))
     server.send(Data(0, 0, 4 * FRAME))
-    assert server.window == 0
+    assert server.credit_bytes == 0
     with pytest.raises(LocalProtocolError):
         server.send(Data(0, 4 * FRAME, 5 * FRAME))
     assert server.receive(encode(Credit(FRAME))) == Credit(FRAME)
-    assert server.window == FRAME
+    assert server.credit_bytes == FRAME
 
 
 def test_credit_is_due_at_half_the_window() -> None:
@@ -306,7 +306,7 @@ def test_a_server_takes_or_refuses_whatever_comes(messages: list[str | bytes]) -
         except RemoteProtocolError as exc:
             refused = exc.close_code
             break
-        assert 0 <= server.window <= LIMITS.window_bytes
+        assert 0 <= server.credit_bytes <= LIMITS.window_bytes
     assert refused in {None, 1002, 1003, 1008, 1009}
 
 
@@ -365,7 +365,7 @@ def test_joined_sessions_always_agree(steps: list[tuple[str, int]]) -> None:
                 wanted[request.id], came[request.id] = request.stop, request.start
             case "run" if opened:
                 number = opened[choice % len(opened)]
-                length = min(wanted[number] - came[number], server.window)
+                length = min(wanted[number] - came[number], server.credit_bytes)
                 if length or came[number] == wanted[number]:
                     for arrival in deliver(client, server, Data(number, came[number], came[number] + length)):
                         assert arrival.start == came[number]

@@ -1,4 +1,7 @@
-"""Finding a server: connect, exchange hellos, and say plainly why not if there is none."""
+"""Finding a server: connect, exchange hellos, and say plainly why not if there is none.
+
+A token in clear text never leaves this machine, and a redirect takes it nowhere else.
+"""
 
 import asyncio
 import errno
@@ -15,16 +18,16 @@ from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
 from surfw import __version__
-from surfw.client.address import plan_headers, refusal
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
 from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
-from surfw.wire import PROTOCOL, is_loopback, printable
+from surfw.wire import PROTOCOL, bearer, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it shows headers with tokens
 
+_PLAIN = {"ws", "http"}
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
@@ -38,6 +41,42 @@ _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_A
 """With these somebody says no who may well stand before a surfw server."""
 
 _SHOWN = 200
+
+
+def plan_headers(url: str, token: str | None, ssl: SSLContext | None) -> dict[str, str]:
+    """The headers of a request to the address: the token, if there is one and it may be said there.
+
+    Raises:
+        ConfigurationError: it may not, it cannot be a token, or the TLS context fits no address without TLS.
+        ValueError: the address is not one.
+    """
+    parts = urlsplit(url)
+    plain = parts.scheme in _PLAIN
+    if plain and ssl is not None:
+        raise ConfigurationError(
+            f"{display_url(url)} is an address without TLS, but an SSL context was given; expected wss://HOST:PORT"
+        )
+    if token is None:
+        return {}
+    if plain and not is_loopback(parts.hostname or ""):
+        raise ConfigurationError(
+            f"a token is not sent to {display_url(url)} in clear text, where others could read it; "
+            "use wss:// with a server that has TLS"
+        )
+    if "@" in parts.netloc:
+        raise ConfigurationError(
+            f"{display_url(url)} has a user and a token was given too; a server takes the token alone"
+        )
+    return bearer(token)
+
+
+def refusal(url: str, token: str | None) -> RefusedError:
+    """Why a server that answered 401 lets nobody in."""
+    if token is None:
+        return RefusedError(f"the server at {url} wants a token; give the one it was started with", code="no-token")
+    return RefusedError(
+        f"the server at {url} refuses the token; give the one it was started with", code="another-token"
+    )
 
 
 class _NotFollowed(WebSocketException):
