@@ -20,6 +20,7 @@ from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
+from surfw.server.sending import Document
 from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
@@ -63,31 +64,6 @@ class Entry:
     stored: str
     kept_bytes: int
     is_complete: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A model's manifest as it crosses the wire: a piece of an answer that holds no bytes while it waits."""
-
-    catalog: "Catalog"
-    model: str
-    digest: str
-    size: int
-    reader: Reader | None
-
-    async def use(self) -> None:
-        """Nothing to do: it was just read."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it.
-
-        Raises:
-            StorageError: it is another one meanwhile.
-        """
-        entry = await self.catalog.entry(self.model, self.reader)
-        if entry.digest != self.digest:
-            raise StorageError(f"the manifest of {self.model} was replaced while it was sent; ask for it again")
-        return memoryview(entry.public)[start:stop]
 
 
 class Catalog:
@@ -143,9 +119,20 @@ class Catalog:
             raise _unknown(model) from exc
 
     async def document(self, model: str, reader: Reader | None = None) -> Document:
-        """The model's manifest as it is now, to be sent; raises as `read` does."""
+        """The model's manifest as it is now, to be sent; raises as `read` does.
+
+        Loading it later raises `StorageError` if it is another one by then.
+        """
         entry = await self.read(model, reader)
-        return Document(self, entry.manifest.name, entry.digest, len(entry.public), reader)
+        name, size, digest = entry.manifest.name, len(entry.public), entry.digest
+
+        async def load() -> bytes:
+            now = await self.entry(name, reader)
+            if now.digest != digest:
+                raise StorageError(f"the manifest of {name} was replaced while it was sent; ask for it again")
+            return now.public
+
+        return Document(size, digest, load)
 
     async def entry(self, model: str, reader: Reader | None = None) -> Entry:
         """The model as it was when its manifest was last asked for, or as it is now."""

@@ -13,7 +13,7 @@ from surfw.errors import RefusedError
 from surfw.manifest import Chunk, Digester, Digests, Manifest, payload_digest
 from surfw.server.catalog import Catalog
 from surfw.server.pages import PageCache
-from surfw.server.pieces import plan_pieces, use_ahead
+from surfw.server.sending import Document
 from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import GetDigests
@@ -34,24 +34,6 @@ class _Wanted:
     chunk: Chunk = field(compare=False, repr=False)
 
 
-class DigestsDocument:
-    """Digests as they cross the wire: a piece of an answer that holds no text while it waits."""
-
-    def __init__(self, digests: Digests) -> None:
-        """Write it once, to know its size and digest."""
-        data = _encode(digests)
-        self.size = len(data)
-        self.digest = payload_digest(data)
-        self._digests = digests
-
-    async def use(self) -> None:
-        """Nothing to do."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it."""
-        return memoryview(_encode(self._digests))[start:stop]
-
-
 class LateDigests:
     """Finds digests out."""
 
@@ -62,7 +44,7 @@ class LateDigests:
         self._catalog = catalog
         self._reads = SingleFlight(self._read, _READS)
 
-    async def document(self, request: GetDigests, reader: Reader) -> DigestsDocument:
+    async def document(self, request: GetDigests, reader: Reader) -> Document:
         """The digests of a chunk, as they cross the wire; the reader's account pays if it has to be read for them.
 
         Raises:
@@ -73,7 +55,7 @@ class LateDigests:
         digests = self._store.digests(wanted.manifest, wanted.chunk)
         if digests is None:
             digests = await self._reads.join(wanted, reader, wanted.chunk.forms[0].stored_bytes)
-        return DigestsDocument(digests)
+        return _document(digests)
 
     async def _look_up(self, request: GetDigests, reader: Reader) -> _Wanted:
         manifest, chunk = await self._catalog.find(request.model, request.chunk, reader)
@@ -84,9 +66,8 @@ class LateDigests:
     async def _read(self, wanted: _Wanted, reader: Reader) -> Digests:
         (form,) = wanted.chunk.forms
         digester = Digester()
-        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, reader)
-        async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
-            async for piece in ready:
+        async with contextlib.aclosing(self._pages.read(form.locations, 0, form.stored_bytes, reader)) as pieces:
+            async for piece in pieces:
                 await asyncio.to_thread(digester.update, await piece.view(0, piece.size))
                 self._reads.read_bytes += piece.size
         digests = digester.result()
@@ -98,5 +79,11 @@ class LateDigests:
         await self._reads.close()
 
 
-def _encode(digests: Digests) -> bytes:
-    return json.dumps(digests.document()).encode()
+def _document(digests: Digests) -> Document:
+    """Digests as they cross the wire."""
+
+    async def load() -> bytes:
+        return json.dumps(digests.document()).encode()
+
+    data = json.dumps(digests.document()).encode()
+    return Document(len(data), payload_digest(data), load)

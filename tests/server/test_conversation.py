@@ -64,7 +64,7 @@ def test_equals_take_turns_and_lower_priorities_go_first(tmp_path: Path) -> None
             await client.say("get", id=2, **wanting(manifest, stop=2 * FRAME, priority=5))
             await client.say("get", id=3, **wanting(manifest, stop=2 * FRAME, priority=-1))
             (connection,) = server._connections
-            await until(lambda: len(connection._outlet._waiting) == 3)
+            await until(lambda: len(connection._sender._waiting) == 3)
             order = []
             for _ in range(6):
                 await client.say("credit", bytes=FRAME)
