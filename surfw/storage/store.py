@@ -5,7 +5,7 @@
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
     partial/                               work in progress; only the `chunk` that wrote it reads it
-    leases/, prunes/                       files by which writers and pruners coordinate: see `notices`
+    leases/, prunes/                       files by which writers and pruners coordinate: see `housekeeping.leases`
 
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
 """
@@ -40,7 +40,6 @@ from surfw.source import locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digests import LearnedDigests
-from surfw.storage.notices import LEASES, PRUNES
 from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
@@ -53,6 +52,7 @@ STORE_VERSION = 1
 _MARKER_BYTES = 64 * KIB
 _MEND = f'; if one lies there, write {{"format": "{FORMAT}", "version": {STORE_VERSION}}} into that file'
 MODELS, BLOBS = "models/", "blobs/"
+LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
