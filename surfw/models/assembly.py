@@ -102,11 +102,6 @@ class ModelParts:
             names.append(self.layers[index])
         return list(dict.fromkeys(names))
 
-    def resize(self, cache_size: int) -> None:
-        """Keep another number of layers from now on."""
-        self.engine.resize(cache_size)
-        self.claim.peak_bytes = self.engine.claimed_bytes
-
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
         with ExitStack() as last:
@@ -143,7 +138,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             rows_bytes=ROWS_BYTES,
             prefetch=settings.prefetch,
         )
-        claim = MemoryClaim(engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
     if engine.plan.policy == "lru" and engine.plan.streamed:
         _warn_of_lru(engine)
     tables = StreamedTables(units, engine.rows, engine.by_rows)
@@ -155,7 +150,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
         engine=engine,
         tables=tables,
-        kv=KvReserve(skeleton.model, engine, claim, is_exact=has_budget),
+        kv=KvReserve(skeleton.model, engine, is_exact=has_budget),
         hooks=StreamingHooks(skeleton, manifest, engine, tables),
         claim=claim,
         has_budget=has_budget,

@@ -353,7 +353,7 @@ class StreamingBaseModel:
         with self._state:
             self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
             if self._parts is not None:
-                self._parts.resize(layers)
+                self._parts.engine.resize(layers)
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
@@ -482,7 +482,7 @@ class StreamingBaseModel:
                 with self._state:
                     self._parts = parts
                     if (size := self._settings.cache_size) is not None and size != settings.cache_size:
-                        parts.resize(size)  # it was set meanwhile
+                        parts.engine.resize(size)  # it was set meanwhile
             return self._parts
 
     def _open_here(self) -> ModelParts:

@@ -100,7 +100,7 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Expl
     reserved_bytes = parts.engine.limit.reserved_bytes
     with parts.engine.metrics.off_the_record():
         computing = measure_computing(parts, run, prompt_tokens)
-        parts.kv.reset(reserved_bytes)  # what the measurement's own KV cache took is free again
+        parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
         settle(parts)
         bytes_per_second = measure_reading(parts)
     return explain_plan(parts, computing, bytes_per_second)
