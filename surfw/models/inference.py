@@ -160,7 +160,7 @@ def answer(
 
     Raises:
         ConfigurationError: the request does not fit the model.
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
     """
     if model.model.main_input_name != "input_ids":
         raise UnsupportedModelError(
@@ -168,35 +168,33 @@ def answer(
             "use it from Python, as a StreamingModel"
         )
     inputs = _encode(model, tokenizer, request)
-    caller = _Caller()
-    try:
-        if model.model.can_generate():
-            heard = (caller.calls(on_text), caller.calls(on_token))
-            return _generate(model, tokenizer, request, inputs, heard)
-        return _encoder(model, tokenizer, inputs)
-    except (ValueError, IndexError, RuntimeError) as exc:
-        complaint = None if exc is caller.error else _complaint(model, request, inputs["input_ids"].shape[1], exc)
-        if complaint is None:
-            raise
-        raise ConfigurationError(complaint) from exc
+    callers_own: list[Exception] = []
 
-
-class _Caller:
-    """Calls the functions of whoever asked, and knows the exception of theirs that ended it."""
-
-    error: Exception | None = None
-
-    def calls(self, function: Callable[P, None]) -> Callable[P, None]:
-        """The function, with its exception noted."""
+    def noting(function: Callable[P, None]) -> Callable[P, None]:
+        """The caller's function; what it raises is not the model's, and is passed on as it is."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
                 function(*args, **kwargs)
             except Exception as exc:
-                self.error = exc
+                callers_own.append(exc)
                 raise
 
         return call
+
+    try:
+        if not model.model.can_generate():
+            return _run_encoder(model, tokenizer, inputs)
+        return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
+    except (ValueError, IndexError, RuntimeError) as exc:
+        complaint = (
+            None
+            if any(exc is one for one in callers_own)
+            else _complaint(model, request, inputs["input_ids"].shape[1], exc)
+        )
+        if complaint is None:
+            raise
+        raise ConfigurationError(complaint) from exc
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
@@ -264,31 +262,47 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
     if not ids:
         raise ConfigurationError("the prompt is empty; give at least one token")
-    strange = next((one for one in ids if not 0 <= one < vocabulary), None)
-    if strange is not None:
-        raise ConfigurationError(f"token id {strange} is none of {name}: expected 0 to {vocabulary - 1}")
+    unknown = next((one for one in ids if not 0 <= one < vocabulary), None)
+    if unknown is not None:
+        raise ConfigurationError(
+            f"token id {unknown} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
+        )
 
 
 def _generate(
-    model: StreamingBaseModel,
+    streaming: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
     request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
-    heard: tuple[Callable[[str], None], Callable[[int, float], None]],
+    *,
+    on_text: Callable[[str], None],
+    on_token: Callable[[int, float], None],
 ) -> InferenceResult:
-    on_text, on_token = heard
     if request.stop and tokenizer is None:
-        raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so no text can end its generation")
-    text = _TextOut(tokenizer, on_text) if tokenizer is not None else None
-    is_encoder_decoder = bool(model.model.config.is_encoder_decoder)
+        raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
-    stops = list(request.stop) or getattr(model.model.generation_config, "stop_strings", None)
-    stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(text, on_token)
-    output = model.run(lambda inner: _generate_with(model, inner, request, streamer=clock, **inputs, **stopping))
+    clock = TokenClock(_TextOut(tokenizer, on_text) if tokenizer is not None else None, on_token)
+
+    def generate(model: Any) -> list[int]:
+        """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
+        streaming.leave_room(prompt_tokens, request.max_new_tokens)
+        own = model.generation_config
+        stops = list(request.stop) or getattr(own, "stop_strings", None)
+        stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+        config = model.generation_config = _generation_config(own, request)
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        try:
+            tokens: list[int] = model.generate(generation_config=config, streamer=clock, **inputs, **stopping)[
+                0
+            ].tolist()
+        finally:
+            model.generation_config = own
+        return tokens[1 if model.config.is_encoder_decoder else prompt_tokens :]
+
+    new = streaming.run(generate)
     took = time.perf_counter() - clock.start
-    new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
     times = clock.times[-len(new) :] if new else []
     return InferenceResult(
         text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
@@ -298,22 +312,6 @@ def _generate(
         tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
         tokens_per_second=len(new) / took if new else None,
     )
-
-
-def _generate_with(
-    streaming: StreamingBaseModel, model: Any, request: InferenceRequest, **arguments: Any
-) -> torch.Tensor:
-    """Generate as the request says, and in no other way: `generate()` takes the model's own for what it leaves open."""
-    streaming.leave_room(arguments["input_ids"].shape[1], request.max_new_tokens)
-    before = model.generation_config
-    config = model.generation_config = _generation_config(before, request)
-    if request.seed is not None:
-        torch.manual_seed(request.seed)
-    try:
-        found: torch.Tensor = model.generate(generation_config=config, **arguments)
-        return found
-    finally:
-        model.generation_config = before
 
 
 def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
@@ -338,7 +336,7 @@ def _generation_config(own: GenerationConfig, request: InferenceRequest) -> Gene
     return config
 
 
-def _encoder(
+def _run_encoder(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
 ) -> InferenceResult:
     """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""

@@ -160,9 +160,9 @@ def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> 
     ("request_of", "text"),
     [
         ({"prompt_ids": []}, "the prompt is empty; give at least one token"),
-        ({"prompt_ids": [1, 300]}, "token id 300 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [-1]}, "token id -1 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [2**70]}, f"token id {2**70} is none of llama: expected 0 to 299"),
+        ({"prompt_ids": [1, 300]}, "token id 300 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [-1]}, "token id -1 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [2**70]}, f"token id {2**70} is not in the vocabulary of llama: expected 0 to 299"),
         ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
         ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so no text can end its generation"),
     ],
@@ -282,9 +282,7 @@ def test_an_exception_of_the_callers_own_comes_back_as_it_is(
     def fail(*_: object) -> None:
         raise mine
 
-    request = InferenceRequest(
-        prompt=PROMPT, max_new_tokens=5000
-    )  # more than there are positions, which is not to blame
+    request = InferenceRequest(prompt=PROMPT, max_new_tokens=5000)  # too many positions, which is not to blame
     with pytest.raises(kind) as caught:
         answer(llama, tokenizer, request, **{which: fail})
     assert caught.value is mine
