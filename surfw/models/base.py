@@ -163,12 +163,12 @@ class StreamingBaseModel:
 
     @property
     def manifest(self) -> Manifest:
-        """What the source says of the model."""
+        """The model's manifest: its chunks, configuration and files."""
         return self._open_here().manifest
 
     @property
     def plan(self) -> ResidencyPlan:
-        """What stays in memory."""
+        """The plan of what stays in memory and what is streamed."""
         return self._open_here().engine.plan
 
     @property
@@ -214,7 +214,7 @@ class StreamingBaseModel:
             return result
 
     async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
-        """One forward pass in a thread of the model's own, without blocking the event loop; else as a call.
+        """One forward pass in a thread of the model's own, without blocking the event loop; otherwise as a call.
 
         When it is cancelled, the pass ends at its next layer, and only then this does.
         """
@@ -321,11 +321,11 @@ class StreamingBaseModel:
         return cache_info(self.metrics, self._parts, self.cache_size)
 
     def get_inference_stats(self) -> InferenceStats:
-        """What the runs so far took."""
+        """How long the runs so far took."""
         return inference_stats(self.metrics)
 
     def statistics(self) -> dict[str, Any]:
-        """Both, in the form that `surfw infer --json` prints."""
+        """All statistics, in the form that `surfw infer --json` prints."""
         return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
 
     def clear_cache(self) -> None:
@@ -415,12 +415,12 @@ class StreamingBaseModel:
         await self.close_async()
 
     def __repr__(self) -> str:
-        """What it is, and where its weights come from."""
+        """The model's name, its source and its state."""
         state = "closed" if self._closing.is_set() else "open" if self._parts else "not open yet"
         return f"<{type(self).__name__} {self._wanted or 'the only model'} of {self._client.url}, {state}>"
 
     def __del__(self) -> None:
-        """Complain about a model that nobody closed."""
+        """Warn about a model that was never closed."""
         if getattr(self, "_parts", None) is not None and not self._closing.is_set():
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
 
@@ -487,13 +487,12 @@ class StreamingBaseModel:
 
     def _open_here(self) -> ModelParts:
         """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""
-        if self._parts is None:
-            self._refuse_to_block()
+        self._refuse_to_block()
         return self._parts or self._open()
 
     async def _open_async(self) -> ModelParts:
         """The parts; opened in the model's thread if need be, without waiting for what runs there if not."""
-        return self._parts or await self._in_thread(self._open)
+        return await self._in_thread(self._open) if self._parts is None else self._parts
 
     def _refuse_to_block(self) -> None:
         if self._parts is None and not self._closing.is_set():

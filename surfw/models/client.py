@@ -1,4 +1,4 @@
-"""A source of weights with an event loop in a thread of its own: what models read through, alone or together."""
+"""A source of weights, and the thread with an event loop that it runs on: what one or several models read through."""
 
 import asyncio
 import contextvars
@@ -28,7 +28,7 @@ from surfw.threads import in_thread, refuse_event_loop
 T = TypeVar("T")
 
 OpenSource = Callable[[], Awaitable[ChunkSource]]
-"""Opens a source of one's own; it runs on the client's event loop."""
+"""Opens a source of the caller's own; called on the client's event loop."""
 
 
 async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
@@ -62,7 +62,7 @@ async def wait_until_done(future: "Future[Any]") -> None:
 
 
 class SourceThread:
-    """A source, opened at its first use, and the event loop that it belongs to. Usable from any thread.
+    """A source, opened at its first use, and the thread with its event loop. Usable from any thread.
 
     Attributes:
         url: where the weights come from, for people.
@@ -110,22 +110,22 @@ class SourceThread:
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks and files that arrived damaged and were fetched again, by all who read through this."""
+        """How many blocks and files arrived damaged and were fetched again, for all models that read through this."""
         source = self._source
         return self._refetched_blocks + (source.refetched_blocks if source else 0)
 
     def run(self, work: Callable[[ChunkSource], Coroutine[Any, Any, T]]) -> T:
-        """Do something with the source, on its event loop, and wait for it."""
+        """Run a coroutine that uses the source, on its event loop, and return its result."""
         io, source = self._open()
         return io.run(work(source))
 
     def close(self) -> None:
-        """Leave the source for good. Models that still read through it fail. Closing twice is fine."""
+        """Close the source for good. Models that still read through it fail. Closing twice is fine."""
         self._closed = True
         self.disconnect()
 
     def disconnect(self) -> None:
-        """Leave the source; the next use opens it again."""
+        """Close the source; the next use opens it again."""
         with self._lock:
             io, source = self._io, self._source
             self._refetched_blocks = self.refetched_blocks
@@ -133,13 +133,13 @@ class SourceThread:
         if io is None or source is None:
             return
         try:
-            io.submit(source.close()).result()  # also where the run that this belongs to was interrupted
+            io.submit(source.close()).result()  # not `run`: an interrupted run has to close it, too
         finally:
             io.close()
 
 
 class WeightClient(SourceThread):
-    """A connection to weights, which any number of models and threads may share. Closed by whoever made it.
+    """A connection to weights, which any number of models and threads may share. Close the ones you make.
 
     Models that are opened from an address have a client of their own. Make one yourself to open several models over
     one connection: `StreamingModel.open(client, model="a")`.
@@ -165,7 +165,7 @@ class WeightClient(SourceThread):
             source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
                 URL may also be that of a plain checkpoint, which is then read from where it is.
             token: the secret that the server wants.
-            ssl: whose certificates to trust for `wss://`, in place of the system's.
+            ssl: whose certificates to trust for `wss://`, instead of the system's.
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
@@ -173,7 +173,7 @@ class WeightClient(SourceThread):
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: this is no source, or it takes no token or options.
+            ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
         """
         is_server = isinstance(source, str) and is_server_url(source)
         if (token is not None or ssl is not None) and not is_server:
@@ -199,7 +199,7 @@ class WeightClient(SourceThread):
         super().__init__(_describe(source), _opener(source, connect, storage_options, silence_timeout))
 
     def models(self) -> list[str]:
-        """The names of the models there are, sorted.
+        """The names of the models that the source has, sorted.
 
         Raises:
             ConfigurationError: an event loop runs here, and would be blocked: use `models_async`.
@@ -214,7 +214,7 @@ class WeightClient(SourceThread):
             return await run_in_executor(executor, self.models)
 
     async def close_async(self) -> None:
-        """As `close`, beside the event loop."""
+        """As `close`, without blocking the event loop."""
         await in_thread(self.close)
 
     async def __aenter__(self) -> Self:
@@ -224,7 +224,7 @@ class WeightClient(SourceThread):
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Close, beside the event loop."""
+        """Close, without blocking the event loop."""
         await self.close_async()
 
     def __enter__(self) -> Self:
@@ -243,7 +243,7 @@ Source = str | os.PathLike[str] | StorageBackend | WeightClient
 def _describe(source: object) -> str:
     if isinstance(source, StorageBackend):
         return display_url(source.url)
-    return display_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else "a source of one's own"
+    return display_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else "a source of your own"
 
 
 def _opener(
@@ -252,7 +252,7 @@ def _opener(
     options: Mapping[str, Any] | None,
     silence_timeout: float,
 ) -> OpenSource:
-    """How to open what was given; a function that opens a source is taken as it is."""
+    """How to open a source; a function that opens one is taken as it is."""
     if isinstance(source, StorageBackend):
         return partial(open_storage_source, source, owned=False)
     if isinstance(source, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""One prompt through a streaming model: what to run for which kind of model, and what came of it, as data.
+"""One prompt through a streaming model: the request, how each kind of model runs it, and the result, as data.
 
 Generation, sampling, chat templates and stopping are transformers' own. Nothing is rendered here.
 """
@@ -59,10 +59,10 @@ class InferenceRequest:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no generation can be asked for.
+        """Check the values.
 
         Raises:
-            ConfigurationError: a value has another type, or is out of its bounds.
+            ConfigurationError: a value has the wrong type, or is out of bounds.
         """
         _expect_number("max_new_tokens", self.max_new_tokens, int, 1)
         _expect_number("temperature", self.temperature, int | float, 0)
@@ -74,7 +74,7 @@ class InferenceRequest:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, not chosen."""
+        """Whether tokens are sampled, not chosen greedily."""
         return bool(self.temperature) or (
             self.temperature is None and (self.top_p is not None or self.top_k is not None)
         )
@@ -91,7 +91,7 @@ def _expect_number(name: str, value: Any, kind: Any, least: int, most: float = f
 
 @dataclass(kw_only=True)
 class InferenceResult:
-    """What came of it; times in seconds. Encoders have an `embedding` or `predictions`, the others tokens."""
+    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -198,7 +198,7 @@ def answer(
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
-    """What a request or the settings of a model have to do with an exception of transformers; None if nothing."""
+    """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
         return f"{name} cannot generate so: {exc}" if generates else None
@@ -221,7 +221,7 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
 def count_prompt_tokens(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> int:
-    """How many tokens the prompt of a request has, with its chat template.
+    """The number of tokens in the prompt of a request, chat template included.
 
     Raises:
         ConfigurationError: the request does not fit the model.

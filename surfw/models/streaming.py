@@ -1,4 +1,7 @@
-"""`StreamingModel`: any transformers model whose weights arrive while it runs, with its tokenizer and its text."""
+"""`StreamingModel`: any transformers model over a source of weights, with its tokenizer and streams of text or tokens.
+
+And its four families: the same, with the model's name first and a server's address as the default.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -65,7 +68,7 @@ class StreamingModel(StreamingBaseModel):
         self._tokenizer_read = True
 
     async def __aenter__(self) -> Self:
-        """Open the model, if it is not open, and read its tokenizer, beside the event loop."""
+        """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
         await super().__aenter__()
         if not self._tokenizer_read:
             await self._in_thread(self._read_tokenizer)
@@ -77,20 +80,20 @@ class StreamingModel(StreamingBaseModel):
     def stream(self, prompt: Sequence[int], **options: Any) -> AsyncGenerator[int, None]: ...
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Any, None]:
-        """Generate beside the event loop, and give the answer as it comes.
+        """Generate without blocking the event loop, and yield the answer as it comes.
 
-        When whoever reads it falls behind, the generation waits, and with it everybody else who wants to run this
-        model, until the stream has ended or is closed (`aclose`).
+        When the reader falls behind, the generation waits, and so does every other run of this model, until the stream
+        has ended or is closed (`aclose`).
 
         Args:
             prompt: a text, for text; or token ids, for token ids.
-            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample in place of
+            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample instead of
                 taking the likeliest token, and `seed`; `stop`, texts that end it; `ignore_eos`, to go on after the
                 model's end token; `system`, a system message, and `raw`, for models with a chat template.
 
         Raises:
             ConfigurationError: the model does not generate, or an option does not fit it.
-            SurfwError: weights could not be had.
+            SurfwError: weights could not be read.
         """
         if unknown := sorted(set(options) - _OPTIONS):
             raise ConfigurationError(f"stream() has no option {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
@@ -122,7 +125,7 @@ class StreamingModel(StreamingBaseModel):
             work.cancel()
             await asyncio.wait([work])
             if not work.cancelled():
-                work.exception()  # whoever stopped reading does not look at it
+                work.exception()  # a reader that has stopped does not want it
 
     def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None], *, is_text: bool) -> None:
         self._expect_generation()
@@ -144,7 +147,7 @@ async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:
 
 
 class _Family(StreamingModel):
-    """What the families share: how they are constructed."""
+    """How the families are constructed. They run nothing of their own, and refuse models of other families by name."""
 
     def __init__(
         self,
@@ -161,7 +164,7 @@ class _Family(StreamingModel):
             model_name: the model's name at the server; None for the only one there.
             websocket_uri: the server, or any other source that `StreamingModel` takes.
             cache_size: how many layers are kept in memory; 5, unless there is a `memory_budget`.
-            memory_budget: in place of it, what weights in memory may take.
+            memory_budget: instead of `cache_size`, what weights in memory may take.
             **options: see `StreamingBaseModel`.
         """
         if cache_size is None and memory_budget is None:
