@@ -29,10 +29,9 @@ from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs
-from surfw.runtime.planning import Planning
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
-from surfw.runtime.schedule import Phases
+from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
 
@@ -250,6 +249,6 @@ def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
     )
     tables = tables_of(skeleton, manifest)
     needs = model_needs(manifest, cast_dtypes(manifest, skeleton), tables)
-    planning = Planning(manifest, needs, Limit(), phases=find_phases(manifest, skeleton), tables=tables)
+    needs = Schedule(manifest.order, find_phases(manifest, skeleton), row_wise=tables).apply_to(needs)
     per_token = kv_cost(skeleton.model.config, dtype).new_token_bytes if skeleton.model.can_generate() else 0
-    return planning.least_budget_bytes, per_token
+    return least_bytes(needs.from_anywhere()), per_token

@@ -131,7 +131,7 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
         pinned_bytes=plan.pinned_bytes,
         ring_buffers=plan.ring_buffers,
         ring_bytes=plan.ring_bytes,
-        shared_bytes=plan.room_bytes,
+        shared_bytes=plan.floating_bytes,
         by_rows=tuple(sorted(plan.tables - plan.pinned)),
         overhead_bytes=plan.overhead_bytes,
         reserved_bytes=plan.reserved_bytes,

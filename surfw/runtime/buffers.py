@@ -93,6 +93,15 @@ class BufferPool:
         """Keep a buffer for the next that needs one."""
         self._free.append(buffer)
 
+    def keep(self, most: int) -> None:
+        """Let go of free buffers that are more than so many."""
+        del self._free[most:]
+
     def clear(self) -> None:
         """Let go of all free buffers."""
         self._free.clear()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the free buffers."""
+        return sum(buffer.capacity_bytes for buffer in self._free)

@@ -279,7 +279,7 @@ class StreamingHooks:
         if not places:
             return
         if self._tables and self._tables.row_wise(unit.path):
-            self._engine.passes(unit.path)
+            self._engine.observe(unit.path)
             self._without_tables.add(unit.path)
             others = self._tables.others(unit.path)
             self._put([place for place in places if place.stored in others], others)
