@@ -29,13 +29,13 @@ from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelE
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
-from surfw.models.client import Source, WeightClient, run_in_executor, wait_until_done
+from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.plan import ResidencyPlan
-from surfw.runtime.run import Run, current_run
+from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
 from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
 
@@ -148,7 +148,6 @@ class StreamingBaseModel:
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
-        refuse_event_loop(*_opening(cls.__name__))
         return cls._over(source, model, **options).__enter__()
 
     @classmethod
@@ -496,7 +495,7 @@ class StreamingBaseModel:
 
     def _refuse_to_block(self) -> None:
         if self._parts is None and not self._closing.is_set():
-            refuse_event_loop(*_opening(type(self).__name__))
+            refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
     def _find_manifest(self) -> Manifest:
         """The manifest of the model that is wanted: by its name, in full or a unique last part, or the only one.
@@ -547,7 +546,3 @@ class StreamingBaseModel:
             if self._compute is None:
                 self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         return await run_in_executor(self._compute, work)
-
-
-def _opening(name: str) -> tuple[str, str]:
-    return "opening a model", f"'await {name}.open_async(…)' or 'async with'"

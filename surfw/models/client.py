@@ -1,12 +1,9 @@
 """A source of weights, and the thread with an event loop that it runs on: what one or several models read through."""
 
-import asyncio
-import contextvars
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ssl import SSLContext
 from types import TracebackType
@@ -15,9 +12,9 @@ from typing import Any, Self, TypeVar
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
-from surfw.errors import ConfigurationError, ModelClosedError, ModelError
+from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.retry import RetryPolicy
-from surfw.runtime.run import IoThread, Run, current_run
+from surfw.runtime.run import IoThread, run_in_executor
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions
@@ -29,36 +26,6 @@ T = TypeVar("T")
 
 OpenSource = Callable[[], Awaitable[ChunkSource]]
 """Opens a source of the caller's own; called on the client's event loop."""
-
-
-async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
-    """Do the work in a thread of the executor, as a run of its own.
-
-    When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.
-    """
-    run, context = Run(), contextvars.copy_context()
-    context.run(current_run.set, run)
-    future = executor.submit(context.run, work)
-    try:
-        await wait_until_done(future)
-    except asyncio.CancelledError:
-        if not future.cancel():
-            run.interrupt(ModelError("the run was cancelled"))
-            await wait_until_done(future)
-        raise
-    return future.result()
-
-
-async def wait_until_done(future: "Future[Any]") -> None:
-    """Wait until a future is done, however it ends; cancelling the wait does not cancel it."""
-    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
-
-    def tell(_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(is_done.set)
-
-    future.add_done_callback(tell)
-    await is_done.wait()
 
 
 class SourceThread:

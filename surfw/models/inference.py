@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypedDict
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -17,6 +17,7 @@ from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
+from surfw.models.measure import SPARE_POSITIONS
 
 P = ParamSpec("P")
 
@@ -24,8 +25,20 @@ _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_i
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
 
 _TOP_PREDICTIONS = 5
-_RESERVED_POSITIONS = 2
-"""The positions that some families, such as RoBERTa, keep for themselves."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What may be asked of a generation; see `InferenceRequest` for what each means."""
+
+    system: str | None
+    raw: bool
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +223,7 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
                 return f"{name} has the generation setting {setting} = {token}, expected 0 to {config.vocab_size - 1}"
     new_tokens = request.max_new_tokens if generates else 0
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or prompt_tokens + new_tokens + _RESERVED_POSITIONS <= positions:
+    if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
     return (
         f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "

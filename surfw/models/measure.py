@@ -43,7 +43,7 @@ _QUICK_PASSES_SECONDS = 2.0
 _READERS = 2
 _LARGEST_PIECE = 32 * MIB
 _QUICK_SECONDS = 0.1
-_SPARE_POSITIONS = 2
+SPARE_POSITIONS = 2
 """Positions that some families, such as RoBERTa, keep for themselves."""
 
 
@@ -228,8 +228,8 @@ class _Stopwatch:
 def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A first forward, and one that can be repeated: without the encoder, where a decoder follows it."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + _SPARE_POSITIONS
-    tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - _SPARE_POSITIONS))
+    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + SPARE_POSITIONS
+    tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
     ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
     options: dict[str, Any] = {}
     if model.can_generate() and _takes(model, "use_cache"):

@@ -5,7 +5,6 @@ And its four families: the same, with the model's name first and a server's addr
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import fields
 from typing import Any, Self, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,7 @@ from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
-from surfw.models.inference import InferenceRequest, answer
+from surfw.models.inference import GenerationOptions, InferenceRequest, answer
 from surfw.models.options import ModelOptions, OpenOptions
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
@@ -26,7 +25,7 @@ _AHEAD = 16
 DEFAULT_URI = f"ws://localhost:{DEFAULT_PORT}"
 DEFAULT_CACHE_SIZE = 5
 
-_OPTIONS = {field.name for field in fields(InferenceRequest)} - {"prompt", "prompt_ids"}
+_OPTIONS = set(GenerationOptions.__annotations__)
 
 
 class StreamingModel(StreamingBaseModel):
@@ -75,11 +74,11 @@ class StreamingModel(StreamingBaseModel):
         return self
 
     @overload
-    def stream(self, prompt: str, **options: Any) -> AsyncGenerator[str, None]: ...
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str, None]: ...
     @overload
-    def stream(self, prompt: Sequence[int], **options: Any) -> AsyncGenerator[int, None]: ...
+    def stream(self, prompt: Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[int, None]: ...
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Any, None]:
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[Any, None]:
         """Generate without blocking the event loop, and yield the answer as it comes.
 
         When the reader falls behind, the generation waits, and so does every other run of this model, until the stream
