@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ssl import SSLContext
@@ -24,8 +24,8 @@ from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
 
-OpenSource = Callable[[], Awaitable[ChunkSource]]
-"""Opens a source of the caller's own; called on the client's event loop."""
+OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
+"""Opens a source; the coroutine runs on the client's event loop."""
 
 
 class SourceThread:
@@ -68,7 +68,7 @@ class SourceThread:
             if self._io is None or self._source is None:
                 io = IoThread()
                 try:
-                    self._source = io.run(_call(self._open_source))
+                    self._source = io.run(self._open_source())
                 except BaseException:
                     io.close()
                     raise
@@ -163,7 +163,7 @@ class WeightClient(SourceThread):
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
         )
-        super().__init__(_describe(source), _opener(source, connect, storage_options, silence_timeout))
+        super().__init__(*_locate(source, connect, storage_options, silence_timeout))
 
     def models(self) -> list[str]:
         """The names of the models that the source has, sorted.
@@ -207,34 +207,28 @@ Source = str | os.PathLike[str] | StorageBackend | WeightClient
 """Where a model's weights may come from."""
 
 
-def _describe(source: object) -> str:
-    if isinstance(source, StorageBackend):
-        return display_url(source.url)
-    return display_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else "a source of your own"
-
-
-def _opener(
-    source: Any,
-    connect: Callable[[str], Awaitable[ChunkSource]],
+def _locate(
+    source: object,
+    connect: Callable[[str], Coroutine[Any, Any, ChunkSource]],
     options: Mapping[str, Any] | None,
     silence_timeout: float,
-) -> OpenSource:
-    """How to open a source; a function that opens one is taken as it is."""
+) -> tuple[str, OpenSource]:
+    """Where a source is, for people, and how to open it; a function that opens one is taken as it is."""
     if isinstance(source, StorageBackend):
-        return partial(open_storage_source, source, owned=False)
+        return display_url(source.url), partial(open_storage_source, source, owned=False)
     if isinstance(source, str | os.PathLike):
         place = os.fspath(source)
         if not place:
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
-        if is_server_url(place):
-            return partial(connect, place)
-        return partial(_open_place, place, options, silence_timeout)
-    if isinstance(source, type) or not callable(source):
-        raise ConfigurationError(
-            f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"
-        )
-    opener: OpenSource = source
-    return opener
+        is_server = is_server_url(place)
+        opener = partial(connect, place) if is_server else partial(_open_place, place, options, silence_timeout)
+        return display_url(place), opener
+    if callable(source) and not isinstance(source, type):
+        return "a source of your own", source
+    kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+    raise ConfigurationError(
+        f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {kind}"
+    )
 
 
 async def _open_place(place: str, options: Mapping[str, Any] | None, silence_timeout: float) -> ChunkSource:
@@ -249,11 +243,3 @@ async def _open_place(place: str, options: Mapping[str, Any] | None, silence_tim
     if is_plain:
         source.url = display_url(place)
     return source
-
-
-def _kind(source: object) -> str:
-    return f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
-
-
-async def _call(opener: OpenSource) -> ChunkSource:
-    return await opener()
