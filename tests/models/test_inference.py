@@ -1,4 +1,4 @@
-"""One prompt through a model: the tokens are transformers', the times are those of the clock, and mistakes are told."""
+"""One prompt through a model: the tokens are transformers', the times the clock's, and mistakes are explained."""
 
 import copy
 import json
@@ -101,7 +101,7 @@ def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel]
     seconds = [when for _, when in tokens]
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
-    assert len(seconds) == len(result.token_ids)  # the decoder's start is none of them
+    assert len(seconds) == len(result.token_ids)  # the decoder's start is not one of them
     assert result.ttft_seconds == seconds[0]
 
 
@@ -258,13 +258,13 @@ def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], 
 def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 13.0])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
-    told: list[tuple[int, float]] = []
-    clock = TokenClock(None, lambda *token: told.append(token))
+    heard: list[tuple[int, float]] = []
+    clock = TokenClock(None, lambda *token: heard.append(token))
     for token in ([[1, 2, 3]], [4], [5]):
         clock.put(torch.tensor(token))
     clock.end()
     assert clock.times == [1.0, 3.0]
-    assert told == [(4, 1.0), (5, 3.0)]
+    assert heard == [(4, 1.0), (5, 3.0)]
 
 
 def test_an_answer_starts_empty() -> None:
