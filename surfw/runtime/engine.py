@@ -445,10 +445,11 @@ class Engine:
         if plan.ring_bytes != self.plan.ring_bytes:
             self._pool.clear()
         self._obey(self._table.adopt(plan))
+        self._pool.keep(self._table.spare_ring_slots)
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is memory."""
-        if self._ahead:
+        if self._ahead and not self._table.is_complete:
             self._sync()
             self._obey(self._table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
 
@@ -473,7 +474,7 @@ class Engine:
             except BaseException:
                 self._table.forget(decision.load[index:])
                 raise
-        if self._pool.size_bytes:
+        if decision.evict:
             self._pool.keep(self._table.spare_ring_slots)
 
     def _evict(self, slot: Slot) -> None:
