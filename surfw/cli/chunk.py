@@ -152,7 +152,7 @@ def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
 
 def _facts(prepared: Any) -> dict[str, Any]:
     """What a dry run tells."""
-    from surfw.models.needs import plan_least_budget
+    from surfw.models.assembly import plan_least_budget
 
     least, per_token = plan_least_budget(prepared)
     return {

@@ -111,13 +111,13 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
         chosen.look()
         start = time.perf_counter()
-        from surfw.models.inference import Request, answer
+        from surfw.models.inference import InferenceRequest, answer
         from surfw.runtime.memory import peak_rss_bytes
 
         with _open_model(chosen, configuration.settings) as streaming:
             tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
-            asked = Request(**request)
+            asked = InferenceRequest(**request)
             explained = _explain(view, streaming, tokenizer, asked, configuration) if explain else None
             with view.running(streaming):
                 result = answer(streaming, tokenizer, asked, on_text=view.on_text, on_token=view.on_token)

@@ -32,7 +32,7 @@ from surfw.runtime.rows import BlockReader, RowReader, TableUnit
 from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.runtime.slots import Decision, Slot, SlotState, SlotTable
-from surfw.skeleton.shared import runs
+from surfw.skeleton.default_dtype import runs
 
 logger = logging.getLogger("surfw.runtime")
 

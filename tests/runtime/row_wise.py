@@ -16,7 +16,7 @@ from surfw.client import open_wire_source
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.models.opening import cast_dtypes, open_skeleton
+from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks

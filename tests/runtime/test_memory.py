@@ -105,16 +105,16 @@ def test_the_default_is_never_negative(in_use: int, tmp_path: Path) -> None:
 def test_other_models_claim_what_they_do_not_hold_yet(tmp_path: Path) -> None:
     root = machine(tmp_path, groups="", mounts=())
     all_of_it = default_budget_bytes(root)
-    held = {"first": 0, "second": 900 * MIB}
-    with closing(MemoryClaim(1000 * MIB, lambda: held["first"])) as first:
+    peak, held = {"first": 1000 * MIB}, {"first": 0, "second": 900 * MIB}
+    with closing(MemoryClaim(lambda: peak["first"], lambda: held["first"])) as first:
         assert default_budget_bytes(root) == all_of_it - 1000 * MIB
         held["first"] = 400 * MIB
         assert default_budget_bytes(root) == all_of_it - 600 * MIB, "what it holds counts as memory in use"
-        with closing(MemoryClaim(500 * MIB, lambda: held["second"])):
+        with closing(MemoryClaim(lambda: 500 * MIB, lambda: held["second"])):
             assert default_budget_bytes(root) == all_of_it - 600 * MIB, "who holds more than it claimed gives nothing"
-            first.peak_bytes = 10**18
+            peak["first"] = 10**18
             assert default_budget_bytes(root) == 0
-        first.peak_bytes = 401 * MIB
+        peak["first"] = 401 * MIB
         assert default_budget_bytes(root) == all_of_it - MIB
     assert default_budget_bytes(root) == all_of_it
     first.close()
@@ -122,7 +122,7 @@ def test_other_models_claim_what_they_do_not_hold_yet(tmp_path: Path) -> None:
 
 
 def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
-    claim = MemoryClaim(1000, lambda: 0)
+    claim = MemoryClaim(lambda: 1000, lambda: 0)
     assert claimed_bytes() == 1000
     del claim
     gc.collect()
@@ -138,7 +138,8 @@ def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> 
     def open_one() -> None:
         start.wait()
         with deciding:
-            claims.append(MemoryClaim(default_budget_bytes(root) * 2 // 3, lambda: 0))
+            two_thirds = default_budget_bytes(root) * 2 // 3
+            claims.append(MemoryClaim(lambda: two_thirds, lambda: 0))
 
     threads = [threading.Thread(target=open_one) for _ in range(8)]
     for thread in threads:

@@ -1,4 +1,4 @@
-"""From a manifest to a model that is ready to run, with nothing believed on the way.
+"""From a manifest to a model that is ready to run, with nothing trusted on the way.
 
 The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being
 built.
@@ -19,18 +19,25 @@ from surfw.manifest import Manifest, TensorInfo
 from surfw.runtime.loader import as_parameter
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
-from surfw.skeleton.generation import check_generation, sanitise_generation, sanitise_outputs
+from surfw.skeleton.guards import foreign_errors
 from surfw.skeleton.loading import target_dtypes
-from surfw.skeleton.shared import foreign_errors
+from surfw.skeleton.sanitise import (
+    check_generation,
+    refuse_absurd_sizes,
+    refuse_endless_numbers,
+    sanitise_config,
+    sanitise_generation,
+    sanitise_outputs,
+    untag_floats,
+)
 from surfw.skeleton.units import Slot
 
 logger = logging.getLogger("surfw.models")
 
 _MAX_MISSING_BYTES = 4 * GIB
 _TAKEN = frozenset(dir(GenerationConfig))
-"""What generation settings cannot be called: methods and attributes of their class."""
+"""Names that generation settings cannot have: methods and attributes of their class."""
 
 
 def open_skeleton(
@@ -40,13 +47,13 @@ def open_skeleton(
     model_class: type[PreTrainedModel] | None = None,
     on_missing: OnMissing = "error",
 ) -> Skeleton:
-    """Build the model of a manifest, without weights; the run that this thread works for may be interrupted meanwhile.
+    """Build the model of a manifest, without weights. The run of this thread may be interrupted meanwhile.
 
     Args:
-        manifest: what is known of it.
+        manifest: the model.
         dtype: run in this dtype; default: the one it is stored in.
         model_class: the caller's own class; default: the manifest's, from transformers or registered there.
-        on_missing: `uninitialized` gives parameters that the manifest has no weights for those of a new model.
+        on_missing: with `uninitialized`, parameters without weights in the manifest get those of a new model.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
@@ -97,7 +104,7 @@ def open_skeleton(
 
 
 def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
-    """Make sure that a stored tensor is what the class has a place for.
+    """Make sure that a stored tensor fits its place in the class.
 
     Floating-point numbers may be stored in another precision: the model can be run in another, and releases of
     transformers differ in what they keep in float32. Whole numbers, truth values and complex numbers are never
@@ -135,7 +142,7 @@ def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, wh
 
 
 def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
-    """Parameters that transformers keeps in another dtype than the model's get that dtype, still without values."""
+    """Give parameters that transformers keeps in another dtype than the model's that dtype, still without values."""
     wanted = target_dtypes(skeleton)
     for name, slot in skeleton.slots.items():
         dtype = wanted(manifest.ties.get(name, name))
@@ -152,7 +159,7 @@ def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype
 
 
 def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
-    """Every unit's use must name the chunks that hold its tensors."""
+    """Make sure that every unit's use names the chunks that hold its tensors."""
     home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
     uses = {use.module: set(use.chunks) for use in manifest.order}
     twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
@@ -166,7 +173,7 @@ def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
 def _configure_generation(
     model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
 ) -> None:
-    """As `from_pretrained` does: generation_config.json, else what config.json says of generation."""
+    """Set generation up as `from_pretrained` does: by generation_config.json, else by what config.json says of it."""
     has_file = manifest.generation_config is not None
     settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
     for line in dropped if has_file else ():
