@@ -14,20 +14,19 @@ is not used for another chunk; a failed load is reported to the one who needs th
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from surfw.config import MIB, format_size
-from surfw.errors import ConfigurationError, ModelClosedError
-from surfw.manifest import Chunk, Manifest
+from surfw.errors import ConfigurationError
+from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
-from surfw.runtime.loader import Loader, as_parameter
+from surfw.runtime.host import Contents, HostTier
+from surfw.runtime.loader import Loader
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
 from surfw.runtime.rows import BlockReader, RowReader, TableUnit
 from surfw.runtime.run import IoThread, Run
@@ -39,27 +38,6 @@ logger = logging.getLogger("surfw.runtime")
 
 _OUTSIDE_BYTES = 4 * MIB
 _DEMAND, _LAST_PRIORITY = 0, 1 << 30
-
-
-@dataclass(slots=True, eq=False)
-class _Contents:
-    """What a slot is made of.
-
-    Attributes:
-        chunk: the chunk that it holds or receives.
-        buffer: its memory; None while the chunk is being mapped.
-        load: done when the chunk is there, or could not be loaded.
-        tensors: parameters over the memory, made at the first use.
-    """
-
-    chunk: Chunk
-    buffer: Buffer | MappedBuffer | None
-    load: Future[None] = field(default_factory=Future)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def is_there(self) -> bool:
-        return self.load.done() and not _failed(self.load)
 
 
 class Engine:
@@ -113,11 +91,8 @@ class Engine:
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
         plan = plan_residency(self._needs, limit)
-        loader.in_pieces = plan.in_pieces
         self._table = SlotTable(needs.sizes, plan)
-        self._contents: dict[str, _Contents] = {}
-        self._in_flight: dict[str, Future[None]] = {}  # loads whose end the table does not know of
-        self._pool = BufferPool()
+        self._host = HostTier(manifest, loader, io, metrics, plan)
         self._lock = threading.RLock()
         self._closed = False
         self._run = Run()
@@ -158,7 +133,7 @@ class Engine:
                 self.metrics.add(slot.count_use(was_ready=was_ready))
                 if not was_ready:
                     self._wait(contents.load)
-                tensors |= self._tensors(contents)
+                tensors |= self._host.tensors(contents)
                 if not was_ready:
                     with self._lock:
                         self._prefetch(names)  # what was waited for is no longer in flight
@@ -174,6 +149,7 @@ class Engine:
         with self._lock:
             if self._closed:
                 return
+            self._sync()
             floats = not self.plan.floating.isdisjoint(names)
             next_use = self._schedule.next_uses(self._needs) if floats else {}
             self._obey(self._table.release(names, next_use))
@@ -251,9 +227,10 @@ class Engine:
             SurfwError: it could not be loaded.
         """
         with self._lock:
-            contents = self._contents.get(self._home[name])
-            if contents is not None and contents.is_there:
-                return self._tensors(contents)[name].detach().clone()
+            self._sync()
+            chunk = self._home[name]
+            if self._table.is_ready([chunk]):
+                return self._host.tensors(self._host[chunk])[name].detach().clone()
         with self._reading:
             return self._outside.tensor(name)
 
@@ -272,25 +249,20 @@ class Engine:
             if not self._closed:
                 self._sync()
                 self._obey(self._table.fetch(names))
-            return [(name, self._contents[name].load) for name in names if name in self._contents]
+            return [(name, self._host[name].load) for name in names if name in self._table]
 
     def clear(self) -> None:
         """Forget every chunk that is not in use, and give its memory back."""
         with self._lock:
             self._obey(self._table.clear())
-            self._pool.clear()
+            self._host.keep_spare(0)
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
         with self._lock:
             self._closed = True
-            loads = list(self.loads().values())
             self._table.forget(list(self._table))
-            self._contents.clear()
-            self._in_flight.clear()
-            self._pool.clear()
-        for load in loads:
-            load.cancel()
+            self._host.close()
 
     # The plan.
 
@@ -346,7 +318,7 @@ class Engine:
         """
         with self._lock:
             self._replan(self._needs, Limit(cache_layers=cache_layers, policy=self.limit.policy))
-            self._pool.clear()
+            self._host.keep_spare(0)
 
     # What is in memory.
 
@@ -366,26 +338,25 @@ class Engine:
     def spare_bytes(self) -> int:
         """Memory of the ring's buffers that are empty at the moment."""
         with self._lock:
-            return self._pool.size_bytes
+            return self._host.spare_bytes
 
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         with self._lock:
-            filled = (slot for slot in self._table if self._contents[slot.name].load.done())
-            return sum(slot.size_bytes for slot in filled if isinstance(self._contents[slot.name].buffer, Buffer))
+            return self._host.anonymous_bytes
 
     def loads(self) -> dict[str, Future[None]]:
         """The loads of the chunks that are in memory or on their way, which have ended or will."""
         with self._lock:
-            return {name: contents.load for name, contents in self._contents.items()}
+            return self._host.loads()
 
     def users(self) -> dict[str, int]:
         """How many modules hold each chunk that is in use."""
         with self._lock:
             return {slot.name: slot.users for slot in self._table if slot.users}
 
-    def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, _Contents, bool]]:
+    def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Contents, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
         self._run.pause()  # without the lock, which others need meanwhile
         with self._lock:
@@ -405,26 +376,14 @@ class Engine:
                     except BaseException:
                         self._table.let_go(names)
                         raise
-                    return [(one, self._contents[one.name], one.state is not SlotState.LOADING) for one in slots]
-                guess = self._contents[decision.cancel.name].load
+                    return [(one, self._host[one.name], one.state is not SlotState.LOADING) for one in slots]
+                guess = self._host[decision.cancel.name].load
                 guess.cancel()
             self._wait(guess)
 
     def _wait(self, load: Future[None]) -> None:
         with self.metrics.span("stall"):
             self._run.wait_for(load)
-
-    def _tensors(self, contents: _Contents) -> dict[str, torch.Tensor]:
-        if contents.load.cancelled():
-            raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read")
-        contents.load.result()
-        if isinstance(contents.buffer, MappedBuffer):
-            contents.buffer.expect_unchanged()
-        if not contents.tensors:
-            assert contents.buffer is not None, f"{contents.chunk.name} is loaded and has no memory"
-            views = self._loader.tensors(contents.chunk, contents.buffer)
-            contents.tensors = {name: as_parameter(view) for name, view in views.items()}
-        return contents.tensors
 
     def _learn(self, module: str) -> None:
         """Note what runs. Another schedule gets another plan, where its cycle begins."""
@@ -441,14 +400,14 @@ class Engine:
         needs = self._schedule.apply_to(needs)
         plan = plan_residency(needs, limit)
         self._needs, self.limit, self._planned_version = needs, limit, self._schedule.version
-        self._loader.in_pieces = plan.in_pieces
-        if plan.ring_bytes != self.plan.ring_bytes:
-            self._pool.clear()
+        self._host.adopt(plan)
+        self._sync()
         self._obey(self._table.adopt(plan))
+        self._host.keep_spare(self._table.spare_ring_slots)
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is memory."""
-        if self._ahead:
+        if self._ahead and not self._table.is_complete:
             self._sync()
             self._obey(self._table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
 
@@ -458,64 +417,21 @@ class Engine:
         Asked for under the lock before each decision: if loads told it themselves, their thread would have to wait for
         the lock.
         """
-        for name, load in list(self._in_flight.items()):
-            if load.done():
-                del self._in_flight[name]
-                self._table.ended(name, failed=_failed(load))
+        for name, failed in self._host.collect():
+            self._table.ended(name, failed=failed)
 
     def _obey(self, decision: Decision, priority: int | None = None) -> None:
         """Carry out a decision; what is fetched ahead has a lower priority the later it is asked for."""
         for slot in decision.evict:
-            self._evict(slot)
+            self._host.evict(slot)
         for index, slot in enumerate(decision.load):
             try:
-                self._load(slot, self._next_priority() if priority is None else priority)
+                self._host.load(slot, self._next_priority() if priority is None else priority)
             except BaseException:
                 self._table.forget(decision.load[index:])
                 raise
-        if self._pool.size_bytes:
-            self._pool.keep(self._table.spare_ring_slots)
-
-    def _evict(self, slot: Slot) -> None:
-        """Let go of what a slot was made of. A buffer that is still written to is not used again."""
-        contents = self._contents.pop(slot.name)
-        self._in_flight.pop(slot.name, None)
-        for tensor in contents.tensors.values():
-            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
-        contents.tensors.clear()
-        if not contents.load.done():
-            contents.load.cancel()
-        elif slot.in_ring and isinstance(contents.buffer, Buffer) and self._fits_ring(contents.buffer):
-            self._pool.give_back(contents.buffer)
-
-    def _fits_ring(self, buffer: Buffer) -> bool:
-        """Whether it is one of this plan's ring, not of an earlier one."""
-        return buffer.capacity_bytes == buffer_capacity(self.plan.ring_bytes)
-
-    def _load(self, slot: Slot, priority: int) -> None:
-        """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
-        buffer: Buffer | None = None
-        if slot.in_ring:
-            buffer = self._pool.take(slot.size_bytes)
-        elif not self.plan.everything_fits:
-            buffer = Buffer(slot.size_bytes)
-        contents = _Contents(self.manifest.by_name[slot.name], buffer)
-        contents.load = self._io.submit(self._fill(contents, slot.size_bytes, priority))
-        self._contents[slot.name] = contents
-        self._in_flight[slot.name] = contents.load
-
-    async def _fill(self, contents: _Contents, size_bytes: int, priority: int) -> None:
-        """Map the chunk if it has no buffer and can be mapped; else fetch it into a buffer."""
-        start = time.perf_counter()
-        stored_bytes = None
-        if contents.buffer is None:
-            contents.buffer = mapped = await self._loader.map(contents.chunk)
-            stored_bytes = contents.chunk.payload_bytes if mapped else None
-        if stored_bytes is None:
-            contents.buffer = buffer = contents.buffer if isinstance(contents.buffer, Buffer) else Buffer(size_bytes)
-            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority)
-        self.metrics.add("fetched_bytes", stored_bytes)
-        self.metrics.latency("fetch").observe(time.perf_counter() - start)
+        if decision.evict:
+            self._host.keep_spare(self._table.spare_ring_slots)
 
     def _next_priority(self) -> int:
         """What is asked for ahead comes after what is needed now, and in the order of asking."""
@@ -525,7 +441,3 @@ class Engine:
     def _reader(self, run: Callable[[], Run], *, scratch_bytes: int, keep_bytes: int) -> RowReader:
         blocks = BlockReader(self._loader.source, self.manifest, self._io, self.metrics, run)
         return RowReader(blocks, self._loader.dtypes, scratch_bytes=scratch_bytes, keep_bytes=keep_bytes)
-
-
-def _failed(load: Future[None]) -> bool:
-    return load.cancelled() or load.exception() is not None

@@ -134,6 +134,11 @@ class SlotTable:
         """How many slots the ring may still come to have."""
         return max(0, self.plan.ring_buffers - len(self._ring()))
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk that the plan lets in has a slot."""
+        return len(self._slots) >= len(self.plan.sizes)
+
     def is_ready(self, names: Iterable[str]) -> bool:
         """Whether all of these chunks are in memory."""
         slots = (self._slots.get(name) for name in names)
@@ -209,8 +214,6 @@ class SlotTable:
             in_use: chunks of the ring that do not make way for them.
         """
         decision = Decision()
-        if len(self._slots) >= len(self.plan.sizes):
-            return decision
         in_flight, sooner = self.in_flight_bytes, set(in_use)
         for name in upcoming:
             if name in sooner:
@@ -344,5 +347,5 @@ class SlotTable:
         surplus = max(0, len(ring) - self.plan.ring_buffers)
         for slot in [one for one in ring if one.is_idle][:surplus]:
             self._evict(slot, decision)
-        self._is_settled = fits and len(self._slots) >= len(self.plan.sizes)
+        self._is_settled = fits and self.is_complete
         return decision
