@@ -214,7 +214,7 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
-        return f"{name} cannot generate so: {exc}" if generates else None
+        return f"{name} cannot generate like this: {exc}" if generates else None
     config = model.model.config.get_text_config(decoder=True)
     for setting in _INDEXED if generates else ():
         tokens = getattr(model.model.generation_config, setting, None)
