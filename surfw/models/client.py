@@ -19,7 +19,7 @@ from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")

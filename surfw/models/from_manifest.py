@@ -60,27 +60,17 @@ def open_skeleton(
         ManifestError: configuration and chunks do not belong together.
     """
     where = manifest.name
-    refuse_absurd_sizes(manifest.config, where=where)
-    refuse_endless_numbers(manifest.config, where=where)
-    refuse_endless_numbers(manifest.generation_config or {}, where=where)
-    clean, dropped = sanitise_config(manifest.config)
-    generation, dropped_generation = sanitise_config(manifest.generation_config or {})
-    for line in dropped + dropped_generation:
-        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
-    clean, unfit = sanitise_outputs(clean, where=where)
-    for line in unfit:
-        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
-    config = read_config(clean, where=where, model_class=model_class)
+    settings, generation = _sanitise(manifest)
+    config = read_config(settings, where=where, model_class=model_class)
     cls = model_class or resolve_class(manifest.class_name, config, where=where)
     tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
     shapes = {tensor.shape for tensor in tensors.values()}
-    strict = on_missing == "error"
     skeleton = build_skeleton(
         config,
         cls,
         dtype or parse_dtype(manifest.dtype),
         tensor_count=len(tensors) + len(manifest.ties),
-        accepts=shapes.__contains__ if strict else lambda _: True,
+        accepts=shapes.__contains__ if on_missing == "error" else lambda _: True,
         check=(current_run.get() or Run()).check,
         where=where,
     )
@@ -99,8 +89,28 @@ def open_skeleton(
     fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
     if skeleton.model.can_generate():
-        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
+        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(settings))
     return skeleton
+
+
+def _sanitise(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and generation settings of a manifest, without what no file may choose.
+
+    Raises:
+        UnsupportedModelError: a value is one that no model has.
+    """
+    where, generation = manifest.name, manifest.generation_config or {}
+    refuse_absurd_sizes(manifest.config, where=where)
+    refuse_endless_numbers(manifest.config, where=where)
+    refuse_endless_numbers(generation, where=where)
+    config, dropped = sanitise_config(manifest.config)
+    generation, dropped_generation = sanitise_config(generation)
+    for line in dropped + dropped_generation:
+        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
+    config, unfit = sanitise_outputs(config, where=where)
+    for line in unfit:
+        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
+    return config, generation
 
 
 def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:

@@ -48,24 +48,26 @@ _MAX_DEPTH = 24
 def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The configuration without its requests for foreign code, and a line for each that was taken out."""
     dropped: list[str] = []
-    clean: dict[str, Any] = _clean(dict(config), "", dropped, 0)
-    return clean, dropped
+
+    def keep(path: str, key: str, value: Any) -> bool:
+        if asks := _asks_for_code(key, value):
+            dropped.append(f"{path}{key}: {str(value)[:80]}")
+        return not asks
+
+    return _filter(dict(config), keep), dropped
 
 
-def _clean(value: Any, path: str, dropped: list[str], depth: int) -> Any:
+def _filter(value: Any, keep: Callable[[str, str, Any], bool], path: str = "", depth: int = 0) -> Any:
+    """The value without the entries of objects, at any depth, that `keep` refuses by their path, key and value."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path[:80]}")
     if isinstance(value, list):
-        return [_clean(inner, f"{path}{index}.", dropped, depth + 1) for index, inner in enumerate(value)]
+        return [_filter(inner, keep, f"{path}{index}.", depth + 1) for index, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    clean = {}
-    for key, inner in value.items():
-        if _asks_for_code(key, inner):
-            dropped.append(f"{path}{key}: {str(inner)[:80]}")
-        else:
-            clean[key] = _clean(inner, f"{path}{key}.", dropped, depth + 1)
-    return clean
+    return {
+        key: _filter(inner, keep, f"{path}{key}.", depth + 1) for key, inner in value.items() if keep(path, key, inner)
+    }
 
 
 def _asks_for_code(key: str, value: Any) -> bool:
@@ -304,25 +306,16 @@ def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str
     """
     dropped: list[str] = []
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(inner) for inner in value]
-        if not isinstance(value, dict):
-            return value
-        kept = {}
-        for key, inner in value.items():
-            if key in _NOT_FROM_A_CONFIGURATION or (key == "return_dict" and inner is not True):
-                asks = key == "return_dict" or (bool(inner) and inner not in _CACHES_OF_OLD)
-                dropped.extend([f"{key}: {str(inner)[:80]}"] * asks)
-            elif key in _SHARED and not (fits := _SHARED[key])[1](inner):
-                raise UnsupportedModelError(
-                    f"{where} has {key} = {inner!a:.80}, expected {fits[0]}; correct config.json"
-                )
-            else:
-                kept[key] = clean(inner)
-        return kept
+    def keep(_: str, key: str, value: Any) -> bool:
+        if key in _NOT_FROM_A_CONFIGURATION or (key == "return_dict" and value is not True):
+            if key == "return_dict" or (value and value not in _CACHES_OF_OLD):
+                dropped.append(f"{key}: {str(value)[:80]}")
+            return False
+        if key in _SHARED and not (fits := _SHARED[key])[1](value):
+            raise UnsupportedModelError(f"{where} has {key} = {value!a:.80}, expected {fits[0]}; correct config.json")
+        return True
 
-    return clean(dict(config)), dropped
+    return _filter(dict(config), keep), dropped
 
 
 def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) -> tuple[dict[str, Any], list[str]]:

@@ -26,7 +26,7 @@ from surfw.runtime.rows import BlockReader, RowReader, StreamedTables, TableUnit
 from surfw.runtime.run import IoThread, Run
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend, open_backend
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.exactness.families import Family
 from tests.toys import toy_needs
 

@@ -18,7 +18,7 @@ from surfw.runtime.run import IoThread, Run
 from surfw.source import Read
 from surfw.storage import FilesystemBackend
 from surfw.storage.ranges import most_range_bytes
-from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.store_source import StorageSource, open_storage_source
 from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
