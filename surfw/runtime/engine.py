@@ -290,8 +290,8 @@ class Engine:
     @property
     def claimed_bytes(self) -> int:
         """The most memory that the plan, and what is reserved besides, may come to take."""
-        with self._lock:
-            return self.plan.peak_bytes + self.plan.reserved_bytes
+        plan = self.plan
+        return plan.peak_bytes + plan.reserved_bytes
 
     def reserve(self, size_bytes: int, *, or_less: bool = False) -> None:
         """Leave so much of the budget free from now on, instead of what was left free before.

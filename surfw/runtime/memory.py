@@ -79,7 +79,7 @@ def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
 def _machine_limit(root: Path) -> MemoryLimit:
     """The whole memory, of which what is not available is in use.
 
-    `MemAvailable` is the kernel's estimate of what can be had without swapping: what is free, and caches that can be
+    `MemAvailable` is the kernel's estimate of what can be taken without swapping: what is free, and caches that can be
     dropped, less what it keeps for itself. A sum of what is in use would be too small, as drivers and balloons take
     pages that stand in no other line.
     """
@@ -186,7 +186,7 @@ class MemoryClaim:
     A model lays its claim like this, and gives it up when it is closed:
 
         with deciding:
-            plan = make_a_plan(default_budget_bytes())
+            plan = make_a_plan(find_default_budget().budget_bytes)
             claim = MemoryClaim(peak_bytes, held_bytes)
 
     A claim that nobody refers to any more is given up too.
@@ -250,15 +250,6 @@ def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
         f"{limit.place} allows {format_size(limit.limit_bytes)}, {format_size(limit.in_use_bytes)} of it is in use, "
         f"{format_size(headroom_bytes(limit.limit_bytes))} is headroom{open_models}",
     )
-
-
-def default_budget_bytes(root: Path = Path("/")) -> int:
-    """What weights may take where nobody says; 0 if there is no memory to spare.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
-    return find_default_budget(root).budget_bytes
 
 
 def headroom_bytes(limit_bytes: int) -> int:
