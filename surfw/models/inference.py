@@ -200,11 +200,8 @@ def answer(
             return _run_encoder(model, tokenizer, inputs)
         return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
     except (ValueError, IndexError, RuntimeError) as exc:
-        complaint = (
-            None
-            if any(exc is one for one in callers_own)
-            else _complaint(model, request, inputs["input_ids"].shape[1], exc)
-        )
+        is_callers = any(exc is one for one in callers_own)
+        complaint = None if is_callers else _complaint(model, request, inputs["input_ids"].shape[1], exc)
         if complaint is None:
             raise
         raise ConfigurationError(complaint) from exc
