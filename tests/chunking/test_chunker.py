@@ -173,7 +173,7 @@ def test_code_that_a_configuration_asks_for_is_left_out_with_a_word(
         ({"hidden_size": 128}, CheckpointError, "configuration and weights do not belong together"),
         ({"num_hidden_layers": 5}, CheckpointError, "lacks 9 weights of LlamaForCausalLM, such as model.layers.4"),
         ({"architectures": ["BertModel"]}, UnsupportedModelError, "cannot be used"),
-        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is no whole model"),
+        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is not a whole"),
         ({"architectures": ["AutoConfig"]}, UnsupportedModelError, "asks for the class 'AutoConfig'"),
         ({"model_type": "lama"}, UnsupportedModelError, "has model type 'lama'"),
         ({"dtype": "int8"}, UnsupportedModelError, "not a floating-point dtype"),

@@ -17,7 +17,7 @@ SENTENCE = "Weight streaming is a way to run a model whose weights do not fit in
 
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
-    """What an example prints; whoever runs one sees no notice of a library about calls that are surfw's."""
+    """What an example prints; it shows no warning of a library about calls that surfw makes."""
     environment = {"TRANSFORMERS_VERBOSITY": "warning"} | environment
     done = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", str(EXAMPLES / f"{name}.py"), *arguments],
