@@ -2,12 +2,14 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from surfw.bench.process import Outcome
 from surfw.bench.result import summarise
 from surfw.config import GB
+
+SURFW = "surfw"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,10 +75,6 @@ class InferResult:
     bandwidth_bytes_per_second: float | None
     rows: tuple[InferRow, ...]
     notes: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
 
 
 def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[float | None]) -> tuple[InferRow, ...]:

@@ -1,4 +1,4 @@
-"""One contender in a process of its own, under a cap if there is one, to its end or to its kill."""
+"""A peer in a process of its own, under a cap if there is one, to its end or to its kill."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from surfw.bench.cap import drop_page_cache, memory_group
-from surfw.bench.contenders.work import Work
+from surfw.bench.comparison import Comparison
 from surfw.config import format_size
 
 _SHOWN = 300
@@ -34,32 +34,27 @@ class Outcome:
     cold: bool = False
 
 
-def run_contender(
-    name: str, work: Work, *, cap_bytes: int | None, patience_seconds: float, folder: str | None = None
-) -> Outcome:
-    """Run it; nothing of it is left afterwards, however this ends.
+def run_peer(module: str, work: Comparison) -> Outcome:
+    """Run a file of `surfw.bench.peers`; nothing of it is left afterwards, however this ends.
 
     Args:
-        name: of `CONTENDERS`, or `READS`.
-        work: what to do.
-        cap_bytes: all the memory it can have, page cache included; None for no cap.
-        patience_seconds: after this it is stopped.
-        folder: where it may write; default: the temporary folder.
+        module: the file.
+        work: what it is given, under its cap, until its patience ends.
 
     Raises:
         ConfigurationError: the cap cannot be set.
     """
     with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder))
-        text = json.dumps(asdict(replace(work, scratch_dir=scratch)))
-        command = [sys.executable, "-m", "surfw.bench.contenders", name, text]
-        if cap_bytes is None:
-            return _run(command, patience_seconds)
-        group = stack.enter_context(memory_group(cap_bytes))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=work.folder))
+        text = json.dumps(asdict(replace(work, folder=scratch)))
+        command = [sys.executable, "-m", "surfw.bench.peers", module, text]
+        if work.cap_bytes is None:
+            return _run(command, work.patience_seconds)
+        group = stack.enter_context(memory_group(work.cap_bytes))
         cold = drop_page_cache()
-        outcome = _run(group.command(command), patience_seconds)
+        outcome = _run(group.command(command), work.patience_seconds)
         if outcome.failed and group.kills:
-            outcome = Outcome(failed=f"was killed: a cap of {format_size(cap_bytes)} is too small for it")
+            outcome = Outcome(failed=f"was killed: a cap of {format_size(work.cap_bytes)} is too small for it")
         return replace(outcome, peak_group_bytes=group.peak_bytes, cold=cold)
 
 

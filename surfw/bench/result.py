@@ -3,10 +3,10 @@
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -51,10 +51,6 @@ class Result:
     benchmark: str
     machine: dict[str, str]
     rows: tuple[Row, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
 
 
 class Spread(NamedTuple):

@@ -36,14 +36,8 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
     if json:
         render.print_json(shown)
         return
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("setting", "value", "from"):
-        table.add_column(heading, overflow="fold")
-    for name, one in shown.items():
-        table.add_row(name, _text(one["value"]), one["from"])
-    render.out.print(table)
+    rows = [(name, _text(one["value"]), one["from"]) for name, one in shown.items()]
+    render.out.print(render.table(("setting", "value", "from"), rows, fold=True))
 
 
 def _shown(name: str, value: Any) -> Any:

@@ -12,10 +12,11 @@ import psutil
 import pytest
 
 from surfw.bench.cap import LEAST_BYTES, memory_group
-from surfw.bench.contenders import PEERS
-from surfw.bench.contenders.offload import place_modules
-from surfw.bench.infer import Comparison, bench_infer
+from surfw.bench.comparison import Comparison
+from surfw.bench.infer import bench_infer
 from surfw.bench.infer_result import InferResult
+from surfw.bench.peers import PEERS
+from surfw.bench.peers.accelerate import place_modules
 from surfw.chunking.library import ModelChunker
 from surfw.errors import ConfigurationError
 from tests.checkpoints import save_bert, save_llama

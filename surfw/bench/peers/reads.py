@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from surfw.bench.comparison import Comparison
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.storage import open_backend
 from surfw.storage.source import open_storage_source
-
-READS = "reads"
-"""What the measurement is called where contenders are."""
 
 _PIECE_BYTES = 8 * MIB
 _READERS = 2
@@ -35,6 +33,13 @@ class Bandwidth:
 
     bytes_per_second: float
     direct: bool
+
+
+def run(work: Comparison) -> Bandwidth:
+    """Measure the files of the comparison's model."""
+    assert work.source is not None, "bench_infer names it"
+    assert work.model is not None, "and the model"
+    return measure_reads(work.source, work.model)
 
 
 def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandwidth:

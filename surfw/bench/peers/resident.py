@@ -1,18 +1,13 @@
 """transformers as it is: `from_pretrained`, everything in memory."""
 
-from surfw.bench.contenders.work import Measurement, Work
+from surfw.bench.comparison import Comparison, Measurement
 
 
-def installed() -> str | None:
-    """Transformers comes with surfw."""
-    return None
-
-
-def run(work: Work) -> Measurement:
+def run(work: Comparison) -> Measurement:
     """Measure it."""
     from transformers import AutoConfig
 
-    from surfw.bench.contenders.generation import measure_generation, model_class
+    from surfw.bench.peers.generation import measure_generation, model_class
 
     config = AutoConfig.from_pretrained(work.model_dir)
     model = model_class(config).from_pretrained(work.model_dir, dtype="auto")

@@ -1,6 +1,6 @@
 """Run:ai Model Streamer, reading safetensors objects from S3 in a process of its own.
 
-`python -m surfw.bench.storage_peer` reads the objects that its stdin names, one URL a line, and prints the seconds and
+`python -m surfw.bench.peers.runai` reads the objects that its stdin names, one URL a line, and prints the seconds and
 the bytes as JSON. Credentials go through the environment, never through the command line.
 """
 
@@ -30,7 +30,7 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
         SurfwError: it fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "surfw.bench.storage_peer"],
+        [sys.executable, "-m", "surfw.bench.peers.runai"],
         input="\n".join(objects),
         capture_output=True,
         text=True,
