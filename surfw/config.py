@@ -25,6 +25,9 @@ MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
 
+PAGE_BYTES = 4 * MIB
+"""A server reads its storage, and caches it, in pages of at most this size."""
+
 PROGRESS_BYTES = 64 * 1024
 """So many bytes of an answer, or all that is left of it, are progress; fewer do not reset anybody's patience."""
 

@@ -223,7 +223,7 @@ SETTINGS: Mapping[str, Setting] = _read_registry()
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class SettingOrigin:
     """Where a value comes from.
 
     Attributes:
@@ -237,7 +237,7 @@ class Origin:
 
 def trace_settings(
     config: str | os.PathLike[str] | None, arguments: Mapping[str, Any]
-) -> dict[str, tuple[Any, Origin]]:
+) -> dict[str, tuple[Any, SettingOrigin]]:
     """Every setting's value, and where it comes from; arguments and results are those of `Settings.load`.
 
     Raises:
@@ -252,7 +252,7 @@ def trace_settings(
     defaults = Settings()
     origins = {name: _find_origin(setting, arguments, table, path) for name, setting in SETTINGS.items()}
     yielding, to = _decide_between(origins)
-    found: dict[str, tuple[Any, Origin]] = {}
+    found: dict[str, tuple[Any, SettingOrigin]] = {}
     for name, setting in SETTINGS.items():
         origin = origins[name]
         if name == yielding:
@@ -266,11 +266,11 @@ def trace_settings(
         if setting.kind is dict and origin.kind != "default":
             found[name] = _merge(setting, table, found[name][0], origin), origin
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
-        found["token_file"] = None, Origin("variable", TOKEN_VARIABLE)  # which holds the token itself
+        found["token_file"] = None, SettingOrigin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
 
 
-def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
+def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any], origin: SettingOrigin) -> dict[str, Any]:
     """The entries of a table from all places; of the same name, that of the nearest."""
     merged = dict(table.get(setting.name, {}))
     if origin.kind == "argument" and os.environ.get(setting.variable):
@@ -278,16 +278,16 @@ def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any],
     return {**merged, **value}
 
 
-def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> Origin:
+def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> SettingOrigin:
     """The nearest place that gives a setting."""
     if arguments.get(setting.name) is not None:
-        return Origin("argument", setting.name)
+        return SettingOrigin("argument", setting.name)
     if os.environ.get(setting.variable):
-        return Origin("variable", setting.variable)
-    return Origin("file", str(path)) if setting.name in table else Origin("default", "default")
+        return SettingOrigin("variable", setting.variable)
+    return SettingOrigin("file", str(path)) if setting.name in table else SettingOrigin("default", "default")
 
 
-def _decide_between(origins: Mapping[str, Origin]) -> tuple[str | None, str]:
+def _decide_between(origins: Mapping[str, SettingOrigin]) -> tuple[str | None, str]:
     """Of two settings that exclude each other, the one that yields, if both are given, and the one that is nearer.
 
     Raises:

@@ -24,7 +24,7 @@ import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
-from surfw.client.opening import open_link
+from surfw.client.connect import open_link
 from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.retry import RetryPolicy

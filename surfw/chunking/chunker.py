@@ -16,7 +16,7 @@ from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, check_d
 from surfw.errors import ConfigurationError, StorageError
 from surfw.manifest import Manifest, ModelFile, check_model_name, payload_digest
 from surfw.skeleton.sanitise import sanitise_config, tag_floats
-from surfw.storage.addresses import read_address
+from surfw.storage.backends import read_address
 from surfw.storage.base import StorageBackend
 from surfw.storage.origins import is_local_url
 from surfw.storage.store import Store, blob_key

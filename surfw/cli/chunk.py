@@ -162,7 +162,7 @@ def _chunk(
         show_progress=not json and render.err.is_terminal,
         storage_options=options.for_url(model),
     ) as prepared:
-        from surfw.models.needs import plan_least_budget  # torch is there by now
+        from surfw.models.assembly import plan_least_budget  # torch is there by now
 
         least_bytes, token_bytes = plan_least_budget(prepared)
         facts = _facts(prepared, least_bytes, token_bytes)

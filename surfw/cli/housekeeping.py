@@ -9,9 +9,7 @@ from surfw.cli import render
 from surfw.config import count, format_size
 from surfw.errors import IntegrityError
 from surfw.settings import Settings
-from surfw.storage.housekeeping import Housekeeping, StoreContents, StoredModel
-from surfw.storage.prune import Pruned, Removed, Steps
-from surfw.storage.verify import Verified
+from surfw.storage.housekeeping import Housekeeping, Pruned, Removed, Steps, StoreContents, StoredModel, Verified
 
 T = TypeVar("T")
 _SHOWN_NAMES = 10

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from ssl import SSLCertVerificationError, SSLContext, SSLError
 from urllib.parse import urlsplit
 
-from surfw.client.address import plan_headers, refusal
+from surfw.client.connect import plan_headers, refusal
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
 from surfw.retry import TRANSIENT_STATUSES

@@ -8,7 +8,7 @@ import asyncio
 from concurrent.futures import Executor, Future
 from typing import Protocol
 
-from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
 from surfw.errors import IntegrityError
 from surfw.manifest import count_blocks, payload_digest
 from surfw.source import Read, find_damage
@@ -16,8 +16,6 @@ from surfw.threads import to_its_end
 from surfw.wire import Begin
 
 _VERIFY_BYTES = 4 * MIB
-_PAGE_BYTES = 4 * MIB
-"""A server reads whole pages, of about this size."""
 _AROUND_DIGESTS_BYTES = 1024
 """What a document has beside the digests of blocks."""
 
@@ -43,7 +41,7 @@ class Transfer(Protocol):
 
 def most_read(size: int, parts: int = 1) -> int:
     """What is read for so many bytes that lie in some places: whole pages, and more than once if they are damaged."""
-    return (size + 2 * parts * _PAGE_BYTES) * (1 + DAMAGE_RETRIES)
+    return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
 
 def most_digests_bytes(stored_bytes: int) -> int:

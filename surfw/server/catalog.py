@@ -20,9 +20,8 @@ from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
-from surfw.server.fairness import Account
-from surfw.server.pages import Reader
-from surfw.server.single_flight import SingleFlight
+from surfw.server.sending import Document
+from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
 
@@ -67,31 +66,6 @@ class Entry:
     is_complete: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A model's manifest as it crosses the wire: a piece of an answer that holds no bytes while it waits."""
-
-    catalog: "Catalog"
-    model: str
-    digest: str
-    size: int
-    account: Account
-
-    async def use(self) -> None:
-        """Nothing to do: it was just read."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it.
-
-        Raises:
-            StorageError: it is another one meanwhile.
-        """
-        entry = await self.catalog.entry(self.model, self.account)
-        if entry.digest != self.digest:
-            raise StorageError(f"the manifest of {self.model} was replaced while it was sent; ask for it again")
-        return memoryview(entry.public)[start:stop]
-
-
 class Catalog:
     """Looks up what requests name. Whatever is not there is refused, with a code and a text for the client."""
 
@@ -99,8 +73,6 @@ class Catalog:
         """Name the store; nothing is read yet."""
         self.names: Sequence[str] = ()
         """The models there were when last looked."""
-        self.read_bytes = 0
-        """What manifests were read so far."""
         self._store = store
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
@@ -110,58 +82,69 @@ class Catalog:
         self._reads = SingleFlight(self._read, _READS)
         self._listings = SingleFlight(self._list, 1)
 
-    async def models(self, account: Account | None = None) -> Sequence[str]:
+    async def models(self, reader: Reader | None = None) -> Sequence[str]:
         """The names of the models there are now; what is kept of others is forgotten.
 
         Whoever asks while they are being listed waits for the next listing, together with all who do.
         """
         if _LISTING in self._listings:
             self._listings.detach(_LISTING)
-        return await self._listings.join(_LISTING, account)
+        return await self._listings.join(_LISTING, reader)
 
-    async def _list(self, _: str) -> Sequence[str]:
+    async def _list(self, *_: object) -> Sequence[str]:
         self.names = tuple(await self._store.models())
         self._listed = time.monotonic()
         for name in set(self._entries) - set(self.names):
             del self._entries[name]
         return self.names
 
-    async def read(self, model: str, account: Account | None = None) -> Entry:
+    async def read(self, model: str, reader: Reader | None = None) -> Entry:
         """The model as it is in the store now.
 
         Args:
             model: its name.
-            account: who pays for the reading; None for nobody in particular.
+            reader: who waits for it, and pays; None for the server itself.
 
         Raises:
             RefusedError: the store has no such model.
             StorageError, ManifestError: it cannot be read.
         """
-        name = _own(model, self.names) or _own(model, await self.models(account))
+        name = _own(model, self.names) or _own(model, await self.models(reader))
         if name is None:
             raise _unknown(model)
         try:
-            return await self._reads.join(name, account)
+            return await self._reads.join(name, reader)
         except UnknownModelError as exc:  # it was removed since it was listed
-            await self.models(account)
+            await self.models(reader)
             raise _unknown(model) from exc
 
-    async def document(self, model: str, account: Account | None = None) -> Document:
-        """The model's manifest as it is now, to be sent; raises as `read` does."""
-        entry = await self.read(model, account)
-        return Document(self, entry.manifest.name, entry.digest, len(entry.public), account or Account())
+    async def document(self, model: str, reader: Reader | None = None) -> Document:
+        """The model's manifest as it is now, to be sent; raises as `read` does.
 
-    async def entry(self, model: str, account: Account | None = None) -> Entry:
+        Loading it later raises `StorageError` if it is another one by then.
+        """
+        entry = await self.read(model, reader)
+        name, size, digest = entry.manifest.name, len(entry.public), entry.digest
+
+        async def load() -> bytes:
+            now = await self.entry(name, reader)
+            if now.digest != digest:
+                raise StorageError(f"the manifest of {name} was replaced while it was sent; ask for it again")
+            return now.public
+
+        return Document(size, digest, load)
+
+    async def entry(self, model: str, reader: Reader | None = None) -> Entry:
         """The model as it was when its manifest was last asked for, or as it is now."""
         if time.monotonic() - self._listed >= self._fresh_seconds:
             self._listed = time.monotonic()  # one of those who ask looks, and the others go on
             try:
-                await self.models(account)
+                await self.models(reader)
             except StorageError as exc:  # what is in the cache can be served without the storage
                 log.warning("the models of %s cannot be listed: %s", self._store.url, exc)
-        return self._entries.get(model) or await self.read(model, account)
+        return self._entries.get(model) or await self.read(model, reader)
 
-    async def _read(self, name: str) -> Entry:
+    async def _read(self, name: str, _: Reader) -> Entry:
         kept = self._entries.get(name)
         revision = await self._store.manifest_revision(name)
         if kept is not None and revision is not None and kept.revision == revision:
@@ -171,20 +154,9 @@ class Catalog:
         size, entry = await self._store.read_manifest(
             name, lambda data: (len(data), _make_entry(self._store, name, data, revision, kept))
         )
-        self.read_bytes += size
+        self._reads.read_bytes += size
         self._entries[name] = entry
         return entry
-
-    def progress(self, model: str, reader: Reader) -> int:
-        """How far the storage has got for one who waits for a manifest, in bytes that only rise.
-
-        While it waits in line, those are the manifests before its own. One that is being read comes in one go: whether
-        others are read meanwhile says nothing about it.
-        """
-        if self._reads.is_queued(model):
-            reader.read_bytes += self.read_bytes - reader.seen_bytes
-        reader.seen_bytes = self.read_bytes
-        return reader.read_bytes
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
@@ -192,14 +164,14 @@ class Catalog:
         await self._reads.close()
         self._entries.clear()
 
-    async def chunk(self, request: Get, account: Account | None = None) -> Sequence[Location]:
+    async def chunk(self, request: Get, reader: Reader | None = None) -> Sequence[Location]:
         """Where the stored bytes that are asked for lie.
 
         Raises:
             RefusedError: the model's manifest does not list such bytes.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest, chunk = await self.find(request.model, request.chunk, account)
+        manifest, chunk = await self.find(request.model, request.chunk, reader)
         form = chunk.form(request.form)
         if form is None:
             raise RefusedError(f"chunk {chunk.name} has no form {request.form[:80]!a}", code="unknown-form")
@@ -212,27 +184,27 @@ class Catalog:
             raise ManifestError(f"the manifest of {manifest.name} does not say where chunk {chunk.name} lies")
         return form.locations
 
-    async def find(self, model: str, identity: str, account: Account | None = None) -> tuple[Manifest, Chunk]:
+    async def find(self, model: str, identity: str, reader: Reader | None = None) -> tuple[Manifest, Chunk]:
         """A chunk of a model, by one of its identities, and the model's manifest.
 
         Raises:
             RefusedError: the model has no such chunk.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        entry = await self.entry(model, account)
+        entry = await self.entry(model, reader)
         chunk = entry.chunks.get(identity)
         if chunk is None:
             raise RefusedError(f"{entry.manifest.name} has no chunk {identity[:80]!a}", code="unknown-chunk")
         return entry.manifest, chunk
 
-    async def file(self, request: GetFile, account: Account | None = None) -> tuple[Location, str]:
+    async def file(self, request: GetFile, reader: Reader | None = None) -> tuple[Location, str]:
         """Where a file of the model lies, and its digest.
 
         Raises:
             RefusedError: the model's manifest does not list it.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest = (await self.entry(request.model, account)).manifest
+        manifest = (await self.entry(request.model, reader)).manifest
         for file in manifest.files:
             if file.path == request.path:
                 return Location(file.object, 0, file.size), file.digest

@@ -140,7 +140,7 @@ class HttpEndpoints:
             await self._looks.join("health")
         return self._ready
 
-    async def _look(self, _: str) -> None:
+    async def _look(self, *_: object) -> None:
         self._ready = (await self._source.health())["ready"]
         self._looked = time.monotonic()
 

@@ -3,7 +3,7 @@
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
-- A page that is read anew stays as it was for all others, until the new one has arrived in its place.
+- While a page is read anew, everyone else keeps the old one until the new one replaces it.
 - Reads take turns by what each reader's account has paid: for a whole page, and more where little of it is wanted.
 - Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
   had to be read for this use).
@@ -15,33 +15,220 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 import asyncio
 import mmap
 import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
-from surfw.config import BLOCK_BYTES, MIB
+from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
 from surfw.errors import NotFoundError, StorageError
+from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.fairness import Account
-from surfw.server.single_flight import SingleFlight
+from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
-PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs to work with, even if it is told to keep nothing."""
 
 PROGRESS_SECONDS = 1.0
-"""How often a client that waits hears how far the storage has got, if it has: well within any patience of its own."""
+"""How often a client that waits hears how far the storage has got, if it has: well within any client's patience."""
 
 _READS = 8
-"""The most reads of the storage at a time; of one that is near, `_NEAR_READS`: they are work for this machine."""
+"""The most reads of the storage at a time; of a near one, `_NEAR_READS`: they are work for this machine."""
 _NEAR_READS = 2
 
 _MOST_PRICE = 64
 """How many times its size a page costs, at most, where little of it is wanted."""
 
 _LITTLE = 16
-"""As this share of a page is little, a near storage rests after reading it for so long as three such reads take."""
+"""If less than this part of a page is wanted, a near storage rests after reading it, for three times as long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Bytes `start` to `stop` (end-exclusive) of a stored object.
+
+    Attributes:
+        anew: whether they are to be read although they are cached.
+        for_little: whether hardly any of them are wanted.
+    """
+
+    object: str
+    start: int
+    stop: int
+    anew: bool = False
+    for_little: bool = field(default=False, compare=False)
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+
+class PageCache:
+    """Pages of a storage, as read-only views.
+
+    Attributes:
+        cache: the pages that are cached.
+        healthy: whether the storage answered when it was last asked.
+        reads: the pages that are being read, or queued for that.
+    """
+
+    def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
+        """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
+        capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
+        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
+        self.healthy = True
+        self._backend = backend
+        self._metrics = metrics
+        self._is_near = backend.parallel_reads == 1
+        most = _NEAR_READS if self._is_near else _READS
+        self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
+        self._is_slow = False
+        # Within a quarter of the budget, so that what was read ahead is still there when its turn comes.
+        self._read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
+
+    def read(
+        self, locations: Sequence[Location], start: int, stop: int, reader: Reader
+    ) -> AsyncGenerator["StoredPiece", None]:
+        """The pieces of bytes `start` to `stop` of what lies at the locations, each once it was read, in order.
+
+        Of a storage that is far away, several are read ahead. Close the generator: that gives up what was read ahead.
+
+        Raises:
+            StorageError: a piece cannot be read.
+        """
+        pieces = plan_pieces(self, locations, start, stop, reader)
+        return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
+
+    async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
+        """Have the page read, and count the use.
+
+        Args:
+            page: what to read.
+            reader: for whom; None for the server itself.
+            wanted_bytes: how much of the page is wanted.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        if reader is not None and reader.fresh:
+            page = replace(page, anew=True)
+        if self.cache.get(page) is not None:
+            self._metrics.add("hits")
+        else:
+            self._metrics.add("coalesced" if page in self.reads else "misses")
+            await self._join(page, reader, wanted_bytes)
+
+    async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
+        """The page's bytes, for use until the next `await`: holding on to them would keep them beyond the budget.
+
+        Args:
+            page: what to look at; it is read again if it was evicted.
+            reader: for whom, as in `use`.
+            wanted_bytes: how many bytes are used now.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        view = self.cache.get(page)
+        if view is None:
+            view = await self._join(page, reader, wanted_bytes)
+        self.cache.note_use(page, wanted_bytes)
+        return view
+
+    async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
+        """Read the page, together with everyone else who wants it."""
+        waste = page.size // max(1, wanted_bytes)
+        page = replace(page, for_little=waste >= _LITTLE)
+        return await self.reads.join(page, reader, page.size * min(_MOST_PRICE, max(1, waste)))
+
+    async def _read(self, page: Page, reader: Reader) -> memoryview:
+        reading_bytes = sum(other.size for other, _ in self.reads.running())
+        self.cache.trim(max(0, self.cache.capacity_bytes - reading_bytes))
+        buffer = _allocate(page.size)
+        try:
+            took = await self._fill(page, buffer, reader)
+            self.healthy = True
+            if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
+                await asyncio.sleep(3 * took)
+        except StorageError as exc:
+            self.healthy = isinstance(exc, NotFoundError)
+            raise
+        view = buffer.toreadonly()
+        place = replace(page, anew=False)
+        if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
+            self.cache[place] = view
+        return view
+
+    async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
+        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
+
+        Returns:
+            The seconds that it took.
+        """
+        step = BLOCK_BYTES if self._is_slow else page.size
+        started = time.monotonic()
+        for at in range(0, page.size, step):
+            stop = min(at + step, page.size)
+            await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
+            reader.read_bytes = stop
+            self.reads.read_bytes += stop - at
+        took = time.monotonic() - started
+        self._is_slow = took > PROGRESS_SECONDS
+        return took
+
+    async def close(self) -> None:
+        """Stop reading, and forget everything."""
+        await self.reads.close()
+        self.cache.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Bytes `start` to `stop` (end-exclusive) of a page."""
+
+    pages: PageCache
+    page: Page
+    start: int
+    stop: int
+    reader: Reader
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+    async def use(self) -> None:
+        """Have the page read, and count the use."""
+        await self.pages.use(self.page, self.reader, self.size)
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of it, for use until the next `await`: no view may be kept across it."""
+        page = await self.pages.view(self.page, self.reader, stop - start)
+        return page[self.start + start : self.start + stop]
+
+
+def plan_pieces(
+    pages: PageCache, locations: Sequence[Location], start: int, stop: int, reader: Reader
+) -> Iterator[StoredPiece]:
+    """The pieces that make up bytes `start` to `stop` of what lies at the locations, for a reader.
+
+    Pages are cut from the start of each location, so that everyone who asks for bytes of it gets the same pages.
+    """
+    base = 0
+    for location in locations:
+        length = location.stop - location.start
+        low, high = max(start - base, 0), min(stop - base, length)
+        base += length
+        if low >= high:
+            continue
+        for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
+            last = min(first + PAGE_BYTES, length)
+            page = Page(location.object, location.start + first, location.start + last)
+            yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
 
 
 class ReadAhead:
@@ -63,183 +250,57 @@ class ReadAhead:
         self._free += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Bytes `start` to `stop` (end-exclusive) of a stored object.
+class _Usable(Protocol):
+    async def use(self) -> None: ...
 
-    `anew` if they are read although they are there; `for_little` if hardly any of them are wanted.
+
+Piece = TypeVar("Piece", bound=_Usable)
+
+
+async def use_ahead(
+    pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
+) -> AsyncGenerator[Piece, None]:
+    """The pieces in order, each once it was used; the use of the next ones has then begun.
+
+    Close the generator: that gives up the uses that have begun.
+
+    Args:
+        pieces: what to use.
+        ahead: permits for more than one piece ahead, shared with others; None for no more.
+        most: how many pieces may be ahead at most.
     """
+    ahead = ahead or ReadAhead(0)
+    begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
 
-    object: str
-    start: int
-    stop: int
-    anew: bool = False
-    for_little: bool = field(default=False, compare=False)
+    def begin() -> None:
+        # The first needs no permit, so that every answer gets on.
+        while len(begun) < most and (not begun or ahead.take()):
+            piece = next(pieces, None)
+            if piece is not None:
+                begun.append((piece, asyncio.create_task(piece.use())))
+                continue
+            if begun:
+                ahead.give()
+            return
 
-    @property
-    def size(self) -> int:
-        """How many bytes."""
-        return self.stop - self.start
+    def drop() -> tuple[Piece, asyncio.Task[None]]:
+        dropped = begun.popleft()
+        if begun:
+            ahead.give()  # of the one that is the first now
+        return dropped
 
-
-@dataclass(slots=True, eq=False)
-class Reader:
-    """For whom pages are read.
-
-    Attributes:
-        account: who pays for them.
-        fresh: whether it wants them read again, also if they are there.
-        read_bytes: how much of them was read, and what else counts; see `PageCache.progress`.
-        waits_for: the pages that it waits for now.
-        seen_bytes: what the storage had given, to anybody, when its progress was last counted.
-    """
-
-    account: Account = field(default_factory=Account)
-    fresh: bool = False
-    read_bytes: int = 0
-    waits_for: list[Page] = field(default_factory=list)
-    seen_bytes: int = 0
-
-
-class PageCache:
-    """Pages of a storage, as read-only views.
-
-    Attributes:
-        cache: the pages there are.
-        healthy: whether the storage answered when it was last asked.
-        read_bytes: what the storage has given so far.
-        read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within a quarter
-            of the budget, so that they are still there when their turn comes.
-        most_ahead: how many of them one answer may have.
-    """
-
-    def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
-        """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
-        capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
-        self.healthy = True
-        self.read_bytes = 0
-        self._backend = backend
-        self._metrics = metrics
-        self._is_near = backend.parallel_reads == 1
-        most = _NEAR_READS if self._is_near else _READS
-        self._reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
-        self._reading: dict[Page, int] = {}
-        self._reading_bytes = 0
-        self._is_slow = False
-        self.read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
-
-    @property
-    def most_ahead(self) -> int:
-        """How many of them one answer may have: one where the storage is near."""
-        return min(_READS, self._backend.parallel_reads)
-
-    async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Have the page read, and count the use.
-
-        Args:
-            page: what to read.
-            reader: for whom; None for one without an account.
-            wanted_bytes: how much of the page is wanted.
-
-        Raises:
-            StorageError: it cannot be read.
-        """
-        if reader is not None and reader.fresh:
-            page = replace(page, anew=True)
-        if self.cache.get(page) is not None:
-            self._metrics.add("hits")
-        else:
-            self._metrics.add("coalesced" if page in self._reads else "misses")
-            await self._join(page, reader, wanted_bytes)
-
-    async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
-        """The page's bytes, for use until the next `await`: holding on to them would keep them beyond the budget.
-
-        Args:
-            page: what to look at; it is read again if it had to go.
-            reader: for whom, as in `use`.
-            wanted_bytes: how many bytes are used now.
-
-        Raises:
-            StorageError: they cannot be read.
-        """
-        view = self.cache.get(page)
-        if view is None:
-            view = await self._join(page, reader, wanted_bytes)
-        self.cache.note_use(page, wanted_bytes)
-        return view
-
-    async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
-        """Read the page, together with whoever else wants it."""
-        reader = reader or Reader()
-        waste = page.size // max(1, wanted_bytes)
-        page = replace(page, for_little=waste >= _LITTLE)
-        price = page.size * min(_MOST_PRICE, max(1, waste))
-        reader.waits_for.append(page)
-        reader.seen_bytes = self.read_bytes
-        try:
-            view = await self._reads.join(page, reader.account, price)
-            reader.read_bytes += page.size
-            return view
-        finally:
-            reader.waits_for.remove(page)
-
-    def progress(self, reader: Reader) -> int:
-        """How far the storage has got with what a reader waits for, in bytes that only rise.
-
-        Those are its own pages' bytes; while it waits in line, also those of the pages before them. So a line that
-        moves is progress, and a read of its own that hangs is none, whatever others get.
-        """
-        own = sum(self._reading.get(page, 0) for page in reader.waits_for)
-        if reader.waits_for and not any(page in self._reading for page in reader.waits_for):
-            reader.read_bytes += self.read_bytes - reader.seen_bytes
-        reader.seen_bytes = self.read_bytes
-        return reader.read_bytes + own
-
-    async def _read(self, page: Page) -> memoryview:
-        self._reading[page] = 0
-        self._reading_bytes += page.size
-        try:
-            self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
-            buffer = _allocate(page.size)
-            took = await self._fill(page, buffer)
-            self.healthy = True
-            if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
-                await asyncio.sleep(3 * took)
-        except StorageError as exc:
-            self.healthy = isinstance(exc, NotFoundError)
-            raise
-        finally:
-            self._reading.pop(page, None)
-            self._reading_bytes -= page.size
-        view = buffer.toreadonly()
-        place = replace(page, anew=False)
-        if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
-            self.cache[place] = view
-        return view
-
-    async def _fill(self, page: Page, buffer: memoryview) -> float:
-        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
-
-        Returns:
-            The seconds that it took.
-        """
-        step = BLOCK_BYTES if self._is_slow else page.size
-        started = time.monotonic()
-        for at in range(0, page.size, step):
-            stop = min(at + step, page.size)
-            await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
-            self._reading[page] = stop
-            self.read_bytes += stop - at
-        took = time.monotonic() - started
-        self._is_slow = took > PROGRESS_SECONDS
-        return took
-
-    async def close(self) -> None:
-        """Stop reading, and forget everything."""
-        await self._reads.close()
-        self.cache.clear()
+    try:
+        begin()
+        while begun:
+            await begun[0][1]
+            piece, _ = drop()
+            begin()
+            yield piece
+    finally:
+        given_up = [drop()[1] for _ in range(len(begun))]
+        for use in given_up:
+            use.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
 
 
 def _allocate(size: int) -> memoryview:
@@ -252,7 +313,7 @@ def _allocate(size: int) -> memoryview:
         return memoryview(bytearray(size))
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no more mappings are to be had; the allocator has room of its own
+    except OSError:  # the system gives no more mappings; the allocator has room of its own
         return memoryview(bytearray(size))
     with suppress(OSError, AttributeError):  # a system without huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)

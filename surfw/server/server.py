@@ -1,7 +1,7 @@
 """The server: a store, a cache of its pages, and a port where clients and monitors are answered.
 
 Its process imports neither torch nor transformers. It trusts no client: see `wire` for what is refused, `listening` for
-who may come, `catalog` for what can be named, `pages` and `outlet` for what bounds its memory.
+who may come, `catalog` for what can be named, `pages` and `sending` for what bounds its memory.
 """
 
 import asyncio

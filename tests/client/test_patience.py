@@ -12,7 +12,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
-from surfw.client.source import WireSource
+from surfw.client.wire_source import WireSource
 from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import ConnectionFailedError
 from surfw.retry import RetryPolicy

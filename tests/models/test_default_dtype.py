@@ -127,7 +127,7 @@ def test_a_run_does_not_begin_while_another_model_is_built(store: Path, monkeypa
         build = Other(lambda: StreamingWatched.open(opener(store), LLAMA, dtype="bfloat16").close())
         assert inside.wait(60)
         run = Other(lambda: model.run(lambda inner: (order.append("work"), inner(input_ids=IDS))))
-        until(lambda: model._opened and model._opened._current)
+        until(lambda: model._current)
         go_on.set()
         build.end()
         run.end()

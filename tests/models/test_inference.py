@@ -15,7 +15,7 @@ from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, inference
 from surfw.models.inference import InferenceRequest, InferenceResult, TokenClock, answer
 from surfw.storage import open_backend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 
 PROMPT = "Weights arrive while"
 

@@ -9,9 +9,9 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from surfw.errors import SurfwError, UnsupportedModelError
-from surfw.models import StreamingModel, opening
+from surfw.models import StreamingModel, from_manifest
+from surfw.models.from_manifest import open_skeleton
 from surfw.models.inference import InferenceRequest, InferenceResult, answer
-from surfw.models.opening import open_skeleton
 from surfw.skeleton.sanitise import sanitise_generation
 from surfw.storage import FilesystemBackend, Store
 
@@ -26,11 +26,11 @@ def test_no_generation_setting_ends_in_an_error_of_another(store: Path) -> None:
     with StreamingModel.open(store, "llama") as llama:
         usual = answer(llama, None, request).token_ids
         for name in SETTINGS:
-            _, dropped = sanitise_generation({name: "static"}, taken=opening._TAKEN)
+            _, dropped = sanitise_generation({name: "static"}, taken=from_manifest._TAKEN)
             for value in VALUES[:1] if dropped else VALUES:
                 manifest = replace(llama.manifest, generation_config={name: value})
                 try:
-                    opening._configure_generation(llama.model, {name: value}, manifest, {})
+                    from_manifest._configure_generation(llama.model, {name: value}, manifest, {})
                     found = answer(llama, None, request)
                 except SurfwError:
                     continue

@@ -13,8 +13,8 @@ from surfw.config import KIB, WireLimits
 from surfw.metrics import Metrics
 from surfw.server import reception
 from surfw.server.connection import Connection
-from surfw.server.outlet import Outlet
 from surfw.server.reception import PORTION_BYTES
+from surfw.server.sending import Sender
 from surfw.wire import ServerSession
 from tests.certificates import for_server, make_certificate
 from tests.peers import bare_client, serving, until
@@ -180,13 +180,13 @@ def test_no_transport_is_given_a_view_of_a_page_to_keep() -> None:
         ours.setblocking(False)
         websocket, metrics = type("Websocket", (), {})(), Metrics()
         websocket.transport = Kept(ours)
-        outlet = Outlet(websocket, ServerSession(SMALL, server="s"), metrics)
+        sender = Sender(websocket, ServerSession(SMALL, server="s"), metrics)
         page = bytes(range(256)) * (16 * KIB)
-        outlet._write([b"header", memoryview(page)])
+        sender._write([b"header", memoryview(page)])
         kept = websocket.transport.kept
         assert kept, "a socket does not take so much at once"
         assert all(type(part) is bytes for part in kept)
-        outlet._write([b"more", memoryview(page)[:5]])
+        sender._write([b"more", memoryview(page)[:5]])
         theirs.settimeout(10)
         taken = len(b"header") + len(page) - sum(map(len, kept[:-2]))
         received = b""

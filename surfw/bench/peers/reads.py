@@ -15,7 +15,7 @@ from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.storage import open_backend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 
 _PIECE_BYTES = 8 * MIB
 _READERS = 2

@@ -10,8 +10,8 @@ from functools import partial
 from ssl import SSLContext
 from typing import TypeVar
 
+from surfw.client.connect import open_link
 from surfw.client.link import Link
-from surfw.client.opening import open_link
 from surfw.client.transfer import ChunkTransfer, Document, most_digests_bytes
 from surfw.config import (
     BLOCK_BYTES,
