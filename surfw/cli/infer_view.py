@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surfw.models.explain import Explanation
     from surfw.models.inference import InferenceResult
     from surfw.models.streaming import StreamingModel
-    from surfw.settings import Origin
+    from surfw.settings import SettingOrigin
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
@@ -44,7 +44,7 @@ class PlainView:
         if not self._quiet:
             print(f"surfw: {text}", file=sys.stderr, flush=True)
 
-    def explain(self, explanation: Explanation, origins: Mapping[str, Origin]) -> None:
+    def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
         explain_view.show(explanation, origins, render.err)
 
@@ -83,7 +83,7 @@ class LiveView:
         """Say what is going on, in a line."""
         render.err.print(f"surfw: {text}", style="dim", soft_wrap=True)
 
-    def explain(self, explanation: Explanation, origins: Mapping[str, Origin]) -> None:
+    def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
         explain_view.show(explanation, origins, render.err)
         render.err.print()

@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from surfw.cli import signals
 from surfw.setting import Setting
-from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, Origin, Settings, trace_settings
+from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, SettingOrigin, Settings, trace_settings
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
@@ -66,7 +66,7 @@ class Configuration:
     """The settings of a command, and where each comes from."""
 
     settings: Settings
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, SettingOrigin]
 
 
 def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:
