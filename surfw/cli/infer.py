@@ -15,8 +15,6 @@ from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from surfw.cli.infer_view import LiveView, PlainView
     from surfw.cli.sources import ChosenSource
     from surfw.models.inference import InferenceRequest, InferenceResult
@@ -222,7 +220,7 @@ def _open_model(chosen: "ChosenSource", settings: Settings) -> "StreamingModel":
     )
 
 
-def _open_tokenizer(streaming: "StreamingModel", *, needed: bool) -> "PreTrainedTokenizerBase | None":
+def _open_tokenizer(streaming: "StreamingModel", *, needed: bool) -> Any:
     """Return the tokenizer, if the model has one; if it cannot be used and is not needed, warn."""
     try:
         return streaming.find_tokenizer()
