@@ -26,7 +26,7 @@ def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Re
         rounds: alternations with the baseline; medians are reported.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise ConfigurationError(f"{folder} is no folder, expected one with room for a copy of the model")
+        raise ConfigurationError(f"{folder} is not a folder; expected one with room for a copy of the model")
     with prepare_model(model) as prepared:
         return _measure(prepared, folder, rounds)
 
@@ -58,7 +58,7 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
 
 
 def _copy(prepared: PreparedModel, place: Path) -> float:
-    """Seconds that `cp` and a sync of its files take."""
+    """Return the seconds that `cp` and a sync of its files take."""
     cp = shutil.which("cp") or "cp"
     shards = [str(shard.path) for shard in prepared.checkpoint.shards]
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a comparison of generations found: from the outcomes of all rounds to rows and remarks. Pure; see `infer`."""
+"""The result of a comparison of generations, from the outcomes of all rounds. Pure; see `infer`."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ SURFW = "surfw"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRow:
-    """One contender; without numbers, but for its name and `failed`, if it could not be measured.
+    """surfw or a peer; only `name` and `failed` are set if it could not be measured.
 
     Attributes:
         name: as in `--against`, or `surfw`.
@@ -24,7 +24,7 @@ class InferRow:
         high: the fastest round.
         surfw_ratio: how many times as fast surfw is: its value ÷ this one's.
         decode_value: tokens per second after the first token.
-        streamed_bytes_per_token: weights fetched for each of those; None for whoever does not say.
+        streamed_bytes_per_token: weights fetched for each of those; None for peers, which do not tell.
         ceiling: the most that decode_value could be: the bandwidth ÷ streamed_bytes_per_token, the median of all
             rounds; None if nothing was streamed, or the bandwidth is not known.
         share: decode_value ÷ ceiling, the median of all rounds.
@@ -58,15 +58,15 @@ class InferRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferResult:
-    """The contenders, surfw first.
+    """surfw and its peers, surfw first.
 
     Attributes:
         benchmark: `infer`.
         machine: what they were measured on.
         work: model, prompt and new tokens, rounds, cap and budget, as they were asked for.
         bandwidth_bytes_per_second: what the ceilings come from: the median of all rounds, or what was given.
-        rows: the contenders.
-        notes: what a reader has to know: whom surfw was not compared with and why, and how to read the numbers.
+        rows: surfw and its peers.
+        notes: which peers are missing and why, and how to read the numbers.
     """
 
     benchmark: str
@@ -78,10 +78,10 @@ class InferResult:
 
 
 def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[float | None]) -> tuple[InferRow, ...]:
-    """A row for each contender.
+    """Make a row for surfw and each peer.
 
     Args:
-        outcomes: of each round, by contender, surfw first.
+        outcomes: of each round, by name, surfw first.
         bandwidths: bytes per second in each round; None where it is not known.
     """
     measured = {name: [one.found for one in all_of if one.found is not None] for name, all_of in outcomes.items()}
@@ -114,7 +114,7 @@ def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[fl
 
 
 def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: bool) -> list[str]:
-    """What the rows do not say.
+    """Make the notes: what the rows do not say.
 
     Args:
         rows: of `make_rows`.
@@ -147,7 +147,7 @@ def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: b
 
 
 def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | None]) -> dict[str, Any]:
-    """What is known of the tokens after the first; each round's ceiling is that of its own bandwidth."""
+    """Return the facts about the tokens after the first; each round has the ceiling of its own bandwidth."""
     steps = len(found[0]["token_ids"]) - 1
     rates = [steps / one["decode_seconds"] for one in found]
     facts: dict[str, Any] = {"decode_value": statistics.median(rates)}
@@ -163,11 +163,11 @@ def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | Non
 
 
 def _expected_tokens(answers: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The answer that most of them agree with; of equals the longest."""
+    """Return the answer that most others agree with; of several, the longest."""
     return max(answers, key=lambda one: (sum(_agree(one, other) for other in answers), len(one)), default=())
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether one is the beginning of the other."""
+    """Whether one begins with the other."""
     shared = min(len(one), len(other))
     return list(one[:shared]) == list(other[:shared])

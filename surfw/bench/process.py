@@ -19,13 +19,13 @@ _SHOWN = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What came of it.
+    """What came of a run.
 
     Attributes:
-        found: what it says of itself; None if it failed.
-        failed: why it did.
+        found: what it measured; None if it failed.
+        failed: why it failed.
         peak_group_bytes: the most memory its group had, page cache included; None without a cap.
-        cold: whether the page cache was dropped before, so that all it used counted; not done without a cap.
+        cold: whether the page cache was dropped before the run, so that all files it read counted; False without a cap.
     """
 
     found: dict[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""What a benchmark found, as data: rows with a baseline from the same run, and the machine. Nothing here renders."""
+"""The result of a benchmark, as data: rows with a baseline from the same run, and the machine."""
 
 import platform
 import statistics
@@ -54,7 +54,7 @@ class Result:
 
 
 class Spread(NamedTuple):
-    """What several rounds came to."""
+    """The median of several rounds, and the extremes."""
 
     value: float
     low: float

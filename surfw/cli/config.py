@@ -21,7 +21,7 @@ Examples:
 def config(context: typer.Context, file: options.ConfigFile = None, json: options.Json = False) -> None:
     """Show every setting, its value, and where it comes from.
 
-    A token is never shown, only whether there is one; of storage options, only what is known to be harmless.
+    A token is never shown, only whether there is one; storage options are shown only where they are harmless.
     """
     from surfw.cli import render
 
@@ -41,14 +41,14 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
 
 
 def _shown(name: str, value: Any) -> Any:
-    """A value without the credentials that a URL, or the options of a storage, may hold."""
+    """Return a value without the credentials that a URL or storage options may hold."""
     if name == "storage_options":
         return shown_options(value)
     return display_url(value) if name in {"store", "source"} and value is not None else value
 
 
 def _text(value: Any) -> str:
-    """A value as a person writes it."""
+    """Return a value as a person writes it."""
     if value is None or value == {}:
         return ""
     if isinstance(value, dict):

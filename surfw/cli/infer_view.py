@@ -129,7 +129,7 @@ class LiveView:
 
 
 def weights_table(statistics: Mapping[str, Any]) -> Table:
-    """Counters of the weights on their way."""
+    """Make the table of the weights' counters."""
     cache, time, latency = (statistics[part] for part in ("cache", "time", "fetch_latency_seconds"))
     return render.facts(
         "",
@@ -148,7 +148,7 @@ def weights_table(statistics: Mapping[str, Any]) -> Table:
 
 
 def _memory_used(statistics: Mapping[str, Any]) -> str:
-    """What weights take now, and of what."""
+    """Format the memory that weights take, and their budget."""
     used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
     if plan is None or plan["budget_bytes"] is None:
         return used
@@ -165,7 +165,7 @@ def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: 
 
 
 def summary(report: Report) -> str:
-    """One line: what the run took, and why it was not faster."""
+    """Say in a line what the run took, and why it was not faster."""
     result, cache, time = report.result, report.statistics["cache"], report.statistics["time"]
     spent = time["stall_seconds"] + time["compute_seconds"]
     if result.tokens_per_second is not None and result.ttft_seconds is not None:
@@ -182,7 +182,7 @@ def summary(report: Report) -> str:
 
 
 def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: Mapping[str, Any]) -> str:
-    """Why it was not faster, and what to do about it."""
+    """Say why the run was not faster, and what to do about it."""
     share = stall_seconds / spent_seconds if spent_seconds else 0.0
     on = "the link" if is_server_url(source) else "storage"
     if share < _MOSTLY:

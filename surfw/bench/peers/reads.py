@@ -1,4 +1,4 @@
-"""How fast the files of a model in a local store can be read, past the page cache, where that is possible."""
+"""How fast the files of a model in a local store can be read, past the page cache where that is possible."""
 
 import asyncio
 import mmap
@@ -28,7 +28,7 @@ class Bandwidth:
 
     Attributes:
         bytes_per_second: over all reads.
-        direct: whether the page cache was left out; else it was only told to forget the files before.
+        direct: whether the page cache was bypassed; otherwise the files were only dropped from it before.
     """
 
     bytes_per_second: float
@@ -53,7 +53,7 @@ def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandw
         seconds: how long, at least; the files are read again if need be.
 
     Raises:
-        ConfigurationError: the store's objects are no local files.
+        ConfigurationError: the store's objects are not local files.
         SurfwError: there is no such model.
     """
     files = asyncio.run(_files(store, model))
@@ -81,7 +81,9 @@ async def _files(store: str, model: str) -> list[Path]:
         objects = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
         paths = [source.store.backend.local_path(key) for key in objects]
     if None in paths:
-        raise ConfigurationError(f"{store} is no local folder, expected one; give the bandwidth yourself")
+        raise ConfigurationError(
+            f"{store} is not a local folder, so its reads cannot be measured; give the bandwidth yourself"
+        )
     return [path for path in paths if path is not None]
 
 

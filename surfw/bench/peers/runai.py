@@ -24,7 +24,7 @@ def find_streamer() -> bool:
 
 
 def stream_objects(objects: list[str], backend: S3Backend) -> float:
-    """The seconds that it takes to have all tensors of the objects in memory, imports not counted.
+    """Return the seconds that it takes to read all tensors of the objects into memory, imports not counted.
 
     Raises:
         SurfwError: it fails.
@@ -48,7 +48,7 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
 
 
 def _environment(backend: S3Backend) -> dict[str, str]:
-    """Where the bucket is and who asks, in its own variables."""
+    """Return where the bucket is, and the credentials, in the variables that the streamer reads."""
     fs = backend.fs
     known = {
         "AWS_ACCESS_KEY_ID": fs.key,
