@@ -52,34 +52,51 @@ INSIDES = [
     Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightRenaming", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightConverter.add_tensor", "skeleton/loading.py", LOADER),
-    Inside("transformers.core_model_loading", "WeightConverter.convert", "skeleton/loading.py", LOADER, ("model", "config")),
+    Inside(
+        "transformers.core_model_loading", "WeightConverter.convert", "skeleton/loading.py", LOADER, ("model", "config")
+    ),
     Inside("transformers.core_model_loading", "Concatenate", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "build_glob_alternation", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "dot_natural_key", "skeleton/loading.py", LOADER),
     Inside(
-        "transformers.core_model_loading", "rename_source_key", "skeleton/loading.py", LOADER,
+        "transformers.core_model_loading",
+        "rename_source_key",
+        "skeleton/loading.py",
+        LOADER,
         ("base_model_prefix", "meta_state_dict"),
     ),
     Inside("transformers", "PreTrainedModel._get_dtype_plan", "skeleton/loading.py", "what stays in float32"),
     Inside("transformers", "PreTrainedModel._from_config", "skeleton/build.py", META),
-    Inside("transformers", "PreTrainedModel.tie_weights", "skeleton/shared.py", "transformers replaces it while it builds"),
-    Inside("transformers", "PreTrainedConfig._attn_implementation", "skeleton/build.py", "the kernel that was chosen"),
-    Inside("transformers", "PreTrainedConfig._experts_implementation", "skeleton/build.py", "the kernel that was chosen"),
     Inside(
-        "transformers.models.auto.modeling_auto", "MODEL_MAPPING._extra_content", "skeleton/build.py",
+        "transformers", "PreTrainedModel.tie_weights", "skeleton/shared.py", "transformers replaces it while it builds"
+    ),
+    Inside("transformers", "PreTrainedConfig._attn_implementation", "skeleton/build.py", "the kernel that was chosen"),
+    Inside(
+        "transformers", "PreTrainedConfig._experts_implementation", "skeleton/build.py", "the kernel that was chosen"
+    ),
+    Inside(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_MAPPING._extra_content",
+        "skeleton/build.py",
         "the classes that users registered; there is no public list of them",
     ),
     Inside(
-        "transformers.utils.chat_template_utils", "render_jinja_template", "models/chat_renderer.py",
+        "transformers.utils.chat_template_utils",
+        "render_jinja_template",
+        "models/chat_renderer.py",
         "chat templates, as transformers renders them, in a process of their own",
     ),
-    Inside("torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"),
-    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "calls on from __torch_function__, as documented"),
+    Inside(
+        "torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"
+    ),
+    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "as torch.overrides documents"),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._buffers", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._non_persistent_buffers_set", "skeleton/units.py", "buffers that no checkpoint holds"),
     Inside(
-        "torch.nn.modules.module", "register_module_parameter_registration_hook", "skeleton/shared.py",
+        "torch.nn.modules.module",
+        "register_module_parameter_registration_hook",
+        "skeleton/shared.py",
         "stops a configuration that asks for endless modules while it is being built",
     ),
     Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/shared.py", "as above"),
@@ -90,10 +107,22 @@ INSIDES = [
     Inside("websockets.asyncio.server", "ServerConnection.data_received", "server/reception.py", TURNS),
     Inside("websockets.asyncio.server", "ServerConnection.process_event", "server/reception.py", TURNS),
     Inside("websockets.asyncio.server", "ServerConnection.send_data", "server/reception.py", TURNS),
-    Inside("s3fs", "S3FileSystem._call_s3", "storage/s3.py", "why S3 refuses: an answer to HEAD has no body that says it"),
-    Inside("s3fs.errors", "translate_boto_error", "storage/s3_ranges.py", "the errors that s3fs raises, for what botocore says"),
-    Inside("fsspec.asyn", "AsyncFileSystem._cat_file", "storage/cat_ranges.py", "ranges, as fsspec's own systems ask for them"),
-]  # fmt: skip
+    Inside(
+        "s3fs", "S3FileSystem._call_s3", "storage/s3.py", "why S3 refuses: an answer to HEAD has no body that says it"
+    ),
+    Inside(
+        "s3fs.errors",
+        "translate_boto_error",
+        "storage/s3_ranges.py",
+        "the errors that s3fs raises, for what botocore says",
+    ),
+    Inside(
+        "fsspec.asyn",
+        "AsyncFileSystem._cat_file",
+        "storage/cat_ranges.py",
+        "ranges, as fsspec's own systems ask for them",
+    ),
+]
 
 
 @pytest.mark.parametrize("inside", INSIDES, ids=str)
@@ -106,7 +135,7 @@ def test_it_is_there_and_used(inside: Inside) -> None:
         missing = set(inside.takes) - set(inspect.signature(found).parameters)
         assert not missing, f"{inside} does not take {missing} any more"
     leaf = inside.name.rpartition(".")[2]
-    assert leaf in (PACKAGE / inside.used_in).read_text(), f"{inside.used_in} does not use {inside} any more: remove it here"
+    assert leaf in (PACKAGE / inside.used_in).read_text(), f"{inside.used_in} does not use {inside} any more"
 
 
 def find_in_class(found: type, name: str) -> Any:

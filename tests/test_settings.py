@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from surfw.config import default_store
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
-from surfw.settings import CONFIG_VARIABLE, SETTINGS, SettingOrigin, Settings, trace_settings
-from surfw.token import TOKEN_VARIABLE
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE, SettingOrigin, Settings, trace_settings
 
 THREE: dict[str, tuple[Any, Any, Any]] = {
     "store": ("/a", "s3://bucket/b", "c"),
