@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from surfw.bench.result import Result, Row, describe_machine, summarise_rates
+from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.chunking.chunker import prepare_model, write_model
 from surfw.chunking.prepared import PreparedModel
 from surfw.config import MB
@@ -43,15 +43,8 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
             ours.append(time.perf_counter() - start)
     rate, base = summarise_rates(size, ours), summarise_rates(size, theirs)
     rows = (
-        Row(name="cp, synced", unit="GB/s", **base._asdict()),
-        Row(
-            name="chunk, synced",
-            unit="GB/s",
-            **rate._asdict(),
-            baseline=base.value,
-            ratio=rate.value / base.value,
-            verified=True,
-        ),
+        rate_row("cp, synced", base),
+        rate_row("chunk, synced", rate, base, verified=True),
         Row(name="peak resident memory of chunking", value=peak_rss_bytes() / MB, unit="MB"),
     )
     return Result(benchmark="chunk", machine=describe_machine(), rows=rows)

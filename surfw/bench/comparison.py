@@ -1,6 +1,6 @@
 """What a comparison of generations is asked to do, and what one generation came to.
 
-Both are plain data: a peer's process is given a `Comparison` as JSON, and gives back a `Measurement`.
+All of it is plain data: a peer's process is given a `Comparison` as JSON, and gives back what it measured.
 """
 
 from collections.abc import Sequence
@@ -125,3 +125,16 @@ class Measurement:
     decode_seconds: float
     peak_rss_bytes: int
     streamed_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bandwidth:
+    """A rate of reading.
+
+    Attributes:
+        bytes_per_second: over all reads.
+        direct: whether the page cache was bypassed; otherwise the files were only dropped from it before.
+    """
+
+    bytes_per_second: float
+    direct: bool

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from surfw.bench.comparison import Comparison
+from surfw.bench.comparison import Bandwidth, Comparison, Measurement
 from surfw.bench.infer_result import SURFW, InferResult, make_notes, make_rows
 from surfw.bench.peers import PEERS
 from surfw.bench.process import Outcome, run_peer
@@ -82,9 +82,9 @@ async def _chunk(model_dir: str, name: str, place: str, on_progress: Callable[[s
 
 def _run_rounds(
     work: Comparison, names: Sequence[str], on_progress: Callable[[str], None]
-) -> tuple[dict[str, list[Outcome]], list[float | None]]:
+) -> tuple[dict[str, list[Outcome[Measurement]]], list[float | None]]:
     """The outcomes of each name, and the bandwidth, in each round. What fails does not run again."""
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
+    outcomes: dict[str, list[Outcome[Measurement]]] = {name: [] for name in names}
     bandwidths: list[float | None] = []
     for number in range(1, work.rounds + 1):
         where = f"round {number} of {work.rounds}"
@@ -93,7 +93,9 @@ def _run_rounds(
         for name in names:
             if all(one.failed is None for one in outcomes[name]):
                 on_progress(f"{where}: {name}")
-                outcomes[name].append(run_peer(_SURFW_MODULE if name == SURFW else PEERS[name].module, work))
+                outcomes[name].append(
+                    run_peer(_SURFW_MODULE if name == SURFW else PEERS[name].module, work, Measurement)
+                )
                 if name == SURFW and before is not None and work.bandwidth_bytes is None:
                     after = _bandwidth(work, where, on_progress)
         bandwidths.append(before if before is None or after is None else (before + after) / 2)
@@ -107,17 +109,17 @@ def _bandwidth(work: Comparison, where: str, on_progress: Callable[[str], None])
     if work.source is None or is_server_url(work.source) or "://" in work.source:
         return None
     on_progress(f"{where}: reads of the store")
-    outcome = run_peer(_READS_MODULE, work)
+    outcome = run_peer(_READS_MODULE, work, Bandwidth)
     if outcome.found is None:
         on_progress(f"{where}: the reads could not be measured: {outcome.failed}")
         return None
-    return float(outcome.found["bytes_per_second"])
+    return outcome.found.bytes_per_second
 
 
 def _conclude(
     comparison: Comparison,
     model: str,
-    outcomes: Mapping[str, Sequence[Outcome]],
+    outcomes: Mapping[str, Sequence[Outcome[Measurement]]],
     bandwidths: Sequence[float | None],
     absent: Sequence[str],
 ) -> InferResult:

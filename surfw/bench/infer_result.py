@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from surfw.bench.comparison import Measurement
 from surfw.bench.process import Outcome
 from surfw.bench.result import summarise
 from surfw.config import GB
@@ -77,7 +78,9 @@ class InferResult:
     notes: tuple[str, ...]
 
 
-def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[float | None]) -> tuple[InferRow, ...]:
+def make_rows(
+    outcomes: Mapping[str, Sequence[Outcome[Measurement]]], bandwidths: Sequence[float | None]
+) -> tuple[InferRow, ...]:
     """Make a row for surfw and each peer.
 
     Args:
@@ -86,8 +89,8 @@ def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[fl
     """
     measured = {name: [one.found for one in all_of if one.found is not None] for name, all_of in outcomes.items()}
     failed = {name: one.failed for name, all_of in outcomes.items() for one in all_of if one.failed is not None}
-    expected = _expected_tokens([measured[name][0]["token_ids"] for name in outcomes if name not in failed])
-    rates = {name: [len(one["token_ids"]) / one["seconds"] for one in measured[name]] for name in outcomes}
+    expected = _expected_tokens([measured[name][0].token_ids for name in outcomes if name not in failed])
+    rates = {name: [len(one.token_ids) / one.seconds for one in measured[name]] for name in outcomes}
     surfw = next(iter(outcomes))
     rows = []
     for name, all_of in outcomes.items():
@@ -102,12 +105,12 @@ def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[fl
                 **spread._asdict(),
                 surfw_ratio=statistics.median(rates[surfw]) / spread.value if surfw not in failed else None,
                 **_decode(found, bandwidths),
-                ttft_seconds=statistics.median(one["ttft_seconds"] for one in found),
-                peak_rss_bytes=max(one["peak_rss_bytes"] for one in found),
+                ttft_seconds=statistics.median(one.ttft_seconds for one in found),
+                peak_rss_bytes=max(one.peak_rss_bytes for one in found),
                 peak_group_bytes=max((one.peak_group_bytes for one in all_of if one.peak_group_bytes), default=None),
-                new_tokens=len(found[0]["token_ids"]),
-                token_ids=found[0]["token_ids"],
-                same_tokens=all(_agree(one["token_ids"], expected) for one in found),
+                new_tokens=len(found[0].token_ids),
+                token_ids=found[0].token_ids,
+                same_tokens=all(_agree(one.token_ids, expected) for one in found),
             )
         )
     return tuple(rows)
@@ -146,14 +149,14 @@ def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: b
     ]
 
 
-def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | None]) -> dict[str, Any]:
+def _decode(found: Sequence[Measurement], bandwidths: Sequence[float | None]) -> dict[str, Any]:
     """Return the facts about the tokens after the first; each round has the ceiling of its own bandwidth."""
-    steps = len(found[0]["token_ids"]) - 1
-    rates = [steps / one["decode_seconds"] for one in found]
+    steps = len(found[0].token_ids) - 1
+    rates = [steps / one.decode_seconds for one in found]
     facts: dict[str, Any] = {"decode_value": statistics.median(rates)}
-    if found[0]["streamed_bytes"] is None:
+    streamed = [one.streamed_bytes / steps for one in found if one.streamed_bytes is not None]
+    if not streamed:
         return facts
-    streamed = [one["streamed_bytes"] / steps for one in found]
     facts["streamed_bytes_per_token"] = statistics.median(streamed)
     ceilings = [rate / size for rate, size in zip(bandwidths, streamed, strict=True) if rate and size]
     if len(ceilings) == len(found):

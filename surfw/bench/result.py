@@ -71,6 +71,27 @@ def summarise_rates(size_bytes: int, seconds: Sequence[float]) -> Spread:
     return summarise([size_bytes / one / GB for one in seconds])
 
 
+def rate_row(
+    name: str,
+    rate: Spread,
+    baseline: Spread | None = None,
+    *,
+    ceiling: float | None = None,
+    verified: bool | None = None,
+) -> Row:
+    """Make the row of a rate in GB/s, with its ratio to the baseline and its share of the ceiling."""
+    return Row(
+        name=name,
+        unit="GB/s",
+        **rate._asdict(),
+        baseline=None if baseline is None else baseline.value,
+        ratio=None if baseline is None else rate.value / baseline.value,
+        ceiling=ceiling,
+        share=None if ceiling is None else rate.value / ceiling,
+        verified=verified,
+    )
+
+
 def describe_machine(*libraries: str) -> dict[str, str]:
     """Processor, cores, memory, and the versions that matter: surfw's, what it stands on, and these `libraries`."""
     versions = {name: found for name in (*_LIBRARIES, *libraries) if (found := _version(name))}

@@ -13,7 +13,7 @@ from typing import Any
 from fsspec.asyn import get_loop
 
 from surfw.bench.peers.runai import find_streamer, stream_objects
-from surfw.bench.result import Result, Row, Spread, describe_machine, summarise_rates
+from surfw.bench.result import Result, Row, Spread, describe_machine, rate_row, summarise_rates
 from surfw.config import MB, MIB
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
@@ -152,20 +152,9 @@ def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[fl
 
 def _rows(size: int, rates: Mapping[str, Spread], plain: Sequence[str]) -> tuple[Row, ...]:
     """The baselines, and surfw against each."""
-    rows = [Row(name=name, unit="GB/s", **rates[name]._asdict()) for name in rates if name != _SURFW]
+    rows = [rate_row(name, rate) for name, rate in rates.items() if name != _SURFW]
     baselines = {"the best plain ranges": max((rates[name] for name in plain), key=lambda rate: rate.value)}
     if _STREAMER in rates:
         baselines[_STREAMER] = rates[_STREAMER]
-    ours = rates[_SURFW]
-    rows += [
-        Row(
-            name=f"surfw, against {name}",
-            unit="GB/s",
-            **ours._asdict(),
-            baseline=base.value,
-            ratio=ours.value / base.value,
-            verified=True,
-        )
-        for name, base in baselines.items()
-    ]
+    rows += [rate_row(f"surfw, against {name}", rates[_SURFW], base, verified=True) for name, base in baselines.items()]
     return (*rows, Row(name="bytes of the model", value=size / MB, unit="MB"))

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from surfw.bench.result import Result, Row, describe_machine, summarise_rates
+from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
 from surfw.client.connect import open_link
 from surfw.config import GB, MB, WireLimits
@@ -143,23 +143,13 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
     """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
     base = summarise_rates(size, raw.seconds)
     cores = psutil.cpu_count() or 1
-    rows = [Row(name="raw TCP socket", unit="GB/s", **base._asdict())]
+    rows = [rate_row("raw TCP socket", base)]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
         rate = summarise_rates(size, series.seconds)
         busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
         ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
-        rows.append(
-            Row(
-                name=f"{name}; both sides keep {busy:.1f} of {cores} cores busy",
-                unit="GB/s",
-                **rate._asdict(),
-                baseline=base.value,
-                ratio=rate.value / base.value,
-                ceiling=ceiling,
-                share=rate.value / ceiling,
-                verified=checked,
-            )
-        )
+        what = f"{name}; both sides keep {busy:.1f} of {cores} cores busy"
+        rows.append(rate_row(what, rate, base, ceiling=ceiling, verified=checked))
     return tuple(rows)
 
 

@@ -6,11 +6,10 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from surfw.bench.comparison import Comparison
+from surfw.bench.comparison import Bandwidth, Comparison
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
@@ -20,19 +19,6 @@ from surfw.storage.store_source import open_storage_source
 _PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SECONDS = 3.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bandwidth:
-    """A rate of reading.
-
-    Attributes:
-        bytes_per_second: over all reads.
-        direct: whether the page cache was bypassed; otherwise the files were only dropped from it before.
-    """
-
-    bytes_per_second: float
-    direct: bool
 
 
 def run(work: Comparison) -> Bandwidth:
