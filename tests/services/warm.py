@@ -263,8 +263,8 @@ def _fork_on_demand(control: socket.socket) -> _Job | None:
     """Fork for each message; returns the job in the process that has it to do, and None in the ancestor, at its end."""
     ends: dict[int, tuple[int, int]] = {}
     while True:
-        for ready in select.select([control, *ends], [], [])[0]:
-            if ready is not control:
+        for ready in select.select([control.fileno(), *ends], [], [])[0]:
+            if ready in ends:
                 pid, status = ends.pop(ready)
                 os.close(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
