@@ -11,8 +11,8 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from surfw.config import MB, format_size
 from surfw.errors import ConfigurationError, SurfwError
@@ -27,23 +27,14 @@ _REMOVALS = 50
 _REMOVAL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class _Controls:
-    """What the controller's files are called.
+class _Controls(NamedTuple):
+    """The names of the controller's files."""
 
-    Attributes:
-        limit: takes the cap.
-        swap: takes what keeps the group from swapping, where the kernel has it.
-        swap_counts_memory: whether that is memory and swap together, or swap alone.
-        peak: the most that was used.
-        events: a line `oom_kill` with how many processes were killed.
-    """
-
-    limit: str
-    swap: str
-    swap_counts_memory: bool
-    peak: str
-    events: str
+    limit: str  # takes the cap
+    swap: str  # takes what keeps the group from swapping, where the kernel has it:
+    swap_counts_memory: bool  # memory and swap together, or swap alone
+    peak: str  # the most that was used
+    events: str  # a line `oom_kill` with the number of killed processes
 
 
 _V1 = _Controls(

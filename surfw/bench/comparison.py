@@ -115,7 +115,7 @@ class Measurement:
         seconds: all of it, the prompt included.
         ttft_seconds: until the first token was there.
         decode_seconds: from the first token to the last one.
-        peak_rss_bytes: the most that the process had in memory so far, mapped files included.
+        peak_rss_bytes: the peak of the process so far, mapped files included.
         streamed_bytes: weights that surfw fetched between the first token and the last one; None for others.
     """
 

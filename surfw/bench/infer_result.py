@@ -30,7 +30,7 @@ class InferRow:
             rounds; None if nothing was streamed, or the bandwidth is not known.
         share: decode_value ÷ ceiling, the median of all rounds.
         ttft_seconds: until the first token, once warm.
-        peak_rss_bytes: the most that its process had in memory in any round, mapped files included.
+        peak_rss_bytes: the peak of its process in any round, mapped files included.
         peak_group_bytes: the same with its page cache, where a cap made a group to measure that.
         new_tokens: how many it generated.
         token_ids: in its first round.

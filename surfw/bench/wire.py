@@ -1,8 +1,8 @@
 """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
 
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
-Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as it is, so that
-whatever else the machine does falls on all of them.
+Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, so
+that whatever else the machine does falls on all of them.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ def bench_wire(*, rounds: int = 7, sizes: Sequence[int] = SIZES) -> Result:
 async def _measure(
     rounds: int, sizes: Sequence[int], server: _Peer, raw_server: _Peer
 ) -> tuple[_Series, _Series, _Series]:
-    """The series of the raw socket, of surfw unverified and of surfw as it is."""
+    """The series of the raw socket, of surfw unverified and of surfw verified."""
     raw, unverified, verified = _Series(), _Series(), _Series()
     url = f"ws://127.0.0.1:{server.port}"
     connect = partial(open_link, url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)

@@ -60,7 +60,7 @@ def show_comparison(result: InferResult) -> None:
     work = result.work
     what = f"{work['model']}: {count(work['prompt_tokens'], 'token')} of prompt, {work['new_tokens']} generated, greedy"
     rounds = f"; medians of {work['rounds']} rounds" if work["rounds"] > 1 else ""
-    render.out.print(f"\n{what}{rounds}; memory is the highest that the process had", soft_wrap=True)
+    render.out.print(f"\n{what}{rounds}; memory is the peak of the process", soft_wrap=True)
     for note in result.notes:
         render.out.print(f"- {note}", soft_wrap=True)
     _show_machine(result)

@@ -41,15 +41,15 @@ def infer(
         str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     configuration: options.Configuration,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Measure, and tell first what limits it; without a prompt, only that.")
+        bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
     ] = False,
     json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
@@ -102,7 +102,7 @@ class Report:
         result: the text, or what an encoder gives.
         load_seconds: from the first import to the open model.
         statistics: of the model.
-        peak_rss_bytes: the most memory that the process had.
+        peak_rss_bytes: the most memory that the process used.
     """
 
     model: str

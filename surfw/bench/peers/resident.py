@@ -1,4 +1,4 @@
-"""transformers as it is: `from_pretrained`, everything in memory."""
+"""Plain transformers: `from_pretrained`, everything in memory."""
 
 from surfw.bench.comparison import Comparison, Measurement
 

@@ -1,4 +1,4 @@
-"""surfw, as it is."""
+"""surfw itself, with its own choice of what stays in memory."""
 
 from typing import Any
 
