@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from surfw.server.reception import Reception
+from surfw.server.reception import FairConnection
 from surfw.server.single_flight import SingleFlight
 from surfw.server.sparse_log import SparseLog
 from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
@@ -75,7 +75,7 @@ class HttpEndpoints:
             "/metrics": self._metrics,
         }
 
-    async def process_request(self, connection: Reception, request: Request) -> Response | None:
+    async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
         """The answer to a request; None lets the WebSocket handshake go on."""
         await connection.turn()
         path = request.path.partition("?")[0]
@@ -88,7 +88,7 @@ class HttpEndpoints:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
 
-    def _refuse(self, connection: Reception, request: Request, path: str) -> Response | None:
+    def _refuse(self, connection: FairConnection, request: Request, path: str) -> Response | None:
         """The answer to a request that is for another server, for nothing there is, or not allowed."""
         if not self._is_meant(connection, request):
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
@@ -104,7 +104,7 @@ class HttpEndpoints:
             return response
         return None
 
-    def _is_meant(self, connection: Reception, request: Request) -> bool:
+    def _is_meant(self, connection: FairConnection, request: Request) -> bool:
         """Whether the request is for this server, by its `Host`; with a token, that decides alone."""
         if self._token is not None:
             return True

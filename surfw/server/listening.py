@@ -32,19 +32,6 @@ _NUMBERS = re.compile(r"[0-9]+(\.[0-9]+)+")
 _HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
 
 
-def check_hosts(names: Sequence[str]) -> None:
-    """Make sure that they can be names of hosts.
-
-    Raises:
-        ConfigurationError: they cannot.
-    """
-    for name in [names] if isinstance(names, str) else names:
-        if isinstance(names, str) or not isinstance(name, str) or not _HOST.fullmatch(name):
-            raise ConfigurationError(
-                f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
-            )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listening:
     """An address to listen on.
@@ -54,7 +41,9 @@ class Listening:
         port: TCP port; 0 lets the system choose.
         token: what clients have to show; None lets everybody in.
         tls: certificates for `wss://`; None for `ws://`.
-        insecure: listen beyond loopback although a client or what it reads is not protected.
+        insecure: listen beyond loopback although clients, or what they read, are not protected.
+        allowed_hosts: names that the server may be called by, besides its `host`.
+        limits: sizes of messages, frames and windows.
     """
 
     host: str
@@ -62,17 +51,24 @@ class Listening:
     token: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
     insecure: bool = False
+    allowed_hosts: Sequence[str] = ()
+    limits: WireLimits = field(default_factory=WireLimits)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be used on any machine.
 
         Raises:
-            ConfigurationError: the port or the token is none, or the TLS context is a client's.
+            ConfigurationError: the port, the token or a name cannot be one, or the TLS context is a client's.
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
         expect("token", self.token, str | None, "a text or None")
         expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext or None")
+        for name in [self.allowed_hosts] if isinstance(self.allowed_hosts, str) else self.allowed_hosts:
+            if name is self.allowed_hosts or not isinstance(name, str) or not _HOST.fullmatch(name):
+                raise ConfigurationError(
+                    f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
+                )
         if not 0 <= self.port <= _MAX_PORT:
             raise ConfigurationError(f"port {self.port} is none; expected 0 (a free one) to {_MAX_PORT}")
         if self.token is not None:
@@ -82,6 +78,11 @@ class Listening:
                 "the SSL context is for clients; make one with ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) "
                 "and load_cert_chain"
             )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the server may be called, besides addresses and `localhost`."""
+        return (self.host, *self.allowed_hosts)
 
     def url(self, port: int) -> str:
         """Where clients find the server that listens on the port."""
@@ -93,7 +94,6 @@ class Listening:
         serve_client: Callable[[Any], Awaitable[None]],
         process_request: Callable[[Any, Request], Awaitable[Response | None]],
         create_connection: Any,
-        limits: WireLimits,
     ) -> Server:
         """Listen.
 
@@ -119,8 +119,8 @@ class Listening:
                 ping_timeout=_PONG_SECONDS,
                 open_timeout=OPEN_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
-                max_size=limits.control_bytes,
-                write_limit=limits.frame_bytes,
+                max_size=self.limits.control_bytes,
+                write_limit=self.limits.frame_bytes,
                 create_connection=create_connection,
                 logger=_library_log,
                 **tls,

@@ -22,7 +22,7 @@ PORTION_BYTES = 256
 _MOST_OPENING = 512
 
 
-class Opening:
+class Newcomers:
     """The connections that are not open yet, each from when it was accepted on, its TLS handshake included.
 
     Of those that are too many, the one goes that has said nothing longest.
@@ -34,7 +34,7 @@ class Opening:
     def __init__(self) -> None:
         """None yet."""
         self.account = Account()
-        self._connections: dict[Reception, None] = {}
+        self._connections: dict[FairConnection, None] = {}
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -42,7 +42,7 @@ class Opening:
     def __contains__(self, connection: object) -> bool:
         return connection in self._connections
 
-    def add(self, connection: "Reception") -> None:
+    def add(self, connection: "FairConnection") -> None:
         """One was accepted, or has said something."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
@@ -51,32 +51,34 @@ class Opening:
             self.discard(oldest)
             oldest.abort()
 
-    def discard(self, connection: "Reception") -> None:
+    def discard(self, connection: "FairConnection") -> None:
         """One is open, or gone."""
         self._connections.pop(connection, None)
 
 
-class Reception(ServerConnection, asyncio.BufferedProtocol):
+class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     """The library's server connection, whose input waits for its turn.
 
     Attributes:
         account: who pays for turns of the loop.
     """
 
-    def __init__(self, *arguments: Any, turns: Turns, opening: Opening, most_unsent_bytes: int, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
+    ) -> None:
         """Take the library's arguments, and what all connections share.
 
         Args:
             arguments: the library's.
             turns: of the loop.
-            opening: where it is until it is open.
+            newcomers: where it is until it is open.
             most_unsent_bytes: while more than this waits to go out, nothing is read.
             options: the library's.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
-        self.account = opening.account
+        self.account = newcomers.account
         self._turns = turns
-        self._opening = opening
+        self._newcomers = newcomers
         self._most_unsent_bytes = most_unsent_bytes
         self._portion = memoryview(bytearray(PORTION_BYTES))
         self._unread = 0
@@ -84,12 +86,12 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
         self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
         if self._accepting is not None:
             self._accepting.add_done_callback(self._accepted)
-        opening.add(self)
+        newcomers.add(self)
 
     def _accepted(self, _: asyncio.Task[Any]) -> None:
         """It has a transport now; one that has none, such as after a failed TLS handshake, is gone without a word."""
         if not hasattr(self, "transport"):
-            self._opening.discard(self)
+            self._newcomers.discard(self)
 
     def abort(self) -> None:
         """Hang up, whether it has a transport yet or not."""
@@ -100,13 +102,13 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
-        self._opening.discard(self)
+        self._newcomers.discard(self)
         super().connection_lost(exc)
 
     def opened(self) -> None:
         """It is open: others may not push it out any more, and it pays for itself from now on."""
-        self._opening.discard(self)
-        self.account = Account(self._opening.account.paid)
+        self._newcomers.discard(self)
+        self.account = Account(self._newcomers.account.paid)
 
     async def turn(self) -> None:
         """Wait for a turn in the loop."""
@@ -133,8 +135,8 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """So much was written there: read on when its messages are taken, in turn, and if what goes out is taken."""
         self.transport.pause_reading()
-        if self in self._opening:
-            self._opening.add(self)
+        if self in self._newcomers:
+            self._newcomers.add(self)
         self.data_received(bytes(self._portion[:nbytes]))
         if not self._unread:
             self._read_on()
