@@ -40,6 +40,9 @@ MANIFEST_BYTES = 64 * MIB
 FILE_BYTES = 256 * MIB
 """The largest file of a tokenizer."""
 
+MAX_JSON_DEPTH = 64
+"""How deep objects and lists may be nested in a JSON document that somebody else wrote."""
+
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 DEFAULT_HOST = "127.0.0.1"

@@ -1,8 +1,12 @@
-"""What is tried again on a network, how often, and after how long. Pure: whoever tries does the waiting."""
+"""What is tried again on a network, how often and after how long, and where a redirect may lead.
+
+Pure: callers do the waiting and the asking.
+"""
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from urllib.parse import urldefrag, urljoin, urlsplit
 
 from surfw.errors import ConfigurationError
 
@@ -11,8 +15,50 @@ _MOST_ATTEMPTS = 1000
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
 """What an HTTP server answers for reasons that may pass."""
 
+REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
+
 MOST_REDIRECTS = 5
-"""How often in a row a server may send elsewhere."""
+"""How many redirects are followed in a row."""
+
+_HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """Where a server sends a request instead.
+
+    Attributes:
+        url: the absolute address, without its fragment.
+        has_tls: whether the connection to it would be encrypted.
+        loses_tls: whether it would not be, while the one to the server is. Such a redirect must not be followed.
+        leaves_origin: whether scheme, host or port change. Secrets for the server must not be sent there.
+        names_user: whether the address comes with a user, who is not ours.
+    """
+
+    url: str
+    has_tls: bool
+    loses_tls: bool
+    leaves_origin: bool
+    names_user: bool
+
+
+def parse_redirect(url: str, location: str) -> Redirect:
+    """The redirect to `location`, absolute or relative, that the server at `url` answered with.
+
+    Raises:
+        ValueError: it does not lead to a host over HTTP or WebSocket.
+    """
+    target = urldefrag(urljoin(url, location)).url
+    old, new = _origin(url), _origin(target)
+    return Redirect(target, new[0], old[0] and not new[0], old != new, "@" in urlsplit(target).netloc)
+
+
+def _origin(url: str) -> tuple[bool, str, int]:
+    parts = urlsplit(url)
+    if parts.scheme not in _HAS_TLS or not parts.hostname:
+        raise ValueError(f"{url!a} has no host that HTTP or WebSocket leads to")
+    has_tls = _HAS_TLS[parts.scheme]
+    return has_tls, parts.hostname, parts.port or (443 if has_tls else 80)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

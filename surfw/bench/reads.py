@@ -14,7 +14,7 @@ from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.storage import open_backend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 
 READS = "reads"
 """What the measurement is called where contenders are."""

@@ -21,8 +21,8 @@ from surfw.runtime.buffers import Buffer
 from surfw.source import Read
 from surfw.storage import FsspecBackend, S3Backend, StorageBackend, open_backend
 from surfw.storage.origins import Objects
-from surfw.storage.source import StorageSource, open_storage_source
 from surfw.storage.store import segments
+from surfw.storage.store_source import StorageSource, open_storage_source
 from surfw.threads import together
 
 _AHEAD = 2

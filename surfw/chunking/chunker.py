@@ -15,8 +15,8 @@ from surfw.chunking.writer import ChunkWriter, Progress
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, check_dtype, check_on_missing, display_url
 from surfw.errors import ConfigurationError, StorageError
 from surfw.manifest import Manifest, ModelFile, check_model_name, payload_digest
-from surfw.skeleton.config import sanitise_config, tag_floats
-from surfw.storage.addresses import read_address
+from surfw.skeleton.sanitise import sanitise_config, tag_floats
+from surfw.storage.backends import read_address
 from surfw.storage.base import StorageBackend
 from surfw.storage.origins import is_local_url
 from surfw.storage.store import Store, blob_key

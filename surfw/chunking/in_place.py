@@ -19,12 +19,11 @@ from surfw.chunking.writer import Progress
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
-from surfw.skeleton.config import sanitise_config, tag_floats
+from surfw.skeleton.sanitise import sanitise_config, tag_floats
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions, is_local_url
-from surfw.storage.private import private_store
-from surfw.storage.source import StorageSource
+from surfw.storage.origins import PlacedOptions, is_local_url, private_store
 from surfw.storage.store import MARKER, manifest_key
+from surfw.storage.store_source import StorageSource
 from surfw.threads import together
 
 if TYPE_CHECKING:

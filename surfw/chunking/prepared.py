@@ -21,16 +21,16 @@ from surfw.config import MIB, OnMissing, count
 from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import TensorInfo, payload_digest
 from surfw.skeleton.build import build_skeleton, read_config, resolve_class
-from surfw.skeleton.config import (
+from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
+from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
+from surfw.skeleton.sanitise import (
     refuse_absurd_sizes,
     refuse_endless_numbers,
     refuse_kernels,
     sanitise_config,
+    sanitise_outputs,
     tag_floats,
 )
-from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
-from surfw.skeleton.generation import sanitise_outputs
-from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
 
 logger = logging.getLogger("surfw.chunking")
 

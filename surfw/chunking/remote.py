@@ -23,7 +23,7 @@ from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
 from surfw.storage import StorageBackend, adapt_backend, open_backend
-from surfw.storage.addresses import read_address
+from surfw.storage.backends import read_address
 from surfw.storage.store import MARKER
 
 T = TypeVar("T")

@@ -3,7 +3,8 @@
 - Blobs first, the manifest last: a model is visible only when all of it is there and durable.
 - Bytes go through a few buffers of 8 MiB; a converted tensor is held with its sources, nothing else ever is.
 - While one chunk is written, the one before it is synced and put in its place.
-- A blob is in the writer's lease before it is looked for or put in place: nobody prunes it away (`storage.notices`).
+- A blob is in the writer's lease before it is looked for or put in place, so that nobody prunes it: see
+  `storage.housekeeping.leases`.
 - A journal beside the unfinished files names the chunks that are done. The same plan over the same source goes on from
   there; a lock, held until the journal is given up, keeps two writers of it apart.
 """
@@ -30,7 +31,7 @@ from surfw.manifest import Chunk, Form, Location, Manifest, block_digests, decod
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
-from surfw.storage.lease import Lease
+from surfw.storage.housekeeping.leases import WriteLease
 from surfw.storage.store import Store, blob_key, objects_of
 
 _PIECE_BYTES = 8 * MIB
@@ -60,7 +61,7 @@ class ChunkWriter:
         self.source = source
         self.progress = progress
         self.folder = backend.spool() / key
-        self.lease = Lease(backend, model, self.folder)
+        self.lease = WriteLease(backend, model, self.folder)
         self._stop = threading.Event()
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
@@ -130,7 +131,7 @@ class ChunkWriter:
         """
         await self.lease.confirm(objects_of(manifest))
         await store.publish(manifest)
-        await self.lease.withdraw()
+        await self.lease.release()
         self.forget()
 
     def forget(self) -> None:

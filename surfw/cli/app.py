@@ -14,7 +14,6 @@ import typer
 
 from surfw import __version__
 from surfw.cli import bench, chunk, config, infer, options, serve, signals, stats, streams
-from surfw.cli.command import Command
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -26,11 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("chunk", cls=Command, epilog=chunk.EXAMPLES)(chunk.chunk)
-app.command("serve", cls=Command, epilog=serve.EXAMPLES)(serve.serve)
-app.command("infer", cls=Command, epilog=infer.EXAMPLES)(infer.infer)
-app.command("stats", cls=Command, epilog=stats.EXAMPLES)(stats.stats)
-app.command("config", cls=Command, epilog=config.EXAMPLES)(config.config)
+app.command("chunk", cls=options.Command, epilog=chunk.EXAMPLES)(chunk.chunk)
+app.command("serve", cls=options.Command, epilog=serve.EXAMPLES)(serve.serve)
+app.command("infer", cls=options.Command, epilog=infer.EXAMPLES)(infer.infer)
+app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
+app.command("config", cls=options.Command, epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")
 
 

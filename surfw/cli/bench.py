@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from surfw.cli import options
-from surfw.cli.command import Command
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -25,7 +24,7 @@ app = typer.Typer(
 )
 
 
-@app.command("wire", cls=Command, epilog="Example:  surfw bench wire --rounds 7 --json")
+@app.command("wire", cls=options.Command, epilog="Example:  surfw bench wire --rounds 7 --json")
 def wire(
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
     json: options.Json = False,
@@ -36,7 +35,7 @@ def wire(
     _show(bench_wire(rounds=rounds), json=json)
 
 
-@app.command("flood", cls=Command, epilog="Example:  surfw bench flood --seconds 3 --json")
+@app.command("flood", cls=options.Command, epilog="Example:  surfw bench flood --seconds 3 --json")
 def flood(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
     json: options.Json = False,
@@ -47,7 +46,7 @@ def flood(
     _show(bench_flood(seconds=seconds), json=json)
 
 
-@app.command("chunk", cls=Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
+@app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
@@ -62,7 +61,7 @@ def chunk(
 
 @app.command(
     "storage",
-    cls=Command,
+    cls=options.Command,
     epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1",
 )
 @options.with_settings("storage_options")
@@ -81,7 +80,7 @@ def bench_storage(
     _show(found, json=json)
 
 
-@app.command("infer", cls=Command, epilog=INFER_EXAMPLES)
+@app.command("infer", cls=options.Command, epilog=INFER_EXAMPLES)
 def infer(
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],
     against: Annotated[

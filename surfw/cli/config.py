@@ -7,8 +7,8 @@ import typer
 
 from surfw.cli import options
 from surfw.config import display_url
+from surfw.settings import TOKEN_VARIABLE
 from surfw.storage_options import shown_options
-from surfw.token import TOKEN_VARIABLE
 
 EXAMPLES = """\b
 Examples:

@@ -82,7 +82,7 @@ def _explain_only(configuration: options.Configuration, *, json: bool, quiet: bo
 
     with choose_source(configuration) as chosen:
         PlainView(json=json, quiet=quiet, ids=False).note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.look()
+        chosen.check_folder()
         with _open_model(chosen, configuration.settings) as streaming:
             found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
             if json:
@@ -109,15 +109,15 @@ def _run(view: Any, request: dict[str, Any], configuration: options.Configuratio
 
     with choose_source(configuration) as chosen:
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.look()
+        chosen.check_folder()
         start = time.perf_counter()
-        from surfw.models.inference import Request, answer
+        from surfw.models.inference import InferenceRequest, answer
         from surfw.runtime.memory import peak_rss_bytes
 
         with _open_model(chosen, configuration.settings) as streaming:
             tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
             load_seconds = time.perf_counter() - start
-            asked = Request(**request)
+            asked = InferenceRequest(**request)
             explained = _explain(view, streaming, tokenizer, asked, configuration) if explain else None
             with view.running(streaming):
                 result = answer(streaming, tokenizer, asked, on_text=view.on_text, on_token=view.on_token)

@@ -1,7 +1,7 @@
-"""Options that several commands share: those of the settings, `--config`, and `--json`.
+"""What all commands share: how one is parsed and run, and the options of the settings, `--config` and `--json`.
 
-Typer reads the options; what goes before what is `surfw.settings`' business. So no option has a default of its own, and
-one that is not given is None.
+Typer reads the options; `surfw.settings` decides which value counts. So no option of a setting has a default of its
+own, and one that is not given is None.
 """
 
 import inspect
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
+from surfw.cli import signals
 from surfw.setting import Setting
-from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, Origin, Settings, trace_settings
+from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, SettingOrigin, Settings, trace_settings
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
@@ -29,12 +31,42 @@ _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
 
 
+class Command(TyperCommand):
+    """A command as typer runs it, except for its usage line, its complaints, and what an interruption does."""
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the pieces of the usage line; a required argument has no braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read the command line; complaints do not start with the name of an exception."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as exc:
+            exc.message = exc.message.removeprefix("Value error, ")
+            raise
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
+        try:
+            signals.begin()
+            return super().invoke(ctx)
+        except KeyboardInterrupt as exc:
+            signals.say(str(exc))
+            raise
+        except Exception as exc:
+            if not signals.is_interrupted():
+                raise
+            signals.say()  # whatever fails from then on fails because of that
+            raise KeyboardInterrupt from exc
+
+
 @dataclass(frozen=True)
 class Configuration:
     """The settings of a command, and where each comes from."""
 
     settings: Settings
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, SettingOrigin]
 
 
 def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:

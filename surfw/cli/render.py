@@ -2,17 +2,25 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.segment import Segment
 from rich.table import Table
 
+from surfw.cli.streams import one_line
 from surfw.config import count, escape_json, format_size, printable
 from surfw.wire import ServerStats
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _SHOWN_MODELS = 8
 
 
@@ -47,6 +55,19 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
+    """Show a result, a dataclass: as one JSON object of its fields, or as `view` shows it to people."""
+    if json:
+        print_json(asdict(result))
+    else:
+        view(result)
+
+
+def say(text: str) -> None:
+    """One line on stdout, whatever the text is made of."""
+    out.print(one_line(text), soft_wrap=True)
+
+
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and values."""
     table = Table(title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -57,9 +78,28 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def byte_bar(*, quiet: bool) -> Progress:
-    """A bar in bytes with the time that is left, on stderr in a terminal; nothing elsewhere, or if told so."""
-    return Progress(
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = (), fold: bool = False
+) -> Table:
+    """A table with headings; the columns in `numbers` are aligned to the right, and with `fold` no text is cut off."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        made.add_column(
+            heading, justify="right" if heading in numbers else "left", overflow="fold" if fold else "ellipsis"
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A bar in bytes with the time that is left, on stderr; none if that is no terminal, or if `quiet`.
+
+    Yields:
+        A function that takes `advance` or `completed` and `total`, in bytes, and a new `description`.
+    """
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
@@ -68,7 +108,8 @@ def byte_bar(*, quiet: bool) -> Progress:
         console=err,
         disable=quiet or not err.is_terminal,
         transient=True,
-    )
+    ) as progress:
+        yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
 def seconds(value: float) -> str:

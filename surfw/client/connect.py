@@ -9,7 +9,7 @@ import logging
 from http import HTTPStatus
 from ssl import SSLCertVerificationError, SSLContext, SSLEOFError, SSLError, SSLZeroReturnError
 from typing import Any
-from urllib.parse import urldefrag, urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidMessage, InvalidStatus, InvalidURI, WebSocketException
@@ -21,7 +21,7 @@ from surfw import __version__
 from surfw.client.link import CLOSE_SECONDS, Link
 from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
-from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
+from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
 from surfw.wire import PROTOCOL, bearer, is_loopback, printable
 
 _library_log = logging.getLogger("surfw.client.websocket")
@@ -30,13 +30,6 @@ _library_log.setLevel(logging.WARNING)  # below that, it shows headers with toke
 _PLAIN = {"ws", "http"}
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
 _NEXT = "start one with 'surfw serve', or name another"
-_SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
-"""Where a redirect may lead, and what is spoken there."""
-
-_REDIRECTS = {
-    HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.FOUND, HTTPStatus.SEE_OTHER, HTTPStatus.TEMPORARY_REDIRECT,
-    HTTPStatus.PERMANENT_REDIRECT,
-}  # fmt: skip
 _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
 """With these somebody says no who may well stand before a surfw server."""
 
@@ -94,33 +87,32 @@ class _Connecting(connect):
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         """Where to go on; an exception if that is not where a redirect may lead, or if this is none."""
-        if not isinstance(exc, InvalidStatus) or exc.response.status_code not in _REDIRECTS:
+        if not isinstance(exc, InvalidStatus) or exc.response.status_code not in REDIRECT_STATUSES:
             return exc
         locations = exc.response.headers.get_all("Location")
         if len(locations) != 1:
             return exc
         shown = printable(display_url(locations[0]))[:_SHOWN]
         try:
-            old, to = parse_uri(self.uri), urldefrag(urljoin(self.uri, locations[0])).url
-            scheme, mark, rest = to.partition("://")
-            to = f"{_SCHEMES.get(scheme.lower(), 'no')}{mark}{rest}"
-            new = parse_uri(to)
+            redirect = parse_redirect(self.uri, locations[0])
+            to = f"{'wss' if redirect.has_tls else 'ws'}:{redirect.url.partition(':')[2]}"
+            host = parse_uri(to).host
         except (ValueError, InvalidURI):
             return _NotFollowed(f"{shown}, which is not the address of a server")
         self._redirects += 1
         why = None
-        if new.user_info:
+        if redirect.names_user:
             why = "with a user and a password that are not ours"
-        elif old.secure and not new.secure:
+        elif redirect.loses_tls:
             why = "where there is no TLS"
         elif self._redirects > MOST_REDIRECTS:
             why = f"after {MOST_REDIRECTS} other redirects"
         if why:
             return _NotFollowed(f"{shown}, {why}")
-        if (old.secure, old.host, old.port) != (new.secure, new.host, new.port):
+        if redirect.leaves_origin:
             self.additional_headers = None
             self._link.shows_token = False
-        self.proxy = None if is_loopback(new.host) else True
+        self.proxy = None if is_loopback(host) else True
         self._link.url = f"{self._named} (redirected to {printable(display_url(to))[:_SHOWN]})"
         return to
 

@@ -1,9 +1,12 @@
 """A source of weights with an event loop in a thread of its own: what models read through, alone or together."""
 
+import asyncio
+import contextvars
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from ssl import SSLContext
 from types import TracebackType
@@ -12,21 +15,50 @@ from typing import Any, Self, TypeVar
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
-from surfw.errors import ConfigurationError, ModelClosedError
-from surfw.models.beside import beside
+from surfw.errors import ConfigurationError, ModelClosedError, ModelError
 from surfw.retry import RetryPolicy
-from surfw.runtime.io_thread import IoThread
+from surfw.runtime.run import IoThread, Run, current_run
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
 
 OpenSource = Callable[[], Awaitable[ChunkSource]]
 """Opens a source of one's own; it runs on the client's event loop."""
+
+
+async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
+    """Do the work in a thread of the executor, as a run of its own.
+
+    When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.
+    """
+    run, context = Run(), contextvars.copy_context()
+    context.run(current_run.set, run)
+    future = executor.submit(context.run, work)
+    try:
+        await wait_until_done(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            run.interrupt(ModelError("the run was cancelled"))
+            await wait_until_done(future)
+        raise
+    return future.result()
+
+
+async def wait_until_done(future: "Future[Any]") -> None:
+    """Wait until a future is done, however it ends; cancelling the wait does not cancel it."""
+    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(is_done.set)
+
+    future.add_done_callback(tell)
+    await is_done.wait()
 
 
 class SourceThread:
@@ -177,9 +209,9 @@ class WeightClient(SourceThread):
         return self.run(lambda source: source.models())
 
     async def models_async(self) -> list[str]:
-        """As `models`, beside the event loop."""
+        """As `models`, without blocking the event loop."""
         with ThreadPoolExecutor(1, thread_name_prefix="surfw-client") as executor:
-            return await beside(executor, self.models)
+            return await run_in_executor(executor, self.models)
 
     async def close_async(self) -> None:
         """As `close`, beside the event loop."""

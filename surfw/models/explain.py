@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surfw.config import GB, Policy, is_server_url
-from surfw.metrics import Metrics
-from surfw.models.measure import Computing, measure_computing, measure_reading, settle
-from surfw.models.opened import LimitedBy, OpenedModel
-from surfw.runtime.residency import Limit, ResidencyPlan
+from surfw.models.assembly import LimitedBy, ModelParts
+from surfw.models.measure import Computing, RunModel, measure_computing, measure_reading, settle
+from surfw.runtime.plan import Limit, ResidencyPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,45 +86,46 @@ class Explanation:
         return _smaller(self.reading_ceiling, self.computing_ceiling)
 
 
-def explain(opened: OpenedModel, metrics: Metrics, *, prompt_tokens: int = 1) -> Explanation:
+def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Explanation:
     """Measure, and put it together. What the measurement counts is taken back.
 
     Args:
-        opened: the model.
-        metrics: what it counts with.
+        parts: the model's.
+        run: runs the model without fetching ahead.
         prompt_tokens: how many tokens a pass has where the model does not generate.
 
     Raises:
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
     """
-    room = opened.engine.limit.reserved_bytes
-    with metrics.off_the_record():
-        computing = measure_computing(opened, metrics, prompt_tokens)
-        opened.set_room(room)  # what the measurement's own KV cache took is free again
-        settle(opened)
-        bytes_per_second = measure_reading(opened)
-    return explain_plan(opened, computing, bytes_per_second)
+    reserved_bytes = parts.engine.limit.reserved_bytes
+    with parts.engine.metrics.off_the_record():
+        computing = measure_computing(parts, run, prompt_tokens)
+        parts.kv.reset(reserved_bytes)  # what the measurement's own KV cache took is free again
+        settle(parts)
+        bytes_per_second = measure_reading(parts)
+    return explain_plan(parts, computing, bytes_per_second)
 
 
-def explain_plan(opened: OpenedModel, computing: Computing | None, bytes_per_second: float | None) -> Explanation:
+def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_second: float | None) -> Explanation:
     """What follows from a model's plan and these measurements."""
-    plan, limit, manifest = opened.plan, opened.engine.limit, opened.manifest
-    stored = _stored_share(opened)
+    engine, manifest = parts.engine, parts.manifest
+    plan, limit = engine.plan, engine.limit
+    stored = _stored_share(parts)
     is_read = bool(plan.bytes_per_pass)
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = _ceiling(plan, bytes_per_second, stored)
-    more = opened.engine.plan_with(_one_gb_more(plan, limit)) if is_read else None
+    more = engine.plan_with(_one_gb_more(plan, limit)) if is_read else None
     by_reading_more = _ceiling(more, bytes_per_second, stored) if more else None
     reads = by_reading is not None and (by_computing is None or by_reading < by_computing)
     return Explanation(
         model=manifest.name,
-        source=opened.client.url,
-        limited_by=opened.limited_by,
+        source=parts.client.url,
+        limited_by=parts.limited_by,
         budget_bytes=limit.budget_bytes,
         cache_layers=limit.cache_layers,
         policy=plan.policy,
-        layers=len(opened.layers),
-        kept_layers=len(plan.pinned.intersection(opened.layers)),
+        layers=len(parts.layers),
+        kept_layers=len(plan.pinned.intersection(parts.layers)),
         pinned=len(plan.pinned),
         pinned_bytes=plan.pinned_bytes,
         ring_buffers=plan.ring_buffers,
@@ -135,25 +135,25 @@ def explain_plan(opened: OpenedModel, computing: Computing | None, bytes_per_sec
         overhead_bytes=plan.overhead_bytes,
         reserved_bytes=plan.reserved_bytes,
         peak_bytes=plan.peak_bytes + plan.reserved_bytes,
-        least_budget_bytes=opened.engine.least_budget_bytes,
-        base_bytes=opened.base_bytes,
+        least_budget_bytes=engine.least_budget_bytes,
+        base_bytes=parts.base_bytes,
         bytes_per_pass=round(plan.bytes_per_pass * stored),
         bytes_per_second=bytes_per_second,
         compute_seconds=computing.seconds if computing else None,
         compute_share=computing.share if computing else 0.0,
-        unit="tokens" if opened.model.can_generate() else "passes",
+        unit="tokens" if parts.model.can_generate() else "passes",
         reading_ceiling=by_reading,
         computing_ceiling=by_computing,
-        bottleneck=("link" if is_server_url(opened.client.url) else "storage") if reads else "compute",
+        bottleneck=("link" if is_server_url(parts.client.url) else "storage") if reads else "compute",
         more_bytes_per_pass=round(more.bytes_per_pass * stored) if more else None,
         more_ceiling=_smaller(by_reading_more, by_computing) if more else None,
     )
 
 
-def _stored_share(opened: OpenedModel) -> float:
+def _stored_share(parts: ModelParts) -> float:
     """Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in."""
-    sizes = opened.plan.sizes
-    return sum(opened.manifest.by_name[name].payload_bytes for name in sizes) / max(1, sum(sizes.values()))
+    sizes = parts.engine.plan.sizes
+    return sum(parts.manifest.by_name[name].payload_bytes for name in sizes) / max(1, sum(sizes.values()))
 
 
 def _ceiling(plan: ResidencyPlan, bytes_per_second: float | None, stored: float) -> float | None:

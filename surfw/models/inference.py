@@ -29,7 +29,7 @@ _RESERVED_POSITIONS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class InferenceRequest:
     """What to run.
 
     Attributes:
@@ -90,7 +90,7 @@ def _expect_number(name: str, value: Any, kind: Any, least: int, most: float = f
 
 
 @dataclass(kw_only=True)
-class Answer:
+class InferenceResult:
     """What came of it; times in seconds. Encoders have an `embedding` or `predictions`, the others tokens."""
 
     text: str = ""
@@ -144,11 +144,11 @@ class _TextOut(TextStreamer):
 def answer(
     model: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: InferenceRequest,
     *,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
-) -> Answer:
+) -> InferenceResult:
     """Run a request.
 
     Args:
@@ -199,7 +199,7 @@ class _Caller:
         return call
 
 
-def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, exc: Exception) -> str | None:
+def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
     """What a request or the settings of a model have to do with an exception of transformers; None if nothing."""
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
@@ -220,7 +220,9 @@ def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, 
     )
 
 
-def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> int:
+def count_prompt_tokens(
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
+) -> int:
     """How many tokens the prompt of a request has, with its chat template.
 
     Raises:
@@ -230,7 +232,7 @@ def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenize
 
 
 def _encode(
-    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> dict[str, torch.Tensor]:
     """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
     vocabulary = model.model.config.get_text_config().vocab_size
@@ -270,10 +272,10 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
 def _generate(
     model: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
     heard: tuple[Callable[[str], None], Callable[[int, float], None]],
-) -> Answer:
+) -> InferenceResult:
     on_text, on_token = heard
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so no text can end its generation")
@@ -288,7 +290,7 @@ def _generate(
     took = time.perf_counter() - clock.start
     new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
     times = clock.times[-len(new) :] if new else []
-    return Answer(
+    return InferenceResult(
         text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
@@ -298,7 +300,9 @@ def _generate(
     )
 
 
-def _generate_with(streaming: StreamingBaseModel, model: Any, request: Request, **arguments: Any) -> torch.Tensor:
+def _generate_with(
+    streaming: StreamingBaseModel, model: Any, request: InferenceRequest, **arguments: Any
+) -> torch.Tensor:
     """Generate as the request says, and in no other way: `generate()` takes the model's own for what it leaves open."""
     streaming.leave_room(arguments["input_ids"].shape[1], request.max_new_tokens)
     before = model.generation_config
@@ -312,7 +316,7 @@ def _generate_with(streaming: StreamingBaseModel, model: Any, request: Request, 
         model.generation_config = before
 
 
-def _generation_config(own: GenerationConfig, request: Request) -> GenerationConfig:
+def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
@@ -336,7 +340,7 @@ def _generation_config(own: GenerationConfig, request: Request) -> GenerationCon
 
 def _encoder(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
-) -> Answer:
+) -> InferenceResult:
     """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
     prompt_tokens = inputs["input_ids"].shape[1]
     logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
@@ -344,7 +348,7 @@ def _encoder(
     arguments: dict[str, Any] = dict(inputs)
     output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
     took = time.perf_counter() - start
-    result = Answer(prompt_tokens=prompt_tokens, ttft_seconds=took)
+    result = InferenceResult(prompt_tokens=prompt_tokens, ttft_seconds=took)
     logits = getattr(output, "logits", None)
     if logits is not None and logits_wanted:
         result.predictions = _predictions(model, tokenizer, inputs["input_ids"], logits.float())

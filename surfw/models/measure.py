@@ -17,15 +17,18 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES, MB, MIB
 from surfw.manifest import Chunk, Manifest
-from surfw.metrics import Metrics
-from surfw.models.opened import OpenedModel
+from surfw.models.assembly import ModelParts
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.run import Run
+from surfw.runtime.run import Run, current_run
 from surfw.source import ChunkSource, Read
+
+RunModel = Callable[[Callable[[PreTrainedModel], None]], None]
+"""Calls a function with transformers' model, while nobody else runs it."""
 
 READ_SECONDS, READ_BYTES = 1.5, 256 * MB
 """After this long, or this much, no further piece is read."""
@@ -61,25 +64,25 @@ class _Enough(Exception):  # noqa: N818 - no error: it ends a pass that takes to
     """The pass has had its time."""
 
 
-def settle(opened: OpenedModel) -> None:
+def settle(parts: ModelParts) -> None:
     """Wait a little for what is on its way, so that nothing else is read while reading is measured."""
-    wait([load for _, load in opened.fetch_layers(range(len(opened.layers)))], READ_SECONDS)
+    wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)
 
 
-def measure_reading(opened: OpenedModel) -> float | None:
+def measure_reading(parts: ModelParts) -> float | None:
     """Read chunks that the plan does not keep, each once at most, until it has been enough.
 
     Returns:
         Stored bytes per second; None if nothing is streamed.
 
     Raises:
-        SurfwError: a chunk could not be had.
+        SurfwError: a chunk could not be read.
     """
-    plan, manifest = opened.plan, opened.manifest
+    plan, manifest = parts.engine.plan, parts.manifest
     chunks = [chunk for chunk in manifest.chunks if chunk.name in plan.streamed]
     if not any(choose_form(chunk).stored_bytes for chunk in chunks):
         return None
-    return opened.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
+    return parts.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
 
 
 async def _read_for_a_while(source: ChunkSource, manifest: Manifest, chunks: Sequence[Chunk]) -> float:
@@ -127,7 +130,7 @@ class _Pieces:
         return Read(chunk, form, start, stop, view[: stop - start])
 
 
-def measure_computing(opened: OpenedModel, metrics: Metrics, prompt_tokens: int) -> Computing | None:
+def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:
     """Run passes that read nothing ahead, and add up the least time that each module with weights took.
 
     A pass of a model that generates has one token, as in decoding; that of another has the whole prompt. Where not even
@@ -137,49 +140,54 @@ def measure_computing(opened: OpenedModel, metrics: Metrics, prompt_tokens: int)
         None for a model that takes no token ids, and where not even one layer ran in time.
 
     Raises:
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
         ModelClosedError: the model was closed meanwhile.
     """
-    if opened.model.main_input_name != "input_ids":
+    if parts.model.main_input_name != "input_ids":
         return None
-    run = Run()
-    timer = threading.Timer(PASS_SECONDS, run.interrupt, [_Enough()])
+    interruptible = Run()
+    timer = threading.Timer(PASS_SECONDS, interruptible.interrupt, [_Enough()])
     start = time.perf_counter()
+
+    def run_passes(model: PreTrainedModel) -> None:
+        first, again = _passes(model, prompt_tokens)
+        first()
+        watch.end_pass()
+        for _ in range(_PASSES):
+            again()
+            watch.end_pass()
+            if time.perf_counter() - start > _QUICK_PASSES_SECONDS:
+                break
+
     with ExitStack() as last:
-        watch = _Stopwatch(opened, metrics)
+        watch = _Stopwatch(parts)
         last.callback(watch.close)
+        last.callback(current_run.reset, current_run.set(interruptible))
         last.callback(timer.join)
         last.callback(timer.cancel)
         timer.start()
-        with suppress(_Enough), opened.running(run, prefetch=False) as model:
-            first, again = _passes(model, prompt_tokens)
-            first()
-            watch.end_pass()
-            for _ in range(_PASSES):
-                again()
-                watch.end_pass()
-                if time.perf_counter() - start > _QUICK_PASSES_SECONDS:
-                    break
+        with suppress(_Enough):
+            run(run_passes)
     return watch.result()
 
 
 class _Stopwatch:
     """Times the modules of a model that have weights and hold no others, waiting left out."""
 
-    def __init__(self, opened: OpenedModel, metrics: Metrics) -> None:
+    def __init__(self, parts: ModelParts) -> None:
         """Begin with the first pass."""
-        uses = {use.module: use.chunks for use in opened.manifest.order}
+        uses = {use.module: use.chunks for use in parts.manifest.order}
         inner = [name for name in uses if name and not any(other.startswith(f"{name}.") for other in uses)]
-        size = {chunk.name: chunk.payload_bytes for chunk in opened.manifest.chunks}
+        size = {chunk.name: chunk.payload_bytes for chunk in parts.manifest.chunks}
         self._bytes = {name: sum(size[chunk] for chunk in uses[name]) for name in inner}
-        self._metrics = metrics
+        self._metrics = parts.engine.metrics
         self._took: dict[str, float] = {}
         self._least: dict[str, float] = {}
         self._began = 0.0
         self._recurring: frozenset[str] = frozenset()
         self._hooks: list[RemovableHandle] = []
         for name in inner:
-            module = opened.model.get_submodule(name)
+            module = parts.model.get_submodule(name)
             self._hooks += [
                 module.register_forward_pre_hook(self._begin),
                 module.register_forward_hook(partial(self._end, name), prepend=True),

@@ -3,22 +3,27 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import fields
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
-from surfw.models.inference import Request, answer
+from surfw.models.client import Source
+from surfw.models.inference import InferenceRequest, answer
+from surfw.models.options import ModelOptions, OpenOptions
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
 from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
-"""How many pieces of text a generation may be ahead of who reads them."""
+"""How many pieces of text a generation may be ahead of its reader."""
 
+DEFAULT_URI = f"ws://localhost:{DEFAULT_PORT}"
+DEFAULT_CACHE_SIZE = 5
 
-_OPTIONS = {field.name for field in fields(Request)} - {"prompt", "prompt_ids"}
+_OPTIONS = {field.name for field in fields(InferenceRequest)} - {"prompt", "prompt_ids"}
 
 
 class StreamingModel(StreamingBaseModel):
@@ -92,10 +97,10 @@ class StreamingModel(StreamingBaseModel):
         if not isinstance(prompt, str | Sequence):
             raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
         if isinstance(prompt, str):
-            return self._stream(Request(prompt=prompt, **options), is_text=True)
-        return self._stream(Request(prompt_ids=prompt, **options), is_text=False)
+            return self._stream(InferenceRequest(prompt=prompt, **options), is_text=True)
+        return self._stream(InferenceRequest(prompt_ids=prompt, **options), is_text=False)
 
-    async def _stream(self, request: Request, *, is_text: bool) -> AsyncGenerator[Any, None]:
+    async def _stream(self, request: InferenceRequest, *, is_text: bool) -> AsyncGenerator[Any, None]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
 
         def give(piece: Any) -> None:
@@ -119,7 +124,7 @@ class StreamingModel(StreamingBaseModel):
             if not work.cancelled():
                 work.exception()  # whoever stopped reading does not look at it
 
-    def _generate_for(self, request: Request, give: Callable[[Any], None], *, is_text: bool) -> None:
+    def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None], *, is_text: bool) -> None:
         self._expect_generation()
         tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:
@@ -136,3 +141,59 @@ async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:
         return getting.result() if getting.done() else None
     finally:
         getting.cancel()
+
+
+class _Family(StreamingModel):
+    """What the families share: how they are constructed."""
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        websocket_uri: Source = DEFAULT_URI,
+        cache_size: int | None = None,
+        *,
+        memory_budget: int | str | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        """Note what is wanted; the first use opens it.
+
+        Args:
+            model_name: the model's name at the server; None for the only one there.
+            websocket_uri: the server, or any other source that `StreamingModel` takes.
+            cache_size: how many layers are kept in memory; 5, unless there is a `memory_budget`.
+            memory_budget: in place of it, what weights in memory may take.
+            **options: see `StreamingBaseModel`.
+        """
+        if cache_size is None and memory_budget is None:
+            cache_size = DEFAULT_CACHE_SIZE
+        super().__init__(websocket_uri, model_name, cache_size=cache_size, memory_budget=memory_budget, **options)
+
+    @classmethod
+    def _over(cls, source: Source, model: str | None, **options: Unpack[OpenOptions]) -> Self:
+        return cls(model, source, **options)
+
+
+class StreamingBertModel(_Family):
+    """A model of the BERT family over a server: BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA and their like."""
+
+    model_types = frozenset(
+        {"bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "camembert", "mobilebert", "modernbert"}
+    )
+
+
+class StreamingGPTModel(_Family):
+    """A model of the GPT family over a server: GPT-2, GPT-Neo, GPT-J, GPT-NeoX and their like."""
+
+    model_types = frozenset({"openai-gpt", "gpt2", "gpt_neo", "gptj", "gpt_neox", "gpt_bigcode", "gpt_oss"})
+
+
+class StreamingT5Model(_Family):
+    """A model of the T5 family over a server: T5, mT5, UMT5."""
+
+    model_types = frozenset({"t5", "mt5", "umt5"})
+
+
+class StreamingLlamaModel(_Family):
+    """A model of the LLaMA family over a server: LLaMA and its close relatives Mistral and Qwen."""
+
+    model_types = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"})

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from surfw.checkpoint.layout import TOKENIZER_FILES
 from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest
-from surfw.skeleton.config import sanitise_config
+from surfw.skeleton.sanitise import sanitise_config
 
 logger = logging.getLogger("surfw.models")
 

@@ -1,12 +1,40 @@
-"""Memory for streamed chunks: private anonymous pages, huge ones where there are such, reused by the next chunk."""
+"""Memory for chunks: buffers of private anonymous pages, and where the tensors of a chunk lie in them. Without torch.
+
+Buffers use huge pages where there are any, and are reused by the next chunk. In a buffer every tensor lies at a
+multiple of 64 bytes. Stored payloads have no gaps: their tensors are ordered so that the aligned ones come first and
+stay where they are; the few others are moved apart after the payload has been verified, from the last to the first,
+within the same buffer. Alignment is not only speed: some kernels give other bits for weights at odd addresses.
+"""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from surfw.errors import SurfwError
 
+ALIGNMENT = 64
 _HUGE = 2 << 20
+
+
+def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes lie, each at a multiple of 64, and the bytes that all of them take."""
+    offsets, end = [], 0
+    for size in sizes_bytes:
+        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        end = offsets[-1] + size
+    return offsets, end
+
+
+def spread(payload: memoryview, sizes_bytes: Sequence[int]) -> None:
+    """Move the tensors of a payload without gaps to their places, within the same memory.
+
+    Places lie at or behind where a tensor is stored, so going from the last to the first overwrites nothing.
+    """
+    stored = sum(sizes_bytes)
+    for size, place in zip(reversed(sizes_bytes), reversed(plan_layout(sizes_bytes)[0]), strict=True):
+        stored -= size
+        if place != stored and size:
+            payload[place : place + size] = payload[stored : stored + size]
 
 
 def buffer_capacity(size_bytes: int) -> int:

@@ -30,14 +30,13 @@ from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader, as_parameter
+from surfw.runtime.plan import Limit, Needs, ResidencyPlan, floating_victims
 from surfw.runtime.planning import Planning
-from surfw.runtime.residency import Limit, Needs, ResidencyPlan, floating_victims
-from surfw.runtime.run import Run
+from surfw.runtime.rows import BlockReader, RowReader, TableUnit
+from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import TableUnit
-from surfw.skeleton.shared import runs
+from surfw.skeleton.default_dtype import runs
 
 T = TypeVar("T")
 
@@ -63,7 +62,13 @@ class _Entry:
 
 
 class Engine:
-    """Chunks of one model, in and out of memory. Used by one forward pass at a time."""
+    """Chunks of one model, in and out of memory. Used by one forward pass at a time.
+
+    Attributes:
+        manifest: the model.
+        metrics: counts hits, prefetched chunks and stalls.
+        rows: reads rows of tables for the run that the engine works for.
+    """
 
     def __init__(
         self,
@@ -76,6 +81,7 @@ class Engine:
         metrics: Metrics,
         phases: Phases | None = None,
         tables: Mapping[str, TableUnit] | None = None,
+        rows_bytes: int = 4 * MIB,
         prefetch: bool = True,
     ) -> None:
         """Make a plan; nothing is loaded yet.
@@ -89,6 +95,7 @@ class Engine:
             metrics: counts hits, prefetched chunks and stalls.
             phases: what is known of the order in which modules run; default: the manifest's, as a cycle.
             tables: modules that can run while their tables are not in memory.
+            rows_bytes: memory for the blocks of tables that are being read, and as much for those used last.
             prefetch: whether chunks are ever fetched ahead of their use.
 
         Raises:
@@ -109,7 +116,8 @@ class Engine:
         self._asked = _DEMAND
         self._runner: int | None = None  # the thread that has a run
         self._home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
-        self._outside = loader.reader(io, metrics, scratch_bytes=_OUTSIDE_BYTES)
+        self.rows = self._reader(lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
+        self._outside = self._reader(Run, scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
         self._is_settled = False  # whether all that stays is there, and nothing else
 
@@ -334,11 +342,6 @@ class Engine:
             return sum(entry.size_bytes for entry in filled if isinstance(entry.buffer, Buffer))
 
     @property
-    def run(self) -> Run:
-        """The run that it works for, or worked for last."""
-        return self._run
-
-    @property
     def limit(self) -> Limit:
         """How much may be kept."""
         return self._planning.limit
@@ -352,6 +355,10 @@ class Engine:
             self._pool.clear()
         for load in loads:
             load.cancel()
+
+    def _reader(self, run: Callable[[], Run], *, scratch_bytes: int, keep_bytes: int) -> RowReader:
+        blocks = BlockReader(self._loader.source, self.manifest, self._io, self.metrics, run)
+        return RowReader(blocks, self._loader.dtypes, scratch_bytes=scratch_bytes, keep_bytes=keep_bytes)
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[_Entry, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""

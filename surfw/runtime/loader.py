@@ -14,13 +14,7 @@ import torch
 from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, Manifest
-from surfw.metrics import Metrics
-from surfw.runtime.blocks import BlockReader
-from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.layout import ALIGNMENT, plan_layout, spread
-from surfw.runtime.rows import RowReader
-from surfw.runtime.run import Run
+from surfw.runtime.buffers import ALIGNMENT, Buffer, MappedBuffer, buffer_capacity, plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 from surfw.threads import in_thread
@@ -30,6 +24,7 @@ class Loader:
     """Loads chunks of one model from one source.
 
     Attributes:
+        dtypes: the dtypes of the tensors that do not have the stored one in the model.
         in_pieces: whether no more than a block is asked of the source at a time, so that it never holds much; slower.
     """
 
@@ -39,14 +34,14 @@ class Loader:
         """Name the source, the model, and the dtypes of the tensors that shall not have the stored one."""
         self.source = source
         self.manifest = manifest
-        self._dtypes = dtypes or {}
+        self.dtypes = dtypes or {}
         self.in_pieces = False
         self._scratch_turn = asyncio.Semaphore(1)
         self._piece_turn = asyncio.Semaphore(1)
 
     def buffer_bytes(self, chunk: Chunk) -> int:
         """How large a buffer the chunk's tensors need."""
-        return buffer_bytes(chunk, self._dtypes)
+        return buffer_bytes(chunk, self.dtypes)
 
     async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> int:
         """Fill the buffer with the chunk's tensors.
@@ -78,14 +73,9 @@ class Loader:
         view = await self.source.view(self.manifest, chunk, choose_form(chunk))
         return MappedBuffer(view.memory, view.expect_unchanged) if view is not None else None
 
-    def reader(self, io: IoThread, metrics: Metrics, *, scratch_bytes: int) -> RowReader:
-        """What reads single tensors, in the model's dtypes, in pieces of so many bytes, and keeps nothing of them."""
-        blocks = BlockReader(self.source, self.manifest, io, metrics, Run)
-        return RowReader(blocks, self._dtypes, scratch_bytes=scratch_bytes, keep_bytes=0)
-
     def scratch_bytes(self, chunk: Chunk) -> int:
         """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""
-        return scratch_bytes(chunk, self._dtypes)
+        return scratch_bytes(chunk, self.dtypes)
 
     async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
         """The chunk's stored tensors into a buffer, each at its place there."""
@@ -115,10 +105,10 @@ class Loader:
             cast[name].copy_(tensor)
 
     def _targets(self, chunk: Chunk) -> list[torch.dtype]:
-        return _targets(chunk, self._dtypes)
+        return _targets(chunk, self.dtypes)
 
     def _casts(self, chunk: Chunk) -> bool:
-        return _casts(chunk, self._dtypes)
+        return _casts(chunk, self.dtypes)
 
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:

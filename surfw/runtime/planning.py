@@ -10,9 +10,9 @@ from typing import Any
 
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
-from surfw.runtime.residency import Limit, Needs, ResidencyPlan, least_bytes, next_uses, plan_residency
+from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, next_uses, plan_residency
+from surfw.runtime.rows import TableUnit
 from surfw.runtime.schedule import Phases, Schedule
-from surfw.runtime.tables import TableUnit
 
 
 class Planning:

@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.skeleton.config import COMPILED, IMPLEMENTATIONS, untag_floats
-from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub, runs
+from surfw.skeleton.default_dtype import runs
+from surfw.skeleton.guards import Guard, RealLinspace, foreign_errors, guarded, no_hub
+from surfw.skeleton.sanitise import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")

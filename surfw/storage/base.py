@@ -228,7 +228,7 @@ class StorageBackend(ABC):
         if seen != revision:
             raise changed(f"{key} in {self.url}", revision, str(seen))
 
-    async def stranger(self, known: str) -> str | None:
+    async def find_foreign_key(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
         return next((key for key in await self.list() if not key.startswith(known)), None)
 

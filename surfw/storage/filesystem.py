@@ -127,7 +127,7 @@ class FilesystemBackend(FsspecBackend):
         folder = check_prefix(prefix).rpartition("/")[0]
         return sorted(await asyncio.to_thread(lambda: [key for key in self._keys(folder) if key.startswith(prefix)]))
 
-    async def stranger(self, known: str) -> str | None:
+    async def find_foreign_key(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one; stops at the first."""
         return await asyncio.to_thread(lambda: next((key for key in self._keys("") if not key.startswith(known)), None))
 

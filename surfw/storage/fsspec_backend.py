@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
-from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import (
     Check,
@@ -30,8 +30,7 @@ from surfw.storage.base import (
     refuse_size,
     spool_folder,
 )
-from surfw.storage.cat_ranges import CatRanges
-from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
+from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, Answer, Place, RangeReader, Transfer, TransientError
 from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
@@ -117,7 +116,7 @@ class FsspecBackend(StorageBackend):
             from surfw.storage.http_ranges import HttpRanges
 
             return HttpRanges(self.fs, connections)
-        return CatRanges(self.fs, connections)
+        return _CatRanges(self.fs, connections)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
         try:
@@ -396,3 +395,27 @@ def _revision_of(info: Mapping[str, Any]) -> str | None:
         return str(tag)
     time = next((info[name] for name in _TIMES if info.get(name)), None)
     return None if time is None else f"{time}, {info.get('size')} bytes"
+
+
+class _CatRanges(RangeReader):
+    """Ranges by an asynchronous file system's `_cat_file`: held in memory first, and of no known revision."""
+
+    streams = False
+    tells_revision = False
+
+    def __init__(self, fs: Any, connections: int) -> None:
+        """Name the file system; nothing is contacted."""
+        super().__init__(connections)
+        self._fs = fs
+        self.loop = fs.loop
+        self._slots = asyncio.Semaphore(connections)
+
+    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+        """Read, then put in place."""
+        try:
+            async with self._slots:
+                place.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # it comes as a whole, and shows no progress
+                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
+        except (ConnectionError, TimeoutError) as exc:
+            raise TransientError from exc
+        place(Answer(None, start, len(data), None)).memory[:] = data

@@ -18,11 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from blake3 import blake3
+
+from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
-from surfw.storage.addresses import scheme_of
+from surfw.storage.backends import open_backend, scheme_of
 from surfw.storage.base import ChangedObjectError, Check, StorageBackend, refuse_size
-from surfw.storage.opening import open_backend
+from surfw.storage_options import identify_place
 
 _MOUNT = "origins/"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
@@ -270,3 +273,15 @@ def _host_of(url: str) -> str:
 
 def _name(origin: Origin, name: str) -> str:
     return f"{_MOUNT}{origin.key}/{name}"
+
+
+def private_store(place: str, options: Mapping[str, Any]) -> Path:
+    """The folder of the store for the one model that lies at a place and is not copied.
+
+    Args:
+        place: a folder, or a storage URL.
+        options: storage options: the same URL at another endpoint is another place.
+    """
+    address = place if "://" in place else str(Path(place).expanduser().absolute())
+    identity = identify_place(address.rstrip("/"), options)
+    return surfw_home() / "in-place" / blake3(identity.encode()).hexdigest()[:32]

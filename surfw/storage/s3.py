@@ -7,11 +7,15 @@ until it is complete; one that fails is aborted, so that its parts are not kept.
 """
 
 import asyncio
-from collections.abc import Iterator
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -19,17 +23,9 @@ from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
 from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend
-from surfw.storage.s3_words import (
-    check_bucket,
-    check_choice,
-    check_endpoint,
-    check_options,
-    check_texts,
-    code_of,
-    explain_botocore,
-    explain_code,
-)
+from surfw.storage.s3_errors import code_of, explain_botocore, explain_code
 from surfw.storage.transfer import CONNECTIONS, RangeReader
+from surfw.storage_options import S3_WORDS
 
 _CONNECT_SECONDS = 5
 _ATTEMPTS, _ROUNDS = 2, 3
@@ -40,6 +36,17 @@ _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+
+_KNOWN = (
+    "region", "profile", "endpoint_url", "addressing_style", "sse", "sse_kms_key_id", "requester_pays", "anonymous",
+    "max_concurrency", "silence_timeout", "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
+)  # fmt: skip
+_NOT_GIVEN = {"self", "session", "asynchronous", "loop", "kwargs"}
+"""Parameters of s3fs that are no options."""
+
+_TABLES = ("client_kwargs", "config_kwargs", "s3_additional_kwargs")
 
 
 class S3Backend(FsspecBackend):
@@ -90,8 +97,8 @@ class S3Backend(FsspecBackend):
         """
         expect("bucket_name", bucket_name, str, "a bucket's name")
         expect("prefix", prefix, str, "a text such as models/mine")
-        check_bucket(bucket_name, prefix)
-        check_texts(
+        _check_bucket(bucket_name, prefix)
+        _check_texts(
             region_name=region_name,
             endpoint_url=endpoint_url,
             aws_access_key_id=aws_access_key_id,
@@ -108,9 +115,9 @@ class S3Backend(FsspecBackend):
         if anonymous and (aws_access_key_id or profile_name):
             raise ConfigurationError(f"s3://{bucket_name} is given credentials and anonymous; leave one of them out")
         if endpoint_url is not None:
-            check_endpoint(endpoint_url)
-        check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
-        check_choice("sse", sse, get_args(Encryption))
+            _check_endpoint(endpoint_url)
+        _check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
+        _check_choice("sse", sse, get_args(Encryption))
         if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
             raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
         encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
@@ -125,7 +132,7 @@ class S3Backend(FsspecBackend):
                 f"s3://{bucket_name}: prefix {shown[:80]!r} is refused; write one such as models/mine"
             ) from exc
         url = f"s3://{bucket_name}/{self.prefix}".rstrip("/")
-        check_options(url, options)
+        _check_options(url, options)
         super().__init__(
             url,
             key=aws_access_key_id,
@@ -216,3 +223,66 @@ class S3Backend(FsspecBackend):
 def _part_bytes(size: int) -> int:
     """How large the parts of an upload are: of a very large object, larger ones."""
     return max(_PART_BYTES, -(-size // _MOST_PARTS))
+
+
+def _check_bucket(name: str, prefix: str) -> None:
+    """Raises: ConfigurationError, for what cannot be a bucket's name."""
+    if _BUCKET.fullmatch(name):
+        return
+    url = display_url(f"s3://{name}/{prefix}" if prefix else f"s3://{name}")
+    shown = display_url(f"s3://{name}").removeprefix("s3://")
+    where = "; credentials belong into the environment, a profile or storage options" if "@" in name else ""
+    raise ConfigurationError(
+        f"{url[:120]}: {shown[:80]!r} is not a bucket's name; expected the name alone, at least 3 letters, digits, "
+        f"dots and dashes, as in s3://bucket/prefix{where}"
+    )
+
+
+def _check_texts(**given: object) -> None:
+    """Raises: ConfigurationError, for what is neither a text nor None; its value may be a secret."""
+    for name, value in given.items():
+        if not isinstance(value, str | None):
+            raise ConfigurationError(f"{name} is of type {type(value).__name__}, expected a text")
+
+
+def _check_options(url: str, options: Mapping[str, Any]) -> None:
+    """Make sure that s3fs can take what is given beside the arguments of `S3Backend`.
+
+    Raises:
+        ConfigurationError: it cannot, or s3fs is not installed.
+    """
+    try:
+        import s3fs
+    except ImportError as exc:
+        raise ConfigurationError(f"{url}: S3 needs the package {exc.name}; run: pip install s3fs") from exc
+
+    for name, value in options.items():
+        if name in S3_WORDS:
+            raise ConfigurationError(f"{url}: {name} is {S3_WORDS[name]} here; give it by that name")
+        if name in _TABLES and not isinstance(value, Mapping):
+            raise ConfigurationError(f"{url}: {name} is of type {type(value).__name__}, expected a table")
+    of_s3fs = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters} - _NOT_GIVEN - set(S3_WORDS)
+    if unknown := sorted(set(options) - of_s3fs):
+        near = difflib.get_close_matches(unknown[0], [*_KNOWN, *of_s3fs], n=1, cutoff=0.8)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigurationError(
+            f"{url}: there is no option {unknown[0]}; {meant}surfw knows {', '.join(_KNOWN)}, and s3fs those of its "
+            "S3FileSystem"
+        )
+
+
+def _check_choice(name: str, given: str | None, choices: tuple[str, ...]) -> None:
+    """Raises: ConfigurationError, for what is none of the choices."""
+    if given is not None and given not in choices:
+        raise ConfigurationError(f"{name} is {given!a:.80}; expected one of {', '.join(choices)}")
+
+
+def _check_endpoint(url: str) -> None:
+    """Raises: ConfigurationError, for what is no address of a server, or holds a password."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError("endpoint_url must not hold credentials; give them as arguments of their own")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigurationError(
+            f"endpoint_url {url[:80]!r} is not understood; write one such as http://127.0.0.1:9000"
+        )

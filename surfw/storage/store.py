@@ -5,7 +5,7 @@
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
     partial/                               work in progress; nothing reads it but the `chunk` that wrote it
-    leases/, prunes/                       what writers and pruners tell each other: see `notices`
+    leases/, prunes/                       what writers and pruners tell each other: see `housekeeping.leases`
 
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
 """
@@ -42,7 +42,6 @@ from surfw.source import locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digest_log import DigestLog, chunk_sizes
-from surfw.storage.notices import LEASES, PRUNES
 from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
@@ -55,6 +54,7 @@ STORE_VERSION = 1
 _MARKER_BYTES = 64 * KIB
 _MEND = f'; if one lies there, write {{"format": "{FORMAT}", "version": {STORE_VERSION}}} into that file'
 MODELS, BLOBS = "models/", "blobs/"
+LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
@@ -114,7 +114,7 @@ class Store:
         """Why no store lies here, and what to do."""
         is_web = self.url.startswith("http")  # which may keep to itself what it has
         with suppress(StorageError):
-            if not is_web and await self._stranger() is None:
+            if not is_web and await self._foreign_key() is None:
                 return (
                     f"{self.url} is not a surfw store yet: nothing was chunked into it; "
                     f"'surfw chunk MODEL --store {self.url}' does that, or name another place"
@@ -133,17 +133,17 @@ class Store:
         if await self.backend.exists(MARKER):
             await self.check()
             return
-        if stranger := await self._stranger():
+        if foreign := await self._foreign_key():
             raise NotAStoreError(
-                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; "
+                f"{self.url} holds other things (such as {foreign}) and no {MARKER}; "
                 "choose an empty place for the store"
             )
         document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())
 
-    async def _stranger(self) -> str | None:
+    async def _foreign_key(self) -> str | None:
         """A key that is of no store's beginnings."""
-        found = await self.backend.stranger(_PARTIAL)
+        found = await self.backend.find_foreign_key(_PARTIAL)
         if found is not None and found.startswith(_IN_PROGRESS):
             found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
         return found

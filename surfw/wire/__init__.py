@@ -7,8 +7,6 @@ raises `RemoteProtocolError`, never anything else*; what our own side may not se
 
 from surfw.config import printable
 from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
-from surfw.wire.client_session import Arrival, ClientSession
-from surfw.wire.frames import binary_header
 from surfw.wire.messages import (
     PROTOCOL,
     Begin,
@@ -26,9 +24,10 @@ from surfw.wire.messages import (
     Progress,
     Request,
     ServerHello,
+    binary_header,
 )
 from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
-from surfw.wire.server_session import ServerSession
+from surfw.wire.sessions import Arrival, ClientSession, ServerSession
 
 __all__ = [
     "PROTOCOL",

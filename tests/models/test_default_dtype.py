@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from surfw.errors import ModelClosedError, ModelError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.runtime.run import Run
-from surfw.skeleton import shared
-from surfw.skeleton.shared import runs
+from surfw.skeleton import default_dtype
+from surfw.skeleton.default_dtype import runs
 from tests.models.test_streaming import IDS, opener
 from tests.skeleton.models import skeleton_of
-from tests.skeleton.test_shared import Other
+from tests.skeleton.test_guards import Other
 
 LLAMA = "llama"
 
@@ -127,7 +127,7 @@ def test_a_run_does_not_begin_while_another_model_is_built(store: Path, monkeypa
         build = Other(lambda: StreamingWatched.open(opener(store), LLAMA, dtype="bfloat16").close())
         assert inside.wait(60)
         run = Other(lambda: model.run(lambda inner: (order.append("work"), inner(input_ids=IDS))))
-        until(lambda: model._opened and model._opened._current)
+        until(lambda: model._current)
         go_on.set()
         build.end()
         run.end()
@@ -343,7 +343,7 @@ def test_closing_a_model_ends_the_wait_to_build_it(store: Path) -> None:
 def test_a_run_that_waits_for_the_build_it_holds_up_is_told_in_the_end(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(default_dtype, "_LAYER_SECONDS", 0)
 
     def build() -> None:
         with pytest.raises(ModelError, match=r"llama cannot be built: .* open this one before it"):

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from surfw.chunking.chunker import prepare_model, write_model
 from surfw.errors import ConfigurationError, ManifestError, UnsupportedModelError
 from surfw.manifest import Chunk, Manifest, TensorInfo, Use
-from surfw.models.opening import cast_dtypes, open_skeleton
+from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.storage import FilesystemBackend, Store
 
 

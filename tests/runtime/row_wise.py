@@ -16,20 +16,17 @@ from surfw.client import open_wire_source
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.models.opening import cast_dtypes, open_skeleton
-from surfw.runtime.blocks import BlockReader
+from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import Limit
-from surfw.runtime.rows import RowReader
-from surfw.runtime.run import Run
-from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
+from surfw.runtime.plan import Limit
+from surfw.runtime.rows import BlockReader, RowReader, StreamedTables, TableUnit, tables_of
+from surfw.runtime.run import IoThread, Run
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend, open_backend
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.exactness.families import Family
 from tests.toys import toy_needs
 

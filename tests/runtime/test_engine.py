@@ -17,12 +17,11 @@ from surfw.errors import ConfigurationError, ModelClosedError, StorageError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
 from surfw.runtime.engine import Engine
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import Limit
-from surfw.runtime.run import Run
+from surfw.runtime.plan import Limit
+from surfw.runtime.rows import TableUnit
+from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import TableUnit
 from surfw.source import Read
 from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model, toy_needs
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from surfw.errors import IntegrityError, ManifestError
 from surfw.manifest import DTYPE_BITS, Chunk, Form, Manifest
 from surfw.runtime.buffers import Buffer, MappedBuffer
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
+from surfw.runtime.run import IoThread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import View
 from tests.toys import ToySource, damage, toy_chunk, toy_manifest

@@ -15,8 +15,8 @@ from surfw.errors import IntegrityError, ManifestError, SurfwError
 from surfw.manifest import Chunk, Manifest
 from surfw.source import Read
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, StorageBackend, Store, local_reader
-from surfw.storage.source import StorageSource
-from surfw.storage.verify import Damage, verify
+from surfw.storage.housekeeping.verify import Damage, verify
+from surfw.storage.store_source import StorageSource
 from tests.storage.dict_backend import DictBackend
 from tests.stores import TOKENIZER, make_store, payload
 

@@ -13,7 +13,7 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import NotAStoreError, StorageError, UnknownModelError
 from surfw.storage import FilesystemBackend, StorageBackend, Store
 from surfw.storage.housekeeping import Housekeeping
-from surfw.storage.verify import Verified, verify
+from surfw.storage.housekeeping.verify import Verified, verify
 from tests.server.backends import RecordingBackend
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store

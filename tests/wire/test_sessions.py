@@ -1,6 +1,7 @@
 """Two sessions joined in memory are the protocol; each of them takes whatever its peer sends, or refuses it."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from surfw.wire import (
     ServerHello,
     ServerSession,
 )
+from surfw.wire import messages as m
+from surfw.wire import transitions as t
 from surfw.wire.messages import PROTOCOL, encode
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
@@ -388,3 +391,43 @@ def test_messages_are_json_objects_with_a_type() -> None:
         "stop": 3 * FRAME,
         "priority": 0,
     }
+
+
+def test_the_tables_have_a_place_for_every_message_and_a_way_to_the_end() -> None:
+    def heard(table: dict[t.ConnectionState, dict[type, t.ConnectionState]]) -> set[type]:
+        return {kind for row in table.values() for kind in row} - {t.RunEnd}
+
+    assert heard(t.CLIENT_RECEIVES) == set(get_args(m.ServerMessage))
+    assert heard(t.SERVER_RECEIVES) == set(get_args(m.ClientMessage))
+    assert set(t.ANSWER_STARTS) == set(get_args(m.Request))
+    assert {kind for row in t.ANSWERS.values() for kind in row} - {t.AnswerEnd} == set(get_args(m.AnswerMessage))
+    assert set(t.ANSWER_STARTS.values()) | {after for row in t.ANSWERS.values() for after in row.values()} == set(
+        t.AnswerState
+    )
+    for state, row in t.ANSWERS.items():
+        assert (t.AnswerState.DONE in row.values()) == (state is not t.AnswerState.DONE)
+
+
+EVERY_ANSWER = [Models(0, ()), Begin(0, 9, "d"), Data(0, 0, 4), Progress(0, 5), Failed(0, "x", "y")]
+
+
+@pytest.mark.parametrize(
+    "request_", [ListModels(0), GetManifest(0, "m"), get(0, 0, 4)], ids=["models", "manifest", "get"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_both_sides_refuse_what_the_table_has_not(request_: m.Request, begun: bool) -> None:
+    """In every state of an answer, each message is taken by both sides or refused by both."""
+    for message in EVERY_ANSWER:
+        client, server = joined()
+        server.receive(client.send(request_))
+        state = t.ANSWER_STARTS[type(request_)]
+        if begun and state is t.AnswerState.DOCUMENT:
+            client.receive(server.send(Begin(0, 9, "d")))
+            state = t.AnswerState.BYTES
+        if type(message) in t.ANSWERS[state]:
+            assert client.receive(server.send(message)) == message
+        else:
+            with pytest.raises(LocalProtocolError):
+                server.send(message)
+            with pytest.raises(RemoteProtocolError, match=f"{message.type} is out of order"):
+                client.receive(encode(message))

@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, initialization
 
 from surfw.errors import SurfwError
-from surfw.skeleton import shared
+from surfw.skeleton import guards
 from surfw.skeleton.build import read_config
 from tests.skeleton.models import settings_of, skeleton_of
 
@@ -171,10 +171,10 @@ def test_an_import_amid_the_building_of_a_model_ends(monkeypatch: pytest.MonkeyP
         waited.append(seconds)
         assert sum(waited) < 100, "it waits without end"
 
-    monkeypatch.setattr(shared.time, "sleep", sleep)
+    monkeypatch.setattr(guards.time, "sleep", sleep)
     with (
         initialization.no_tie_weights(),
         pytest.raises(SurfwError, match=r"^surfw is imported while transformers builds a model"),
     ):
-        shared._tie_weights_elsewhere()
+        guards._tie_weights_elsewhere()
     assert sum(waited) == pytest.approx(60)

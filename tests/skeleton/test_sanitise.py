@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedConfig
 
 from surfw.errors import UnsupportedModelError
-from surfw.skeleton.config import (
+from surfw.skeleton.sanitise import (
     IMPLEMENTATIONS,
     refuse_absurd_sizes,
     refuse_endless_numbers,

@@ -1,7 +1,7 @@
-"""Room for what a generation remembers: the KV cache counts, so weights make way for it.
+"""Memory reserved for what a generation remembers: the KV cache counts towards the budget, so weights make way for it.
 
-Before a generation begins, the budget is left as much room as its cache will take, by the model's configuration. What
-the cache then really takes is measured after every forward; if that is more, as much more room is made as there can be.
+Before a generation begins, as much of the budget is reserved as its cache will take by the model's configuration. What
+the cache really takes is measured after every forward; if that is more, as much more is reserved as there can be.
 """
 
 import logging
@@ -19,13 +19,13 @@ from surfw.runtime.memory import MemoryClaim
 logger = logging.getLogger("surfw.models")
 
 _STEP_BYTES = 4 * MIB
-"""Room grows by this much at least, as each time is another plan."""
+"""The reserve grows by at least this much, since each growth makes a new plan."""
 
 _DEFAULT_NEW_TOKENS = 20
-"""How many tokens transformers generates where nobody says."""
+"""How many tokens transformers generates by default."""
 
 
-class GenerationRoom:
+class KvReserve:
     """The part of a model's budget that its KV cache has.
 
     Attributes:
@@ -37,10 +37,10 @@ class GenerationRoom:
 
         Args:
             model: the model.
-            engine: makes room.
+            engine: keeps weights out of the reserve.
             claim: what the process knows of the model's memory.
-            is_exact: the budget was given by somebody, so a generation that does not fit is refused. Where it was found
-                out by surfw, that only costs a warning: most generations end sooner than they might.
+            is_exact: the budget was given by the user, so a generation that does not fit is refused. With a budget that
+                surfw found out, it only costs a warning: most generations end sooner than they might.
         """
         self.held_bytes = 0
         self._engine = engine
@@ -50,14 +50,19 @@ class GenerationRoom:
         self._cost = kv_cost(model.config, model.dtype)
         self._hook = model.register_forward_hook(self._measure)
 
-    def leave(self, prompt_tokens: int, new_tokens: int, sequences: int) -> None:
-        """Make room for the cache of a generation.
+    def reserve_for(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
+        """Reserve what the cache of a generation takes, instead of what was reserved before.
 
         Raises:
             ConfigurationError: the budget that was given is too small for it.
         """
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=self._is_exact)
+
+    def reset(self, size_bytes: int) -> None:
+        """Reserve exactly so much from now on, which was reserved once and fitted."""
+        self._engine.reserve(size_bytes)
+        self._claim.peak_bytes = self._engine.claimed_bytes
 
     def close(self) -> None:
         """Watch no more."""
@@ -72,7 +77,7 @@ class GenerationRoom:
                 self._reserve(steps * _STEP_BYTES, self.held_bytes, or_fail=False)
 
     def _reserve(self, size_bytes: int, least_bytes: int, *, or_fail: bool) -> None:
-        """Make so much room, or what room there can be; complain if that is less than the least."""
+        """Reserve so much, or as much as there can be; warn once if that is less than the least."""
         if self._engine.limit.budget_bytes is None:
             return
         try:

@@ -1,16 +1,13 @@
-"""What building a class needs of torch, transformers and the hub in places that the whole process shares.
+"""Guards around the building of a class, in places of torch, transformers and the hub that the whole process shares.
 
-Whatever is put there looks at the thread that comes by, and is nothing to the others: they may build, load and download
-models meanwhile. One thing is left that cannot: the default dtype, which transformers sets while it builds a class,
-here as in `from_pretrained`. Runs of surfw's models in other threads wait meanwhile, see `Runs`; whatever else computes
-with torch there, or loads with `from_pretrained`, is out of reach.
+Each looks at the thread that comes by and is invisible to the others, which may build, load and download models
+meanwhile. The one thing that cannot be kept to a thread is the default dtype; see `default_dtype`.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -21,112 +18,10 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
-from surfw.errors import ModelError, SurfwError, UnsupportedModelError
+from surfw.errors import SurfwError, UnsupportedModelError
 
 _MODULES_PER_TENSOR = 32
-_BUILDING_TRIES = 6000
-_LOOK_SECONDS = 0.05
-"""How often whoever waits for others looks whether it is still wanted."""
-_LAYER_SECONDS = 300.0
-"""How long a build waits for the runs of other threads to reach their next layer: longer than any layer takes."""
-
-
-class Runs:
-    """Threads that compute with models of surfw, and the builder that has them wait under another default dtype.
-
-    A run waits at its next layer (`Run.pause`). One that waits for something else (`resting`) is not waited for, and
-    computes on only when nobody builds. Locks that are held throughout a run, or a build, are taken with `holding`:
-    a thread that computed and waited for one would be waited for in vain.
-
-    Attributes:
-        build: done when the build has ended that waits for the runs, or goes on; None if there is none.
-        builder: the thread that builds, once all others wait.
-    """
-
-    def __init__(self) -> None:
-        """Nothing runs, and nobody builds."""
-        self.build: Future[None] | None = None
-        self.builder: int | None = None
-        self._computing: set[int] = set()
-        self._changed = threading.Condition()
-
-    def computing(self) -> AbstractContextManager[None]:
-        """What this thread computes is not to see another default dtype."""
-        return self._being(computes=True)
-
-    def resting(self) -> AbstractContextManager[None]:
-        """This thread waits for something, within a run or not, and computes nothing meanwhile."""
-        return self._being(computes=False)
-
-    @contextmanager
-    def holding(
-        self, lock: "threading.Lock | threading.RLock", check: Callable[[], object] = lambda: None
-    ) -> Iterator[None]:
-        """Hold a lock, which this rests for; `check` raises when it is no longer wanted."""
-        with ExitStack() as held:
-            with self.resting():
-                while not lock.acquire(timeout=_LOOK_SECONDS):
-                    check()
-                held.callback(lock.release)
-            yield
-
-    @contextmanager
-    def building(self, dtype: torch.dtype, check: Callable[[], object], *, where: str) -> Iterator[None]:
-        """Have all runs of other threads wait, if this is another default dtype; one thread at a time.
-
-        Raises:
-            ModelError: they neither reach a layer nor end.
-            Exception: that of `check`, which says that it is no longer wanted.
-        """
-        if dtype == torch.get_default_dtype():
-            yield
-            return
-        me, until = threading.get_ident(), time.monotonic() + _LAYER_SECONDS
-        self.build = build = Future[None]()
-        try:
-            with self._changed:
-                while self._computing - {me}:
-                    self._changed.wait(_LOOK_SECONDS)
-                    check()
-                    if time.monotonic() > until:
-                        raise ModelError(
-                            f"{where} cannot be built: for {_LAYER_SECONDS:.0f} s, a run of another model has neither "
-                            "reached its next layer nor ended, and would compute in another dtype; if a hook or "
-                            "callback of it waits for this one, open this one before it"
-                        )
-                self.builder = me
-            yield
-        finally:
-            with self._changed:
-                self.build = self.builder = None
-                self._changed.notify_all()
-            build.set_result(None)
-
-    @contextmanager
-    def _being(self, *, computes: bool) -> Iterator[None]:
-        me = threading.get_ident()
-        before = me in self._computing
-        try:
-            self._become(me, computes=computes)
-            yield
-        finally:
-            self._become(me, computes=before)
-
-    def _become(self, me: int, *, computes: bool) -> None:
-        if computes is (me in self._computing):
-            return
-        with self._changed:
-            if not computes:
-                self._computing.remove(me)
-                self._changed.notify_all()
-                return
-            try:
-                self._changed.wait_for(lambda: self.builder in {None, me})
-            finally:  # an interrupt of the program, too, leaves the thread as it was
-                self._computing.add(me)
-
-
-runs = Runs()
+_UNTIED_TRIES = 6000
 
 
 class _Here(threading.local):
@@ -245,7 +140,7 @@ def _tie_weights_elsewhere() -> Any:
     Transformers' `no_tie_weights` replaces the method while a class is built. Where two threads do that at once, one
     takes the other's replacement for the method, and no model of the process has its weights tied from then on.
     """
-    for _ in range(_BUILDING_TRIES):
+    for _ in range(_UNTIED_TRIES):
         if not (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
             break
         time.sleep(0.01)  # another thread builds a class just now

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from surfw.models.room import generation_size
+from surfw.models.kv_reserve import generation_size
 
 IDS = torch.ones(2, 7, dtype=torch.long)
 

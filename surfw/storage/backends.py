@@ -1,28 +1,38 @@
-"""From the address of a storage to its backend: the scheme decides.
+"""From the address of a storage to its backend: the scheme decides. The backend of the hub lives here too.
 
 In order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the group
 `surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; else fsspec. What is
 offered is called with the whole URL and the options, and gives a `StorageBackend`.
+
+Schemes are read in any case (RFC 3986). An address without `://` is a folder, unless it looks like a URL or a server
+and no such folder exists; `./` before it makes it one in any case. Nothing is shown that may be a password.
 """
 
 import importlib
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url, is_server_url
-from surfw.errors import ConfigurationError, SurfwError
-from surfw.storage.addresses import read_address
+from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
-from surfw.storage.hub_backend import HubBackend
 from surfw.storage.s3 import S3Backend
 from surfw.storage_options import fsspec_arguments, s3_arguments
 
 ENTRY_POINTS = "surfw.storage"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
+"""Dotted ones are paths of Python, where capitals matter."""
+
+_ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+-]*)(:/?)(?!/)(.+)")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}(/.*)?")
+_USUAL = {"file", "hf", "http", "https", "s3", "ws", "wss"}
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
 
@@ -118,3 +128,55 @@ def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> S
 
 def _say(exc: Exception) -> str:
     return f"{type(exc).__name__}: {display_text(' '.join(str(exc).split()))[:200]}"
+
+
+def read_address(text: str) -> str:
+    """The address with its scheme in small letters.
+
+    Raises:
+        ConfigurationError: it was meant to be a URL or a server, and is none.
+    """
+    scheme, mark, rest = text.partition("://")
+    if mark:
+        return f"{scheme.lower()}://{rest}" if _SCHEME.fullmatch(scheme) else text
+    if (meant := _meant(text)) and not os.path.lexists(text):
+        shown = display_url(meant)
+        what = ", the address of a server, where one may be named" if is_server_url(meant) else ""
+        if shown != meant:
+            raise ConfigurationError(f"the address is that of no folder here; did you mean {shown}{what}?")
+        raise ConfigurationError(f"{text} is no folder here; did you mean {shown}{what}? For a folder write ./{text}")
+    return text
+
+
+def _meant(text: str) -> str | None:
+    """The URL that a text looks like."""
+    if _HOST.fullmatch(text):
+        return f"ws://{text}"
+    if (almost := _ALMOST.fullmatch(text)) and (almost[2] == ":/" or almost[1].lower() in _USUAL):
+        return f"{almost[1].lower()}://{almost[3]}"
+    return None
+
+
+def scheme_of(url: str) -> str:
+    """The scheme in small letters; empty for a folder."""
+    scheme, mark, _ = url.partition("://")
+    return scheme.lower() if mark else ""
+
+
+class HubBackend(FsspecBackend):
+    """Files of a model of the Hugging Face hub, under `hf://org/name`, as fsspec reads them."""
+
+    @contextmanager
+    def _translate(self, what: str) -> Iterator[None]:
+        """As in other storages; an answer of the hub is an `OSError`, so anything else says that there was none."""
+        with super()._translate(what):
+            try:
+                yield
+            except (SurfwError, OSError, NotImplementedError):
+                raise
+            except Exception as exc:
+                said = display_text(" ".join(f"{type(exc).__name__}: {exc}".split()))[:200]
+                raise StorageError(
+                    f"{self.url}: the hub at {display_url(self.fs.endpoint)} cannot be reached ({said}); check the "
+                    "network, or name another hub in HF_ENDPOINT"
+                ) from exc

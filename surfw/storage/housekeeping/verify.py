@@ -17,7 +17,7 @@ from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, block_digests, has_digest, nbytes
 from surfw.source import locate_damage
-from surfw.storage.prune import Steps
+from surfw.storage.housekeeping.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
-from surfw.runtime.residency import (
+from surfw.runtime.plan import (
     Limit,
     Needs,
     ResidencyPlan,

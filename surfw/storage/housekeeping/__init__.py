@@ -1,4 +1,8 @@
-"""Keeping a store in order: seeing what lies in it, removing models and what nobody needs, reading all of it anew."""
+"""Keeping a store in order: list what lies in it, remove models, prune what nobody needs, verify every byte.
+
+`leases` has the protocol by which writers and pruners on any machines stay out of each other's way; `prune` and
+`verify` do what their names say.
+"""
 
 import os
 from collections import Counter
@@ -8,14 +12,26 @@ from types import TracebackType
 from typing import Any, Self
 
 from surfw.config import display_url, expect
-from surfw.errors import ManifestError, StorageError, UnknownModelError
 from surfw.manifest import Manifest
+from surfw.storage.backends import open_backend
 from surfw.storage.base import StorageBackend
-from surfw.storage.notices import LEASES, Notice, read_notices
+from surfw.storage.housekeeping.leases import LeaseRecord
+from surfw.storage.housekeeping.prune import Pruned, Removed, Steps, prune, remove_model, survey
+from surfw.storage.housekeeping.verify import Damage, Verified, verify
 from surfw.storage.origins import PlacedOptions
-from surfw.storage.prune import Pruned, Removed, Steps, prune, remove_model, survey, total_size
-from surfw.storage.store import MODELS, Store, belongs, objects_of
-from surfw.storage.verify import Verified, verify
+from surfw.storage.store import Store, objects_of
+
+__all__ = [
+    "Damage",
+    "Housekeeping",
+    "Pruned",
+    "Removed",
+    "Steps",
+    "StoreContents",
+    "StoredModel",
+    "UnfinishedModel",
+    "Verified",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +63,14 @@ class StoredModel:
 
 @dataclass(frozen=True, kw_only=True)
 class UnfinishedModel:
-    """A model that is being written, or was until its writer ended.
+    """A model that is being written, or whose writer ended before it was complete.
 
     Attributes:
         name: its name.
         host: the machine that writes it.
         pid: the process there.
-        at_work: whether that may still be at work.
-        idle_seconds: how long ago it said so.
+        at_work: whether that process may still be running.
+        idle_seconds: how long ago it gave its last sign of life.
         blobs: how many blobs are kept for it.
     """
 
@@ -75,9 +91,9 @@ class StoreContents:
         models: by name.
         unfinished: models that are not complete; they hold their blobs for a week after their last sign of life.
         stored_bytes: what the blobs of all models take.
-        unneeded_blobs: how many blobs `prune` would remove; None if that cannot be told.
+        unneeded_blobs: how many blobs `prune` would remove; None if that is unknown.
         unneeded_bytes: their size.
-        left_alone: keys that are not of a store's layout.
+        left_alone: keys that are not part of a store's layout.
         complaints: manifests and leases that are not understood; while there is one, nothing can be pruned.
     """
 
@@ -92,7 +108,7 @@ class StoreContents:
 
 
 class Housekeeping:
-    """A store, to be kept in order. Use it as an async context manager, or close it."""
+    """Lists, prunes and verifies a store. Use it as an async context manager, or close it."""
 
     def __init__(
         self,
@@ -107,13 +123,11 @@ class Housekeeping:
             storage_options: for the storage that a URL names, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: it is none of these.
+            ConfigurationError: it is something else.
         """
         expect("store", store, str | os.PathLike | StorageBackend, "a folder, a storage URL or a StorageBackend")
         self._owned = not isinstance(store, StorageBackend)
         if not isinstance(store, StorageBackend):
-            from surfw.storage import open_backend
-
             store = open_backend(os.fspath(store), storage_options)
         self._store = Store(store, PlacedOptions(store.url, storage_options or {}))
 
@@ -125,28 +139,19 @@ class Housekeeping:
             StorageError: it cannot be read.
         """
         await self._store.check()
-        complaints: list[str] = []
-        manifests = await self._manifests(complaints)
-        needs = [objects_of(manifest) for manifest in manifests]
+        seen = await survey(self._store)
+        needs = [objects_of(manifest) for manifest in seen.manifests]
         uses = Counter(key for objects in needs for key in objects)
-        unneeded, sizes = None, list[int]()
-        try:
-            leases = await read_notices(self._store.backend, LEASES)
-            if not complaints:
-                unneeded = (await survey(self._store)).unneeded
-                sizes = await total_size(self._store.backend, unneeded)
-        except StorageError as exc:
-            leases, complaints = [], [*complaints, str(exc)]
         together = {key: size for objects in needs for key, size in objects.items()}
         return StoreContents(
             store=self._store.url,
-            models=tuple(_describe(one, objects, uses) for one, objects in zip(manifests, needs, strict=True)),
-            unfinished=tuple(_unfinished(lease) for lease in leases if lease.holds),
+            models=tuple(_describe(one, objects, uses) for one, objects in zip(seen.manifests, needs, strict=True)),
+            unfinished=tuple(_unfinished(lease) for lease in seen.leases if lease.holds),
             stored_bytes=sum(together.values()),
-            unneeded_blobs=None if unneeded is None else len(unneeded),
-            unneeded_bytes=None if unneeded is None else sum(sizes),
-            left_alone=tuple(key for key in await self._store.backend.list() if not belongs(key)),
-            complaints=tuple(complaints),
+            unneeded_blobs=None if seen.unclear else len(seen.unneeded),
+            unneeded_bytes=None if seen.unclear else sum(seen.unneeded.values()),
+            left_alone=tuple(seen.left_alone),
+            complaints=tuple(seen.unclear),
         )
 
     async def remove(self, model: str) -> Removed:
@@ -162,10 +167,10 @@ class Housekeeping:
         return await remove_model(self._store, model)
 
     async def prune(self, *, dry_run: bool = False, progress: Steps | None = None) -> Pruned:
-        """Remove the blobs that no model needs, finished or not; beside servers and writers on any machine.
+        """Remove the blobs that no model needs, finished or not. Servers and writers on any machine may go on.
 
         Args:
-            dry_run: only tell what would be removed.
+            dry_run: only report what would be removed.
             progress: called with the bytes done, the bytes in all, and a key.
 
         Raises:
@@ -182,7 +187,8 @@ class Housekeeping:
 
         Raises:
             UnknownModelError: there is no such model.
-            StorageError: the storage does not answer. What is damaged or missing is no error, but told in the result.
+            StorageError: the storage does not answer. Damaged or missing parts are not an error: the
+                result lists them.
         """
         if model is not None:
             await self._store.expect_name(model)
@@ -206,19 +212,8 @@ class Housekeeping:
         """Close."""
         await self.close()
 
-    async def _manifests(self, complaints: list[str]) -> list[Manifest]:
-        found = []
-        for name in await self._store.listed():
-            try:
-                found.append(await self._store.facts(name))
-            except UnknownModelError:  # removed since it was listed
-                continue
-            except (ManifestError, StorageError) as exc:
-                complaints.append(f"{MODELS}{name}.json: {exc}")
-        return found
 
-
-def _describe(manifest: Manifest, objects: dict[str, int], uses: "Counter[str]") -> StoredModel:
+def _describe(manifest: Manifest, objects: dict[str, int], uses: Counter[str]) -> StoredModel:
     return StoredModel(
         name=manifest.name,
         class_name=manifest.class_name,
@@ -232,7 +227,7 @@ def _describe(manifest: Manifest, objects: dict[str, int], uses: "Counter[str]")
     )
 
 
-def _unfinished(lease: Notice) -> UnfinishedModel:
+def _unfinished(lease: LeaseRecord) -> UnfinishedModel:
     return UnfinishedModel(
         name=lease.model,
         host=lease.host,

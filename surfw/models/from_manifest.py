@@ -19,11 +19,18 @@ from surfw.manifest import Manifest, TensorInfo
 from surfw.runtime.loader import as_parameter
 from surfw.runtime.run import Run, current_run
 from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
-from surfw.skeleton.config import refuse_absurd_sizes, refuse_endless_numbers, sanitise_config, untag_floats
 from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
-from surfw.skeleton.generation import check_generation, sanitise_generation, sanitise_outputs
+from surfw.skeleton.guards import foreign_errors
 from surfw.skeleton.loading import target_dtypes
-from surfw.skeleton.shared import foreign_errors
+from surfw.skeleton.sanitise import (
+    check_generation,
+    refuse_absurd_sizes,
+    refuse_endless_numbers,
+    sanitise_config,
+    sanitise_generation,
+    sanitise_outputs,
+    untag_floats,
+)
 from surfw.skeleton.units import Slot
 
 logger = logging.getLogger("surfw.models")

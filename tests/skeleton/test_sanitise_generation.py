@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from surfw.errors import UnsupportedModelError
-from surfw.skeleton.generation import check_generation, sanitise_generation, sanitise_outputs
+from surfw.skeleton.sanitise import check_generation, sanitise_generation, sanitise_outputs
 
 TAKEN = frozenset(dir(GenerationConfig))
 PUBLISHED: list[dict[str, Any]] = [
