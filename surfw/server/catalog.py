@@ -20,8 +20,8 @@ from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.server.sending import Document
-from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
 

@@ -18,13 +18,11 @@ from surfw import __version__
 from surfw.config import WireLimits
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
 from surfw.manifest import Location
-from surfw.server.fairness import Account
+from surfw.server.fairness import Account, Reader
 from surfw.server.pages import PROGRESS_SECONDS
-from surfw.server.reception import FairConnection
+from surfw.server.reception import ClientLog, FairConnection
 from surfw.server.sending import Document, Sender
 from surfw.server.served import ServedStore
-from surfw.server.single_flight import Reader
-from surfw.server.sparse_log import ClientLog
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,

@@ -1,16 +1,29 @@
 """Whose turn it is, where many connections want the same thing: the loop's time, or reads of the storage.
 
 Every connection has an `Account` for each of the two. A turn has a price, and the next turn goes to whoever has paid
-least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996): those who want little find it at once, and those
-who want much wait behind what they have had. Nobody saves up turns while they want none.
+least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996): who wants little finds it at once, and who wants
+much waits behind what they have had. Nobody saves up turns while they want none.
+
+`Turns` deals out the loop's time. `SingleFlight` deals out reads, each done once for all who want it. Its invariants:
+
+- Whoever asks for a key that is being worked on joins that work. Giving up a wait does not stop it for the others.
+- Work waits for its turn on the account of each who asks for it, so that nobody waits longer because another asked too;
+  whoever's turn comes first pays.
+- Work that nobody waits for any more is dropped while it is queued; once it has begun, it runs to its end.
+- A failure goes to all who wait. If nobody does, it is dropped.
+- Each who waits can tell how far that is; see `Reader.progress_bytes`.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class Account:
@@ -98,3 +111,162 @@ class Turns:
         if step is not None:
             step.set_result(None)
             asyncio.get_running_loop().call_soon(self._next)
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """For whom things are read.
+
+    Attributes:
+        account: what pays for them.
+        fresh: whether they are wanted from the storage again, even if they are cached.
+        read_bytes: what was read so far, without what is being read now.
+        waits_for: the reads that it waits for, all of one `SingleFlight` at a time.
+        seen_bytes: what that one had read, for anybody, when progress was last counted.
+    """
+
+    account: Account = field(default_factory=Account)
+    fresh: bool = False
+    read_bytes: int = 0
+    waits_for: "list[_Flight[Any, Any]]" = field(default_factory=list)
+    seen_bytes: int = 0
+
+    @property
+    def progress_bytes(self) -> int:
+        """How far the storage has got with what this reader waits for, in bytes that only rise.
+
+        Those are the bytes of its own reads. While none of them has begun, the bytes of the reads before them count
+        too. So a queue that moves is progress, but a read of its own that hangs is not, whatever others get.
+        """
+        if self.waits_for:
+            total = self.waits_for[0].flights.read_bytes
+            if not any(flight.has_begun for flight in self.waits_for):
+                self.read_bytes += total - self.seen_bytes
+            self.seen_bytes = total
+        return self.read_bytes + sum(flight.reader.progress_bytes for flight in self.waits_for)
+
+
+class _Flight(Generic[Key, Value]):
+    """Work for one key: for whom it reads, how many wait for it, what comes of it, and the task, once it has begun."""
+
+    __slots__ = ("flights", "key", "outcome", "reader", "task", "waiters")
+
+    def __init__(self, flights: "SingleFlight[Key, Value]", key: Key, account: Account) -> None:
+        self.flights = flights
+        self.key = key
+        self.reader = Reader(account)
+        self.outcome: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
+        self.waiters = 0
+        self.task: asyncio.Task[Value] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.task is not None
+
+
+class SingleFlight(Generic[Key, Value]):
+    """Does `work(key, reader)` once for all who ask for a key meanwhile, at most `slots` keys at a time.
+
+    The work notes what it reads in its reader, as its own progress, and in `read_bytes`, as that of all who are queued.
+
+    Attributes:
+        read_bytes: what was read so far, for anybody.
+    """
+
+    def __init__(self, work: Callable[[Key, Reader], Awaitable[Value]], slots: int) -> None:
+        """Nothing is done yet."""
+        self.read_bytes = 0
+        self._work = work
+        self._free = slots
+        self._flights: dict[Key, _Flight[Key, Value]] = {}
+        self._queue: FairQueue[_Flight[Key, Value]] = FairQueue(lambda flight: flight.has_begun)
+        self._tasks: dict[asyncio.Task[Value], _Flight[Key, Value]] = {}
+        self._anyone = Reader()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._flights
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def running(self) -> Iterator[tuple[Key, Reader]]:
+        """The keys that are being worked on, and for whom each of these works reads."""
+        return ((flight.key, flight.reader) for task, flight in self._tasks.items() if not task.done())
+
+    async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
+        """Return what the work for the key gives, or raise what it raises, as for all who wait.
+
+        Args:
+            key: what to do.
+            reader: who pays, and whose progress it is; None for the server itself.
+            price: what it costs, if it is begun for this reader.
+        """
+        reader = reader or self._anyone
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = self._flights[key] = _Flight(self, key, reader.account)
+        flight.waiters += 1
+        reader.waits_for.append(flight)
+        reader.seen_bytes = self.read_bytes
+        if not flight.has_begun:
+            self._queue.put(reader.account, price, flight)
+            self._begin()
+        try:
+            value = await asyncio.shield(flight.outcome)
+            reader.read_bytes += flight.reader.progress_bytes
+            return value
+        finally:
+            reader.waits_for.remove(flight)
+            flight.waiters -= 1
+            # It may have begun on another's account, and the queue must not keep what came of it.
+            self._queue.drop(reader.account, flight)
+            if not flight.waiters and not flight.has_begun:
+                self._forget(flight)
+                flight.outcome.cancel()
+
+    def detach(self, key: Key) -> None:
+        """Let nobody join what has begun for a key: whoever asks next has it done again."""
+        flight = self._flights.get(key)
+        if flight is not None and flight.has_begun:
+            self._forget(flight)
+
+    def _begin(self) -> None:
+        """Begin what is queued, as far as there are slots."""
+        while self._free and (flight := self._queue.take()) is not None:
+            self._free -= 1
+            flight.task = asyncio.create_task(self._fly(flight), name=f"surfw {flight.key}")
+            self._tasks[flight.task] = flight
+            flight.task.add_done_callback(partial(self._finished, flight))
+
+    async def _fly(self, flight: _Flight[Key, Value]) -> Value:
+        return await self._work(flight.key, flight.reader)
+
+    def _finished(self, flight: _Flight[Key, Value], task: asyncio.Task[Value]) -> None:
+        self._forget(flight)
+        del self._tasks[task]
+        self._free += 1
+        if task.cancelled():
+            flight.outcome.cancel()
+        elif (exc := task.exception()) is not None:
+            flight.outcome.set_exception(exc)
+            flight.outcome.exception()  # marks it as retrieved, for a failure that nobody waits for any more
+        else:
+            flight.outcome.set_result(task.result())
+        self._begin()
+
+    def _forget(self, flight: _Flight[Key, Value]) -> None:
+        """Let nobody join it any more; a later flight of the same key stays."""
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
+
+    async def close(self) -> None:
+        """Stop all work."""
+        for flight in list(self._flights.values()):
+            if not flight.has_begun:
+                self._forget(flight)
+                flight.outcome.cancel()
+        self._queue = FairQueue(lambda flight: flight.has_begun)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from surfw.errors import RefusedError
 from surfw.manifest import Chunk, Digester, Digests, Manifest, payload_digest
 from surfw.server.catalog import Catalog
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.server.pages import PageCache
 from surfw.server.sending import Document
-from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import GetDigests
 

@@ -26,7 +26,7 @@ from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.single_flight import Reader, SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES

@@ -1,4 +1,4 @@
-"""The receiving side of a connection, from its first byte on: taken in by small portions, in fair turns.
+"""What clients can make a server do, in measure: their input is taken in by portions, and their log lines are few.
 
 The library would take in all that has arrived, thousands of messages or pings, before anybody else's turn. Here a
 connection reads one portion, hands on the messages in it one after the other, and then waits for its turn to read
@@ -6,6 +6,8 @@ another. What it does not read stays with the client, so that nothing of a clien
 """
 
 import asyncio
+import logging
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,8 @@ PORTION_BYTES = 256
 """About one request, or some dozens of pings: as much work as a turn may be."""
 
 _MOST_OPENING = 512
+
+_LOG_SECONDS = 10
 
 
 class Newcomers:
@@ -179,3 +183,51 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     def _resume(self, _: Any = None) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
+
+
+class SparseLog:
+    """Writes the first lines at once, and then at most so many every some seconds."""
+
+    def __init__(self, log: logging.Logger, *, level: int = logging.INFO, most: int = 1) -> None:
+        """Nothing was written yet; `most` lines are written at a time."""
+        self._log = log
+        self._level = level
+        self._most = self._left = most
+        self._next = float("-inf")
+        self._unwritten = 0
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Write the line, or count it."""
+        self._unwritten += 1
+        self._last = text
+        if time.monotonic() >= self._next:
+            self._left, self._next = self._most, time.monotonic() + _LOG_SECONDS
+        if self._left:
+            self._left -= 1
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was counted."""
+        if not self._unwritten:
+            return
+        more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
+        self._log.log(self._level, "%s%s", self._last, more)
+        self._unwritten = 0
+
+
+class ClientLog:
+    """What a server says of its clients: a sparse log for each kind of line, the same for all of them."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        """Nothing was written yet."""
+        self.visits = SparseLog(log, most=20)
+        self.closings = SparseLog(log, level=logging.WARNING)
+        self.refusals = SparseLog(log)
+        self.failures = SparseLog(log, level=logging.WARNING)
+        self.changes = SparseLog(log, level=logging.ERROR)
+
+    def flush(self) -> None:
+        """Write what was counted."""
+        for kind in (self.visits, self.closings, self.refusals, self.failures, self.changes):
+            kind.flush()

@@ -28,10 +28,9 @@ from surfw.server.connection import Connection
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
 from surfw.server.listening import Listening
-from surfw.server.reception import FairConnection, Newcomers
+from surfw.server.reception import ClientLog, FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.served import ServedStore
-from surfw.server.sparse_log import ClientLog
 from surfw.storage import StorageBackend
 from surfw.wire import ServerHealth, ServerStats
 
