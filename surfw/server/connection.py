@@ -51,7 +51,7 @@ _REASON_BYTES = 120
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is being answered: the task, for whom it reads, and the progress that the client was told."""
+    """A request that is being answered: its task, its reader, and the progress that the client was told."""
 
     task: asyncio.Task[None]
     reader: Reader
@@ -116,7 +116,7 @@ class Connection:
             case None:
                 return
             case Credit():
-                if message.bytes >= self._limits.frame_bytes:  # it comes with what it was sent, and asks for nothing
+                if message.bytes >= self._limits.frame_bytes:  # it belongs to what was sent, and causes no work
                     self._websocket.give_back_turn()
                 self._sender.grant()
             case Cancel():
@@ -131,7 +131,7 @@ class Connection:
                 task.add_done_callback(lambda task: self._answered(message, task))
 
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, now and then, how far that has got."""
+        """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
@@ -201,7 +201,7 @@ class Connection:
     async def _send_stored(
         self, number: int, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, priority: int = 0
     ) -> None:
-        """Send bytes `start` to `stop` of what lies at the locations. What follows is read while a piece is sent."""
+        """Send bytes `start` to `stop` of what lies at the locations. While a piece is sent, the next ones are read."""
         if start == stop:
             self._sender.send(Data(number, start, stop))
         async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader)) as pieces:
@@ -219,5 +219,5 @@ class Connection:
 
 
 def _looking_up(reader: Reader) -> Reader:
-    """For whom what is asked for is looked up: the same account pays, and no progress comes of it."""
+    """A reader for looking up what a request names: the same account pays, but the client hears no progress of it."""
     return Reader(reader.account)

@@ -1,17 +1,17 @@
-"""Whose turn it is, where many connections want the same thing: the loop's time, or reads of the storage.
+"""Whose turn it is when many connections want the same thing: the event loop's time, or reads of the storage.
 
-Every connection has an `Account` for each of the two. A turn has a price, and the next turn goes to whoever has paid
-least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996): who wants little finds it at once, and who wants
-much waits behind what they have had. Nobody saves up turns while they want none.
+Every connection has an `Account` for each of the two. A turn has a price, and the next one goes to the account that has
+paid least so far (*start-time fair queueing*, Goyal, Vin and Cheng, 1996). A client that wants little gets it at once,
+and one that wants much waits behind what it already had. Turns cannot be saved up.
 
-`Turns` deals out the loop's time. `SingleFlight` deals out reads, each done once for all who want it. Its invariants:
+`Turns` shares the loop's time. `SingleFlight` shares reads, and reads once what several want. Its invariants:
 
-- Whoever asks for a key that is being worked on joins that work. Giving up a wait does not stop it for the others.
-- Work waits for its turn on the account of each who asks for it, so that nobody waits longer because another asked too;
-  whoever's turn comes first pays.
+- A request for a key that is being worked on joins that work. Giving up a wait does not stop the work for the others.
+- Work is queued on the account of each request for it, so that nobody waits longer because others want the same. It
+  begins at the first of these turns, and that account pays.
 - Work that nobody waits for any more is dropped while it is queued; once it has begun, it runs to its end.
 - A failure goes to all who wait. If nobody does, it is dropped.
-- Each who waits can tell how far that is; see `Reader.progress_bytes`.
+- Each who waits can see progress; see `Reader.progress_bytes`.
 """
 
 import asyncio
@@ -27,20 +27,20 @@ Value = TypeVar("Value")
 
 
 class Account:
-    """What somebody has paid in a queue, on that queue's scale."""
+    """What one client has paid in a queue, on that queue's scale."""
 
     __slots__ = ("paid",)
 
     def __init__(self, paid: float = 0.0) -> None:
-        """So much already."""
+        """Start with what is paid already."""
         self.paid = paid
 
 
 class FairQueue(Generic[Item]):
-    """Items that wait for their turn, in order within an account. Pure: it decides, and does nothing."""
+    """Items that wait for their turn, in order within an account. It only decides, and does nothing itself."""
 
     def __init__(self, is_over: Callable[[Item], bool]) -> None:
-        """Start empty; an item that `is_over` when its turn comes is left out, and costs nothing."""
+        """Start empty. An item that `is_over` when its turn comes is skipped, and costs nothing."""
         self._is_over = is_over
         self._waiting: dict[Account, deque[tuple[float, Item]]] = {}
         self._now = 0.0
@@ -49,11 +49,11 @@ class FairQueue(Generic[Item]):
         return sum(map(len, self._waiting.values()))
 
     def put(self, account: Account, price: float, item: Item) -> None:
-        """Let an item wait; its turn will be paid for from the account."""
+        """Queue an item; the account will pay for its turn."""
         self._waiting.setdefault(account, deque()).append((price, item))
 
     def drop(self, account: Account, item: Item) -> None:
-        """Let it wait once less, if it still does."""
+        """Remove an item that the account queued, once, if it is still there."""
         queue = self._waiting.get(account, deque())
         place = next((index for index, (_, waiting) in enumerate(queue) if waiting is item), None)
         if place is not None:
@@ -62,7 +62,7 @@ class FairQueue(Generic[Item]):
             self._waiting.pop(account, None)
 
     def take(self) -> Item | None:
-        """The item whose turn it is; None if none waits."""
+        """Remove and return the item whose turn it is; None if the queue is empty."""
         while self._waiting:
             account = min(self._waiting, key=self._start)  # of equals, the one that has waited longest
             queue = self._waiting.pop(account)
@@ -80,24 +80,24 @@ class FairQueue(Generic[Item]):
 
 
 class Turns:
-    """Turns in the event loop: one step of one connection in each pass of it, and everybody's input and output between.
+    """Turns in the event loop: each pass of it has one step of one connection, besides everybody's input and output.
 
-    So work that comes in faster than it can be done waits where it came from, and a pass stays short.
+    So passes stay short, and work that comes in faster than it can be done waits with the client that sent it.
     """
 
     def __init__(self) -> None:
-        """All turns are free. Belongs to the event loop that it is first used in."""
+        """Start with nobody waiting. Belongs to the event loop that it is first used in."""
         self._steps: FairQueue[asyncio.Future[None]] = FairQueue(asyncio.Future.done)
         self._taken = False
 
     async def turn(self, account: Account) -> None:
-        """Wait for a turn; what is done before the next `await` is the step."""
+        """Wait for a turn; what the caller does before its next `await` is the step."""
         step = self.ask(account)
         if step is not None:
             await step
 
     def ask(self, account: Account) -> asyncio.Future[None] | None:
-        """A turn to wait for; None if it is granted already."""
+        """Ask for a turn: return a future that is done when it comes, or None if it came at once."""
         loop = asyncio.get_running_loop()
         step: asyncio.Future[None] = loop.create_future()
         self._steps.put(account, 1, step)
@@ -115,11 +115,11 @@ class Turns:
 
 @dataclass(slots=True, eq=False)
 class Reader:
-    """For whom things are read.
+    """A request, or other work, that has things read.
 
     Attributes:
-        account: what pays for them.
-        fresh: whether they are wanted from the storage again, even if they are cached.
+        account: what pays for the reads.
+        fresh: whether they have to come from the storage again, even if they are cached.
         read_bytes: what was read so far, without what is being read now.
         waits_for: the reads that it waits for, all of one `SingleFlight` at a time.
         seen_bytes: what that one had read, for anybody, when progress was last counted.
@@ -133,10 +133,11 @@ class Reader:
 
     @property
     def progress_bytes(self) -> int:
-        """How far the storage has got with what this reader waits for, in bytes that only rise.
+        """How far the storage has got with what this reader waits for: a count of bytes that only rises.
 
-        Those are the bytes of its own reads. While none of them has begun, the bytes of the reads before them count
-        too. So a queue that moves is progress, but a read of its own that hangs is not, whatever others get.
+        It counts the bytes of its own reads. While all of those are queued, it also counts what is read for others,
+        since that comes first. So a queue that moves is progress, but a read of its own that hangs is not, whatever
+        others get.
         """
         if self.waits_for:
             total = self.waits_for[0].flights.read_bytes
@@ -147,7 +148,7 @@ class Reader:
 
 
 class _Flight(Generic[Key, Value]):
-    """Work for one key: for whom it reads, how many wait for it, what comes of it, and the task, once it has begun."""
+    """Work for one key: for whom it reads, its outcome, how many wait for that, and its task, once it has begun."""
 
     __slots__ = ("flights", "key", "outcome", "reader", "task", "waiters")
 
@@ -167,14 +168,15 @@ class _Flight(Generic[Key, Value]):
 class SingleFlight(Generic[Key, Value]):
     """Does `work(key, reader)` once for all who ask for a key meanwhile, at most `slots` keys at a time.
 
-    The work notes what it reads in its reader, as its own progress, and in `read_bytes`, as that of all who are queued.
+    The work adds what it reads to `reader.read_bytes`, for those who wait for it, and to `read_bytes`, for those who
+    are queued behind it.
 
     Attributes:
         read_bytes: what was read so far, for anybody.
     """
 
     def __init__(self, work: Callable[[Key, Reader], Awaitable[Value]], slots: int) -> None:
-        """Nothing is done yet."""
+        """Start with nothing to do."""
         self.read_bytes = 0
         self._work = work
         self._free = slots
@@ -190,16 +192,16 @@ class SingleFlight(Generic[Key, Value]):
         return len(self._flights)
 
     def running(self) -> Iterator[tuple[Key, Reader]]:
-        """The keys that are being worked on, and for whom each of these works reads."""
+        """The keys that are being worked on, each with the reader of its work."""
         return ((flight.key, flight.reader) for task, flight in self._tasks.items() if not task.done())
 
     async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
-        """Return what the work for the key gives, or raise what it raises, as for all who wait.
+        """Wait for the work for a key, and return what it returns, or raise what it raises.
 
         Args:
             key: what to do.
             reader: who pays, and whose progress it is; None for the server itself.
-            price: what it costs, if it is begun for this reader.
+            price: what the work costs, if it begins at this reader's turn.
         """
         reader = reader or self._anyone
         flight = self._flights.get(key)
@@ -218,14 +220,14 @@ class SingleFlight(Generic[Key, Value]):
         finally:
             reader.waits_for.remove(flight)
             flight.waiters -= 1
-            # It may have begun on another's account, and the queue must not keep what came of it.
+            # It may have begun on another account; the queue must not keep it, and its outcome, until our turn comes.
             self._queue.drop(reader.account, flight)
             if not flight.waiters and not flight.has_begun:
                 self._forget(flight)
                 flight.outcome.cancel()
 
     def detach(self, key: Key) -> None:
-        """Let nobody join what has begun for a key: whoever asks next has it done again."""
+        """Let nobody join the work for a key that has begun: the next request has it done again."""
         flight = self._flights.get(key)
         if flight is not None and flight.has_begun:
             self._forget(flight)
@@ -255,7 +257,7 @@ class SingleFlight(Generic[Key, Value]):
         self._begin()
 
     def _forget(self, flight: _Flight[Key, Value]) -> None:
-        """Let nobody join it any more; a later flight of the same key stays."""
+        """Let nobody join it any more. A later flight of the same key is not affected."""
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 

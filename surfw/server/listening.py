@@ -1,4 +1,4 @@
-"""Where a server listens, and to whom: the address, TLS, and the token; and why it cannot listen there."""
+"""Where a server listens: the address, TLS, the token and the names it answers to; and why it cannot listen there."""
 
 import errno
 import logging
@@ -19,13 +19,13 @@ from surfw.errors import ConfigurationError
 from surfw.wire import PROTOCOL, check_token, is_loopback
 
 _library_log = logging.getLogger("surfw.server.websocket")
-_library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say, and shows headers with tokens
+_library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines, and shows headers with tokens
 
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
-"""Clients that are gone without a word are found so; nothing else depends on pings."""
+"""Pings find clients that are gone without a word; nothing else depends on them."""
 OPEN_SECONDS = 5
-"""Within which a plain request must be answered, and a WebSocket be open."""
+"""A plain request has to be answered, and a WebSocket to be open, within this."""
 _CLOSE_SECONDS = 3
 _MAX_PORT = 65535
 _NUMBERS = re.compile(r"[0-9]+(\.[0-9]+)+")
@@ -58,7 +58,7 @@ class Listening:
         """Refuse what cannot be used on any machine.
 
         Raises:
-            ConfigurationError: the port, the token or a name cannot be one, or the TLS context is a client's.
+            ConfigurationError: an argument cannot be used, such as a TLS context for clients.
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
@@ -70,7 +70,7 @@ class Listening:
                     f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
                 )
         if not 0 <= self.port <= _MAX_PORT:
-            raise ConfigurationError(f"port {self.port} is none; expected 0 (a free one) to {_MAX_PORT}")
+            raise ConfigurationError(f"port is {self.port}; expected 0 (a free one) to {_MAX_PORT}")
         if self.token is not None:
             check_token(self.token)
         if self.tls is not None and self.tls.protocol is ssl.PROTOCOL_TLS_CLIENT:
@@ -98,7 +98,7 @@ class Listening:
         """Listen.
 
         Raises:
-            ConfigurationError: the address cannot be used, or may not be used so.
+            ConfigurationError: the address cannot be used, or not without a token and TLS.
         """
         self._check_exposure()
         tls: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class Listening:
                 serve_client,
                 self.host,
                 self.port,
-                origins=[None],  # browsers name one: no web page may talk to a server on loopback
+                origins=[None],  # browsers send one: no web page may talk to a server on loopback
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
                 process_request=process_request,
@@ -125,11 +125,11 @@ class Listening:
                 logger=_library_log,
                 **tls,
             )
-        except (OSError, UnicodeError) as exc:  # the latter for a host that cannot be a name
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a host that cannot be a name
             raise ConfigurationError(self._cannot_listen(exc)) from exc
 
     def _check_exposure(self) -> None:
-        """Refuse an open door to other machines, unless it is meant."""
+        """Refuse to be open to other machines without protection, unless that is intended."""
         if self.insecure or is_loopback(self.host) or (self.token and self.tls):
             return
         if _NUMBERS.fullmatch(self.host):

@@ -1,8 +1,8 @@
-"""What clients can make a server do, in measure: their input is taken in by portions, and their log lines are few.
+"""What bounds the work that clients can cause before they are answered: input in small portions, and few log lines.
 
-The library would take in all that has arrived, thousands of messages or pings, before anybody else's turn. Here a
-connection reads one portion, hands on the messages in it one after the other, and then waits for its turn to read
-another. What it does not read stays with the client, so that nothing of a client's piles up here.
+The library would take in all that has arrived, thousands of messages or pings, before it is anybody else's turn. Here a
+connection reads one portion, hands on the messages in it one by one, and then waits for its turn to read another. What
+it does not read stays with the client, so that nothing piles up here.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from websockets.typing import Data
 from surfw.server.fairness import Account, Turns
 
 PORTION_BYTES = 256
-"""About one request, or some dozens of pings: as much work as a turn may be."""
+"""About one request, or a few dozen pings: as much work as a turn may be."""
 
 _MOST_OPENING = 512
 
@@ -27,16 +27,16 @@ _LOG_SECONDS = 10
 
 
 class Newcomers:
-    """The connections that are not open yet, each from when it was accepted on, its TLS handshake included.
+    """The connections that are not open yet, from the moment they are accepted, so also during their TLS handshake.
 
-    Of those that are too many, the one goes that has said nothing longest.
+    If there are too many, the one that has been silent longest is dropped.
 
     Attributes:
-        account: all of them pay from it, so that whoever comes again and again is one among those who are there.
+        account: pays for all of them, so that clients that connect again and again have one client's share.
     """
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start with no connections."""
         self.account = Account()
         self._connections: dict[FairConnection, None] = {}
 
@@ -47,7 +47,7 @@ class Newcomers:
         return connection in self._connections
 
     def add(self, connection: "FairConnection") -> None:
-        """One was accepted, or has said something."""
+        """Add one that was accepted, or that has sent something."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
         if len(self._connections) > _MOST_OPENING:
@@ -56,27 +56,27 @@ class Newcomers:
             oldest.abort()
 
     def discard(self, connection: "FairConnection") -> None:
-        """One is open, or gone."""
+        """Remove one that is open, or gone."""
         self._connections.pop(connection, None)
 
 
 class FairConnection(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, whose input waits for its turn.
+    """The library's server connection, with input that waits for its turn.
 
     Attributes:
-        account: who pays for turns of the loop.
+        account: pays for turns of the loop.
     """
 
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
     ) -> None:
-        """Take the library's arguments, and what all connections share.
+        """Begin to receive, as one of the newcomers.
 
         Args:
             arguments: the library's.
-            turns: of the loop.
-            newcomers: where it is until it is open.
-            most_unsent_bytes: while more than this waits to go out, nothing is read.
+            turns: those of the loop, shared by all connections.
+            newcomers: where it counts until it is open, shared by all connections.
+            most_unsent_bytes: while more than this waits to be sent, nothing is read.
             options: the library's.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
@@ -93,7 +93,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         newcomers.add(self)
 
     def _accepted(self, _: asyncio.Task[Any]) -> None:
-        """It has a transport now; one that has none, such as after a failed TLS handshake, is gone without a word."""
+        """Forget one that got no transport, such as after a failed TLS handshake: the library drops it silently."""
         if not hasattr(self, "transport"):
             self._newcomers.discard(self)
 
@@ -105,12 +105,12 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self._accepting.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
+        """Forget the connection."""
         self._newcomers.discard(self)
         super().connection_lost(exc)
 
     def opened(self) -> None:
-        """It is open: others may not push it out any more, and it pays for itself from now on."""
+        """It is open: newcomers no longer push it out, and from now on it pays from an account of its own."""
         self._newcomers.discard(self)
         self.account = Account(self._newcomers.account.paid)
 
@@ -119,11 +119,11 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         await self._turns.turn(self.account)
 
     def give_back_turn(self) -> None:
-        """What was taken in costs nothing."""
+        """Make the message that was just received free of charge."""
         self.account.paid -= 1
 
     async def receive(self) -> Data:
-        """The next message, in its turn."""
+        """Return the next message, in its turn."""
         if self._unread:
             await self.turn()
         message = await self.recv()
@@ -133,11 +133,11 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         return message
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport may write what it receives next."""
+        """Return the memory for what the transport receives next."""
         return self._portion
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So much was written there: read on when its messages are taken, in turn, and if what goes out is taken."""
+        """Take in a portion. The next is read once its messages were received, in turn, unless too much is unsent."""
         self.transport.pause_reading()
         if self in self._newcomers:
             self._newcomers.add(self)
@@ -146,13 +146,13 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self._read_on()
 
     def process_event(self, event: Event) -> None:
-        """Count the messages."""
+        """Count the messages that are not received yet."""
         super().process_event(event)
         if isinstance(event, Frame) and event.fin and event.opcode in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
             self._unread += 1
 
     def send_data(self) -> None:
-        """Write all that is to go out in one go, such as the answers to many pings."""
+        """Write what is to be sent in one go, such as the answers to many pings."""
         writes = self.protocol.data_to_send()
         if data := b"".join(writes):
             self.transport.write(data)
@@ -165,14 +165,14 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self.transport.close()
 
     def resume_writing(self) -> None:
-        """What waited to go out is taken."""
+        """Read on, if that waited for the client to take what was sent."""
         super().resume_writing()
         if self._waits_to_read:
             self._waits_to_read = False
             self._read_on()
 
     def _read_on(self) -> None:
-        """Read the next portion in its turn, or as soon as enough of what waits to go out is taken."""
+        """Read the next portion in its turn, or, if too much is unsent, once the client has taken enough of it."""
         if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
             self._waits_to_read = True
         elif (turn := self._turns.ask(self.account)) is None:
@@ -186,10 +186,10 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
 
 
 class SparseLog:
-    """Writes the first lines at once, and then at most so many every some seconds."""
+    """Lines that clients can cause as often as they like: every ten seconds a few are written, the others counted."""
 
     def __init__(self, log: logging.Logger, *, level: int = logging.INFO, most: int = 1) -> None:
-        """Nothing was written yet; `most` lines are written at a time."""
+        """Write at most this many lines each time."""
         self._log = log
         self._level = level
         self._most = self._left = most
@@ -208,7 +208,7 @@ class SparseLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was counted."""
+        """Write the last line that was counted, with the number of the others."""
         if not self._unwritten:
             return
         more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
@@ -217,10 +217,10 @@ class SparseLog:
 
 
 class ClientLog:
-    """What a server says of its clients: a sparse log for each kind of line, the same for all of them."""
+    """What a server logs about its clients: one sparse log for each kind of line, shared by all clients."""
 
     def __init__(self, log: logging.Logger) -> None:
-        """Nothing was written yet."""
+        """Write to this log."""
         self.visits = SparseLog(log, most=20)
         self.closings = SparseLog(log, level=logging.WARNING)
         self.refusals = SparseLog(log)
@@ -228,6 +228,6 @@ class ClientLog:
         self.changes = SparseLog(log, level=logging.ERROR)
 
     def flush(self) -> None:
-        """Write what was counted."""
+        """Write what was counted, of each kind."""
         for kind in (self.visits, self.closings, self.refusals, self.failures, self.changes):
             kind.flush()

@@ -51,13 +51,13 @@ class ServedStore:
         *,
         checkpoint: str = "",
     ) -> None:
-        """Nothing is read yet.
+        """Open the storage; nothing is read yet.
 
         Args:
-            source: the storage, which stays open; or the store's folder or URL, which is opened and closed here.
-            options: for the storage at that URL, and for those that its models were not copied from.
+            source: the storage, which is not closed here; or the store's folder or URL, whose storage is.
+            options: for the storage at that URL, and for the origins of models that were not copied.
             cache_bytes: budget of the cache.
-            checkpoint: the folder or URL of the checkpoint that the store was made for; it needs the options instead.
+            checkpoint: the folder or URL of the checkpoint that a private store was made for; the options are its own.
 
         Raises:
             ConfigurationError: the storage cannot be opened.
@@ -78,7 +78,7 @@ class ServedStore:
         self.closed = False
 
     async def in_place(self) -> "ServedStore":
-        """Itself; or, if a plain checkpoint lies at the place, a store that serves that, and takes over.
+        """Return itself; or, if a plain checkpoint lies at the place, close this, and return a store that serves that.
 
         Raises:
             SurfwError: neither lies there, or the checkpoint cannot be served.
@@ -102,7 +102,7 @@ class ServedStore:
         await self.catalog.models()
 
     async def is_ready(self) -> bool:
-        """Whether the storage can be reached now; logs why not. Looks for new models too."""
+        """Look as `look` does, and return whether the storage can be reached; log why not."""
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self.look()
@@ -114,7 +114,7 @@ class ServedStore:
         return self.pages.healthy
 
     async def close(self) -> None:
-        """Stop reading. A storage that was opened here is closed, one that was given is not."""
+        """Stop reading, and close the storage if it was opened here."""
         self.closed = True
         await self.catalog.close()
         await self.digests.close()
@@ -127,10 +127,10 @@ class ServedStore:
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
-    """The folder of a store whose one model is the checkpoint at a place: a folder or a storage URL.
+    """Make a store whose one model is the checkpoint at a place, a folder or a storage URL, and return its folder.
 
     Raises:
-        SurfwError: what the child process raised, or that it did not come to its end.
+        SurfwError: what the child process raised, or that it ended early.
     """
     command = (sys.executable, "-P", "-m", "surfw.chunking.child")  # -P: no module is taken from the current folder
     try:
@@ -140,7 +140,7 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
             f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
             "values, or run surfw chunk --in-place, and serve that store"
         ) from exc
-    # In a session of its own: a terminal's Ctrl-C ends this process, which then ends that one.
+    # In a session of its own, since a terminal's Ctrl-C is for this process, which then ends the child.
     child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
     try:
         written, _ = await child.communicate(work)
