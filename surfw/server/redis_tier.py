@@ -35,19 +35,18 @@ class RedisTier:
         self.url = display_url(url)
         self._secret_url = url
         self._client: Redis | None = None
-        self._reachable = False
-        self._told: bool | None = None
+        self._reachable: bool | None = None  # not known until it is asked
         _make_client(url, self.url)
 
     @property
     def state(self) -> RedisState:
         """Where it is, and whether it answered when it was last asked."""
-        return {"url": self.url, "reachable": self._reachable}
+        return {"url": self.url, "reachable": bool(self._reachable)}
 
     async def open(self) -> None:
         """Connect. If it cannot be reached, log a warning, and go on."""
         self._client = _make_client(self._secret_url, self.url)
-        self._told = None
+        self._reachable = None
         await self.check()
 
     async def check(self) -> bool:
@@ -64,22 +63,17 @@ class RedisTier:
             reason = f"no answer within {_SECONDS:g} seconds"
         except (RedisError, OSError, ValueError) as exc:  # ValueError: the answer is not Redis's
             reason = printable(str(exc)) or type(exc).__name__
-        self._reachable = not reason
-        if self._reachable != self._told:
-            self._tell(reason)
+        was_reachable, self._reachable = self._reachable, not reason
+        if was_reachable is not self._reachable:
+            if reason:
+                log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
+            else:
+                log.info("Redis at %s is reached", self.url)
         return self._reachable
-
-    def _tell(self, reason: str) -> None:
-        """Log a change."""
-        if reason:
-            log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
-        else:
-            log.info("Redis at %s is reached", self.url)
-        self._told = self._reachable
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""
-        client, self._client, self._reachable = self._client, None, False
+        client, self._client, self._reachable = self._client, None, None
         if client is not None:
             await client.aclose()
 
