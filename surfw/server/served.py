@@ -132,7 +132,7 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
     Raises:
         SurfwError: what the child process raised, or that it ended early.
     """
-    command = (sys.executable, "-P", "-m", "surfw.chunking.child")  # -P: no module is taken from the current folder
+    command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
     try:
         work = json.dumps({"place": place, "options": dict(options)}).encode()
     except (TypeError, ValueError) as exc:

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surfw.checkpoint import open_directory
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel, prepare_model, write_model
 from surfw.errors import (
     CheckpointError,
     ConfigurationError,
@@ -280,7 +279,7 @@ def test_nothing_is_visible_before_everything_is_there(backend: FilesystemBacken
 
 CHUNK_AND_STOP_AT = """
 import asyncio, sys
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.storage import open_backend
 
 def progress(count, name):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model
+from surfw.chunking import prepare_model
 from surfw.chunking.in_place import publish_place, write_in_place
 from surfw.errors import IntegrityError, ManifestError, RefusedError
 from surfw.models import StreamingModel

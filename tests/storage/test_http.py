@@ -204,7 +204,7 @@ def test_what_was_verified_before_a_cut_is_not_asked_for_again(
 def test_a_model_is_run_from_a_web_server(folder: Path, url: str) -> None:
     import torch
 
-    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking import prepare_model, write_model
     from tests.checkpoints import save_llama
 
     save_llama(folder / "llama")
