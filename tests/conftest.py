@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
-from surfw.settings import CONFIG_VARIABLE, SETTINGS
-from surfw.token import TOKEN_VARIABLE
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
 from tests.services.s3 import s3
 
@@ -20,6 +19,9 @@ __all__ = ["redis_url", "s3"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+# OpenMP's threads sleep while they wait for each other. Spinning, which is the default, takes the CPU from the other
+# processes of the tests, and those that are waited for are among them. It is read once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis_settings.register_profile("surfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("surfw")  # how fast the machine is decides no test
 

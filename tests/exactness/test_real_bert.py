@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.models import StreamingModel
-from surfw.models.inference import Request, answer
+from surfw.models.inference import InferenceRequest, answer
 from surfw.storage import open_backend
 from tests.servers import serve
 
@@ -57,7 +57,7 @@ def test_embeddings_mean_something(tmp_path: Path) -> None:
     asyncio.run(write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(tmp_path / "store")))
 
     def embed(text: str) -> torch.Tensor:
-        result = answer(streaming, tokenizer, Request(prompt=text))
+        result = answer(streaming, tokenizer, InferenceRequest(prompt=text))
         assert result.embedding is not None
         return torch.nn.functional.normalize(torch.tensor(result.embedding), dim=0)
 
