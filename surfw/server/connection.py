@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from surfw import __version__
-from surfw.config import WireLimits
+from surfw.config import WireLimits, printable
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
 from surfw.manifest import Location
 from surfw.server.fairness import Account, Reader
@@ -39,7 +39,6 @@ from surfw.wire import (
     Progress,
     Request,
     ServerSession,
-    printable,
 )
 
 log = logging.getLogger("surfw.server")

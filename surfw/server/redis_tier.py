@@ -8,9 +8,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from surfw.config import display_url
+from surfw.config import display_url, printable
 from surfw.errors import ConfigurationError
-from surfw.wire import RedisState, printable
+from surfw.wire import RedisState
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis

@@ -5,7 +5,6 @@ so that two sessions joined in memory are the whole protocol. The invariant: *wh
 or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
-from surfw.config import printable
 from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
 from surfw.wire.messages import (
     PROTOCOL,
@@ -59,5 +58,4 @@ __all__ = [
     "is_loopback",
     "is_meant",
     "parse_stats",
-    "printable",
 ]
