@@ -41,7 +41,7 @@ class ConnectionState(Enum):
 class AnswerState(Enum):
     """How far the answer to a request has come: on the server by what was sent, on the client by what was received."""
 
-    LISTED = auto()
+    NAMES = auto()
     """`models` is the whole answer."""
     DOCUMENT = auto()
     """`begin` comes first, with the size of the answer."""
@@ -60,7 +60,7 @@ class AnswerEnd:
 
 
 _GREETING, _OPEN, _RUN = ConnectionState
-_LISTED, _DOCUMENT, _BYTES, _DONE = AnswerState
+_NAMES, _DOCUMENT, _BYTES, _DONE = AnswerState
 
 CLIENT_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
     _GREETING: {ServerHello: _OPEN},  # the client answers with its own hello
@@ -73,7 +73,7 @@ SERVER_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
 }
 
 ANSWER_STARTS: dict[type, AnswerState] = {
-    ListModels: _LISTED,
+    ListModels: _NAMES,
     GetManifest: _DOCUMENT,
     GetFile: _DOCUMENT,
     GetDigests: _DOCUMENT,
@@ -81,7 +81,7 @@ ANSWER_STARTS: dict[type, AnswerState] = {
 }
 # A cancelled request has no state of its own: runs, and the end of its answer, may have crossed the cancel.
 ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
-    _LISTED: {Models: _DONE, Progress: _LISTED, Failed: _DONE},
+    _NAMES: {Models: _DONE, Progress: _NAMES, Failed: _DONE},
     _DOCUMENT: {Begin: _BYTES, Progress: _DOCUMENT, Failed: _DONE},
     _BYTES: {Data: _BYTES, AnswerEnd: _DONE, Progress: _BYTES, Failed: _DONE},
     _DONE: {},

@@ -1,4 +1,4 @@
-"""The way to a server: what passes is tried again, and redirects are followed as far as is safe."""
+"""Connecting: transient failures are tried again, and redirects are followed where that is safe."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 async def passes_on(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
-    """Be a proxy for the rest of a connection."""
+    """Act as a proxy for the rest of a connection."""
     there, to = await asyncio.open_connection("127.0.0.1", port)
     to.write(head)
 
@@ -150,7 +150,7 @@ def test_a_server_that_leaves_before_it_says_hello_is_tried_again(code: int | No
 
 
 def redirecting(*locations: str, heads: list[str] | None = None, status: int = HTTPStatus.FOUND) -> Talk:
-    """A server that sends everybody elsewhere: first to the first place, then to the second, …"""
+    """A server that redirects its first client to the first place, the next one to the second, …"""
     left = list(locations)
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -25,7 +25,7 @@ from surfw.retry import RetryPolicy
 from surfw.wire import PROTOCOL, Begin, Get, ServerSession
 from tests.peers import tcp_server
 
-pytestmark = pytest.mark.timeout(60)  # what is tested here once spun for ever
+pytestmark = pytest.mark.timeout(60)  # a refused message once made the client spin for ever
 
 
 def frame(opcode: int, payload: bytes = b"", *, first: int = 0x80, mask: int = 0) -> bytes:

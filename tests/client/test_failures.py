@@ -47,7 +47,7 @@ def test_no_server_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1", "127.0.0.1:8765", "ws://", "ws://host:99999", "ws://host:port", ""]
 )
-def test_an_address_that_is_none(url: str) -> None:
+def test_a_malformed_address(url: str) -> None:
     with pytest.raises(ConfigurationError, match="is not the address of a server"):
         asyncio.run(open_wire_source(url))
 

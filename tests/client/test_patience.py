@@ -1,4 +1,4 @@
-"""Only progress counts: a server that says anything else, for as long as it likes, is left with one error."""
+"""Only progress counts: a server that sends anything else, for however long, is left with one error."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ Answer = Callable[[ServerConnection, "Clock"], Awaitable[None]]
 
 
 class Clock:
-    """The loop's clock, put forward by hand: nobody has to wait, and a slow machine changes nothing."""
+    """The loop's clock, advanced by hand: no test waits, and a slow machine changes nothing."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -38,7 +38,7 @@ class Clock:
 
 
 async def others_go_on() -> None:
-    """Let everybody do what can be done now."""
+    """Let the other tasks run until they wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -64,7 +64,7 @@ async def pings(websocket: ServerConnection, clock: Clock) -> None:
 
 
 def reads(counts: Iterator[int]) -> Answer:
-    """Says again and again that it reads, and gives nothing."""
+    """Reports again and again that it reads, and sends nothing."""
 
     async def answer(websocket: ServerConnection, clock: Clock) -> None:
         for count in counts:
@@ -112,7 +112,7 @@ async def asked(answer: Answer, clock: Clock) -> AsyncIterator[WireSource]:
         (says_nothing, "said nothing for"),
     ],
 )
-def test_what_is_no_progress_ends_in_one_transient_error(tmp_path: Path, answer: Answer, complaint: str) -> None:
+def test_without_progress_a_fetch_fails_transiently(tmp_path: Path, answer: Answer, complaint: str) -> None:
     manifest = make_store(tmp_path, sizes=[MIB])
 
     async def main() -> None:
@@ -155,7 +155,7 @@ def test_a_server_that_reads_on_or_sends_slowly_is_waited_for(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("counts", "waits"), [(range(MIB, 9 * MIB, MIB), True), (itertools.count(1, 1 << 30), False)])
-def test_a_server_that_lists_its_models_may_say_that_it_gets_on(counts: Iterable[int], waits: bool) -> None:
+def test_a_server_that_lists_its_models_may_report_progress(counts: Iterable[int], waits: bool) -> None:
     async def answer(websocket: ServerConnection, clock: Clock) -> None:
         for count in counts:
             clock.ahead += 20

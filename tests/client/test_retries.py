@@ -1,4 +1,4 @@
-"""A connection that is lost is made again, and a chunk goes on behind what was verified."""
+"""A lost connection is made again, and a chunk continues after what was verified."""
 
 import asyncio
 import json
@@ -64,7 +64,7 @@ def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Talk]:
     return asked, answer
 
 
-def test_a_chunk_goes_on_behind_the_verified_blocks(tmp_path: Path) -> None:
+def test_a_chunk_continues_after_its_verified_blocks(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[20 * MIB + 100])
     chunk = manifest.chunks[0]
     data = payload(tmp_path, chunk)
@@ -124,7 +124,7 @@ def test_a_damaged_block_is_fetched_again_alone_and_fresh(tmp_path: Path) -> Non
     ]
 
 
-def test_what_was_verified_behind_a_damaged_block_need_not_come_again_either(tmp_path: Path) -> None:
+def test_blocks_verified_after_a_damaged_one_are_not_fetched_again(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[20 * MIB])
     data = payload(tmp_path, manifest.chunks[0])
     damaged = bytearray(data)
@@ -166,7 +166,7 @@ def test_what_was_verified_behind_a_damaged_block_need_not_come_again_either(tmp
         ),
     ],
 )
-def test_damage_that_stays_is_an_error_that_says_where_it_lies(tmp_path: Path, server: Any, where: str) -> None:
+def test_lasting_damage_is_an_error_that_says_where_it_is(tmp_path: Path, server: Any, where: str) -> None:
     manifest = make_store(tmp_path, sizes=[2 * MIB])
     asked, answer = server(payload(tmp_path, manifest.chunks[0]))
 
@@ -180,7 +180,7 @@ def test_damage_that_stays_is_an_error_that_says_where_it_lies(tmp_path: Path, s
     assert len(asked) == 3
 
 
-def test_attempts_without_progress_come_to_an_end(tmp_path: Path) -> None:
+def test_attempts_without_progress_end(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[8 * MIB])
     asked, answer = sends(bytes(8 * MIB), 0, 0, 0)
 

@@ -1,4 +1,4 @@
-"""A server's statistics and health, asked for from elsewhere."""
+"""A server's statistics and health over HTTP."""
 
 import asyncio
 import contextlib
@@ -65,7 +65,7 @@ def test_a_server_is_not_ready_while_its_storage_is_away(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("url", ["", "ftp://host", "ws://host:99999", "ws://user:secret@host:port", "ws://["])
-def test_an_address_that_is_none(url: str) -> None:
+def test_a_malformed_address(url: str) -> None:
     for ask in (read_stats, is_ready):
         with pytest.raises(ConfigurationError, match="is not the address of a server") as caught:
             ask(url)
@@ -97,7 +97,7 @@ def remove(*path: str) -> Callable[[Any], None]:
     ],
     ids=range(10),
 )
-def test_what_is_not_a_surfw_servers_is_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
+def test_other_answers_are_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
     make_store(tmp_path)
     said: list[bytes] = []
 

@@ -1,4 +1,4 @@
-"""`wss://` works: what is placed directly on plain TCP is placed just as well behind TLS."""
+"""`wss://` works: bytes are received in place over TLS as over plain TCP."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ def certificate(tmp_path: Path) -> Path:
 
 @contextlib.asynccontextmanager
 async def terminating_tls(port: int, certificate: Path) -> AsyncIterator[str]:
-    """A TLS server that passes everything on to a port, as a reverse proxy would; its address."""
+    """The address of a TLS server that forwards to a port, as a reverse proxy does."""
     context = for_server(certificate)
     tasks = set()
 

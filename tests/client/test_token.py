@@ -1,4 +1,4 @@
-"""A token opens a server's door, is never sent in clear text beyond this machine, and is shown nowhere."""
+"""A token admits a client, is never sent to another machine in clear text, and is never shown."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ from tests.stores import make_store, payload
 TOKEN = "s3cret-of-the-house"
 
 
-def test_the_right_token_opens_the_door(tmp_path: Path) -> None:
+def test_the_right_token_is_admitted(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[1000])
     read, memory = whole(manifest.chunks[0])
 
@@ -96,7 +96,7 @@ def test_a_token_is_not_sent_in_clear_text_beyond_this_machine(url: str) -> None
 
 
 @pytest.mark.parametrize("token", ["", " ", "two words", "tab\t", "line\r\nX-Evil: 1", "ünïcode", "x" * 1025])
-def test_what_cannot_be_a_token(tmp_path: Path, token: str) -> None:
+def test_invalid_tokens(tmp_path: Path, token: str) -> None:
     make_store(tmp_path)
 
     async def main() -> None:

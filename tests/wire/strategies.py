@@ -1,4 +1,4 @@
-"""Messages of every kind, and things that are none."""
+"""Messages of every kind, and texts that are not messages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A token is said in one way, and heard in that way only."""
+"""A token is sent in one form, and admitted in that form only."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ TOKENS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size
 
 
 @given(TOKENS)
-def test_what_is_said_is_heard(token: str) -> None:
+def test_the_token_is_admitted(token: str) -> None:
     assert admits(token, list(bearer(token).values()))
 
 
@@ -43,7 +43,7 @@ def test_any_text_is_a_token_or_refused(text: str) -> None:
         ("192.0.2.1", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False), ("", False),
     ],
 )  # fmt: skip
-def test_what_cannot_leave_the_machine(host: str, loopback: bool) -> None:
+def test_which_hosts_are_this_machine(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
 
 

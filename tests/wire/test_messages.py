@@ -1,4 +1,4 @@
-"""Messages survive the way through JSON; whatever else is sent is refused, and never anything worse."""
+"""Messages survive JSON; any other text raises `RemoteProtocolError`, never anything else."""
 
 import re
 from dataclasses import fields
@@ -71,11 +71,11 @@ def test_refused(text: str) -> None:
         m.parse_client_message(text)
 
 
-def test_fields_that_are_not_known_are_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     assert m.parse_client_message('{"type": "cancel", "id": 3, "why": "not needed"}') == m.Cancel(3)
 
 
-def test_what_an_older_peer_does_not_say_is_false_and_false_is_not_said() -> None:
+def test_flags_that_are_missing_are_false_and_false_flags_are_left_out() -> None:
     older = '{"type":"hello","client":"c","window_bytes":7}'
     assert m.parse_client_message(older) == m.ClientHello("c", 7, progress=False)
     assert m.encode(m.ClientHello("c", 7, progress=False)) == older
@@ -101,7 +101,7 @@ def test_reasons_name_field_value_and_what_was_expected() -> None:
         m.Failed(0, "\x9b", "text"),
     ],
 )
-def test_what_a_server_says_to_people_does_nothing_to_their_terminals(message: m.ServerMessage) -> None:
+def test_texts_for_people_cannot_control_their_terminals(message: m.ServerMessage) -> None:
     with pytest.raises(RemoteProtocolError, match="expected a text of printable characters") as caught:
         m.parse_server_message(m.encode(message))
     assert str(caught.value).isprintable()

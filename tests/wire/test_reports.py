@@ -27,7 +27,7 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_si
 JSON = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN, max_size=3)
 
 
-def test_statistics_are_read_as_they_were_told() -> None:
+def test_statistics_are_read_as_they_were_written() -> None:
     assert parse_stats(json.dumps(STATS).encode()) == STATS
     with_redis = STATS | {"redis": {"url": "redis://h", "reachable": False}}
     assert parse_stats(json.dumps(with_redis).encode()) == with_redis
@@ -74,6 +74,6 @@ def test_deep_nesting_is_refused() -> None:
         ("requests", {"total": 7, "in_flight": 8, "latency_seconds": {"p" * 4097: 1.0}}),
     ],
 )
-def test_what_could_not_be_shown_is_refused(part: str, value: object) -> None:
+def test_values_that_could_not_be_shown_are_refused(part: str, value: object) -> None:
     with pytest.raises(RemoteProtocolError, match="its statistics have another shape"):
         parse_stats(json.dumps(STATS | {part: value}).encode())

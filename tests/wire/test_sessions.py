@@ -209,7 +209,7 @@ def test_a_server_refuses(messages: list[str | bytes], code: int) -> None:
     assert caught.value.close_code == code
 
 
-def test_cancel_of_what_never_was_is_let_pass() -> None:
+def test_cancel_of_an_unknown_id_is_ignored() -> None:
     _, server = joined()
     assert server.receive(encode(Cancel(77))) is None
 
