@@ -234,11 +234,11 @@ AnswerMessage = Models | Begin | Data | Progress | Failed
 ServerMessage = ServerHello | AnswerMessage
 
 
-_Checked = tuple[str, object, Callable[[object], object]]
+_FieldCheck = tuple[str, object, Callable[[object], object]]
 """A field: its name, the value that stands for a missing one, and its check."""
 
 
-def _declared(messages: Any) -> dict[str, tuple[type, list[_Checked]]]:
+def _declared(messages: Any) -> dict[str, tuple[type, list[_FieldCheck]]]:
     """The classes of a union by their `type`, with their fields."""
     return {
         kind.type: (kind, [(one.name, _default(one), get_args(one.type)[1]) for one in fields(kind)])
@@ -252,7 +252,7 @@ def _default(field: "Field[Any]") -> object:
 
 _FROM_CLIENT = _declared(ClientMessage)
 _FROM_SERVER = _declared(ServerMessage)
-_TYPE: _Checked = ("type", None, _text(32))
+_TYPE = _text(32)
 
 
 def encode(message: ClientMessage | ServerMessage) -> str:
@@ -293,27 +293,23 @@ def binary_header(length: int) -> bytes:
     return struct.pack("!BBQ", _FINAL_BINARY, 127, length)
 
 
-def _parse(text: str, declared: dict[str, tuple[type, list[_Checked]]]) -> Any:
+def _parse(text: str, declared: dict[str, tuple[type, list[_FieldCheck]]]) -> Any:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise RemoteProtocolError(f"a message is not JSON: {_short(text)}") from exc
     if not isinstance(document, dict):
         raise RemoteProtocolError(f"a message is not a JSON object: {_short(text)}")
-    name = _checked(document, "message", _TYPE)
-    if name not in declared:
-        raise RemoteProtocolError(f"unknown message type {name!a}")
-    kind, fields_of_it = declared[name]
-    return kind(*[_checked(document, name, field) for field in fields_of_it])
-
-
-def _checked(document: dict[str, Any], message: str, field: _Checked) -> Any:
-    name, default, check = field
+    message, field = "message", "type"  # what an error names
     try:
-        return check(document.get(name, default))
+        message = _TYPE(document.get(field))
+        if message not in declared:
+            raise RemoteProtocolError(f"unknown message type {message!a}")
+        kind, checks = declared[message]
+        return kind(*[check(document.get(field := name, default)) for name, default, check in checks])
     except _UnexpectedValueError as exc:
         raise RemoteProtocolError(
-            f"{message}: field {name!r} is {_short(exc.value)}, expected {exc.expected}"
+            f"{message}: field {field!r} is {_short(exc.value)}, expected {exc.expected}"
         ) from None
 
 
