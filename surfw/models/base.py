@@ -372,8 +372,8 @@ class StreamingBaseModel:
         is_within = False
         if current is not None:
             run, thread = current
-            run.interrupt(self._closed_error("was closed while it ran" if self._parts else "is closed; open it again"))
-            is_within = thread == threading.get_ident()
+            run.interrupt(self._closed_error("was closed while it ran") if self._parts else self._closed_error())
+            is_within = thread == threading.get_ident()  # then `_holding` takes it apart, once the run has unwound
         if not is_within:
             with runs.holding(self._busy):
                 self._take_apart()
@@ -433,15 +433,15 @@ class StreamingBaseModel:
         with runs.holding(self._busy, run.check):
             with self._state:
                 if self._closing.is_set():
-                    raise self._closed_error("is closed; open it again")
+                    raise self._closed_error()
                 outer, self._current = self._current, (run, threading.get_ident())
             try:
                 yield
             finally:
                 with self._state:
                     self._current = outer
-                    is_closed_from_within = self._closing.is_set() and outer is None
-                if is_closed_from_within:
+                    is_to_end = self._closing.is_set() and outer is None
+                if is_to_end:
                     self._take_apart()
 
     def _take_apart(self) -> None:
@@ -462,14 +462,14 @@ class StreamingBaseModel:
             SurfwError: it cannot be opened.
         """
         if self._closing.is_set():
-            raise self._closed_error("is closed; open it again")
+            raise self._closed_error()
         if self._parts is not None:
             return self._parts
         run = current_run.get() or Run()
         with self._holding(run):
             if self._parts is None:  # else another thread has opened it meanwhile
                 settings = self._settings
-                outer = current_run.set(run)
+                outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
                 try:
                     parts = assemble(self._client, self._find_manifest(), settings, self.metrics)
                 except BaseException:
@@ -517,7 +517,7 @@ class StreamingBaseModel:
     async def _fetch(self, parts: ModelParts, indices: list[int]) -> list[str]:
         """Have layers fetched, and wait for them; a caller that stops waiting stops no fetch."""
         if self._closing.is_set():
-            raise self._closed_error("is closed; open it again")
+            raise self._closed_error()
         arrived = []
         for name, load in parts.engine.fetch(parts.layer_names(indices)):
             await wait_until_done(load)
@@ -528,7 +528,7 @@ class StreamingBaseModel:
                 raise self._closed_error("was closed while its layers were fetched")
         return arrived
 
-    def _closed_error(self, what: str) -> ModelClosedError:
+    def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"
         return ModelClosedError(f"{name} {what}")
 
@@ -542,7 +542,7 @@ class StreamingBaseModel:
         """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
         with self._state:
             if self._closing.is_set():
-                raise self._closed_error("is closed; open it again")
+                raise self._closed_error()
             if self._compute is None:
                 self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         return await run_in_executor(self._compute, work)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
@@ -200,11 +200,8 @@ def answer(
             return _run_encoder(model, tokenizer, inputs)
         return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
     except (ValueError, IndexError, RuntimeError) as exc:
-        complaint = (
-            None
-            if any(exc is one for one in callers_own)
-            else _complaint(model, request, inputs["input_ids"].shape[1], exc)
-        )
+        is_callers = any(exc is one for one in callers_own)
+        complaint = None if is_callers else _complaint(model, request, inputs["input_ids"].shape[1], exc)
         if complaint is None:
             raise
         raise ConfigurationError(complaint) from exc
@@ -214,7 +211,7 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
-        return f"{name} cannot generate so: {exc}" if generates else None
+        return f"{name} cannot generate like this: {exc}" if generates else None
     config = model.model.config.get_text_config(decoder=True)
     for setting in _INDEXED if generates else ():
         tokens = getattr(model.model.generation_config, setting, None)

@@ -8,6 +8,7 @@ import asyncio
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
@@ -87,47 +88,33 @@ def measure_reading(parts: ModelParts) -> float | None:
 
 async def _read_for_a_while(source: ChunkSource, manifest: Manifest, chunks: Sequence[Chunk]) -> float:
     """Two reads at a time, as in a run; pieces grow while they arrive quickly."""
-    pieces = _Pieces(chunks)
-    largest = min(_LARGEST_PIECE, max(choose_form(chunk).stored_bytes for chunk in chunks))
+    forms = {chunk.name: choose_form(chunk) for chunk in chunks}
+    left = deque((chunk, 0) for chunk in chunks if forms[chunk.name].stored_bytes)  # and where to go on in each
+    allowed = READ_BYTES
+    largest = min(_LARGEST_PIECE, max(form.stored_bytes for form in forms.values()))
     views = [Buffer(largest).view for _ in range(_READERS)]
     for view in views:
         view[:] = bytes(len(view))  # touched once, so that the pages are there
-    start = time.perf_counter()
+    began = time.perf_counter()
 
     async def read(view: memoryview) -> int:
+        nonlocal allowed
         done, length = 0, BLOCK_BYTES
-        while time.perf_counter() - start < READ_SECONDS and (piece := pieces.take(length, view)):
-            began = time.perf_counter()
-            await source.fetch(manifest, [piece])
-            done += piece.stop - piece.start
-            if time.perf_counter() - began < _QUICK_SECONDS:
+        while left and allowed > 0 and (now := time.perf_counter()) - began < READ_SECONDS:
+            chunk, start = left.popleft()
+            form = forms[chunk.name]
+            stop = min(start + length, form.stored_bytes)
+            if stop < form.stored_bytes:
+                left.appendleft((chunk, stop))
+            allowed -= stop - start
+            await source.fetch(manifest, [Read(chunk, form, start, stop, view[: stop - start])])
+            done += stop - start
+            if time.perf_counter() - now < _QUICK_SECONDS:
                 length = min(2 * length, _LARGEST_PIECE)
         return done
 
     done = sum(await asyncio.gather(*map(read, views)))
-    return done / (time.perf_counter() - start)
-
-
-class _Pieces:
-    """The stored bytes of chunks, cut into pieces whose lengths are chosen one by one."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._left = [chunk for chunk in reversed(chunks) if choose_form(chunk).stored_bytes]
-        self._at = 0
-        self._allowed = READ_BYTES
-
-    def take(self, length: int, view: memoryview) -> Read | None:
-        """The read of the next bytes into that memory; None when there are no more, or enough were taken."""
-        if not self._left or self._allowed <= 0:
-            return None
-        chunk, start = self._left[-1], self._at
-        form = choose_form(chunk)
-        stop = min(start + length, form.stored_bytes)
-        if stop == form.stored_bytes:
-            self._left.pop()
-        self._at = 0 if stop == form.stored_bytes else stop
-        self._allowed -= stop - start
-        return Read(chunk, form, start, stop, view[: stop - start])
+    return done / (time.perf_counter() - began)
 
 
 def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:

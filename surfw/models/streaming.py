@@ -99,15 +99,17 @@ class StreamingModel(StreamingBaseModel):
         if not isinstance(prompt, str | Sequence):
             raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
         if isinstance(prompt, str):
-            return self._stream(InferenceRequest(prompt=prompt, **options), is_text=True)
-        return self._stream(InferenceRequest(prompt_ids=prompt, **options), is_text=False)
+            return self._stream(InferenceRequest(prompt=prompt, **options))
+        return self._stream(InferenceRequest(prompt_ids=prompt, **options))
 
-    async def _stream(self, request: InferenceRequest, *, is_text: bool) -> AsyncGenerator[Any, None]:
+    async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
+        """The pieces of a generation: of text for a text, token ids for token ids."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
 
         def give(piece: Any) -> None:
             run = current_run.get()
             assert run is not None, "generations of a stream run in the model's thread"
+            # The queue is short, so this waits for the reader: as the run, which closing the stream interrupts.
             handed_over = asyncio.run_coroutine_threadsafe(queue.put(piece), loop)
             try:
                 run.wait_for(handed_over)
@@ -115,7 +117,7 @@ class StreamingModel(StreamingBaseModel):
                 handed_over.cancel()
                 raise
 
-        work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give, is_text=is_text)))
+        work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give)))
         try:
             while (piece := await _next(queue, work)) is not None:
                 yield piece
@@ -126,8 +128,9 @@ class StreamingModel(StreamingBaseModel):
             if not work.cancelled():
                 work.exception()  # a reader that has stopped does not want it
 
-    def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None], *, is_text: bool) -> None:
+    def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
+        is_text = request.prompt is not None
         tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)

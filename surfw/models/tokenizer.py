@@ -11,8 +11,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surfw.checkpoint.layout import TOKENIZER_FILES
-from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest
+from surfw.skeleton.guards import foreign_errors
 from surfw.skeleton.sanitise import sanitise_config
 
 logger = logging.getLogger("surfw.models")
@@ -39,14 +39,9 @@ def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> Pre
                 _sanitise(data, file.path) if file.path == "tokenizer_config.json" else data
             )
         (Path(folder) / "config.json").write_text(json.dumps(sanitise_config(manifest.config)[0]))
-        try:
+        advice = "; give the prompt as token ids (--prompt-ids 1,2,3)"
+        with foreign_errors(f"the tokenizer of {manifest.name}", advice):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as exc:
-            first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-            raise UnsupportedModelError(
-                f"the tokenizer of {manifest.name} cannot be used: {type(exc).__name__}: {first[:300]}; "
-                "give the prompt as token ids (--prompt-ids 1,2,3)"
-            ) from exc
 
 
 def _sanitise(data: bytes, path: str) -> bytes:

@@ -194,7 +194,7 @@ def build_skeleton(
         model = untyped._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - what AutoModel.from_config calls
     if not hasattr(model, "all_tied_weights_keys"):
         raise UnsupportedModelError(
-            f"{where}: {cls.__name__} is no whole model: transformers demands that its __init__ ends with "
+            f"{where}: {cls.__name__} is not a whole model: transformers demands that its __init__ ends with "
             "self.post_init()"
         )
     return Skeleton(model, dtype)

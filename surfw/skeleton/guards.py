@@ -165,12 +165,17 @@ _pretrained.tie_weights = _tie_weights_elsewhere()
 
 
 @contextmanager
-def foreign_errors(what: str) -> Iterator[None]:
-    """Turn whatever transformers raises over foreign settings into an error of surfw's."""
+def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises over foreign files into an error of surfw's.
+
+    Args:
+        what: what transformers makes of them.
+        advice: ends the error's text.
+    """
     try:
         yield
     except SurfwError:
         raise
     except Exception as exc:
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}") from exc
+        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}{advice}") from exc

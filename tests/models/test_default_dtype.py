@@ -340,6 +340,16 @@ def test_closing_a_model_ends_the_wait_to_build_it(store: Path) -> None:
         running(input_ids=IDS)
 
 
+def test_a_model_may_be_closed_by_the_thread_that_builds_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamingWatched(opener(store), LLAMA)
+    monkeypatch.setattr(Watched, "while_building", model.close)
+    model.__enter__()
+    assert repr(model).endswith("closed>")
+    assert not any(module._forward_hooks for module in model.model.modules())
+    with pytest.raises(ModelClosedError, match="llama is closed"):
+        model(input_ids=IDS)
+
+
 def test_a_run_that_waits_for_the_build_it_holds_up_is_told_in_the_end(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

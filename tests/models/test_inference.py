@@ -301,7 +301,7 @@ def test_stop_texts_and_outputs_of_the_model_s_own_settings(
         assert (
             answer(llama, tokenizer, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4)).token_ids == plain.token_ids
         )
-        with pytest.raises(ConfigurationError, match="cannot generate so: There are one or more stop strings"):
+        with pytest.raises(ConfigurationError, match="cannot generate like this: There are one or more stop strings"):
             answer(llama, None, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4))
     finally:
         llama.model.generation_config = before
