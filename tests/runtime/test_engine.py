@@ -574,21 +574,23 @@ def test_a_run_without_prefetch_keeps_within_a_plan_that_changes(policy: Policy)
     """Nothing is asked of the engine between a load and the release of its chunk."""
     manifest, source = toy_model([100] * 10)
     names = list(manifest.by_name)
-    with running(manifest, source, budget_bytes=8 * PAGE, policy=policy) as engine:
-        with engine.running(Run(), prefetch=False):
-            for name in names:
-                engine.acquire(name)
-                engine.reserve(5 * PAGE)
-                engine.release(name)
-                assert engine.resident_bytes <= 3 * PAGE
-                engine.reserve(0)
-                for other in names[:7]:
-                    engine.acquire(other)
-                    engine.release(other)
-                    assert engine.resident_bytes <= 8 * PAGE
-                engine.reserve(5 * PAGE)
-                assert engine.resident_bytes <= 3 * PAGE
-                engine.reserve(0)
+    with (
+        running(manifest, source, budget_bytes=8 * PAGE, policy=policy) as engine,
+        engine.running(Run(), prefetch=False),
+    ):
+        for name in names:
+            engine.acquire(name)
+            engine.reserve(5 * PAGE)
+            engine.release(name)
+            assert engine.resident_bytes <= 3 * PAGE
+            engine.reserve(0)
+            for other in names[:7]:
+                engine.acquire(other)
+                engine.release(other)
+                assert engine.resident_bytes <= 8 * PAGE
+            engine.reserve(5 * PAGE)
+            assert engine.resident_bytes <= 3 * PAGE
+            engine.reserve(0)
 
 
 def test_an_interrupt_ends_a_wait_and_leaves_an_engine_that_works() -> None:

@@ -181,7 +181,7 @@ def group(tmp_path: Path) -> Iterator[Path]:
 INSIDE = """
 import json, mmap, os, sys
 from pathlib import Path
-from surfw.runtime.memory import anonymous_bytes, default_budget_bytes
+from surfw.runtime.memory import anonymous_bytes, find_default_budget
 
 group, file, MIB = Path(sys.argv[1]), Path(sys.argv[2]), 1 << 20
 def cached():
