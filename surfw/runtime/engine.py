@@ -28,7 +28,7 @@ from surfw.metrics import Metrics
 from surfw.runtime.host import Contents, HostTier
 from surfw.runtime.loader import Loader
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
-from surfw.runtime.rows import BlockReader, RowReader, TableUnit
+from surfw.runtime.rows import RowReader, TableUnit
 from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.runtime.slots import Decision, Slot, SlotState, SlotTable
@@ -439,5 +439,8 @@ class Engine:
         return self._asked
 
     def _reader(self, run: Callable[[], Run], *, scratch_bytes: int, keep_bytes: int) -> RowReader:
-        blocks = BlockReader(self._loader.source, self.manifest, self._io, self.metrics, run)
-        return RowReader(blocks, self._loader.dtypes, scratch_bytes=scratch_bytes, keep_bytes=keep_bytes)
+        loader = self._loader
+        return RowReader(
+            loader.source, self.manifest, self._io, self.metrics,
+            run=run, dtypes=loader.dtypes, scratch_bytes=scratch_bytes, keep_bytes=keep_bytes,
+        )  # fmt: skip

@@ -41,99 +41,40 @@ Range = tuple[int, int]
 """Stored bytes of a chunk, end-exclusive."""
 
 
-class BlockReader:
-    """Reads blocks of one model's chunks, for the run that works at present."""
-
-    def __init__(
-        self, source: ChunkSource, manifest: Manifest, io: IoThread, metrics: Metrics, run: Callable[[], Run]
-    ) -> None:
-        """Name where the blocks come from, who counts, and how to know which run waits for them."""
-        self.manifest = manifest
-        self.metrics = metrics
-        self._source = source
-        self._io = io
-        self._run = run
-
-    def start(self, chunk: Chunk, runs: Sequence[tuple[int, memoryview]]) -> Job[None]:
-        """Start to read runs of neighbouring blocks, in one fetch.
-
-        Args:
-            chunk: where they lie.
-            runs: the first block of each, and the memory it goes to: whole blocks, as many as that holds; only a run
-                that ends with the chunk may be shorter.
-
-        Raises:
-            ModelClosedError: the source has been closed.
-            ManifestError: the chunk is not stored as it is.
-        """
-        form = plain_form(chunk)
-        reads = [Read(chunk, form, at * BLOCK_BYTES, at * BLOCK_BYTES + into.nbytes, into) for at, into in runs]
-        return self._io.submit(self._fetch(reads))
-
-    def wait(self, job: Job[None]) -> None:
-        """Wait for what was started; if the run is interrupted, or the wait is, it is cancelled.
-
-        Raises:
-            IntegrityError: bytes are not what the manifest promises.
-            StorageError, WireError: they could not be read.
-            ModelClosedError: the source was closed meanwhile.
-            Exception: what the run was interrupted with.
-        """
-        run = self._run()
-        try:
-            if not job.done():
-                with self.metrics.span("stall"):
-                    run.wait_for(job)
-            run.check()
-            job.result()
-        except CancelledError as exc:
-            raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read") from exc
-        except BaseException:
-            job.cancel()
-            raise
-
-    async def _fetch(self, reads: Sequence[Read]) -> None:
-        start = time.perf_counter()
-        await self._source.fetch(self.manifest, reads, priority=_DEMAND)
-        self.metrics.add("fetched_bytes", sum(read.stop - read.start for read in reads))
-        self.metrics.latency("fetch").observe(time.perf_counter() - start)
-
-
-def plain_form(chunk: Chunk) -> Form:
-    """The form of a chunk whose stored bytes are its tensors' bytes.
-
-    Raises:
-        ManifestError: the chunk is stored otherwise.
-    """
-    form = chunk.form("none")
-    if form is None:
-        offered = ", ".join(form.codec for form in chunk.forms)
-        raise ManifestError(f"chunk {chunk.name} is stored as {offered}, expected none: its parts cannot be read alone")
-    return form
-
-
 class RowReader:
     """Looks up rows of tensors of one model, and reads its small tensors alone."""
 
     def __init__(
         self,
-        blocks: BlockReader,
-        dtypes: Mapping[str, torch.dtype] | None = None,
+        source: ChunkSource,
+        manifest: Manifest,
+        io: IoThread,
+        metrics: Metrics,
         *,
+        run: Callable[[], Run] = Run,
+        dtypes: Mapping[str, torch.dtype] | None = None,
         scratch_bytes: int = 16 * MIB,
         keep_bytes: int = 8 * MIB,
     ) -> None:
         """Say how rows are read.
 
         Args:
-            blocks: reads the blocks.
-            dtypes: the dtypes of the tensors that shall not have the stored one.
+            source: where they come from.
+            manifest: the model.
+            io: the thread that reads work in.
+            metrics: counts what is read, and how long was waited.
+            run: tells the run that waits, which may be interrupted.
+            dtypes: the dtypes of the tensors that do not get the stored one.
             scratch_bytes: the most that is read at a time, at least one block.
             keep_bytes: how much of the blocks used last stays in memory; 0 keeps none.
         """
-        self._blocks = blocks
+        self._source = source
+        self._manifest = manifest
+        self._io = io
+        self._metrics = metrics
+        self._run = run
         self._dtypes = dtypes or {}
-        self._homes = {info.name: (chunk, info) for chunk in blocks.manifest.chunks for info in chunk.tensors}
+        self._homes = {info.name: (chunk, info) for chunk in manifest.chunks for info in chunk.tensors}
         self._scratch_blocks = max(1, scratch_bytes // BLOCK_BYTES)
         self._keep_blocks = keep_bytes // BLOCK_BYTES
         self._scratch: Buffer | None = None
@@ -164,7 +105,7 @@ class RowReader:
             raise IndexError("index out of range in self")
         width = info.nbytes // info.shape[0] if info.shape[0] else 0
         starts = (info.offset + row * width for row in different.tolist())
-        self._blocks.metrics.add("row_reads")
+        self._metrics.add("row_reads")
         table = self._assemble(chunk, info, [(start, start + width) for start in starts])
         return torch.nn.functional.embedding(places, table.view(len(different), *info.shape[1:]))
 
@@ -216,7 +157,7 @@ class RowReader:
             missing = {block: into for block, into in places.items() if not self._recall(chunk, block, into)}
             if missing:
                 try:
-                    self._blocks.wait(self._start(chunk, missing, blocks, self._scratch.view))
+                    self._wait(self._start(chunk, missing, blocks, self._scratch.view))
                 except BaseException:
                     self._scratch = None  # it may still be written to
                     raise
@@ -243,7 +184,7 @@ class RowReader:
         try:
             for at in range(len(groups)):
                 under_way += [start(at + 1)] if at + 1 < len(groups) else []
-                self._blocks.wait(under_way.pop(0))
+                self._wait(under_way.pop(0))
                 yield buffers[at % 2].view
         finally:
             for job in under_way:
@@ -273,18 +214,54 @@ class RowReader:
     def _start(
         self, chunk: Chunk, missing: Mapping[int, memoryview], blocks: Sequence[int], scratch: memoryview
     ) -> Job[None]:
-        runs = []
+        """Start to read the missing blocks of a group, each run of neighbours at once, all in one fetch."""
+        form = plain_form(chunk)
+        reads = []
         for first, last in plan_runs(list(missing)):
-            at = blocks.index(first) * BLOCK_BYTES
+            at, start = blocks.index(first) * BLOCK_BYTES, first * BLOCK_BYTES
             length = (last - first) * BLOCK_BYTES + missing[last].nbytes
-            runs.append((first, scratch[at : at + length]))
-        return self._blocks.start(chunk, runs)
+            reads.append(Read(chunk, form, start, start + length, scratch[at : at + length]))
+        return self._io.submit(self._fetch(reads))
+
+    def _wait(self, job: Job[None]) -> None:
+        """Wait for what was started; if the run is interrupted, or the wait is, it is cancelled."""
+        run = self._run()
+        try:
+            if not job.done():
+                with self._metrics.span("stall"):
+                    run.wait_for(job)
+            run.check()
+            job.result()
+        except CancelledError as exc:
+            raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read") from exc
+        except BaseException:
+            job.cancel()
+            raise
+
+    async def _fetch(self, reads: Sequence[Read]) -> None:
+        start = time.perf_counter()
+        await self._source.fetch(self._manifest, reads, priority=_DEMAND)
+        self._metrics.add("fetched_bytes", sum(read.stop - read.start for read in reads))
+        self._metrics.latency("fetch").observe(time.perf_counter() - start)
 
     def _keep(self, chunk: Chunk, read: Mapping[int, memoryview]) -> None:
         for block in list(read)[-self._keep_blocks :] if self._keep_blocks else ():
             self._kept[chunk.name, block] = bytes(read[block])
         while len(self._kept) > self._keep_blocks:
             self._kept.popitem(last=False)
+
+
+def plain_form(chunk: Chunk) -> Form:
+    """The form of a chunk whose stored bytes are its tensors' bytes.
+
+    Raises:
+        ManifestError: the chunk is stored otherwise.
+    """
+    form = chunk.form("none")
+    if form is None:
+        offered = ", ".join(form.codec for form in chunk.forms)
+        raise ManifestError(f"chunk {chunk.name} is stored as {offered}, expected none: its parts cannot be read alone")
+    return form
 
 
 def plan_groups(ranges: Iterable[Range], most_blocks: int) -> Iterator[tuple[list[Range], list[int]]]:

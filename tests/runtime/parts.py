@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, Form, TensorInfo, digest_blocks
 from surfw.metrics import Metrics
-from surfw.runtime.rows import BlockReader
+from surfw.runtime.rows import RowReader
 from surfw.runtime.run import IoThread, Run
 from surfw.skeleton.dtypes import safetensors_dtype
 from tests.runtime.nets import raw
@@ -23,11 +24,15 @@ class Parts:
     chunk: Chunk
     tensors: list[torch.Tensor]
     source: ToySource
-    blocks: BlockReader
     io: IoThread
     metrics: Metrics
     run: Run
     reads: list[tuple[int, int]] = field(default_factory=list)
+
+    def reader(self, *, chunk: Chunk | None = None, **options: Any) -> RowReader:
+        """What reads rows for the run; of another chunk, if one is given."""
+        manifest = toy_manifest([chunk or self.chunk])
+        return RowReader(self.source, manifest, self.io, self.metrics, run=lambda: self.run, **options)
 
     def blocks_read(self) -> list[list[int]]:
         """The blocks of every read so far, and forget them."""
@@ -49,8 +54,7 @@ def parts_of(*tensors: torch.Tensor, codec: str = "none") -> Iterator[Parts]:
     manifest = toy_manifest([chunk])
     source = ToySource({"toy": manifest}, {chunk.id: payload})
     io, metrics, run = IoThread(), Metrics(), Run()
-    blocks = BlockReader(source, manifest, io, metrics, lambda: run)
-    parts = Parts(chunk, list(tensors), source, blocks, io, metrics, run)
+    parts = Parts(chunk, list(tensors), source, io, metrics, run)
     source.before_fetch = lambda read: parts.reads.append((read.start, read.stop))
     try:
         yield parts

@@ -22,7 +22,7 @@ from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.loader import Loader, buffer_bytes
 from surfw.runtime.plan import Limit
-from surfw.runtime.rows import BlockReader, RowReader, StreamedTables, TableUnit, tables_of
+from surfw.runtime.rows import RowReader, StreamedTables, TableUnit, tables_of
 from surfw.runtime.run import IoThread, Run
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend, open_backend
@@ -105,11 +105,11 @@ def row_wise(
     source = io.run(open_wire_source(url)) if url else Recorded(open_backend(path / "store"))
     skeleton = open_skeleton(manifest, dtype)
     units = tables_of(skeleton, manifest, least_bytes=LEAST_BYTES)
-    blocks, dtypes = BlockReader(source, manifest, io, metrics, lambda: run), cast_dtypes(manifest, skeleton)
+    dtypes = cast_dtypes(manifest, skeleton)
     engine = _engine(manifest, source, dtypes, io, metrics)
     tables = StreamedTables(
         units,
-        RowReader(blocks, dtypes, keep_bytes=keep_bytes),
+        RowReader(source, manifest, io, metrics, run=lambda: run, dtypes=dtypes, keep_bytes=keep_bytes),
         lambda _: True,
     )
     hooks = StreamingHooks(skeleton, manifest, engine, tables)

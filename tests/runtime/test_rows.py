@@ -16,7 +16,7 @@ from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError, ModelClosedError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.rows import RowReader, plan_groups, plan_runs
+from surfw.runtime.rows import plan_groups, plan_runs
 from surfw.source import Read
 from tests.runtime.nets import raw
 from tests.runtime.parts import Parts, parts_of
@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_whole_table(
     wanted = torch.tensor([one % rows for one in ids], dtype=torch.int64)
     whole = table(rows, width)
     with parts_of(torch.zeros(before, dtype=torch.uint8), whole, torch.ones(5)) as parts:
-        reader = RowReader(parts.blocks, {"t1": target}, scratch_bytes=scratch * MIB, keep_bytes=keep * MIB)
+        reader = parts.reader(dtypes={"t1": target}, scratch_bytes=scratch * MIB, keep_bytes=keep * MIB)
         for _ in range(2):
             seen = reader.lookup("t1", wanted)
             assert seen.dtype == target
@@ -58,7 +58,7 @@ def test_rows_are_those_of_the_whole_table(
 def test_ids_have_any_shape(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     with parts_of(table(50, 8)) as parts:
-        assert torch.equal(RowReader(parts.blocks).lookup("t0", ids), embedding(ids, parts.tensors[0]))
+        assert torch.equal(parts.reader().lookup("t0", ids), embedding(ids, parts.tensors[0]))
 
 
 @pytest.mark.parametrize("bad", [-1, 50, 1 << 40])
@@ -68,7 +68,7 @@ def test_ids_out_of_range_are_refused_as_torch_does_before_anything_is_read(bad:
         with pytest.raises(IndexError, match="index out of range in self") as theirs:
             embedding(ids, parts.tensors[0])
         with pytest.raises(IndexError, match="index out of range in self") as ours:
-            RowReader(parts.blocks).lookup("t0", ids)
+            parts.reader().lookup("t0", ids)
         assert str(ours.value) == str(theirs.value)
         assert parts.reads == []
 
@@ -83,7 +83,7 @@ def test_neighbouring_blocks_are_one_read_and_all_reads_one_fetch() -> None:
             await fetch(*arguments, **options)  # type: ignore[arg-type]
 
         parts.source.fetch = counted  # type: ignore[method-assign]
-        RowReader(parts.blocks).lookup("t0", torch.tensor([7, 2, 3, 4, 7, 11, 10]))
+        parts.reader().lookup("t0", torch.tensor([7, 2, 3, 4, 7, 11, 10]))
         assert parts.blocks_read() == [[2, 3, 4], [7], [10, 11]]
         assert len(fetches) == 1
         assert parts.metrics.count("fetched_bytes") == 6 * MIB
@@ -92,7 +92,7 @@ def test_neighbouring_blocks_are_one_read_and_all_reads_one_fetch() -> None:
 
 def test_a_long_prompt_goes_through_the_table_piece_by_piece() -> None:
     with parts_of(table(9, 256 * KIB)) as parts:
-        reader = RowReader(parts.blocks, scratch_bytes=4 * MIB, keep_bytes=0)
+        reader = parts.reader(scratch_bytes=4 * MIB, keep_bytes=0)
         assert torch.equal(reader.lookup("t0", torch.arange(9)), parts.tensors[0])
         assert parts.blocks_read() == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
         assert reader.buffer_bytes == 4 * MIB
@@ -123,7 +123,7 @@ def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_mem
             await fetch(manifest, reads, priority=priority)
 
         parts.source.fetch = met  # type: ignore[method-assign]
-        reader = RowReader(parts.blocks, scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
+        reader = parts.reader(scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
         assert torch.equal(reader.lookup("t0", torch.arange(13)), parts.tensors[0])
         assert begun == list(range(0, 13, 2))
         assert most == [reader.buffer_bytes] == [4 * MIB]
@@ -136,7 +136,7 @@ def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_mem
 def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
     with parts_of(table(9, 256 * KIB)) as parts:
         whole = parts.chunk
-        reader = RowReader(parts.blocks, scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
+        reader = parts.reader(scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
         reader._homes["t0"] = (damage(whole), whole.tensors[0])
         with pytest.raises(IntegrityError, match="chunk c from toys is damaged"):
             reader.lookup("t0", torch.arange(9))
@@ -147,17 +147,17 @@ def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
 
 def test_a_row_across_two_blocks_needs_both_and_a_larger_one_all_of_its_own() -> None:
     with parts_of(torch.zeros(MIB - 4, dtype=torch.uint8), table(100, 2)) as parts:
-        assert torch.equal(RowReader(parts.blocks).lookup("t1", torch.tensor([0])), parts.tensors[1][:1])
+        assert torch.equal(parts.reader().lookup("t1", torch.tensor([0])), parts.tensors[1][:1])
         assert parts.blocks_read() == [[0, 1]]
     with parts_of(table(3, 600 * KIB)) as parts:  # 2.34 blocks
-        reader = RowReader(parts.blocks, scratch_bytes=MIB)
+        reader = parts.reader(scratch_bytes=MIB)
         assert torch.equal(reader.lookup("t0", torch.tensor([1])), parts.tensors[0][1:2])
         assert parts.blocks_read() == [[2, 3, 4]]
 
 
 def test_blocks_used_last_stay() -> None:
     with parts_of(table(6, 256 * KIB)) as parts:
-        reader = RowReader(parts.blocks, keep_bytes=2 * MIB)
+        reader = parts.reader(keep_bytes=2 * MIB)
 
         def look_up(*ids: int) -> list[list[int]]:
             assert torch.equal(reader.lookup("t0", torch.tensor(ids)), parts.tensors[0][list(ids)])
@@ -178,7 +178,7 @@ def test_blocks_used_last_stay() -> None:
 def test_damage_is_reported_and_nothing_damaged_stays() -> None:
     with parts_of(table(40, 256)) as parts:
         whole = parts.chunk
-        reader = RowReader(parts.blocks)
+        reader = parts.reader()
         reader._homes["t0"] = (damage(whole), whole.tensors[0])
         with pytest.raises(IntegrityError, match="chunk c from toys is damaged: block 0 has BLAKE3"):
             reader.lookup("t0", torch.tensor([1]))
@@ -196,7 +196,7 @@ def test_an_interrupted_run_ends_and_memory_still_written_to_is_not_used_again()
     gate = Gate(stubborn=True)
     with parts_of(table(40, 256)) as parts:
         parts.source.gate = gate
-        reader = RowReader(parts.blocks)
+        reader = parts.reader()
         thread = threading.Thread(target=interrupted, args=(parts, gate))
         thread.start()
         with pytest.raises(ModelError, match="no longer wanted"):
@@ -210,7 +210,7 @@ def test_a_closed_source_is_a_clear_error() -> None:
     with parts_of(table(40, 256)) as parts:
         parts.io.close()
         with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
-            RowReader(parts.blocks).lookup("t0", torch.tensor([1]))
+            parts.reader().lookup("t0", torch.tensor([1]))
 
 
 def test_a_source_that_is_closed_meanwhile_is_a_clear_error() -> None:
@@ -225,7 +225,7 @@ def test_a_source_that_is_closed_meanwhile_is_a_clear_error() -> None:
         thread = threading.Thread(target=close)
         thread.start()
         with pytest.raises(ModelClosedError, match="the source of toy was closed while it was read"):
-            RowReader(parts.blocks).lookup("t0", torch.tensor([1]))
+            parts.reader().lookup("t0", torch.tensor([1]))
         thread.join()
 
 

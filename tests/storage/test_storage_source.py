@@ -13,8 +13,8 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.rows import BlockReader, RowReader
-from surfw.runtime.run import IoThread, Run
+from surfw.runtime.rows import RowReader
+from surfw.runtime.run import IoThread
 from surfw.source import Read
 from surfw.storage import FilesystemBackend
 from surfw.storage.ranges import most_range_bytes
@@ -287,7 +287,7 @@ def test_rows_far_apart_cost_few_round_trips(tmp_path: Path) -> None:
     backend = ManyBackend(tmp_path / "store")
     io = IoThread()
     try:
-        rows = RowReader(BlockReader(StorageSource(backend), manifest, io, Metrics(), Run))
+        rows = RowReader(StorageSource(backend), manifest, io, Metrics())
         found = rows.lookup(table.name, torch.arange(0, 48, 2))
     finally:
         io.close()
