@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel
 from surfw.config import MIB, expect
 from surfw.errors import ConfigurationError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Form, Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
@@ -233,17 +233,10 @@ def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
     Returns:
         The smallest budget for weights that can run it, and what each token adds to that for the KV cache, in bytes.
     """
-    name, plan, ties, dtype = prepared.name, prepared.plan, prepared.loading.ties, parse_dtype(prepared.dtype)
-    chunks = tuple(
-        Chunk(
-            chunk.name, chunk.kind, "", chunk.payload_bytes, tuple(tensor.info for tensor in chunk.tensors),
-            (Form("none", chunk.payload_bytes, "", b""),),
-        )
-        for chunk in plan.chunks
-    )  # fmt: skip
-    manifest = Manifest(name, prepared.class_name, prepared.dtype, prepared.config, None, (), ties, chunks, plan.order)
+    name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
+    manifest = prepared.manifest([one.chunk("", Form("none", one.payload_bytes, "", b"")) for one in planned])
     config = read_config(dict(prepared.config), where=name)
-    count = sum(len(chunk.tensors) for chunk in chunks) + len(ties)
+    count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
     skeleton = build_skeleton(
         config, resolve_class(prepared.class_name, config, where=name), dtype, tensor_count=count, where=name
     )

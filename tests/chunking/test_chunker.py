@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surfw.checkpoint import open_directory
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel, prepare_model, write_model
 from surfw.errors import (
     CheckpointError,
     ConfigurationError,
@@ -29,6 +28,7 @@ from surfw.errors import (
 from surfw.manifest import Manifest
 from surfw.storage import FilesystemBackend, Store
 from tests.exactness.families import FAMILIES
+from tests.services import warm
 
 TOKENIZER = '{"version": "1.0"}'
 
@@ -280,7 +280,7 @@ def test_nothing_is_visible_before_everything_is_there(backend: FilesystemBacken
 
 CHUNK_AND_STOP_AT = """
 import asyncio, sys
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.storage import open_backend
 
 def progress(count, name):
@@ -297,11 +297,14 @@ def test_a_killed_run_leaves_nothing_visible_and_a_second_one_completes(
     backend: FilesystemBackend, saved: Path
 ) -> None:
     command = [sys.executable, "-c", CHUNK_AND_STOP_AT, str(saved), str(backend.base), "model.layers.3"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with warm.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "at model.layers.3\n"
         with prepare_model(str(saved)) as prepared, pytest.raises(StorageError, match="another surfw is chunking this"):
             asyncio.run(write_model(prepared, backend))
+        (journal,) = backend.base.rglob("journal.jsonl")
+        while journal.read_bytes().count(b"\n") < 4:  # the embeddings, and the layers before the one that is written
+            assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     assert asyncio.run(Store(backend).models()) == []

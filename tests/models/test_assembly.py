@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surfw.bench.cap import memory_group
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, assembly

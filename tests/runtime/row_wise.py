@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.client import open_wire_source
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Manifest
