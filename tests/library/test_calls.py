@@ -228,7 +228,7 @@ def test_any_architecture_opens(server: Served, checkpoints: Path) -> None:
         ({"memory_budget": 0}, "memory_budget is 0, expected a number of bytes"),
         ({"memory_budget": "much"}, "memory_budget is 'much', expected a number of bytes"),
         ({"device": "cuda"}, "device 'cuda' cannot be used: surfw computes on the CPU"),
-        ({"device": "toaster"}, "device 'toaster' is not one"),
+        ({"device": "toaster"}, "device 'toaster' is not a device"),
         ({"on_missing": "guess"}, "on_missing is 'guess'; expected one of error, uninitialized"),
     ],
 )
