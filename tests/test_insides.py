@@ -119,7 +119,7 @@ INSIDES = [
     Inside(
         "fsspec.asyn",
         "AsyncFileSystem._cat_file",
-        "storage/cat_ranges.py",
+        "storage/fsspec_backend.py",
         "ranges, as fsspec's own systems ask for them",
     ),
 ]

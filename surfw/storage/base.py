@@ -4,8 +4,9 @@ A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_ke
 before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
 `/etc/passwd` reaches no storage.
 
-Reads of stored bytes come in by `read_all`. It cuts them (see `ranges`), keeps `parallel_reads` ranges under way and
-verifies them; a backend that can read faster than by `read_into` overrides `read_range`, and nothing else.
+Stored bytes are read by `read_all`. It cuts reads into ranges (see `ranges`), keeps up to `parallel_reads` of them
+under way, and verifies them. A range is read by `read_range`: surfw's far storages have their own, with retries (see
+`far_reads`); everywhere else it is a `read_into`.
 """
 
 import asyncio
