@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from surfw.checkpoint.demo import demo_checkpoint
+from surfw.checkpoint import demo_checkpoint
 from surfw.cli.options import Configuration
 from surfw.config import DEFAULT_HOST, is_server_url, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError

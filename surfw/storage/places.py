@@ -1,4 +1,4 @@
-"""What lies at a place: a store, or a plain checkpoint that can be served from where it is."""
+"""Telling a store from a plain checkpoint, which can be served from where it is."""
 
 import asyncio
 
@@ -11,11 +11,11 @@ _CONFIG = "config.json"
 
 
 async def is_checkpoint(backend: StorageBackend) -> bool:
-    """Whether a plain checkpoint lies there, or else a store.
+    """Whether a place holds a plain checkpoint; else it holds a store.
 
     Raises:
-        NotAStoreError: neither does.
-        StorageError: that cannot be found out.
+        NotAStoreError: it holds neither.
+        StorageError: the storage cannot be read.
     """
     if await backend.exists(MARKER):
         return False

@@ -1,8 +1,8 @@
-"""Reading every byte of models in a store, and comparing every digest.
+"""Verifying a store: every byte of its models is read, and every digest compared.
 
 - What several models share is read once.
 - Two pieces of 8 MiB are in memory: one is verified while the next is read.
-- What is damaged or missing is a finding; a storage that does not answer is an error.
+- Damaged or missing parts are findings; a storage that does not answer is an error.
 """
 
 import asyncio
@@ -41,14 +41,14 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What came of verifying.
+    """What verifying found.
 
     Attributes:
         store: where.
-        models: the models that were looked at.
+        models: the models that were verified.
         parts: how many chunks and files were read; what is shared counts once.
         read_bytes: how many bytes.
-        damage: what is damaged or missing; empty if all is well.
+        damage: what is damaged or missing; empty if nothing is.
         undigested: the models whose manifests have no digest, as surfw 0.1.0 wrote them: damage to such a manifest is
             not seen. Chunking the model again gives it one.
     """
