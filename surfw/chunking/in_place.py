@@ -26,12 +26,11 @@ from surfw.chunking.remote import RemoteCheckpoint, plain_name
 from surfw.chunking.write import Progress
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, display_url
 from surfw.errors import CheckpointError, ConfigurationError, SurfwError, UnsupportedModelError
-from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
+from surfw.manifest import Chunk, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.origins import PlacedOptions, is_local_url, private_store
 from surfw.storage.store import MARKER, manifest_key
 from surfw.storage.store_source import StorageSource
-from surfw.threads import together
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
@@ -157,24 +156,11 @@ async def write_in_place(
     try:
         mounted = source.store.objects.mount(manifest, where=source.url)
         await source.store.create()
-        manifest = manifest.with_digests(await _digest_all(source, mounted, progress))
+        manifest = manifest.with_digests(await source.digest_all(mounted, progress=progress))
         await source.store.publish(manifest)
     finally:
         await source.close()
     return manifest
-
-
-async def _digest_all(source: StorageSource, mounted: Manifest, progress: Progress) -> Mapping[str, Digests]:
-    """The digests of all chunks that lack them; chunks are read in parallel, as far as that helps."""
-    slots = asyncio.Semaphore(source.store.objects.parallel_reads)
-    known: dict[str, Digests] = {}
-
-    async def digest(chunk: Chunk) -> None:
-        async with slots:
-            known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
-
-    await together(digest(chunk) for chunk in mounted.chunks if not chunk.forms[0].is_known)
-    return known
 
 
 async def publish_place(
