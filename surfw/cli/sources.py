@@ -47,7 +47,7 @@ class ChosenSource:
         """
         from surfw.storage import open_backend
         from surfw.storage.origins import is_local_url
-        from surfw.storage.places import is_checkpoint
+        from surfw.storage.store import is_checkpoint
 
         if is_local_url(self.url):
             asyncio.run(is_checkpoint(open_backend(self.url)))
