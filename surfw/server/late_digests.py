@@ -1,7 +1,7 @@
-"""Digests of chunks whose manifests lack them, computed by reading all bytes of a chunk through the server's cache.
+"""Digests of chunks whose manifests lack them, computed by reading all of a chunk's bytes through the server's cache.
 
-A chunk is read once for all clients that wait for it, and its digests are kept for good (`storage.digests`).
-Invariants: at most `_READS` chunks are read for this at a time, and one page of each is in use while it is digested.
+A chunk is read once for all who ask meanwhile, and what was computed is kept for good (`storage.digests`).
+Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from surfw.errors import RefusedError
 from surfw.manifest import Chunk, Digests, Manifest, payload_digest
 from surfw.server.catalog import Catalog
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.server.pages import PageCache
 from surfw.server.sending import Document
-from surfw.server.single_flight import Reader, SingleFlight
 from surfw.storage import Store
 from surfw.wire import GetDigests
 
@@ -23,7 +23,7 @@ _READS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A chunk of an origin, identified by its provisional id alone.
+    """A chunk of an origin, identified by its provisional id.
 
     It keeps only what reading needs of the manifest and the chunk, since many may wait for long.
     """
@@ -45,29 +45,26 @@ class LateDigests:
         self._reads = SingleFlight(self._read, _READS)
 
     async def document(self, request: GetDigests, reader: Reader) -> Document:
-        """Return the digests of a chunk; the reader's account pays if the chunk has to be read for them.
+        """Return the digests of a chunk, to be sent; the reader pays if the chunk has to be read for them.
 
         Raises:
             RefusedError: there is no such chunk, or the manifest has its digests.
             StorageError: its bytes cannot be read, or were changed.
         """
-        wanted = await self._look_up(request, Reader(reader.account))
-        digests = self._store.learned.get(wanted.manifest, wanted.chunk)
-        if digests is None:
-            digests = await self._reads.join(wanted, reader, wanted.chunk.forms[0].stored_bytes)
-        return _document(digests)
-
-    async def _look_up(self, request: GetDigests, reader: Reader) -> _Wanted:
-        manifest, chunk = await self._catalog.find(request.model, request.chunk, reader)
+        manifest, chunk = await self._catalog.find(request.model, request.chunk, Reader(reader.account))
         if chunk.forms[0].is_known or manifest.origin is None:
             raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
-        return _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk)
+        wanted = _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk)
+        digests = self._store.learned.get(wanted.manifest, chunk)
+        if digests is None:
+            digests = await self._reads.join(wanted, reader, chunk.forms[0].stored_bytes)
+        return _document(digests)
 
     async def _read(self, wanted: _Wanted, reader: Reader) -> Digests:
         return await self._store.learned.learn(wanted.manifest, wanted.chunk, self._views(wanted.chunk, reader))
 
-    async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview]:
-        """The chunk's bytes in order, a piece at a time, each of which has to be released before the next one."""
+    async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview, None]:
+        """Yield the chunk's bytes in order, a piece at a time, each of which has to be released before the next one."""
         (form,) = chunk.forms
         async with contextlib.aclosing(self._pages.read(form.locations, 0, form.stored_bytes, reader)) as pieces:
             async for piece in pieces:
@@ -80,7 +77,7 @@ class LateDigests:
 
 
 def _document(digests: Digests) -> Document:
-    """Digests as they cross the wire."""
+    """Encode digests as they cross the wire, once for their size, and again for every run that is sent."""
 
     async def load() -> bytes:
         return json.dumps(digests.document()).encode()

@@ -6,9 +6,9 @@ from typing import Any
 
 from surfw.manifest import Chunk, Form, Location, Manifest, Origin
 from surfw.metrics import Metrics
+from surfw.server.fairness import Reader
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
-from surfw.server.single_flight import Reader
 from surfw.storage.digests import LearnedDigests
 from surfw.wire import GetDigests
 from tests.peers import until
