@@ -1,6 +1,6 @@
 # The public names of surfw: this list, and nothing else. README.md shows each of them in use.
 
-from .checkpoint.demo import demo_checkpoint as demo_checkpoint
+from .checkpoint import demo_checkpoint as demo_checkpoint
 from .chunking.library import ModelChunker as ModelChunker
 from .chunking.library import ModelInfo as ModelInfo
 from .config import WireLimits as WireLimits

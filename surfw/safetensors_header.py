@@ -176,12 +176,12 @@ def _tensor(name: str, entry: Any, payload_start: int) -> HeaderTensor:
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether it is a list of integers from 0; JSON's true and false are none."""
+    """Whether a value is a list of integers from 0; JSON's true and false do not count."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 
 def _overflows(shape: list[int]) -> bool:
-    """Whether the elements are too many to count; a dimension of 0 does not excuse the others."""
+    """Whether there are more elements than 64 bits count; a dimension of 0 does not excuse the others."""
     count = 1
     for size in shape:
         count *= max(size, 1)

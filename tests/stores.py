@@ -51,7 +51,7 @@ def write_chunk(path: Path, name: str, payload: bytes) -> Chunk:
     tensor = TensorInfo(f"{name}.weight", "U8", (len(payload),), 0)
     entry = {"dtype": "U8", "shape": [len(payload)], "data_offsets": [0, len(payload)]}
     header = json.dumps({tensor.name: entry}).encode().ljust(PAYLOAD_AT - 8)
-    digest, blocks = digest_blocks(iter([payload]))
+    digest, blocks = digest_blocks([payload])
     key = blob_key(digest, ".safetensors")
     blob = path / key
     blob.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def toy_chunk(name: str, shapes: Shapes, *, kind: str = "layer", seed: int = 0) 
         tensors.append(TensorInfo(f"{name}.t{index}", dtype, shape, offset))
         offset += nbytes(dtype, shape)
     payload = random.Random(f"{seed} {name}").randbytes(offset)
-    digest, blocks = digest_blocks(iter([payload]))
+    digest, blocks = digest_blocks([payload])
     form = Form("none", offset, digest, blocks)
     return Chunk(name, kind, payload_digest(payload), offset, tuple(tensors), (form,)), payload
 

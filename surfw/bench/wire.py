@@ -161,7 +161,7 @@ async def write_store(place: Path, sizes: Sequence[int]) -> Manifest:
     for index, size in enumerate(sizes):
         payload, key = os.urandom(size), f"blobs/{index}.safetensors"
         await store.backend.save(key, payload)
-        digest, blocks = digest_blocks(iter([payload]))
+        digest, blocks = digest_blocks([payload])
         form = Form("none", size, digest, blocks, (Location(key, 0, size),))
         chunks.append(Chunk(str(index), "layer", digest, size, (TensorInfo(f"{index}.w", "U8", (size,), 0),), (form,)))
     manifest = Manifest(BENCH_MODEL, "Bench", "uint8", {}, None, (), {}, tuple(chunks), ())

@@ -4,7 +4,7 @@
 `hub` brings files here, and `reader` puts them together.
 """
 
-from surfw.checkpoint.reader import Checkpoint, open_checkpoint, open_directory
+from surfw.checkpoint.reader import Checkpoint, demo_checkpoint, open_checkpoint, open_directory
 from surfw.checkpoint.shard import SourceTensor
 
-__all__ = ["Checkpoint", "SourceTensor", "open_checkpoint", "open_directory"]
+__all__ = ["Checkpoint", "SourceTensor", "demo_checkpoint", "open_checkpoint", "open_directory"]

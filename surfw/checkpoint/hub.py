@@ -31,7 +31,7 @@ _ANSWER_SECONDS = 10
 
 
 def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
-    """The directory of the hub cache that holds a model's files, after fetching those that are not there yet.
+    """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
     Args:
         repo_id: `org/name`.
@@ -82,7 +82,7 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
 
 
 def hub_address() -> str:
-    """The hub that is asked."""
+    """The address of the hub that is used."""
     from huggingface_hub import constants
 
     return display_url(constants.ENDPOINT)
@@ -101,13 +101,13 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
     from huggingface_hub.utils.tqdm import tqdm
 
     class NoBar(tqdm):
-        """Counts in silence, whatever the environment says."""
+        """Counts without drawing, even if the environment asks for bars."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **settings | {"disable": True})  # type: ignore[no-untyped-call]
 
     class Bar(tqdm):
-        """Steers a terminal, past whatever keeps others from that; names of files come to it checked."""
+        """Draws on the real stderr, past rich's proxy; the names of files it shows have been checked."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
             file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
@@ -124,7 +124,7 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
 
 
 def _find_cached(repo_id: str, revision: str | None, cause: Exception) -> Path:
-    """The copy of an earlier download, for when the hub cannot help."""
+    """The copy of an earlier download, for when the hub does not answer."""
     from huggingface_hub import snapshot_download
 
     reason = _reason(cause, revision)

@@ -36,7 +36,7 @@ _SHARDS = {
     "model.safetensors.index.json": "model-*-of-*.safetensors",
     "pytorch_model.bin.index.json": "pytorch_model-*-of-*.bin",
 }
-"""What shards are called, by the index that says so."""
+"""Patterns of the names of shards, by their index."""
 
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
@@ -61,11 +61,11 @@ class Weights:
 
 
 def find_weights(names: Collection[str], where: str) -> str:
-    """The one of `WEIGHTS_FILES` that transformers would load, of the files of a checkpoint.
+    """The file of `WEIGHTS_FILES` that transformers would load from a checkpoint with these files.
 
     Raises:
-        UnsupportedModelError: there is none, but there are files of another kind.
-        CheckpointError: there is nothing that belongs to a model.
+        UnsupportedModelError: there are only files of another kind.
+        CheckpointError: no file belongs to a model.
     """
     for name in WEIGHTS_FILES:
         if name in names:
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's `config.json`.
 
     Raises:
-        CheckpointError: it is missing, or no JSON object of reasonable size.
+        CheckpointError: it is missing, or not a JSON object of reasonable size.
         UnsupportedModelError: it describes weights that surfw cannot chunk.
     """
     path = folder / CONFIG_FILE
@@ -118,7 +118,7 @@ def read_weights(folder: Path, name: str) -> Weights:
     """The shards behind one of `WEIGHTS_FILES`.
 
     Raises:
-        CheckpointError: it is an index, and not a valid one.
+        CheckpointError: it is an index that is not valid.
     """
     if not name.endswith(".index.json"):
         return Weights((name,), {})
@@ -139,7 +139,7 @@ def read_weights(folder: Path, name: str) -> Weights:
 
 
 def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit_bytes`.
+    """Read a JSON object from a file of at most `limit_bytes`.
 
     Raises:
         CheckpointError: the file is larger, cannot be read, or holds something else.
@@ -158,7 +158,7 @@ def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
 
 
 def read_small(path: Path, limit_bytes: int) -> bytes:
-    """The contents of a regular file of at most `limit_bytes`.
+    """Read a regular file of at most `limit_bytes`.
 
     Raises:
         CheckpointError: the file is larger, or cannot be read.
@@ -175,7 +175,7 @@ def read_small(path: Path, limit_bytes: int) -> bytes:
 
 
 def _refuse_depth(path: Path, document: Any) -> None:
-    """Raises: CheckpointError, for what is nested so deeply that going through it would fail somewhere else."""
+    """Raises: CheckpointError, if going through the document would exceed the depth that the rest of surfw bears."""
     level, depth = [document], 0
     while level:
         depth += 1

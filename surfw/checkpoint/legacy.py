@@ -4,7 +4,7 @@
 - The file is mapped, not read. Mapped pages count as the process's own memory, so after every 256 MiB the mapping is
   given up and made anew. The format of torch before 1.6 cannot be mapped: such a file is held whole, with a warning.
 - Tensors may be tied, strided or scalars; their bytes are those of the contiguous tensor.
-- Entries that are no tensors are passed over with a warning; transformers has no use for them either.
+- Entries that are not tensors are skipped with a warning; transformers does not use them either.
 
 Reading is not safe from several threads.
 """
@@ -43,7 +43,7 @@ class LegacyShard:
 
         Raises:
             CheckpointError: the file is not there, cannot be read, or is damaged.
-            UnsupportedModelError: it needs code to be run, or holds something else than tensors that surfw reads.
+            UnsupportedModelError: it needs code to be run, or has tensors of kinds that surfw does not read.
         """
         self.path = path
         check_regular(path)
@@ -71,7 +71,7 @@ class LegacyShard:
             torch.frombuffer(destination, dtype=torch.uint8).copy_(source)
 
     def close(self) -> None:
-        """Give up the mapping, or the memory."""
+        """Release the mapping, or the memory."""
         self._state, self._current = {}, None
 
     def _bytes_of(self, tensor: SourceTensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ def _load(path: Path, *, mapped: bool) -> dict[Any, Any]:
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError | UnsupportedModelError:
-    """What the unpickler's error means; damaged bytes make it raise whatever it comes upon."""
+    """The error for what the unpickler raised, which can be anything if the bytes are damaged."""
     if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
         return UnsupportedModelError(
             f"{path} can only be read by running code that it names ({quote(code[1])}), which surfw does not do; "

@@ -33,7 +33,7 @@ class Checkpoint:
         path: the directory that holds its files.
         config: `config.json`, as it is: nothing in it is trusted yet.
         generation_config: `generation_config.json`, if there is one.
-        files: the tokenizer's files by their names.
+        files: the tokenizer's files, by name.
         shards: the files of weights, in transformers' order.
     """
 
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:
-        """The tensors by their names, in the order in which transformers finds them."""
+        """The tensors by name, in the order in which transformers finds them."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
     @cached_property
@@ -73,7 +73,7 @@ class Checkpoint:
         self._homes[tensor.file].read_into(tensor, destination, start)
 
     def fingerprint(self) -> tuple[Identity, ...]:
-        """Name, size and time of modification of every shard: equal as long as the source is the same."""
+        """Name, size and modification time of every shard; it changes when the source does."""
         return tuple(shard.identity for shard in self.shards)
 
     def close(self) -> None:
@@ -90,6 +90,11 @@ class Checkpoint:
         self.close()
 
 
+def demo_checkpoint() -> Path:
+    """The folder of the model that comes with surfw: a LLaMA of 3.5 MB that continues sentences about surfw."""
+    return Path(__file__).parents[1] / "demo"
+
+
 def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
@@ -100,7 +105,7 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
-        UnsupportedModelError: it is there, but of a kind that surfw cannot chunk.
+        UnsupportedModelError: it is of a kind that surfw cannot chunk.
         ConfigurationError: a revision of a local directory was asked for.
     """
     folder = _local_directory(model)
@@ -127,8 +132,8 @@ def open_directory(
     Args:
         folder: the directory.
         name: default: the directory's.
-        names: its files; default: those that are there. Shards may be elsewhere, if `open_shard` knows where.
-        open_shard: opens a file of weights; default: as the one that is there.
+        names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
+        open_shard: opens a file of weights; default: the one in the directory.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -180,7 +185,7 @@ def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], index: 
 
 
 def _local_directory(model: str) -> Path | None:
-    """The directory that is meant, or None if it can only be a hub id."""
+    """The directory of that name; None if it can only be a hub id."""
     path = Path(model)
     try:
         path = path.expanduser()

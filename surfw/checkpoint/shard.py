@@ -33,7 +33,7 @@ class SourceTensor:
         dtype: safetensors name, such as `BF16`.
         shape: sizes of its dimensions.
         file: the shard that holds it.
-        start: the byte of the file at which its data begin; None where they are no plain range of it (legacy files).
+        start: the byte of the file at which its data begin; None if they are not a plain range of it (legacy files).
     """
 
     name: str
@@ -49,7 +49,7 @@ class SourceTensor:
 
 
 class Identity(NamedTuple):
-    """What a file is recognised by: its name, bytes, and time of last modification."""
+    """What identifies a file: its name, size in bytes, and time of last modification."""
 
     name: str
     size_bytes: int
@@ -71,7 +71,7 @@ class Shard(Protocol):
         """
 
     def close(self) -> None:
-        """Give up the file; nothing can be read afterwards."""
+        """Close the file; nothing can be read afterwards."""
 
 
 class SafetensorsShard:
@@ -81,7 +81,7 @@ class SafetensorsShard:
         """Open the file and check its header.
 
         Raises:
-            CheckpointError: the file is not there, cannot be read, or is damaged.
+            CheckpointError: the file is missing, cannot be read, or is damaged.
             UnsupportedModelError: a tensor has a type that surfw does not read.
         """
         self.path = path
@@ -155,17 +155,17 @@ def read_tensors(
 
 
 def identify(path: Path, fd: int | None = None) -> Identity:
-    """What the file is recognised by, now."""
+    """The file's identity now."""
     with translate_errors(path):
         facts = path.stat() if fd is None else os.fstat(fd)
     return Identity(path.name, facts.st_size, facts.st_mtime_ns)
 
 
 def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
-    """Nothing, if the file is what it was.
+    """Make sure that a file is unchanged.
 
     Raises:
-        CheckpointError: its size or time of modification is another.
+        CheckpointError: its size or modification time changed.
     """
     now = identify(path, fd)
     if now != then:
@@ -176,10 +176,10 @@ def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Nothing, if the path is a file with content of its own.
+    """Make sure that the path is a regular file with weights in it.
 
     Raises:
-        CheckpointError: it is missing, no regular file, or the stand-in that git leaves where LFS is not installed.
+        CheckpointError: it is missing, not a regular file, or the pointer that git leaves where LFS is not installed.
     """
     with translate_errors(path):
         if not path.is_file():

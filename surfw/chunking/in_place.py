@@ -1,8 +1,8 @@
 """A checkpoint as a model of a store without a copy: its chunks are byte ranges of the checkpoint's own shards.
 
-Invariants: no weight byte is written; a chunk's payload is the one that a copy would have, so its identity is too, once
-its digests are known; whatever is no range of a shard (converted tensors, another dtype, `.bin`) is refused; every
-object is pinned to what it was when its header was read.
+Invariants: no weight byte is written; a chunk's payload is the same as in a copy, and so is its identity once its
+digests are known; tensors that are not a range of a shard (converted ones, another dtype, `.bin`) are refused; every
+object is pinned to the revision it had when its header was read.
 
 As a program (`python -m surfw.chunking.in_place`), this makes a private store for a checkpoint that a server serves in
 place: a process of its own, since the server's never loads torch. It reads a JSON object from its standard input
@@ -52,8 +52,8 @@ async def build_manifest(prepared: PreparedModel) -> Manifest:
     """The manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known.
 
     Raises:
-        UnsupportedModelError: a tensor is no range of the checkpoint.
-        CheckpointError: the checkpoint changed since it was opened, or nothing would tell if it did.
+        UnsupportedModelError: a tensor is not a range of the checkpoint.
+        CheckpointError: the checkpoint changed since it was opened, or its storage does not tell when it changes.
     """
     places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
     pins = await _pins(prepared, {at.object for chunk in places for at in chunk})
@@ -76,7 +76,7 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     """Where a chunk's payload lies, in order; neighbours are one range.
 
     Raises:
-        UnsupportedModelError: a part of it lies nowhere.
+        UnsupportedModelError: a tensor is not in the checkpoint as it is used.
     """
     found: list[Location] = []
     for tensor in chunk.tensors:
@@ -122,7 +122,7 @@ async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
 
 
 def _check_unchanged(prepared: PreparedModel) -> None:
-    """Raises: CheckpointError, if a shard was changed between its header was read and it was pinned."""
+    """Raises: CheckpointError, if a shard changed after its header was read and before it was pinned."""
     for shard in prepared.checkpoint.shards:
         if isinstance(shard, SafetensorsShard):
             check_unchanged(shard.path, None, shard.identity)
@@ -148,8 +148,8 @@ async def write_in_place(
 
     Raises:
         ManifestError: the store is not on this machine, but the checkpoint is.
-        UnsupportedModelError: a tensor is no range of the checkpoint.
-        StorageError: the store cannot be written, or the checkpoint not read. Nothing is visible then.
+        UnsupportedModelError: a tensor is not a range of the checkpoint.
+        StorageError: the store cannot be written, or the checkpoint cannot be read. Nothing is visible then.
     """
     manifest = await build_manifest(prepared)
     source = StorageSource(backend, owned=False, origin_options=origin_options)
@@ -197,7 +197,7 @@ async def publish_place(
     store = Store(open_backend(folder))
     await store.create()
     await store.publish(manifest)
-    for name in await store.models():  # the place is another folder by now: nobody asks for what was there before
+    for name in await store.models():  # of a folder that lay at this place before
         if name != manifest.name:
             await store.backend.remove(manifest_key(name))
     return folder

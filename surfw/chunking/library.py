@@ -1,4 +1,4 @@
-"""`ModelChunker`: a checkpoint into a store, for people who write Python."""
+"""`ModelChunker`: chunking a checkpoint from Python."""
 
 import asyncio
 import os
@@ -19,7 +19,7 @@ DEFAULT_OUTPUT_DIR = "./chunks"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
-    """What came of a checkpoint.
+    """A model that was chunked.
 
     Attributes:
         name: the model's name in the store.
@@ -59,7 +59,7 @@ class ModelChunker:
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note what is wanted; nothing is read or written yet.
+        """Set up the work; nothing is read or written yet.
 
         Args:
             model_name: a hub id (`org/name`), or a local directory.
@@ -104,7 +104,7 @@ class ModelChunker:
         }
 
     async def chunk_model(self) -> ModelInfo:
-        """Do it, with what computes and reads in threads beside the event loop.
+        """Chunk the model; computing and reading happen in threads, so that the event loop stays free.
 
         A run that is cancelled or fails leaves nothing visible in the store; the next one goes on where it stopped.
 
@@ -125,10 +125,10 @@ class ModelChunker:
                 await backend.close()
 
     def chunk_model_sync(self) -> ModelInfo:
-        """As `chunk_model`, where no event loop runs.
+        """Chunk the model, where no event loop runs.
 
         Raises:
-            ConfigurationError: one does.
+            ConfigurationError: an event loop runs in this thread.
         """
         refuse_event_loop("chunking a model", "'await chunker.chunk_model()'")
         return asyncio.run(self.chunk_model())

@@ -1,4 +1,4 @@
-"""A checkpoint that was understood: the class it is of, what each chunk will hold, and where those bytes come from.
+"""Preparing a checkpoint: the class it is of, what each chunk will hold, and where those bytes come from.
 
 Mistakes in the arguments, and damage to the files of the checkpoint, are reported before torch and transformers are
 loaded: the functions that need them import them.
@@ -49,7 +49,7 @@ logger = logging.getLogger("surfw.chunking")
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A checkpoint that was understood, before a byte of it is written. Use it as a context manager, or `close()` it.
+    """A checkpoint whose chunks are planned, before a byte is written. Use it as a context manager, or `close()` it.
 
     Attributes:
         name: the model's name in the store.
@@ -75,7 +75,7 @@ class PreparedModel:
 
     @property
     def key(self) -> str:
-        """Identifies the plan and its source: equal for work that can be resumed."""
+        """Identifies the plan and its source; work with the same key can be resumed."""
         chunks = [
             (c.name, [(t.info.name, t.info.dtype, t.info.shape, t.copy_of) for t in c.tensors])
             for c in self.plan.chunks
@@ -107,7 +107,7 @@ class PreparedModel:
         )
 
     def payloads(self) -> TensorBytes:
-        """Gives a writer the chunks' bytes."""
+        """The chunks' bytes, for a writer."""
         return _PayloadReader(self)
 
     def close(self) -> None:
@@ -148,10 +148,10 @@ def prepare_model(
             Such a model runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
         storage_options: for a storage URL.
-        silence_timeout: seconds without progress after which that is given up.
+        silence_timeout: seconds without progress after which a remote storage is given up.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, incomplete, or not there.
+        CheckpointError: the checkpoint is damaged, incomplete, or missing.
         UnsupportedModelError: surfw cannot run it.
     """
     if dtype is not None:
@@ -227,7 +227,7 @@ def _plan_model(
 
 
 def _sanitise(checkpoint: Checkpoint, name: str, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The checkpoint's configuration and its settings for `generate()`, without what nobody may ask for.
+    """The checkpoint's configuration and its settings for `generate()`, without what surfw never does for a file.
 
     Raises:
         UnsupportedModelError: they ask for code from elsewhere, or for sizes that no model has.
@@ -261,7 +261,7 @@ def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, whe
 
 
 class _PayloadReader:
-    """Gives the writer a chunk's payload: source bytes as they are, or what transformers converts them to."""
+    """The payloads of chunks: source bytes as they are, or what transformers converts them to."""
 
     def __init__(self, prepared: PreparedModel) -> None:
         self.prepared = prepared

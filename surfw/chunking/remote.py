@@ -1,8 +1,8 @@
-"""A checkpoint in a storage that is not here: of its weights only headers are read, until a tensor is asked for.
+"""A checkpoint in a remote storage: of its weights, only headers are read until a tensor is needed.
 
-Small files (configuration, index, tokenizer) come to a temporary folder, each of at most its kind's size. Every object
-is pinned to the revision it had when it was opened; one that changes meanwhile is an error. Reading is not safe from
-several threads, and not done on an event loop.
+Small files (configuration, index, tokenizer) are copied to a temporary folder; their sizes are capped. Every object is
+pinned to the revision it had when it was opened, and a change is an error. Read from one thread at a time, and not on
+an event loop.
 """
 
 import asyncio
@@ -32,12 +32,12 @@ _SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 
 @dataclass(frozen=True)
 class RemoteCheckpoint(Checkpoint):
-    """A checkpoint whose shards are elsewhere.
+    """A checkpoint whose shards are in a remote storage.
 
     Attributes:
         url: its address.
-        pins: what its objects were when they were opened, by their names.
-        release: gives up what was opened for it.
+        pins: size and revision of its objects when they were opened, by name.
+        release: closes what was opened for it.
     """
 
     url: str
@@ -45,7 +45,7 @@ class RemoteCheckpoint(Checkpoint):
     release: Callable[[], object]
 
     def close(self) -> None:
-        """Leave the storage, and remove the copies of small files."""
+        """Close the storage, and remove the copies of small files."""
         self.release()
 
 
@@ -56,7 +56,7 @@ def open_remote_checkpoint(
 
     Raises:
         CheckpointError: it is damaged or incomplete.
-        UnsupportedModelError: it is of a kind that surfw cannot read from afar.
+        UnsupportedModelError: it is of a kind that surfw cannot read from a remote storage.
         StorageError: the storage cannot be read, or does not tell when an object changes.
         ConfigurationError: the URL holds secrets, or cannot be used.
     """
@@ -82,7 +82,7 @@ def open_remote_checkpoint(
 
 @contextmanager
 def _named_by_address(opened: "_Opened") -> Iterator[None]:
-    """Errors about copies of small files are about the files themselves."""
+    """Errors about copies of small files name the files themselves."""
     try:
         yield
     except (CheckpointError, UnsupportedModelError) as exc:
@@ -91,7 +91,7 @@ def _named_by_address(opened: "_Opened") -> Iterator[None]:
 
 
 class _Opened:
-    """A storage that a checkpoint is read from, and the folder for its small files."""
+    """A storage from which a checkpoint is read, and the folder for its small files."""
 
     def __init__(self, backend: StorageBackend) -> None:
         self.backend = backend
@@ -101,11 +101,11 @@ class _Opened:
         self.folder = Path(self._temporary.name)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do it on an event loop of its own, whatever runs in this thread."""
+        """Run a coroutine on an event loop of its own, and wait for it; this thread may have one already."""
         return self._thread.submit(asyncio.run, work).result()
 
     async def pin(self, name: str) -> Pin:
-        """What the object is now, and has to stay."""
+        """Pin an object to its current size and revision."""
         revision, size = await self.backend.revision(name), await self.backend.size(name)
         if revision is None:
             raise CheckpointError(
@@ -119,10 +119,10 @@ class _Opened:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
     async def fetch_small(self) -> set[str]:
-        """Bring the small files; which files of a checkpoint there are.
+        """Copy the small files; returns which files of a checkpoint there are.
 
         Raises:
-            CheckpointError: it is none, or a file is absurdly large.
+            CheckpointError: there is no checkpoint, or a file is absurdly large.
         """
         if not await self.backend.exists(CONFIG_FILE):
             url = self.backend.url
@@ -155,14 +155,14 @@ class _Opened:
 
 
 class RemoteShard:
-    """A safetensors file that lies elsewhere; its tensors are in the order of their names, as transformers has it."""
+    """A safetensors file in a remote storage; its tensors are in the order of their names, as in `SafetensorsShard`."""
 
     def __init__(self, path: Path, opened: _Opened) -> None:
         """Read its header.
 
         Raises:
             CheckpointError: it is damaged.
-            UnsupportedModelError: it is no safetensors file.
+            UnsupportedModelError: it is not a safetensors file.
         """
         where = f"{path.name} in {opened.backend.url}"
         if path.suffix != ".safetensors":
@@ -193,10 +193,10 @@ _: type[Shard] = RemoteShard
 
 
 def _commit_of(url: str) -> str:
-    """The address with the commit that it means now, on the hub, where branches move; others as they are.
+    """The address, with the current commit if it is on the hub, where branches move.
 
     Raises:
-        CheckpointError: the hub does not tell.
+        CheckpointError: the hub does not say.
     """
     scheme, _, rest = url.partition("://")
     if scheme != "hf":
@@ -211,13 +211,13 @@ def _commit_of(url: str) -> str:
 
 
 def _name_of(url: str) -> str:
-    """A model's name, of the last part of its address."""
+    """A name for the model, from the last part of its address."""
     last = url.partition("://")[2].rstrip("/").rpartition("/")[2]
     return plain_name(last)
 
 
 def plain_name(text: str) -> str:
-    """The text with a dash for whatever a model's name cannot have."""
+    """The text as a model's name: a dash replaces what a name cannot have."""
     plain = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "-" for one in text)
     plain = plain.strip("._-").replace("..", "-") or "model"
     return check_model_name(plain.removesuffix(".json")[:100] or "model")

@@ -1,12 +1,12 @@
-"""Executes a plan: streams every chunk into the store, then publishes the manifest.
+"""Writing a planned model: every chunk is streamed into the store, then the manifest is published.
 
 - Blobs first, the manifest last: a model is visible only when all of it is there and durable.
-- Bytes go through a few buffers of 8 MiB; a converted tensor is held with its sources, nothing else ever is.
+- Bytes go through a few buffers of 8 MiB; only a converted tensor is held whole, with its sources.
 - While one chunk is written, the one before it is synced and put in its place.
 - A blob is in the writer's lease before it is looked for or put in place, so that nobody prunes it: see
   `storage.housekeeping.leases`.
-- A journal beside the unfinished files names the chunks that are done. The same plan over the same source goes on from
-  there; a lock, held until the journal is given up, keeps two writers of it apart.
+- A journal in the folder of the unfinished files lists the chunks that are done. The same plan over the same source
+  resumes from it; a lock, held until the journal is removed, keeps two writers of it apart.
 """
 
 import asyncio
@@ -65,7 +65,7 @@ async def write_model(
         progress: called as bytes are done.
 
     Raises:
-        StorageError: the storage cannot take it. Nothing is visible, and the next run goes on where this one stopped.
+        StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
     """
     store = Store(backend)
     await store.create()
@@ -102,7 +102,7 @@ class ChunkWriter:
     def __init__(
         self, backend: StorageBackend, source: TensorBytes, *, model: str, key: str, progress: Progress
     ) -> None:
-        """Name the parts; `key` identifies plan and source, so that only the very same work is resumed."""
+        """Name the parts; `key` identifies plan and source, so that only the same work is resumed."""
         self.backend = backend
         self.source = source
         self.progress = progress
@@ -111,10 +111,10 @@ class ChunkWriter:
         self._stop = threading.Event()
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
-        """Write all chunks that are not there yet, and return the facts of all of them; call it under `locked`.
+        """Write the chunks that are not in the storage yet, and return all of them; call it under `locked`.
 
         Raises:
-            StorageError: the storage cannot take them; what was finished is kept for the next run.
+            StorageError: the storage failed; what was finished is kept for the next run.
         """
         done = self._read_journal()
         await self.lease.hold(form.locations[0].object for form in done.values())
@@ -149,7 +149,7 @@ class ChunkWriter:
         """Keep other writers of the same plan away.
 
         Raises:
-            StorageError: there is another one.
+            StorageError: another one is at work.
         """
         with translate_errors(f"preparing {self.folder}"):
             fd = _lock(self.folder / "lock")
@@ -161,7 +161,7 @@ class ChunkWriter:
             os.close(fd)
 
     async def publish(self, store: Store, manifest: Manifest) -> None:
-        """Make the model visible, and forget how far the work was; call it under `locked`.
+        """Make the model visible, and remove the journal; call it under `locked`.
 
         Raises:
             StorageError: a blob vanished since it was written, or the manifest cannot be written.
@@ -217,7 +217,7 @@ class ChunkWriter:
         return Form("none", size, *found, (location,))
 
     async def _place(self, form: Form) -> Form:
-        """Where the payload will lie: behind our header, or behind that of an equal payload that is there already."""
+        """Where the payload will lie: behind our header, or behind that of an equal payload that is already stored."""
         (ours,) = form.locations
         try:
             size = await self.backend.size(ours.object)
@@ -243,23 +243,23 @@ class ChunkWriter:
                 finally:
                     os.close(fd)
 
-        if self.backend.local_path(form.locations[0].object):  # elsewhere the file is only on its way
+        if self.backend.local_path(form.locations[0].object):  # else the file is only a step of an upload
             await asyncio.to_thread(sync)
         await self.lease.hold([form.locations[0].object])
         async with self._placing(form):
             placed = await self._place(form)
             if placed == form:
                 await self.backend.adopt(form.locations[0].object, scratch)
-            # else an equal payload behind another header is there, and stays; `write` removes ours
+            # else an equal payload is there already, behind another header, and stays; `write` removes ours
         entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": placed.locations[0].start}
         self._note(encode_line(entry | {"blocks": form.blocks.hex()}))
         return placed
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:
-        """One writer at a time puts a payload in place: another model may have an equal one behind another header.
+        """Let one writer at a time store a payload: another model may have an equal one behind another header.
 
-        Writers of other payloads, or into other stores, are not in its way.
+        Writers of other payloads, or into other stores, do not wait.
         """
         file = self.folder.parent / f"{form.digest}.lock"
         with translate_errors(f"locking {file}"):
@@ -270,7 +270,7 @@ class ChunkWriter:
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)  # first, so that whoever waits for it makes a new one
+            file.unlink(missing_ok=True)  # before it is unlocked, so that a waiting writer makes a new one
             os.close(fd)
 
     def _note(self, line: bytes) -> None:
@@ -283,7 +283,7 @@ class ChunkWriter:
         return self.folder / "journal.jsonl"
 
     def _read_journal(self) -> dict[str, Form]:
-        """Chunks that an earlier run finished; a line that was cut off or damaged does not count."""
+        """The chunks that an earlier run finished; lines that are cut off or damaged do not count."""
         done: dict[str, Form] = {}
         if not self._journal.exists():
             return done
@@ -300,7 +300,7 @@ class ChunkWriter:
         return done
 
     async def _stored(self, form: Form) -> bool:
-        """Whether a chunk of the journal is still in the storage, whole."""
+        """Whether a chunk of the journal is still in the storage, in full length."""
         location = form.locations[0]
         try:
             return await self.backend.size(location.object) == location.stop

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from surfw.checkpoint.demo import demo_checkpoint
+from surfw.checkpoint import demo_checkpoint
 from surfw.cli.options import Configuration
 from surfw.config import DEFAULT_HOST, is_server_url, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
@@ -47,7 +47,7 @@ class ChosenSource:
         """
         from surfw.storage import open_backend
         from surfw.storage.origins import is_local_url
-        from surfw.storage.places import is_checkpoint
+        from surfw.storage.store import is_checkpoint
 
         if is_local_url(self.url):
             asyncio.run(is_checkpoint(open_backend(self.url)))

@@ -7,8 +7,8 @@ documented in the README. Its rules, checked whenever one is parsed:
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
 - A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
   verified alone. For codec `none` the stored bytes are the payload itself.
-- Where a model was not copied, locations and files lie in another storage, its *origin*, and each object is pinned to
-  the revision it had. Digests may then be missing (format version 2), until somebody has read all bytes of a chunk.
+- The locations and files of a model that was not copied lie in another storage, its *origin*, and each object is
+  pinned to its revision. Digests may then be missing (format version 2) until all bytes of a chunk have been read.
 - Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
   `Manifest.public`.
 """
@@ -16,7 +16,6 @@ documented in the README. Its rules, checked whenever one is parsed:
 from surfw.manifest.digests import (
     Digester,
     Digests,
-    block_digests,
     count_blocks,
     decode_line,
     digest_blocks,
@@ -66,7 +65,6 @@ __all__ = [
     "Pin",
     "TensorInfo",
     "Use",
-    "block_digests",
     "check_model_name",
     "count_blocks",
     "decode_line",

@@ -2,8 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -20,26 +19,26 @@ def payload_digest(data: bytes | memoryview) -> str:
 
 
 class Digests(NamedTuple):
-    """Of some stored bytes: the BLAKE3 of all of them in hex, and those of their blocks, raw and joined."""
+    """The BLAKE3 of some stored bytes in hex, and those of their blocks, raw and joined."""
 
     digest: str
     blocks: bytes
 
     def document(self) -> dict[str, str]:
-        """As JSON has it; see `read_digests`."""
+        """The digests as JSON; `read_digests` reads them."""
         return {"digest": self.digest, "blocks": self.blocks.hex()}
 
 
 def is_digest(value: object) -> bool:
-    """Whether it is a BLAKE3 in hex."""
+    """Whether a value is a BLAKE3 in hex."""
     return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
 
 
 def read_digests(document: Any, stored_bytes: int) -> Digests:
-    """The digests of so many stored bytes, from decoded JSON.
+    """Digests from decoded JSON, for that many stored bytes.
 
     Raises:
-        ValueError: it is none, or not of so many bytes.
+        ValueError: the document has no digests, or digests for another number of bytes.
     """
     if not isinstance(document, dict) or not is_digest(document.get("digest")):
         raise ValueError("there is no BLAKE3")
@@ -50,10 +49,10 @@ def read_digests(document: Any, stored_bytes: int) -> Digests:
 
 
 def parse_digests(data: bytes, stored_bytes: int, *, where: str) -> Digests:
-    """As `read_digests`, from JSON that somebody else wrote. `where` names it in errors.
+    """As `read_digests`, from JSON that came from elsewhere; `where` names its source in errors.
 
     Raises:
-        ManifestError: it is not what it should be.
+        ManifestError: it is not valid.
     """
     try:
         return read_digests(json.loads(data), stored_bytes)
@@ -62,9 +61,9 @@ def parse_digests(data: bytes, stored_bytes: int, *, where: str) -> Digests:
 
 
 def encode_line(document: Any) -> bytes:
-    """One line of a log of JSON documents: the BLAKE3 of the text, and the text. It begins with an end of line.
+    """One line of a log of JSON documents: the BLAKE3 of the text, and the text.
 
-    So it is whole even where whoever wrote before was stopped within a line.
+    It begins with a newline, so that it is whole even after a line whose writer was stopped halfway.
     """
     text = json.dumps(document).encode()
     return f"\n{payload_digest(text)} ".encode() + text + b"\n"
@@ -74,7 +73,7 @@ def decode_line(line: bytes) -> Any:
     """The document of one line.
 
     Raises:
-        ValueError: it was cut off or damaged, or there is none.
+        ValueError: the line is empty, damaged or cut off.
     """
     digest, _, text = line.partition(b" ")
     if digest != payload_digest(text).encode():
@@ -83,53 +82,45 @@ def decode_line(line: bytes) -> Any:
 
 
 def count_blocks(stored_bytes: int) -> int:
-    """How many blocks so many bytes have."""
+    """How many blocks that many bytes have."""
     return -(-stored_bytes // BLOCK_BYTES)
 
 
 class Digester:
-    """Digests bytes that come in parts of any length, in order."""
+    """Digests bytes that come in order, in parts of any length."""
 
     def __init__(self) -> None:
-        """Nothing was taken in yet."""
+        """Start with no bytes."""
         self._whole, self._block = blake3(), blake3()
         self._blocks = bytearray()
-        self._room = BLOCK_BYTES
+        self._left_bytes = BLOCK_BYTES  # of the block that has begun
 
     def update(self, part: memoryview | bytes) -> None:
-        """Take the next bytes in."""
+        """Digest the next bytes."""
         self._whole.update(part)
         view = memoryview(part)
         while view:
-            taken = view[: self._room]
+            taken = view[: self._left_bytes]
             self._block.update(taken)
-            self._room -= len(taken)
+            self._left_bytes -= len(taken)
             view = view[len(taken) :]
-            if not self._room:
+            if not self._left_bytes:
                 self._end_block()
 
     def _end_block(self) -> None:
         self._blocks += self._block.digest()
-        self._block, self._room = blake3(), BLOCK_BYTES
+        self._block, self._left_bytes = blake3(), BLOCK_BYTES
 
     def result(self) -> Digests:
-        """Those of all that was taken in; nothing more is."""
-        if self._room < BLOCK_BYTES:
+        """The digests of all bytes so far; call it once, at the end."""
+        if self._left_bytes < BLOCK_BYTES:
             self._end_block()
         return Digests(self._whole.hexdigest(), bytes(self._blocks))
 
 
-def digest_blocks(parts: Iterator[bytes | memoryview]) -> Digests:
-    """The digest of joined parts and the digests of their 1 MiB blocks; every part but the last is whole blocks."""
-    whole, blocks = blake3(), bytearray()
+def digest_blocks(parts: Iterable[bytes | memoryview]) -> Digests:
+    """The digest of joined parts, and the digests of their blocks."""
+    digester = Digester()
     for part in parts:
-        whole.update(part)
-        blocks += block_digests(part)
-    return Digests(whole.hexdigest(), bytes(blocks))
-
-
-def block_digests(part: bytes | memoryview) -> bytes:
-    """The joined digests of a run of blocks."""
-    view = memoryview(part)
-    edges = [*range(0, len(view), BLOCK_BYTES), len(view)]
-    return b"".join(blake3(view[start:stop]).digest() for start, stop in pairwise(edges))
+        digester.update(part)
+    return digester.result()

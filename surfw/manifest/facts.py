@@ -12,7 +12,7 @@ from surfw.manifest.digests import Digests, payload_digest
 FORMAT = "surfw.manifest"
 VERSION = 1
 IN_PLACE_VERSION = 2
-"""Of manifests with an origin, or with chunks whose digests are not known yet."""
+"""The version of manifests with an origin, or with chunks whose digests are not known yet."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -60,7 +60,7 @@ class Form:
     Attributes:
         codec: how stored bytes become payload bytes; `none` means they are the same.
         stored_bytes: length of the stored bytes.
-        digest: BLAKE3 of the stored bytes, hex; empty as long as nobody has read all of them (see `is_known`).
+        digest: BLAKE3 of the stored bytes, hex; empty until all of them have been read (see `is_known`).
         blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
         locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
     """
@@ -73,7 +73,7 @@ class Form:
 
     @property
     def is_known(self) -> bool:
-        """Whether the digests are there: without them nothing can be verified."""
+        """Whether it has digests; without them, its bytes cannot be verified."""
         return bool(self.digest)
 
     def block_digest(self, index: int) -> bytes:
@@ -89,7 +89,7 @@ class Chunk:
         name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
             containing module holds directly.
         kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
-        id: BLAKE3 of the payload, hex; of one that nobody has read yet, that of where it lies (see `provisional_id`).
+        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`).
         payload_bytes: length of the payload.
         tensors: in payload order, without gaps.
         forms: at least one.
@@ -127,7 +127,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """What an object of an origin was recognised by: its size, and what its storage calls its revision."""
+    """What identifies an object of an origin: its size, and its revision as its storage calls it."""
 
     size: int
     revision: str
@@ -139,7 +139,7 @@ class Origin:
 
     Attributes:
         url: its address: a folder, or a storage URL without secrets.
-        pins: the objects that are used, plain names in it, and what each of them was.
+        pins: the size and revision of each object that is used, by its name in the origin.
     """
 
     url: str
@@ -147,18 +147,18 @@ class Origin:
 
     @cached_property
     def key(self) -> str:
-        """BLAKE3 of all of it: another one whenever an object is another."""
+        """BLAKE3 of all of it; it changes whenever an object does."""
         return payload_digest(json.dumps(_origin_document(self), sort_keys=True).encode())
 
     def provisional_id(self, locations: Sequence[Location]) -> str:
-        """What a chunk is called by as long as its payload has not been read: BLAKE3 of origin and byte ranges."""
+        """The id of a chunk whose payload has not been read: BLAKE3 of the origin's key and the byte ranges."""
         ranges = [[at.object, at.start, at.stop] for at in locations]
         return payload_digest(json.dumps([self.key, ranges]).encode())
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything there is to know about a chunked model without reading a weight.
+    """Everything about a chunked model but its weights.
 
     Attributes:
         name: the model's name in its store.
@@ -167,10 +167,10 @@ class Manifest:
         config: the model's configuration, as in `config.json`.
         generation_config: as in `generation_config.json`, if there is one.
         files: tokenizer files.
-        ties: names of tensors that are the same as another tensor, to that other's name.
+        ties: tensors that are the same as another one: their names to its name.
         chunks: in the order of the model's modules.
         order: the execution order, as far as the model's structure tells it.
-        origin: the storage that all locations and files lie in, where that is not the manifest's own.
+        origin: the storage of all locations and files, if it is not the manifest's own.
     """
 
     name: str
@@ -213,7 +213,7 @@ class Manifest:
         """The file of that name.
 
         Raises:
-            NotFoundError: the model has none.
+            NotFoundError: the model has no such file.
         """
         for file in self.files:
             if file.path == path:
@@ -230,11 +230,11 @@ class Manifest:
 
     @property
     def is_known(self) -> bool:
-        """Whether the digests of all chunks are there."""
+        """Whether all chunks have digests."""
         return all(form.is_known for chunk in self.chunks for form in chunk.forms)
 
     def with_digests(self, known: Mapping[str, Digests]) -> "Manifest":
-        """The manifest with digests that it lacks, by the provisional ids of their chunks; those get their real ids."""
+        """The manifest with missing digests filled in, by the provisional ids of chunks, which get their real ids."""
         return replace(self, chunks=tuple(with_digests(chunk, known.get(chunk.id)) for chunk in self.chunks))
 
     def encode(self) -> bytes:
@@ -260,7 +260,7 @@ class Manifest:
 
 
 def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
-    """The chunk with the digests of its one form, if it lacks them and they are given."""
+    """The chunk with the digests of its one form filled in, if it lacks them and they are given."""
     if digests is None or all(form.is_known for form in chunk.forms):
         return chunk
     (form,) = chunk.forms

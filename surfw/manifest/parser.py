@@ -1,4 +1,4 @@
-"""A manifest from its JSON: nothing is believed before it is checked, and sizes are capped before that."""
+"""Parsing manifests: nothing is believed before it is checked, and sizes are capped before that."""
 
 import json
 import math
@@ -40,10 +40,10 @@ _DIGEST_LINE = f"{FORMAT} blake3 "
 
 
 def check_model_name(name: str) -> str:
-    """The name itself, if it can be a model's: `name` or `org/name` of letters, digits, `.`, `_` and `-`.
+    """Check a model's name, `name` or `org/name` of letters, digits, `.`, `_` and `-`, and return it.
 
     Raises:
-        ManifestError: it cannot.
+        ManifestError: it is something else.
     """
     is_file = any(part.endswith(".json") for part in name.split("/"))  # where another model's manifest would lie
     if not _NAME.fullmatch(name) or len(name) > 200 or ".." in name or is_file:
@@ -55,10 +55,10 @@ def check_model_name(name: str) -> str:
 
 
 def parse_manifest(data: bytes, *, where: str) -> Manifest:
-    """A manifest from its JSON, with every rule of the format checked. `where` names its origin in errors.
+    """Parse a manifest's JSON and check every rule of the format. `where` names its source in errors.
 
     Raises:
-        ManifestError: the bytes are no manifest, or one of a version this surfw does not know, or break a rule.
+        ManifestError: the bytes are not a manifest, or of a version that this surfw does not know, or break a rule.
     """
     pieces = data.count(b"{") + data.count(b"[")
     if len(data) > MANIFEST_BYTES or pieces > _MAX_PIECES:
@@ -88,12 +88,12 @@ def has_digest(data: bytes) -> bool:
 
 
 def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
-    """A manifest from the bytes that a store holds, compared with their digest; `where` names its origin in errors.
+    """Parse a manifest as a store holds it, and compare its digest; `where` names its source in errors.
 
     A manifest without a digest is accepted if its bytes are one JSON object from the first byte to the last.
 
     Raises:
-        ManifestError: the bytes are damaged, or more than `MANIFEST_BYTES`, or no manifest; see `parse_manifest`.
+        ManifestError: the bytes are damaged, more than `MANIFEST_BYTES`, or not a manifest; see `parse_manifest`.
     """
     if len(data) > MANIFEST_BYTES:  # the line with the digest included, as a store loads no more
         raise ManifestError(f"the manifest from {where} has {len(data)} bytes, expected at most {MANIFEST_BYTES}")
@@ -113,7 +113,7 @@ def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
 
 
 class _Parser:
-    """Turns a decoded document into a manifest; every `ManifestError` names where it came from."""
+    """Turns a decoded document into a manifest; every `ManifestError` names the source."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -138,7 +138,7 @@ class _Parser:
         return [*value]
 
     def settings(self, value: Any, what: str, depth: int = 0) -> Any:
-        """A configuration as it is, if it can be written again as it was read."""
+        """Check that a configuration can be written again as it was read, and return it."""
         self.require(depth <= MAX_JSON_DEPTH, f"{what} is nested more than {MAX_JSON_DEPTH} deep")
         if isinstance(value, dict):
             for key, inner in value.items():

@@ -18,7 +18,7 @@ from surfw.runtime.run import IoThread, run_in_executor
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions
-from surfw.storage.places import is_checkpoint
+from surfw.storage.store import is_checkpoint
 from surfw.storage.store_source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 

@@ -10,9 +10,9 @@ import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from surfw.config import ALIGNMENT
 from surfw.errors import SurfwError
 
-ALIGNMENT = 64
 _HUGE = 2 << 20
 
 

@@ -12,9 +12,9 @@ from contextlib import nullcontext
 import torch
 
 from surfw.codec import choose_form
-from surfw.config import BLOCK_BYTES
+from surfw.config import ALIGNMENT, BLOCK_BYTES
 from surfw.manifest import Chunk, Manifest
-from surfw.runtime.buffers import ALIGNMENT, Buffer, MappedBuffer, buffer_capacity, plan_layout, spread
+from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity, plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 from surfw.threads import in_thread

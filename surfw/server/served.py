@@ -23,7 +23,7 @@ from surfw.server.late_digests import LateDigests
 from surfw.server.pages import PageCache
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.origins import PlacedOptions
-from surfw.storage.places import is_checkpoint
+from surfw.storage.store import is_checkpoint
 
 log = logging.getLogger("surfw.server")
 

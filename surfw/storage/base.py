@@ -4,8 +4,9 @@ A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_ke
 before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
 `/etc/passwd` reaches no storage.
 
-Reads of stored bytes come in by `read_all`. It cuts them (see `ranges`), keeps `parallel_reads` ranges under way and
-verifies them; a backend that can read faster than by `read_into` overrides `read_range`, and nothing else.
+Stored bytes are read by `read_all`. It cuts reads into ranges (see `ranges`), keeps up to `parallel_reads` of them
+under way, and verifies them. A range is read by `read_range`: surfw's far storages have their own, with retries (see
+`far_reads`); everywhere else it is a `read_into`.
 """
 
 import asyncio
@@ -225,7 +226,11 @@ class StorageBackend(ABC):
             StorageError: as in `read_into`.
             Exception: what a check raises.
         """
-        pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
+        await self._read_as(self, reads)
+
+    async def _read_as(self, storage: "StorageBackend", reads: Sequence[ObjectRead]) -> None:
+        """Fill the destinations by ranges of the size and number that are right for a storage."""
+        pieces = [piece for read in reads for piece in cut(read, storage.range_bytes)]
         if len(pieces) == 1:
             await self._read_piece(pieces[0])
             return
@@ -235,7 +240,7 @@ class StorageBackend(ABC):
             for piece in left:
                 await self._read_piece(piece)
 
-        await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
+        await together(take() for _ in range(min(len(pieces), storage.parallel_reads)))
 
     async def _read_piece(self, piece: ObjectRead) -> None:
         if len(piece.parts) == 1:

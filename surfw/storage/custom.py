@@ -284,7 +284,7 @@ class SharedLoads:
         task = self._loading.get(key)
         if task is None or task.get_loop() is not asyncio.get_running_loop():
             task = asyncio.create_task(self._run(key), name=f"surfw load {key}")
-            task.add_done_callback(_look)
+            task.add_done_callback(_retrieve_exception)
             self._loading[key] = task
         return task
 
@@ -312,7 +312,7 @@ class SharedLoads:
         self.kept_bytes -= len(self._kept.pop(key, b""))
 
 
-def _look(task: asyncio.Task[bytes]) -> None:
+def _retrieve_exception(task: asyncio.Task[bytes]) -> None:
     """Retrieve the exception of a load that no range waits for any more, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()

@@ -426,11 +426,11 @@ class _CatRanges(RangeReader):
 
     async def get(self, path: str, into: Destination) -> None:
         """Read, then put in place."""
-        start, stop = into.start, into.stop
+        fs, start, stop = self._fs, into.start, into.stop
         try:
             async with self._slots:
                 into.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
-                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
+                data = await fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc
         into.accept(RangeResponse(None, start, len(data), None))[:] = data

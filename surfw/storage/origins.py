@@ -12,7 +12,7 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 import asyncio
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
 from surfw.storage.backends import open_backend, scheme_of
 from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
-from surfw.storage.ranges import Check, ObjectRange, Pin
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
 from surfw.storage_options import identify_place
 
 _MOUNT, _ANY = "origins/", "any"
@@ -83,11 +83,6 @@ class Objects(StorageBackend):
     def parallel_reads(self) -> int:  # type: ignore[override]
         """How many reads are worth having under way: as many as for the storage that gains most from it."""
         return max(backend.parallel_reads for backend in self._backends())
-
-    @property
-    def range_bytes(self) -> int:
-        """The size of the largest range that is read at a time: that of the storage with the most reads."""
-        return max(self._backends(), key=lambda backend: backend.parallel_reads).range_bytes
 
     @property
     def buffered_bytes(self) -> int:
@@ -172,6 +167,11 @@ class Objects(StorageBackend):
         found = self.find(key)
         with _explaining(found):
             await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
+
+    async def read_all(self, reads: Sequence[ObjectRead]) -> None:
+        """Fill the destinations of reads of one model. Its bytes are in one storage, which decides about ranges."""
+        if first := next((part for read in reads for part in read.parts), None):
+            await self._read_as(self.find(first.key).backend, reads)
 
     async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
         """Fill the destination with one range of an object, if it is unchanged."""

@@ -55,6 +55,7 @@ MODELS, BLOBS = "models/", "blobs/"
 LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
+_CONFIG = "config.json"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 
@@ -286,6 +287,36 @@ class Store:
             raise ManifestError(f"the configuration of {manifest.name} cannot be written as JSON: {exc}") from exc
         parse_stored_manifest(data, where=manifest.name)
         await self.backend.save(manifest_key(manifest.name), data)
+
+
+async def is_checkpoint(backend: StorageBackend) -> bool:
+    """Whether a place holds a plain checkpoint; else it holds a store.
+
+    Raises:
+        NotAStoreError: it holds neither.
+        StorageError: the storage cannot be read.
+    """
+    if await backend.exists(MARKER):
+        return False
+    if await backend.exists(_CONFIG):
+        return True
+    for name in (MARKER, _CONFIG):
+        path = backend.local_path(name)
+        if path is not None and (path.exists() or path.is_symlink()):
+            raise NotAStoreError(
+                f"{path} is no regular file, expected one; put the file itself there, or name another place"
+            )
+    url, file = display_url(backend.url), backend.local_path(MARKER)
+    if file is not None and not await asyncio.to_thread(file.parent.is_dir):
+        raise NotAStoreError(
+            f"there is no folder {url}; name that of a checkpoint, or of a store, which 'surfw chunk MODEL' makes; "
+            "a model of the hub is hf://org/name"
+        )
+    raise NotAStoreError(
+        f"{url} is neither a surfw store ({MARKER}) nor a checkpoint ({_CONFIG}): both files are missing; name "
+        f"the folder or URL that 'surfw chunk --store' wrote to, or that of a checkpoint"
+        f"{OR_SERVER if url.startswith('http') else ''}"
+    )
 
 
 def _is_model_name(name: str) -> bool:

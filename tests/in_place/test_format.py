@@ -57,7 +57,7 @@ def test_parts_of_any_length_have_the_digests_of_the_whole(parts: list[int]) -> 
         digester.update(bytes([index]) * size)
     whole = b"".join(bytes([index]) * size for index, size in enumerate(parts))
     found = digester.result()
-    assert found == digest_blocks(iter([whole]))
+    assert found == digest_blocks([whole])
     assert parse_digests(json.dumps(found.document()).encode(), len(whole), where="here") == found
 
 
@@ -77,12 +77,12 @@ def test_it_is_read_back_and_what_crosses_the_wire_says_nothing_of_where_things_
 
 
 def test_with_its_digests_it_is_as_that_of_a_copy() -> None:
-    digests = digest_blocks(iter([DATA]))
+    digests = digest_blocks([DATA])
     known = MANIFEST.with_digests({MANIFEST.chunks[0].id: digests})
     assert (known.chunks[0].id, known.is_known, MANIFEST.is_known) == (digests.digest, True, False)
     assert json.loads(known.encode())["version"] == 2
     assert json.loads(known.public().encode())["version"] == 1
-    assert known.with_digests({known.chunks[0].id: digest_blocks(iter([b"other"]))}) == known
+    assert known.with_digests({known.chunks[0].id: digest_blocks([b"other"])}) == known
 
 
 def test_a_pin_is_part_of_every_identity() -> None:

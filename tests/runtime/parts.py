@@ -48,7 +48,7 @@ def parts_of(*tensors: torch.Tensor, codec: str = "none") -> Iterator[Parts]:
     for index, tensor in enumerate(tensors):
         infos.append(TensorInfo(f"t{index}", safetensors_dtype(tensor.dtype), tuple(tensor.shape), len(payload)))
         payload += raw(tensor)
-    digest, digests = digest_blocks(iter([payload]))
+    digest, digests = digest_blocks([payload])
     form = Form(codec, len(payload), digest, digests)
     chunk = Chunk("c", "part", digest, len(payload), tuple(infos), (form,))
     manifest = toy_manifest([chunk])

@@ -16,7 +16,7 @@ from surfw.config import is_server_url
 from surfw.errors import ConfigurationError, NotAStoreError, StorageError
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, open_backend
 from surfw.storage.origins import PlacedOptions, is_local_url
-from surfw.storage.places import is_checkpoint
+from surfw.storage.store import is_checkpoint
 from surfw.storage_options import parse_options, shown_options
 from tests.services.processes import free_port
 from tests.storage.backend_of_others import Found

@@ -1,5 +1,6 @@
 """Places that are told apart, and origins that are mounted while others read."""
 
+import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,9 +10,12 @@ from typing import Any
 import pytest
 
 from surfw.chunking import in_place
+from surfw.config import MIB
+from surfw.errors import NotFoundError
 from surfw.manifest import Manifest, Origin, Pin
-from surfw.storage import FilesystemBackend, S3Backend, open_backend, origins
+from surfw.storage import FilesystemBackend, S3Backend, StorageBackend, open_backend, origins
 from surfw.storage.origins import Objects
+from surfw.storage.ranges import ObjectRange, ObjectRead
 from surfw.storage.store import MARKER
 from surfw.storage_options import identify_place
 from tests.stores import make_store
@@ -104,3 +108,48 @@ def test_an_origin_is_mounted_while_another_thread_goes_through_them(
     assert objects.mount(elsewhere(manifest, 3), where="here").origin == Origin(
         "http://host/3", elsewhere(manifest, 3).origin.pins
     )
+
+
+class Noting(StorageBackend):
+    """Zeros, read at so many places at a time; it notes the sizes of its ranges."""
+
+    def __init__(self, parallel_reads: int, *, in_place: bool) -> None:
+        self.url = "noting"
+        self.parallel_reads, self.reads_in_place = parallel_reads, in_place
+        self.sizes: list[int] = []
+
+    async def load(self, key: str) -> bytes:
+        raise NotFoundError(key)
+
+    async def save(self, key: str, data: object) -> None:
+        raise NotImplementedError
+
+    async def exists(self, key: str) -> bool:
+        return False
+
+    async def list(self, prefix: str = "") -> list[str]:
+        return []
+
+    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+        self.sizes.append(destination.nbytes)
+
+
+def test_ranges_are_as_large_as_the_storage_wants_that_they_are_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is bounded by that: what one storage streams, another one holds as a whole."""
+    manifest, size = make_store(tmp_path, sizes=(10,)), 60 * MIB
+    near, far = Noting(1, in_place=False), Noting(4, in_place=True)
+    monkeypatch.setattr(origins, "open_backend", lambda *given, **options: far)
+    objects = Objects(near, MARKER)
+    mounted = objects.mount(elsewhere(manifest, 0), where="here")
+    assert (objects.parallel_reads, objects.buffered_bytes) == (4, 8 * MIB)
+
+    def read(key: str) -> None:
+        parts = [ObjectRange(key, 0, size)]
+        asyncio.run(objects.read_all([ObjectRead(parts, memoryview(bytearray(size)))]))
+
+    read("blobs/x")
+    assert sorted(near.sizes) == [7 * MIB] * 4 + [8 * MIB] * 4
+    read(mounted.chunks[0].forms[0].locations[0].object)
+    assert far.sizes == [30 * MIB] * 2

@@ -1,8 +1,8 @@
-"""Reading every byte of models in a store, and comparing every digest.
+"""Verifying a store: every byte of its models is read, and every digest compared.
 
 - What several models share is read once.
 - Two pieces of 8 MiB are in memory: one is verified while the next is read.
-- What is damaged or missing is a finding; a storage that does not answer is an error.
+- Damaged or missing parts are findings; a storage that does not answer is an error.
 """
 
 import asyncio
@@ -12,11 +12,11 @@ from functools import partial
 
 from blake3 import blake3
 
-from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, PIECE_BYTES
+from surfw.config import BLOCK_BYTES, PIECE_BYTES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, count_blocks, has_digest
 from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, HeaderError, header_length, parse_header
-from surfw.source import find_damage, locate_damage
+from surfw.source import find_damage, locate_damage, read_again
 from surfw.storage.housekeeping.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
@@ -41,14 +41,14 @@ class Damage:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What came of verifying.
+    """What verifying found.
 
     Attributes:
         store: where.
-        models: the models that were looked at.
+        models: the models that were verified.
         parts: how many chunks and files were read; what is shared counts once.
         read_bytes: how many bytes.
-        damage: what is damaged or missing; empty if all is well.
+        damage: what is damaged or missing; empty if nothing is.
         undigested: the models whose manifests have no digest, as surfw 0.1.0 wrote them: damage to such a manifest is
             not seen. Chunking the model again gives it one.
     """
@@ -184,13 +184,15 @@ async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
 async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]]) -> str:
     """What `read` complains of, however often it reads: the bytes may have been damaged on their way."""
     seen: list[str] = []
-    while complaint := await read():
-        seen.append(complaint)
-        if len(seen) > DAMAGE_RETRIES:
-            return complaint if len(set(seen)) == 1 else f"{complaint}; {locate_damage(seen)}"
-        for location in form.locations:
+
+    async def again() -> str | None:
+        for location in form.locations if seen else ():
             store.objects.forget(location.object)
-    return ""
+        return await read() or None
+
+    if await read_again(again, seen):
+        return ""
+    return seen[-1] if len(set(seen)) == 1 else f"{seen[-1]}; {locate_damage(seen)}"
 
 
 async def _read_header(store: Store, at: Location) -> str:
@@ -217,12 +219,12 @@ async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
     form = part.form
     buffers = [memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES))) for _ in range(2)]
     whole, damaged = blake3(), list[int]()
-    checking: asyncio.Future[list[int]] | None = None
+    checking: asyncio.Future[dict[int, str]] | None = None
     before = 0, buffers[0]
 
-    def check(start: int, piece: memoryview) -> list[int]:
-        """The damaged blocks of a piece; a piece without any is digested."""
-        found = list(find_damage(form, start // BLOCK_BYTES, piece)) if form.blocks else []
+    def check(start: int, piece: memoryview) -> dict[int, str]:
+        """The damaged blocks of a piece, and the digests they have; a piece without any is digested."""
+        found = find_damage(form, start // BLOCK_BYTES, piece) if form.blocks else {}
         if not found:
             whole.update(piece)
         return found
@@ -230,13 +232,14 @@ async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
     async def finish() -> None:
         """Wait for the check of the piece before, and read its damaged blocks again."""
         start, piece = before
-        bad = await checking if checking else []
-        for _ in range(DAMAGE_RETRIES):
-            for block in bad:
-                low = block * BLOCK_BYTES
-                await _read(store, form, low, piece[low - start : low - start + BLOCK_BYTES], fresh=True)
-            bad = bad and await asyncio.to_thread(check, start, piece)
-        damaged.extend(bad)
+        bad = await checking if checking else {}
+        for block, digest in bad.items():
+            low = block * BLOCK_BYTES
+            again = partial(_read_block, store, form, block, piece[low - start : low - start + BLOCK_BYTES])
+            if not await read_again(again, [digest]):
+                damaged.append(block)
+        if bad and not damaged:
+            await asyncio.to_thread(whole.update, piece)
 
     try:
         for index, start in enumerate(range(0, form.stored_bytes, PIECE_BYTES)):
@@ -255,11 +258,18 @@ async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
     return "" if whole.hexdigest() == form.digest else f"its digest is {whole.hexdigest()}, expected {form.digest}"
 
 
-async def _read(store: Store, form: Form, start: int, destination: memoryview, *, fresh: bool = False) -> None:
-    """Fill the destination with stored bytes from `start` on; `fresh` ones bypass what the backend keeps."""
+async def _read_block(store: Store, form: Form, block: int, destination: memoryview) -> str | None:
+    """Read a block past what the backend keeps; returns the digest it has, or None if that is right."""
+    start = block * BLOCK_BYTES
+    for key, _, _ in segments(form.locations, start, start + len(destination)):
+        store.objects.forget(key)
+    await _read(store, form, start, destination)
+    return (await asyncio.to_thread(find_damage, form, block, destination)).get(block)
+
+
+async def _read(store: Store, form: Form, start: int, destination: memoryview) -> None:
+    """Fill the destination with stored bytes from `start` on."""
     at = 0
     for key, first, length in segments(form.locations, start, start + len(destination)):
-        if fresh:
-            store.objects.forget(key)
         await store.objects.read_into(key, first, destination[at : at + length])
         at += length
