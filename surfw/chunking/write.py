@@ -116,24 +116,22 @@ class ChunkWriter:
         Raises:
             StorageError: the storage failed; what was finished is kept for the next run.
         """
-        done = self._read_journal()
-        await self.lease.hold(form.locations[0].object for form in done.values())
-        forms: list[Form] = []
-        finishing: asyncio.Task[Form] | None = None
+        forms = self._read_journal()
+        await self.lease.hold(form.locations[0].object for form in forms.values())
+        finishing: asyncio.Task[None] | None = None
         try:
             for index, planned in enumerate(plan.chunks):
-                form = done.get(planned.name)
-                fresh = form is None or not await self._stored(form)
-                scratch = self.folder / f"{index:06d}.tmp"
-                if form is None or fresh:
-                    form = await self._in_thread(planned, scratch)
-                else:
+                done = forms.get(planned.name)
+                if done is not None and await self._stored(done):
                     self.progress(planned.payload_bytes, planned.name)
+                    continue
+                scratch = self.folder / f"{index:06d}.tmp"
+                form = await self._in_thread(planned, scratch)
                 if finishing:
-                    forms.append(await finishing)
-                finishing = asyncio.create_task(self._finish(planned.name, form, scratch) if fresh else _now(form))
+                    await finishing
+                finishing = asyncio.create_task(self._finish(planned.name, form, scratch, forms))
             if finishing:
-                forms.append(await finishing)
+                await finishing
         except BaseException:
             self._stop.set()
             raise
@@ -142,7 +140,7 @@ class ChunkWriter:
                 await asyncio.gather(finishing, return_exceptions=True)
             for scratch in self.folder.glob("*.tmp"):
                 scratch.unlink(missing_ok=True)
-        return [planned.chunk(form.digest, form) for planned, form in zip(plan.chunks, forms, strict=True)]
+        return [planned.chunk(forms[planned.name].digest, forms[planned.name]) for planned in plan.chunks]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -231,8 +229,8 @@ class ChunkWriter:
             seen.update(await self.backend.load_range(there.object, start, min(start + PIECE_BYTES, there.stop)))
         return replace(form, locations=(there,)) if seen.hexdigest() == form.digest else form
 
-    async def _finish(self, name: str, form: Form, scratch: Path) -> Form:
-        """Make a chunk's file durable, put it in its place, and note that it is done; returns where it lies."""
+    async def _finish(self, name: str, form: Form, scratch: Path, forms: dict[str, Form]) -> None:
+        """Make a chunk's file durable, put it in its place, and note in `forms` and in the journal that it is done."""
 
         def sync() -> None:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"):
@@ -253,7 +251,7 @@ class ChunkWriter:
             # else an equal payload is there already, behind another header, and stays; `write` removes ours
         entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": placed.locations[0].start}
         self._note(encode_line(entry | {"blocks": form.blocks.hex()}))
-        return placed
+        forms[name] = placed
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:
@@ -323,11 +321,6 @@ def _lock(file: Path) -> int | None:
         if os.fstat(fd).st_nlink:
             return fd
         os.close(fd)  # the writer that had it has just removed it, so it locks nobody out: make a new one
-
-
-async def _now(form: Form) -> Form:
-    """A chunk that was finished before."""
-    return form
 
 
 def _write_all(fd: int, data: memoryview) -> None:
