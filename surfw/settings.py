@@ -94,7 +94,7 @@ class Settings:
     )
     storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
         dict,
-        "An option of the storage, as its backend knows it; may be repeated.",
+        "An option of the storage's backend; may be repeated.",
         shown="none",
         metavar="KEY=VALUE",
         form="a table of names and values",
@@ -112,7 +112,7 @@ class Settings:
     clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
     allowed_host: str | None = _setting(
         None,
-        "Names that a server without a token may be called by, with commas between them.",
+        "Host names that a server without a token answers to, separated by commas.",
         shown="its addresses, localhost and --host",
         metavar="NAMES",
     )
@@ -121,13 +121,13 @@ class Settings:
     )
     memory_budget: str | None = _setting(
         None,
-        "What weights in memory may take, in place of cache_layers.",
+        "Memory that weights may take; use it instead of cache_layers.",
         shown="what memory there is",
         metavar="SIZE",
         form="a size such as 1.2GB",
         has_form=is_size,
     )
-    policy: Policy = _setting("auto", "Which layers stay: a part that is chosen once, or those used last.")  # noqa: RUF009 - it makes a field
+    policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
     dtype: str | None = _setting(
         None,
         "Run in this dtype, such as bfloat16.",
@@ -140,7 +140,7 @@ class Settings:
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
     top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
     seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
-    live: bool | None = _setting(None, "A live table.", shown="in a terminal")
+    live: bool | None = _setting(None, "Show a live table.", shown="in a terminal")
     connect_timeout: float = _setting(
         DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
     )
@@ -149,13 +149,11 @@ class Settings:
         "Give up after this many seconds without progress.",
         least=_SHORTEST_SECONDS,
     )
-    retry_attempts: int = _setting(
-        _RETRY.attempts, "Tries of a connection in all; 1 never tries again.", least=1, most=1000
-    )
+    retry_attempts: int = _setting(_RETRY.attempts, "Attempts to connect in all; 1 means no retry.", least=1, most=1000)
     retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
-    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Seconds that no delay is longer than.", least=0)
-    retry_jitter: float = _setting(_RETRY.jitter, "Share of a delay that chance may take away.", least=0, most=1)
+    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
+    retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )

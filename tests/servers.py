@@ -1,4 +1,4 @@
-"""A real `surfw serve` in a process of its own, and its statistics."""
+"""A real `surfw serve`, in a process of its own that has its imports done, and its statistics."""
 
 import contextlib
 import json
@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.services import warm
+
 
 @dataclass(frozen=True)
 class Served:
     """A running server."""
 
     url: str
-    process: subprocess.Popen[bytes]
+    process: warm.Process
 
     def stats(self) -> dict[str, Any]:
         """What `GET /stats` says."""
@@ -29,7 +31,10 @@ def serve(store: Path | None, *options: str) -> Iterator[Served]:
     """Serve a store, or what the options name in its place, on a free port."""
     place = () if store is None else ("--store", str(store))
     command = [sys.executable, "-m", "surfw", "serve", *place, "--port", "0", "--no-live", "--announce"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = warm.start(
+        [*command, *options], modules=warm.COMMANDS, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     assert process.stdout is not None
     try:
         yield Served(json.loads(process.stdout.readline())["url"], process)

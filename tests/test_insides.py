@@ -68,7 +68,34 @@ INSIDES = [
     Inside("transformers", "PreTrainedModel._get_dtype_plan", "skeleton/loading.py", "what stays in float32"),
     Inside("transformers", "PreTrainedModel._from_config", "skeleton/build.py", META),
     Inside(
-        "transformers", "PreTrainedModel.tie_weights", "skeleton/shared.py", "transformers replaces it while it builds"
+        "transformers", "PreTrainedModel.tie_weights", "skeleton/guards.py", "transformers replaces it while it builds"
+    ),
+    Inside(
+        "transformers.initialization",
+        "no_tie_weights",
+        "skeleton/guards.py",
+        "what replaces it: an import in the middle of that has to wait",
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.all_tied_weights_keys", "skeleton/loading.py", "the ties that a class declares"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.initialize_weights", "skeleton/build.py", "values of what no checkpoint holds"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel._is_hf_initialized", "skeleton/build.py", "what initialisation leaves alone"
+    ),
+    Inside(
+        "transformers", "PreTrainedConfig.per_layer_config", "runtime/kv_cache.py", "layers that differ in their heads"
+    ),
+    Inside(
+        "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
+    ),
+    Inside(
+        "huggingface_hub.constants",
+        "HF_HUB_OFFLINE",
+        "skeleton/guards.py",
+        "nothing is fetched in one thread; the public switch is the environment of the process",
     ),
     Inside("transformers", "PreTrainedConfig._attn_implementation", "skeleton/build.py", "the kernel that was chosen"),
     Inside(
@@ -87,19 +114,19 @@ INSIDES = [
         "chat templates, as transformers renders them, in a process of their own",
     ),
     Inside(
-        "torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"
+        "torch", "Tensor._make_subclass", "runtime/hooks.py", "a parameter without values, made as torch makes its own"
     ),
-    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "as torch.overrides documents"),
+    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/hooks.py", "as torch.overrides documents"),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._buffers", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._non_persistent_buffers_set", "skeleton/units.py", "buffers that no checkpoint holds"),
     Inside(
         "torch.nn.modules.module",
         "register_module_parameter_registration_hook",
-        "skeleton/shared.py",
+        "skeleton/guards.py",
         "stops a configuration that asks for endless modules while it is being built",
     ),
-    Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/shared.py", "as above"),
+    Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/guards.py", "as above"),
     Inside("websockets.client", "ClientProtocol", "client/link.py", RECEIVE),
     Inside("websockets.protocol", "Protocol.data_to_send", "server/reception.py", TURNS),
     Inside("websockets.streams", "StreamReader", "client/connection.py", RECEIVE),

@@ -1,10 +1,13 @@
 """`surfw bench`: measurements against a baseline of the same run."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import options
+
+if TYPE_CHECKING:
+    from surfw.bench.result import Result
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -87,7 +90,7 @@ def infer(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of resident, accelerate, airllm, llama.cpp, lru, with commas between. [default: all that can run]",
+            help="Of resident, accelerate, airllm, llama.cpp, lru, separated by commas. [default: all that can run]",
         ),
     ] = None,
     gguf: Annotated[str | None, typer.Option(metavar="FILE", help="The same model for llama.cpp.")] = None,
@@ -97,7 +100,7 @@ def infer(
     cap: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="All the memory each of them can have, page cache included, such as 1.2GB; needs root."
+            metavar="SIZE", help="The memory each of them may use, page cache included, such as 1.2GB; needs root."
         ),
     ] = None,
     memory_budget: Annotated[
@@ -105,29 +108,28 @@ def infer(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A store that stays; has the model, or gets it. [default: a temporary one]"),
-    ] = None,
-    folder: Annotated[
-        str | None,
         typer.Option(
-            "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
+            metavar="DIR",
+            help="A store to keep; the model is chunked into it if it is not there. [default: a temporary one]",
         ),
     ] = None,
+    folder: Annotated[str | None, _FOLDER] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="URL", help="What surfw reads in place of a local store, such as a server.")
+        str | None, typer.Option(metavar="URL", help="What surfw reads instead of a local store, such as a server.")
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB; else it is measured."),
+        typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each of them runs, in turn; medians are shown.")] = 3,
-    patience: Annotated[float, typer.Option(min=1, help="Seconds that one of them may take in one round.")] = 1800,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
     json: options.Json = False,
 ) -> None:
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
-    from surfw.bench.infer import Comparison, bench_infer
+    from surfw.bench.comparison import Comparison
+    from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render
     from surfw.config import parse_size
 
@@ -148,19 +150,12 @@ def infer(
         patience_seconds=patience,
     )
     found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
-    if json:
-        render.print_json(found.as_dict())
-    else:
-        bench_view.show_comparison(found)
+    render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
 
 
-def _show(result: Any, *, json: bool) -> None:
-    """A result as one JSON object, or as a table."""
+def _show(result: "Result", *, json: bool) -> None:
     from surfw.cli import bench_view, render
 
-    if json:
-        render.print_json(result.as_dict())
-    else:
-        bench_view.show_rows(result)
+    render.show(result, bench_view.show_rows, json=json)

@@ -1,4 +1,4 @@
-"""What `--explain` shows: a model's memory and limits, in rows of a name and a sentence."""
+"""What `--explain` shows: a model's memory and limits, in rows of a name and a text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +18,7 @@ _PLACES = {"link": "the link", "storage": "storage", "compute": "computing"}
 
 
 def facts(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> dict[str, Any]:
-    """All of it for scripts, and where the limit comes from: an argument, a variable, a file or the default."""
+    """Return what `--json` prints; `limited_from` is `argument`, `variable`, `file` or `default`."""
     return asdict(explanation) | {"ceiling": explanation.ceiling, "limited_from": _origin(explanation, origins).kind}
 
 
@@ -34,12 +34,12 @@ def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], conso
 
 
 def _origin(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> SettingOrigin:
-    """Of the two settings that limit memory, the place of the one that counts."""
+    """Where the value comes from that limits memory: `cache_layers` or `memory_budget`."""
     return origins["cache_layers" if explanation.limited_by == "cache_layers" else "memory_budget"]
 
 
 def explanation_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, str]]:
-    """All rows, in the order in which one follows from another."""
+    """Return all rows; each follows from those before it."""
     return [*_memory_rows(one, origin), *_speed_rows(one)]
 
 
@@ -68,7 +68,7 @@ def _budget(one: "Explanation", origin: SettingOrigin) -> str:
 
 
 def _said(limited_by: str, origin: SettingOrigin) -> str:
-    """Where the limit comes from."""
+    """Say where the limit comes from."""
     if limited_by == "default":
         return "which is what memory there is, less a headroom"
     if origin.kind == "argument":

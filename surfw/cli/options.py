@@ -70,7 +70,7 @@ class Configuration:
 
 
 def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:
-    """Settings from the options, the variables and the file that `--config` names, before or after the command.
+    """Load the settings from options, variables, and the file named by `--config` before or after the command.
 
     Raises:
         ConfigurationError: one of them cannot be used.
@@ -87,7 +87,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of these settings, and `--config`.
+    """Give a command the options of these settings, and `--config`.
 
     The options stand where the command has its parameter `configuration`, which receives a `Configuration`.
     """
@@ -115,12 +115,12 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def commands_with(name: str) -> list[str]:
-    """The commands that have this setting as an option."""
+    """Return the commands that have this setting as an option."""
     return [command.replace("_", " ") for command, names in _OFFERED.items() if name in names]
 
 
 def _value(setting: Setting, given: Any) -> Any:
-    """What an option says; None for one that is not given."""
+    """Return what an option says; None if it was not given."""
     if setting.kind is dict:
         return parse_options(given) if given else None
     return given
@@ -131,7 +131,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _annotation(setting: Setting) -> Any:
-    """The type and the option of a setting, as typer wants them."""
+    """Return the type and the option of a setting, as typer wants them."""
     notes = [f"env var: {setting.variable}"] + [f"default: {setting.default_text}"] * bool(setting.default_text)
     option = f"{setting.option}/--no-{setting.option[2:]}" if setting.kind is bool else setting.option
     declared = typer.Option(

@@ -1,12 +1,7 @@
 """The link to a server: sends requests, and hands the bytes of each answer to its download.
 
-A link belongs to the event loop it was opened in. Once it has ended, every request fails with the same error.
-
-While requests are open, the server has to make *progress*: `PROGRESS_BYTES` of answers arrive, an answer is completed,
-or the server reports that it has read that much more of its storage for a request. Pings and single bytes do not count.
-After `silence_seconds` without progress the link ends. A request may wait longer while others progress, because answers
-take turns and more urgent ones go first. But once it was overtaken as often as there may be open requests, only its own
-progress counts for it.
+A link belongs to the event loop it was opened in. Once it has ended, every request fails with the same error. It ends
+too when the server makes no progress for too long, as `Patience` decides.
 """
 
 import asyncio
@@ -21,6 +16,7 @@ from websockets.frames import CloseCode
 from surfw import __version__
 from surfw.client.connection import WireConnection
 from surfw.client.downloads import Download, most_read
+from surfw.client.patience import Patience
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size, printable
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
@@ -29,7 +25,6 @@ from surfw.wire import (
     ClientSession,
     Data,
     Failed,
-    Get,
     ListModels,
     Models,
     Progress,
@@ -53,26 +48,11 @@ class _Pending:
 
     Attributes:
         done: ends with the answer; cancelled if the request was given up.
-        download: takes the answer's bytes; None if there are none, or if nobody wants them any more.
-        progressed: when it last made progress, on the loop's clock.
-        read_bytes: how much of the server's reading has counted as progress.
-        overtaken: how many later requests, none of them more urgent, were answered since its last progress.
+        download: takes the answer's bytes; None if there are none, or if they are not wanted any more.
     """
 
-    request: Request
     done: asyncio.Future[Models | None]
     download: Download | None
-    progressed: float
-    read_bytes: int = 0
-    overtaken: int = 0
-
-    def is_overtaken_by(self, answered: Request) -> bool:
-        """Whether the request, which was answered first, is a later one and not more urgent."""
-        return answered.id > self.request.id and _priority(answered) >= _priority(self.request)
-
-
-def _priority(request: Request) -> int:
-    return request.priority if isinstance(request, Get) else 0
 
 
 class Link:
@@ -96,11 +76,9 @@ class Link:
         self._transient = False
         self._session = ClientSession(limits, client=f"surfw/{__version__}")
         self._connection: WireConnection | None = None
-        self._silence_seconds = silence_seconds
         self._loop = asyncio.get_running_loop()
+        self._patience = Patience(silence_seconds, self._loop.time)
         self._watch: asyncio.TimerHandle | None = None
-        self._progressed = 0.0
-        self._arrived_since = 0
         self._pending: dict[int, _Pending] = {}
         self._slots = asyncio.Semaphore(0)
         self._receiving = -1
@@ -149,14 +127,12 @@ class Link:
         if self.ended:
             self._slots.release()
             raise self._over()
-        request, now = make(self._session.next_id()), self._loop.time()
-        if not self._pending:
-            self._progressed, self._arrived_since = now, 0
-        pending = _Pending(request, self._loop.create_future(), download, now)
-        self._pending[request.id] = pending
+        request = make(self._session.next_id())
+        self._patience.asked(request, download.most_read_bytes if download else most_read(self.limits.control_bytes))
+        pending = self._pending[request.id] = _Pending(self._loop.create_future(), download)
         self._send(self._session.send(request))
         if self._watch is None and not self.ended:
-            self._watch = self._loop.call_later(self._silence_seconds, self._look)
+            self._watch = self._loop.call_later(self._patience.silence_seconds, self._look)
         try:
             return await pending.done
         finally:
@@ -167,38 +143,28 @@ class Link:
         self._watch = None
         if self.ended or not self._pending:
             return
-        due = self._progressed + self._silence_seconds
-        now = self._loop.time()
-        if now >= due:
+        due, stalled = self._patience.stalls(self._session.requests)
+        if self._loop.time() >= due:
             self._end(self._stalled(), transient=True)
             return
-        for pending in self._pending.values():
-            if pending.overtaken >= self._session.requests and not pending.done.done():
-                last = pending.progressed + self._silence_seconds
-                if now >= last:
-                    what = f"answers later requests, and left one for {self._silence_seconds:g} seconds"
-                    pending.done.set_exception(self._failure(what, transient=True))
-                else:
-                    due = min(due, last)
+        for pending in (self._pending[request_id] for request_id in stalled):
+            if not pending.done.done():
+                what = f"answers later requests, and left one for {self._patience.silence_seconds:g} seconds"
+                pending.done.set_exception(self._failure(what, transient=True))
         self._watch = self._loop.call_at(due, self._look)
 
     def _stalled(self) -> str:
         """How the server failed to make progress."""
-        seconds, heard = self._silence_seconds, self.heard
+        seconds, heard = self._patience.silence_seconds, self.heard
         if heard is None or heard + seconds <= self._loop.time():
             return f"said nothing for {seconds:g} seconds"
         least = format_size(PROGRESS_BYTES)
         return f"made no progress for {seconds:g} seconds: it sent less than {least} of what was asked for"
 
-    def _progress(self, pending: _Pending | None) -> None:
-        """The server makes progress, and with this request, if any."""
-        self._progressed, self._arrived_since = self._loop.time(), 0
-        if pending:
-            pending.progressed, pending.overtaken = self._progressed, 0
-
     def _give_up(self, request_id: int, pending: _Pending) -> None:
         """Let nothing more go to the download, and cancel the request if its answer is not complete."""
         pending.download = None
+        self._patience.given_up(request_id)
         if not pending.done.cancel() and not pending.done.cancelled():
             pending.done.exception()  # retrieved, in case this was cancelled while the request failed
         if self._session.is_open(request_id) and self._connection and not self.ended:
@@ -220,10 +186,8 @@ class Link:
         return download.place(offset, size) if download else self._nowhere[:size]
 
     def arriving(self, size: int) -> None:
-        """Count bytes of an answer."""
-        self._arrived_since += size
-        if self._arrived_since >= PROGRESS_BYTES:
-            self._progress(self._pending.get(self._receiving))
+        """Bytes of the answer that is being received arrived."""
+        self._patience.arrived(self._receiving, size)
 
     def binary(self, data: bytes | bytearray | memoryview) -> None:
         """Take a frame in."""
@@ -260,7 +224,7 @@ class Link:
             case Models():
                 self._finish(message.id, message)
             case Progress():
-                self._read_on(self._pending[message.id], message)
+                self._patience.read(message.id, message.bytes)
             case Failed():
                 self._finish(message.id, RefusedError(f"{self.url}: {message.message}", code=message.code))
 
@@ -274,23 +238,10 @@ class Link:
             if not pending.done.done():
                 pending.done.set_exception(exc)
 
-    def _read_on(self, pending: _Pending, message: Progress) -> None:
-        """Count what the server has read for a request, up to what there can be to read."""
-        if pending.done.done():  # given up
-            return
-        most = pending.download.most_read_bytes if pending.download else most_read(self.limits.control_bytes)
-        read_bytes = min(message.bytes, most)
-        if read_bytes >= pending.read_bytes + PROGRESS_BYTES:
-            pending.read_bytes = read_bytes
-            self._progress(pending)
-
     def _finish(self, request_id: int, outcome: Models | RefusedError | None) -> None:
-        finished = self._pending.pop(request_id)
-        done = finished.done
+        done = self._pending.pop(request_id).done
         self._slots.release()
-        self._progress(None)
-        for pending in self._pending.values():
-            pending.overtaken += pending.is_overtaken_by(finished.request)
+        self._patience.answered(request_id)
         if done.done():
             return
         if isinstance(outcome, RefusedError):

@@ -29,10 +29,9 @@ from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs
-from surfw.runtime.planning import Planning
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
-from surfw.runtime.schedule import Phases
+from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
 
@@ -102,11 +101,6 @@ class ModelParts:
             names.append(self.layers[index])
         return list(dict.fromkeys(names))
 
-    def resize(self, cache_size: int) -> None:
-        """Keep another number of layers from now on."""
-        self.engine.resize(cache_size)
-        self.claim.peak_bytes = self.engine.claimed_bytes
-
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
         with ExitStack() as last:
@@ -143,7 +137,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             rows_bytes=ROWS_BYTES,
             prefetch=settings.prefetch,
         )
-        claim = MemoryClaim(engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
     if engine.plan.policy == "lru" and engine.plan.streamed:
         _warn_of_lru(engine)
     tables = StreamedTables(units, engine.rows, engine.by_rows)
@@ -155,7 +149,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
         engine=engine,
         tables=tables,
-        kv=KvReserve(skeleton.model, engine, claim, is_exact=has_budget),
+        kv=KvReserve(skeleton.model, engine, is_exact=has_budget),
         hooks=StreamingHooks(skeleton, manifest, engine, tables),
         claim=claim,
         has_budget=has_budget,
@@ -248,6 +242,6 @@ def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
     )
     tables = tables_of(skeleton, manifest)
     needs = model_needs(manifest, cast_dtypes(manifest, skeleton), tables)
-    planning = Planning(manifest, needs, Limit(), phases=find_phases(manifest, skeleton), tables=tables)
+    needs = Schedule(manifest.order, find_phases(manifest, skeleton), row_wise=tables).apply_to(needs)
     per_token = kv_cost(skeleton.model.config, dtype).new_token_bytes if skeleton.model.can_generate() else 0
-    return planning.least_budget_bytes, per_token
+    return least_bytes(needs.from_anywhere()), per_token

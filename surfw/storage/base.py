@@ -17,9 +17,9 @@ from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, surfw_home
+from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, PIECE_BYTES, display_url, surfw_home
 from surfw.errors import StorageError
-from surfw.storage.ranges import PIECE_BYTES, Check, ObjectRange, ObjectRead, cut, most_range_bytes
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead, cut, most_range_bytes
 from surfw.threads import in_thread, to_its_end, together
 
 Data = TypeVar("Data", bytes, memoryview)

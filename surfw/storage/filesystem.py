@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from surfw.config import display_url
+from surfw.config import PIECE_BYTES, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.files import open_regular, read_regular
 from surfw.storage.base import ChangedObjectError, check_key, check_prefix
@@ -94,7 +94,7 @@ class FilesystemBackend(FsspecBackend):
                     if isinstance(data, bytes):
                         out.write(data)
                     else:
-                        shutil.copyfileobj(data, out, 8 << 20)
+                        shutil.copyfileobj(data, out, PIECE_BYTES)
                     out.flush()
                     os.fsync(out.fileno())
                     forget_pages(out.fileno())

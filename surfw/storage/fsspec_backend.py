@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
-from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, display_text, display_url
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, PIECE_BYTES, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import (
     ChangedObjectError,
@@ -43,8 +43,6 @@ from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
 from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
-_COPY_BYTES = 8 << 20
-
 _RESTARTS = 3
 """How often a load starts again because the object was replaced meanwhile."""
 
@@ -287,7 +285,7 @@ class FsspecBackend(StorageBackend):
                 self._put_bytes(data, path)
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
-                shutil.copyfileobj(data, whole, _COPY_BYTES)
+                shutil.copyfileobj(data, whole, PIECE_BYTES)
                 whole.flush()
                 self._put_file(whole.name, path)
 

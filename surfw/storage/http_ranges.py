@@ -18,7 +18,7 @@ from yarl import URL
 
 from surfw.config import MIB, display_text, display_url
 from surfw.errors import StorageError
-from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
+from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
 from surfw.storage.base import refuse_size
 from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
 from surfw.threads import in_thread
@@ -29,8 +29,6 @@ _BUFFER_BYTES = MIB
 _CONNECT_SECONDS = 5
 _PAGE_BYTES = 16 * MIB
 """The largest page with a folder's listing."""
-
-_REDIRECTS = {301, 302, 303, 307, 308}
 
 
 class HttpRanges(RangeReader):
@@ -133,7 +131,7 @@ class _Response(aiohttp.ClientResponse):
             StorageError: it redirects to a place where the request must not go.
         """
         await super().start(connection)
-        if self.status in _REDIRECTS:
+        if self.status in REDIRECT_STATUSES:
             self._judge_redirect()
         return self
 
@@ -142,14 +140,14 @@ class _Response(aiohttp.ClientResponse):
         if len(locations) != 1 or not locations[0]:  # aiohttp would follow the first one, or a header `URI`
             raise StorageError(f"{source.host} sends elsewhere with {len(locations)} headers Location, expected one")
         try:
-            target = source.join(URL(locations[0]))
-            origin = target.origin()
+            target = source.join(URL(locations[0]))  # where aiohttp will follow it to
+            redirect = parse_redirect(str(source), str(target))
         except ValueError as exc:
             raise StorageError(f"{source.host} sends to {display_text(locations[0])[:80]!a}, which is no URL") from exc
-        said = f"{source.host} sends to {display_url(str(origin))}"
-        if source.scheme == "https" and target.scheme != "https":
+        said = f"{source.host} sends to {display_url(str(target.origin()))}"
+        if redirect.loses_tls:
             raise StorageError(f"{said}, which is not encrypted; name an address that is")
-        if self.tells_headers and origin != source.origin():
+        if self.tells_headers and redirect.leaves_origin:
             raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def text(self, encoding: str | None = None, errors: str = "strict") -> str:

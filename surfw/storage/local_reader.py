@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surfw.config import MIB
+from surfw.config import MIB, PIECE_BYTES
 from surfw.errors import StorageError
 from surfw.files import open_regular
 from surfw.storage.filesystem import expect_file_revision, read_exactly
 from surfw.storage.fsspec_backend import translate_errors
-from surfw.storage.ranges import PIECE_BYTES, Check
+from surfw.storage.ranges import Check
 from surfw.threads import to_its_end
 
 _READERS = 2

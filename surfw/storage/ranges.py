@@ -14,9 +14,6 @@ from surfw.config import BLOCK_BYTES, MIB
 Check = Callable[[int, memoryview], None]
 """Verifies bytes, given their offset in the read and the bytes themselves; raises, or notes what is damaged."""
 
-PIECE_BYTES = 8 * MIB
-"""The size of a range where one is read at a time: while it is verified, the next one is read."""
-
 _LEAST_BYTES = 8 * MIB
 _MOST_HELD_BYTES, _ALL_HELD_BYTES = 16 * MIB, 64 * MIB
 _MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES = 32 * MIB, 128 * MIB

@@ -28,6 +28,7 @@ from surfw.errors import (
 from surfw.manifest import Manifest
 from surfw.storage import FilesystemBackend, Store
 from tests.exactness.families import FAMILIES
+from tests.services import warm
 
 TOKENIZER = '{"version": "1.0"}'
 
@@ -173,7 +174,7 @@ def test_code_that_a_configuration_asks_for_is_left_out_with_a_word(
         ({"hidden_size": 128}, CheckpointError, "configuration and weights do not belong together"),
         ({"num_hidden_layers": 5}, CheckpointError, "lacks 9 weights of LlamaForCausalLM, such as model.layers.4"),
         ({"architectures": ["BertModel"]}, UnsupportedModelError, "cannot be used"),
-        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is no whole model"),
+        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is not a whole"),
         ({"architectures": ["AutoConfig"]}, UnsupportedModelError, "asks for the class 'AutoConfig'"),
         ({"model_type": "lama"}, UnsupportedModelError, "has model type 'lama'"),
         ({"dtype": "int8"}, UnsupportedModelError, "not a floating-point dtype"),
@@ -296,11 +297,14 @@ def test_a_killed_run_leaves_nothing_visible_and_a_second_one_completes(
     backend: FilesystemBackend, saved: Path
 ) -> None:
     command = [sys.executable, "-c", CHUNK_AND_STOP_AT, str(saved), str(backend.base), "model.layers.3"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with warm.start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "at model.layers.3\n"
         with prepare_model(str(saved)) as prepared, pytest.raises(StorageError, match="another surfw is chunking this"):
             asyncio.run(write_model(prepared, backend))
+        (journal,) = backend.base.rglob("journal.jsonl")
+        while journal.read_bytes().count(b"\n") < 4:  # the embeddings, and the layers before the one that is written
+            assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         assert process.wait(60) == -signal.SIGKILL
     assert asyncio.run(Store(backend).models()) == []

@@ -18,6 +18,7 @@ from surfw.storage import FilesystemBackend, StorageBackend, Store
 from surfw.storage.housekeeping import Housekeeping
 from tests.checkpoints import save_llama
 from tests.peers import serving, whole
+from tests.services import warm
 from tests.services.s3 import S3Service
 from tests.storage.test_s3 import connect
 from tests.stores import make_store
@@ -56,10 +57,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
     return f"s3://{bucket}/models", lambda: connect(s3, bucket, "models"), secrets
 
 
-def start(saved: Path, place: Place, stop_at: str, home: Path) -> "subprocess.Popen[str]":
+def start(saved: Path, place: Place, stop_at: str, home: Path) -> warm.Process:
     command = [sys.executable, "-c", CHUNK, str(saved), place[0], stop_at]
     environment = os.environ | place[2] | {"SURFW_HOME": str(home)}
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return warm.start(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def test_a_chunking_process_is_killed_and_resumed_while_others_prune(saved: Path, place: Place, tmp_path: Path) -> None:

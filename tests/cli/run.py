@@ -1,9 +1,11 @@
-"""Runs the `surfw` command as a person would: a process of its own, with a home of its own."""
+"""Runs the `surfw` command: in a process of its own, with a home of its own."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.services import warm
 
 SURFW = str(Path(sys.executable).parent / "surfw")
 
@@ -15,16 +17,9 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
 
 
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        [SURFW, *arguments],
-        env=environment(home, **extra),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """Run a command to its end, in a process that has its imports done."""
+    modules = warm.MODELS if {"bench", "chunk", "infer"} & set(arguments) else warm.COMMANDS
+    return warm.run([SURFW, *arguments], modules=modules, input=stdin, env=environment(home, **extra))
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:

@@ -18,6 +18,7 @@ from tests.checkpoints import save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.conftest import require
 from tests.servers import serve
+from tests.services import warm
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +198,9 @@ def test_a_server_that_dies_during_a_fetch(tmp_path: Path) -> None:
     assert surfw(tmp_path, "chunk", str(big)).returncode == 0
     with serve(tmp_path / "store") as served:
         command = [SURFW, "infer", "--source", served.url, "--cache-layers", "1", "--prompt-ids", "1,2,3"]
-        client = subprocess.Popen(
+        client = warm.start(
             [*command, "--max-new-tokens", "100000", "--ignore-eos"],
-            env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         while served.stats()["bytes_sent"] < 1 << 20:
             assert client.poll() is None
@@ -230,8 +231,8 @@ def test_full_disk(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_an_interruption_is_said_with_what_becomes_of_the_work(tmp_path: Path) -> None:
     big = save_llama(tmp_path / "big", layers=24, hidden=512)
-    writer = subprocess.Popen(
-        [SURFW, "chunk", str(big)], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    writer = warm.start(
+        [SURFW, "chunk", str(big)], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     while not list((tmp_path / "store" / "blobs").rglob("*.safetensors")):
         assert writer.poll() is None, "it ended before it could be interrupted"
@@ -248,7 +249,7 @@ def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
     before = visible(store / "models")
     big = save_llama(tmp_path / "big", layers=24, hidden=512)
     command = [SURFW, "chunk", str(big), "--name", "second"]
-    writer = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    writer = warm.start(command, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     blobs = len(list((store / "blobs").rglob("*.safetensors")))
     while len(list((store / "blobs").rglob("*.safetensors"))) < blobs + 3:
         assert writer.poll() is None, "it ended before it could be killed"

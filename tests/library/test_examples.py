@@ -9,24 +9,33 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
+from tests.services import warm
 from tests.services.s3 import S3Service
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TESTED = {"custom_backend", "custom_model", "fastapi_app", "inference_example", "llama_example", "llama_s3_example"}
+START = """
+import runpy, sys, transformers
+transformers.logging.set_verbosity_warning()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Does with an example what Python does with a script, and has transformers say what it says to everybody."""
 SENTENCE = "Weight streaming is a way to run a model whose weights do not fit into memory."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started() -> None:
+    """What starts them is there before the first one, and is nothing that it leaves behind."""
+    warm.run([sys.executable, "-c", ""])
 
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
     """What an example prints; whoever runs one sees no notice of a library about calls that are surfw's."""
-    environment = {"TRANSFORMERS_VERBOSITY": "warning"} | environment
-    done = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | environment,
-    )
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", START, str(EXAMPLES / f"{name}.py"), *arguments]
+    done = warm.run(command, cwd=tmp_path, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert "Warning" not in done.stderr

@@ -1,4 +1,4 @@
-"""One least budget, whoever shows it and wherever weights come from: it runs with that."""
+"""There is one least budget, the same wherever it is shown and wherever weights come from, and a model runs with it."""
 
 import asyncio
 import json

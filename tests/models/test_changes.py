@@ -2,7 +2,6 @@
 
 import asyncio
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from surfw.errors import IntegrityError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, Store
+from tests.services import warm
 
 IDS = torch.arange(3, 12)[None]
 
@@ -64,9 +64,7 @@ with StreamingModel.open(sys.argv[1], model="llama", memory_budget="1GB") as mod
 def test_a_file_that_is_cut_off_does_not_end_the_process(copy: Path) -> None:
     file, _ = blob_of(copy)
     size = file.stat().st_size
-    done = subprocess.run(
-        [sys.executable, "-c", _CUT, str(copy), str(file)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = warm.run([sys.executable, "-c", _CUT, str(copy), str(file)])
     assert (done.returncode, done.stdout.partition(";")[0]) == (
         0,
         f"{file} was cut off while it was in use: it has 100 bytes, expected {size}",

@@ -13,6 +13,7 @@ import botocore.exceptions
 import psutil
 import pytest
 
+from tests.services import warm
 from tests.services.processes import ServiceError, running, wait_until
 from tests.services.s3 import S3Service
 
@@ -78,3 +79,59 @@ def test_a_service_that_ends_is_an_error_with_its_log(tmp_path: Path) -> None:
         pytest.raises(ServiceError, match=r"ls ended with exit code 2; its log ends: .*nowhere"),
     ):
         wait_until(lambda: False, process, log)
+
+
+def test_a_warm_process_is_one_of_its_own_and_ends_as_python_does(tmp_path: Path) -> None:
+    code = (
+        "import atexit, os, sys\n"
+        "atexit.register(print, 'at the end')\n"
+        "assert 'surfw.server' in sys.modules and 'torch' not in sys.modules\n"
+        "print(sys.argv[1:], sys.stdin.read(), os.environ['MINE'], os.getcwd(), os.getsid(0) == os.getpid())\n"
+        "print('to stderr', file=sys.stderr)\n"
+        "sys.exit(7)\n"
+    )
+    env = {"PATH": "", "MINE": "mine"}
+    command = [sys.executable, "-c", code, "a", "b"]
+    done = warm.run(command, modules=warm.COMMANDS, input="read", env=env, cwd=tmp_path)
+    assert done.stdout == f"['a', 'b'] read mine {tmp_path} True\nat the end\n"
+    assert (done.stderr, done.returncode) == ("to stderr\n", 7)
+    assert "MINE" not in warm.run([sys.executable, "-c", "import os; print(os.environ)"], modules=warm.COMMANDS).stdout
+    failed = warm.run([sys.executable, "-c", "1 / 0"], modules=warm.COMMANDS)
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
+def test_a_warm_process_is_ended_by_signals() -> None:
+    waiting = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(1000)"]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        process = warm.start(waiting, modules=warm.COMMANDS, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+            assert process.poll() is None
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.01)
+            process.send_signal(number)
+            said = process.communicate(timeout=60)[1]
+        assert process.returncode == -number
+        assert ("KeyboardInterrupt" in said) == (number == signal.SIGINT)
+
+
+def test_warm_processes_are_gone_when_the_tests_are_killed() -> None:
+    script = (
+        "import sys\n"
+        "from tests.services import warm\n"
+        "waiting = [sys.executable, '-c', 'import time; time.sleep(1000)']\n"
+        "print(warm.start(waiting, modules=('os',)).pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as tests:
+        assert tests.stdout is not None
+        process = os.pidfd_open(int(tests.stdout.readline()))
+        try:
+            assert select.select([process], [], [], 0)[0] == []
+            os.kill(tests.pid, signal.SIGKILL)
+            assert select.select([process], [], [], 30)[0] == [process]
+        finally:
+            os.close(process)

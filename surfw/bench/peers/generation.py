@@ -1,4 +1,4 @@
-"""The measured generation of all contenders that generate with transformers' `generate()`."""
+"""The measured generation of all that generate with transformers' `generate()`."""
 
 import time
 from collections.abc import Callable
@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import transformers
 
-from surfw.bench.contenders.work import Measurement, Work
+from surfw.bench.comparison import Comparison, Measurement
 from surfw.models.inference import TokenClock
 from surfw.runtime.memory import peak_rss_bytes
 
 
 def measure_generation(
-    generate: Callable[..., Any], work: Work, *, fetched_bytes: Callable[[], int] | None = None
+    generate: Callable[..., Any], work: Comparison, *, fetched_bytes: Callable[[], int] | None = None
 ) -> Measurement:
     """Generate one token to warm up, then measure.
 

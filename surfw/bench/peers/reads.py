@@ -1,4 +1,4 @@
-"""How fast the files of a model in a local store can be read, past the page cache, where that is possible."""
+"""How fast the files of a model in a local store can be read, past the page cache where that is possible."""
 
 import asyncio
 import mmap
@@ -6,35 +6,26 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
+from surfw.bench.comparison import Bandwidth, Comparison
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
 
-READS = "reads"
-"""What the measurement is called where contenders are."""
-
 _PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SECONDS = 3.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bandwidth:
-    """A rate of reading.
-
-    Attributes:
-        bytes_per_second: over all reads.
-        direct: whether the page cache was left out; else it was only told to forget the files before.
-    """
-
-    bytes_per_second: float
-    direct: bool
+def run(work: Comparison) -> Bandwidth:
+    """Measure the files of the comparison's model."""
+    assert work.source is not None, "bench_infer names it"
+    assert work.model is not None, "and the model"
+    return measure_reads(work.source, work.model)
 
 
 def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandwidth:
@@ -48,7 +39,7 @@ def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandw
         seconds: how long, at least; the files are read again if need be.
 
     Raises:
-        ConfigurationError: the store's objects are no local files.
+        ConfigurationError: the store's objects are not local files.
         SurfwError: there is no such model.
     """
     files = asyncio.run(_files(store, model))
@@ -76,7 +67,9 @@ async def _files(store: str, model: str) -> list[Path]:
         objects = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
         paths = [source.store.backend.local_path(key) for key in objects]
     if None in paths:
-        raise ConfigurationError(f"{store} is no local folder, expected one; give the bandwidth yourself")
+        raise ConfigurationError(
+            f"{store} is not a local folder, so its reads cannot be measured; give the bandwidth yourself"
+        )
     return [path for path in paths if path is not None]
 
 

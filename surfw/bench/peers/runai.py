@@ -1,6 +1,6 @@
 """Run:ai Model Streamer, reading safetensors objects from S3 in a process of its own.
 
-`python -m surfw.bench.storage_peer` reads the objects that its stdin names, one URL a line, and prints the seconds and
+`python -m surfw.bench.peers.runai` reads the objects that its stdin names, one URL a line, and prints the seconds and
 the bytes as JSON. Credentials go through the environment, never through the command line.
 """
 
@@ -24,13 +24,13 @@ def find_streamer() -> bool:
 
 
 def stream_objects(objects: list[str], backend: S3Backend) -> float:
-    """The seconds that it takes to have all tensors of the objects in memory, imports not counted.
+    """Return the seconds that it takes to read all tensors of the objects into memory, imports not counted.
 
     Raises:
         SurfwError: it fails.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "surfw.bench.storage_peer"],
+        [sys.executable, "-m", "surfw.bench.peers.runai"],
         input="\n".join(objects),
         capture_output=True,
         text=True,
@@ -48,7 +48,7 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
 
 
 def _environment(backend: S3Backend) -> dict[str, str]:
-    """Where the bucket is and who asks, in its own variables."""
+    """Return where the bucket is, and the credentials, in the variables that the streamer reads."""
     fs = backend.fs
     known = {
         "AWS_ACCESS_KEY_ID": fs.key,

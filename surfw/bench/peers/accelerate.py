@@ -1,33 +1,27 @@
 """transformers with accelerate's disk offload: the layers on the disk, everything else in memory."""
 
-from importlib.util import find_spec
 from typing import Any
 
-from surfw.bench.contenders.work import Measurement, Work
+from surfw.bench.comparison import Comparison, Measurement
 
 
-def installed() -> str | None:
-    """Whether accelerate is there."""
-    return None if find_spec("accelerate") else "accelerate is not installed; 'pip install accelerate' does it"
-
-
-def run(work: Work) -> Measurement:
+def run(work: Comparison) -> Measurement:
     """Measure it."""
     import torch
     from transformers import AutoConfig
 
-    from surfw.bench.contenders.generation import measure_generation, model_class
+    from surfw.bench.peers.generation import measure_generation, model_class
 
     config = AutoConfig.from_pretrained(work.model_dir)
     cls = model_class(config)
     with torch.device("meta"):
         places = place_modules(cls(config))
-    model = cls.from_pretrained(work.model_dir, dtype="auto", device_map=places, offload_folder=work.scratch_dir)
+    model = cls.from_pretrained(work.model_dir, dtype="auto", device_map=places, offload_folder=work.folder)
     return measure_generation(model.generate, work)
 
 
 def place_modules(model: Any) -> dict[str, str]:
-    """A device map: `disk` for every layer that is executed, `cpu` for all that stands beside the layers."""
+    """A device map: `disk` for every executed layer, `cpu` for everything else."""
     from surfw.skeleton.units import find_units
 
     layers = {unit.path for unit in find_units(model) if unit.kind == "layer"}

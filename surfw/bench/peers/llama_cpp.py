@@ -2,21 +2,13 @@
 
 import os
 import time
-from importlib.util import find_spec
 
-from surfw.bench.contenders.work import Measurement, Work
+from surfw.bench.comparison import Comparison, Measurement
 
 _SPARE_POSITIONS = 16
 
 
-def installed() -> str | None:
-    """Whether llama.cpp is there, with its Python."""
-    if find_spec("llama_cpp"):
-        return None
-    return "llama.cpp is not installed; 'pip install llama-cpp-python' compiles it, which takes some minutes"
-
-
-def run(work: Work) -> Measurement:
+def run(work: Comparison) -> Measurement:
     """Measure it, on every core that this process may use."""
     from llama_cpp import Llama
 
