@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
