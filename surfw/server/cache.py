@@ -1,6 +1,6 @@
 """A cache is a mapping with a budget in bytes. No I/O, no locks; a policy decides only what is evicted.
 
-A policy is a subclass of `Cache`: it is told what is added, read and removed, and names what is evicted next.
+A policy is a subclass of `Cache`: it is told what is added, read, used and removed, and names what is evicted next.
 """
 
 from abc import ABC, abstractmethod
@@ -37,6 +37,9 @@ class Cache(MutableMapping[Key, Value], ABC, Generic[Key, Value]):
     @abstractmethod
     def victim(self) -> Key:
         """Return the key of the value to evict next; there is at least one."""
+
+    def note_use(self, key: Key, used_bytes: int) -> None:
+        """Note that so many bytes of a value were used, if it is still there; most policies ignore that."""
 
     def _added(self, key: Key, size: int) -> None:
         """Note that a value of so many bytes was added."""
@@ -114,7 +117,7 @@ class ProvingCache(Cache[Key, Value]):
         self._proven: OrderedDict[Key, None] = OrderedDict()
 
     def note_use(self, key: Key, used_bytes: int) -> None:
-        """Note that so many bytes of a value were used, if it is still there."""
+        """Count the bytes of a value that were used; half of its size proves it."""
         if key not in self._trial:
             return
         self._read(key)

@@ -76,6 +76,7 @@ class FairQueue(Generic[Item]):
         return None
 
     def _start(self, account: Account) -> float:
+        """Where the account's next turn starts: at what it has paid, but never before now: no turns are saved up."""
         return max(account.paid, self._now)
 
 

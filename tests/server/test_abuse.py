@@ -32,7 +32,7 @@ PATHS = [
     "C:\\canary",
     "x" * 256,
 ]
-"""What a client might say in place of a name."""
+"""What a client might say instead of a name."""
 
 
 @pytest.mark.parametrize("path", PATHS)

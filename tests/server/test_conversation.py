@@ -106,7 +106,7 @@ def test_cancel_while_the_storage_is_read(tmp_path: Path) -> None:
             backend.gate.set()
             await client.say("get", id=1, **wanting(manifest))
             assert (await runs(client, 1))[0][0] == 1
-            assert backend.reads == 1, "the read went on, for whoever comes next"
+            assert backend.reads == 1, "the read went on, for the next who asks"
 
     asyncio.run(main())
 

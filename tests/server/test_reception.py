@@ -79,7 +79,7 @@ def test_newcomers_pay_from_one_account_and_go_on_from_there(tmp_path: Path, mon
 
     asyncio.run(main())
     before, now = zip(*opened, strict=True)
-    assert before == now, "whoever comes has paid what those before it have"
+    assert before == now, "a newcomer has paid what those before it paid"
     assert 0 < now[0] < now[1] < now[2]
 
 

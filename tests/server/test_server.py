@@ -189,8 +189,9 @@ FOLDER = FilesystemBackend("x", create=False)
         ({"model_path": "x", "port": -1}, "port is -1; expected 0 .a free one. to 65535"),
         ({"model_path": "x", "ssl": ssl.create_default_context()}, "the SSL context is for clients"),
         ({"model_path": "nothing://here"}, "storage nothing://here cannot be opened"),
+        ({"storage_backend": "x"}, "storage_backend is 'x', expected a StorageBackend"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_arguments_that_cannot_be_used(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigurationError, match=complaint):
