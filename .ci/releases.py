@@ -106,9 +106,7 @@ def test_lowest() -> None:
     with tempfile.TemporaryDirectory() as folder:
         python = install_over(Path(folder) / "lowest", low)
         if failed := run_tests(python, *AT_ONCE, *PLACES):
-            sys.exit(
-                f"lowest: {len(failed)} tests fail, such as {failed[0]}; raise the bound in pyproject.toml"
-            )
+            sys.exit(f"lowest: {len(failed)} tests fail, such as {failed[0]}; raise the bound in pyproject.toml")
 
 
 def test_newest() -> None:

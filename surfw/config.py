@@ -19,6 +19,12 @@ KIB, MIB, GIB = 1024, 1024**2, 1024**3
 BLOCK_BYTES = MIB
 """Stored bytes are digested in blocks of this size, so that any range of blocks can be verified alone."""
 
+PIECE_BYTES = 8 * MIB
+"""What is read, digested or written of a file or object at a time, while the piece before it is worked on."""
+
+ALIGNMENT = 64
+"""Tensors lie at multiples of this in memory, whatever computes with them."""
+
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
 
@@ -189,6 +195,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     if lines:
         return _STEERING.sub("?", text)
     return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
+
+
+def quote(name: object) -> str:
+    """A name from a file as it may stand in an error: quoted, on one line, of bounded length."""
+    return ascii(str(name)[:120])
 
 
 def escape_json(text: str) -> str:

@@ -68,7 +68,34 @@ INSIDES = [
     Inside("transformers", "PreTrainedModel._get_dtype_plan", "skeleton/loading.py", "what stays in float32"),
     Inside("transformers", "PreTrainedModel._from_config", "skeleton/build.py", META),
     Inside(
-        "transformers", "PreTrainedModel.tie_weights", "skeleton/shared.py", "transformers replaces it while it builds"
+        "transformers", "PreTrainedModel.tie_weights", "skeleton/guards.py", "transformers replaces it while it builds"
+    ),
+    Inside(
+        "transformers.initialization",
+        "no_tie_weights",
+        "skeleton/guards.py",
+        "what replaces it: an import in the middle of that has to wait",
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.all_tied_weights_keys", "skeleton/loading.py", "the ties that a class declares"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.initialize_weights", "skeleton/build.py", "values of what no checkpoint holds"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel._is_hf_initialized", "skeleton/build.py", "what initialisation leaves alone"
+    ),
+    Inside(
+        "transformers", "PreTrainedConfig.per_layer_config", "runtime/kv_cache.py", "layers that differ in their heads"
+    ),
+    Inside(
+        "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
+    ),
+    Inside(
+        "huggingface_hub.constants",
+        "HF_HUB_OFFLINE",
+        "skeleton/guards.py",
+        "nothing is fetched in one thread; the public switch is the environment of the process",
     ),
     Inside("transformers", "PreTrainedConfig._attn_implementation", "skeleton/build.py", "the kernel that was chosen"),
     Inside(
@@ -87,19 +114,21 @@ INSIDES = [
         "chat templates, as transformers renders them, in a process of their own",
     ),
     Inside(
-        "torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"
+        "torch", "Tensor._make_subclass", "runtime/hooks.py", "a parameter without values, made as torch makes its own"
     ),
-    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "as torch.overrides documents"),
+    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/hooks.py", "as torch.overrides documents"),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._buffers", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._non_persistent_buffers_set", "skeleton/units.py", "buffers that no checkpoint holds"),
     Inside(
         "torch.nn.modules.module",
         "register_module_parameter_registration_hook",
-        "skeleton/shared.py",
+        "skeleton/guards.py",
         "stops a configuration that asks for endless modules while it is being built",
     ),
-    Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/shared.py", "as above"),
+    Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/guards.py", "as above"),
+    Inside("huggingface_hub.utils.tqdm", "tqdm", "checkpoint/hub.py", "progress bars on stderr, only where wanted"),
+    Inside("typer.core", "TyperCommand", "cli/options.py", "usage lines, and errors of options that were given late"),
     Inside("websockets.client", "ClientProtocol", "client/link.py", RECEIVE),
     Inside("websockets.protocol", "Protocol.data_to_send", "server/reception.py", TURNS),
     Inside("websockets.streams", "StreamReader", "client/connection.py", RECEIVE),
@@ -119,7 +148,7 @@ INSIDES = [
     Inside(
         "fsspec.asyn",
         "AsyncFileSystem._cat_file",
-        "storage/cat_ranges.py",
+        "storage/fsspec_backend.py",
         "ranges, as fsspec's own systems ask for them",
     ),
 ]
@@ -147,13 +176,30 @@ def find_in_class(found: type, name: str) -> Any:
 
 
 PUBLIC = {
-    "aiohttp", "blake3", "botocore", "botocore.config", "botocore.session", "botocore.exceptions", "fsspec",
-    "huggingface_hub", "safetensors", "torch", "torch.nn", "torch.overrides", "torch.utils.hooks", "transformers",
-    "urllib3", "s3fs",
+    "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
+    "torch", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3", "websockets.asyncio.client",
+    "websockets.asyncio.server", "websockets.client", "websockets.exceptions", "websockets.frames", "websockets.http11",
+    "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
 }  # fmt: skip
-"""Modules of the watched libraries whose names are documented."""
+"""Modules of these libraries whose names are documented."""
 
-WATCHED = {"transformers", "torch", "websockets", "s3fs", "fsspec", "botocore", "aiohttp"}
+WATCHED = {name.partition(".")[0] for name in PUBLIC}
+
+
+def foreign_names() -> Iterator[tuple[str, str]]:
+    """What surfw imports from modules of these libraries that are not public, each with the file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if module.partition(".")[0] in WATCHED and module not in PUBLIC:
+                yield from ((f"{module}.{one.name}", str(path.relative_to(PACKAGE))) for one in node.names)
+
+
+def test_no_other_name_is_imported() -> None:
+    listed = {f"{inside.module}.{inside.name.partition('.')[0]}" for inside in INSIDES}
+    listed |= {inside.module for inside in INSIDES}
+    strange = sorted({f"{name} in {path}" for name, path in foreign_names() if name not in listed})
+    assert not strange
 
 
 def foreign_private_names() -> Iterator[tuple[str, str]]:
@@ -162,6 +208,8 @@ def foreign_private_names() -> Iterator[tuple[str, str]]:
         lines = path.read_text().splitlines()
         for node in ast.walk(ast.parse("\n".join(lines))):
             if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
                 continue
             if any("SLF001" in line for line in lines[node.lineno - 1 : node.end_lineno]):
                 yield node.attr, str(path.relative_to(PACKAGE))

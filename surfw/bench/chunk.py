@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel, prepare_model, write_model
 from surfw.config import MB
 from surfw.errors import ConfigurationError
 from surfw.runtime.memory import peak_rss_bytes

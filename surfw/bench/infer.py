@@ -65,7 +65,7 @@ def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
 
 async def _chunk(model_dir: str, name: str, place: str, on_progress: Callable[[str], None]) -> str:
     """Have the model in the store, under this name or the one that chunking gives it; return its name there."""
-    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking import prepare_model, write_model
 
     backend = open_backend(place)
     if await backend.exists(MARKER):

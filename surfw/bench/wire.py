@@ -24,7 +24,7 @@ import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
-from surfw.client.connect import open_link
+from surfw.client.connect import Endpoint, open_link
 from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.retry import RetryPolicy
@@ -97,7 +97,7 @@ async def _measure(
     """The series of the raw socket, of surfw unverified and of surfw verified."""
     raw, unverified, verified = _Series(), _Series(), _Series()
     url = f"ws://127.0.0.1:{server.port}"
-    connect = partial(open_link, url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)
+    connect = partial(open_link, Endpoint(url), limits=WireLimits(), connect_seconds=5, silence_seconds=30)
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
         async with (
             await open_wire_source(url) as source,

@@ -10,7 +10,7 @@ from surfw.config import count, display_url, format_size
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
-    from surfw.chunking.prepared import PreparedModel
+    from surfw.chunking import PreparedModel
 
 EXAMPLES = """\b
 Examples:
@@ -142,7 +142,7 @@ def _chunk(
     """Chunk a checkpoint, or show what that would write."""
     import asyncio
 
-    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking import prepare_model, write_model
     from surfw.chunking.in_place import build_manifest, check_reach, write_in_place
     from surfw.cli import render
     from surfw.storage import open_backend

@@ -151,7 +151,7 @@ def _demo_store() -> Iterator[Path]:
 
 
 def _chunk_demo(checkpoint: Path, store: Path) -> None:
-    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking import prepare_model, write_model
     from surfw.storage import open_backend
 
     try:

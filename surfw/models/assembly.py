@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel
 from surfw.config import MIB, expect
 from surfw.errors import ConfigurationError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Form, Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
@@ -29,10 +29,9 @@ from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs
-from surfw.runtime.planning import Planning
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
-from surfw.runtime.schedule import Phases
+from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
 
@@ -102,11 +101,6 @@ class ModelParts:
             names.append(self.layers[index])
         return list(dict.fromkeys(names))
 
-    def resize(self, cache_size: int) -> None:
-        """Keep another number of layers from now on."""
-        self.engine.resize(cache_size)
-        self.claim.peak_bytes = self.engine.claimed_bytes
-
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
         with ExitStack() as last:
@@ -143,7 +137,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             rows_bytes=ROWS_BYTES,
             prefetch=settings.prefetch,
         )
-        claim = MemoryClaim(engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
     if engine.plan.policy == "lru" and engine.plan.streamed:
         _warn_of_lru(engine)
     tables = StreamedTables(units, engine.rows, engine.by_rows)
@@ -155,7 +149,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
         engine=engine,
         tables=tables,
-        kv=KvReserve(skeleton.model, engine, claim, is_exact=has_budget),
+        kv=KvReserve(skeleton.model, engine, is_exact=has_budget),
         hooks=StreamingHooks(skeleton, manifest, engine, tables),
         claim=claim,
         has_budget=has_budget,
@@ -239,22 +233,15 @@ def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
     Returns:
         The smallest budget for weights that can run it, and what each token adds to that for the KV cache, in bytes.
     """
-    name, plan, ties, dtype = prepared.name, prepared.plan, prepared.loading.ties, parse_dtype(prepared.dtype)
-    chunks = tuple(
-        Chunk(
-            chunk.name, chunk.kind, "", chunk.payload_bytes, tuple(tensor.info for tensor in chunk.tensors),
-            (Form("none", chunk.payload_bytes, "", b""),),
-        )
-        for chunk in plan.chunks
-    )  # fmt: skip
-    manifest = Manifest(name, prepared.class_name, prepared.dtype, prepared.config, None, (), ties, chunks, plan.order)
+    name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
+    manifest = prepared.manifest([one.chunk("", Form("none", one.payload_bytes, "", b"")) for one in planned])
     config = read_config(dict(prepared.config), where=name)
-    count = sum(len(chunk.tensors) for chunk in chunks) + len(ties)
+    count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
     skeleton = build_skeleton(
         config, resolve_class(prepared.class_name, config, where=name), dtype, tensor_count=count, where=name
     )
     tables = tables_of(skeleton, manifest)
     needs = model_needs(manifest, cast_dtypes(manifest, skeleton), tables)
-    planning = Planning(manifest, needs, Limit(), phases=find_phases(manifest, skeleton), tables=tables)
+    needs = Schedule(manifest.order, find_phases(manifest, skeleton), row_wise=tables).apply_to(needs)
     per_token = kv_cost(skeleton.model.config, dtype).new_token_bytes if skeleton.model.can_generate() else 0
-    return planning.least_budget_bytes, per_token
+    return least_bytes(needs.from_anywhere()), per_token

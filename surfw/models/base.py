@@ -29,13 +29,13 @@ from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelE
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
-from surfw.models.client import Source, WeightClient, run_in_executor, wait_until_done
+from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.plan import ResidencyPlan
-from surfw.runtime.run import Run, current_run
+from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
 from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
 
@@ -148,7 +148,6 @@ class StreamingBaseModel:
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
-        refuse_event_loop(*_opening(cls.__name__))
         return cls._over(source, model, **options).__enter__()
 
     @classmethod
@@ -163,12 +162,12 @@ class StreamingBaseModel:
 
     @property
     def manifest(self) -> Manifest:
-        """What the source says of the model."""
+        """The model's manifest: its chunks, configuration and files."""
         return self._open_here().manifest
 
     @property
     def plan(self) -> ResidencyPlan:
-        """What stays in memory."""
+        """The plan of what stays in memory and what is streamed."""
         return self._open_here().engine.plan
 
     @property
@@ -214,7 +213,7 @@ class StreamingBaseModel:
             return result
 
     async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
-        """One forward pass in a thread of the model's own, without blocking the event loop; else as a call.
+        """One forward pass in a thread of the model's own, without blocking the event loop; otherwise as a call.
 
         When it is cancelled, the pass ends at its next layer, and only then this does.
         """
@@ -321,11 +320,11 @@ class StreamingBaseModel:
         return cache_info(self.metrics, self._parts, self.cache_size)
 
     def get_inference_stats(self) -> InferenceStats:
-        """What the runs so far took."""
+        """How long the runs so far took."""
         return inference_stats(self.metrics)
 
     def statistics(self) -> dict[str, Any]:
-        """Both, in the form that `surfw infer --json` prints."""
+        """All statistics, in the form that `surfw infer --json` prints."""
         return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
 
     def clear_cache(self) -> None:
@@ -353,7 +352,7 @@ class StreamingBaseModel:
         with self._state:
             self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
             if self._parts is not None:
-                self._parts.resize(layers)
+                self._parts.engine.resize(layers)
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
@@ -373,8 +372,8 @@ class StreamingBaseModel:
         is_within = False
         if current is not None:
             run, thread = current
-            run.interrupt(self._closed_error("was closed while it ran" if self._parts else "is closed; open it again"))
-            is_within = thread == threading.get_ident()
+            run.interrupt(self._closed_error("was closed while it ran") if self._parts else self._closed_error())
+            is_within = thread == threading.get_ident()  # then `_holding` takes it apart, once the run has unwound
         if not is_within:
             with runs.holding(self._busy):
                 self._take_apart()
@@ -415,12 +414,12 @@ class StreamingBaseModel:
         await self.close_async()
 
     def __repr__(self) -> str:
-        """What it is, and where its weights come from."""
+        """The model's name, its source and its state."""
         state = "closed" if self._closing.is_set() else "open" if self._parts else "not open yet"
         return f"<{type(self).__name__} {self._wanted or 'the only model'} of {self._client.url}, {state}>"
 
     def __del__(self) -> None:
-        """Complain about a model that nobody closed."""
+        """Warn about a model that was never closed."""
         if getattr(self, "_parts", None) is not None and not self._closing.is_set():
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
 
@@ -434,15 +433,15 @@ class StreamingBaseModel:
         with runs.holding(self._busy, run.check):
             with self._state:
                 if self._closing.is_set():
-                    raise self._closed_error("is closed; open it again")
+                    raise self._closed_error()
                 outer, self._current = self._current, (run, threading.get_ident())
             try:
                 yield
             finally:
                 with self._state:
                     self._current = outer
-                    is_closed_from_within = self._closing.is_set() and outer is None
-                if is_closed_from_within:
+                    is_to_end = self._closing.is_set() and outer is None
+                if is_to_end:
                     self._take_apart()
 
     def _take_apart(self) -> None:
@@ -463,14 +462,14 @@ class StreamingBaseModel:
             SurfwError: it cannot be opened.
         """
         if self._closing.is_set():
-            raise self._closed_error("is closed; open it again")
+            raise self._closed_error()
         if self._parts is not None:
             return self._parts
         run = current_run.get() or Run()
         with self._holding(run):
             if self._parts is None:  # else another thread has opened it meanwhile
                 settings = self._settings
-                outer = current_run.set(run)
+                outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
                 try:
                     parts = assemble(self._client, self._find_manifest(), settings, self.metrics)
                 except BaseException:
@@ -482,22 +481,21 @@ class StreamingBaseModel:
                 with self._state:
                     self._parts = parts
                     if (size := self._settings.cache_size) is not None and size != settings.cache_size:
-                        parts.resize(size)  # it was set meanwhile
+                        parts.engine.resize(size)  # it was set meanwhile
             return self._parts
 
     def _open_here(self) -> ModelParts:
         """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""
-        if self._parts is None:
-            self._refuse_to_block()
+        self._refuse_to_block()
         return self._parts or self._open()
 
     async def _open_async(self) -> ModelParts:
         """The parts; opened in the model's thread if need be, without waiting for what runs there if not."""
-        return self._parts or await self._in_thread(self._open)
+        return await self._in_thread(self._open) if self._parts is None else self._parts
 
     def _refuse_to_block(self) -> None:
         if self._parts is None and not self._closing.is_set():
-            refuse_event_loop(*_opening(type(self).__name__))
+            refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
     def _find_manifest(self) -> Manifest:
         """The manifest of the model that is wanted: by its name, in full or a unique last part, or the only one.
@@ -519,7 +517,7 @@ class StreamingBaseModel:
     async def _fetch(self, parts: ModelParts, indices: list[int]) -> list[str]:
         """Have layers fetched, and wait for them; a caller that stops waiting stops no fetch."""
         if self._closing.is_set():
-            raise self._closed_error("is closed; open it again")
+            raise self._closed_error()
         arrived = []
         for name, load in parts.engine.fetch(parts.layer_names(indices)):
             await wait_until_done(load)
@@ -530,7 +528,7 @@ class StreamingBaseModel:
                 raise self._closed_error("was closed while its layers were fetched")
         return arrived
 
-    def _closed_error(self, what: str) -> ModelClosedError:
+    def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"
         return ModelClosedError(f"{name} {what}")
 
@@ -544,11 +542,7 @@ class StreamingBaseModel:
         """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
         with self._state:
             if self._closing.is_set():
-                raise self._closed_error("is closed; open it again")
+                raise self._closed_error()
             if self._compute is None:
                 self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         return await run_in_executor(self._compute, work)
-
-
-def _opening(name: str) -> tuple[str, str]:
-    return "opening a model", f"'await {name}.open_async(…)' or 'async with'"

@@ -1,4 +1,4 @@
-"""What a model's memory is used for, what its speed is limited by, and what more memory would bring; as data.
+"""What a model uses its memory for, what limits its speed, and what more memory would bring; as data.
 
 The plan says what is read in a pass; a measurement says how fast. The ceiling is tokens per pass × bandwidth ÷ bytes
 per pass, and cannot be above what computing alone allows. Nothing is rendered here.
@@ -15,39 +15,40 @@ from surfw.runtime.plan import Limit, ResidencyPlan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """A model's memory and its limits. Sizes are in bytes; a pass is one run through all layers that recur.
+    """A model's memory and limits. Sizes are in bytes; a pass is one run through all layers that recur.
 
     Attributes:
         model: its name.
         source: where its weights come from.
-        limited_by: who said how much memory weights may take: `memory_budget` or `cache_layers`, as given, or
-            `default`: what memory there was.
+        limited_by: what set how much memory weights may take: `memory_budget` or `cache_layers`, as given, or
+            `default`, the memory that was available.
         budget_bytes: the budget; None with `cache_layers`.
         cache_layers: the layers to keep; None with a budget.
         policy: `auto` or `lru`.
         layers: how many layers there are.
         kept_layers: how many of them stay in memory.
-        pinned: how many chunks stay in all, with embeddings, norms and heads.
+        pinned: how many chunks stay in memory, embeddings, norms and heads included.
         pinned_bytes: their memory.
-        ring_buffers: through how many buffers the others pass; 0 if everything stays.
+        ring_buffers: how many buffers the others pass through; 0 if everything stays.
         ring_bytes: the size of each.
         shared_bytes: memory that layers which run several times in a pass share.
-        by_rows: tables of which only the rows that are looked up are read, as long as they are not in memory.
-        overhead_bytes: memory beside the weights: rows, and what is converted or in flight.
-        reserved_bytes: what is left for the KV cache.
-        peak_bytes: the most that all of this takes, the KV cache included.
+        by_rows: tables of which only the rows that are looked up are read, while they are not in memory.
+        overhead_bytes: memory on top of the weights: rows, and what is converted or in flight.
+        reserved_bytes: what is reserved for the KV cache.
+        peak_bytes: the most memory that all of this takes, the KV cache included.
         least_budget_bytes: the smallest budget that the model runs with.
-        base_bytes: resident memory of the process before the first weight came. No budget covers it, nor activations.
-        bytes_per_pass: stored bytes that a pass reads, once all that stays is there.
-        bytes_per_second: how fast they came when that was measured; None if nothing is streamed.
-        compute_seconds: what the modules of a pass take while nothing is read; None if it could not be measured.
+        base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
+            budget.
+        bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
+        bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
+        compute_seconds: how long the modules of a pass take while nothing is read; None if it could not be measured.
         compute_share: the part of the weights that `compute_seconds` was measured on, and scaled up from if below 1.
-        unit: what a pass makes: `tokens`, or for models that do not generate `passes`.
+        unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
         reading_ceiling: the most units per second that reading allows; None if nothing is read.
         computing_ceiling: the most that computing allows; None if it could not be measured.
         bottleneck: the smaller of the two: `link` to a server, `storage`, or `compute`.
         more_bytes_per_pass: what a pass would read with 1 GB more; None if nothing is read as it is.
-        more_ceiling: the most units per second there would be with it, by reading and computing; None if not known.
+        more_ceiling: the most units per second with that, by reading and computing; None if not known.
     """
 
     model: str
@@ -82,12 +83,12 @@ class Explanation:
 
     @property
     def ceiling(self) -> float | None:
-        """The most units per second, by reading and computing; None if nothing is known of either."""
+        """The most units per second that reading and computing allow; None if neither is known."""
         return _smaller(self.reading_ceiling, self.computing_ceiling)
 
 
 def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Explanation:
-    """Measure, and put it together. What the measurement counts is taken back.
+    """Measure a model, and explain it. The measurement leaves the statistics as they were.
 
     Args:
         parts: the model's.
@@ -100,14 +101,14 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Expl
     reserved_bytes = parts.engine.limit.reserved_bytes
     with parts.engine.metrics.off_the_record():
         computing = measure_computing(parts, run, prompt_tokens)
-        parts.kv.reset(reserved_bytes)  # what the measurement's own KV cache took is free again
+        parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
         settle(parts)
         bytes_per_second = measure_reading(parts)
     return explain_plan(parts, computing, bytes_per_second)
 
 
 def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_second: float | None) -> Explanation:
-    """What follows from a model's plan and these measurements."""
+    """The explanation of a model's plan, with these measurements."""
     engine, manifest = parts.engine, parts.manifest
     plan, limit = engine.plan, engine.limit
     stored = _stored_share(parts)
@@ -130,7 +131,7 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
         pinned_bytes=plan.pinned_bytes,
         ring_buffers=plan.ring_buffers,
         ring_bytes=plan.ring_bytes,
-        shared_bytes=plan.room_bytes,
+        shared_bytes=plan.floating_bytes,
         by_rows=tuple(sorted(plan.tables - plan.pinned)),
         overhead_bytes=plan.overhead_bytes,
         reserved_bytes=plan.reserved_bytes,

@@ -1,4 +1,4 @@
-"""From a manifest to a model that is ready to run, with nothing believed on the way.
+"""From a manifest to a model that is ready to run, with nothing trusted on the way.
 
 The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being
 built.
@@ -37,7 +37,7 @@ logger = logging.getLogger("surfw.models")
 
 _MAX_MISSING_BYTES = 4 * GIB
 _TAKEN = frozenset(dir(GenerationConfig))
-"""What generation settings cannot be called: methods and attributes of their class."""
+"""Names that generation settings cannot have: methods and attributes of their class."""
 
 
 def open_skeleton(
@@ -47,40 +47,30 @@ def open_skeleton(
     model_class: type[PreTrainedModel] | None = None,
     on_missing: OnMissing = "error",
 ) -> Skeleton:
-    """Build the model of a manifest, without weights; the run that this thread works for may be interrupted meanwhile.
+    """Build the model of a manifest, without weights. The run of this thread may be interrupted meanwhile.
 
     Args:
-        manifest: what is known of it.
+        manifest: the model.
         dtype: run in this dtype; default: the one it is stored in.
         model_class: the caller's own class; default: the manifest's, from transformers or registered there.
-        on_missing: `uninitialized` gives parameters that the manifest has no weights for those of a new model.
+        on_missing: with `uninitialized`, parameters without weights in the manifest get those of a new model.
 
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
         ManifestError: configuration and chunks do not belong together.
     """
     where = manifest.name
-    refuse_absurd_sizes(manifest.config, where=where)
-    refuse_endless_numbers(manifest.config, where=where)
-    refuse_endless_numbers(manifest.generation_config or {}, where=where)
-    clean, dropped = sanitise_config(manifest.config)
-    generation, dropped_generation = sanitise_config(manifest.generation_config or {})
-    for line in dropped + dropped_generation:
-        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
-    clean, unfit = sanitise_outputs(clean, where=where)
-    for line in unfit:
-        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
-    config = read_config(clean, where=where, model_class=model_class)
+    settings, generation = _sanitise(manifest)
+    config = read_config(settings, where=where, model_class=model_class)
     cls = model_class or resolve_class(manifest.class_name, config, where=where)
     tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
     shapes = {tensor.shape for tensor in tensors.values()}
-    strict = on_missing == "error"
     skeleton = build_skeleton(
         config,
         cls,
         dtype or parse_dtype(manifest.dtype),
         tensor_count=len(tensors) + len(manifest.ties),
-        accepts=shapes.__contains__ if strict else lambda _: True,
+        accepts=shapes.__contains__ if on_missing == "error" else lambda _: True,
         check=(current_run.get() or Run()).check,
         where=where,
     )
@@ -99,12 +89,32 @@ def open_skeleton(
     fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
     if skeleton.model.can_generate():
-        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(clean))
+        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(settings))
     return skeleton
 
 
+def _sanitise(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and generation settings of a manifest, without what no file may choose.
+
+    Raises:
+        UnsupportedModelError: a value is one that no model has.
+    """
+    where, generation = manifest.name, manifest.generation_config or {}
+    refuse_absurd_sizes(manifest.config, where=where)
+    refuse_endless_numbers(manifest.config, where=where)
+    refuse_endless_numbers(generation, where=where)
+    config, dropped = sanitise_config(manifest.config)
+    generation, dropped_generation = sanitise_config(generation)
+    for line in dropped + dropped_generation:
+        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
+    config, unfit = sanitise_outputs(config, where=where)
+    for line in unfit:
+        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
+    return config, generation
+
+
 def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
-    """Make sure that a stored tensor is what the class has a place for.
+    """Make sure that a stored tensor fits its place in the class.
 
     Floating-point numbers may be stored in another precision: the model can be run in another, and releases of
     transformers differ in what they keep in float32. Whole numbers, truth values and complex numbers are never
@@ -142,7 +152,7 @@ def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, wh
 
 
 def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
-    """Parameters that transformers keeps in another dtype than the model's get that dtype, still without values."""
+    """Give parameters that transformers keeps in another dtype than the model's that dtype, still without values."""
     wanted = target_dtypes(skeleton)
     for name, slot in skeleton.slots.items():
         dtype = wanted(manifest.ties.get(name, name))
@@ -159,7 +169,7 @@ def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype
 
 
 def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
-    """Every unit's use must name the chunks that hold its tensors."""
+    """Make sure that every unit's use names the chunks that hold its tensors."""
     home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
     uses = {use.module: set(use.chunks) for use in manifest.order}
     twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
@@ -173,7 +183,7 @@ def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
 def _configure_generation(
     model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
 ) -> None:
-    """As `from_pretrained` does: generation_config.json, else what config.json says of generation."""
+    """Set generation up as `from_pretrained` does: by generation_config.json, else by what config.json says of it."""
     has_file = manifest.generation_config is not None
     settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
     for line in dropped if has_file else ():

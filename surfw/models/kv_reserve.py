@@ -14,7 +14,6 @@ from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.engine import Engine
 from surfw.runtime.kv_cache import cache_bytes, kv_cost, output_cache
-from surfw.runtime.memory import MemoryClaim
 
 logger = logging.getLogger("surfw.models")
 
@@ -32,19 +31,17 @@ class KvReserve:
         held_bytes: what the cache took after the last forward that had one.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, claim: MemoryClaim, *, is_exact: bool) -> None:
+    def __init__(self, model: PreTrainedModel, engine: Engine, *, is_exact: bool) -> None:
         """Watch the model's forwards.
 
         Args:
             model: the model.
             engine: keeps weights out of the reserve.
-            claim: what the process knows of the model's memory.
             is_exact: the budget was given by the user, so a generation that does not fit is refused. With a budget that
                 surfw found out, it only costs a warning: most generations end sooner than they might.
         """
         self.held_bytes = 0
         self._engine = engine
-        self._claim = claim
         self._is_exact = is_exact
         self._has_warned = False
         self._cost = kv_cost(model.config, model.dtype)
@@ -58,11 +55,6 @@ class KvReserve:
         """
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=self._is_exact)
-
-    def reset(self, size_bytes: int) -> None:
-        """Reserve exactly so much from now on, which was reserved once and fitted."""
-        self._engine.reserve(size_bytes)
-        self._claim.peak_bytes = self._engine.claimed_bytes
 
     def close(self) -> None:
         """Watch no more."""
@@ -89,7 +81,6 @@ class KvReserve:
             if self._engine.limit.reserved_bytes < least_bytes and not self._has_warned:
                 self._has_warned = True
                 logger.warning("%s", exc)
-        self._claim.peak_bytes = self._engine.claimed_bytes
 
 
 def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:

@@ -78,7 +78,7 @@ def check_device(device: str | torch.device) -> None:
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError) as exc:
-        raise ConfigurationError(f"device {str(device)[:80]!r} is not one; expected 'cpu'") from exc
+        raise ConfigurationError(f"device {str(device)[:80]!r} is not a device; expected 'cpu'") from exc
     if kind != "cpu":
         raise ConfigurationError(f"device {str(device)!r} cannot be used: surfw computes on the CPU; leave it out")
 

@@ -1,4 +1,4 @@
-"""What a model's runs took and what is kept in memory, as plain data."""
+"""How long a model's runs took and what is kept in memory, as plain data."""
 
 from typing import Any, TypedDict
 
@@ -28,7 +28,7 @@ class InferenceStats(TypedDict):
 
     `avg_inference_time` is the mean over completed runs: calls of the model, and generations as a whole.
     `stall_seconds` were spent waiting for weights, `compute_seconds` are the rest of all runs; `fetch_seconds` add up
-    all fetches, of which most go on beside the computation.
+    all fetches, most of which overlap with computing.
     """
 
     cache_hit_rate: float
@@ -40,7 +40,7 @@ class InferenceStats(TypedDict):
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
-    """What is kept in memory; nothing of a model that is not open."""
+    """What is kept in memory: nothing, for a model that is not open."""
     hits, misses = _counts(metrics)
     return {
         "hits": hits,
@@ -66,7 +66,7 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
 
 
 def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> dict[str, Any]:
-    """All of it, in the form that `surfw infer --json` prints."""
+    """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
         "cache": {
@@ -87,7 +87,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
 
 
 def _plan_facts(parts: ModelParts) -> dict[str, Any]:
-    """The few facts of the plan that say why a run is as fast as it is."""
+    """The facts of the plan that decide how fast a run is."""
     plan = parts.engine.plan
     return {
         "limited_by": parts.limited_by,

@@ -63,7 +63,7 @@ class Buffer:
 
 
 class MappedBuffer:
-    """Memory that is a file's: filled already, and shared with whoever maps the file."""
+    """Memory that is a file's: filled already, and shared with all who map the file."""
 
     def __init__(self, view: memoryview, expect_unchanged: Callable[[], None] = lambda: None) -> None:
         """Take a page-aligned view, which may be written to, and what looks whether the file changed since."""
@@ -72,14 +72,14 @@ class MappedBuffer:
 
 
 class BufferPool:
-    """Buffers between uses. Taking one never makes more than the caller gave back or had room for."""
+    """Buffers between uses. There are never more than were out at once."""
 
     def __init__(self) -> None:
         """Start with none."""
         self._free: list[Buffer] = []
 
     def take(self, size_bytes: int) -> Buffer:
-        """A buffer of at least this size: the smallest free one that fits, else a new one in place of a free one."""
+        """A buffer of at least this size: the smallest free one that fits, else a new one instead of a free one."""
         fitting = [buffer for buffer in self._free if buffer.capacity_bytes >= size_bytes]
         if fitting:
             chosen = min(fitting, key=lambda buffer: buffer.capacity_bytes)
@@ -93,6 +93,15 @@ class BufferPool:
         """Keep a buffer for the next that needs one."""
         self._free.append(buffer)
 
+    def keep(self, most: int) -> None:
+        """Let go of free buffers that are more than so many."""
+        del self._free[most:]
+
     def clear(self) -> None:
         """Let go of all free buffers."""
         self._free.clear()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the free buffers."""
+        return sum(buffer.capacity_bytes for buffer in self._free)

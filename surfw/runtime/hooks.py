@@ -5,7 +5,7 @@ that its user puts in the place of a streamed one stays there, and is used.
 
 While its weights are away, an absent tensor stands in a module. It knows its shape and dtype and holds nothing. Asking
 for its facts is free. Computing with it, which happens where a model uses a weight outside of the forward of the module
-that owns it, loads the weight first, unless the result can be had from a part of it. So no model ever computes with
+that owns it, loads the weight first, unless a part of it is enough for the result. So no model ever computes with
 weights that are missing. Below, it lies on the meta device, where torch itself refuses to compute. Changing it in place
 is refused: the change would be lost with the memory that it was made in.
 """
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.engine import Engine
-from surfw.runtime.rows import Tables
+from surfw.runtime.rows import StreamedTables
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.units import Slot, Unit
 
@@ -56,7 +56,7 @@ class _Absent(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Answer for the facts; for everything else, put the real tensors in place of the absent ones."""
+        """Answer for the facts; for everything else, put the real tensors where the absent ones are."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in {"__get__", "__set__", "__delete__"}:
@@ -91,7 +91,7 @@ A = TypeVar("A", bound="_Absent")
 
 
 class AbsentParameter(_Absent, torch.nn.Parameter):
-    """In the place of a parameter."""
+    """Stands for a parameter."""
 
     def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
         """Take the facts from a tensor on the meta device."""
@@ -99,7 +99,7 @@ class AbsentParameter(_Absent, torch.nn.Parameter):
 
 
 class AbsentBuffer(_Absent):
-    """In the place of a buffer that is part of the checkpoint."""
+    """Stands for a buffer that is part of the checkpoint."""
 
     def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
         """Take the facts from a tensor on the meta device."""
@@ -119,7 +119,7 @@ def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any]
     Raises:
         ModelError: the values would be changed.
     """
-    if name == "share_memory_":  # there are no values to be shared: whoever uses it reads them
+    if name == "share_memory_":  # there are no values to be shared: each process reads its own
         return args[0]
     if _changes_absent(name, args, kwargs):
         raise ModelError(
@@ -198,8 +198,10 @@ class _Place:
 class StreamingHooks:
     """The hooks of one model."""
 
-    def __init__(self, skeleton: Skeleton, manifest: Manifest, engine: Engine, tables: Tables | None = None) -> None:
-        """Attach to every unit that the manifest's order names; `tables` knows which run without theirs in memory."""
+    def __init__(
+        self, skeleton: Skeleton, manifest: Manifest, engine: Engine, tables: StreamedTables | None = None
+    ) -> None:
+        """Attach to every unit that the manifest's order names; `tables` says which run without theirs in memory."""
         self._engine = engine
         self._tables = tables
         self._name = manifest.name
@@ -279,7 +281,7 @@ class StreamingHooks:
         if not places:
             return
         if self._tables and self._tables.row_wise(unit.path):
-            self._engine.passes(unit.path)
+            self._engine.observe(unit.path)
             self._without_tables.add(unit.path)
             others = self._tables.others(unit.path)
             self._put([place for place in places if place.stored in others], others)

@@ -79,7 +79,7 @@ def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
 def _machine_limit(root: Path) -> MemoryLimit:
     """The whole memory, of which what is not available is in use.
 
-    `MemAvailable` is the kernel's estimate of what can be had without swapping: what is free, and caches that can be
+    `MemAvailable` is the kernel's estimate of what can be taken without swapping: what is free, and caches that can be
     dropped, less what it keeps for itself. A sum of what is in use would be too small, as drivers and balloons take
     pages that stand in no other line.
     """
@@ -186,25 +186,22 @@ class MemoryClaim:
     A model lays its claim like this, and gives it up when it is closed:
 
         with deciding:
-            plan = make_a_plan(default_budget_bytes())
-            claim = MemoryClaim(plan.peak_bytes, held_bytes)
+            plan = make_a_plan(find_default_budget().budget_bytes)
+            claim = MemoryClaim(peak_bytes, held_bytes)
 
     A claim that nobody refers to any more is given up too.
-
-    Attributes:
-        peak_bytes: the most it may take; set it anew when the plan changes.
     """
 
-    def __init__(self, peak_bytes: int, held_bytes: Callable[[], int]) -> None:
-        """Lay claim to memory.
+    def __init__(self, peak_bytes: Callable[[], int], held_bytes: Callable[[], int]) -> None:
+        """Lay claim to memory. Both functions are called from any thread; they neither raise nor wait long.
 
         Args:
-            peak_bytes: the most memory it may take, weights that are mapped from a file included: they are page cache,
-                which the kernel can take back, and the model is slow without.
+            peak_bytes: tells the most memory it may take by its present plan, weights that are mapped from a file
+                included: they are page cache, which the kernel can take back, and the model is slow without.
             held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use; it does
-                not count page cache. Called from any thread, it neither raises nor waits long.
+                not count page cache.
         """
-        self.peak_bytes = peak_bytes
+        self._peak_bytes = peak_bytes
         self._held_bytes = held_bytes
         with _state:
             _claims.add(self)
@@ -212,7 +209,7 @@ class MemoryClaim:
     @property
     def open_bytes(self) -> int:
         """What it may still come to take; what it holds counts as memory in use."""
-        return max(0, self.peak_bytes - self._held_bytes())
+        return max(0, self._peak_bytes() - self._held_bytes())
 
     def close(self) -> None:
         """Give the claim up; a second time does nothing."""
@@ -253,15 +250,6 @@ def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
         f"{limit.place} allows {format_size(limit.limit_bytes)}, {format_size(limit.in_use_bytes)} of it is in use, "
         f"{format_size(headroom_bytes(limit.limit_bytes))} is headroom{open_models}",
     )
-
-
-def default_budget_bytes(root: Path = Path("/")) -> int:
-    """What weights may take where nobody says; 0 if there is no memory to spare.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
-    return find_default_budget(root).budget_bytes
 
 
 def headroom_bytes(limit_bytes: int) -> int:

@@ -8,9 +8,9 @@ reaches that. So a plan names chunks that stay, spread evenly over the depth, so
 everywhere; the others pass through a ring of buffers.
 
 Chunks that run several times in a cycle go first: each place they have saves more than one read. Where not even those
-fit, they share the room by Belady's rule, see `floating_victims`.
+fit, they share memory by Belady's rule, see `floating_victims`.
 
-The engine obeys the plan; it decides nothing of this itself.
+`slots` keeps to a plan, and decides nothing of this itself.
 """
 
 from collections import Counter
@@ -29,20 +29,22 @@ _ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
-    """What a model needs, as far as memory is concerned.
+    """What a model needs to run, as far as memory is concerned. All sizes are in bytes.
 
     Attributes:
         name: the model's, for errors.
-        sizes: the bytes that each chunk takes in memory.
-        fixed: chunks that stay once they are there: small parts beside the layers, and weights that a containing module
-            holds directly, which are in use as long as all of its layers are.
+        sizes: the memory that each chunk takes.
+        fixed: chunks that stay once they are there: small parts outside of the layers, and weights that a containing
+            module holds directly, which are in use as long as all of its layers are.
         together: the most chunks, without the fixed ones, that one module uses.
         tables: chunks of which single rows can be read, so that they need not be in memory to be looked up in.
-        table_bytes: memory that reading rows takes, in place of the tables.
-        overhead_bytes: the most memory that what is in flight takes beside the chunks, if they are large.
+        table_bytes: memory that reading rows takes where tables are not in memory.
+        overhead_bytes: the most memory that reads in flight take besides the chunks, if these are large.
         in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
             where that would make no difference.
         scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
+        cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
+        before: chunks that run before the cycle begins, such as those of an encoder.
     """
 
     name: str
@@ -54,6 +56,13 @@ class Needs:
     overhead_bytes: int = 0
     in_flight_bytes: int | None = None
     scratch: Mapping[str, int] = field(default_factory=dict)
+    cycle: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def ring_buffers(self) -> int:
+        """The fewest buffers that chunks can be streamed through: one in use, and one that the next arrives in."""
+        return max(_RING, self.together)
 
     def from_anywhere(self) -> "Needs":
         """The same model, read in small pieces from the source that takes most memory for that."""
@@ -64,8 +73,8 @@ class Needs:
         anywhere = self.from_anywhere()
         return anywhere if anywhere.overhead_bytes < self.overhead_bytes else self
 
-    def beside(self, names: Iterable[str]) -> int:
-        """Memory beside the chunks where no others than these are ever in memory, in bytes.
+    def overhead_of(self, names: Iterable[str]) -> int:
+        """Memory besides the chunks where no others than these are ever in memory, in bytes.
 
         No more is in flight than two chunks, or what rows take that are read of the others.
         """
@@ -75,9 +84,15 @@ class Needs:
             flight = max(flight, self.table_bytes)
         return min(self.overhead_bytes, flight) + max((self.scratch.get(name, 0) for name in names), default=0)
 
+    def in_memory(self) -> tuple[dict[str, int], int]:
+        """Where memory is short: the sizes of the chunks that are ever in memory, and the memory besides them."""
+        absent = self.tables - set(self.cycle) - set(self.before)
+        sizes = {name: size for name, size in self.sizes.items() if name not in absent}
+        return sizes, self.overhead_of(sizes) + (self.table_bytes if self.tables else 0)
+
 
 def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int], order: Sequence[Use]) -> Needs:
-    """What follows from chunks alone: no tables, and nothing beside the chunks.
+    """What follows from chunks alone: no tables, no memory besides the chunks, and no schedule.
 
     Args:
         name: the model's.
@@ -98,10 +113,10 @@ class Limit:
 
     Attributes:
         budget_bytes: for weights, for what is in flight, and for what is reserved.
-        cache_layers: in place of it, the number of chunks to keep, the fixed ones not counted.
+        cache_layers: instead of a budget, the number of chunks to keep, the fixed ones not counted.
         reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
-        policy: `auto`, or `lru`: a plain LRU cache in place of the plan's choice.
-        reason: what the budget is limited by, where it was found out; empty for one that somebody gave.
+        policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
+        reason: what a budget is limited by that was found out; empty for one that somebody gave.
     """
 
     budget_bytes: int | None = None
@@ -122,15 +137,14 @@ class ResidencyPlan:
 
     Attributes:
         pinned: chunks that stay once they are there.
-        floating: chunks that run several times in a cycle and do not all fit: they share `room_bytes`.
-        streamed: the chunks that are not pinned, with the memory each takes.
+        floating: chunks that run several times in a cycle and do not all fit: they share `floating_bytes`.
         sizes: the memory each chunk takes that is ever in memory.
         tables: chunks that are looked up in by reading single rows wherever they are not in memory.
         absent: those of them that are never in memory.
         ring_buffers: through how many buffers the streamed chunks pass.
         ring_bytes: the size of each of them.
-        room_bytes: memory that the floating chunks share.
-        overhead_bytes: memory beside the chunks.
+        floating_bytes: memory that the floating chunks share.
+        overhead_bytes: memory besides the chunks.
         reserved_bytes: what is left free, for the KV cache.
         budget_bytes: what all of it may take, if there is a budget.
         cache_layers: how many chunks were to be kept, if they were counted.
@@ -138,6 +152,7 @@ class ResidencyPlan:
             there. Rows of tables are not counted.
         policy: `auto` or `lru`.
         in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
+        fixed: those of the pinned chunks that stay in every plan.
     """
 
     pinned: frozenset[str]
@@ -147,7 +162,7 @@ class ResidencyPlan:
     absent: frozenset[str] = frozenset()
     ring_buffers: int
     ring_bytes: int
-    room_bytes: int = 0
+    floating_bytes: int = 0
     overhead_bytes: int = 0
     reserved_bytes: int = 0
     budget_bytes: int | None = None
@@ -169,8 +184,8 @@ class ResidencyPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that weights take, with what is beside them; the reserve is not counted."""
-        return self.pinned_bytes + self.room_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
+        """The most memory that weights take, the overhead included; the reserve is not counted."""
+        return self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
 
     @property
     def slots(self) -> int:
@@ -188,7 +203,7 @@ class ResidencyPlan:
     @property
     def everything_fits(self) -> bool:
         """Whether every chunk stays, and nothing is read twice."""
-        return not self.streamed and not self.absent
+        return self.pinned.issuperset(self.sizes) and not self.absent
 
     def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
         """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
@@ -199,55 +214,129 @@ class ResidencyPlan:
         return tokens_per_pass * bytes_per_second / self.bytes_per_pass if self.bytes_per_pass else None
 
 
-def plan_residency(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str] = ()) -> ResidencyPlan:
+def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
     """Decide what stays.
 
     Args:
-        needs: the model.
+        needs: the model, with its schedule.
         limit: how much may be kept.
-        cycle: names of the chunks in the order in which they run again and again, lookups in tables left out; a chunk
-            may recur.
-        before: chunks that run before the cycle begins, such as those of an encoder.
 
     Raises:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
     if limit.cache_layers is not None:
-        return _plan_layers(needs, limit.cache_layers, limit.policy, cycle, before)
+        return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
         return _everything(needs, limit)
-    made = _plan_budget(needs, limit, cycle, before)
+    made = _plan_budget(needs, limit, limit.budget_bytes)
     if made is None and (gentle := needs.in_pieces()) is not needs:
-        made = _plan_budget(gentle, limit, cycle, before)
+        made = _plan_budget(gentle, limit, limit.budget_bytes)
         made = made and replace(made, in_pieces=True)
     if made is None:
-        raise _too_small(needs, limit, cycle, before)
+        raise _too_small(needs, limit, limit.budget_bytes)
     return made
 
 
-def _plan_budget(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str]) -> ResidencyPlan | None:
-    """The plan for a budget; None if there is none."""
-    assert limit.budget_bytes is not None, "without a budget everything stays"
-    if sum(needs.sizes.values()) + needs.beside(needs.sizes) + limit.reserved_bytes <= limit.budget_bytes:
+def least_bytes(needs: Needs) -> int:
+    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and the overhead.
+
+    The one to show is that of `needs.from_anywhere()`: the same number, whatever the weights are read from.
+    """
+    least = needs.overhead_of(needs.sizes) + sum(needs.sizes.values())
+    sizes, overhead = needs.in_memory()
+    for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
+        stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
+        least = min(least, overhead + stays + needs.ring_buffers * ring_bytes)
+    return least
+
+
+def check_cache_layers(cache_layers: int) -> None:
+    """Make sure that at least one layer is to be kept.
+
+    Raises:
+        ConfigurationError: it is not so.
+    """
+    if isinstance(cache_layers, bool) or not isinstance(cache_layers, int) or cache_layers < 1:
+        raise ConfigurationError(
+            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
+        )
+
+
+def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
+    return ResidencyPlan(
+        pinned=frozenset(needs.sizes), sizes=needs.sizes, ring_buffers=0, ring_bytes=0, fixed=needs.fixed,
+        overhead_bytes=needs.overhead_of(needs.sizes), reserved_bytes=limit.reserved_bytes,
+        budget_bytes=limit.budget_bytes, policy=limit.policy,
+    )  # fmt: skip
+
+
+def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPlan:
+    """Keep a number of chunks, whatever their size, and have memory for one more on its way."""
+    others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
+    buffers = max(cache_layers + 1, needs.together)
+    if buffers >= len(others):
+        return replace(_everything(needs, Limit(policy=policy)), cache_layers=cache_layers)
+    ring = buffers if policy == "lru" else needs.ring_buffers
+    kept, floating = _choose(dict.fromkeys(others, 1), buffers - ring, needs)
+    largest = max(size for name, size in others.items() if name not in kept)
+    made = ResidencyPlan(
+        pinned=needs.fixed | kept, floating=floating, sizes=needs.sizes, ring_buffers=ring, ring_bytes=largest,
+        floating_bytes=(buffers - ring) * largest if floating else 0, overhead_bytes=needs.overhead_of(needs.sizes),
+        policy=policy, fixed=needs.fixed, cache_layers=cache_layers,
+    )  # fmt: skip
+    return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
+
+
+def _plan_budget(needs: Needs, limit: Limit, budget_bytes: int) -> ResidencyPlan | None:
+    """The plan for a budget that reads least; None if the budget is too small."""
+    if sum(needs.sizes.values()) + needs.overhead_of(needs.sizes) + limit.reserved_bytes <= budget_bytes:
         return _everything(needs, limit)
-    return _plan_bytes(needs, limit, cycle, before)
+    streamable = {size for name, size in needs.in_memory()[0].items() if name not in needs.fixed}
+    # The ring's size decides what is too large for it and has to stay. No rule finds the best one, so all are tried.
+    tried = [_plan_ring(needs, limit, budget_bytes, size) for size in [*sorted(streamable, reverse=True), 0]]
+    plans = [plan for plan in tried if plan is not None]
+    return min(plans, key=lambda plan: (plan.bytes_per_pass, sum(plan.streamed.values())), default=None)
 
 
-def _too_small(needs: Needs, limit: Limit, cycle: Collection[str], before: Collection[str]) -> ConfigurationError:
-    """What is said of a budget that the model does not run with: given by somebody, or found out."""
-    assert limit.budget_bytes is not None, "without a budget everything stays"
+def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -> ResidencyPlan | None:
+    """The plan with ring buffers of this size; None if the budget is too small for it."""
+    sizes, overhead = needs.in_memory()
+    fixed = needs.fixed & set(sizes)
+    stays = fixed | {name for name, size in sizes.items() if size > ring_bytes}
+    left = budget_bytes - limit.reserved_bytes - overhead - needs.ring_buffers * ring_bytes
+    left -= sum(sizes[name] for name in stays)
+    if left < 0:
+        return None
+    others = {name: size for name, size in sizes.items() if name not in stays}
+    kept = floating = frozenset[str]()
+    buffers = needs.ring_buffers if others else 0
+    if limit.policy == "lru" and others:
+        buffers += left // ring_bytes
+    else:
+        kept, floating = _choose(others, left, needs)
+    made = ResidencyPlan(
+        pinned=stays | kept, floating=floating, sizes=sizes, tables=needs.tables,
+        absent=frozenset(needs.sizes).difference(sizes), ring_buffers=buffers, ring_bytes=ring_bytes,
+        floating_bytes=left if floating else 0, overhead_bytes=overhead, reserved_bytes=limit.reserved_bytes,
+        budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed,
+    )  # fmt: skip
+    return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
+
+
+def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
+    """The error about a budget that the model does not run with: one that somebody gave, or that was found out."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
-    runs_without = least_bytes(needs.in_pieces(), cycle, before) <= limit.budget_bytes
+    runs_without = least_bytes(needs.in_pieces()) <= budget_bytes
     tokens = ", or ask for fewer tokens" if limit.reserved_bytes and runs_without else ""
-    least = least_bytes(needs.from_anywhere(), cycle, before) + limit.reserved_bytes
+    least = least_bytes(needs.from_anywhere()) + limit.reserved_bytes
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
     if not limit.reason:
-        given = f" ({limit.budget_bytes} bytes)" if limit.budget_bytes >= KB else ""
+        given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""
         return ConfigurationError(
-            f"a memory budget of {format_size(limit.budget_bytes)}{given} is too small for {needs.name}, which needs "
+            f"a memory budget of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
             f"{needed}; give that or more{tokens}"
         )
-    there = f"{format_size(limit.budget_bytes)} is" if limit.budget_bytes else "none is"
+    there = f"{format_size(budget_bytes)} is" if budget_bytes else "none is"
     return ConfigurationError(
         f"there is too little memory for {needs.name}: it needs {needed}, and {there} free for it ({limit.reason}); "
         f"make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond it "
@@ -255,122 +344,33 @@ def _too_small(needs: Needs, limit: Limit, cycle: Collection[str], before: Colle
     )
 
 
-def _plan_bytes(needs: Needs, limit: Limit, cycle: Sequence[str], before: Collection[str]) -> ResidencyPlan | None:
-    """The plan that reads least; None if there is none. The ring's size decides what has to stay, so all are tried."""
-    assert limit.budget_bytes is not None, "without a budget everything stays"
-    sizes, overhead = _in_memory(needs, cycle, before)
-    absent = frozenset(needs.sizes).difference(sizes)
-    fixed = needs.fixed & set(sizes)
-    ring = max(_RING, needs.together)
-    free = limit.budget_bytes - limit.reserved_bytes - overhead
-    best: ResidencyPlan | None = None
-    for ring_bytes in [*sorted({size for name, size in sizes.items() if name not in fixed}, reverse=True), 0]:
-        stays = fixed | {name for name, size in sizes.items() if size > ring_bytes}
-        room = free - sum(sizes[name] for name in stays) - ring * ring_bytes
-        if room < 0:
-            continue
-        others = {name: size for name, size in sizes.items() if name not in stays}
-        if limit.policy == "lru" and others:
-            kept = floating = frozenset[str]()
-            room, buffers = 0, ring + room // ring_bytes
-        else:
-            kept, floating = _choose(others, room, cycle, before)
-            room, buffers = (room if floating else 0), ring if others else 0
-        made = ResidencyPlan(
-            pinned=stays | kept, floating=floating, sizes=sizes, tables=needs.tables, absent=absent,
-            ring_buffers=buffers, ring_bytes=ring_bytes, room_bytes=room, overhead_bytes=overhead,
-            reserved_bytes=limit.reserved_bytes, budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed,
-        )  # fmt: skip
-        made = replace(made, bytes_per_pass=bytes_per_pass(made, cycle))
-        if best is None or _cost(made) < _cost(best):
-            best = made
-    return best
-
-
-def _in_memory(needs: Needs, cycle: Collection[str], before: Collection[str]) -> tuple[dict[str, int], int]:
-    """The chunks that are ever in memory, with their sizes, and the memory beside them."""
-    absent = needs.tables - set(cycle) - set(before)
-    overhead = needs.table_bytes if needs.tables else 0
-    sizes = {name: size for name, size in needs.sizes.items() if name not in absent}
-    return sizes, overhead + needs.beside(sizes)
-
-
-def _cost(plan: ResidencyPlan) -> tuple[int, int]:
-    return plan.bytes_per_pass, sum(plan.streamed.values())
-
-
-def least_bytes(needs: Needs, cycle: Collection[str], before: Collection[str] = ()) -> int:
-    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and what is beside.
-
-    What is shown to people is that of `needs.from_anywhere()`: one number, whatever the weights are read from.
-    """
-    ring = max(_RING, needs.together)
-    least = needs.beside(needs.sizes) + sum(needs.sizes.values())
-    sizes, overhead = _in_memory(needs, cycle, before)
-    for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
-        stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
-        least = min(least, overhead + stays + ring * ring_bytes)
-    return least
-
-
-def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
-    return ResidencyPlan(
-        pinned=frozenset(needs.sizes), sizes=needs.sizes, ring_buffers=0, ring_bytes=0, fixed=needs.fixed,
-        overhead_bytes=needs.beside(needs.sizes), reserved_bytes=limit.reserved_bytes, budget_bytes=limit.budget_bytes,
-        policy=limit.policy,
-    )  # fmt: skip
-
-
-def _plan_layers(
-    needs: Needs, cache_layers: int, policy: Policy, cycle: Sequence[str], before: Collection[str]
-) -> ResidencyPlan:
-    """Keep a number of chunks, whatever their size, and have room for one more on its way."""
-    others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
-    buffers = max(cache_layers + 1, needs.together)
-    if buffers >= len(others):
-        return replace(_everything(needs, Limit(policy=policy)), cache_layers=cache_layers)
-    ring = buffers if policy == "lru" else max(_RING, needs.together)
-    places = dict.fromkeys(others, 1)
-    kept, floating = _choose(places, buffers - ring, cycle, before)
-    largest = max(size for name, size in others.items() if name not in kept)
-    room = (buffers - ring) * largest if floating else 0
-    made = ResidencyPlan(
-        pinned=needs.fixed | kept, floating=floating, sizes=needs.sizes, ring_buffers=ring, ring_bytes=largest,
-        room_bytes=room, overhead_bytes=needs.beside(needs.sizes), policy=policy, fixed=needs.fixed,
-        cache_layers=cache_layers,
-    )  # fmt: skip
-    return replace(made, bytes_per_pass=bytes_per_pass(made, cycle))
-
-
-def _choose(
-    sizes: Mapping[str, int], room: int, cycle: Sequence[str], before: Collection[str]
-) -> tuple[frozenset[str], frozenset[str]]:
-    """Which chunks stay, and which share the room because not even those that recur all fit."""
-    uses = Counter(name for name in cycle if name in sizes)
+def _choose(sizes: Mapping[str, int], free: int, needs: Needs) -> tuple[frozenset[str], frozenset[str]]:
+    """Which chunks stay, and which share the free memory because not even those that recur all fit."""
+    uses = Counter(name for name in needs.cycle if name in sizes)
     recurring = [name for name, count in uses.items() if count > 1]
     needed = sum(sizes[name] for name in recurring)
-    if needed > room:
+    if needed > free:
         return frozenset(), frozenset(recurring)
     once = [name for name, count in uses.items() if count == 1]
     rarely = [name for name in sizes if name not in uses]
     kept = set(recurring)
-    left = room - needed
+    left = free - needed
     for names in (once, rarely):
-        for chosen in _spread_over_groups(names, sizes, set(before), left):
+        for chosen in _spread_over_groups(names, sizes, set(needs.before), left):
             kept.add(chosen)
             left -= sizes[chosen]
     return frozenset(kept), frozenset()
 
 
 def _spread_over_groups(
-    names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], room: int
+    names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], free: int
 ) -> Iterator[str]:
     """As many chunks as fit: those that also ran before the cycle first, then the large ones; spread among equals."""
     rank = {name: (name not in before, -sizes[name]) for name in names}
     for (_, negative), group in groupby(sorted(names, key=rank.__getitem__), key=rank.__getitem__):
         equal, size = list(group), -negative
-        count = min(len(equal), room // size) if size else len(equal)
-        room -= count * size
+        count = min(len(equal), free // size) if size else len(equal)
+        free -= count * size
         yield from (equal[(2 * index + 1) * len(equal) // (2 * count)] for index in range(count))
 
 
@@ -379,13 +379,13 @@ def floating_victims(
 ) -> list[str] | None:
     """Which floating chunks make way for one that has just been used, so that it can stay until its next use.
 
-    Belady's rule with bypass: it stays in place of those that are needed after it, and not at all if there are none.
+    Belady's rule with bypass: it replaces those that are needed after it, and does not stay at all if there are none.
 
     Args:
         name: the chunk, which is not held.
         held: the floating chunks that are kept, with their sizes.
         size: the chunk's size.
-        free: room that nobody takes.
+        free: memory for floating chunks that is not taken.
         next_use: how soon each chunk is needed again; a chunk that is not in it is never needed again.
 
     Returns:
@@ -432,19 +432,7 @@ def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
                 read += size
             if name in plan.floating:
                 future = next_uses([*cycle[index + 1 :], *cycle[: index + 1]])
-                victims = floating_victims(name, held, size, plan.room_bytes - sum(held.values()), future)
+                victims = floating_victims(name, held, size, plan.floating_bytes - sum(held.values()), future)
                 if victims is not None:
                     held = {one: held[one] for one in held if one not in victims} | {name: size}
     return read
-
-
-def check_cache_layers(cache_layers: int) -> None:
-    """Make sure that something is to be kept.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    if isinstance(cache_layers, bool) or not isinstance(cache_layers, int) or cache_layers < 1:
-        raise ConfigurationError(
-            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
-        )

@@ -18,7 +18,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ class BlockReader:
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
-            StorageError, WireError: they could not be had.
+            StorageError, WireError: they could not be read.
             ModelClosedError: the source was closed meanwhile.
             Exception: what the run was interrupted with.
         """
@@ -331,23 +331,6 @@ class TableUnit:
     others: tuple[str, ...]
 
 
-class Tables(Protocol):
-    """What the hooks ask of tables."""
-
-    def row_wise(self, path: str) -> bool:
-        """Whether the unit now runs without its tables in memory."""
-
-    def others(self, path: str) -> Mapping[str, torch.Tensor]:
-        """The unit's tensors that are no tables, by name; they stay in memory."""
-
-    def apply(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The result of a function of torch that is called with the table of that name as its weight.
-
-        Returns:
-            The result; NotImplemented if the whole table is needed for it.
-        """
-
-
 class StreamedTables:
     """The tables of one model, read while it runs."""
 
@@ -411,9 +394,9 @@ class StreamedTables:
 def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB) -> dict[str, TableUnit]:
     """The units that can run without their tables in memory, by path. Pure.
 
-    A table is a matrix of at least `least_bytes` that is, in a unit beside the layers, the weight of embeddings and of
-    nothing else. What else the unit has must be less; and of chunks that are not stored as they are, no part can be
-    read alone.
+    A table is a matrix of at least `least_bytes` in a unit outside of the layers that is the weight of embeddings and
+    of nothing else. The unit's other tensors must be smaller than its tables, and all have to be in chunks that are
+    stored as they are: no part of others can be read alone.
     """
     chunk_of = {info.name: chunk for chunk in manifest.chunks for info in chunk.tensors}
     stored = {info.name: info for chunk in manifest.chunks for info in chunk.tensors}

@@ -1,24 +1,25 @@
-"""A run of a model, which can be interrupted from outside, and the event loop in a thread that runs wait for.
+"""A run of a model, which can be interrupted from outside; where it runs, and the event loop that it waits for.
 
 Models are not asynchronous; sources are. Coroutines run on an `IoThread`, and a run waits for them with
-`Run.wait_for`, so that an interrupt ends the wait as well.
+`Run.wait_for`, so that an interrupt ends the wait as well. Asynchronous callers run models with `run_in_executor`.
 """
 
 import asyncio
 import threading
-from collections.abc import Coroutine
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextvars import ContextVar
+from collections.abc import Callable, Coroutine
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
-from surfw.errors import ModelClosedError
+from surfw.errors import ModelClosedError, ModelError
 from surfw.skeleton.default_dtype import runs
 
 T = TypeVar("T")
 _WORKERS = 8
 
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
-"""The run that this thread works for, so that whoever waits for the thread can interrupt it."""
+"""The run that this thread works for, so that those who wait for the thread can interrupt it."""
 
 
 class Run:
@@ -171,3 +172,33 @@ async def _end_others() -> None:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
+    """Do the work in a thread of the executor, as a run of its own.
+
+    When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.
+    """
+    run, context = Run(), copy_context()
+    context.run(current_run.set, run)
+    future = executor.submit(context.run, work)
+    try:
+        await wait_until_done(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            run.interrupt(ModelError("the run was cancelled"))
+            await wait_until_done(future)
+        raise
+    return future.result()
+
+
+async def wait_until_done(future: "Future[Any]") -> None:
+    """Wait until a future is done, however it ends; cancelling the wait does not cancel it."""
+    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(is_done.set)
+
+    future.add_done_callback(tell)
+    await is_done.wait()

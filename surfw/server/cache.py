@@ -13,12 +13,12 @@ Value = TypeVar("Value")
 
 
 class Cache(MutableMapping[Key, Value], ABC, Generic[Key, Value]):
-    """Keeps values, as many as fit the budget. A value that is larger than the whole budget is not kept.
+    """Keeps as many values as fit the budget. A value that is larger than the whole budget is not kept.
 
     Reading a value (`cache[key]`, `get`) is a use of it; `in` is not, nor is iterating.
 
     Attributes:
-        policy: the name of what decides, for people.
+        policy: the name of the policy, for people.
         capacity_bytes: the budget.
         bytes: what the values take, at most the budget.
         evictions: how many values were evicted.
@@ -36,16 +36,16 @@ class Cache(MutableMapping[Key, Value], ABC, Generic[Key, Value]):
 
     @abstractmethod
     def victim(self) -> Key:
-        """What is evicted next; there is at least one value."""
+        """Return the key of the value to evict next; there is at least one."""
 
     def _added(self, key: Key, size: int) -> None:
-        """A value of so many bytes is kept from now on."""
+        """Note that a value of so many bytes was added."""
 
     def _read(self, key: Key) -> None:
-        """A value was read."""
+        """Note that a value was read."""
 
     def _removed(self, key: Key, size: int) -> None:
-        """A value of so many bytes is no longer kept."""
+        """Note that a value of so many bytes was removed."""
 
     def __getitem__(self, key: Key) -> Value:
         value = self._values[key]
@@ -92,7 +92,7 @@ class LruCache(Cache[Key, Value]):
         self._values.move_to_end(key)
 
     def victim(self) -> Key:
-        """The least recently used."""
+        """Return the least recently used."""
         return next(iter(self._values))
 
 
@@ -114,7 +114,7 @@ class ProvingCache(Cache[Key, Value]):
         self._proven: OrderedDict[Key, None] = OrderedDict()
 
     def note_use(self, key: Key, used_bytes: int) -> None:
-        """So many bytes of a value were used, if it is there."""
+        """Note that so many bytes of a value were used, if it is still there."""
         if key not in self._trial:
             return
         self._read(key)
@@ -148,6 +148,6 @@ class ProvingCache(Cache[Key, Value]):
             self._trial_bytes -= size
 
     def victim(self) -> Key:
-        """Of those on trial, if they take too much or there are no others; else of the proven ones."""
+        """Return the least recently used value on trial if those take too much, or all are; else of the proven ones."""
         is_trial = self._trial and (4 * self._trial_bytes > self.capacity_bytes or not self._proven)
         return next(iter(self._trial if is_trial else self._proven))

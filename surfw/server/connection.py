@@ -18,15 +18,11 @@ from surfw import __version__
 from surfw.config import WireLimits
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
 from surfw.manifest import Location
-from surfw.metrics import Metrics
-from surfw.server.catalog import Catalog
-from surfw.server.fairness import Account
-from surfw.server.late_digests import LateDigests
-from surfw.server.pages import PROGRESS_SECONDS, PageCache
-from surfw.server.reception import Reception
+from surfw.server.fairness import Account, Reader
+from surfw.server.pages import PROGRESS_SECONDS
+from surfw.server.reception import ClientLog, FairConnection
 from surfw.server.sending import Document, Sender
-from surfw.server.single_flight import Reader
-from surfw.server.sparse_log import ClientLog
+from surfw.server.served import ServedStore
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,
@@ -55,7 +51,7 @@ _REASON_BYTES = 120
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is being answered: the task, for whom it reads, and the progress that the client was told."""
+    """A request that is being answered: its task, its reader, and the progress that the client was told."""
 
     task: asyncio.Task[None]
     reader: Reader
@@ -66,27 +62,16 @@ class Connection:
     """Serves one client until it leaves."""
 
     def __init__(
-        self,
-        websocket: Reception,
-        *,
-        catalog: Catalog,
-        digests: LateDigests,
-        pages: PageCache,
-        limits: WireLimits,
-        metrics: Metrics,
-        client_log: ClientLog,
+        self, websocket: FairConnection, served: ServedStore, limits: WireLimits, client_log: ClientLog
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
-        self._catalog = catalog
-        self._digests = digests
-        self._pages = pages
+        self._served = served
         self._limits = limits
-        self._metrics = metrics
         self._account = Account()
         self._session = ServerSession(limits, server=f"surfw/{__version__}")
-        self._sender = Sender(websocket, self._session, metrics)
+        self._sender = Sender(websocket, self._session, served.metrics)
         self._peer = str(websocket.remote_address)
         self._log = client_log
 
@@ -131,7 +116,7 @@ class Connection:
             case None:
                 return
             case Credit():
-                if message.bytes >= self._limits.frame_bytes:  # it comes with what it was sent, and asks for nothing
+                if message.bytes >= self._limits.frame_bytes:  # it belongs to what was sent, and causes no work
                     self._websocket.give_back_turn()
                 self._sender.grant()
             case Cancel():
@@ -139,14 +124,14 @@ class Connection:
                     request.task.cancel()
                 self._sender.send(Failed(message.id, "cancelled", "the client gave it up"))
             case _:
-                self._metrics.add("requests")
+                self._served.metrics.add("requests")
                 reader = Reader(self._account)
                 task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
                 self.open_requests[message.id] = _Open(task, reader)
                 task.add_done_callback(lambda task: self._answered(message, task))
 
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, now and then, how far that has got."""
+        """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
@@ -174,7 +159,7 @@ class Connection:
             self._log.failures.write(f"{self._peer} cannot be answered: {exc}")
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
-            self._metrics.latency("requests").observe(time.perf_counter() - started)
+            self._served.metrics.latency("requests").observe(time.perf_counter() - started)
 
     def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
         del self.open_requests[request.id]
@@ -187,25 +172,25 @@ class Connection:
             self._sender.send(Failed(request.id, code, printable(text)))
 
     async def _send_models(self, request: ListModels, reader: Reader) -> None:
-        names = tuple(await self._catalog.models(reader))
+        names = tuple(await self._served.catalog.models(reader))
         if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
             raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
         async with self._sender.turn(0, 0):
             self._sender.send(Models(request.id, names))
 
     async def _send_manifest(self, request: GetManifest, reader: Reader) -> None:
-        await self._send_document(request, await self._catalog.document(request.model, reader))
+        await self._send_document(request, await self._served.catalog.document(request.model, reader))
 
     async def _send_digests(self, request: GetDigests, reader: Reader) -> None:
-        await self._send_document(request, await self._digests.document(request, reader))
+        await self._send_document(request, await self._served.digests.document(request, reader))
 
     async def _send_file(self, request: GetFile, reader: Reader) -> None:
-        location, digest = await self._catalog.file(request, _looking_up(reader))
+        location, digest = await self._served.catalog.file(request, _looking_up(reader))
         self._sender.send(Begin(request.id, location.stop, digest))
         await self._send_stored(request.id, [location], 0, location.stop, reader)
 
     async def _send_chunk(self, request: Get, reader: Reader) -> None:
-        locations = await self._catalog.chunk(request, _looking_up(reader))
+        locations = await self._served.catalog.chunk(request, _looking_up(reader))
         reader.fresh = request.fresh
         await self._send_stored(request.id, locations, request.start, request.stop, reader, priority=request.priority)
 
@@ -216,10 +201,10 @@ class Connection:
     async def _send_stored(
         self, number: int, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, priority: int = 0
     ) -> None:
-        """Send bytes `start` to `stop` of what lies at the locations. What follows is read while a piece is sent."""
+        """Send bytes `start` to `stop` of what lies at the locations. While a piece is sent, the next ones are read."""
         if start == stop:
             self._sender.send(Data(number, start, stop))
-        async with contextlib.aclosing(self._pages.read(locations, start, stop, reader)) as pieces:
+        async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader)) as pieces:
             async for piece in pieces:
                 await self._sender.send_piece(number, start, piece, priority)
                 start += piece.size
@@ -234,5 +219,5 @@ class Connection:
 
 
 def _looking_up(reader: Reader) -> Reader:
-    """For whom what is asked for is looked up: the same account pays, and no progress comes of it."""
+    """A reader for looking up what a request names: the same account pays, but the client hears no progress of it."""
     return Reader(reader.account)

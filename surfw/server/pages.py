@@ -1,12 +1,12 @@
-"""A storage behind a cache of pages: what was read stays as long as the budget allows.
+"""A storage behind a cache of pages. What was read is kept as long as the budget allows.
 
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
 - While a page is read anew, everyone else keeps the old one until the new one replaces it.
-- Reads take turns by what each reader's account has paid: for a whole page, and more where little of it is wanted.
-- Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
-  had to be read for this use).
+- Reads take turns by what each account has paid: the price of a page is its size, and more if little of it is wanted.
+- Each use is counted once: as a hit (the page was cached), as coalesced (it was being read for another use), or as a
+  miss (it had to be read for this use).
 - Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`. That holds as
   long as nobody keeps a view across an `await`.
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
@@ -26,24 +26,24 @@ from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.single_flight import Reader, SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
-"""What a server needs to work with, even if it is told to keep nothing."""
+"""What a server needs for its work, even if it is told to cache nothing."""
 
 PROGRESS_SECONDS = 1.0
-"""How often a client that waits hears how far the storage has got, if it has: well within any client's patience."""
+"""How often a client that waits is told that the storage gets on, if it does: well within any client's patience."""
 
 _READS = 8
-"""The most reads of the storage at a time; of a near one, `_NEAR_READS`: they are work for this machine."""
+"""The most reads at a time; of a storage on this machine, `_NEAR_READS`, since its work takes this processor's time."""
 _NEAR_READS = 2
 
 _MOST_PRICE = 64
-"""How many times its size a page costs, at most, where little of it is wanted."""
+"""The highest price of a page of which little is wanted, as a multiple of its size."""
 
 _LITTLE = 16
-"""If less than this part of a page is wanted, a near storage rests after reading it, for three times as long."""
+"""If at most one in so many bytes of a page is wanted, a near storage rests after the read, for three times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class PageCache:
     Attributes:
         cache: the pages that are cached.
         healthy: whether the storage answered when it was last asked.
-        reads: the pages that are being read, or queued for that.
+        reads: the pages that are being read, or are queued.
     """
 
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
@@ -87,15 +87,15 @@ class PageCache:
         most = _NEAR_READS if self._is_near else _READS
         self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._is_slow = False
-        # Within a quarter of the budget, so that what was read ahead is still there when its turn comes.
+        # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
         self._read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
 
     def read(
         self, locations: Sequence[Location], start: int, stop: int, reader: Reader
     ) -> AsyncGenerator["StoredPiece", None]:
-        """The pieces of bytes `start` to `stop` of what lies at the locations, each once it was read, in order.
+        """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
 
-        Of a storage that is far away, several are read ahead. Close the generator: that gives up what was read ahead.
+        From a storage that is far away, several pieces are read ahead. Close the generator to give those up.
 
         Raises:
             StorageError: a piece cannot be read.
@@ -104,7 +104,7 @@ class PageCache:
         return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Have the page read, and count the use.
+        """Read the page unless it is cached, and count the use.
 
         Args:
             page: what to read.
@@ -123,7 +123,7 @@ class PageCache:
             await self._join(page, reader, wanted_bytes)
 
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
-        """The page's bytes, for use until the next `await`: holding on to them would keep them beyond the budget.
+        """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.
 
         Args:
             page: what to look at; it is read again if it was evicted.
@@ -159,12 +159,12 @@ class PageCache:
             raise
         view = buffer.toreadonly()
         place = replace(page, anew=False)
-        if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
+        if page.anew or place not in self.cache:  # one that was read anew meanwhile is newer
             self.cache[place] = view
         return view
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
+        """Read a page, in one go; or block by block, if the storage is so slow that clients need progress in between.
 
         Returns:
             The seconds that it took.
@@ -202,11 +202,11 @@ class StoredPiece:
         return self.stop - self.start
 
     async def use(self) -> None:
-        """Have the page read, and count the use."""
+        """Read the page unless it is cached, and count the use."""
         await self.pages.use(self.page, self.reader, self.size)
 
     async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it, for use until the next `await`: no view may be kept across it."""
+        """Return bytes `start` to `stop` of it, for use until the next `await`."""
         page = await self.pages.view(self.page, self.reader, stop - start)
         return page[self.start + start : self.start + stop]
 
@@ -214,9 +214,9 @@ class StoredPiece:
 def plan_pieces(
     pages: PageCache, locations: Sequence[Location], start: int, stop: int, reader: Reader
 ) -> Iterator[StoredPiece]:
-    """The pieces that make up bytes `start` to `stop` of what lies at the locations, for a reader.
+    """Yield the pieces that make up bytes `start` to `stop` of what lies at the locations.
 
-    Pages are cut from the start of each location, so that everyone who asks for bytes of it gets the same pages.
+    Pages are cut from the start of each location, so that all requests for its bytes share the same pages.
     """
     base = 0
     for location in locations:
@@ -232,21 +232,21 @@ def plan_pieces(
 
 
 class ReadAhead:
-    """How many pages all answers together may have read ahead of their turn, beyond the one that each of them may."""
+    """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
 
     def __init__(self, pages: int) -> None:
-        """Start with all of them free."""
+        """Start with so many permits."""
         self._free = pages
 
     def take(self) -> bool:
-        """Take one, if one is free."""
+        """Take a permit, if one is free."""
         if self._free <= 0:
             return False
         self._free -= 1
         return True
 
     def give(self) -> None:
-        """Give one back."""
+        """Give a permit back."""
         self._free += 1
 
 
@@ -260,14 +260,14 @@ Piece = TypeVar("Piece", bound=_Usable)
 async def use_ahead(
     pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
 ) -> AsyncGenerator[Piece, None]:
-    """The pieces in order, each once it was used; the use of the next ones has then begun.
+    """Yield the pieces in order, each once it was used. By then, the use of the next ones has begun.
 
-    Close the generator: that gives up the uses that have begun.
+    Close the generator to give up the uses that have begun.
 
     Args:
         pieces: what to use.
-        ahead: permits for more than one piece ahead, shared with others; None for no more.
-        most: how many pieces may be ahead at most.
+        ahead: permits for more than one piece ahead, shared with others; None for one alone.
+        most: the most pieces ahead.
     """
     ahead = ahead or ReadAhead(0)
     begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
@@ -304,16 +304,16 @@ async def use_ahead(
 
 
 def _allocate(size: int) -> memoryview:
-    """Memory for a page. A large one is mapped, so that it goes back to the system, whole, when it is dropped.
+    """Return memory for a page. Large pages are mapped, so that the system gets them back whole when they are dropped.
 
-    An allocator keeps what it was given back, and scatters other things over it. Huge pages make up for what mapping
-    costs: 4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
+    An allocator would keep freed memory, and scatter small objects over it. Huge pages make up for the cost of mapping:
+    4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
     """
     if size < MIB:
         return memoryview(bytearray(size))
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # the system gives no more mappings; the allocator has room of its own
+    except OSError:  # the system allows no more mappings; the allocator may still have memory
         return memoryview(bytearray(size))
     with suppress(OSError, AttributeError):  # a system without huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)

@@ -4,7 +4,7 @@ A turn sends one run. Turns go to the lowest priority number first, and in order
 of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out together,
 and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once is
 copied: a view of it would keep its page alive for as long as the client likes. So a client that does not read costs one
-run and the messages that end its requests, and those are counted.
+run, and the messages that end its requests, which are counted.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class Document:
     Attributes:
         size: how many bytes.
         digest: their BLAKE3.
-        load: returns them, again and again.
+        load: returns them; called for every run.
     """
 
     size: int
@@ -71,13 +71,13 @@ class Sender:
         self._write_text(self._session.hello())
 
     def send(self, message: Models | Begin | Progress | Failed | Data) -> None:
-        """Write a message. One that fails a request is counted as untaken until the socket has it."""
+        """Write a message. Those that fail a request are counted until the socket has taken them."""
         self._write_text(self._session.send(message))
         if isinstance(message, Failed) and self._is_open() and self._websocket.transport.get_write_buffer_size():
             self._untaken += 1
 
     async def send_piece(self, request_id: int, at: int, piece: Piece, priority: int = 0) -> None:
-        """Write a piece, from byte `at` of the answer on, in runs, each in its turn.
+        """Send a piece, which begins at byte `at` of the answer, in runs, each in its turn.
 
         Raises:
             StorageError: it cannot be read.
@@ -90,8 +90,8 @@ class Sender:
     async def _send_run(self, request_id: int, at: int, piece: Piece, sent: int) -> int:
         """Send what may be sent now of a piece, and return how much that was.
 
-        The view of it ends with this call. While a client keeps us waiting, none of its requests may hold one: a single
-        byte would keep its whole page alive, beyond the cache's budget.
+        No view of it outlives this call. While a client keeps us waiting, none of its requests may hold one: even a
+        single byte would keep a whole page alive, beyond the cache's budget.
         """
         room = min(self._limits.run_bytes, self._session.credit_bytes)
         room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
@@ -101,7 +101,7 @@ class Sender:
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
-        """Wait until it is our turn and there is credit for `least_bytes`; leave it after one run."""
+        """Wait for a turn, and for credit of `least_bytes`; the turn ends with the body, which sends one run."""
         granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, self._asked, least_bytes, granted))
         self._asked += 1
@@ -128,7 +128,7 @@ class Sender:
         heapq.heappop(self._waiting)[-1].set_result(None)
 
     async def keep_up(self) -> None:
-        """Wait while as many requests as may be open have failed and the client has not taken that in."""
+        """If as many requests failed as may be open, wait until the client has been told of them."""
         if self._untaken >= self._limits.requests_in_flight:
             self._websocket.transport.set_write_buffer_limits(0)  # until nothing is left
             try:
@@ -137,7 +137,7 @@ class Sender:
                 self._websocket.transport.set_write_buffer_limits(self._limits.frame_bytes)
 
     async def _drain(self) -> None:
-        """Wait until little is left to go out. That the connection was lost is for its reader to find."""
+        """Wait until little is left to send. If the connection is lost, its receiving side finds out."""
         with contextlib.suppress(OSError):
             await self._websocket.drain()
         if not self._websocket.transport.get_write_buffer_size():
@@ -152,7 +152,7 @@ class Sender:
             self._websocket.send_data()
 
     def _write_run(self, announcement: str, run: memoryview) -> None:
-        """Write an announcement and the bytes it announces, at least one, without copying them into frames."""
+        """Write an announcement and the bytes that it announces, at least one, without copying them into frames."""
         if not self._is_open():
             return
         self._websocket.protocol.send_text(announcement.encode())
@@ -174,7 +174,7 @@ class Sender:
             return
         written = 0
         if not transport.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # full, or lost, which the transport finds out with the rest
+            with contextlib.suppress(OSError):  # full, or lost: the transport finds out with the rest
                 written = os.writev(transport.get_extra_info("socket").fileno(), parts)
         for part in parts:
             if written < len(part):

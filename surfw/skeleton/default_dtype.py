@@ -22,37 +22,37 @@ _LAYER_SECONDS = 300.0
 
 
 class Runs:
-    """Threads that compute with models of surfw, and the builder that has them wait under another default dtype.
+    """The threads that compute with models of surfw, and the one that builds a model under another default dtype.
 
     A run waits at its next layer (`Run.pause`). One that waits for something else (`resting`) is not waited for, and
-    computes on only when nobody builds. Locks that are held throughout a run, or a build, are taken with `holding`:
-    a thread that computed and waited for one would be waited for in vain.
+    computes again only when no build is going on. Locks that are held throughout a run or a build are taken with
+    `holding`: a build would wait forever for a thread that counts as computing while it waits for such a lock.
 
     Attributes:
-        build: done when the build has ended that waits for the runs, or goes on; None if there is none.
+        build: done when the present build has ended; None if there is none.
         builder: the thread that builds, once all others wait.
     """
 
     def __init__(self) -> None:
-        """Nothing runs, and nobody builds."""
+        """Begin without runs and builds."""
         self.build: Future[None] | None = None
         self.builder: int | None = None
         self._computing: set[int] = set()
         self._changed = threading.Condition()
 
     def computing(self) -> AbstractContextManager[None]:
-        """What this thread computes is not to see another default dtype."""
-        return self._being(computes=True)
+        """Mark this thread as computing: it must not see another default dtype."""
+        return self._marked(computes=True)
 
     def resting(self) -> AbstractContextManager[None]:
-        """This thread waits for something, within a run or not, and computes nothing meanwhile."""
-        return self._being(computes=False)
+        """Mark this thread as waiting, within a run or not: it computes nothing meanwhile."""
+        return self._marked(computes=False)
 
     @contextmanager
     def holding(
         self, lock: "threading.Lock | threading.RLock", check: Callable[[], object] = lambda: None
     ) -> Iterator[None]:
-        """Hold a lock, which this rests for; `check` raises when it is no longer wanted."""
+        """Hold a lock, and rest while waiting for it; `check` raises when it is no longer wanted."""
         with ExitStack() as held:
             with self.resting():
                 while not lock.acquire(timeout=_POLL_SECONDS):
@@ -62,11 +62,11 @@ class Runs:
 
     @contextmanager
     def building(self, dtype: torch.dtype, check: Callable[[], object], *, where: str) -> Iterator[None]:
-        """Have all runs of other threads wait, if this is another default dtype; one thread at a time.
+        """Make the runs of other threads wait, if this is not the default dtype now; one thread at a time.
 
         Raises:
-            ModelError: they neither reach a layer nor end.
-            Exception: that of `check`, which says that it is no longer wanted.
+            ModelError: they neither reach their next layer nor end.
+            Exception: what `check` raised.
         """
         if dtype == torch.get_default_dtype():
             yield
@@ -93,16 +93,16 @@ class Runs:
             build.set_result(None)
 
     @contextmanager
-    def _being(self, *, computes: bool) -> Iterator[None]:
+    def _marked(self, *, computes: bool) -> Iterator[None]:
         me = threading.get_ident()
         before = me in self._computing
         try:
-            self._become(me, computes=computes)
+            self._mark(me, computes=computes)
             yield
         finally:
-            self._become(me, computes=before)
+            self._mark(me, computes=before)
 
-    def _become(self, me: int, *, computes: bool) -> None:
+    def _mark(self, me: int, *, computes: bool) -> None:
         if computes is (me in self._computing):
             return
         with self._changed:
@@ -112,7 +112,7 @@ class Runs:
                 return
             try:
                 self._changed.wait_for(lambda: self.builder in {None, me})
-            finally:  # an interrupt of the program, too, leaves the thread as it was
+            finally:  # also after a KeyboardInterrupt, the thread is what it was
                 self._computing.add(me)
 
 

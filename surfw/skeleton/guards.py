@@ -24,30 +24,30 @@ _MODULES_PER_TENSOR = 32
 _UNTIED_TRIES = 6000
 
 
-class _Here(threading.local):
-    """What holds in this thread alone.
+class _ThisThread(threading.local):
+    """What is true in this thread alone.
 
     Attributes:
         guard: watches the class that is being built.
-        offline: how many times it was said that nothing may be fetched.
+        offline: how many `no_hub` contexts the thread is in.
     """
 
     guard: "Guard | None" = None
     offline = 0
 
 
-_here = _Here()
+_this_thread = _ThisThread()
 
 
 class _OfflineHere:
-    """Stands in for `HF_HUB_OFFLINE`: true in threads that may not fetch anything, in others what it was before."""
+    """Stands in for `HF_HUB_OFFLINE`: true in threads that may not fetch anything, elsewhere the value it had."""
 
     def __init__(self, elsewhere: object) -> None:
         self.elsewhere = elsewhere
         self.users = 0
 
     def __bool__(self) -> bool:
-        return bool(_here.offline or self.elsewhere)
+        return bool(_this_thread.offline or self.elsewhere)
 
 
 _hub_lock = threading.Lock()
@@ -55,26 +55,26 @@ _hub_lock = threading.Lock()
 
 @contextmanager
 def no_hub() -> Iterator[None]:
-    """Whatever a configuration names, nothing is fetched because of it; other threads may use the hub meanwhile."""
+    """Fetch nothing in this thread, whatever a configuration names; other threads may use the hub meanwhile."""
     constants: Any = huggingface_hub.constants
     with _hub_lock:
         if not isinstance(constants.HF_HUB_OFFLINE, _OfflineHere):
             constants.HF_HUB_OFFLINE = _OfflineHere(constants.HF_HUB_OFFLINE)
         switch = constants.HF_HUB_OFFLINE
         switch.users += 1
-    _here.offline += 1
+    _this_thread.offline += 1
     try:
         yield
     finally:
-        _here.offline -= 1
+        _this_thread.offline -= 1
         with _hub_lock:
             switch.users -= 1
-            if not switch.users and constants.HF_HUB_OFFLINE is switch:  # else somebody set it meanwhile
+            if not switch.users and constants.HF_HUB_OFFLINE is switch:  # else the program set it meanwhile
                 constants.HF_HUB_OFFLINE = switch.elsewhere
 
 
 class RealLinspace(TorchFunctionMode):
-    """As transformers' `meta_device_safe_creation_ops`, in this thread: classes compute plain numbers with it."""
+    """`torch.linspace` on the CPU, in this thread: what transformers' `meta_device_safe_creation_ops` does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -82,7 +82,7 @@ class RealLinspace(TorchFunctionMode):
 
 
 class Guard:
-    """Stops a build that registers too many modules or parameters, or parameters of shapes that nothing has."""
+    """Stops a build that registers too many modules or parameters, or parameters of unexpected shapes."""
 
     def __init__(self, tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> None:
         self._tensor_count, self._accepts, self._where = tensor_count, accepts, where
@@ -116,22 +116,22 @@ class Guard:
 
 @contextmanager
 def guarded(guard: Guard) -> Iterator[None]:
-    """Have a guard watch what this thread builds, and leave its weights untied."""
-    _here.guard = guard
+    """Let a guard watch what this thread builds, and leave its weights untied."""
+    _this_thread.guard = guard
     try:
         yield
     finally:
-        _here.guard = None
+        _this_thread.guard = None
 
 
 def _on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    if _here.guard is not None:
-        _here.guard.on_parameter(module, name, parameter)
+    if _this_thread.guard is not None:
+        _this_thread.guard.on_parameter(module, name, parameter)
 
 
 def _on_module(*_: object) -> None:
-    if _here.guard is not None:
-        _here.guard.on_module()
+    if _this_thread.guard is not None:
+        _this_thread.guard.on_module()
 
 
 def _tie_weights_elsewhere() -> Any:
@@ -143,7 +143,7 @@ def _tie_weights_elsewhere() -> Any:
     for _ in range(_UNTIED_TRIES):
         if not (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
             break
-        time.sleep(0.01)  # another thread builds a class just now
+        time.sleep(0.01)  # another thread is building a class
     else:
         raise SurfwError(
             "surfw is imported while transformers builds a model, in this thread or, for a minute already, in another "
@@ -152,12 +152,12 @@ def _tie_weights_elsewhere() -> Any:
 
     @wraps(original)
     def tie_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return original(self, *args, **kwargs) if _here.guard is None else None
+        return original(self, *args, **kwargs) if _this_thread.guard is None else None
 
     return tie_weights
 
 
-# Set once and for all: whoever goes through such a registry while a hook is taken out of it fails.
+# Set once: removing a hook breaks every thread that is iterating over the registry.
 torch_module.register_module_parameter_registration_hook(_on_parameter)
 torch_module.register_module_module_registration_hook(_on_module)
 _pretrained: Any = PreTrainedModel
@@ -165,12 +165,17 @@ _pretrained.tie_weights = _tie_weights_elsewhere()
 
 
 @contextmanager
-def foreign_errors(what: str) -> Iterator[None]:
-    """Whatever transformers raises while it digests a configuration, as one of ours."""
+def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises over foreign files into an error of surfw's.
+
+    Args:
+        what: what transformers makes of them.
+        advice: ends the error's text.
+    """
     try:
         yield
     except SurfwError:
         raise
     except Exception as exc:
         first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}") from exc
+        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}{advice}") from exc

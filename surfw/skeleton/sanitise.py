@@ -22,7 +22,7 @@ IMPLEMENTATIONS = _ATTENTION | _EXPERTS
 """The attention and expert implementations that a configuration may choose: they are torch's own, and ready at once."""
 
 COMPILED = {"flex_attention"}
-"""Those that transformers compiles first: for whoever names a class of one's own."""
+"""Those that transformers compiles first: allowed only with a class of the caller's own."""
 
 _UNUSED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"} | COMPILED
 """Names of transformers' own for which it may fetch a kernel, or compiles one for a minute and keeps it elsewhere on
@@ -46,26 +46,28 @@ _MAX_DEPTH = 24
 
 
 def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The configuration without its requests for foreign code, and a line for each request taken out."""
+    """The configuration without its requests for foreign code, and a line for each that was taken out."""
     dropped: list[str] = []
-    clean: dict[str, Any] = _clean(dict(config), "", dropped, 0)
-    return clean, dropped
+
+    def keep(path: str, key: str, value: Any) -> bool:
+        if asks := _asks_for_code(key, value):
+            dropped.append(f"{path}{key}: {str(value)[:80]}")
+        return not asks
+
+    return _filter(dict(config), keep), dropped
 
 
-def _clean(value: Any, path: str, dropped: list[str], depth: int) -> Any:
+def _filter(value: Any, keep: Callable[[str, str, Any], bool], path: str = "", depth: int = 0) -> Any:
+    """The value without the entries of objects, at any depth, that `keep` refuses by their path, key and value."""
     if depth > _MAX_DEPTH:
         raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path[:80]}")
     if isinstance(value, list):
-        return [_clean(inner, f"{path}{index}.", dropped, depth + 1) for index, inner in enumerate(value)]
+        return [_filter(inner, keep, f"{path}{index}.", depth + 1) for index, inner in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    clean = {}
-    for key, inner in value.items():
-        if _asks_for_code(key, inner):
-            dropped.append(f"{path}{key}: {str(inner)[:80]}")
-        else:
-            clean[key] = _clean(inner, f"{path}{key}.", dropped, depth + 1)
-    return clean
+    return {
+        key: _filter(inner, keep, f"{path}{key}.", depth + 1) for key, inner in value.items() if keep(path, key, inner)
+    }
 
 
 def _asks_for_code(key: str, value: Any) -> bool:
@@ -87,7 +89,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def tag_floats(value: Any) -> Any:
-    """The value with the numbers that JSON does not have in the form in which transformers writes them.
+    """The value, with numbers that JSON cannot express in the form in which transformers writes them.
 
     `config.json` files are read by Python, which knows `NaN`, `Infinity` and `-Infinity`; others that read JSON do not.
     transformers 5 writes `{"__float__": "Infinity"}`. The depth is bounded by `sanitise_config`.
@@ -102,7 +104,7 @@ def tag_floats(value: Any) -> Any:
 
 
 def untag_floats(value: Any) -> Any:
-    """What `tag_floats` was given; every other value as it is."""
+    """The reverse of `tag_floats`."""
     if isinstance(value, dict):
         if (number := _untag_float(value)) is not None:
             return number
@@ -111,7 +113,7 @@ def untag_floats(value: Any) -> Any:
 
 
 def _untag_float(value: Any) -> float | None:
-    """The number that is meant, if the value is one in the form of `tag_floats`."""
+    """The number, if the value is one in the form of `tag_floats`."""
     tag = value.get(_FLOAT_KEY) if isinstance(value, dict) and len(value) == 1 else None
     return _FLOATS.get(tag) if isinstance(tag, str) else None
 
@@ -150,7 +152,7 @@ def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse settings that are no number, or infinite.
+    """Refuse settings that are NaN or infinite.
 
     An infinite bound sets none, as in Mamba-2's `time_step_limit`: it is accepted where the key speaks of a limit, a
     maximum, a minimum, a clip or a threshold. An infinite epsilon, scale or frequency makes every result the same.
@@ -191,23 +193,23 @@ _NOT_FROM_A_FILE = {
     "assistant_early_exit", "is_assistant", "speculation_type", "token_healing", "use_mtp",
     # how it is compiled, and what its cache is made of
     "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "max_cache_len",
-    # nothing implements it any more
+    # not implemented any more
     "low_memory",
 }  # fmt: skip
 
 _ASK_FOR_NOTHING = {"num_beam_groups": 1, "cache_implementation": "dynamic"}
 _CACHES_OF_OLD = ("hybrid",)
-"""Transformers takes no notice of them, since its default cache does the same."""
+"""Transformers ignores them, since its default cache does the same."""
 
 _ARGUMENTS = {
     "assistant_model", "assistant_tokenizer", "custom_generate", "generation_config", "inputs", "logits_processor",
     "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
     "streamer", "synced_gpus", "tokenizer", "trust_remote_code", "use_model_defaults",
 }  # fmt: skip
-"""What `generate()` takes, and no settings."""
+"""Arguments of `generate()` that are not settings."""
 
 _PRIVATE = {"_commit_hash", "_from_model_config"}
-"""What transformers itself wrote into files."""
+"""Private names that transformers itself writes into files."""
 
 
 def _is_number(value: Any) -> bool:
@@ -292,7 +294,7 @@ _NOT_FROM_A_CONFIGURATION = {"cache_implementation", "compile_config", "continuo
 
 
 def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], list[str]]:
-    """A model's configuration without settings that break the model, or say how it is run, at any depth.
+    """A model's configuration without settings, at any depth, that break the model or say how to run it.
 
     With `return_dict` false, classes of transformers look for names in the tuples that their own parts return.
 
@@ -304,33 +306,24 @@ def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str
     """
     dropped: list[str] = []
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, list):
-            return [clean(inner) for inner in value]
-        if not isinstance(value, dict):
-            return value
-        kept = {}
-        for key, inner in value.items():
-            if key in _NOT_FROM_A_CONFIGURATION or (key == "return_dict" and inner is not True):
-                asks = key == "return_dict" or (bool(inner) and inner not in _CACHES_OF_OLD)
-                dropped.extend([f"{key}: {str(inner)[:80]}"] * asks)
-            elif key in _SHARED and not (fits := _SHARED[key])[1](inner):
-                raise UnsupportedModelError(
-                    f"{where} has {key} = {inner!a:.80}, expected {fits[0]}; correct config.json"
-                )
-            else:
-                kept[key] = clean(inner)
-        return kept
+    def keep(_: str, key: str, value: Any) -> bool:
+        if key in _NOT_FROM_A_CONFIGURATION or (key == "return_dict" and value is not True):
+            if key == "return_dict" or (value and value not in _CACHES_OF_OLD):
+                dropped.append(f"{key}: {str(value)[:80]}")
+            return False
+        if key in _SHARED and not (fits := _SHARED[key])[1](value):
+            raise UnsupportedModelError(f"{where} has {key} = {value!a:.80}, expected {fits[0]}; correct config.json")
+        return True
 
-    return clean(dict(config)), dropped
+    return _filter(dict(config), keep), dropped
 
 
 def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """The settings without those that no file may choose, and a line for each of these that asked for something.
+    """The settings without those that no file may choose, and a line for each that asked for something.
 
     Args:
         settings: as of `generation_config.json`.
-        taken: names that settings cannot have, since methods have them.
+        taken: names of methods, which no setting may have.
     """
     clean, dropped = {}, []
     for key, value in settings.items():
@@ -344,7 +337,7 @@ def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) 
 
 
 def check_generation(settings: Mapping[str, Any], *, where: str) -> None:
-    """Make sure that settings are of the kinds that transformers computes with; a model's own may be anything.
+    """Make sure that settings have the types that transformers computes with; names it does not know may hold anything.
 
     Raises:
         UnsupportedModelError: one is not; the text names it.

@@ -1,8 +1,8 @@
 """From the address of a storage to its backend: the scheme decides. The backend of the hub lives here too.
 
-In order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the group
-`surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; else fsspec. What is
-offered is called with the whole URL and the options, and gives a `StorageBackend`.
+In this order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the
+group `surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; anything else is
+fsspec's. An entry point or dotted path is called with the whole URL and the options, and returns a `StorageBackend`.
 
 Schemes are read in any case (RFC 3986). An address without `://` is a folder, unless it looks like a URL or a server
 and no such folder exists; `./` before it makes it one in any case. Nothing is shown that may be a password.
@@ -28,7 +28,7 @@ from surfw.storage_options import fsspec_arguments, s3_arguments
 ENTRY_POINTS = "surfw.storage"
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
-"""Dotted ones are paths of Python, where capitals matter."""
+"""A scheme with dots is a Python path, where capitals matter, and is left as it is."""
 
 _ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+-]*)(:/?)(?!/)(.+)")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}(/.*)?")
@@ -43,13 +43,13 @@ def open_backend(
     *,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> StorageBackend:
-    """The backend for a local path or a storage URL. Nothing is made or contacted yet.
+    """Return the backend for a local path or a storage URL. Nothing is created or contacted yet.
 
     Args:
         url: the address.
-        options: storage options, for the backend that the scheme chooses; folders have none, and ignore them.
+        options: storage options, for the backend that the scheme chooses; folders ignore them.
         silence_timeout: seconds without progress after which a read of a remote storage is given up, unless the options
-            say otherwise; what is offered by others bounds its own waits.
+            say otherwise; backends of other packages bound their own waits.
 
     Raises:
         ConfigurationError: no storage has this scheme, its package is missing, an option cannot be used, or it looks
@@ -131,10 +131,10 @@ def _say(exc: Exception) -> str:
 
 
 def read_address(text: str) -> str:
-    """The address with its scheme in small letters.
+    """Return the address with its scheme in small letters.
 
     Raises:
-        ConfigurationError: it was meant to be a URL or a server, and is none.
+        ConfigurationError: it looks like a mistyped URL, or like a server's address without a scheme.
     """
     scheme, mark, rest = text.partition("://")
     if mark:
@@ -149,7 +149,7 @@ def read_address(text: str) -> str:
 
 
 def _meant(text: str) -> str | None:
-    """The URL that a text looks like."""
+    """The URL that was probably meant."""
     if _HOST.fullmatch(text):
         return f"ws://{text}"
     if (almost := _ALMOST.fullmatch(text)) and (almost[2] == ":/" or almost[1].lower() in _USUAL):
@@ -158,7 +158,7 @@ def _meant(text: str) -> str | None:
 
 
 def scheme_of(url: str) -> str:
-    """The scheme in small letters; empty for a folder."""
+    """Return the scheme in small letters; empty for a folder."""
     scheme, mark, _ = url.partition("://")
     return scheme.lower() if mark else ""
 
@@ -168,7 +168,7 @@ class HubBackend(FsspecBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """As in other storages; an answer of the hub is an `OSError`, so anything else says that there was none."""
+        """As in other storages. An answer of the hub is an `OSError`; anything else says that it did not answer."""
         with super()._translate(what):
             try:
                 yield

@@ -1,7 +1,7 @@
-"""The boundary to storages that others wrote: behind it they are as surfw's own.
+"""The boundary to custom storages: behind it they behave as surfw's own.
 
 Invariants: every key and prefix passes the check before a custom backend sees it; every foreign exception becomes
-surfw's, naming the backend's class and the key; what a backend gives has the type it should have; a backend that can
+surfw's, naming the backend's class and the key; what a backend returns has the type it should have; a backend that can
 only load whole objects loads each once for all its ranges (see `SharedLoads`).
 """
 
@@ -28,10 +28,10 @@ from surfw.threads import to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> StorageBackend:
-    """A backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
+    """Return a backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
 
     Raises:
-        ConfigurationError: it is no backend.
+        ConfigurationError: it is not a backend.
     """
     if isinstance(backend, FsspecBackend | AdaptedBackend):
         return backend
@@ -58,7 +58,7 @@ class AdaptedBackend(StorageBackend):
         self.silence_timeout = inner.silence_timeout
 
     def _own(self, method: str) -> bool:
-        """Whether the custom backend has this optional method itself."""
+        """Whether the custom backend implements this optional method."""
         return getattr(type(self.inner), method) is not getattr(StorageBackend, method)
 
     def _call(self, method: str, about: str = "") -> str:
@@ -66,7 +66,7 @@ class AdaptedBackend(StorageBackend):
 
     @contextmanager
     def _reading(self, method: str, key: str) -> Iterator[None]:
-        """Check the key, and translate errors; a `KeyError` says that the object is not there."""
+        """Check the key, and translate errors; a `KeyError` means that the object does not exist."""
         with self._translate(method, check_key(key)):
             try:
                 yield
@@ -75,7 +75,7 @@ class AdaptedBackend(StorageBackend):
 
     @contextmanager
     def _translate(self, method: str, about: str = "") -> Iterator[None]:
-        """Foreign exceptions as surfw's; those that are surfw's pass."""
+        """Translate foreign exceptions; surfw's own pass."""
         with translate_all_errors(f"{self._call(method, about)} in {self.url}"):
             yield
 
@@ -100,7 +100,7 @@ class AdaptedBackend(StorageBackend):
             return self._bytes(await self._asynchronous("load", self.inner.load(key)), "load", key)
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, if it is no larger; where the backend tells no sizes, that shows once it is loaded."""
+        """The whole object, if it is no larger; without a `size` of the backend, that is known once it is loaded."""
         if self._own("load_capped"):
             with self._reading("load_capped", key):
                 data = self._bytes(await self.inner.load_capped(key, most_bytes), "load_capped", key)
@@ -124,7 +124,7 @@ class AdaptedBackend(StorageBackend):
                 self._shared.forget(key)
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object exists."""
         try:
             with self._reading("exists", key):
                 return bool(await self._asynchronous("exists", self.inner.exists(key)))
@@ -146,7 +146,7 @@ class AdaptedBackend(StorageBackend):
         return sorted(found)
 
     async def remove(self, key: str) -> None:
-        """Remove an object; where there is none, nothing is to be done."""
+        """Remove an object; one that does not exist is no error."""
         try:
             with self._reading("remove", key):
                 await self._asynchronous("remove", self.inner.remove(key))
@@ -161,7 +161,7 @@ class AdaptedBackend(StorageBackend):
             return int(await self.inner.size(key)) if self._own("size") else len(await self._shared.get(key))
 
     async def revision(self, key: str) -> str | None:
-        """What changes whenever the object does; None if the custom backend does not tell."""
+        """A string that changes whenever the object does; None if the custom backend has no such thing."""
         with self._reading("revision", key):
             told: object = await self.inner.revision(key)
         if told is not None and not isinstance(told, str):
@@ -179,7 +179,7 @@ class AdaptedBackend(StorageBackend):
         return bytes(memory)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
-        """Fill `destination` with the object's bytes from `start` on; what is kept of other revisions is forgotten."""
+        """Fill `destination` with the object's bytes from `start` on; what was loaded of other revisions is dropped."""
         stop = start + destination.nbytes
         if revision is not None and self._pinned.get(check_key(key)) != revision:
             self._shared.forget(key)
@@ -224,11 +224,11 @@ class AdaptedBackend(StorageBackend):
                 self._shared.forget(key)
 
     async def let_go(self) -> None:
-        """Stop loading, and let go of what was loaded; the custom backend stays open."""
+        """Stop loading and drop what was loaded; the custom backend stays open."""
         await self._shared.close()
 
     async def close(self) -> None:
-        """Let go of what was loaded, and close the custom backend."""
+        """Drop what was loaded, and close the custom backend."""
         await self.let_go()
         with self._translate("close"):
             await self.inner.close()
@@ -240,10 +240,10 @@ class SharedLoads:
     Invariants:
 
     - Ranges of an object that is being loaded join that load (*single-flight*), and later ones find it loaded.
-    - A loaded object is let go when its last byte has been read, or when others need its place: what is kept takes at
+    - A loaded object is dropped when its last byte has been read, or when others need the memory: what is kept takes at
       most the budget, or is the one object that was loaded last.
-    - A load that fails fails those who wait for it; the next range tries anew. Giving up a range stops no load.
-    - Tasks belong to an event loop. One of another loop is never waited for, so loops may follow one another.
+    - When a load fails, all ranges that wait for it fail; the next one loads again. Giving up a range stops no load.
+    - A task belongs to an event loop. A task of another loop is never awaited, so loops may follow one another.
     """
 
     def __init__(self, load: Callable[[str], Awaitable[bytes]], budget_bytes: int) -> None:
@@ -266,12 +266,12 @@ class SharedLoads:
         return data
 
     def forget(self, key: str) -> None:
-        """What was loaded of an object is no longer what the storage has."""
+        """Drop what was loaded of an object: the storage has something else by now."""
         self._loading.pop(key, None)
         self._drop(key)
 
     async def close(self) -> None:
-        """Stop loading, and let go of everything."""
+        """Stop loading, and drop everything."""
         mine = [task for task in self._loading.values() if task.get_loop() is asyncio.get_running_loop()]
         for task in mine:
             task.cancel()
@@ -313,6 +313,6 @@ class SharedLoads:
 
 
 def _look(task: asyncio.Task[bytes]) -> None:
-    """Take note of an error that nobody waits for any more."""
+    """Retrieve the exception of a load that no range waits for any more, so that asyncio does not log it."""
     if not task.cancelled():
         task.exception()

@@ -1,4 +1,4 @@
-"""What S3 and botocore say when something fails, as surfw's errors. No value that may be a secret is in a message."""
+"""Translation of the errors of S3 and botocore. No value that may be a secret is in a message."""
 
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,7 +14,7 @@ _WRONG_CREDENTIALS = {
 
 
 def explain_botocore(exc: BaseException, url: str, endpoint_url: str | None) -> SurfwError | None:
-    """What botocore raises before there is an answer, or because there is none; None for anything else.
+    """Return the error for what botocore raises without a response of S3; None for anything else.
 
     Args:
         exc: the exception.
@@ -54,7 +54,7 @@ def _tls_advice(said: str, where: str) -> str:
 
 
 def explain_code(code: str, url: str, bucket: str) -> SurfwError | None:
-    """What S3's code in an answer means, or None for what all storages have in common."""
+    """Return the error for the code in a response of S3; None for errors that all storages have in common."""
     if code == "NoSuchBucket":
         return StorageError(f"{url}: there is no bucket {bucket}; make it, or name another")
     if code == "InvalidBucketName":
@@ -71,7 +71,7 @@ def explain_code(code: str, url: str, bucket: str) -> SurfwError | None:
 
 
 def code_of(exc: BaseException | None) -> str:
-    """The code in S3's answer, which s3fs has as the cause of its exception; empty if there was no answer."""
+    """Return the code in S3's response, the cause of s3fs' exception; empty if there was no response."""
     while exc is not None:
         response = getattr(exc, "response", None)
         if isinstance(response, dict):

@@ -1,36 +1,30 @@
-"""A storage as a `ChunkSource`: no server between. Pieces are verified as they arrive, or while others are read.
+"""A storage as a `ChunkSource`: no server between. Blocks are verified as they arrive, or while others are read.
 
-Chunks of a model that was not copied may lack digests. Whoever reads one first reads all of it and keeps its digests
-(see `digest_log`); from then on it is verified as any other.
+Local files are read by `local_reader`, everything else by `StorageBackend.read_all`. Blocks that arrive damaged are
+noted, and read again when all others are there. Chunks of a model that was not copied may lack digests: all bytes of
+such a chunk are read once to compute them (see `digests`), and from then on it is verified as any other.
 """
 
 import asyncio
 import mmap
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, FILE_BYTES
+from surfw.config import BLOCK_BYTES, FILE_BYTES
 from surfw.errors import IntegrityError, NotFoundError, StorageError
-from surfw.manifest import Chunk, Digester, Digests, Form, Manifest, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage
-from surfw.storage.base import ChangedObjectError, Check, StorageBackend, shifted
+from surfw.manifest import Chunk, Digests, Form, Manifest, payload_digest, with_digests
+from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage, read_again
+from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
-from surfw.storage.ranges import most_range_bytes
-from surfw.storage.store import MARKER, Store, segments
-from surfw.threads import in_thread, to_its_end, together
-
-_PIECE_BYTES = 8 * BLOCK_BYTES
-"""What is read of a local file at a time, and verified while the next is read."""
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead
+from surfw.storage.store import Store, segments
+from surfw.threads import in_thread, together
 
 _DIGESTED_BYTES = 16 * BLOCK_BYTES
-"""What is held of a chunk whose digests are found out."""
-
-_STREAM_BYTES = 2 * BLOCK_BYTES
-"""What a connection may have received and not yet put in place."""
+"""How much of a chunk is in memory while its digests are computed."""
 
 
 class StorageSource(ChunkSource):
@@ -46,7 +40,6 @@ class StorageSource(ChunkSource):
         self._fetched_bytes = 0
         self._refetched_blocks = 0
         self._local = LocalReader()
-        self._digesting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     @property
     def fetched_bytes(self) -> int:
@@ -82,113 +75,107 @@ class StorageSource(ChunkSource):
         )
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination, piece by piece; from local files, those of priority 0 overtake the others.
+        """Fill every read's destination. Reads of local files with priority 0 overtake the others.
 
-        Local files are read in the order of the reads. From far away as many pieces of them are under way as are worth
-        it. A block that arrives damaged is read again.
+        Local files are read in the order of the reads; far away, several ranges are under way at a time.
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
-        known = [read for read in found if read is not None]
-        far = []
-        for read in known:
-            if self._files(read.form, read.start, read.stop):
-                await self._fetch_near(read, urgent=urgent)
-            else:
-                far.append(read)
-        await self._fetch_from_afar(far)
+        verified = [(read, _Verification(read.form, read.start)) for read in found if read is not None]
+        await self._read(verified, urgent=urgent)
+        for read, check in verified:
+            await self._mend(read, check.damaged, urgent=urgent)
         self._fetched_bytes += sum(read.stop - read.start for read in reads)
 
     async def _with_digests(self, manifest: Manifest, read: Read, *, urgent: bool) -> Read | None:
-        """The read with its chunk's digests, which may have to be found out; None if that has filled it."""
+        """The read with its chunk's digests, computed if need be; None if that has filled it already."""
         if read.form.is_known:
             return read
-        async with self._digesting[read.chunk.id]:
-            digests = self.store.digests(manifest, read.chunk)
-            if digests is None and read.stop - read.start == read.form.stored_bytes:
-                await self._fetch_unverified(read, urgent=urgent)
-                await self._learn(manifest, read.chunk, read.destination)
-                return None
-            if digests is None:
-                digests = await self.digest(manifest, read.chunk, urgent=urgent)
-        known = with_digests(read.chunk, digests)
-        return replace(read, chunk=known, form=known.forms[0])
+        filled = False
 
-    async def digest(
-        self,
-        manifest: Manifest,
-        chunk: Chunk,
-        *,
-        urgent: bool = False,
-        progress: Callable[[int, str], object] = lambda *_: None,
-    ) -> Digests:
-        """Read all bytes of a chunk that lacks digests, a piece at a time, and keep what theirs are.
+        async def whole() -> AsyncGenerator[memoryview]:
+            nonlocal filled
+            await self._read([(read, None)], urgent=urgent)
+            filled = True
+            yield read.destination
+
+        is_whole = read.stop - read.start == read.form.stored_bytes
+        pieces = whole if is_whole else partial(self._pieces, read.chunk, urgent=urgent)
+        digests = await self.store.learned.find(manifest, read.chunk, pieces)
+        known = with_digests(read.chunk, digests)
+        return None if filled else replace(read, chunk=known, form=known.forms[0])
+
+    async def _pieces(
+        self, chunk: Chunk, *, urgent: bool = False, progress: Callable[[int, str], object] = lambda *_: None
+    ) -> AsyncGenerator[memoryview]:
+        """All stored bytes of a chunk that lacks digests, a piece at a time, in memory that is reused."""
+        (form,) = chunk.forms
+        size = form.stored_bytes
+        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _DIGESTED_BYTES))))
+        for start in range(0, size, _DIGESTED_BYTES):
+            stop = min(start + _DIGESTED_BYTES, size)
+            await self._read([(Read(chunk, form, start, stop, scratch[: stop - start]), None)], urgent=urgent)
+            yield scratch[: stop - start]
+            progress(stop - start, chunk.name)
+
+    async def digest_all(
+        self, manifest: Manifest, *, progress: Callable[[int, str], object] = lambda *_: None
+    ) -> Mapping[str, Digests]:
+        """Read all bytes of the chunks that lack digests, and keep their digests.
 
         Args:
             manifest: the model.
-            chunk: one of its chunks.
-            urgent: whether somebody waits for it.
-            progress: called with the bytes just read and the name of the chunk.
+            progress: called with the bytes just read and the name of their chunk.
+
+        Returns:
+            The digests by the provisional ids of their chunks; see `Manifest.with_digests`.
 
         Raises:
             StorageError: they could not be read.
         """
-        (form,) = chunk.forms
-        size, digester = form.stored_bytes, Digester()
-        scratch = memoryview(mmap.mmap(-1, max(1, min(size, _DIGESTED_BYTES))))
-        for start in range(0, size, _DIGESTED_BYTES):
-            stop = min(start + _DIGESTED_BYTES, size)
-            piece = Read(chunk, form, start, stop, scratch[: stop - start])
-            await self._fetch_unverified(piece, urgent=urgent)
-            await in_thread(digester.update, piece.destination)
-            progress(stop - start, chunk.name)
-        digests = digester.result()
-        await in_thread(self.store.learn, manifest, chunk, digests)
-        return digests
+        slots = asyncio.Semaphore(self.store.objects.parallel_reads)
+        found: dict[str, Digests] = {}
 
-    async def _learn(self, manifest: Manifest, chunk: Chunk, payload: memoryview) -> None:
-        """Keep the digests of a chunk whose bytes are all here."""
+        async def digest(chunk: Chunk) -> None:
+            async with slots:
+                pieces = self._pieces(chunk, progress=progress)
+                found[chunk.id] = await self.store.learned.learn(manifest, chunk, pieces)
 
-        def learn() -> None:
-            digester = Digester()
-            digester.update(payload)
-            self.store.learn(manifest, chunk, digester.result())
-
-        await in_thread(learn)
+        await together(digest(chunk) for chunk in manifest.chunks if not chunk.forms[0].is_known)
+        return found
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's bytes as they lie in a local file, in pages that all processes share; verified here.
+        """The form's bytes, verified, as mapped pages of a local file, which all processes share.
 
-        Blobs of a store are replaced, and never changed. A checkpoint's own files may be: these are read.
+        Only blobs of a store are mapped, which are replaced but never changed. The files of a checkpoint may change, so
+        they are read.
         """
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
         with _naming(chunk, self.url):
             mapped = await in_thread(MappedFile, files[0])
-        try:
-            await self._local.check(mapped.memory, partial(self._verify, chunk, form, 0))
-        except _DamagedBlockError as exc:
-            start = exc.block * BLOCK_BYTES
-            stop = min(start + BLOCK_BYTES, form.stored_bytes)
-            again = Read(chunk, form, start, stop, memoryview(mmap.mmap(-1, stop - start)))
-            await self._mend(again, start, stop, exc, urgent=True)
-            return None  # the file is as it should be, and its pages in memory are not: it is read past them
+        check = _Verification(form, 0)
+        await self._local.check(mapped.memory, check)
+        if check.damaged:
+            for block, seen in check.damaged.items():
+                start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, form.stored_bytes)
+                again = Read(chunk, form, start, stop, memoryview(mmap.mmap(-1, stop - start)))
+                await self._mend(again, {block: seen}, urgent=True)
+            return None  # the file is right, but its cached pages are not: it is read past them
         self._fetched_bytes += form.stored_bytes
 
-        def expect_unchanged() -> None:
-            try:
-                mapped.expect_unchanged(partial(self._verify, chunk, form, 0))
-            except IntegrityError as exc:
+        def expect_same(at: int, piece: memoryview) -> None:
+            if find_damage(form, at // BLOCK_BYTES, piece):
                 raise IntegrityError(
                     f"chunk {chunk.name} was changed in {self.url} while it was in use, and what was computed since "
                     "may be wrong; chunk the model again, and open it again"
-                ) from exc
+                )
 
-        return View(mapped.memory, expect_unchanged)
+        return View(mapped.memory, partial(mapped.expect_unchanged, expect_same))
 
     def _files(self, form: Form, start: int, stop: int) -> list[FileRange]:
-        """Where these stored bytes lie in local files; empty if they do not."""
+        """The ranges of local files with these stored bytes; empty if they are not in local files."""
         found = []
         for key, offset, length in segments(form.locations, start, stop):
             path = self.store.objects.local_path(key)
@@ -197,127 +184,60 @@ class StorageSource(ChunkSource):
             found.append(FileRange(path, offset, offset + length, self.store.objects.find(key).revision))
         return found
 
-    def _verify(self, chunk: Chunk, form: Form, start: int, at: int, piece: memoryview) -> None:
-        for block, seen in find_damage(form, (start + at) // BLOCK_BYTES, piece).items():
-            raise _DamagedBlockError(chunk, form, block, [seen], self.url)
-
     @property
     def buffered_bytes(self) -> int:
-        """Pieces that a backend hands over before they are put in place; files and streams are read in place.
+        """The most memory that fetching takes besides the destinations.
 
-        Shards of checkpoints are read through buffers, as their tensors begin anywhere.
+        It holds ranges that a backend returns as a whole, and the buffers for shards, whose tensors begin at any byte.
         """
         objects = self.store.objects
-        bounces = BOUNCES_BYTES if objects.has_local_origin else 0
-        if objects.parallel_reads == 1 and self.store.backend.local_path(MARKER):
-            return bounces
-        return objects.parallel_reads * (_STREAM_BYTES if objects.reads_in_place else self._piece_bytes()) + bounces
+        return objects.buffered_bytes + (BOUNCES_BYTES if objects.has_local_origin else 0)
 
-    def _piece_bytes(self) -> int:
-        """What is read at a time: from far away, what a request asks for. An origin that is mounted may change it."""
-        objects = self.store.objects
-        if objects.parallel_reads == 1:
-            return _PIECE_BYTES
-        return most_range_bytes(objects.parallel_reads, streamed=objects.reads_in_place)
-
-    async def _fetch_unverified(self, read: Read, *, urgent: bool) -> None:
-        """Fill a destination; whoever calls does what has to be done about the bytes."""
-        if not await self._fetch_local(read, _accept, urgent=urgent):
-            await self._fetch_from_afar([read], check=False)
-
-    async def _fetch_near(self, read: Read, *, urgent: bool) -> None:
-        try:
-            await self._fetch_local(read, self._check(read), urgent=urgent)
-        except _DamagedBlockError as exc:
-            await self._mend(read, read.start, read.stop, exc, urgent=urgent)
-
-    async def _fetch_local(self, read: Read, check: Check, *, urgent: bool) -> bool:
-        """Fill a destination from local files; whether the bytes lie in such."""
-        if not read.form.locations:
-            raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
-        files = self._files(read.form, read.start, read.stop)
-        try:
-            with _naming(read.chunk, self.url):
-                if files:
-                    await self._local.read(files, read.destination, check, urgent=urgent)
-        except ChangedObjectError as exc:
-            raise explain_change(exc) from exc
-        return bool(files)
-
-    def _check(self, read: Read) -> Check:
-        return partial(self._verify, read.chunk, read.form, read.start)
-
-    async def _fetch_from_afar(self, reads: Sequence[Read], *, check: bool = True) -> None:
-        """Fill destinations, with as many pieces under way as are worth it, whichever reads they are of."""
-        pieces = self._pieces(reads)
-        left = iter(pieces)
-        at_once = min(len(pieces), self.store.objects.parallel_reads)
-        await together(self._take(left, check=check) for _ in range(at_once))
-
-    def _pieces(self, reads: Sequence[Read]) -> list[tuple[Read, int, int]]:
-        """What is read at a time: stored bytes of a read, from start to stop."""
-        size, found = self._piece_bytes(), list[tuple[Read, int, int]]()
-        for read in reads:
+    async def _read(self, reads: Sequence[tuple[Read, Check | None]], *, urgent: bool) -> None:
+        """Fill destinations from local files or from far away, and verify those that have a check."""
+        far = []
+        for read, check in reads:
             if not read.form.locations:
                 raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
-            found += ((read, start, min(start + size, read.stop)) for start in range(read.start, read.stop, size))
-        return found
+            if files := self._files(read.form, read.start, read.stop):
+                await self._read_files(files, read, check or _accept, urgent=urgent)
+            else:
+                parts = [ObjectRange(*part) for part in segments(read.form.locations, read.start, read.stop)]
+                far.append(ObjectRead(parts, read.destination, check))
+        await self.store.objects.read_all(far)
 
-    async def _take(self, left: Iterator[tuple[Read, int, int]], *, check: bool) -> None:
-        """Read and verify one piece after the other, until none is left."""
-        objects = self.store.objects
-        for read, start, stop in left:
-            begin = start - read.start
-            piece = read.destination[begin : stop - read.start]
-            parts = segments(read.form.locations, start, stop)
-            check_piece = shifted(self._check(read), begin)
-            try:
-                if check and len(parts) == 1:
-                    await objects.read_verified(parts[0][0], parts[0][1], piece, check_piece)
-                    continue
-                await self._read(parts, piece)
-                if check:
-                    await in_thread(check_piece, 0, piece)
-            except _DamagedBlockError as exc:
-                await self._mend(read, start, stop, exc, urgent=True)
+    async def _read_files(self, files: Sequence[FileRange], read: Read, check: Check, *, urgent: bool) -> None:
+        try:
+            with _naming(read.chunk, self.url):
+                await self._local.read(files, read.destination, check, urgent=urgent)
+        except ChangedObjectError as exc:
+            raise explain_change(exc) from exc
 
-    async def _read(self, parts: Sequence[tuple[str, int, int]], destination: memoryview) -> None:
-        """Read into place. Only streams are known to write nothing any more once they are cancelled."""
-        objects, at = self.store.objects, 0
-        for key, start, length in parts:
-            reading = objects.read_into(key, start, destination[at : at + length])
-            await (reading if objects.find(key).backend.reads_in_place else to_its_end(reading))
-            at += length
-
-    async def _mend(self, read: Read, start: int, stop: int, damaged: "_DamagedBlockError", *, urgent: bool) -> None:
-        """Read stored bytes of which a block arrived damaged once more, block by block.
+    async def _mend(self, read: Read, damaged: Mapping[int, str], *, urgent: bool) -> None:
+        """Read damaged blocks again; `damaged` has the digest that each of them had.
 
         Raises:
-            IntegrityError: a block stays damaged, however often it is read.
+            IntegrityError: a block stays damaged.
         """
-        for low in range(start, stop, BLOCK_BYTES):
-            high, block = min(low + BLOCK_BYTES, stop), low // BLOCK_BYTES
-            seen = list(damaged.seen) if block == damaged.block else []
-            one = replace(
-                read, start=low, stop=high, destination=read.destination[low - read.start : high - read.start]
-            )
-            while True:
-                if seen:
-                    self._refetched_blocks += 1
-                    for key, _, _ in segments(read.form.locations, low, high):
-                        self.store.objects.forget(key)
-                try:
-                    if not await self._fetch_local(one, self._check(one), urgent=urgent):
-                        await self._read(segments(read.form.locations, low, high), one.destination)
-                        await in_thread(self._check(one), 0, one.destination)
-                    break
-                except _DamagedBlockError as exc:
-                    seen += exc.seen
-                    if len(seen) > DAMAGE_RETRIES:
-                        raise _DamagedBlockError(read.chunk, read.form, block, seen, self.url) from exc
+        for block, first in sorted(damaged.items()):
+            low, high = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, read.stop)
+            destination = read.destination[low - read.start : high - read.start]
+            one, seen = replace(read, start=low, stop=high, destination=destination), [first]
+
+            async def again(one: Read = one) -> str | None:
+                self._refetched_blocks += 1
+                for key, _, _ in segments(one.form.locations, one.start, one.stop):
+                    self.store.objects.forget(key)
+                check = _Verification(one.form, one.start)
+                await self._read([(one, check)], urgent=urgent)
+                return next(iter(check.damaged.values()), None)
+
+            if not await read_again(again, seen):
+                what = describe_damage(read.chunk, read.form, block, seen[-1], where=self.url)
+                raise IntegrityError(f"{what}; {locate_damage(seen, stored=self.url)}")
 
     async def close(self) -> None:
-        """Close the backend, if it belongs to this."""
+        """Close the backend, if this owns it."""
         await in_thread(self._local.close)
         await self.store.objects.close()
         if self._owned:
@@ -326,20 +246,24 @@ class StorageSource(ChunkSource):
             await self.store.let_go()
 
 
-class _DamagedBlockError(IntegrityError):
-    """A block is not what the manifest promises; `seen` has its digest, of each time that it was read."""
+class _Verification:
+    """A check that notes which blocks of a form are damaged, from stored byte `start` on.
 
-    def __init__(self, chunk: Chunk, form: Form, block: int, seen: Sequence[str], where: str) -> None:
-        """Say which, and what was seen."""
-        self.block = block
-        self.seen = tuple(seen)
-        what = describe_damage(chunk, form, block, seen[-1], where=where)
-        super().__init__(f"{what}; {locate_damage(seen, stored=where)}")
+    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
+    """
+
+    def __init__(self, form: Form, start: int) -> None:
+        self.damaged: dict[int, str] = {}
+        self._form = form
+        self._first = start // BLOCK_BYTES
+
+    def __call__(self, at: int, piece: memoryview) -> None:
+        self.damaged.update(find_damage(self._form, self._first + at // BLOCK_BYTES, piece))
 
 
 @contextmanager
 def _naming(chunk: Chunk, where: str) -> Iterator[None]:
-    """Errors of the chunk's file as those of the chunk."""
+    """Name the chunk in errors of its file."""
     try:
         yield
     except ChangedObjectError:
@@ -352,16 +276,16 @@ def _naming(chunk: Chunk, where: str) -> Iterator[None]:
 
 
 def _accept(at: int, piece: memoryview) -> None:
-    """Bytes that are digested as a whole."""
+    """Accept bytes without digests, of which the digests are about to be computed."""
 
 
 async def open_storage_source(
     backend: StorageBackend, *, owned: bool = True, origin_options: PlacedOptions | None = None
 ) -> StorageSource:
-    """A source over the backend, which must hold a store; an `owned` backend is closed with the source.
+    """Return a source for the store in the backend; an `owned` backend is closed with the source.
 
     Raises:
-        NotAStoreError: it does not.
+        NotAStoreError: there is no store in it.
     """
     source = StorageSource(backend, owned=owned, origin_options=origin_options)
     await source.store.check()

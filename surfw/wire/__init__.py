@@ -1,8 +1,8 @@
-"""The protocol `surfw.v1`, sans-I/O: messages, frame headers, and a session for each side.
+"""The protocol `surfw.v1`, sans-I/O: messages, the order they come in, and a session for each side.
 
-Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out.
-Two sessions joined in memory are the whole protocol. Its one promise: *whatever a peer sends, a session takes it or
-raises `RemoteProtocolError`, never anything else*; what our own side may not send raises `LocalProtocolError`.
+Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out,
+so that two sessions joined in memory are the whole protocol. The invariant: *whatever a peer sends, a session takes it
+or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
 from surfw.config import printable

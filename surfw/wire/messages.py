@@ -4,10 +4,10 @@ A message is a JSON object; `type` names it, and the other fields are those of t
 come after `Data`, have no header of their own but that of WebSocket. Rules:
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
-- Fields that a class does not have are ignored, so that a later surfw may say more; unknown types are refused. A field
-  with a default may be missing.
-- Texts are bounded and encodable, and those that people see are printable.
-- Sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
+- Unknown fields are ignored, so that a later surfw may add some; unknown types are refused. A field with a default may
+  be missing.
+- Texts are bounded and encodable; those that people see are printable.
+- Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
 
 A new message is a class here, a member of a union below the classes, and an entry in the tables of `transitions.py`.
 """
@@ -33,7 +33,7 @@ _FINAL_BINARY = 0x82
 
 
 class _UnexpectedValueError(Exception):
-    """A field's value is not what the field may have."""
+    """A field has a value that it may not have."""
 
     def __init__(self, value: object, expected: str) -> None:
         super().__init__(value, expected)
@@ -51,7 +51,7 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
 
 
 def _text(longest: int, *, shown: bool = False) -> Callable[[object], str]:
-    """A text; one that is `shown` to people may do nothing to their terminals."""
+    """Texts that are `shown` to people must not control their terminals."""
 
     def check(value: object) -> str:
         if not isinstance(value, str) or len(value) > longest or not _is_encodable(value):
@@ -88,7 +88,7 @@ Flag = Annotated[bool, _flag]
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """The client's first message: who it is, the most bytes it wants uncredited, and whether it takes `progress`."""
+    """The client's first message: its name and version, its window, and whether it takes `progress`."""
 
     type: ClassVar[str] = "hello"
     client: ShownName
@@ -135,9 +135,9 @@ class GetDigests:
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Asks for bytes `start` to `stop` of a form of a chunk (by its identity). Lower priorities are sent first.
+    """Asks for bytes `start` to `stop` of a form of a chunk, named by its identity. Lower priorities are sent first.
 
-    `fresh` wants them read from the storage again: those that the server has kept arrived damaged.
+    `fresh` has them read from the storage again, after they arrived damaged from the server's cache.
     """
 
     type: ClassVar[str] = "get"
@@ -153,7 +153,7 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Gives up a request. The server answers with `error` unless its answer was already complete."""
+    """Cancels a request. The server answers with `error`, unless its answer was already complete."""
 
     type: ClassVar[str] = "cancel"
     id: Size
@@ -161,7 +161,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """Lets the server send so many bytes more: the client has taken them in."""
+    """The client has taken in `bytes`, and the server may announce as many more."""
 
     type: ClassVar[str] = "credit"
     bytes: Size
@@ -169,7 +169,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class ServerHello:
-    """The server's first message: who it is, and the limits it holds to and holds the client to."""
+    """The server's first message: its name and version, and the limits for both sides."""
 
     type: ClassVar[str] = "hello"
     protocol: Name
@@ -190,7 +190,7 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Opens the answer to `manifest`, `file` and `digests`: how many bytes will come, and their BLAKE3."""
+    """Begins the answer to `manifest`, `file` and `digests`: its size and BLAKE3."""
 
     type: ClassVar[str] = "begin"
     id: Size
@@ -210,7 +210,7 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Says that an open request waits for the storage: so many bytes were read for it so far; the count only rises."""
+    """An open request waits for the storage, which has read `bytes` for it so far. The count only rises."""
 
     type: ClassVar[str] = "progress"
     id: Size
@@ -219,7 +219,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Ends a request without the rest of its answer; `code` is for machines, `message` for people."""
+    """Ends a request without the rest of its answer. `code` is for programs, `message` for people."""
 
     type: ClassVar[str] = "error"
     id: Size
@@ -235,7 +235,7 @@ ServerMessage = ServerHello | AnswerMessage
 
 
 _Checked = tuple[str, object, Callable[[object], object]]
-"""Name, value where it is missing, and check."""
+"""A field: its name, the value that stands for a missing one, and its check."""
 
 
 def _declared(messages: Any) -> dict[str, tuple[type, list[_Checked]]]:
@@ -256,7 +256,7 @@ _TYPE: _Checked = ("type", None, _text(32))
 
 
 def encode(message: ClientMessage | ServerMessage) -> str:
-    """The message as JSON text. A field that is false is left out, as peers that do not know it do."""
+    """The message as JSON text. False fields are left out, so that older peers' messages and ours are the same."""
     values = {name: value for name in message.__slots__ if (value := getattr(message, name)) is not False}
     return json.dumps({"type": message.type} | values, separators=(",", ":"))
 
@@ -265,7 +265,7 @@ def parse_client_message(text: str) -> ClientMessage:
     """A message that a client may send.
 
     Raises:
-        RemoteProtocolError: the text is none.
+        RemoteProtocolError: the text is not one.
     """
     message: ClientMessage = _parse(text, _FROM_CLIENT)
     return message
@@ -275,16 +275,16 @@ def parse_server_message(text: str) -> ServerMessage:
     """A message that a server may send.
 
     Raises:
-        RemoteProtocolError: the text is none.
+        RemoteProtocolError: the text is not one.
     """
     message: ServerMessage = _parse(text, _FROM_SERVER)
     return message
 
 
 def binary_header(length: int) -> bytes:
-    """The header of an unmasked binary frame with `length` bytes of payload (RFC 6455, section 5.2).
+    """The header of an unmasked binary frame with `length` bytes of payload.
 
-    A server sends it, and then the cached bytes themselves: they are not copied into a frame first.
+    A server writes it, and then the cached bytes themselves, without copying them into a frame.
     """
     if length < 126:
         return struct.pack("!BB", _FINAL_BINARY, length)
@@ -327,7 +327,7 @@ def _is_encodable(value: str) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value as it may stand in a reason, which has little room."""
+    """A value as text for a close reason, which has little room."""
     match value:
         case str():
             return ascii(value[:40]) + ("…" if len(value) > 40 else "")

@@ -1,10 +1,7 @@
-"""The two sides of a session, sans-I/O: text and sizes come in, messages and places go out.
+"""The two sides of a session, sans-I/O: text and sizes go in, messages and places come out.
 
-What may come when is in the tables of `transitions.py`. The sessions add what is counted: frames, the window, open
-requests, and the limits of both sides. A session that has raised `RemoteProtocolError` is over.
-
-Ids are the client's, and rise: no id is used twice. After `data` a server sends exactly the announced bytes in binary
-frames, and nothing else until they are out.
+The tables in `transitions.py` say which message may come when. The sessions add everything that is counted: ids, open
+requests, frames, and the window. A session that has raised `RemoteProtocolError` is over.
 """
 
 from collections.abc import Mapping
@@ -45,7 +42,7 @@ _SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Binary bytes that were taken in: bytes `start` to `stop` of the answer to `id`; `last` if it is complete now."""
+    """Bytes `start` to `stop` of the answer to `id` were taken in; `last` if that completes it."""
 
     id: int
     start: int
@@ -54,11 +51,11 @@ class Arrival:
 
 
 class _Session:
-    """What both sides keep: the state of the connection, and the exchanges whose answers are not complete."""
+    """What both sides keep: the state of the connection, and the exchanges that are not complete."""
 
     _receives: ClassVar[Mapping[ConnectionState, Mapping[type, ConnectionState]]]
     _no_hello: ClassVar[tuple[str, int]]
-    """What is wrong with a peer that begins with something else, and the code to close with."""
+    """The complaint about a peer that does not begin with its hello, and the close code."""
 
     def __init__(self, limits: WireLimits) -> None:
         self.limits = limits
@@ -74,7 +71,7 @@ class _Session:
             raise RemoteProtocolError(f"a message is longer than {self.limits.control_bytes} bytes", close_code=1009)
 
     def _go_on(self, received: ClientMessage | ServerMessage) -> None:
-        """Take the connection to its next state."""
+        """Change the state of the connection by a message from the peer."""
         after = self._receives[self._state].get(type(received))
         if after is None and self._state is ConnectionState.GREETING:
             text, code = self._no_hello
@@ -85,18 +82,18 @@ class _Session:
 
 
 class ClientSession(_Session):
-    """Takes a server's messages, and turns the client's into text.
+    """The client's side: takes the server's messages in, and encodes the client's.
 
     Attributes:
-        requests: the most requests to have open at a time, by both sides' limits; 0 until the server said hello.
-        offered: the protocol that the server's hello named, spoken here or not; "" until there was one.
+        requests: how many requests may be open at a time, by both sides' limits; 0 before the server's hello.
+        offered: the protocol that the server's hello names, even if it is not ours; "" before.
     """
 
     _receives = CLIENT_RECEIVES
     _no_hello = (f"the first message of a server is hello for {PROTOCOL}", 1002)
 
     def __init__(self, limits: WireLimits, *, client: str) -> None:
-        """Nothing was received yet; `client` is the name and version to say hello with."""
+        """Begin a session; `client` is the name and version for the hello."""
         super().__init__(limits)
         self.requests = 0
         self.offered = ""
@@ -109,7 +106,7 @@ class ClientSession(_Session):
         self._run_at = 0
 
     def hello(self) -> str:
-        """The message to answer the server's hello with."""
+        """The answer to the server's hello."""
         return encode(ClientHello(self._client, self.limits.window_bytes, progress=True))
 
     def next_id(self) -> int:
@@ -120,7 +117,7 @@ class ClientSession(_Session):
         """Take one text message from the server.
 
         Raises:
-            RemoteProtocolError: a server may not send this, or not now.
+            RemoteProtocolError: the message is malformed, or may not come now.
         """
         self._check_length(text)
         if self._run is not None:
@@ -172,7 +169,7 @@ class ClientSession(_Session):
             self._end_run(run)
 
     def _end_run(self, run: Data) -> bool:
-        """A run is complete; whether its answer is too."""
+        """The run is complete; return whether its answer is."""
         self._state, self._run = self._receives[self._state][RunEnd], None
         done = self._exchanges[run.id].state is AnswerState.DONE
         if done:
@@ -195,7 +192,7 @@ class ClientSession(_Session):
         return self._run.id, self._run_at
 
     def receive_binary(self, size: int) -> Arrival:
-        """Take a binary frame of `size` bytes, which `place` told the place of.
+        """Take a binary frame of `size` bytes.
 
         Raises:
             RemoteProtocolError: no such frame may come now.
@@ -207,17 +204,17 @@ class ClientSession(_Session):
         return Arrival(request_id, start, stop, last)
 
     def credit(self) -> str | None:
-        """The credit to send now, if it is due: half the window was taken in since the last."""
+        """The credit to send now, if it is due: half the window was taken in since the last one."""
         if 2 * self._uncredited_bytes < self._window_bytes:
             return None
         message, self._uncredited_bytes = Credit(self._uncredited_bytes), 0
         return encode(message)
 
     def send(self, message: Request | Cancel) -> str:
-        """The text of a request or of a cancel, which must be in order.
+        """Encode a request or a cancel.
 
         Raises:
-            LocalProtocolError: it is not.
+            LocalProtocolError: it may not be sent now.
         """
         if isinstance(message, Cancel):
             if message.id not in self._exchanges:
@@ -234,18 +231,18 @@ class ClientSession(_Session):
 
 
 class ServerSession(_Session):
-    """Takes a client's messages, and turns the server's into text.
+    """The server's side: takes the client's messages in, and encodes the server's.
 
     Attributes:
-        credit_bytes: what may be announced before the client credits more; 0 until it said hello.
-        takes_progress: whether the client's hello said so.
+        credit_bytes: how much may be announced before the client credits more; 0 before its hello.
+        takes_progress: whether the client takes `progress`.
     """
 
     _receives = SERVER_RECEIVES
     _no_hello = ("the first message of a client is hello", 1008)
 
     def __init__(self, limits: WireLimits, *, server: str) -> None:
-        """Nothing was sent yet; `server` is the name and version to say hello with."""
+        """Begin a session; `server` is the name and version for the hello."""
         super().__init__(limits)
         self.credit_bytes = 0
         self.takes_progress = False
@@ -261,10 +258,10 @@ class ServerSession(_Session):
         )
 
     def receive(self, message: str | bytes) -> Request | Cancel | Credit | None:
-        """Take one message from the client; what it asks the application to do, if anything.
+        """Take one message from the client, and return it if the application has to act on it.
 
         Raises:
-            RemoteProtocolError: a client may not send this, or not now.
+            RemoteProtocolError: the message is malformed, or may not come now.
         """
         if isinstance(message, bytes):
             raise RemoteProtocolError("a client sends no binary messages", close_code=1003)
@@ -273,7 +270,8 @@ class ServerSession(_Session):
         self._go_on(parsed)
         match parsed:
             case ClientHello():
-                return self._greet(parsed)
+                self._greet(parsed)
+                return None
             case Credit():
                 return self._credited(parsed)
             case Cancel():
@@ -306,10 +304,10 @@ class ServerSession(_Session):
         return request
 
     def send(self, message: ServerMessage) -> str:
-        """The text of a message of an answer, which must be in order.
+        """Encode a message of an answer.
 
         Raises:
-            LocalProtocolError: it is not.
+            LocalProtocolError: it may not be sent now.
         """
         if isinstance(message, ServerHello):
             raise LocalProtocolError("a second hello")

@@ -1,7 +1,7 @@
 """Which message may come when: the tables that both sessions run on, and README's rules of order as data.
 
-A connection has a state on each side, and so has every answer. What has no entry in the row of the present state breaks
-the protocol. Keys are classes of messages; `RunEnd` and `AnswerEnd` are no messages, but what their docstrings say.
+A connection has a state on each side, and so has every answer. A message without an entry in the row of the current
+state breaks the protocol. `RunEnd` and `AnswerEnd` stand for events that are not messages.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,8 @@ from typing import Self, get_args
 from surfw.wire.messages import (
     AnswerMessage,
     Begin,
-    Cancel,
     ClientHello,
-    Credit,
+    ClientMessage,
     Data,
     Failed,
     Get,
@@ -32,24 +31,24 @@ class ConnectionState(Enum):
     """What one side has heard from the other."""
 
     GREETING = auto()
-    """No hello yet. The server speaks first."""
+    """No hello has come yet. The server speaks first."""
     OPEN = auto()
-    """Hellos were exchanged; any message may come."""
+    """Messages may come."""
     RUN = auto()
-    """`data` was announced: its binary frames come, and nothing else before they are complete."""
+    """`data` came: the binary frames of the run follow, and nothing else before they are complete."""
 
 
 class AnswerState(Enum):
-    """How far the answer to one request has come: on the server what it sent, on the client what it received."""
+    """How far the answer to a request has come: on the server by what was sent, on the client by what was received."""
 
     LISTED = auto()
     """`models` is the whole answer."""
     DOCUMENT = auto()
-    """`begin` comes first, and says how long the answer is."""
+    """`begin` comes first, with the size of the answer."""
     BYTES = auto()
     """Runs of `data` follow, in order and without gaps."""
     DONE = auto()
-    """The id is not open any more."""
+    """The answer is complete, or failed."""
 
 
 class RunEnd:
@@ -64,13 +63,13 @@ _GREETING, _OPEN, _RUN = ConnectionState
 _LISTED, _DOCUMENT, _BYTES, _DONE = AnswerState
 
 CLIENT_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
-    _GREETING: {ServerHello: _OPEN},  # which the client answers with its own
+    _GREETING: {ServerHello: _OPEN},  # the client answers with its own hello
     _OPEN: dict.fromkeys(get_args(AnswerMessage), _OPEN) | {Data: _RUN},
     _RUN: {RunEnd: _OPEN},
 }
 SERVER_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
     _GREETING: {ClientHello: _OPEN},
-    _OPEN: dict.fromkeys(get_args(Request | Cancel | Credit), _OPEN),  # a cancel may come after the end of its answer
+    _OPEN: {kind: _OPEN for kind in get_args(ClientMessage) if kind is not ClientHello},
 }
 
 ANSWER_STARTS: dict[type, AnswerState] = {
@@ -80,7 +79,7 @@ ANSWER_STARTS: dict[type, AnswerState] = {
     GetDigests: _DOCUMENT,
     Get: _BYTES,
 }
-# Being cancelled is no state of its own: runs, and the end of the answer, may have crossed the cancel.
+# A cancelled request has no state of its own: runs, and the end of its answer, may have crossed the cancel.
 ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
     _LISTED: {Models: _DONE, Progress: _LISTED, Failed: _DONE},
     _DOCUMENT: {Begin: _BYTES, Progress: _DOCUMENT, Failed: _DONE},
@@ -95,8 +94,8 @@ class Exchange:
 
     Attributes:
         request: what was asked for.
-        state: what may come next.
-        at: the next byte of the answer that has to be announced.
+        state: what may come next; see `ANSWERS`.
+        at: the next byte of the answer to announce.
         stop: the end of the answer; None until it is known.
         read_bytes: the count of the last `progress`.
     """
@@ -109,12 +108,12 @@ class Exchange:
 
     @classmethod
     def to(cls, request: Request) -> Self:
-        """Nothing of the answer is there yet."""
+        """The exchange that begins with a request."""
         state = ANSWER_STARTS[type(request)]
         return cls(request, state, request.start, request.stop) if isinstance(request, Get) else cls(request, state)
 
     def take(self, message: AnswerMessage) -> bool:
-        """Go on by one message of the answer; False, and nothing has changed, if it may not come now."""
+        """Advance by one message of the answer; False, without any change, if it may not come now."""
         after = ANSWERS[self.state].get(type(message))
         if after is None:
             return False
@@ -135,7 +134,7 @@ class Exchange:
         return True
 
     def _continues(self, run: Data) -> bool:
-        """Whether the run starts where the answer stopped, and has bytes; a run of none is a whole answer of none."""
+        """Whether the run starts where the last one ended. It has bytes, unless the answer has none at all."""
         if self.stop is None or run.start != self.at:
             return False
         return run.start < run.stop <= self.stop or run.start == run.stop == self.stop

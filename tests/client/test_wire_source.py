@@ -233,7 +233,7 @@ def test_a_fetch_ends_when_nobody_reads_its_memory_however_often_it_is_cancelled
         looked.append(first)
         return found
 
-    monkeypatch.setattr("surfw.client.transfer.find_damage", find_when_told)
+    monkeypatch.setattr("surfw.client.downloads.find_damage", find_when_told)
 
     async def goes_on(fetching: "asyncio.Task[None]") -> None:
         for _ in range(50):

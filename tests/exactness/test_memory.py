@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import MIB, Policy
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, WeightClient, assembly

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.manifest import Manifest
 from surfw.models import StreamingModel
 from surfw.models.inference import InferenceRequest, answer

@@ -1,4 +1,4 @@
-"""Models run beside the event loop and beside each other, can be stopped at any time, and leave nothing behind."""
+"""Models run alongside the event loop and each other, can be stopped at any time, and leave nothing behind."""
 
 import asyncio
 import contextlib
@@ -143,7 +143,7 @@ def test_other_threads_compute_with_the_same_number_of_threads(server: Served, c
     assert seen == [1, 2]
 
 
-@pytest.mark.parametrize("where", ["another thread", "the loop", "beside the loop"])
+@pytest.mark.parametrize("where", ["another thread", "the loop", "without blocking the loop"])
 def test_closing_in_the_middle_of_a_forward(where: str, server: Served) -> None:
     inside = threading.Event()
 
@@ -287,7 +287,7 @@ def test_an_exception_in_a_hook_is_the_callers(asynchronous: bool, server: Serve
     assert is_as_it_was(inner)
 
 
-def test_whoever_stops_reading_a_stream_stops_the_generation(server: Served) -> None:
+def test_closing_a_stream_stops_the_generation(server: Served) -> None:
     steps = []
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""One least budget, whoever shows it and wherever weights come from: it runs with that."""
+"""There is one least budget, the same wherever it is shown and wherever weights come from, and a model runs with it."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel

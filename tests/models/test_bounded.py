@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surfw.bench.cap import memory_group
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, assembly
@@ -118,7 +118,7 @@ import json, sys
 from pathlib import Path
 import torch
 from surfw.models import StreamingModel
-from surfw.runtime.memory import default_budget_bytes
+from surfw.runtime.memory import find_default_budget
 
 store, group, spare, run_first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "run"
 ids, options = torch.arange(3, 12)[None], dict(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -127,8 +127,8 @@ with StreamingModel.open(store, "small") as small:
 for limit in ("memory.limit_in_bytes", "memory.max"):
     if (group / limit).exists():
         now = int((group / limit).read_text())
-        (group / limit).write_text(str(now - default_budget_bytes() + spare))
-told = {"spare": default_budget_bytes()}
+        (group / limit).write_text(str(now - find_default_budget().budget_bytes + spare))
+told = {"spare": find_default_budget().budget_bytes}
 with StreamingModel.open(store, "large") as first:
     if run_first:
         first.generate(ids, **options)

@@ -190,7 +190,7 @@ def test_in_an_event_loop_there_is_the_asynchronous_one(store: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": -1}, {"prompt_tokens": "3"}])
-def test_wrong_numbers_are_told(wrong: dict[str, int], store: Path) -> None:
+def test_wrong_numbers_are_refused(wrong: dict[str, int], store: Path) -> None:
     with (
         StreamingModel.open(store, "llama") as model,
         pytest.raises(ConfigurationError, match=f"^{next(iter(wrong))} is "),

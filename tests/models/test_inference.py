@@ -1,4 +1,4 @@
-"""One prompt through a model: the tokens are transformers', the times are those of the clock, and mistakes are told."""
+"""One prompt through a model: the tokens are transformers', the times the clock's, and mistakes are explained."""
 
 import copy
 import json
@@ -101,7 +101,7 @@ def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel]
     seconds = [when for _, when in tokens]
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
-    assert len(seconds) == len(result.token_ids)  # the decoder's start is none of them
+    assert len(seconds) == len(result.token_ids)  # the decoder's start is not one of them
     assert result.ttft_seconds == seconds[0]
 
 
@@ -160,9 +160,9 @@ def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> 
     ("request_of", "text"),
     [
         ({"prompt_ids": []}, "the prompt is empty; give at least one token"),
-        ({"prompt_ids": [1, 300]}, "token id 300 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [-1]}, "token id -1 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [2**70]}, f"token id {2**70} is none of llama: expected 0 to 299"),
+        ({"prompt_ids": [1, 300]}, "token id 300 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [-1]}, "token id -1 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [2**70]}, f"token id {2**70} is not in the vocabulary of llama: expected 0 to 299"),
         ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
         ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so no text can end its generation"),
     ],
@@ -258,13 +258,13 @@ def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], 
 def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 13.0])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
-    told: list[tuple[int, float]] = []
-    clock = TokenClock(None, lambda *token: told.append(token))
+    heard: list[tuple[int, float]] = []
+    clock = TokenClock(None, lambda *token: heard.append(token))
     for token in ([[1, 2, 3]], [4], [5]):
         clock.put(torch.tensor(token))
     clock.end()
     assert clock.times == [1.0, 3.0]
-    assert told == [(4, 1.0), (5, 3.0)]
+    assert heard == [(4, 1.0), (5, 3.0)]
 
 
 def test_an_answer_starts_empty() -> None:
@@ -282,9 +282,7 @@ def test_an_exception_of_the_callers_own_comes_back_as_it_is(
     def fail(*_: object) -> None:
         raise mine
 
-    request = InferenceRequest(
-        prompt=PROMPT, max_new_tokens=5000
-    )  # more than there are positions, which is not to blame
+    request = InferenceRequest(prompt=PROMPT, max_new_tokens=5000)  # too many positions, which is not to blame
     with pytest.raises(kind) as caught:
         answer(llama, tokenizer, request, **{which: fail})
     assert caught.value is mine
@@ -303,7 +301,7 @@ def test_stop_texts_and_outputs_of_the_model_s_own_settings(
         assert (
             answer(llama, tokenizer, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4)).token_ids == plain.token_ids
         )
-        with pytest.raises(ConfigurationError, match="cannot generate so: There are one or more stop strings"):
+        with pytest.raises(ConfigurationError, match="cannot generate like this: There are one or more stop strings"):
             answer(llama, None, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4))
     finally:
         llama.model.generation_config = before

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import IntegrityError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, open_backend

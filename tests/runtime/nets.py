@@ -33,7 +33,7 @@ class Streamed:
 
     def users(self) -> int:
         """How many times chunks are held at the moment."""
-        return sum(entry.users for entry in self.engine._entries.values())
+        return sum(self.engine.users().values())
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
+from surfw.runtime import plan as planning
 from surfw.runtime.plan import (
     Limit,
     Needs,
@@ -17,9 +18,7 @@ from surfw.runtime.plan import (
     bytes_per_pass,
     describe_needs,
     floating_victims,
-    least_bytes,
     next_uses,
-    plan_residency,
 )
 
 LARGE = 5 << 20
@@ -28,6 +27,14 @@ SIZES = {"embed": LARGE, "norm": 100, "all.*": LARGE, "layers.0": 10, "layers.1"
 CYCLE = ["embed", "layers.0", "layers.1", "layers.2"]
 NEEDS = describe_needs("toy", KINDS, SIZES, [Use(name, (name,)) for name in KINDS])
 UNIT = 1 << 20
+
+
+def plan_residency(needs: Needs, limit: Limit, cycle: Sequence[str], before: Sequence[str] = ()) -> ResidencyPlan:
+    return planning.plan_residency(replace(needs, cycle=tuple(cycle), before=tuple(before)), limit)
+
+
+def least_bytes(needs: Needs, cycle: Sequence[str]) -> int:
+    return planning.least_bytes(replace(needs, cycle=tuple(cycle)))
 
 
 def plan(cache_layers: int | None = None) -> ResidencyPlan:
@@ -206,11 +213,11 @@ def hits_and_bytes(made: ResidencyPlan, trace: Sequence[str], cycle_length: int)
             held[name] = size
         elif name in made.floating:
             future = next_uses(trace[index + 1 : index + 1 + 2 * cycle_length])
-            victims = floating_victims(name, floating, size, made.room_bytes - sum(floating.values()), future)
+            victims = floating_victims(name, floating, size, made.floating_bytes - sum(floating.values()), future)
             if victims is not None:
                 floating = {one: floating[one] for one in floating if one not in victims} | {name: size}
         assert sum(held.values()) <= made.pinned_bytes
-        assert sum(floating.values()) <= made.room_bytes
+        assert sum(floating.values()) <= made.floating_bytes
     return hits, read
 
 

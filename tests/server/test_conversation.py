@@ -120,14 +120,14 @@ def test_what_a_client_that_leaves_has_asked_for_is_not_read(tmp_path: Path) -> 
             async with bare_client(server.url) as leaves:
                 for index in range(9):
                     await leaves.say("get", id=index, **wanting(manifest, index))
-                await until(lambda: len(server._pages.reads) == 9)
+                await until(lambda: len(server._served.pages.reads) == 9)
             await until(lambda: server.stats()["clients"] == 1)
-            assert len(server._pages.reads) == 2, "what has begun goes on, and the queue is gone"
+            assert len(server._served.pages.reads) == 2, "what has begun goes on, and the queue is gone"
             await stays.say("get", id=0, **wanting(manifest, 9))
-            await until(lambda: len(server._pages.reads) == 3)
+            await until(lambda: len(server._served.pages.reads) == 3)
             backend.gate.set()
             assert await runs(stays, 1) == [(0, 0, 109)]
-            await until(lambda: not server._pages.reads)
+            await until(lambda: not server._served.pages.reads)
             assert backend.reads == 3
 
     asyncio.run(main())
@@ -261,8 +261,8 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
             if kind == "file":
                 assert (await knows.hear_text())["type"] == "begin"
             for number in (1, 2):  # as if others before it in line were read
-                await until(lambda: len(list(server._pages.reads.running())) == 1)
-                ((_, own),) = server._pages.reads.running()
+                await until(lambda: len(list(server._served.pages.reads.running())) == 1)
+                ((_, own),) = server._served.pages.reads.running()
                 own.read_bytes += number
                 heard = await knows.hear_text()
                 assert heard == {"type": "progress", "id": 7, "bytes": number * (number + 1) // 2}
@@ -283,7 +283,7 @@ def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
     async def main() -> None:
         backend = GatedBackend(tmp_path)
         async with serving(backend) as server, bare_client(server.url, greet=False) as client:
-            catalog = server._catalog
+            catalog = server._served.catalog
             monkeypatch.setattr(catalog._store, "manifest_bytes", waiting(server, backend))
             await client.hear_text()
             await client.say("hello", client="bare", window_bytes=8 * MIB, progress=True)
@@ -351,7 +351,7 @@ def test_lines_that_clients_cause_are_sparse_whatever_kind_they_are(
 
 def waiting(server: Any, backend: GatedBackend) -> Any:
     """A load of a manifest that waits for the gate."""
-    load = server._catalog._store.manifest_bytes
+    load = server._served.catalog._store.manifest_bytes
 
     async def wait(model: str) -> bytes:
         backend.reading.set()

@@ -6,9 +6,10 @@ from typing import Any
 
 from surfw.manifest import Chunk, Form, Location, Manifest, Origin
 from surfw.metrics import Metrics
+from surfw.server.fairness import Reader
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
-from surfw.server.single_flight import Reader
+from surfw.storage.digests import LearnedDigests
 from surfw.wire import GetDigests
 from tests.peers import until
 from tests.server.backends import GatedBackend
@@ -24,17 +25,14 @@ def unread(index: int) -> Chunk:
 class Unread:
     """A catalog, and a store, of one model that nobody has read yet."""
 
+    def __init__(self) -> None:
+        self.learned = LearnedDigests()
+
     manifest = Manifest("a", "Toy", "uint8", {}, None, (), {}, tuple(map(unread, range(3))), (), Origin("/x", {}))
 
     async def find(self, model: str, identity: str, account: object) -> tuple[Manifest, Chunk]:
         del model, account
         return self.manifest, self.manifest.by_id[identity]
-
-    def digests(self, *_: object) -> None:
-        return None
-
-    def learn(self, *_: object) -> None:
-        pass
 
 
 def test_progress_is_what_is_read_of_a_chunk_or_of_those_before_it_in_line(tmp_path: Path) -> None:

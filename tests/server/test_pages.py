@@ -9,8 +9,8 @@ import pytest
 from surfw.config import PAGE_BYTES
 from surfw.errors import StorageError
 from surfw.metrics import Metrics
+from surfw.server.fairness import Reader
 from surfw.server.pages import MIN_CACHE_BYTES, Page, PageCache
-from surfw.server.single_flight import Reader
 from tests.peers import until
 from tests.server.backends import GatedBackend
 

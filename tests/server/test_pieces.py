@@ -12,8 +12,8 @@ from surfw.config import PAGE_BYTES
 from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
+from surfw.server.fairness import Reader
 from surfw.server.pages import PageCache, ReadAhead, StoredPiece, plan_pieces, use_ahead
-from surfw.server.single_flight import Reader
 from surfw.storage import FilesystemBackend
 
 NOWHERE = PageCache(FilesystemBackend(Path("/nonexistent")), 0, Metrics())

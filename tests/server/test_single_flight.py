@@ -3,7 +3,7 @@
 import asyncio
 import weakref
 
-from surfw.server.single_flight import Reader, SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
 from tests.peers import until
 
 

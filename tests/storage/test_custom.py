@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, Store, adapt_backend, custom

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
-from surfw.chunking.writer import ChunkWriter
+from surfw.chunking.write import ChunkWriter
 from surfw.errors import NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Manifest, decode_line
 from surfw.storage import FilesystemBackend, StorageBackend, Store, adapt_backend

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, NotFoundError, SurfwError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, S3Backend, StorageBackend

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
+from websockets.frames import Frame, Opcode
 
 from surfw.errors import RemoteProtocolError
 from surfw.wire import messages as m
@@ -118,3 +119,9 @@ def test_the_readme_has_a_row_for_every_message_with_all_its_fields() -> None:
     }
     assert len(rows) == len(declared)
     assert set(rows) == declared
+
+
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65535, 65536, 512 * 1024])
+def test_header_is_what_the_library_writes(length: int) -> None:
+    payload = bytes(length)
+    assert m.binary_header(length) + payload == Frame(Opcode.BINARY, payload).serialize(mask=False)

@@ -6,23 +6,20 @@
 """
 
 import asyncio
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from blake3 import blake3
 
-from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, PIECE_BYTES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
-from surfw.manifest import Form, Location, Manifest, block_digests, has_digest, nbytes
-from surfw.source import locate_damage
+from surfw.manifest import Form, Location, Manifest, count_blocks, has_digest
+from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, HeaderError, header_length, parse_header
+from surfw.source import find_damage, locate_damage
 from surfw.storage.housekeeping.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import to_its_end
-
-_PIECE_BYTES = 8 * BLOCK_BYTES
-_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,25 +63,30 @@ class Verified:
 
 @dataclass
 class _Part:
-    """Bytes to be read, and what they should be."""
+    """Stored bytes to be read, and what they should be.
+
+    Attributes:
+        model: the model; of those that share the bytes, the first.
+        name: the chunk, or the tokenizer file.
+        form: where they lie, and their digests; a file has none of blocks.
+        is_file: whether they are a whole object, and not a range of one.
+        has_header: whether a safetensors header stands before them.
+    """
 
     model: str
     name: str
-    locations: Sequence[Location]
-    size: int
-    digest: str
-    blocks: bytes | None
+    form: Form
+    is_file: bool = False
     has_header: bool = False
 
 
 @dataclass
 class _Reading:
-    """How far it is."""
+    """How many bytes were read, of how many."""
 
     total: int
     progress: Steps
     done: int = 0
-    damage: list[Damage] = field(default_factory=list)
 
     def add(self, count: int, name: str) -> None:
         self.done += count
@@ -100,7 +102,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
     """
     await store.check()
     names = await store.models() if model is None else [model]
-    parts: dict[tuple[object, ...], _Part] = {}
+    parts: dict[Form, _Part] = {}
     damage, undigested = [], []
     for name in names:
         try:
@@ -116,14 +118,14 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         if not is_digested:
             undigested.append(name)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
-            parts.setdefault((*part.locations, part.digest, part.blocks), part)
-    reading = _Reading(sum(part.size for part in parts.values()), progress, damage=damage)
-    for part in parts.values():
+            parts.setdefault(part.form, part)
+    reading = _Reading(sum(form.stored_bytes for form in parts), progress)
+    for form, part in parts.items():
         before = reading.done
         complaint = await _verify(store, part, reading)
-        reading.add(before + part.size - reading.done, part.name)
+        reading.add(before + form.stored_bytes - reading.done, part.name)
         if complaint:
-            objects = tuple(dict.fromkeys(at.object for at in part.locations))
+            objects = tuple(dict.fromkeys(at.object for at in form.locations))
             damage.append(Damage(model=part.model, part=part.name, objects=objects, complaint=complaint))
     return Verified(
         store=store.url,
@@ -140,127 +142,106 @@ def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
     return store.parse_manifest(name, data), has_digest(data)
 
 
-def _parts_of(manifest: Manifest) -> list[_Part]:
-    """What there is to compare; of a model in place, the chunks that were read once."""
-    forms: list[tuple[str, Form]] = [
-        (chunk.name, form) for chunk in manifest.chunks for form in chunk.forms if form.is_known
-    ]
-    parts = [
-        _Part(
-            manifest.name, name, form.locations, form.stored_bytes, form.digest, form.blocks,
-            has_header=manifest.origin is None and form.codec == "none" and len(form.locations) == 1,
-        )
-        for name, form in forms
-    ]  # fmt: skip
+def _parts_of(manifest: Manifest) -> Iterator[_Part]:
+    """What there is to compare; of a model in place, only the chunks whose digests are known."""
+    for chunk in manifest.chunks:
+        for form in chunk.forms:
+            if form.is_known:
+                has_header = manifest.origin is None and form.codec == "none" and len(form.locations) == 1
+                yield _Part(manifest.name, chunk.name, form, has_header=has_header)
     for file in manifest.files:
-        location = Location(file.object, 0, file.size)
-        parts.append(_Part(manifest.name, file.path, (location,), file.size, file.digest, None))
-    return parts
+        form = Form("none", file.size, file.digest, b"", (Location(file.object, 0, file.size),))
+        yield _Part(manifest.name, file.path, form, is_file=True)
 
 
 async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
     """What is wrong with a part; empty if nothing is."""
-    if part.size and not part.locations:
+    form, begun = part.form, reading.done
+    if form.stored_bytes and not form.locations:
         return "its manifest does not say where it lies"
+
+    async def read() -> str:
+        reading.done = begun
+        return await _read_through(store, part, reading)
+
     try:
-        for location in part.locations:
+        for location in form.locations:
             size = await store.objects.size(location.object)
-            if size < location.stop or (part.blocks is None and size != location.stop):
+            if size < location.stop or (part.is_file and size != location.stop):
                 return f"{location.object} has {size} bytes, expected {location.stop}"
-        complaint = await _compare(store, part, reading)
-        return complaint or (await _check_header(store, part) if part.has_header else "")
+        # A damaged block is read again by itself; a file has no digests of blocks, and is read again as a whole.
+        complaint = await (_retried(store, form, read) if part.is_file else read())
+        if not complaint and part.has_header:
+            complaint = await _retried(store, form, partial(_read_header, store, form.locations[0]))
     except NotFoundError:
         return "it is missing"
     except StorageError as exc:
         await store.check()  # an error of its own, if the storage does not answer
         return f"it cannot be read: {exc}"
+    return complaint
 
 
-async def _compare(store: Store, part: _Part, reading: _Reading) -> str:
-    """What is damaged. What seems to be is read again first: it may have been damaged on its way."""
-    tries = 1 if part.blocks is not None else 1 + DAMAGE_RETRIES  # blocks are read again one by one
-    begun, seen = reading.done, list[str]()
-    while len(seen) < tries:
-        reading.done = begun
-        complaint = await _read_through(store, part, reading)
-        if not complaint:
-            return ""
+async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]]) -> str:
+    """What `read` complains of, however often it reads: the bytes may have been damaged on their way."""
+    seen: list[str] = []
+    while complaint := await read():
         seen.append(complaint)
-        _forget(store, part.locations)
-    return seen[-1] if len(set(seen)) == 1 else f"{seen[-1]}; {locate_damage(seen)}"
+        if len(seen) > DAMAGE_RETRIES:
+            return complaint if len(set(seen)) == 1 else f"{complaint}; {locate_damage(seen)}"
+        for location in form.locations:
+            store.objects.forget(location.object)
+    return ""
 
 
-async def _check_header(store: Store, part: _Part) -> str:
+async def _read_header(store: Store, at: Location) -> str:
     """What is damaged in the safetensors header before a chunk's payload, of which there is no digest.
 
     Names, dtypes and shapes are not compared: models share an equal payload behind the header of one of them.
     """
-    (location,) = part.locations
-    complaint = ""
-    if location.start > 8 + _HEADER_BYTES:
-        return (
-            f"its payload begins at byte {location.start}, expected a header of at most {_HEADER_BYTES} bytes before it"
-        )
-    for _ in range(1 + DAMAGE_RETRIES):
-        header = bytearray(location.start)
-        await store.objects.read_into(location.object, 0, memoryview(header))
-        complaint = await asyncio.to_thread(_find_header_damage, bytes(header), part.size)
-        if not complaint:
-            break
-        _forget(store, part.locations)
-    return complaint
-
-
-def _find_header_damage(header: bytes, payload_bytes: int) -> str:
-    length = int.from_bytes(header[:8], "little")
-    if length != len(header) - 8:
-        return f"the header of its file says that it has {length} bytes, expected {len(header) - 8}"
-    end = 0
+    if not PREFIX_BYTES <= at.start <= PREFIX_BYTES + MAX_HEADER_BYTES:
+        return f"its payload begins at byte {at.start}, expected a header of at most {MAX_HEADER_BYTES} bytes before it"
+    header = bytearray(at.start)
+    await store.objects.read_into(at.object, 0, memoryview(header))
     try:
-        document = json.loads(header[8:])
-        document.pop("__metadata__", None)
-        for entry in sorted(document.values(), key=lambda entry: entry["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            if start != end or stop - start != nbytes(entry["dtype"], entry["shape"]):
-                return f"the header of its file is damaged: a tensor lies at bytes {start} to {stop} of the payload"
-            end = stop
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        return f"the header of its file is damaged ({type(exc).__name__})"
-    return "" if end == payload_bytes else f"the header of its file ends at byte {end} of {payload_bytes}"
+        length = header_length(bytes(header[:PREFIX_BYTES]), at.stop)
+        if length != at.start - PREFIX_BYTES:
+            return f"the header of its file says that it has {length} bytes, expected {at.start - PREFIX_BYTES}"
+        await asyncio.to_thread(parse_header, bytes(header[PREFIX_BYTES:]), at.stop)
+    except HeaderError as exc:
+        return f"the header of its file is damaged: {exc}"
+    return ""
 
 
 async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
-    buffers = [memoryview(bytearray(min(part.size, _PIECE_BYTES))) for _ in range(2)]
+    """What is wrong with the stored bytes; empty if nothing is."""
+    form = part.form
+    buffers = [memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES))) for _ in range(2)]
     whole, damaged = blake3(), list[int]()
     checking: asyncio.Future[list[int]] | None = None
     before = 0, buffers[0]
 
     def check(start: int, piece: memoryview) -> list[int]:
-        """The blocks that are not what they should be; a piece without any is digested."""
-        found: list[int] = []
-        if part.blocks is not None:
-            known = part.blocks[start // BLOCK_BYTES * 32 :]
-            seen = enumerate(_digests(block_digests(piece)))
-            found = [index for index, digest in seen if digest != known[32 * index : 32 * index + 32]]
+        """The damaged blocks of a piece; a piece without any is digested."""
+        found = list(find_damage(form, start // BLOCK_BYTES, piece)) if form.blocks else []
         if not found:
             whole.update(piece)
         return found
 
     async def finish() -> None:
-        """See what came of the piece before, and read its damaged blocks again."""
+        """Wait for the check of the piece before, and read its damaged blocks again."""
         start, piece = before
         bad = await checking if checking else []
         for _ in range(DAMAGE_RETRIES):
-            for index in bad:
-                low = index * BLOCK_BYTES
-                await _read(store, part, start + low, piece[low : low + BLOCK_BYTES], fresh=True)
+            for block in bad:
+                low = block * BLOCK_BYTES
+                await _read(store, form, low, piece[low - start : low - start + BLOCK_BYTES], fresh=True)
             bad = bad and await asyncio.to_thread(check, start, piece)
-        damaged.extend(start // BLOCK_BYTES + index for index in bad)
+        damaged.extend(bad)
 
     try:
-        for index, start in enumerate(range(0, part.size, _PIECE_BYTES)):
-            piece = buffers[index % 2][: min(_PIECE_BYTES, part.size - start)]
-            await _read(store, part, start, piece)
+        for index, start in enumerate(range(0, form.stored_bytes, PIECE_BYTES)):
+            piece = buffers[index % 2][: min(PIECE_BYTES, form.stored_bytes - start)]
+            await _read(store, form, start, piece)
             await finish()
             before, checking = (start, piece), asyncio.ensure_future(asyncio.to_thread(check, start, piece))
             reading.add(len(piece), part.name)
@@ -269,24 +250,16 @@ async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
         if checking:
             await to_its_end(checking)
     if damaged:
-        return f"block {damaged[0]} is damaged ({len(damaged)} of {-(-part.size // BLOCK_BYTES)} blocks are)"
-    return "" if whole.hexdigest() == part.digest else f"its digest is {whole.hexdigest()}, expected {part.digest}"
+        blocks = count_blocks(form.stored_bytes)
+        return f"block {damaged[0]} is damaged ({len(damaged)} of {blocks} blocks are)"
+    return "" if whole.hexdigest() == form.digest else f"its digest is {whole.hexdigest()}, expected {form.digest}"
 
 
-async def _read(store: Store, part: _Part, start: int, destination: memoryview, *, fresh: bool = False) -> None:
-    """Fill the destination with the part's bytes from `start` on; `fresh` ones are not from what a backend keeps."""
+async def _read(store: Store, form: Form, start: int, destination: memoryview, *, fresh: bool = False) -> None:
+    """Fill the destination with stored bytes from `start` on; `fresh` ones bypass what the backend keeps."""
     at = 0
-    for key, first, length in segments(part.locations, start, start + len(destination)):
+    for key, first, length in segments(form.locations, start, start + len(destination)):
         if fresh:
             store.objects.forget(key)
         await store.objects.read_into(key, first, destination[at : at + length])
         at += length
-
-
-def _forget(store: Store, locations: Sequence[Location]) -> None:
-    for location in locations:
-        store.objects.forget(location.object)
-
-
-def _digests(joined: bytes) -> Iterator[bytes]:
-    return (joined[at : at + 32] for at in range(0, len(joined), 32))

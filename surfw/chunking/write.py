@@ -16,25 +16,36 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from blake3 import blake3
 
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, encode_header
-from surfw.config import MIB
+from surfw.checkpoint.layout import read_small
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, TensorBytes
+from surfw.chunking.prepare import PreparedModel
+from surfw.config import FILE_BYTES, MIB, PIECE_BYTES
 from surfw.errors import NotFoundError, StorageError
 from surfw.files import read_regular
-from surfw.manifest import Chunk, Form, Location, Manifest, block_digests, decode_line, encode_line
+from surfw.manifest import (
+    Chunk,
+    Digester,
+    Form,
+    Location,
+    Manifest,
+    ModelFile,
+    decode_line,
+    encode_line,
+    payload_digest,
+)
+from surfw.safetensors_header import encode_header
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.housekeeping.leases import WriteLease
 from surfw.storage.store import Store, blob_key, objects_of
 
-_PIECE_BYTES = 8 * MIB
 _BUFFERS = 3
 _LOOK_SECONDS = 0.05
 _JOURNAL_BYTES = 256 * MIB
@@ -43,11 +54,46 @@ Progress = Callable[[int, str], None]
 """Called with the bytes just finished and the name of their chunk, from a worker thread."""
 
 
-class TensorBytes(Protocol):
-    """Where the writer gets a planned chunk's bytes from."""
+async def write_model(
+    prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None
+) -> Manifest:
+    """Write a prepared model into a store, and publish it.
 
-    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
+    Args:
+        prepared: what to write.
+        backend: where; an empty place becomes a store.
+        progress: called as bytes are done.
+
+    Raises:
+        StorageError: the storage cannot take it. Nothing is visible, and the next run goes on where this one stopped.
+    """
+    store = Store(backend)
+    await store.create()
+    writer = ChunkWriter(store.backend, prepared.payloads(), model=prepared.name, key=prepared.key, progress=progress)
+    with writer.locked():
+        try:
+            async with writer.lease.renewed():
+                return await _write(prepared, store, writer)
+        except StorageError as exc:
+            raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
+
+
+async def _write(prepared: PreparedModel, store: Store, writer: "ChunkWriter") -> Manifest:
+    chunks = await writer.write(prepared.plan)
+    files = [await _write_tokenizer_file(prepared, writer, path) for path in sorted(prepared.checkpoint.files)]
+    manifest = prepared.manifest(chunks, files)
+    await writer.publish(store, manifest)
+    return manifest
+
+
+async def _write_tokenizer_file(prepared: PreparedModel, writer: "ChunkWriter", path: str) -> ModelFile:
+    file = prepared.checkpoint.files[path]
+    data = await asyncio.to_thread(read_small, file, FILE_BYTES)
+    digest = payload_digest(data)
+    key = blob_key(digest, file.suffix or ".bin")
+    await writer.lease.hold([key])
+    await writer.backend.save(key, data)
+    return ModelFile(path, len(data), digest, key)
 
 
 class ChunkWriter:
@@ -96,10 +142,7 @@ class ChunkWriter:
                 await asyncio.gather(finishing, return_exceptions=True)
             for scratch in self.folder.glob("*.tmp"):
                 scratch.unlink(missing_ok=True)
-        return [
-            Chunk(one.name, one.kind, form.digest, one.payload_bytes, tuple(t.info for t in one.tensors), (form,))
-            for one, form in zip(plan.chunks, forms, strict=True)
-        ]
+        return [planned.chunk(form.digest, form) for planned, form in zip(plan.chunks, forms, strict=True)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -108,20 +151,14 @@ class ChunkWriter:
         Raises:
             StorageError: there is another one.
         """
-        with ExitStack() as opened:
-            while True:
-                with translate_errors(f"preparing {self.folder}"):
-                    fd = create_file(self.folder / "lock")
-                    opened.callback(os.close, fd)
-                    try:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    except BlockingIOError as exc:
-                        raise StorageError(
-                            f"another surfw is chunking this model into {self.backend.url}; wait for it"
-                        ) from exc
-                if os.fstat(fd).st_nlink:  # else a writer that has just finished removed it: it locks nobody out
-                    break
+        with translate_errors(f"preparing {self.folder}"):
+            fd = _lock(self.folder / "lock")
+        if fd is None:
+            raise StorageError(f"another surfw is chunking this model into {self.backend.url}; wait for it")
+        try:
             yield
+        finally:
+            os.close(fd)
 
     async def publish(self, store: Store, manifest: Manifest) -> None:
         """Make the model visible, and forget how far the work was; call it under `locked`.
@@ -153,10 +190,8 @@ class ChunkWriter:
         """Stream a chunk into a file; the hash of one piece is computed while the next is read and written."""
         header = encode_header([tensor.info for tensor in planned.tensors])
         size = planned.payload_bytes
-        whole, blocks = blake3(), bytearray()
-        buffers = [
-            memoryview(bytearray(min(size, _PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // _PIECE_BYTES)))
-        ]
+        digester = Digester()
+        buffers = [memoryview(bytearray(min(size, PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // PIECE_BYTES)))]
         with (
             translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
             ThreadPoolExecutor(1, "surfw-hash") as hashing,
@@ -164,26 +199,22 @@ class ChunkWriter:
         ):
             _write_all(out.fileno(), memoryview(header))
 
-            def digest(piece: memoryview) -> None:
-                whole.update(piece)
-                blocks.extend(block_digests(piece))
-
             pending: list[Future[None]] = []
-            for index, start in enumerate(range(0, size, _PIECE_BYTES)):
+            for index, start in enumerate(range(0, size, PIECE_BYTES)):
                 if self._stop.is_set():
                     raise StorageError(f"writing chunk {planned.name} was stopped")
                 if len(pending) == len(buffers):
                     pending.pop(0).result()  # the buffer's previous piece has been digested
-                piece = buffers[index % len(buffers)][: min(_PIECE_BYTES, size - start)]
+                piece = buffers[index % len(buffers)][: min(PIECE_BYTES, size - start)]
                 self.source.read_into(planned, start, piece)
-                pending.append(hashing.submit(digest, piece))
+                pending.append(hashing.submit(digester.update, piece))
                 _write_all(out.fileno(), piece)
                 self.progress(len(piece), planned.name)
             for job in pending:
                 job.result()
-        found = whole.hexdigest()
-        location = Location(blob_key(found, ".safetensors"), len(header), len(header) + size)
-        return Form("none", size, found, bytes(blocks), (location,))
+        found = digester.result()
+        location = Location(blob_key(found.digest, ".safetensors"), len(header), len(header) + size)
+        return Form("none", size, *found, (location,))
 
     async def _place(self, form: Form) -> Form:
         """Where the payload will lie: behind our header, or behind that of an equal payload that is there already."""
@@ -196,8 +227,8 @@ class ChunkWriter:
         if there == ours or there.start <= 0:
             return form
         seen = blake3()
-        for start in range(there.start, there.stop, _PIECE_BYTES):
-            seen.update(await self.backend.load_range(there.object, start, min(start + _PIECE_BYTES, there.stop)))
+        for start in range(there.start, there.stop, PIECE_BYTES):
+            seen.update(await self.backend.load_range(there.object, start, min(start + PIECE_BYTES, there.stop)))
         return replace(form, locations=(there,)) if seen.hexdigest() == form.digest else form
 
     async def _finish(self, name: str, form: Form, scratch: Path) -> Form:
@@ -278,19 +309,20 @@ class ChunkWriter:
 
 
 def _lock(file: Path) -> int | None:
-    """The descriptor of the locked file; None if somebody else has it."""
-    fd = create_file(file)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:  # else whoever had it removed it, and a new one may be locked already
+    """The descriptor of the locked file; None if another writer has locked it."""
+    while True:
+        fd = create_file(file)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except BaseException:
+            os.close(fd)
+            raise
+        if os.fstat(fd).st_nlink:
             return fd
-    except BlockingIOError:
-        pass
-    except BaseException:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return None
+        os.close(fd)  # the writer that had it has just removed it, so it locks nobody out: make a new one
 
 
 async def _now(form: Form) -> Form:

@@ -7,7 +7,8 @@ import pytest
 from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
 from surfw.storage.base import ChangedObjectError
-from surfw.storage.transfer import Answer, Place, RangeReader, Transfer
+from surfw.storage.far_reads import Destination, FarReads, RangeReader, RangeResponse
+from surfw.storage.ranges import Pin
 
 SIZE = 100
 
@@ -20,16 +21,16 @@ class Told(RangeReader):
         self.revision = revision
         self.size = size
 
-    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
-        del path, pinned
-        length = stop - start if self.size is None else min(stop, self.size) - start
-        place(Answer(self.revision, start, length, self.size)).memory[:] = bytes(length)
+    async def get(self, path: str, into: Destination) -> None:
+        del path
+        length = into.stop - into.start if self.size is None else min(into.stop, self.size) - into.start
+        into.accept(RangeResponse(self.revision, into.start, length, self.size))[:] = bytes(length)
 
 
 def read(reader: RangeReader, pinned: str | None) -> None:
     async def main() -> None:
-        transfer = Transfer(reader, RetryPolicy(attempts=1))
-        await transfer.read_into("x", 0, memoryview(bytearray(SIZE)), name="x", pinned=pinned)
+        far = FarReads(reader, RetryPolicy(attempts=1))
+        await far.read("x", 0, memoryview(bytearray(SIZE)), name="x", pin=Pin(pinned))
 
     asyncio.run(main())
 
@@ -44,7 +45,8 @@ def test_bytes_of_a_pinned_object_say_which_revision_they_are_of() -> None:
 
 def test_an_object_that_comes_in_part_is_not_taken_for_all_of_it() -> None:
     async def main() -> None:
-        await Transfer(Told("a", None), RetryPolicy(attempts=1)).load("x", name="x")
+        far = FarReads(Told("a", None), RetryPolicy(attempts=1))
+        await far.begin("x", name="x", pin=Pin(), most_bytes=1 << 40)
 
     with pytest.raises(StorageError, match="do not say how long"):
         asyncio.run(main())

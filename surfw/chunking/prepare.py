@@ -1,28 +1,35 @@
 """A checkpoint that was understood: the class it is of, what each chunk will hold, and where those bytes come from.
 
-Imports torch and transformers; `chunker` asks for it once everything that can be refused without them was looked at.
+Mistakes in the arguments, and damage to the files of the checkpoint, are reported before torch and transformers are
+loaded: the functions that need them import them.
 """
 
 import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
-from surfw.checkpoint import Checkpoint
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
-from surfw.chunking.writer import TensorBytes
-from surfw.config import MIB, OnMissing, count
-from surfw.errors import CheckpointError, UninitializedWeightsWarning, UnsupportedModelError
-from surfw.manifest import TensorInfo, payload_digest
-from surfw.skeleton.build import build_skeleton, read_config, resolve_class
-from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
-from surfw.skeleton.loading import Loading, SourceFacts, convert_bytes, plan_loading
+from surfw.checkpoint import Checkpoint, open_checkpoint
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, TensorBytes, UnitFacts, plan_chunks
+from surfw.chunking.remote import open_remote_checkpoint
+from surfw.config import (
+    DEFAULT_SILENCE_SECONDS,
+    PIECE_BYTES,
+    OnMissing,
+    check_dtype,
+    check_on_missing,
+    count,
+    display_url,
+)
+from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
+from surfw.manifest import Chunk, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
     refuse_absurd_sizes,
     refuse_endless_numbers,
@@ -31,6 +38,11 @@ from surfw.skeleton.sanitise import (
     sanitise_outputs,
     tag_floats,
 )
+from surfw.storage.backends import read_address
+from surfw.storage.origins import is_local_url
+
+if TYPE_CHECKING:
+    from surfw.skeleton.loading import Loading, SourceFacts
 
 logger = logging.getLogger("surfw.chunking")
 
@@ -45,6 +57,7 @@ class PreparedModel:
         class_name: the class that will be built.
         dtype: the dtype it will be built with.
         config: its configuration, without requests for foreign code.
+        generation_config: its settings for `generate()`, likewise; None if it has none.
         plan: what will be written.
         loading: where it comes from.
         facts: the source tensors.
@@ -55,9 +68,10 @@ class PreparedModel:
     class_name: str
     dtype: str
     config: Mapping[str, Any]
+    generation_config: Mapping[str, Any] | None
     plan: ChunkPlan
-    loading: Loading
-    facts: SourceFacts
+    loading: "Loading"
+    facts: "SourceFacts"
 
     @property
     def key(self) -> str:
@@ -68,6 +82,29 @@ class PreparedModel:
         ]
         config = json.dumps(self.config, sort_keys=True)
         return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
+
+    def manifest(
+        self, chunks: Sequence[Chunk], files: Sequence[ModelFile] = (), origin: Origin | None = None
+    ) -> Manifest:
+        """The model's manifest.
+
+        Args:
+            chunks: those of the plan, with the places where their bytes lie.
+            files: the tokenizer's, with the places where they lie.
+            origin: the checkpoint, if the model is not copied.
+        """
+        return Manifest(
+            name=self.name,
+            class_name=self.class_name,
+            dtype=self.dtype,
+            config=self.config,
+            generation_config=self.generation_config,
+            files=tuple(files),
+            ties=self.loading.ties,
+            chunks=tuple(chunks),
+            order=self.plan.order,
+            origin=origin,
+        )
 
     def payloads(self) -> TensorBytes:
         """Gives a writer the chunks' bytes."""
@@ -86,28 +123,80 @@ class PreparedModel:
         self.close()
 
 
-def plan_model(
-    checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
+def prepare_model(
+    model: str,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str | None = None,
+    model_class: Any = None,
+    on_missing: OnMissing = "error",
+    show_progress: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> PreparedModel:
-    """What of a checkpoint goes where; arguments as of `prepare_model`, `where` names it in errors.
+    """Open a checkpoint and plan its chunks.
+
+    Args:
+        model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
+        name: the model's name in the store; default: the hub id in full, or the directory's name.
+        revision: of the hub repository.
+        dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+        model_class: the caller's own subclass of transformers' `PreTrainedModel`; default: the one that the
+            configuration names in its `architectures`, else the base model of its type.
+        on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class, with a warning.
+            Such a model runs only where this is asked for again.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
+        storage_options: for a storage URL.
+        silence_timeout: seconds without progress after which that is given up.
 
     Raises:
-        CheckpointError: it lacks weights.
+        CheckpointError: the checkpoint is damaged, incomplete, or not there.
         UnsupportedModelError: surfw cannot run it.
     """
-    refuse_kernels(checkpoint.config, where=where)
-    refuse_absurd_sizes(checkpoint.config, where=where)
-    refuse_endless_numbers(checkpoint.config, where=where)
-    refuse_endless_numbers(checkpoint.generation_config or {}, where=where)
-    clean, dropped = sanitise_config(checkpoint.config)
-    for line in dropped:
-        logger.warning(
-            "%s: left out of the configuration, because surfw runs no code that comes with a model: %s", name, line
-        )
-    clean, unfit = sanitise_outputs(clean, where=where)
-    for line in unfit:
-        logger.warning("%s: left out of the configuration, because no file may choose it: %s", name, line)
-    clean = tag_floats(clean)
+    if dtype is not None:
+        check_dtype(dtype)  # refused before anything is fetched, as is the name
+    if name is not None:
+        check_model_name(name)
+    check_on_missing(on_missing)
+    if model_class is not None:
+        from surfw.skeleton.build import check_model_class
+
+        check_model_class(model_class)
+    with ExitStack() as opened:
+        opening = _open(model, revision, storage_options, silence_timeout, show_progress=show_progress)
+        checkpoint = opened.enter_context(opening)
+        name = check_model_name(name or checkpoint.name)
+        prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model)
+        opened.pop_all()
+    return prepared
+
+
+def _open(
+    model: str,
+    revision: str | None,
+    options: Mapping[str, Any] | None,
+    silence_timeout: float,
+    *,
+    show_progress: bool,
+) -> Checkpoint:
+    model = read_address(model)
+    if is_local_url(model):
+        return open_checkpoint(model.removeprefix("file://"), revision=revision, show_progress=show_progress)
+    if revision is not None:
+        raise ConfigurationError(f"revision {revision!r} is for hub models, but {display_url(model)} is a storage URL")
+    return open_remote_checkpoint(model, options, silence_timeout=silence_timeout)
+
+
+def _plan_model(
+    checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
+) -> PreparedModel:
+    """Decide what of a checkpoint goes where."""
+    clean, generation = _sanitise(checkpoint, name, where)
+    from surfw.skeleton.build import build_skeleton, read_config, resolve_class
+    from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
+    from surfw.skeleton.loading import plan_loading
+
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -134,7 +223,26 @@ def plan_model(
         raise UnsupportedModelError(
             f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
         )
-    return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, plan, loading, facts)
+    return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
+
+
+def _sanitise(checkpoint: Checkpoint, name: str, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The checkpoint's configuration and its settings for `generate()`, without what nobody may ask for.
+
+    Raises:
+        UnsupportedModelError: they ask for code from elsewhere, or for sizes that no model has.
+    """
+    generation = checkpoint.generation_config
+    refuse_kernels(checkpoint.config, where=where)
+    refuse_absurd_sizes(checkpoint.config, where=where)
+    refuse_endless_numbers(checkpoint.config, where=where)
+    refuse_endless_numbers(generation or {}, where=where)
+    clean, code = sanitise_config(checkpoint.config)
+    clean, unfit = sanitise_outputs(clean, where=where)
+    reasons = [(line, "surfw runs no code that comes with a model") for line in code]
+    for line, why in [*reasons, *((line, "no file may choose it") for line in unfit)]:
+        logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
+    return tag_floats(clean), None if generation is None else tag_floats(sanitise_config(generation)[0])
 
 
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
@@ -178,6 +286,8 @@ class _PayloadReader:
 
     def _convert(self, name: str) -> memoryview:
         if name not in self._converted:
+            from surfw.skeleton.loading import convert_bytes
+
             recipe = self.prepared.loading.recipes[name]
             self._converted |= convert_bytes(recipe, self._read_source, self.prepared.facts)
         return self._converted[name]
@@ -194,9 +304,9 @@ def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _digest_tensor(checkpoint: Checkpoint, name: str, size: int) -> bytes:
-    whole, buffer = blake3(), memoryview(bytearray(min(size, 8 * MIB)))
-    for start in range(0, size, 8 * MIB):
-        piece = buffer[: min(8 * MIB, size - start)]
+    whole, buffer = blake3(), memoryview(bytearray(min(size, PIECE_BYTES)))
+    for start in range(0, size, PIECE_BYTES):
+        piece = buffer[: min(PIECE_BYTES, size - start)]
         checkpoint.read_into(name, piece, start, start + len(piece))
         whole.update(piece)
     return whole.digest()

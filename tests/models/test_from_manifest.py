@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, ManifestError, UnsupportedModelError
 from surfw.manifest import Chunk, Manifest, TensorInfo, Use
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
