@@ -16,6 +16,8 @@ from tests.services.s3 import s3
 
 __all__ = ["redis_url", "s3"]
 
+TESTS = Path(__file__).parent
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -24,6 +26,29 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis_settings.register_profile("surfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("surfw")  # how fast the machine is decides no test
+
+LONG = (
+    "models/test_bounded", "bench/test_infer", "cli/test_signals", "cli/test_commands", "library/test_examples",
+    "test_house", "cli/test_errors", "models/test_needs", "cli/", "exactness/", "library/", "in_place/",
+    "storage/test_s3", "bench/", "demo/", "models/",
+)  # fmt: skip
+"""The files that take longest, which begin first, so that no process of xdist is alone with one in the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would give out the files with the most tests first."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where xdist gives them out, the longest files come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=_rank)  # within a file, the order stays
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.relative_to(TESTS).as_posix()
+    return next((rank for rank, long in enumerate(LONG) if name.startswith(long)), len(LONG))
 
 
 def require(reason: str) -> NoReturn:

@@ -26,7 +26,7 @@ def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], conso
     """Print it: a table in a terminal, plain lines elsewhere."""
     rows = explanation_rows(explanation, _origin(explanation, origins))
     if console.is_terminal:
-        console.print(render.facts("", rows))
+        console.print(render.pair_table("", rows))
         return
     width = max(len(name) for name, _ in rows)
     for name, text in rows:

@@ -131,7 +131,7 @@ class LiveView:
 def weights_table(statistics: Mapping[str, Any]) -> Table:
     """Make the table of the weights' counters."""
     cache, time, latency = (statistics[part] for part in ("cache", "time", "fetch_latency_seconds"))
-    return render.facts(
+    return render.pair_table(
         "",
         [
             ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),

@@ -68,7 +68,7 @@ def say(text: str) -> None:
     out.print(one_line(text), soft_wrap=True)
 
 
-def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def pair_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Make a table of names and values."""
     table = Table(title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -131,7 +131,7 @@ def server_table(stats: ServerStats) -> Table:
         f"{count(cache['hits'], 'hit')}, {count(cache['misses'], 'miss', 'misses')}, {cache['coalesced']} coalesced"
     )
     used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
-    return facts(
+    return pair_table(
         f"surfw {server['version']}, up {server['uptime_seconds']:.0f} s",
         [
             ("storage", f"{storage['url']} ({'healthy' if storage['healthy'] else 'NOT reachable'})"),

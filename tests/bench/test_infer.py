@@ -22,6 +22,7 @@ from surfw.errors import ConfigurationError
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.servers import serve
+from tests.services import warm
 from tests.skeleton.models import skeleton_of
 
 TOKENS = 3
@@ -225,9 +226,9 @@ def test_an_interrupted_run_leaves_nothing(
     number: signal.Signals, code: int, checkpoint: Path, store: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "work").mkdir()
-    running = subprocess.Popen(
+    running = warm.start(
         [SURFW, "bench", "infer", str(checkpoint), "--against", "resident", "--dir", str(tmp_path / "work")],
-        env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert running.stderr is not None
     assert any("round 1 of 3: surfw" in line for line in running.stderr), "it is about to start a contender, or has"

@@ -100,7 +100,7 @@ from surfw.cli import streams
 from surfw.cli.infer_view import PlainView
 streams.set_up()
 text = sys.argv[1]
-view = PlainView(json=False, quiet=False, ids=False)
+view = PlainView(quiet=False, text=True)
 view.on_text(text + "\\n")
 view.note(text)
 warnings.warn(text)

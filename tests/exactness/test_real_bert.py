@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from surfw.chunking import prepare_model, write_model
+from surfw.manifest import Manifest
 from surfw.models import StreamingModel
 from surfw.models.inference import InferenceRequest, answer
 from surfw.storage import open_backend
-from tests.servers import serve
+from tests.servers import Served, serve
 
 
 def checkpoint() -> Path:
@@ -26,42 +28,51 @@ def checkpoint() -> Path:
     return found[0].parent
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """A store with the model, and its manifest."""
+    store = tmp_path_factory.mktemp("minilm") / "store"
+    return store, asyncio.run(write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(store)))
+
+
+@pytest.fixture
+def served(stored: tuple[Path, Manifest]) -> Iterator[Served]:
+    """A server of its own for each test, which counts what it sends."""
+    with serve(stored[0]) as served:
+        yield served
+
+
 @pytest.mark.parametrize("cache_layers", [1, 2, None])
-def test_real_bert_is_bit_equal(cache_layers: int | None, tmp_path: Path) -> None:
+def test_real_bert_is_bit_equal(cache_layers: int | None, stored: tuple[Path, Manifest], served: Served) -> None:
     resident = copy.deepcopy(AutoModel.from_pretrained(checkpoint()).eval())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint())
-    manifest = asyncio.run(
-        write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(tmp_path / "store"))
-    )
+    manifest = stored[1]
     assert manifest.layer_count == 6
     texts = ["The weights arrive while the model runs.", "A cat sleeps."]
-    with serve(tmp_path / "store") as served:
-        with StreamingModel.open(served.url, cache_size=cache_layers) as streaming:
-            for batch in (texts[:1], texts):
-                given = tokenizer(batch, return_tensors="pt", padding=True)
-                with torch.no_grad():
-                    want = resident(**given)
-                for _ in range(2):
-                    seen = streaming(**given)
-                    assert torch.equal(seen.last_hidden_state, want.last_hidden_state)
-                    assert torch.equal(seen.pooler_output, want.pooler_output)
-        layers = sum(chunk.payload_bytes for chunk in manifest.chunks if chunk.kind == "layer")
-        sent = served.stats()["bytes_sent"] - len(manifest.public().encode())
-        if cache_layers is None:
-            assert sent == manifest.payload_bytes
-        else:
-            assert sent > 3 * layers
+    with StreamingModel.open(served.url, cache_size=cache_layers) as streaming:
+        for batch in (texts[:1], texts):
+            given = tokenizer(batch, return_tensors="pt", padding=True)
+            with torch.no_grad():
+                want = resident(**given)
+            for _ in range(2):
+                seen = streaming(**given)
+                assert torch.equal(seen.last_hidden_state, want.last_hidden_state)
+                assert torch.equal(seen.pooler_output, want.pooler_output)
+    layers = sum(chunk.payload_bytes for chunk in manifest.chunks if chunk.kind == "layer")
+    sent = served.stats()["bytes_sent"] - len(manifest.public().encode())
+    if cache_layers is None:
+        assert sent == manifest.payload_bytes
+    else:
+        assert sent > 3 * layers
 
 
-def test_embeddings_mean_something(tmp_path: Path) -> None:
-    asyncio.run(write_model(prepare_model(str(checkpoint()), name="minilm"), open_backend(tmp_path / "store")))
-
+def test_embeddings_mean_something(served: Served) -> None:
     def embed(text: str) -> torch.Tensor:
         result = answer(streaming, tokenizer, InferenceRequest(prompt=text))
         assert result.embedding is not None
         return torch.nn.functional.normalize(torch.tensor(result.embedding), dim=0)
 
-    with serve(tmp_path / "store") as served, StreamingModel.open(served.url) as streaming:
+    with StreamingModel.open(served.url) as streaming:
         tokenizer = streaming.tokenizer
         cat, kitten, tax = (embed(text) for text in ("A cat sleeps.", "A kitten is napping.", "Income tax law of 1954"))
     assert cat @ kitten > 0.5 > cat @ tax

@@ -290,6 +290,8 @@ def _fork_on_demand(control: socket.socket) -> _Job | None:
                 return _Job(**json.loads(data))
             for fd in streams:
                 os.close(fd)
+            while os.getsid(pid) != pid:  # its caller may signal its process group at once
+                os.sched_yield()
             os.write(status, f"{pid}\n".encode())
             ends[os.pidfd_open(pid)] = pid, status
 
