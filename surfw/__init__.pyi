@@ -42,13 +42,13 @@ from .settings import Settings as Settings
 from .storage import FilesystemBackend as FilesystemBackend
 from .storage import S3Backend as S3Backend
 from .storage import StorageBackend as StorageBackend
+from .storage.housekeeping import Damage as Damage
 from .storage.housekeeping import Housekeeping as Housekeeping
+from .storage.housekeeping import Pruned as Pruned
+from .storage.housekeeping import Removed as Removed
 from .storage.housekeeping import StoreContents as StoreContents
 from .storage.housekeeping import StoredModel as StoredModel
 from .storage.housekeeping import UnfinishedModel as UnfinishedModel
-from .storage.prune import Pruned as Pruned
-from .storage.prune import Removed as Removed
-from .storage.verify import Damage as Damage
-from .storage.verify import Verified as Verified
+from .storage.housekeeping import Verified as Verified
 
 __version__: str

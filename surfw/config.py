@@ -19,11 +19,20 @@ KIB, MIB, GIB = 1024, 1024**2, 1024**3
 BLOCK_BYTES = MIB
 """Stored bytes are digested in blocks of this size, so that any range of blocks can be verified alone."""
 
+PIECE_BYTES = 8 * MIB
+"""What is read, digested or written of a file or object at a time, while the piece before it is worked on."""
+
+ALIGNMENT = 64
+"""Tensors lie at multiples of this in memory, whatever computes with them."""
+
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
 
 SHARED_LOADS_BYTES = 256 * MB
 """Whole objects that are kept for the ranges of them that are still to be read, in a storage that knows no ranges."""
+
+PAGE_BYTES = 4 * MIB
+"""A server reads its storage, and caches it, in pages of at most this size."""
 
 PROGRESS_BYTES = 64 * 1024
 """So many bytes of an answer, or all that is left of it, are progress; fewer do not reset anybody's patience."""
@@ -36,6 +45,9 @@ MANIFEST_BYTES = 64 * MIB
 
 FILE_BYTES = 256 * MIB
 """The largest file of a tokenizer."""
+
+MAX_JSON_DEPTH = 64
+"""How deep objects and lists may be nested in a JSON document that somebody else wrote."""
 
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
@@ -183,6 +195,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     if lines:
         return _STEERING.sub("?", text)
     return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
+
+
+def quote(name: object) -> str:
+    """A name from a file as it may stand in an error: quoted, on one line, of bounded length."""
+    return ascii(str(name)[:120])
 
 
 def escape_json(text: str) -> str:

@@ -2,13 +2,14 @@
 
 A field of `Settings` is a setting, with its type, its default, its bounds and its meaning. Its name is the keyword in
 Python and the key in a file; `SURFW_` and the name in capitals is its variable; the command line makes its options from
-the same fields. An argument goes before a variable, a variable before the file, the file before the default. A secret
-is no setting: it is read when it is asked for, and never shown.
+the same fields. An argument goes before a variable, a variable before the file, the file before the default.
+
+The token that clients show to a server is no setting: it is read when it is needed, and never shown.
 """
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -30,10 +31,14 @@ from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.setting import Setting
 from surfw.storage_options import is_options
-from surfw.token import TOKEN_VARIABLE, read_token
 
 CONFIG_VARIABLE = "SURFW_CONFIG"
 """Names a TOML file, as `--config` does."""
+
+TOKEN_VARIABLE = "SURFW_TOKEN"  # noqa: S105 - a name
+"""Holds the token itself: the one variable that has no option and no key."""
+
+_MOST_TOKEN_BYTES = 64 * 1024
 
 TABLE = "tool.surfw"
 """The table of a TOML file that holds settings."""
@@ -89,7 +94,7 @@ class Settings:
     )
     storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
         dict,
-        "An option of the storage, as its backend knows it; may be repeated.",
+        "An option of the storage's backend; may be repeated.",
         shown="none",
         metavar="KEY=VALUE",
         form="a table of names and values",
@@ -107,7 +112,7 @@ class Settings:
     clients: int = _setting(DEFAULT_CLIENTS, "The most connections at a time.", least=1)
     allowed_host: str | None = _setting(
         None,
-        "Names that a server without a token may be called by, with commas between them.",
+        "Host names that a server without a token answers to, separated by commas.",
         shown="its addresses, localhost and --host",
         metavar="NAMES",
     )
@@ -116,13 +121,13 @@ class Settings:
     )
     memory_budget: str | None = _setting(
         None,
-        "What weights in memory may take, in place of cache_layers.",
+        "Memory that weights may take; use it instead of cache_layers.",
         shown="what memory there is",
         metavar="SIZE",
         form="a size such as 1.2GB",
         has_form=is_size,
     )
-    policy: Policy = _setting("auto", "Which layers stay: a part that is chosen once, or those used last.")  # noqa: RUF009 - it makes a field
+    policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
     dtype: str | None = _setting(
         None,
         "Run in this dtype, such as bfloat16.",
@@ -135,7 +140,7 @@ class Settings:
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
     top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
     seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
-    live: bool | None = _setting(None, "A live table.", shown="in a terminal")
+    live: bool | None = _setting(None, "Show a live table.", shown="in a terminal")
     connect_timeout: float = _setting(
         DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
     )
@@ -144,13 +149,11 @@ class Settings:
         "Give up after this many seconds without progress.",
         least=_SHORTEST_SECONDS,
     )
-    retry_attempts: int = _setting(
-        _RETRY.attempts, "Tries of a connection in all; 1 never tries again.", least=1, most=1000
-    )
+    retry_attempts: int = _setting(_RETRY.attempts, "Attempts to connect in all; 1 means no retry.", least=1, most=1000)
     retry_first_delay: float = _setting(_RETRY.first_delay_seconds, "Seconds before the second try.", least=0)
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
-    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Seconds that no delay is longer than.", least=0)
-    retry_jitter: float = _setting(_RETRY.jitter, "Share of a delay that chance may take away.", least=0, most=1)
+    retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
+    retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )
@@ -223,7 +226,7 @@ SETTINGS: Mapping[str, Setting] = _read_registry()
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class SettingOrigin:
     """Where a value comes from.
 
     Attributes:
@@ -237,8 +240,10 @@ class Origin:
 
 def trace_settings(
     config: str | os.PathLike[str] | None, arguments: Mapping[str, Any]
-) -> dict[str, tuple[Any, Origin]]:
-    """Every setting's value, and where it comes from; arguments and results are those of `Settings.load`.
+) -> dict[str, tuple[Any, SettingOrigin]]:
+    """Return every setting's value and where it comes from; takes what `Settings.load` takes.
+
+    A table, such as `storage_options`, has the entries of all places that give it; the nearest place wins for each.
 
     Raises:
         ConfigurationError: as `Settings.load` does.
@@ -249,57 +254,60 @@ def trace_settings(
     file = config or os.environ.get(CONFIG_VARIABLE)
     path = Path(file).expanduser() if file else None
     table = read_settings_file(path) if path is not None else {}
+    places = {name: _places_of(setting, arguments, table, path) for name, setting in SETTINGS.items()}
+    yielding = _decide_between(places)
     defaults = Settings()
-    origins = {name: _find_origin(setting, arguments, table, path) for name, setting in SETTINGS.items()}
-    yielding, to = _decide_between(origins)
-    found: dict[str, tuple[Any, Origin]] = {}
+    found: dict[str, tuple[Any, SettingOrigin]] = {}
     for name, setting in SETTINGS.items():
-        origin = origins[name]
         if name == yielding:
-            found[name] = None, origins[to]
-        elif origin.kind == "argument":
-            found[name] = setting.check(arguments[name], name), origin
-        elif origin.kind == "variable":
-            found[name] = setting.parse(os.environ[setting.variable], setting.variable), origin
-        else:
-            found[name] = table[name] if origin.kind == "file" else getattr(defaults, name), origin
-        if setting.kind is dict and origin.kind != "default":
-            found[name] = _merge(setting, table, found[name][0], origin), origin
+            found[name] = None, places[next(one for one in EXCLUSIVE if one != name)][0]
+            continue
+        nearest, *others = places[name]
+        value = getattr(defaults, name) if nearest.kind == "default" else _read(setting, nearest, arguments, table)
+        if setting.kind is dict:
+            for origin in others:
+                value = _read(setting, origin, arguments, table) | value
+        found[name] = value, nearest
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
-        found["token_file"] = None, Origin("variable", TOKEN_VARIABLE)  # which holds the token itself
+        found["token_file"] = None, SettingOrigin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
 
 
-def _merge(setting: Setting, table: Mapping[str, Any], value: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
-    """The entries of a table from all places; of the same name, that of the nearest."""
-    merged = dict(table.get(setting.name, {}))
-    if origin.kind == "argument" and os.environ.get(setting.variable):
-        merged |= setting.parse(os.environ[setting.variable], setting.variable)
-    return {**merged, **value}
+def _places_of(
+    setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None
+) -> list[SettingOrigin]:
+    """The places that give a setting, the nearest first; the default if none does."""
+    given = {
+        SettingOrigin("argument", setting.name): arguments.get(setting.name) is not None,
+        SettingOrigin("variable", setting.variable): bool(os.environ.get(setting.variable)),
+        SettingOrigin("file", str(path)): setting.name in table,
+    }
+    return [origin for origin, is_given in given.items() if is_given] or [SettingOrigin("default", "default")]
 
 
-def _find_origin(setting: Setting, arguments: Mapping[str, Any], table: Mapping[str, Any], path: Path | None) -> Origin:
-    """The nearest place that gives a setting."""
-    if arguments.get(setting.name) is not None:
-        return Origin("argument", setting.name)
-    if os.environ.get(setting.variable):
-        return Origin("variable", setting.variable)
-    return Origin("file", str(path)) if setting.name in table else Origin("default", "default")
+def _read(setting: Setting, origin: SettingOrigin, arguments: Mapping[str, Any], table: Mapping[str, Any]) -> Any:
+    """The value that a place gives, checked."""
+    if origin.kind == "argument":
+        return setting.check(arguments[setting.name], setting.name)
+    if origin.kind == "variable":
+        return setting.parse(os.environ[setting.variable], setting.variable)
+    return table[setting.name]  # checked when the file was read
 
 
-def _decide_between(origins: Mapping[str, Origin]) -> tuple[str | None, str]:
-    """Of two settings that exclude each other, the one that yields, if both are given, and the one that is nearer.
+def _decide_between(places: Mapping[str, Sequence[SettingOrigin]]) -> str | None:
+    """Return which of the two exclusive settings yields, because the other is given in a nearer place.
 
     Raises:
         ConfigurationError: both are given in the same place.
     """
-    nearer, other = sorted(EXCLUSIVE, key=lambda name: _PLACES.index(origins[name].kind))
-    if (place := origins[other]).kind == "default":
-        return None, nearer
-    if place.kind == origins[nearer].kind:
-        names = " and ".join(SETTINGS[name].variable if place.kind == "variable" else name for name in EXCLUSIVE)
-        raise _exclude_each_other(f"{place.name}: {names}" if place.kind == "file" else names)
-    return other, nearer
+    nearer, other = sorted(EXCLUSIVE, key=lambda name: _PLACES.index(places[name][0].kind))
+    origin = places[other][0]
+    if origin.kind == "default":
+        return None
+    if origin.kind == places[nearer][0].kind:
+        names = " and ".join(SETTINGS[name].variable if origin.kind == "variable" else name for name in EXCLUSIVE)
+        raise _exclude_each_other(f"{origin.name}: {names}" if origin.kind == "file" else names)
+    return other
 
 
 def _exclude_each_other(names: str) -> ConfigurationError:
@@ -344,3 +352,34 @@ def _closest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]}?" if near else "; 'surfw config' lists all settings"
+
+
+def read_token(token_file: str | None) -> str | None:
+    """What a file holds, else what `$SURFW_TOKEN` holds, else None.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds no token.
+    """
+    if token_file is None:
+        given = os.environ.get(TOKEN_VARIABLE)
+        return _check_token(given, TOKEN_VARIABLE) if given else None
+    path = Path(token_file).expanduser()
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MOST_TOKEN_BYTES).decode(errors="replace")
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        raise ConfigurationError(
+            f"token_file {path} cannot be read: {reason}; name a file that holds the token"
+        ) from exc
+    return _check_token(text, f"token_file {path}")
+
+
+def _check_token(text: str, where: str) -> str:
+    """The token without white space around it; errors do not show it."""
+    token = text.strip()
+    if not token:
+        raise ConfigurationError(f"{where} is empty, expected a token; put one in, or unset it")
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ConfigurationError(f"{where} holds no token, expected one word of printable ASCII characters")
+    return token

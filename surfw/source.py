@@ -1,18 +1,18 @@
-"""Where weights come from: the one interface that the runtime knows, whether a storage or a server is behind it.
+"""The source of weights: the one interface that the runtime knows, whether a storage or a server is behind it.
 
 A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is
 read-only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from blake3 import blake3
 
-from surfw.config import BLOCK_BYTES
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest
 
@@ -41,10 +41,10 @@ class Read:
 
 
 def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
-    """The blocks of a run, starting with block `first` of the form, that are not what their digests promise.
+    """Return which blocks of a run, starting with block `first` of the form, do not match their digests.
 
     Returns:
-        The BLAKE3 of what each of them is instead, in hex, by its index.
+        The BLAKE3 that each of them has instead, in hex, by its index.
     """
     damage = {}
     for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
@@ -55,7 +55,7 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
 
 
 def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
-    """A damaged block in words, without what to do about it; `seen` is the BLAKE3 that it has."""
+    """Describe a damaged block, without advice; `seen` is the BLAKE3 that it has."""
     return (
         f"chunk {chunk.name} from {where} is damaged: block {block} has BLAKE3 {seen[:16]}…, "
         f"the manifest promises {form.block_digest(block).hex()[:16]}…"
@@ -63,11 +63,11 @@ def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: s
 
 
 def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
-    """Where the damage of something lies that was fetched several times, and what to do about it.
+    """Say where the damage of something is that was fetched several times, and what to do about it.
 
     Args:
-        seen: what arrived each time: digests, for example.
-        stored: where it would be stored as it arrived.
+        seen: what arrived each time, such as digests.
+        stored: the place where it is stored.
     """
     if len(set(seen)) == 1:
         return f"chunk the model again: it was the same {len(seen)} times, so the damage lies in {stored}"
@@ -77,14 +77,29 @@ def locate_damage(seen: Sequence[object], *, stored: str = "the store") -> str:
     )
 
 
+async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str]) -> bool:
+    """Read something damaged again until it is right, and return whether it is; at most `1 + DAMAGE_RETRIES` are seen.
+
+    Args:
+        read: reads it, past all caches, and returns the digest of what came, or None if that is right.
+        seen: the digests seen so far; those of this are added. See `locate_damage`.
+    """
+    while len(seen) <= DAMAGE_RETRIES:
+        digest = await read()
+        if digest is None:
+            return True
+        seen.append(digest)
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """Stored bytes where they are mapped.
+    """Stored bytes in mapped memory.
 
     Attributes:
         memory: the bytes.
         expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
-            `StorageError` if they are not what was verified any more, as far as that can be seen.
+            `StorageError` if the file shows that they are no longer what was verified.
     """
 
     memory: memoryview
@@ -95,65 +110,65 @@ class ChunkSource(ABC):
     """Manifests and verified stored bytes, from somewhere. Use it as an async context manager, or `close()` it."""
 
     url: str
-    """Where the bytes come from, for people and for error messages."""
+    """The place that the bytes come from, for people and for error messages."""
 
     @abstractmethod
     async def models(self) -> list[str]:
-        """The names of the models there are, sorted."""
+        """Return the names of all models, sorted."""
 
     @abstractmethod
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model with exactly this name.
+        """Return the manifest of the model with exactly this name.
 
         Raises:
-            UnknownModelError: there is none.
-            ManifestError: there is one, and it is not valid.
+            UnknownModelError: there is no such model.
+            ManifestError: its manifest is not valid.
         """
 
     @abstractmethod
     async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file of the model, verified.
+        """Return a tokenizer file of the model, verified.
 
         Raises:
-            IntegrityError: its bytes are not what the manifest promises.
+            IntegrityError: its bytes do not match the manifest.
         """
 
     @abstractmethod
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination with verified bytes. Lower priorities go first.
 
-        Give all reads that are wanted in one call: a source that is far away has as many of them under way at a time as
-        it finds useful, in whatever order, so that many small ones cost few round trips. How many there are does not
-        change the memory that it takes beside the destinations (see `buffered_bytes`).
+        Pass all reads in one call: a far source has several of them under way at a time, in any order, so that many
+        small ones cost few round trips. Their number does not change the memory that it takes besides the destinations
+        (see `buffered_bytes`).
 
-        Returns when all are there. If one fails, the first failure is raised and the others are given up: what their
-        destinations hold then is undefined. When the call has ended, also by a failure or a cancellation, no
-        destination is written to any more.
+        Returns when all destinations are filled. If a read fails, the first failure is raised and the others are given
+        up: the contents of their destinations are undefined then. Once the call has ended, also by a failure or a
+        cancellation, no destination is written to any more.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises.
-            StorageError, WireError: they could not be had.
+            IntegrityError: bytes do not match the manifest.
+            StorageError, WireError: they could not be read.
         """
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
-        """The form's stored bytes, verified, where they can be mapped: no copy of them is made.
+        """Return the form's stored bytes, verified and mapped: no copy of them is made.
 
         The memory may be written to, which changes nothing but this view. It is page-aligned, and stays valid after
         `close`.
 
         Returns:
-            None where they have to be fetched.
+            None if the bytes cannot be mapped and have to be fetched.
 
         Raises:
-            IntegrityError: bytes are not what the manifest promises.
-            StorageError: they could not be had.
+            IntegrityError: bytes do not match the manifest.
+            StorageError: they could not be read.
         """
         del manifest, chunk, form
         return None
 
     @property
     def buffered_bytes(self) -> int:
-        """The most memory that fetching takes beside the destinations."""
+        """The most memory that fetching takes besides the destinations."""
         return 0
 
     @property
@@ -163,7 +178,7 @@ class ChunkSource(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release connections, threads and files. Closing twice is fine."""
+        """Release connections, threads and files. It may be closed twice."""
 
     @property
     def fetched_bytes(self) -> int:
@@ -171,10 +186,10 @@ class ChunkSource(ABC):
         return 0
 
     async def resolve(self, name: str | None) -> str:
-        """The full name of a model given in full, by a unique last part, or (None) as the only one there is.
+        """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.
 
         Raises:
-            UnknownModelError: no or several models fit.
+            UnknownModelError: no model or several models match.
         """
         known = await self.models()
         if name is None:
@@ -186,7 +201,7 @@ class ChunkSource(ABC):
         return matches[0]
 
     async def __aenter__(self) -> Self:
-        """Enter the context; nothing is opened that was not open."""
+        """Enter the context. Nothing is opened."""
         return self
 
     async def __aexit__(

@@ -262,13 +262,13 @@ class StorageBackendSuite(_Suite):
         asyncio.run(storage.save("models/b.json", b"1"))
         assert asyncio.run(storage.list("models/")) == ["models/a.json", "models/b.json"]
 
-    def test_a_stranger_is_what_does_not_belong(self, storage: StorageBackend) -> None:
+    def test_a_foreign_key_is_what_does_not_belong(self, storage: StorageBackend) -> None:
         """Surfw looks for other things before it makes a place its store."""
-        assert asyncio.run(storage.stranger("partial/")) is None
+        assert asyncio.run(storage.find_foreign_key("partial/")) is None
         asyncio.run(storage.save("partial/x", b"1"))
-        assert asyncio.run(storage.stranger("partial/")) is None
+        assert asyncio.run(storage.find_foreign_key("partial/")) is None
         asyncio.run(storage.save("thesis.doc", b"1"))
-        assert asyncio.run(storage.stranger("partial/")) == "thesis.doc"
+        assert asyncio.run(storage.find_foreign_key("partial/")) == "thesis.doc"
 
     def test_a_finished_file_is_adopted(self, storage: StorageBackend) -> None:
         """A file of the spool moves into the storage."""

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
-from surfw.settings import CONFIG_VARIABLE, SETTINGS
-from surfw.token import TOKEN_VARIABLE
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
 from tests.services.s3 import s3
 

@@ -1,9 +1,9 @@
-"""A retry policy says when to try again, and no more often than it was told."""
+"""A retry policy says when to try again, and no more often than it was told; what a redirect changes is seen first."""
 
 import pytest
 
 from surfw.errors import ConfigurationError
-from surfw.retry import RetryPolicy
+from surfw.retry import Redirect, RetryPolicy, parse_redirect
 
 
 def test_delays_grow_by_the_backoff() -> None:
@@ -51,3 +51,24 @@ def test_one_attempt_never_waits() -> None:
 def test_what_makes_no_sense_is_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         RetryPolicy(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("url", "location", "redirect"),
+    [
+        ("http://a/b", "/c#d", Redirect("http://a/c", False, False, False, False)),
+        ("ws://a:80/b", "http://A/b", Redirect("http://A/b", False, False, False, False)),
+        ("ws://a/b", "HTTPS://a/b", Redirect("HTTPS://a/b", True, False, True, False)),
+        ("wss://a", "ws://a", Redirect("ws://a", False, True, True, False)),
+        ("https://a", "https://a:444/", Redirect("https://a:444/", True, False, True, False)),
+        ("https://a", "//u:p@a/", Redirect("https://u:p@a/", True, False, False, True)),
+    ],
+)
+def test_what_a_redirect_changes(url: str, location: str, redirect: Redirect) -> None:
+    assert parse_redirect(url, location) == redirect
+
+
+@pytest.mark.parametrize("location", ["ftp://a/", "https://", "http://[", "http://a:b/", "mailto:a@b"])
+def test_a_redirect_to_no_server(location: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        parse_redirect("http://a/b", location)

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from surfw.config import default_store
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
-from surfw.settings import CONFIG_VARIABLE, SETTINGS, Origin, Settings, trace_settings
-from surfw.token import TOKEN_VARIABLE
+from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE, SettingOrigin, Settings, trace_settings
 
 THREE: dict[str, tuple[Any, Any, Any]] = {
     "store": ("/a", "s3://bucket/b", "c"),
@@ -169,10 +168,10 @@ def test_origins_name_the_variable_and_the_file(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("SURFW_HOST", "::1")
     found = trace_settings(file, {"clients": 2})
     assert [found[name][1] for name in ("port", "host", "clients", "seed")] == [
-        Origin("file", str(file)),
-        Origin("variable", "SURFW_HOST"),
-        Origin("argument", "clients"),
-        Origin("default", "default"),
+        SettingOrigin("file", str(file)),
+        SettingOrigin("variable", "SURFW_HOST"),
+        SettingOrigin("argument", "clients"),
+        SettingOrigin("default", "default"),
     ]
 
 

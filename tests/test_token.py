@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from surfw.errors import ConfigurationError
-from surfw.token import TOKEN_VARIABLE, read_token
+from surfw.settings import TOKEN_VARIABLE, read_token
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ from math import prod
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotFoundError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks, nbytes, payload_digest
-from surfw.runtime.buffers import buffer_capacity
-from surfw.runtime.layout import plan_layout
-from surfw.runtime.residency import Needs, describe_needs
+from surfw.runtime.buffers import buffer_capacity, plan_layout
+from surfw.runtime.plan import Needs, describe_needs
 from surfw.source import ChunkSource, Read, describe_damage, find_damage
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]

@@ -1,7 +1,7 @@
 """A cap on the memory of one process, its page cache included: a control group (cgroup v1 or v2) of its own.
 
-The group lies directly below the mount of the memory controller. It is removed when it is left, and whatever still
-runs in it is killed before.
+The group lies directly below the mount of the memory controller. At the end it is removed, after everything that still
+runs in it was killed.
 """
 
 import os
@@ -11,14 +11,14 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from surfw.config import MB, format_size
 from surfw.errors import ConfigurationError, SurfwError
 
 LEAST_BYTES = 128 * MB
-"""An interpreter with what it imports takes this much, whoever contends."""
+"""Python with the imports of any peer takes this much."""
 
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -27,23 +27,14 @@ _REMOVALS = 50
 _REMOVAL_SECONDS = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class _Controls:
-    """What the controller's files are called.
+class _Controls(NamedTuple):
+    """The names of the controller's files."""
 
-    Attributes:
-        limit: takes the cap.
-        swap: takes what keeps the group from swapping, where the kernel has it.
-        swap_counts_memory: whether that is memory and swap together, or swap alone.
-        peak: the most that was used.
-        events: a line `oom_kill` with how many processes were killed.
-    """
-
-    limit: str
-    swap: str
-    swap_counts_memory: bool
-    peak: str
-    events: str
+    limit: str  # takes the cap
+    swap: str  # takes what keeps the group from swapping, where the kernel has it:
+    swap_counts_memory: bool  # memory and swap together, or swap alone
+    peak: str  # the most that was used
+    events: str  # a line `oom_kill` with the number of killed processes
 
 
 _V1 = _Controls(
@@ -53,7 +44,7 @@ _V2 = _Controls("memory.max", "memory.swap.max", False, "memory.peak", "memory.e
 
 
 class MemoryGroup:
-    """A group with a cap, as long as the context of `memory_group`."""
+    """A group with a cap; it exists as long as the context of `memory_group`."""
 
     def __init__(self, path: Path, controls: _Controls) -> None:
         """Name the group's folder and its files."""
@@ -61,12 +52,12 @@ class MemoryGroup:
         self._controls = controls
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """The command line that runs another one in this group, from its first byte on."""
+        """Return the command line that runs these arguments in the group from the start."""
         return [shutil.which("sh") or "/bin/sh", "-c", _ENTER, str(self.path / "cgroup.procs"), *arguments]
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most memory that was used, page cache included; None where the kernel does not say."""
+        """The most memory that was used, page cache included; None if the kernel does not tell."""
         with suppress(OSError, ValueError):
             return int((self.path / self._controls.peak).read_text())
         return None
@@ -102,7 +93,7 @@ class MemoryGroup:
 
 @contextmanager
 def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
-    """A group whose processes can have this much memory together.
+    """Make a group whose processes can use this much memory together.
 
     Raises:
         ConfigurationError: the cap is too small for anything, or cannot be set here.
@@ -129,7 +120,7 @@ def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def drop_page_cache() -> bool:
-    """Forget every file that the kernel has in memory, which a capped process could use for nothing.
+    """Drop all files that the kernel has cached: a capped process could use those without paying for them.
 
     Returns:
         Whether that was possible; only root can do it.
@@ -142,7 +133,7 @@ def drop_page_cache() -> bool:
 
 
 def _find_controller() -> tuple[Path, _Controls]:
-    """The mount below which groups can be made, and what its files are called."""
+    """Return the mount below which groups can be made, and the names of its files."""
     for line in _MOUNTS.read_text().splitlines():
         mount, _, kind = line.partition(" - ")
         place = Path(mount.split()[4])

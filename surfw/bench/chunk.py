@@ -8,9 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from surfw.bench.result import Result, Row, describe_machine, summarise_rates
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
+from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
+from surfw.chunking import PreparedModel, prepare_model, write_model
 from surfw.config import MB
 from surfw.errors import ConfigurationError
 from surfw.runtime.memory import peak_rss_bytes
@@ -26,7 +25,7 @@ def bench_chunk(model: str, *, folder: str | None = None, rounds: int = 3) -> Re
         rounds: alternations with the baseline; medians are reported.
     """
     if folder is not None and not Path(folder).is_dir():
-        raise ConfigurationError(f"{folder} is no folder, expected one with room for a copy of the model")
+        raise ConfigurationError(f"{folder} is not a folder; expected one with room for a copy of the model")
     with prepare_model(model) as prepared:
         return _measure(prepared, folder, rounds)
 
@@ -43,22 +42,15 @@ def _measure(prepared: PreparedModel, folder: str | None, rounds: int) -> Result
             ours.append(time.perf_counter() - start)
     rate, base = summarise_rates(size, ours), summarise_rates(size, theirs)
     rows = (
-        Row(name="cp, synced", unit="GB/s", **base._asdict()),
-        Row(
-            name="chunk, synced",
-            unit="GB/s",
-            **rate._asdict(),
-            baseline=base.value,
-            ratio=rate.value / base.value,
-            verified=True,
-        ),
+        rate_row("cp, synced", base),
+        rate_row("chunk, synced", rate, base, verified=True),
         Row(name="peak resident memory of chunking", value=peak_rss_bytes() / MB, unit="MB"),
     )
     return Result(benchmark="chunk", machine=describe_machine(), rows=rows)
 
 
 def _copy(prepared: PreparedModel, place: Path) -> float:
-    """Seconds that `cp` and a sync of its files take."""
+    """Return the seconds that `cp` and a sync of its files take."""
     cp = shutil.which("cp") or "cp"
     shards = [str(shard.path) for shard in prepared.checkpoint.shards]
     start = time.perf_counter()

@@ -1,11 +1,12 @@
 """A good client beside clients that flood the server: what rate it keeps, and how long a new one takes to connect.
 
-The good client fetches and verifies chunks that fit the server's cache, one after the other. Beside it run the
-flooders, 20 connections in one process with the least priority, each within the protocol. A new client has connected
-when the hellos are exchanged; it tries again at once where it is refused.
+The good client fetches and verifies chunks that fit the server's cache, one after the other. The flooders run beside
+it, 20 connections in one process with the least priority, each within the protocol. A new client has connected when the
+hellos are exchanged; it tries again at once where it is refused.
 """
 
 import asyncio
+import itertools
 import multiprocessing
 import os
 import random
@@ -38,6 +39,7 @@ _PAUSE_SECONDS = 0.1
 _PATIENCE_SECONDS = 20
 
 Get = dict[str, Any]
+RawRequest = tuple[str, dict[str, Any]]
 Flood = Callable[[int, Sequence[Get], random.Random], None]
 
 
@@ -48,112 +50,74 @@ def _open(port: int) -> Iterator[RawPeer]:
         yield opened
 
 
-def _never_read(port: int, batches: Iterator[bytes]) -> None:
-    with _open(port) as opened:
-        for batch in batches:
-            opened.send(batch)
+def _sends(make: Callable[[Sequence[Get], random.Random], Iterator[bytes]]) -> Flood:
+    """A flood that sends batches of messages, and never reads."""
+
+    def flood(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+        with _open(port) as opened:
+            for batch in make(gets, chance):
+                opened.send(batch)
+
+    return flood
 
 
-def _get_and_cancel(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    def batches() -> Iterator[bytes]:
-        number = 0
-        while True:
-            wanted = chance.choice(gets)
-            yield message("get", id=number, **wanted) + message("cancel", id=number)
-            number += 1
+def _asks(make: Callable[[Sequence[Get], random.Random], RawRequest], *, singly: bool = False) -> Flood:
+    """A flood that sends many requests at once, reads all answers, and starts again; see `_read_answers`."""
 
-    _never_read(port, batches())
+    def flood(port: int, gets: Sequence[Get], chance: random.Random) -> None:
+        with _open(port) as opened:
+            for first in itertools.count(0, _BATCH):
+                asked = {first + index: make(gets, chance) for index in range(_BATCH)}
+                opened.send(b"".join(message(kind, id=number, **rest) for number, (kind, rest) in asked.items()))
+                _read_answers(opened, asked, singly=singly)
 
-
-def _ask(port: int, make: Callable[[], tuple[str, dict[str, Any]]], *, singly: bool = False) -> None:
-    """Ask for many things at once, take all answers in, and go on."""
-    with _open(port) as opened:
-        number = 0
-        while True:
-            asked = [make() for _ in range(_BATCH)]
-            opened.send(b"".join(message(kind, id=number + index, **rest) for index, (kind, rest) in enumerate(asked)))
-            number += _BATCH
-            open_answers, taken = {number - 1 - index: 1 << 60 for index in range(_BATCH)}, 0
-            current = -1
-            while open_answers:
-                heard = opened.hear()
-                if isinstance(heard, bytes):
-                    taken += len(heard)
-                    open_answers[current] -= len(heard)
-                    if singly:
-                        opened.send(message("credit", bytes=1) * len(heard))
-                        taken -= len(heard)
-                elif heard["type"] in {"error", "models"}:
-                    open_answers[heard["id"]] = 0
-                elif heard["type"] == "begin":
-                    open_answers[heard["id"]] = heard["size"]
-                elif heard["type"] == "data":
-                    current = heard["id"]
-                    kind, rest = asked[current - number + _BATCH]
-                    if kind == "get" and open_answers[current] == 1 << 60:
-                        open_answers[current] = rest["stop"] - rest["start"]
-                open_answers = {one: left for one, left in open_answers.items() if left}
-            if taken:
-                opened.send(message("credit", bytes=taken))
+    return flood
 
 
-def _single_bytes(port: int, gets: Sequence[Get], chance: random.Random, **more: bool) -> None:
-    def make() -> tuple[str, Get]:
-        wanted = chance.choice(gets)
-        start = chance.randrange(wanted["stop"])
-        return "get", wanted | {"start": start, "stop": start + 1} | more
-
-    _ask(port, make)
-
-
-def _same_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del chance
-    _ask(port, lambda: ("get", gets[0] | {"stop": 1}))
-
-
-def _fresh_bytes(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    _single_bytes(port, gets, chance, fresh=True)
-
-
-def _small_credits(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del chance
-    _ask(port, lambda: ("get", gets[0] | {"stop": 8}), singly=True)
-
-
-def _manifests(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets, chance
-    _ask(port, lambda: ("manifest", {"model": BENCH_MODEL}))
+def _read_answers(opened: RawPeer, asked: Mapping[int, RawRequest], *, singly: bool) -> None:
+    """Read until every request is answered; its bytes are credited at the end, or singly at once."""
+    unknown = 1 << 60  # until a `begin` says how much will come
+    left = {
+        number: rest["stop"] - rest["start"] if kind == "get" else unknown for number, (kind, rest) in asked.items()
+    }
+    current, taken = -1, 0
+    while left:
+        heard = opened.hear()
+        if isinstance(heard, bytes):
+            left[current] -= len(heard)
+            if singly:
+                opened.send(message("credit", bytes=1) * len(heard))
+            else:
+                taken += len(heard)
+        elif heard["type"] in {"error", "models"}:
+            left[heard["id"]] = 0
+        elif heard["type"] == "begin":
+            left[heard["id"]] = heard["size"]
+        elif heard["type"] == "data":
+            current = heard["id"]
+        left = {number: size for number, size in left.items() if size}
+    if taken:
+        opened.send(message("credit", bytes=taken))
 
 
-def _models(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets, chance
-    _ask(port, lambda: ("models", {}))
+def _gets_and_cancels(gets: Sequence[Get], chance: random.Random) -> Iterator[bytes]:
+    for number in itertools.count():
+        yield message("get", id=number, **chance.choice(gets)) + message("cancel", id=number)
 
 
-def _unknown_models(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets
-    _ask(port, lambda: ("manifest", {"model": f"nothing-{chance.random()}"}))
+def _single_byte(gets: Sequence[Get], chance: random.Random, **more: bool) -> RawRequest:
+    wanted = chance.choice(gets)
+    start = chance.randrange(wanted["stop"])
+    return "get", wanted | {"start": start, "stop": start + 1} | more
 
 
-def _unknown_digests(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del chance
-    _ask(port, lambda: ("digests", {"model": BENCH_MODEL, "chunk": gets[0]["chunk"]}))
-
-
-def _pings(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets, chance
-    _never_read(port, iter(lambda: ping() * 1000, b""))
-
-
-def _come_and_go(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets, chance
+def _come_and_go(port: int, *_unused: object) -> None:
     while True:
         with _open(port):
             pass
 
 
-def _half_open(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets, chance
+def _half_open(port: int, *_unused: object) -> None:
     while True:
         with ExitStack() as held:
             for _ in range(_BATCH):
@@ -161,23 +125,22 @@ def _half_open(port: int, gets: Sequence[Get], chance: random.Random) -> None:
             time.sleep(_PAUSE_SECONDS)
 
 
-def _plain_http(port: int, gets: Sequence[Get], chance: random.Random) -> None:
-    del gets
+def _plain_http(port: int, _: Sequence[Get], chance: random.Random) -> None:
     while True:
         http_request(port, chance.choice(["/metrics", "/readyz", "/stats", "/nothing"]))
 
 
 FLOODS: Mapping[str, Flood] = {
-    "get, cancel, never read": _get_and_cancel,
-    "single bytes of many pages": _single_bytes,
-    "single bytes of one page": _same_bytes,
-    "fresh bytes of the good client's pages": _fresh_bytes,
-    "credits of one byte": _small_credits,
-    "manifests": _manifests,
-    "lists of models": _models,
-    "models that are not there": _unknown_models,
-    "digests that are not there": _unknown_digests,
-    "pings": _pings,
+    "get, cancel, never read": _sends(_gets_and_cancels),
+    "single bytes of many pages": _asks(_single_byte),
+    "single bytes of one page": _asks(lambda gets, _: ("get", gets[0] | {"stop": 1})),
+    "fresh bytes of the good client's pages": _asks(lambda gets, chance: _single_byte(gets, chance, fresh=True)),
+    "credits of one byte": _asks(lambda gets, _: ("get", gets[0] | {"stop": 8}), singly=True),
+    "manifests": _asks(lambda *_: ("manifest", {"model": BENCH_MODEL})),
+    "lists of models": _asks(lambda *_: ("models", {})),
+    "models that are not there": _asks(lambda _, chance: ("manifest", {"model": f"nothing-{chance.random()}"})),
+    "digests that are not there": _asks(lambda gets, _: ("digests", {"model": BENCH_MODEL, "chunk": gets[0]["chunk"]})),
+    "pings": _sends(lambda *_: itertools.repeat(ping() * 1000)),
     "come and go": _come_and_go,
     "half-open connections": _half_open,
     "plain HTTP": _plain_http,

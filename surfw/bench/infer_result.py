@@ -1,18 +1,21 @@
-"""What a comparison of generations found: from the outcomes of all rounds to rows and remarks. Pure; see `infer`."""
+"""The result of a comparison of generations, from the outcomes of all rounds. Pure; see `infer`."""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from surfw.bench.comparison import Measurement
 from surfw.bench.process import Outcome
 from surfw.bench.result import summarise
 from surfw.config import GB
 
+SURFW = "surfw"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferRow:
-    """One contender; without numbers, but for its name and `failed`, if it could not be measured.
+    """surfw or a peer; only `name` and `failed` are set if it could not be measured.
 
     Attributes:
         name: as in `--against`, or `surfw`.
@@ -22,12 +25,12 @@ class InferRow:
         high: the fastest round.
         surfw_ratio: how many times as fast surfw is: its value ÷ this one's.
         decode_value: tokens per second after the first token.
-        streamed_bytes_per_token: weights fetched for each of those; None for whoever does not say.
+        streamed_bytes_per_token: weights fetched for each of those; None for peers, which do not tell.
         ceiling: the most that decode_value could be: the bandwidth ÷ streamed_bytes_per_token, the median of all
             rounds; None if nothing was streamed, or the bandwidth is not known.
         share: decode_value ÷ ceiling, the median of all rounds.
         ttft_seconds: until the first token, once warm.
-        peak_rss_bytes: the most that its process had in memory in any round, mapped files included.
+        peak_rss_bytes: the peak of its process in any round, mapped files included.
         peak_group_bytes: the same with its page cache, where a cap made a group to measure that.
         new_tokens: how many it generated.
         token_ids: in its first round.
@@ -56,15 +59,15 @@ class InferRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InferResult:
-    """The contenders, surfw first.
+    """surfw and its peers, surfw first.
 
     Attributes:
         benchmark: `infer`.
         machine: what they were measured on.
         work: model, prompt and new tokens, rounds, cap and budget, as they were asked for.
         bandwidth_bytes_per_second: what the ceilings come from: the median of all rounds, or what was given.
-        rows: the contenders.
-        notes: what a reader has to know: whom surfw was not compared with and why, and how to read the numbers.
+        rows: surfw and its peers.
+        notes: which peers are missing and why, and how to read the numbers.
     """
 
     benchmark: str
@@ -74,22 +77,20 @@ class InferResult:
     rows: tuple[InferRow, ...]
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
 
-
-def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[float | None]) -> tuple[InferRow, ...]:
-    """A row for each contender.
+def make_rows(
+    outcomes: Mapping[str, Sequence[Outcome[Measurement]]], bandwidths: Sequence[float | None]
+) -> tuple[InferRow, ...]:
+    """Make a row for surfw and each peer.
 
     Args:
-        outcomes: of each round, by contender, surfw first.
+        outcomes: of each round, by name, surfw first.
         bandwidths: bytes per second in each round; None where it is not known.
     """
     measured = {name: [one.found for one in all_of if one.found is not None] for name, all_of in outcomes.items()}
     failed = {name: one.failed for name, all_of in outcomes.items() for one in all_of if one.failed is not None}
-    expected = _expected_tokens([measured[name][0]["token_ids"] for name in outcomes if name not in failed])
-    rates = {name: [len(one["token_ids"]) / one["seconds"] for one in measured[name]] for name in outcomes}
+    expected = _expected_tokens([measured[name][0].token_ids for name in outcomes if name not in failed])
+    rates = {name: [len(one.token_ids) / one.seconds for one in measured[name]] for name in outcomes}
     surfw = next(iter(outcomes))
     rows = []
     for name, all_of in outcomes.items():
@@ -104,19 +105,19 @@ def make_rows(outcomes: Mapping[str, Sequence[Outcome]], bandwidths: Sequence[fl
                 **spread._asdict(),
                 surfw_ratio=statistics.median(rates[surfw]) / spread.value if surfw not in failed else None,
                 **_decode(found, bandwidths),
-                ttft_seconds=statistics.median(one["ttft_seconds"] for one in found),
-                peak_rss_bytes=max(one["peak_rss_bytes"] for one in found),
+                ttft_seconds=statistics.median(one.ttft_seconds for one in found),
+                peak_rss_bytes=max(one.peak_rss_bytes for one in found),
                 peak_group_bytes=max((one.peak_group_bytes for one in all_of if one.peak_group_bytes), default=None),
-                new_tokens=len(found[0]["token_ids"]),
-                token_ids=found[0]["token_ids"],
-                same_tokens=all(_agree(one["token_ids"], expected) for one in found),
+                new_tokens=len(found[0].token_ids),
+                token_ids=found[0].token_ids,
+                same_tokens=all(_agree(one.token_ids, expected) for one in found),
             )
         )
     return tuple(rows)
 
 
 def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: bool) -> list[str]:
-    """What the rows do not say.
+    """Make the notes: what the rows do not say.
 
     Args:
         rows: of `make_rows`.
@@ -148,14 +149,14 @@ def make_notes(rows: Sequence[InferRow], bandwidth: float | None, *, measured: b
     ]
 
 
-def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | None]) -> dict[str, Any]:
-    """What is known of the tokens after the first; each round's ceiling is that of its own bandwidth."""
-    steps = len(found[0]["token_ids"]) - 1
-    rates = [steps / one["decode_seconds"] for one in found]
+def _decode(found: Sequence[Measurement], bandwidths: Sequence[float | None]) -> dict[str, Any]:
+    """Return the facts about the tokens after the first; each round has the ceiling of its own bandwidth."""
+    steps = len(found[0].token_ids) - 1
+    rates = [steps / one.decode_seconds for one in found]
     facts: dict[str, Any] = {"decode_value": statistics.median(rates)}
-    if found[0]["streamed_bytes"] is None:
+    streamed = [one.streamed_bytes / steps for one in found if one.streamed_bytes is not None]
+    if not streamed:
         return facts
-    streamed = [one["streamed_bytes"] / steps for one in found]
     facts["streamed_bytes_per_token"] = statistics.median(streamed)
     ceilings = [rate / size for rate, size in zip(bandwidths, streamed, strict=True) if rate and size]
     if len(ceilings) == len(found):
@@ -165,11 +166,11 @@ def _decode(found: Sequence[Mapping[str, Any]], bandwidths: Sequence[float | Non
 
 
 def _expected_tokens(answers: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The answer that most of them agree with; of equals the longest."""
+    """Return the answer that most others agree with; of several, the longest."""
     return max(answers, key=lambda one: (sum(_agree(one, other) for other in answers), len(one)), default=())
 
 
 def _agree(one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether one is the beginning of the other."""
+    """Whether one begins with the other."""
     shared = min(len(one), len(other))
     return list(one[:shared]) == list(other[:shared])

@@ -1,4 +1,4 @@
-"""One contender in a process of its own, under a cap if there is one, to its end or to its kill."""
+"""A peer in a process of its own, under a cap if there is one, to its end or to its kill."""
 
 import json
 import os
@@ -8,62 +8,59 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Generic, TypeVar
 
 from surfw.bench.cap import drop_page_cache, memory_group
-from surfw.bench.contenders.work import Work
+from surfw.bench.comparison import Comparison
 from surfw.config import format_size
 
+T = TypeVar("T")
 _SHOWN = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of it.
+class Outcome(Generic[T]):
+    """What came of a run.
 
     Attributes:
-        found: what it says of itself; None if it failed.
-        failed: why it did.
+        found: what it measured; None if it failed.
+        failed: why it failed.
         peak_group_bytes: the most memory its group had, page cache included; None without a cap.
-        cold: whether the page cache was dropped before, so that all it used counted; not done without a cap.
+        cold: whether the page cache was dropped before the run, so that all files it read counted; False without a cap.
     """
 
-    found: dict[str, Any] | None = None
+    found: T | None = None
     failed: str | None = None
     peak_group_bytes: int | None = None
     cold: bool = False
 
 
-def run_contender(
-    name: str, work: Work, *, cap_bytes: int | None, patience_seconds: float, folder: str | None = None
-) -> Outcome:
-    """Run it; nothing of it is left afterwards, however this ends.
+def run_peer(module: str, work: Comparison, kind: type[T]) -> Outcome[T]:
+    """Run a file of `surfw.bench.peers`; nothing of it is left afterwards, however this ends.
 
     Args:
-        name: of `CONTENDERS`, or `READS`.
-        work: what to do.
-        cap_bytes: all the memory it can have, page cache included; None for no cap.
-        patience_seconds: after this it is stopped.
-        folder: where it may write; default: the temporary folder.
+        module: the file.
+        work: what it is given, under its cap, until its patience ends.
+        kind: the class of what it measures.
 
     Raises:
         ConfigurationError: the cap cannot be set.
     """
     with ExitStack() as stack:
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder))
-        text = json.dumps(asdict(replace(work, scratch_dir=scratch)))
-        command = [sys.executable, "-m", "surfw.bench.contenders", name, text]
-        if cap_bytes is None:
-            return _run(command, patience_seconds)
-        group = stack.enter_context(memory_group(cap_bytes))
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=work.folder))
+        text = json.dumps(asdict(replace(work, folder=scratch)))
+        command = [sys.executable, "-m", "surfw.bench.peers", module, text]
+        if work.cap_bytes is None:
+            return _run(command, work.patience_seconds, kind)
+        group = stack.enter_context(memory_group(work.cap_bytes))
         cold = drop_page_cache()
-        outcome = _run(group.command(command), patience_seconds)
+        outcome = _run(group.command(command), work.patience_seconds, kind)
         if outcome.failed and group.kills:
-            outcome = Outcome(failed=f"was killed: a cap of {format_size(cap_bytes)} is too small for it")
+            outcome = Outcome(failed=f"was killed: a cap of {format_size(work.cap_bytes)} is too small for it")
         return replace(outcome, peak_group_bytes=group.peak_bytes, cold=cold)
 
 
-def _run(command: list[str], patience_seconds: float) -> Outcome:
+def _run(command: list[str], patience_seconds: float, kind: type[T]) -> Outcome[T]:
     """Run a process that ends when its stdin does, so that it does even if this is interrupted while starting it."""
     reading, writing = os.pipe()
     try:
@@ -91,7 +88,7 @@ def _run(command: list[str], patience_seconds: float) -> Outcome:
     if process.returncode == 0 and lines:
         found = json.loads(lines[-1])
         failed = found.get("failed")
-        return Outcome(failed=str(failed)[:_SHOWN]) if failed else Outcome(found=found)
+        return Outcome(failed=str(failed)[:_SHOWN]) if failed else Outcome(found=kind(**found))
     return Outcome(failed=_describe_end(process.returncode, err))
 
 

@@ -1,4 +1,4 @@
-"""A client made of the protocol's page and a socket, that does as it likes: it floods a server, or watches it."""
+"""A client made of a socket and the protocol's page alone, for floods and for tests of the server."""
 
 import json
 import socket
@@ -33,7 +33,7 @@ def ping(payload: bytes = b"") -> bytes:
 
 
 def http_request(port: int, path: str) -> bytes:
-    """What a server on this machine answers to a plain request."""
+    """Return the answer of a server on this machine to a plain HTTP request."""
     with socket.create_connection(("127.0.0.1", port), _SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
         answer = bytearray()
@@ -43,7 +43,7 @@ def http_request(port: int, path: str) -> bytes:
 
 
 class RawPeer:
-    """One connection, blocking. Nothing is sent or read that is not asked for.
+    """One blocking connection. It sends and reads nothing by itself.
 
     Raises:
         OSError: the server cannot be reached, does not answer, or has closed the connection.
@@ -86,7 +86,7 @@ class RawPeer:
             raise ConnectionRefusedError(answer.decode(errors="replace"))
 
     def greet(self, window_bytes: int = 8 << 20) -> dict[str, Any]:
-        """Exchange hellos; the server's is given back."""
+        """Exchange hellos; return the server's."""
         hello = self.hear_text()
         self.send(message("hello", client="raw", window_bytes=window_bytes))
         return hello

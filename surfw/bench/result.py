@@ -1,12 +1,12 @@
-"""What a benchmark found, as data: rows with a baseline from the same run, and the machine. Nothing here renders."""
+"""The result of a benchmark, as data: rows with a baseline from the same run, and the machine."""
 
 import platform
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -52,13 +52,9 @@ class Result:
     machine: dict[str, str]
     rows: tuple[Row, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return asdict(self)
-
 
 class Spread(NamedTuple):
-    """What several rounds came to."""
+    """The median of several rounds, and the extremes."""
 
     value: float
     low: float
@@ -73,6 +69,27 @@ def summarise(values: Sequence[float]) -> Spread:
 def summarise_rates(size_bytes: int, seconds: Sequence[float]) -> Spread:
     """The rates of several rounds that moved as many bytes, in GB/s."""
     return summarise([size_bytes / one / GB for one in seconds])
+
+
+def rate_row(
+    name: str,
+    rate: Spread,
+    baseline: Spread | None = None,
+    *,
+    ceiling: float | None = None,
+    verified: bool | None = None,
+) -> Row:
+    """Make the row of a rate in GB/s, with its ratio to the baseline and its share of the ceiling."""
+    return Row(
+        name=name,
+        unit="GB/s",
+        **rate._asdict(),
+        baseline=None if baseline is None else baseline.value,
+        ratio=None if baseline is None else rate.value / baseline.value,
+        ceiling=ceiling,
+        share=None if ceiling is None else rate.value / ceiling,
+        verified=verified,
+    )
 
 
 def describe_machine(*libraries: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Reading a model from a storage as surfw does, against other ways to have the same bytes, in alternation.
+"""Reading a model from a storage as surfw does, against other ways to read the same bytes, in alternation.
 
 The others are parallel ranged GETs of the same client library, and Run:ai Model Streamer where it is installed.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from fsspec.asyn import get_loop
 
-from surfw.bench.result import Result, Row, describe_machine, summarise_rates
-from surfw.bench.storage_peer import find_streamer, stream_objects
+from surfw.bench.peers.runai import find_streamer, stream_objects
+from surfw.bench.result import Result, Row, Spread, describe_machine, rate_row, summarise_rates
 from surfw.config import MB, MIB
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
@@ -21,16 +21,17 @@ from surfw.runtime.buffers import Buffer
 from surfw.source import Read
 from surfw.storage import FsspecBackend, S3Backend, StorageBackend, open_backend
 from surfw.storage.origins import Objects
-from surfw.storage.source import StorageSource, open_storage_source
 from surfw.storage.store import segments
+from surfw.storage.store_source import StorageSource, open_storage_source
 from surfw.threads import together
 
 _AHEAD = 2
-"""Chunks that surfw reads at a time, as a model does: one for now, and one ahead."""
+"""Chunks that surfw reads at once, as a model does: the current one, and the next."""
 
-_SURFW, _STREAMER = "surfw", "streamer"
-_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16), (32 * MIB, 4))
-"""Range sizes and how many are under way, of the plain reads; the best one is the baseline."""
+_PLAIN_WAYS = ((16 * MIB, 4), (16 * MIB, 8), (8 * MIB, 8), (8 * MIB, 16), (32 * MIB, 4))
+"""Sizes of the plain ranges, and how many are read at once; the fastest way is the baseline."""
+
+_SURFW, _STREAMER = "surfw", "Run:ai Model Streamer"
 
 
 def bench_storage(
@@ -55,82 +56,74 @@ def bench_storage(
 async def _bench(backend: StorageBackend, model: str | None, rounds: int) -> Result:
     async with await open_storage_source(backend) as source:
         manifest = await source.manifest(await source.resolve(model))
-        ours = _Ours(source, manifest)
         size = sum(chunk.forms[0].stored_bytes for chunk in manifest.chunks)
-        plain = {way: _Plain(source.store.objects, manifest, *way) for way in _WAYS}
-        streamer = _streamer(source.store.objects, manifest)
-        contenders: dict[Any, Callable[[], Awaitable[float]]] = {_SURFW: partial(_time, ours.read)}
-        contenders |= {way: partial(_time, one.read) for way, one in plain.items()}
-        if streamer:
-            contenders[_STREAMER] = streamer
-        seconds: dict[Any, list[float]] = {key: [] for key in contenders}
-        await ours.read()
+        largest = max((chunk.forms[0].stored_bytes for chunk in manifest.chunks), default=0)
+        buffers = [Buffer(largest) for _ in range(_AHEAD)]
+        read_ours = partial(_read_chunks, source, manifest, buffers)
+        plain = {
+            f"plain ranges of {range_bytes // MIB} MiB, {at_once} at a time": partial(
+                _time, partial(_read_plain, _plain_ranges(source.store.objects, manifest, range_bytes), at_once)
+            )
+            for range_bytes, at_once in _PLAIN_WAYS
+        }
+        ways: dict[str, Callable[[], Awaitable[float]]] = {_SURFW: partial(_time, read_ours), **plain}
+        if streamer := _streamer(source.store.objects, manifest):
+            ways[_STREAMER] = streamer
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        await read_ours()
         for index in range(rounds):
-            order = deque(contenders)
-            order.rotate(-index)  # nobody always follows the same other one, whose traces a server may bear for a while
-            for key in order:
-                seconds[key].append(await contenders[key]())
-    return Result(
-        benchmark="storage",
-        machine=describe_machine("s3fs", "aiohttp", "runai-model-streamer"),
-        rows=_rows(size, seconds),
-    )
+            order = deque(ways)
+            order.rotate(-index)  # none always follows the same other one, whose traces a server may bear for a while
+            for name in order:
+                seconds[name].append(await ways[name]())
+    rates = {name: summarise_rates(size, taken) for name, taken in seconds.items()}
+    machine = describe_machine("s3fs", "aiohttp", "runai-model-streamer")
+    return Result(benchmark="storage", machine=machine, rows=_rows(size, rates, list(plain)))
 
 
-async def _time(work: Callable[[], Awaitable[None]]) -> float:
+async def _time(read: Callable[[], Awaitable[None]]) -> float:
     start = time.perf_counter()
-    await work()
+    await read()
     return time.perf_counter() - start
 
 
-class _Ours:
-    """Every chunk into one of a few buffers, verified."""
+async def _read_chunks(source: StorageSource, manifest: Manifest, buffers: Sequence[Buffer]) -> None:
+    """Read all chunks once as surfw does, verified, each into one of the buffers."""
+    left = iter(manifest.chunks)
 
-    def __init__(self, source: StorageSource, manifest: Manifest) -> None:
-        self._source = source
-        self._manifest = manifest
-        largest = max((chunk.forms[0].stored_bytes for chunk in manifest.chunks), default=0)
-        self._buffers = [Buffer(largest) for _ in range(_AHEAD)]
+    async def take(buffer: Buffer) -> None:
+        for chunk in left:
+            form = chunk.forms[0]
+            read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
+            await source.fetch(manifest, [read])
 
-    async def read(self) -> None:
-        """Read all chunks once."""
-        left = iter(self._manifest.chunks)
-
-        async def take(buffer: Buffer) -> None:
-            for chunk in left:
-                form = chunk.forms[0]
-                read = Read(chunk, form, 0, form.stored_bytes, buffer.view[: form.stored_bytes])
-                await self._source.fetch(self._manifest, [read])
-
-        await together(take(buffer) for buffer in self._buffers)
+    await together(take(buffer) for buffer in buffers)
 
 
-class _Plain:
-    """The same bytes as ranges of the file systems' own `_cat_file`; what arrives is dropped."""
+def _plain_ranges(objects: Objects, manifest: Manifest, range_bytes: int) -> list[tuple[FsspecBackend, str, int, int]]:
+    """Where the chunks' bytes lie: storage, path, start and stop of ranges that are at most so large."""
+    return [
+        (*_place(objects, key), at, min(at + range_bytes, start + length))
+        for chunk in manifest.chunks
+        for key, start, length in segments(chunk.forms[0].locations, 0, chunk.forms[0].stored_bytes)
+        for at in range(start, start + length, range_bytes)
+    ]
 
-    def __init__(self, objects: Objects, manifest: Manifest, range_bytes: int, at_once: int) -> None:
-        self._at_once = at_once
-        self._ranges = [
-            (*_place(objects, key), at, min(at + range_bytes, start + length))
-            for chunk in manifest.chunks
-            for key, start, length in segments(chunk.forms[0].locations, 0, chunk.forms[0].stored_bytes)
-            for at in range(start, start + length, range_bytes)
-        ]
 
-    async def read(self) -> None:
-        """Read everything once, on fsspec's own event loop."""
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._read(), get_loop()))
+async def _read_plain(ranges: Sequence[tuple[FsspecBackend, str, int, int]], at_once: int) -> None:
+    """Read all ranges once with the file systems' own `_cat_file`, on fsspec's own event loop; drop what arrives."""
+    left = iter(ranges)
 
-    async def _read(self) -> None:
-        left = iter(self._ranges)
+    async def take() -> None:
+        for backend, path, start, stop in left:
+            data = await backend.fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
+            if len(data) != stop - start:
+                raise ConfigurationError(f"{path} changes while it is measured; leave it alone meanwhile")
 
-        async def take() -> None:
-            for backend, path, start, stop in left:
-                data = await backend.fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - the plain way there is
-                if len(data) != stop - start:
-                    raise ConfigurationError(f"{path} changes while it is measured; leave it alone meanwhile")
+    async def read() -> None:
+        await together(take() for _ in range(at_once))
 
-        await together(take() for _ in range(self._at_once))
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(read(), get_loop()))
 
 
 def _place(objects: Objects, key: str) -> tuple[FsspecBackend, str]:
@@ -148,7 +141,7 @@ def _place(objects: Objects, key: str) -> tuple[FsspecBackend, str]:
 
 
 def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[float]] | None:
-    """One read of the same objects by Run:ai Model Streamer; None if it cannot be had here."""
+    """One read of the same objects by Run:ai Model Streamer; None if it is not available here."""
     keys = dict.fromkeys(place.object for chunk in manifest.chunks for place in chunk.forms[0].locations)
     places = [_place(objects, key) for key in keys]
     backend = places[0][0] if places else None
@@ -157,27 +150,11 @@ def _streamer(objects: Objects, manifest: Manifest) -> Callable[[], Awaitable[fl
     return lambda: asyncio.to_thread(stream_objects, [f"s3://{path}" for _, path in places], backend)
 
 
-def _rows(size: int, seconds: Mapping[Any, Sequence[float]]) -> tuple[Row, ...]:
-    rates = {key: summarise_rates(size, found) for key, found in seconds.items()}
-    best = max(_WAYS, key=lambda way: rates[way].value)
-    rows = [
-        Row(name=f"plain ranges of {way[0] // MIB} MiB, {way[1]} at a time", unit="GB/s", **rates[way]._asdict())
-        for way in _WAYS
-    ]
-    baselines = [("the best plain ranges", rates[best])]
+def _rows(size: int, rates: Mapping[str, Spread], plain: Sequence[str]) -> tuple[Row, ...]:
+    """The baselines, and surfw against each."""
+    rows = [rate_row(name, rate) for name, rate in rates.items() if name != _SURFW]
+    baselines = {"the best plain ranges": max((rates[name] for name in plain), key=lambda rate: rate.value)}
     if _STREAMER in rates:
-        rows.append(Row(name="Run:ai Model Streamer", unit="GB/s", **rates[_STREAMER]._asdict()))
-        baselines.append(("Run:ai Model Streamer", rates[_STREAMER]))
-    ours = rates[_SURFW]
-    rows += [
-        Row(
-            name=f"surfw, against {name}",
-            unit="GB/s",
-            **ours._asdict(),
-            baseline=base.value,
-            ratio=ours.value / base.value,
-            verified=True,
-        )
-        for name, base in baselines
-    ]
+        baselines[_STREAMER] = rates[_STREAMER]
+    rows += [rate_row(f"surfw, against {name}", rates[_SURFW], base, verified=True) for name, base in baselines.items()]
     return (*rows, Row(name="bytes of the model", value=size / MB, unit="MB"))

@@ -1,8 +1,8 @@
 """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes.
 
 Both have two processes and loopback between them, and move the same chunks one after the other into the same memory.
-Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as it is, so that
-whatever else the machine does falls on all of them.
+Each round measures the raw socket, surfw without verification (for this comparison only) and surfw as users run it, so
+that whatever else the machine does falls on all of them.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 
-from surfw.bench.result import Result, Row, describe_machine, summarise_rates
+from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
-from surfw.client.opening import open_link
+from surfw.client.connect import Endpoint, open_link
 from surfw.config import GB, MB, WireLimits
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
 from surfw.retry import RetryPolicy
@@ -94,10 +94,10 @@ def bench_wire(*, rounds: int = 7, sizes: Sequence[int] = SIZES) -> Result:
 async def _measure(
     rounds: int, sizes: Sequence[int], server: _Peer, raw_server: _Peer
 ) -> tuple[_Series, _Series, _Series]:
-    """The series of the raw socket, of surfw unverified and of surfw as it is."""
+    """The series of the raw socket, of surfw unverified and of surfw verified."""
     raw, unverified, verified = _Series(), _Series(), _Series()
     url = f"ws://127.0.0.1:{server.port}"
-    connect = partial(open_link, url, limits=WireLimits(), connect_seconds=5, silence_seconds=30)
+    connect = partial(open_link, Endpoint(url), limits=WireLimits(), connect_seconds=5, silence_seconds=30)
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
         async with (
             await open_wire_source(url) as source,
@@ -143,23 +143,13 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
     """The rows. What limits surfw is the processor, so the ceiling is the rate at which every core would be busy."""
     base = summarise_rates(size, raw.seconds)
     cores = psutil.cpu_count() or 1
-    rows = [Row(name="raw TCP socket", unit="GB/s", **base._asdict())]
+    rows = [rate_row("raw TCP socket", base)]
     for name, series, checked in (("unverified", unverified, False), ("verified", verified, True)):
         rate = summarise_rates(size, series.seconds)
         busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
         ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
-        rows.append(
-            Row(
-                name=f"{name}; both sides keep {busy:.1f} of {cores} cores busy",
-                unit="GB/s",
-                **rate._asdict(),
-                baseline=base.value,
-                ratio=rate.value / base.value,
-                ceiling=ceiling,
-                share=rate.value / ceiling,
-                verified=checked,
-            )
-        )
+        what = f"{name}; both sides keep {busy:.1f} of {cores} cores busy"
+        rows.append(rate_row(what, rate, base, ceiling=ceiling, verified=checked))
     return tuple(rows)
 
 

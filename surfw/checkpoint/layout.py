@@ -12,9 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from surfw.checkpoint.header import quote
 from surfw.checkpoint.shard import translate_errors
-from surfw.config import MIB
+from surfw.config import MAX_JSON_DEPTH, MIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import read_regular
 
@@ -41,7 +40,6 @@ _SHARDS = {
 
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
-_MAX_DEPTH = 64
 
 _FOREIGN = {
     "adapter_config.json": "a LoRA adapter; merge it into its base model first",
@@ -181,8 +179,8 @@ def _refuse_depth(path: Path, document: Any) -> None:
     level, depth = [document], 0
     while level:
         depth += 1
-        if depth > _MAX_DEPTH:
-            raise CheckpointError(f"{path} is nested too deeply: expected at most {_MAX_DEPTH} levels")
+        if depth > MAX_JSON_DEPTH:
+            raise CheckpointError(f"{path} is nested too deeply: expected at most {MAX_JSON_DEPTH} levels")
         inside = (value.values() if isinstance(value, dict) else value for value in level)
         level = [one for values in inside for one in values if isinstance(one, dict | list)]
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 
-from surfw.checkpoint.header import quote
 from surfw.checkpoint.shard import SourceTensor, check_regular, check_unchanged, identify, translate_errors
-from surfw.config import MIB, format_size
+from surfw.config import MIB, format_size, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import open_regular
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from surfw.checkpoint.header import quote
 from surfw.checkpoint.layout import (
     TOKENIZER_FILES,
     find_weights,
@@ -21,6 +20,7 @@ from surfw.checkpoint.layout import (
     read_weights,
 )
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
+from surfw.config import quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 
 

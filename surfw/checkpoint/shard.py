@@ -5,16 +5,23 @@ A file that changes after it was opened is noticed at the next read.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from surfw.checkpoint.header import PREFIX_BYTES, header_length, parse_header
-from surfw.errors import CheckpointError
+from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import open_regular
 from surfw.manifest import nbytes
+from surfw.safetensors_header import (
+    PREFIX_BYTES,
+    HeaderError,
+    TruncatedFileError,
+    UnsupportedDtypeError,
+    header_length,
+    parse_header,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +90,17 @@ class SafetensorsShard:
             self._fd = open_regular(path)
         try:
             self.identity = identify(path, self._fd)
-            size = self.identity.size_bytes
-            prefix = bytearray(min(PREFIX_BYTES, size))
-            self._fill(memoryview(prefix), 0)
-            text = bytearray(header_length(bytes(prefix), size, str(path)))
-            self._fill(memoryview(text), PREFIX_BYTES)
-            found = parse_header(bytes(text), size, str(path)).tensors
+            self.tensors = read_tensors(path, self.identity.size_bytes, self._fill, where=str(path))
         except BaseException:
             self.close()
             raise
-        self.tensors = tuple(
-            SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
-            for tensor in sorted(found, key=lambda tensor: tensor.name)
-        )
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
         """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
         if tensor.start is None:
             raise ValueError(f"tensor {tensor.name} is not of a safetensors file")
         check_unchanged(self.path, self._fd, self.identity)
-        self._fill(destination, tensor.start + start)
+        self._fill(tensor.start + start, destination)
 
     def close(self) -> None:
         """Close the file; a second time does nothing."""
@@ -110,7 +108,7 @@ class SafetensorsShard:
             os.close(self._fd)
             self._fd = -1
 
-    def _fill(self, destination: memoryview, position: int) -> None:
+    def _fill(self, position: int, destination: memoryview) -> None:
         done = 0
         with translate_errors(self.path):
             while done < len(destination):
@@ -121,6 +119,39 @@ class SafetensorsShard:
                         "it shrank while it was read; run again when nothing writes to it"
                     )
                 done += count
+
+
+def read_tensors(
+    path: Path, file_bytes: int, read: Callable[[int, memoryview], object], *, where: str
+) -> tuple[SourceTensor, ...]:
+    """The tensors of a safetensors file, in the order of their names, as transformers sees them.
+
+    Args:
+        path: the file.
+        file_bytes: its size.
+        read: fills memory with its bytes from a position on.
+        where: names it in errors.
+
+    Raises:
+        CheckpointError: a rule of the format is broken; the text says which.
+        UnsupportedModelError: a tensor has a type of the format that surfw does not read.
+    """
+    prefix = bytearray(min(PREFIX_BYTES, file_bytes))
+    read(0, memoryview(prefix))
+    try:
+        text = bytearray(header_length(bytes(prefix), file_bytes))
+        read(PREFIX_BYTES, memoryview(text))
+        found = parse_header(bytes(text), file_bytes).tensors
+    except TruncatedFileError as exc:
+        raise CheckpointError(f"{where} is truncated: {exc}; download the shard again") from exc
+    except UnsupportedDtypeError as exc:
+        raise UnsupportedModelError(f"{where}: {exc}") from exc
+    except HeaderError as exc:
+        raise CheckpointError(f"{where} is not a valid safetensors file: {exc}; download it again") from exc
+    return tuple(
+        SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
+        for tensor in sorted(found, key=lambda tensor: tensor.name)
+    )
 
 
 def identify(path: Path, fd: int | None = None) -> Identity:

@@ -1,1 +1,6 @@
-"""Checkpoint → store. `plan` decides purely what each chunk will hold; `writer` streams the bytes there."""
+"""Checkpoint → store: `prepare` decides what goes where, `write` streams the bytes there, `in_place` copies nothing."""
+
+from surfw.chunking.prepare import PreparedModel, prepare_model
+from surfw.chunking.write import Progress, write_model
+
+__all__ = ["PreparedModel", "Progress", "prepare_model", "write_model"]

@@ -3,32 +3,34 @@
 Invariants: no weight byte is written; a chunk's payload is the one that a copy would have, so its identity is too, once
 its digests are known; whatever is no range of a shard (converted tensors, another dtype, `.bin`) is refused; every
 object is pinned to what it was when its header was read.
+
+As a program (`python -m surfw.chunking.in_place`), this makes a private store for a checkpoint that a server serves in
+place: a process of its own, since the server's never loads torch. It reads a JSON object from its standard input
+(`place`, `options`), so that no secret stands in the list of processes, and writes one: `store`, or `error` and `text`.
 """
 
 import asyncio
+import json
+import logging
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surfw.checkpoint.layout import read_small
 from surfw.checkpoint.shard import SafetensorsShard, check_unchanged
-from surfw.chunking.chunker import prepare_model
 from surfw.chunking.plan import PlannedChunk
+from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.remote import RemoteCheckpoint, plain_name
-from surfw.chunking.writer import Progress
+from surfw.chunking.write import Progress
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, display_url
-from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from surfw.manifest import Chunk, Digests, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
-from surfw.skeleton.config import sanitise_config, tag_floats
+from surfw.errors import CheckpointError, ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.manifest import Chunk, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions, is_local_url
-from surfw.storage.private import private_store
-from surfw.storage.source import StorageSource
+from surfw.storage.origins import PlacedOptions, is_local_url, private_store
 from surfw.storage.store import MARKER, manifest_key
-from surfw.threads import together
-
-if TYPE_CHECKING:
-    from surfw.chunking.prepared import PreparedModel
+from surfw.storage.store_source import StorageSource
 
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
@@ -46,7 +48,7 @@ def check_reach(model: str, backend: StorageBackend) -> None:
         )
 
 
-async def build_manifest(prepared: "PreparedModel") -> Manifest:
+async def build_manifest(prepared: PreparedModel) -> Manifest:
     """The manifest of a prepared model whose chunks lie in its checkpoint; their digests are not known.
 
     Raises:
@@ -60,29 +62,17 @@ async def build_manifest(prepared: "PreparedModel") -> Manifest:
     files = [await asyncio.to_thread(_file, path) for _, path in sorted(checkpoint.files.items())]
     await asyncio.to_thread(_check_unchanged, prepared)
     origin = Origin(url, pins)
-    generation = checkpoint.generation_config
-    return Manifest(
-        name=prepared.name,
-        class_name=prepared.class_name,
-        dtype=prepared.dtype,
-        config=prepared.config,
-        generation_config=tag_floats(sanitise_config(generation)[0]) if generation is not None else None,
-        files=tuple(files),
-        ties=prepared.loading.ties,
-        chunks=tuple(_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)),
-        order=prepared.plan.order,
-        origin=origin,
-    )
+    chunks = [_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)]
+    return prepared.manifest(chunks, files, origin)
 
 
 def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin) -> Chunk:
     size = planned.payload_bytes
     form = Form("none", size, "" if size else payload_digest(b""), b"", tuple(locations))
-    name = origin.provisional_id(locations) if size else form.digest
-    return Chunk(planned.name, planned.kind, name, size, tuple(t.info for t in planned.tensors), (form,))
+    return planned.chunk(origin.provisional_id(locations) if size else form.digest, form)
 
 
-def _locations(prepared: "PreparedModel", chunk: PlannedChunk) -> list[Location]:
+def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     """Where a chunk's payload lies, in order; neighbours are one range.
 
     Raises:
@@ -116,7 +106,7 @@ def _locations(prepared: "PreparedModel", chunk: PlannedChunk) -> list[Location]
     return found
 
 
-async def _pins(prepared: "PreparedModel", shards: set[str]) -> Mapping[str, Pin]:
+async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
     checkpoint = prepared.checkpoint
     names = sorted(shards | set(checkpoint.files))
     if isinstance(checkpoint, RemoteCheckpoint):
@@ -131,7 +121,7 @@ async def _pins(prepared: "PreparedModel", shards: set[str]) -> Mapping[str, Pin
     return pins
 
 
-def _check_unchanged(prepared: "PreparedModel") -> None:
+def _check_unchanged(prepared: PreparedModel) -> None:
     """Raises: CheckpointError, if a shard was changed between its header was read and it was pinned."""
     for shard in prepared.checkpoint.shards:
         if isinstance(shard, SafetensorsShard):
@@ -148,7 +138,7 @@ def _file(path: Path) -> ModelFile:
 
 
 async def write_in_place(
-    prepared: "PreparedModel",
+    prepared: PreparedModel,
     backend: StorageBackend,
     *,
     origin_options: PlacedOptions | None = None,
@@ -166,24 +156,11 @@ async def write_in_place(
     try:
         mounted = source.store.objects.mount(manifest, where=source.url)
         await source.store.create()
-        manifest = manifest.with_digests(await _digest_all(source, mounted, progress))
+        manifest = manifest.with_digests(await source.digest_all(mounted, progress=progress))
         await source.store.publish(manifest)
     finally:
         await source.close()
     return manifest
-
-
-async def _digest_all(source: StorageSource, mounted: Manifest, progress: Progress) -> Mapping[str, Digests]:
-    """The digests of all chunks that lack them; of as many at a time as are worth reading at once."""
-    slots = asyncio.Semaphore(source.store.objects.parallel_reads)
-    known: dict[str, Digests] = {}
-
-    async def digest(chunk: Chunk) -> None:
-        async with slots:
-            known[chunk.id] = await source.digest(mounted, chunk, progress=progress)
-
-    await together(digest(chunk) for chunk in mounted.chunks if not chunk.forms[0].is_known)
-    return known
 
 
 async def publish_place(
@@ -224,3 +201,23 @@ async def publish_place(
         if name != manifest.name:
             await store.backend.remove(manifest_key(name))
     return folder
+
+
+def main() -> None:
+    """Make the private store that standard input asks for."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    warnings.simplefilter("ignore")
+    request = json.load(sys.stdin)
+    try:
+        store = asyncio.run(publish_place(request["place"], request["options"]))
+        reply = {"store": str(store)}
+    except SurfwError as exc:
+        reply = {"error": type(exc).__name__, "text": str(exc)}
+    json.dump(reply, sys.stdout)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:  # the server that waits for this was interrupted as well
+        sys.exit(130)

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
-from surfw.chunking.writer import Progress
+from surfw.chunking.prepare import PreparedModel, prepare_model
+from surfw.chunking.write import Progress, write_model
 from surfw.config import OnMissing, display_url, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest

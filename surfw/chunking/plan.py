@@ -1,18 +1,16 @@
 """What each chunk will hold, decided before a byte is read. Pure: plain data in, plain data out.
 
-The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes, then the others, each
-in the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples of 64 by
-themselves, and only the few small ones at the end have to be moved apart in memory.
+The tensors of a chunk stand in a fixed order: first those whose size is a multiple of 64 bytes (`ALIGNMENT`), then the
+others, each in the order of the module's registration. Stored without gaps, all of the first kind then lie at multiples
+of 64 by themselves, and only the few small ones at the end have to be moved apart in memory.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from surfw.manifest import TensorInfo, Use, nbytes
-
-ALIGNMENT = 64
-HEADER_ALIGNMENT = 4096
+from surfw.config import ALIGNMENT
+from surfw.manifest import Chunk, Form, TensorInfo, Use
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,18 @@ class PlannedChunk:
     def payload_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    def chunk(self, chunk_id: str, form: Form) -> Chunk:
+        """The chunk as its manifest describes it, stored in this form."""
+        infos = tuple(tensor.info for tensor in self.tensors)
+        return Chunk(self.name, self.kind, chunk_id, self.payload_bytes, infos, (form,))
+
+
+class TensorBytes(Protocol):
+    """Where a writer gets the bytes of planned chunks."""
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +104,3 @@ def _arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
         arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))
         offset += tensor.info.nbytes
     return tuple(arranged)
-
-
-def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
-    """The safetensors header of a chunk's file, padded with spaces so that the payload starts at a multiple of 4096.
-
-    The format (https://huggingface.co/docs/safetensors): eight bytes of little-endian length, then JSON that maps each
-    name to dtype, shape and byte offsets in the payload, with trailing spaces allowed.
-    """
-    entries = {
-        tensor.name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.offset, tensor.offset + nbytes(tensor.dtype, tensor.shape)],
-        }
-        for tensor in tensors
-    }
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8
-    return padded.to_bytes(8, "little") + text.ljust(padded)

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.checkpoint import Checkpoint
-from surfw.checkpoint.header import PREFIX_BYTES, header_length, parse_header
 from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHTS_FILES
 from surfw.checkpoint.reader import open_directory
-from surfw.checkpoint.shard import Identity, Shard, SourceTensor
+from surfw.checkpoint.shard import Identity, Shard, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
 from surfw.storage import StorageBackend, adapt_backend, open_backend
-from surfw.storage.addresses import read_address
+from surfw.storage.backends import read_address
 from surfw.storage.store import MARKER
 
 T = TypeVar("T")
@@ -174,29 +173,20 @@ class RemoteShard:
         self._opened = opened
         pin = opened.run(opened.pin(path.name))
         self.identity = Identity(path.name, pin.size, int(payload_digest(pin.revision.encode())[:15], 16))
-        prefix = self._bytes(0, min(PREFIX_BYTES, pin.size))
-        header = self._bytes(PREFIX_BYTES, header_length(prefix, pin.size, where))
-        found = parse_header(header, pin.size, where).tensors
-        self.tensors = tuple(
-            SourceTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.start)
-            for tensor in sorted(found, key=lambda tensor: tensor.name)
-        )
-
-    def _bytes(self, start: int, length: int) -> bytes:
-        memory = bytearray(length)
-        if length:
-            self._opened.run(self._opened.read(self.path.name, start, memoryview(memory)))
-        return bytes(memory)
+        self.tensors = read_tensors(path, pin.size, self._fill, where=where)
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
         """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
         if tensor.start is None:
             raise ValueError(f"tensor {tensor.name} is not of a safetensors file")
-        if destination.nbytes:
-            self._opened.run(self._opened.read(self.path.name, tensor.start + start, destination))
+        self._fill(tensor.start + start, destination)
 
     def close(self) -> None:
         """Nothing is open."""
+
+    def _fill(self, position: int, destination: memoryview) -> None:
+        if destination.nbytes:
+            self._opened.run(self._opened.read(self.path.name, position, destination))
 
 
 _: type[Shard] = RemoteShard

@@ -1,4 +1,10 @@
-"""The `surfw` command: one file per command. It parses, wires objects together and renders; logic lives below.
+"""The `surfw` command. It parses, wires objects together and renders; it has no logic of its own.
 
-Commands import what they need when they run, so that `surfw --help` imports neither torch nor transformers.
+- `main` and `app`: the process, the commands, the exit codes. `signals` and `streams`: what a command is ended by, and
+  what it prints to. `options`: what all commands share. `render`: consoles, tables, JSON.
+- One file per command: `chunk`, `serve`, `infer`, `stats`, `config`, `bench`. Beside `chunk` are the tasks of
+  `housekeeping`; beside `infer` is its choice of `sources`. A `…_view` shows a typed result to people.
+
+A new command is a function in a file of its own, with the options of its settings (`options.with_settings`), that `app`
+registers. It imports what it needs when it runs, so that `surfw --help` imports neither torch, transformers nor rich.
 """

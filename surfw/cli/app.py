@@ -1,7 +1,6 @@
-"""The application: its commands, and how errors become a line and an exit code.
+"""The application: its commands, and how an error becomes a line on stderr and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 a command line that cannot be understood, 130 interrupted, 143 and 129 the same by
-SIGTERM and SIGHUP.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, 129 ended by SIGHUP.
 """
 
 import logging
@@ -14,7 +13,6 @@ import typer
 
 from surfw import __version__
 from surfw.cli import bench, chunk, config, infer, options, serve, signals, stats, streams
-from surfw.cli.command import Command
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -26,11 +24,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("chunk", cls=Command, epilog=chunk.EXAMPLES)(chunk.chunk)
-app.command("serve", cls=Command, epilog=serve.EXAMPLES)(serve.serve)
-app.command("infer", cls=Command, epilog=infer.EXAMPLES)(infer.infer)
-app.command("stats", cls=Command, epilog=stats.EXAMPLES)(stats.stats)
-app.command("config", cls=Command, epilog=config.EXAMPLES)(config.config)
+app.command("chunk", cls=options.Command, epilog=chunk.EXAMPLES)(chunk.chunk)
+app.command("serve", cls=options.Command, epilog=serve.EXAMPLES)(serve.serve)
+app.command("infer", cls=options.Command, epilog=infer.EXAMPLES)(infer.infer)
+app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
+app.command("config", cls=options.Command, epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")
 
 
@@ -54,7 +52,7 @@ _show_other_warning = warnings.showwarning
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A warning that surfw means for people is one line, as its other ones are."""
+    """Log surfw's own warnings as one line each; show others as Python does."""
     if issubclass(category, UninitializedWeightsWarning):
         logging.getLogger("surfw").warning("%s", message)
     else:
@@ -62,7 +60,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 
 
 def run() -> int:
-    """Run the command line; the exit code."""
+    """Run the command line, and return the exit code."""
     streams.set_up()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Remark("%(message)s"))
@@ -80,7 +78,7 @@ def run() -> int:
 
 
 def _run() -> int:
-    """Run the command; what it raises becomes a line and an exit code."""
+    """Run the command, and turn what it raises into a line and an exit code."""
     try:
         try:
             app()
@@ -102,13 +100,13 @@ def _run() -> int:
 
 
 class _Remark(streams.OneLine):
-    """`surfw: warning: …` on one line."""
+    """Format a record as `surfw: warning: …`, on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         return f"surfw: {record.levelname.lower()}: {super().format(record)}"
 
 
 def _fail(message: str) -> int:
-    """One line on stderr, and exit code 1."""
+    """Print the error as one line on stderr; return exit code 1."""
     print(f"surfw: error: {streams.one_line(message)}", file=sys.stderr)
     return 1

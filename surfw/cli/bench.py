@@ -1,11 +1,13 @@
 """`surfw bench`: measurements against a baseline of the same run."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import options
-from surfw.cli.command import Command
+
+if TYPE_CHECKING:
+    from surfw.bench.result import Result
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -25,7 +27,7 @@ app = typer.Typer(
 )
 
 
-@app.command("wire", cls=Command, epilog="Example:  surfw bench wire --rounds 7 --json")
+@app.command("wire", cls=options.Command, epilog="Example:  surfw bench wire --rounds 7 --json")
 def wire(
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
     json: options.Json = False,
@@ -36,7 +38,7 @@ def wire(
     _show(bench_wire(rounds=rounds), json=json)
 
 
-@app.command("flood", cls=Command, epilog="Example:  surfw bench flood --seconds 3 --json")
+@app.command("flood", cls=options.Command, epilog="Example:  surfw bench flood --seconds 3 --json")
 def flood(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
     json: options.Json = False,
@@ -47,7 +49,7 @@ def flood(
     _show(bench_flood(seconds=seconds), json=json)
 
 
-@app.command("chunk", cls=Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
+@app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],
     folder: Annotated[str | None, _FOLDER] = None,
@@ -62,7 +64,7 @@ def chunk(
 
 @app.command(
     "storage",
-    cls=Command,
+    cls=options.Command,
     epilog="Example:  surfw bench storage s3://bucket/models --storage-option region=eu-central-1",
 )
 @options.with_settings("storage_options")
@@ -81,14 +83,14 @@ def bench_storage(
     _show(found, json=json)
 
 
-@app.command("infer", cls=Command, epilog=INFER_EXAMPLES)
+@app.command("infer", cls=options.Command, epilog=INFER_EXAMPLES)
 def infer(
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],
     against: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of resident, accelerate, airllm, llama.cpp, lru, with commas between. [default: all that can run]",
+            help="Of resident, accelerate, airllm, llama.cpp, lru, separated by commas. [default: all that can run]",
         ),
     ] = None,
     gguf: Annotated[str | None, typer.Option(metavar="FILE", help="The same model for llama.cpp.")] = None,
@@ -98,7 +100,7 @@ def infer(
     cap: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="All the memory each of them can have, page cache included, such as 1.2GB; needs root."
+            metavar="SIZE", help="The memory each of them may use, page cache included, such as 1.2GB; needs root."
         ),
     ] = None,
     memory_budget: Annotated[
@@ -106,29 +108,28 @@ def infer(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A store that stays; has the model, or gets it. [default: a temporary one]"),
-    ] = None,
-    folder: Annotated[
-        str | None,
         typer.Option(
-            "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
+            metavar="DIR",
+            help="A store to keep; the model is chunked into it if it is not there. [default: a temporary one]",
         ),
     ] = None,
+    folder: Annotated[str | None, _FOLDER] = None,
     source: Annotated[
-        str | None, typer.Option(metavar="URL", help="What surfw reads in place of a local store, such as a server.")
+        str | None, typer.Option(metavar="URL", help="What surfw reads instead of a local store, such as a server.")
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB; else it is measured."),
+        typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each of them runs, in turn; medians are shown.")] = 3,
-    patience: Annotated[float, typer.Option(min=1, help="Seconds that one of them may take in one round.")] = 1800,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
+    patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
     json: options.Json = False,
 ) -> None:
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
-    from surfw.bench.infer import Comparison, bench_infer
+    from surfw.bench.comparison import Comparison
+    from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render
     from surfw.config import parse_size
 
@@ -149,19 +150,12 @@ def infer(
         patience_seconds=patience,
     )
     found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
-    if json:
-        render.print_json(found.as_dict())
-    else:
-        bench_view.show_comparison(found)
+    render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
 
 
-def _show(result: Any, *, json: bool) -> None:
-    """A result as one JSON object, or as a table."""
+def _show(result: "Result", *, json: bool) -> None:
     from surfw.cli import bench_view, render
 
-    if json:
-        render.print_json(result.as_dict())
-    else:
-        bench_view.show_rows(result)
+    render.show(result, bench_view.show_rows, json=json)

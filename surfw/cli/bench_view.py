@@ -1,15 +1,13 @@
-"""How measurements are shown."""
+"""What `bench` shows people."""
 
-from typing import Any
-
-from rich.table import Table
-
+from surfw.bench.infer_result import InferResult
+from surfw.bench.result import Result
 from surfw.cli import render
 from surfw.config import count, format_size
 
 
-def show_rows(result: Any) -> None:
-    """Rows against their baselines."""
+def show_rows(result: Result) -> None:
+    """Print rows against their baselines."""
     _show_table(
         ("what", "value", "spread", "baseline", "ratio", "ceiling", "share", "verified"),
         [
@@ -26,8 +24,8 @@ def show_rows(result: Any) -> None:
     _show_machine(result)
 
 
-def show_comparison(result: Any) -> None:
-    """Contenders, and what has to be known about them."""
+def show_comparison(result: InferResult) -> None:
+    """Print how fast each was, and what a reader has to know about it."""
     _show_table(
         ("", "tokens/s", "spread", "surfw is", "TTFT", "memory", "and cache"),
         [
@@ -54,7 +52,7 @@ def show_comparison(result: Any) -> None:
                     _number(row.decode_value),
                     _number(row.ceiling),
                     f"{row.share:.0%}",
-                    format_size(row.streamed_bytes_per_token),
+                    format_size(row.streamed_bytes_per_token or 0),
                 )
                 for row in ceilings
             ],
@@ -62,24 +60,20 @@ def show_comparison(result: Any) -> None:
     work = result.work
     what = f"{work['model']}: {count(work['prompt_tokens'], 'token')} of prompt, {work['new_tokens']} generated, greedy"
     rounds = f"; medians of {work['rounds']} rounds" if work["rounds"] > 1 else ""
-    render.out.print(f"\n{what}{rounds}; memory is the highest that the process had", soft_wrap=True)
+    render.out.print(f"\n{what}{rounds}; memory is the peak of the process", soft_wrap=True)
     for note in result.notes:
         render.out.print(f"- {note}", soft_wrap=True)
     _show_machine(result)
 
 
 def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table without the columns in which nothing stands."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    """Print a table without the columns that are empty."""
     shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
-    for index in shown:
-        table.add_column(headings[index], justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*(row[index] for index in shown))
-    render.out.print(table)
+    names = [headings[index] for index in shown]
+    render.out.print(render.table(names, [[row[index] for index in shown] for row in rows], numbers=names[1:]))
 
 
-def _show_machine(result: Any) -> None:
+def _show_machine(result: Result | InferResult) -> None:
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     render.out.print(f"on {machine}", style="dim", soft_wrap=True)
 
@@ -89,5 +83,5 @@ def _number(value: float | None) -> str:
 
 
 def _range(low: float | None, high: float | None) -> str:
-    """The worst and the best of several rounds; nothing of one."""
+    """The worst and the best of several rounds; empty if there was one."""
     return "" if low is None or high is None or low == high else f"{low:.3g}–{high:.3g}"

@@ -1,15 +1,16 @@
-"""`surfw chunk`: a checkpoint into a store."""
+"""`surfw chunk`: a checkpoint into a store. `housekeeping` has what its options do with a store instead."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surfw.cli import options
 from surfw.config import count, display_url, format_size
 from surfw.settings import Settings
+
+if TYPE_CHECKING:
+    from surfw.chunking import PreparedModel
 
 EXAMPLES = """\b
 Examples:
@@ -49,16 +50,16 @@ def chunk(
         bool,
         typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
     ] = False,
-    listing: Annotated[bool, typer.Option("--list", help="In place of chunking: show what lies in the store.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Instead of chunking, show what is in the store.")] = False,
     remove: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="In place of chunking: remove a model; its blobs stay until --prune."),
+        typer.Option(metavar="NAME", help="Instead of chunking, remove a model; its blobs stay until --prune."),
     ] = None,
     prune: Annotated[
-        bool, typer.Option("--prune", help="In place of chunking: remove the blobs that no model needs.")
+        bool, typer.Option("--prune", help="Instead of chunking, remove the blobs that no model needs.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="In place of chunking: read every byte of all models, or of MODEL.")
+        bool, typer.Option("--verify", help="Instead of chunking, read every byte of all models, or of MODEL.")
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -66,103 +67,143 @@ def chunk(
 
     An interrupted run leaves nothing visible; the same command goes on where it stopped.
     """
-    from surfw.cli import housekeeping
-
-    settings, origins = configuration.settings, configuration.origins
+    settings = configuration.settings
+    tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--in-place": in_place, "--on-missing": origins["on_missing"].kind == "argument",
+        "--in-place": in_place, "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
-    wish = housekeeping.Wish(listing=listing, remove=remove, prune=prune, verify=verify)
-    housekeeping.check(wish, model=model, dry_run=dry_run, chunking=chunking)
-    if wish:
-        housekeeping.keep(wish, settings.store, settings.storage_options, model=model, dry_run=dry_run, json=json)
+    if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
+        from surfw.cli import housekeeping
+
+        match task:
+            case "--list":
+                housekeeping.list_models(settings, json=json)
+            case "--remove":
+                housekeeping.remove_model(settings, remove or "", json=json)
+            case "--prune":
+                housekeeping.prune(settings, dry_run=dry_run, json=json)
+            case "--verify":
+                housekeeping.verify(settings, model, json=json)
         return
-    assert model is not None, "checked above"
-    how = {"name": name, "revision": revision, "dtype": dtype, "on_missing": settings.on_missing}
+    if model is None:
+        raise typer.BadParameter(
+            "name a checkpoint to chunk, or say --list, --remove, --prune or --verify", param_hint="MODEL"
+        )
     try:
-        _chunk(model, how, settings, dry_run=dry_run, in_place=in_place, json=json)
+        _chunk(
+            model, settings, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place, json=json
+        )
     except KeyboardInterrupt as exc:
         raise KeyboardInterrupt("" if dry_run else "the same command goes on where it stopped") from exc
 
 
-def _chunk(model: str, how: dict[str, Any], settings: Settings, *, dry_run: bool, in_place: bool, json: bool) -> None:
-    """Chunk a checkpoint, or show what that would be."""
+def _only_task(
+    tasks: Mapping[str, bool], *, model: str | None, dry_run: bool, chunking: Mapping[str, bool]
+) -> str | None:
+    """The one task that was asked for instead of chunking; None for chunking.
+
+    Args:
+        tasks: the options that chunk nothing, and whether each was given.
+        model: the argument MODEL.
+        dry_run: whether `--dry-run` was given.
+        chunking: the options that are for chunking alone, and whether each was given.
+
+    Raises:
+        BadParameter: options that exclude each other were given.
+    """
+    given = [option for option, is_given in tasks.items() if is_given]
+    if not given:
+        return None
+    task = given[0]
+    if len(given) > 1:
+        raise typer.BadParameter(f"give one of {' and '.join(given)} at a time", param_hint=given[1])
+    if model is not None and task != "--verify":
+        raise typer.BadParameter(f"{task} takes no MODEL to chunk", param_hint="MODEL")
+    if dry_run and task != "--prune":
+        raise typer.BadParameter(f"does not go with {task}", param_hint="--dry-run")
+    for option, is_given in chunking.items():
+        if is_given:
+            raise typer.BadParameter(f"is for chunking, and does not go with {task}", param_hint=option)
+    return task
+
+
+def _chunk(
+    model: str,
+    settings: Settings,
+    *,
+    name: str | None,
+    revision: str | None,
+    dtype: str | None,
+    dry_run: bool,
+    in_place: bool,
+    json: bool,
+) -> None:
+    """Chunk a checkpoint, or show what that would write."""
     import asyncio
 
-    from surfw.chunking.chunker import prepare_model, write_model
+    from surfw.chunking import prepare_model, write_model
     from surfw.chunking.in_place import build_manifest, check_reach, write_in_place
     from surfw.cli import render
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
-    place, given = settings.store, settings.storage_options
     # A folder takes no options, so those that are given with one are for the checkpoint.
-    source_options = PlacedOptions(model if is_local_url(place) else place, given)
-    backend = open_backend(place, given)
+    options = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
+    backend = open_backend(settings.store, settings.storage_options)
     if in_place:
         check_reach(model, backend)
-    bars = not json and render.err.is_terminal
-    options = source_options.for_url(model)
-    with prepare_model(model, **how, show_progress=bars, storage_options=options) as prepared:
-        facts = _facts(prepared)
+    with prepare_model(
+        model,
+        name=name,
+        revision=revision,
+        dtype=dtype,
+        on_missing=settings.on_missing,
+        show_progress=not json and render.err.is_terminal,
+        storage_options=options.for_url(model),
+    ) as prepared:
+        from surfw.models.assembly import plan_least_budget  # torch is there by now
+
+        least_bytes, token_bytes = plan_least_budget(prepared)
+        facts = _facts(prepared, least_bytes, token_bytes)
         if dry_run:
             if in_place:
-                asyncio.run(build_manifest(prepared))  # which refuses what is not in the checkpoint as it is used
-            _show(facts, _show_plan, json=json)
+                asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
+            if json:
+                render.print_json(facts)
+            else:
+                _show_plan(prepared, least_bytes, token_bytes)
             return
-        with _progress(prepared.plan.payload_bytes, quiet=json) as progress:
+        with render.byte_bar("chunking", prepared.plan.payload_bytes, quiet=json) as update:
+
+            def progress(size: int, chunk: str) -> None:
+                update(advance=size, description=chunk)
+
             if in_place:
-                writing = write_in_place(prepared, backend, origin_options=source_options, progress=progress)
+                writing = write_in_place(prepared, backend, origin_options=options, progress=progress)
             else:
                 writing = write_model(prepared, backend, progress=progress)
             manifest = asyncio.run(writing)
-    _show(facts | {"store": display_url(place), "digest": manifest.digest}, partial(_show_made, in_place), json=json)
-
-
-def _show(facts: dict[str, Any], show: Callable[[dict[str, Any]], None], *, json: bool) -> None:
-    from surfw.cli import render
-
+    place = display_url(settings.store)
     if json:
-        render.print_json(facts)
+        render.print_json(facts | {"store": place, "digest": manifest.digest})
     else:
-        show(facts)
+        render.say(
+            f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
+            f"{format_size(manifest.payload_bytes)} in {place}{', which points at the checkpoint' if in_place else ''}"
+        )
 
 
-def _show_made(in_place: bool, facts: dict[str, Any]) -> None:
-    from surfw.cli import render
-
-    chunks, layers = count(len(facts["chunks"]), "chunk"), count(facts["layers"], "layer")
-    render.out.print(
-        f"{facts['model']}: {chunks} ({layers}), {format_size(facts['payload_bytes'])} in {facts['store']}"
-        f"{', which points at the checkpoint' if in_place else ''}",
-        soft_wrap=True,
-    )
-
-
-@contextmanager
-def _progress(total_bytes: int, *, quiet: bool) -> Iterator[Any]:
-    """A bar in bytes with the time that is left, in a terminal; nothing elsewhere."""
-    from surfw.cli import render
-
-    with render.byte_bar(quiet=quiet) as bar:
-        task = bar.add_task("chunking", total=total_bytes)
-        yield lambda count, name: bar.update(task, advance=count, description=name)
-
-
-def _facts(prepared: Any) -> dict[str, Any]:
-    """What a dry run tells."""
-    from surfw.models.needs import plan_least_budget
-
-    least, per_token = plan_least_budget(prepared)
+def _facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> dict[str, Any]:
+    """What `--json` prints of the plan."""
     return {
         "model": prepared.name,
         "class": prepared.class_name,
         "dtype": prepared.dtype,
         "payload_bytes": prepared.plan.payload_bytes,
-        "layers": sum(chunk.kind == "layer" for chunk in prepared.plan.chunks),
-        "least_budget_bytes": least,
-        "kv_token_bytes": per_token,
+        "layers": _layer_count(prepared),
+        "least_budget_bytes": least_bytes,
+        "kv_token_bytes": token_bytes,
         "chunks": [
             {"name": chunk.name, "kind": chunk.kind, "tensors": len(chunk.tensors), "bytes": chunk.payload_bytes}
             for chunk in prepared.plan.chunks
@@ -170,28 +211,19 @@ def _facts(prepared: Any) -> dict[str, Any]:
     }
 
 
-def _show_plan(facts: dict[str, Any]) -> None:
-    from rich.table import Table
-
+def _show_plan(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> None:
     from surfw.cli import render
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("chunk")
-    table.add_column("kind")
-    table.add_column("tensors", justify="right")
-    table.add_column("size", justify="right")
-    for one in facts["chunks"]:
-        table.add_row(one["name"], one["kind"], str(one["tensors"]), format_size(one["bytes"]))
-    render.out.print(table)
-    render.out.print(
-        f"{facts['model']} ({facts['class']}, {facts['dtype']}): {count(len(facts['chunks']), 'chunk')}, "
-        f"{count(facts['layers'], 'layer')}, "
-        f"{format_size(facts['payload_bytes'])}; the smallest budget for weights that can run it: "
-        f"{format_size(facts['least_budget_bytes'])}{_for_tokens(facts)}. Nothing was written.",
-        soft_wrap=True,
+    chunks = prepared.plan.chunks
+    rows = [(one.name, one.kind, str(len(one.tensors)), format_size(one.payload_bytes)) for one in chunks]
+    render.out.print(render.table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size")))
+    for_tokens = f", and {format_size(token_bytes)} for each token of a generation" if token_bytes else ""
+    render.say(
+        f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "
+        f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}; "
+        f"the smallest budget for weights that can run it: {format_size(least_bytes)}{for_tokens}. Nothing was written."
     )
 
 
-def _for_tokens(facts: dict[str, Any]) -> str:
-    per_token = facts["kv_token_bytes"]
-    return f", and {format_size(per_token)} for each token of a generation" if per_token else ""
+def _layer_count(prepared: "PreparedModel") -> int:
+    return sum(chunk.kind == "layer" for chunk in prepared.plan.chunks)

@@ -7,8 +7,8 @@ import typer
 
 from surfw.cli import options
 from surfw.config import display_url
+from surfw.settings import TOKEN_VARIABLE
 from surfw.storage_options import shown_options
-from surfw.token import TOKEN_VARIABLE
 
 EXAMPLES = """\b
 Examples:
@@ -21,7 +21,7 @@ Examples:
 def config(context: typer.Context, file: options.ConfigFile = None, json: options.Json = False) -> None:
     """Show every setting, its value, and where it comes from.
 
-    A token is never shown, only whether there is one; of storage options, only what is known to be harmless.
+    A token is never shown, only whether there is one; storage options are shown only where they are harmless.
     """
     from surfw.cli import render
 
@@ -36,25 +36,19 @@ def config(context: typer.Context, file: options.ConfigFile = None, json: option
     if json:
         render.print_json(shown)
         return
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("setting", "value", "from"):
-        table.add_column(heading, overflow="fold")
-    for name, one in shown.items():
-        table.add_row(name, _text(one["value"]), one["from"])
-    render.out.print(table)
+    rows = [(name, _text(one["value"]), one["from"]) for name, one in shown.items()]
+    render.out.print(render.table(("setting", "value", "from"), rows, fold=True))
 
 
 def _shown(name: str, value: Any) -> Any:
-    """A value without the credentials that a URL, or the options of a storage, may hold."""
+    """Return a value without the credentials that a URL or storage options may hold."""
     if name == "storage_options":
         return shown_options(value)
     return display_url(value) if name in {"store", "source"} and value is not None else value
 
 
 def _text(value: Any) -> str:
-    """A value as a person writes it."""
+    """Return a value as a person writes it."""
     if value is None or value == {}:
         return ""
     if isinstance(value, dict):

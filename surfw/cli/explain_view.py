@@ -1,4 +1,4 @@
-"""What `--explain` shows: a model's memory and limits, in rows of a name and a sentence."""
+"""What `--explain` shows: a model's memory and limits, in rows of a name and a text."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from surfw.cli import render
 from surfw.config import GB, count, format_size, is_server_url
-from surfw.settings import Origin
+from surfw.settings import SettingOrigin
 
 if TYPE_CHECKING:
     from surfw.models.explain import Explanation
@@ -17,12 +17,12 @@ _SHOWN_NAMES = 3
 _PLACES = {"link": "the link", "storage": "storage", "compute": "computing"}
 
 
-def facts(explanation: "Explanation", origins: Mapping[str, Origin]) -> dict[str, Any]:
-    """All of it for scripts, and where the limit comes from: an argument, a variable, a file or the default."""
+def facts(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> dict[str, Any]:
+    """Return what `--json` prints; `limited_from` is `argument`, `variable`, `file` or `default`."""
     return asdict(explanation) | {"ceiling": explanation.ceiling, "limited_from": _origin(explanation, origins).kind}
 
 
-def show(explanation: "Explanation", origins: Mapping[str, Origin], console: Console) -> None:
+def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], console: Console) -> None:
     """Print it: a table in a terminal, plain lines elsewhere."""
     rows = explanation_rows(explanation, _origin(explanation, origins))
     if console.is_terminal:
@@ -33,17 +33,17 @@ def show(explanation: "Explanation", origins: Mapping[str, Origin], console: Con
         console.print(f"{name:<{width}}  {text}", soft_wrap=True)
 
 
-def _origin(explanation: "Explanation", origins: Mapping[str, Origin]) -> Origin:
-    """Of the two settings that limit memory, the place of the one that counts."""
+def _origin(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> SettingOrigin:
+    """Where the value comes from that limits memory: `cache_layers` or `memory_budget`."""
     return origins["cache_layers" if explanation.limited_by == "cache_layers" else "memory_budget"]
 
 
-def explanation_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
-    """All rows, in the order in which one follows from another."""
+def explanation_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, str]]:
+    """Return all rows; each follows from those before it."""
     return [*_memory_rows(one, origin), *_speed_rows(one)]
 
 
-def _memory_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
+def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, str]]:
     rows = [("memory budget", _budget(one, origin)), ("stays in memory", _kept(one))]
     if one.ring_buffers:
         ring = f"a ring of {count(one.ring_buffers, 'buffer')} of {format_size(one.ring_bytes)}"
@@ -61,14 +61,14 @@ def _memory_rows(one: "Explanation", origin: Origin) -> list[tuple[str, str]]:
     return rows
 
 
-def _budget(one: "Explanation", origin: Origin) -> str:
+def _budget(one: "Explanation", origin: SettingOrigin) -> str:
     if one.budget_bytes is not None:
         return f"{format_size(one.budget_bytes)}, {_said(one.limited_by, origin)}"
     return f"none: {count(one.cache_layers or 0, 'layer')} and one more in flight, {_said(one.limited_by, origin)}"
 
 
-def _said(limited_by: str, origin: Origin) -> str:
-    """Where the limit comes from."""
+def _said(limited_by: str, origin: SettingOrigin) -> str:
+    """Say where the limit comes from."""
     if limited_by == "default":
         return "which is what memory there is, less a headroom"
     if origin.kind == "argument":

@@ -3,6 +3,8 @@
 import logging
 import sys
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +15,10 @@ from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
+    from surfw.cli.infer_view import LiveView, PlainView
     from surfw.cli.sources import ChosenSource
+    from surfw.models.inference import InferenceRequest, InferenceResult
+    from surfw.models.streaming import StreamingModel
 
 EXAMPLES = """\b
 Examples:
@@ -33,121 +38,170 @@ def infer(
     *,
     prompt: Annotated[str | None, typer.Option(help="The prompt; - reads it from stdin.")] = None,
     prompt_ids: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="Token ids in place of a prompt; new ids are printed too.")
+        str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end token.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     configuration: options.Configuration,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Measure, and tell first what limits it; without a prompt, only that.")
+        bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
     ] = False,
     json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but warnings and errors.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
-    Encoders print their embedding, or what they put in place of [MASK].
+    Encoders print their embedding, or their candidates for [MASK].
     """
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
+    from surfw.cli.infer_view import LiveView, PlainView
+
     settings = configuration.settings
     if explain and prompt is None and ids is None:
-        _explain_only(configuration, json=json, quiet=quiet)
+        _run(None, configuration, PlainView(quiet=quiet, text=False), explain=True, json=json)
         return
     if explain and quiet and not json:
         raise typer.BadParameter(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
     text = _read_prompt(prompt, ids)
-    from surfw.cli.infer_view import LiveView, PlainView
+
+    def make_request() -> "InferenceRequest":
+        from surfw.models.inference import InferenceRequest
+
+        return InferenceRequest(
+            prompt=text,
+            prompt_ids=ids,
+            system=system,
+            raw=raw,
+            stop=stop or (),
+            ignore_eos=ignore_eos,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=settings.seed,
+        )
 
     is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
-    view = LiveView() if is_live else PlainView(json=json, quiet=quiet, ids=ids is not None)
-    request = {
-        "prompt": text, "prompt_ids": ids, "system": system, "raw": raw, "stop": stop or (),
-        "ignore_eos": ignore_eos, "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature,
-        "top_p": settings.top_p, "top_k": settings.top_k, "seed": settings.seed,
-    }  # fmt: skip
-    _run(view, request, configuration, explain=explain)
+    view = LiveView() if is_live else PlainView(quiet=quiet, text=not json and ids is None)
+    _run(make_request, configuration, view, explain=explain, json=json)
 
 
-def _explain_only(configuration: options.Configuration, *, json: bool, quiet: bool) -> None:
-    """No prompt: the explanation is the result."""
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run came to.
+
+    Attributes:
+        model: the model's name.
+        source: where its weights came from, without credentials.
+        result: the text, or what an encoder gives.
+        load_seconds: from the first import to the open model.
+        statistics: of the model.
+        peak_rss_bytes: the most memory that the process used.
+    """
+
+    model: str
+    source: str
+    result: "InferenceResult"
+    load_seconds: float
+    statistics: Mapping[str, Any]
+    peak_rss_bytes: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        result, statistics = self.result, self.statistics
+        facts = {
+            "model": self.model,
+            "source": self.source,
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": len(result.token_ids),
+            "load_seconds": self.load_seconds,
+            "ttft_seconds": result.ttft_seconds,
+            "tpot_seconds": result.tpot_seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "cache": statistics["cache"],
+            "time": statistics["time"],
+            "plan": statistics["plan"],
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+        encoder = {"embedding": result.embedding, "predictions": result.predictions}
+        return facts | {name: value for name, value in encoder.items() if value is not None}
+
+
+def _run(
+    make_request: "Callable[[], InferenceRequest] | None",
+    configuration: options.Configuration,
+    view: "PlainView | LiveView",
+    *,
+    explain: bool,
+    json: bool,
+) -> None:
+    """Run a request, which is made once torch is imported; without one, explain what would limit it."""
     from surfw.cli import explain_view, render
-    from surfw.cli.infer_view import PlainView
     from surfw.cli.sources import choose_source
 
-    with choose_source(configuration) as chosen:
-        PlainView(json=json, quiet=quiet, ids=False).note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.look()
-        with _open_model(chosen, configuration.settings) as streaming:
-            found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
-            if json:
-                facts = {"model": found.model, "source": display_url(chosen.url)}
-                render.print_json(facts | {"explain": explain_view.facts(found, configuration.origins)})
-            else:
-                explain_view.show(found, configuration.origins, render.out)
-
-
-def _explain(view: Any, streaming: Any, tokenizer: Any, request: Any, configuration: options.Configuration) -> Any:
-    """Explain the run that comes now."""
-    from surfw.cli import explain_view
-    from surfw.models.inference import count_prompt_tokens
-
-    view.note("measuring")
-    prompt_tokens = count_prompt_tokens(streaming, tokenizer, request)
-    found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
-    view.explain(found, configuration.origins)
-    return explain_view.facts(found, configuration.origins)
-
-
-def _run(view: Any, request: dict[str, Any], configuration: options.Configuration, *, explain: bool) -> None:
-    from surfw.cli.sources import choose_source
-
+    settings, origins = configuration.settings, configuration.origins
     with choose_source(configuration) as chosen:
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.look()
+        chosen.check_folder()
         start = time.perf_counter()
-        from surfw.models.inference import Request, answer
-        from surfw.runtime.memory import peak_rss_bytes
+        with _open_model(chosen, settings) as streaming:
+            if make_request is None:
+                _explain_only(streaming, configuration, display_url(chosen.url), json=json)
+                return
+            from surfw.models.inference import answer, count_prompt_tokens
+            from surfw.runtime.memory import peak_rss_bytes
 
-        with _open_model(chosen, configuration.settings) as streaming:
-            tokenizer = _open_tokenizer(streaming, needed=request["prompt_ids"] is None or bool(request["stop"]))
+            request = make_request()
+            tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
             load_seconds = time.perf_counter() - start
-            asked = Request(**request)
-            explained = _explain(view, streaming, tokenizer, asked, configuration) if explain else None
+            explained = {}
+            if explain:
+                view.note("measuring")
+                prompt_tokens = count_prompt_tokens(streaming, tokenizer, request)
+                found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
+                explained = {"explain": explain_view.facts(found, origins)}
+                if not json:
+                    view.explain(found, origins)
             with view.running(streaming):
-                result = answer(streaming, tokenizer, asked, on_text=view.on_text, on_token=view.on_token)
-            statistics = streaming.statistics()
-            facts = {
-                "model": streaming.manifest.name,
-                "source": display_url(chosen.url),
-                "text": result.text,
-                "token_ids": result.token_ids,
-                "prompt_tokens": result.prompt_tokens,
-                "new_tokens": len(result.token_ids),
-                "load_seconds": load_seconds,
-                "ttft_seconds": result.ttft_seconds,
-                "tpot_seconds": result.tpot_seconds,
-                "tokens_per_second": result.tokens_per_second,
-                "cache": statistics["cache"],
-                "time": statistics["time"],
-                "plan": statistics["plan"],
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-            if explained is not None:
-                facts["explain"] = explained
-            for name in ("embedding", "predictions"):
-                if getattr(result, name) is not None:
-                    facts[name] = getattr(result, name)
-            view.done(facts)
+                result = answer(streaming, tokenizer, request, on_text=view.on_text, on_token=view.on_token)
+            report = Report(
+                model=streaming.manifest.name,
+                source=display_url(chosen.url),
+                result=result,
+                load_seconds=load_seconds,
+                statistics=streaming.statistics(),
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+            if json:
+                render.print_json(report.facts() | explained)
+            else:
+                view.done(report)
 
 
-def _open_model(chosen: "ChosenSource", settings: Settings) -> Any:
-    """The model at a source, as the settings want it."""
+def _explain_only(
+    streaming: "StreamingModel", configuration: options.Configuration, source: str, *, json: bool
+) -> None:
+    """Show what limits the model: without a prompt, that is the result."""
+    from surfw.cli import explain_view, render
+
+    found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
+    if json:
+        explained = explain_view.facts(found, configuration.origins)
+        render.print_json({"model": found.model, "source": source, "explain": explained})
+    else:
+        explain_view.show(found, configuration.origins, render.out)
+
+
+def _open_model(chosen: "ChosenSource", settings: Settings) -> "StreamingModel":
+    """Open the model at a source, as the settings say."""
     from surfw.models.streaming import StreamingModel
 
     return StreamingModel.open(
@@ -166,8 +220,8 @@ def _open_model(chosen: "ChosenSource", settings: Settings) -> Any:
     )
 
 
-def _open_tokenizer(streaming: Any, *, needed: bool) -> Any:
-    """The tokenizer; one that cannot be used is no hindrance to a prompt of ids."""
+def _open_tokenizer(streaming: "StreamingModel", *, needed: bool) -> Any:
+    """Return the tokenizer, if the model has one; if it cannot be used and is not needed, warn."""
     try:
         return streaming.find_tokenizer()
     except UnsupportedModelError as exc:

@@ -1,9 +1,11 @@
-"""What `infer` shows: a live table in a terminal, plain text and a summary line elsewhere, one object with --json."""
+"""What `infer` shows people: a live table in a terminal, plain text and a summary line elsewhere."""
+
+from __future__ import annotations  # what comes from torch's rooms is named in types only
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.live import Live
@@ -13,53 +15,60 @@ from rich.text import Text
 from surfw.cli import explain_view, render
 from surfw.config import count, format_size, is_server_url
 
+if TYPE_CHECKING:
+    from surfw.cli.infer import Report
+    from surfw.models.explain import Explanation
+    from surfw.models.inference import InferenceResult
+    from surfw.models.streaming import StreamingModel
+    from surfw.settings import SettingOrigin
+
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
 
 
 class PlainView:
-    """Text on stdout as it comes, a summary line on stderr; or one JSON object."""
+    """Text on stdout as it comes, a summary line on stderr."""
 
-    def __init__(self, *, json: bool, quiet: bool, ids: bool) -> None:
-        """Choose what is shown."""
-        self._json = json
+    def __init__(self, *, quiet: bool, text: bool) -> None:
+        """Choose what is shown.
+
+        Args:
+            quiet: nothing on stderr.
+            text: the answer as text, as it comes; else token ids at the end.
+        """
         self._quiet = quiet
-        self._ids = ids
+        self._shows_text = text
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """Say what is going on, in a line."""
         if not self._quiet:
             print(f"surfw: {text}", file=sys.stderr, flush=True)
 
-    def explain(self, explanation: Any, origins: Any) -> None:
-        """What limits the run that comes now."""
-        if not self._json:
-            explain_view.show(explanation, origins, render.err)
+    def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
+        """Show what limits the run that comes now."""
+        explain_view.show(explanation, origins, render.err)
 
     @contextmanager
-    def running(self, streaming: Any) -> Iterator[None]:
-        """While the model runs."""
+    def running(self, streaming: StreamingModel) -> Iterator[None]:
+        """Follow nothing; the text says it all."""
         yield
 
     def on_text(self, text: str) -> None:
-        """A piece of the answer."""
-        if not self._json and not self._ids:
+        """Print a piece of the answer."""
+        if self._shows_text:
             sys.stdout.write(text)
             sys.stdout.flush()
 
     def on_token(self, token: int, seconds: float) -> None:
-        """A new token; the text says it all."""
+        """Print nothing; the text says it all."""
 
-    def done(self, facts: dict[str, Any]) -> None:
-        """The end."""
-        if self._json:
-            render.print_json(facts)
-            return
-        if "embedding" in facts or "predictions" in facts:
-            print(encoder_text(facts), flush=True)
-        else:
-            print(" ".join(map(str, facts["token_ids"])) if self._ids else "", flush=True)
-        self.note(summary(facts))
+    def done(self, report: Report) -> None:
+        """End the text, or print what there is instead, and a summary."""
+        text = encoder_text(report.result)
+        if text is None:
+            text = "" if self._shows_text else _ids(report.result)
+        print(text, flush=True)
+        self.note(summary(report))
 
 
 class LiveView:
@@ -69,60 +78,58 @@ class LiveView:
         """Nothing is shown yet."""
         self._text = ""
         self._times: list[float] = []
-        self._streaming: Any = None
-        self._statistics: dict[str, Any] = {}
 
     def note(self, text: str) -> None:
-        """A line about what is going on."""
+        """Say what is going on, in a line."""
         render.err.print(f"surfw: {text}", style="dim", soft_wrap=True)
 
-    def explain(self, explanation: Any, origins: Any) -> None:
-        """What limits the run that comes now."""
+    def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
+        """Show what limits the run that comes now."""
         explain_view.show(explanation, origins, render.err)
         render.err.print()
 
     @contextmanager
-    def running(self, streaming: Any) -> Iterator[None]:
-        """While the model runs; the live part is gone afterwards."""
-        self._streaming = streaming
-        with Live(get_renderable=self._view, console=render.out, refresh_per_second=8, transient=True):
+    def running(self, streaming: StreamingModel) -> Iterator[None]:
+        """Follow the model while it runs; the live part is gone afterwards."""
+
+        def view() -> Group:
+            table = weights_table(streaming.statistics())
+            if times := list(self._times):
+                tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+                _add_token_rows(table, times[0], tpot, len(times) / times[-1])
+            return Group(Text(self._text), Text(), table)
+
+        with Live(get_renderable=view, console=render.out, refresh_per_second=8, transient=True):
             yield
-        self._statistics = streaming.statistics()
 
     def on_text(self, text: str) -> None:
-        """A piece of the answer; whole lines leave the live part and stay."""
+        """Take a piece of the answer; whole lines leave the live part and stay."""
         *lines, self._text = (self._text + text).split("\n")
         for line in lines:
             render.out.print(Text(line))
 
     def on_token(self, token: int, seconds: float) -> None:
-        """A new token."""
+        """Take a new token."""
         self._times.append(seconds)
 
-    def done(self, facts: dict[str, Any]) -> None:
-        """The end: what is left of the text, and the final figures."""
-        if "embedding" in facts or "predictions" in facts:
-            render.out.print(Text(encoder_text(facts)))
-        else:
-            render.out.print(Text(self._text if facts["text"] else " ".join(map(str, facts["token_ids"]))))
-        table = weights_table(self._statistics)
-        _add_token_rows(table, facts["ttft_seconds"], facts["tpot_seconds"], facts["tokens_per_second"])
+    def done(self, report: Report) -> None:
+        """Show what is left of the text, and the final figures."""
+        result = report.result
+        text = encoder_text(result)
+        if text is None:
+            text = self._text if result.text else _ids(result)
+        render.out.print(Text(text))
+        table = weights_table(report.statistics)
+        _add_token_rows(table, result.ttft_seconds, result.tpot_seconds, result.tokens_per_second)
         table.add_row(
-            "loading, peak memory", f"{render.seconds(facts['load_seconds'])}, {format_size(facts['peak_rss_bytes'])}"
+            "loading, peak memory", f"{render.seconds(report.load_seconds)}, {format_size(report.peak_rss_bytes)}"
         )
         render.err.print(table)
-        render.err.print(Text(f"surfw: {summary(facts)}"), style="dim", soft_wrap=True)
-
-    def _view(self) -> Group:
-        table = weights_table(self._streaming.statistics())
-        if times := list(self._times):
-            tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-            _add_token_rows(table, times[0], tpot, len(times) / times[-1])
-        return Group(Text(self._text), Text(), table)
+        render.err.print(Text(f"surfw: {summary(report)}"), style="dim", soft_wrap=True)
 
 
-def weights_table(statistics: dict[str, Any]) -> Table:
-    """Counters of the weights on their way."""
+def weights_table(statistics: Mapping[str, Any]) -> Table:
+    """Make the table of the weights' counters."""
     cache, time, latency = (statistics[part] for part in ("cache", "time", "fetch_latency_seconds"))
     return render.facts(
         "",
@@ -140,8 +147,8 @@ def weights_table(statistics: dict[str, Any]) -> Table:
     )
 
 
-def _memory_used(statistics: dict[str, Any]) -> str:
-    """What weights take now, and of what."""
+def _memory_used(statistics: Mapping[str, Any]) -> str:
+    """Format the memory that weights take, and their budget."""
     used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
     if plan is None or plan["budget_bytes"] is None:
         return used
@@ -157,26 +164,25 @@ def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: 
         table.add_row("tokens/s", f"{rate:.2f}")
 
 
-def summary(facts: dict[str, Any]) -> str:
-    """One line: what it took, and why it was not faster."""
-    cache, time = facts["cache"], facts["time"]
+def summary(report: Report) -> str:
+    """Say in a line what the run took, and why it was not faster."""
+    result, cache, time = report.result, report.statistics["cache"], report.statistics["time"]
     spent = time["stall_seconds"] + time["compute_seconds"]
-    parts = []
-    if facts["tokens_per_second"] is not None:
-        parts.append(f"{count(facts['new_tokens'], 'token')} at {facts['tokens_per_second']:.2f} tokens/s")
-        parts.append(f"TTFT {render.seconds(facts['ttft_seconds'])}")
+    if result.tokens_per_second is not None and result.ttft_seconds is not None:
+        parts = [f"{count(len(result.token_ids), 'token')} at {result.tokens_per_second:.2f} tokens/s"]
+        parts.append(f"TTFT {render.seconds(result.ttft_seconds)}")
     else:
-        parts.append(f"{count(facts['prompt_tokens'], 'token')} in {render.seconds(spent)}")
+        parts = [f"{count(result.prompt_tokens, 'token')} in {render.seconds(spent)}"]
     parts.append(f"{count(cache['hits'], 'hit')}, {cache['prefetched']} prefetched, {count(cache['stalls'], 'stall')}")
     parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
     if cache["refetched_blocks"]:
         parts.append(f"{count(cache['refetched_blocks'], 'damaged block')} fetched again")
-    parts.append(bottleneck(facts["source"], time["stall_seconds"], spent, facts["plan"]))
+    parts.append(bottleneck(report.source, time["stall_seconds"], spent, report.statistics["plan"]))
     return "; ".join(parts)
 
 
-def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: dict[str, Any]) -> str:
-    """Why it was not faster, and what to do about it."""
+def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: Mapping[str, Any]) -> str:
+    """Say why the run was not faster, and what to do about it."""
     share = stall_seconds / spent_seconds if spent_seconds else 0.0
     on = "the link" if is_server_url(source) else "storage"
     if share < _MOSTLY:
@@ -187,18 +193,24 @@ def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: di
     return f"stalled {share:.0%} on {on}: {more} keeps more layers, or bring the weights closer"
 
 
-def encoder_text(facts: dict[str, Any]) -> str:
-    """An encoder's result in a form that suits a person."""
-    if "predictions" in facts:
+def encoder_text(result: InferenceResult) -> str | None:
+    """An encoder's result in a form that suits a person; None for a model that generates."""
+    if result.predictions is not None:
         lines = []
-        for one in facts["predictions"]:
+        for one in result.predictions:
             place = f"token {one['position']}: " if "position" in one else ""
             lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
         return "\n".join(lines)
-    values = facts["embedding"]
+    values = result.embedding
+    if values is None:
+        return None
     length = sum(value * value for value in values) ** 0.5
     shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
     more = ", …" if len(values) > _SHOWN_VALUES else ""
     return (
         f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
     )
+
+
+def _ids(result: InferenceResult) -> str:
+    return " ".join(map(str, result.token_ids))

@@ -1,7 +1,7 @@
-"""Options that several commands share: those of the settings, `--config`, and `--json`.
+"""What all commands share: how one is parsed and run, and the options of the settings, `--config` and `--json`.
 
-Typer reads the options; what goes before what is `surfw.settings`' business. So no option has a default of its own, and
-one that is not given is None.
+Typer reads the options; `surfw.settings` decides which value counts. So no option of a setting has a default of its
+own, and one that is not given is None.
 """
 
 import inspect
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
+from surfw.cli import signals
 from surfw.setting import Setting
-from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, Origin, Settings, trace_settings
+from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, SettingOrigin, Settings, trace_settings
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
@@ -29,16 +31,46 @@ _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
 
 
+class Command(TyperCommand):
+    """A command as typer runs it, except for its usage line, its complaints, and what an interruption does."""
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Return the pieces of the usage line; a required argument has no braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read the command line; complaints do not start with the name of an exception."""
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as exc:
+            exc.message = exc.message.removeprefix("Value error, ")
+            raise
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
+        try:
+            signals.begin()
+            return super().invoke(ctx)
+        except KeyboardInterrupt as exc:
+            signals.say(str(exc))
+            raise
+        except Exception as exc:
+            if not signals.is_interrupted():
+                raise
+            signals.say()  # whatever fails from then on fails because of that
+            raise KeyboardInterrupt from exc
+
+
 @dataclass(frozen=True)
 class Configuration:
     """The settings of a command, and where each comes from."""
 
     settings: Settings
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, SettingOrigin]
 
 
 def load_configuration(context: typer.Context, config: Path | None, arguments: Mapping[str, Any]) -> Configuration:
-    """Settings from the options, the variables and the file that `--config` names, before or after the command.
+    """Load the settings from options, variables, and the file named by `--config` before or after the command.
 
     Raises:
         ConfigurationError: one of them cannot be used.
@@ -55,7 +87,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the options of these settings, and `--config`.
+    """Give a command the options of these settings, and `--config`.
 
     The options stand where the command has its parameter `configuration`, which receives a `Configuration`.
     """
@@ -83,12 +115,12 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 
 def commands_with(name: str) -> list[str]:
-    """The commands that have this setting as an option."""
+    """Return the commands that have this setting as an option."""
     return [command.replace("_", " ") for command, names in _OFFERED.items() if name in names]
 
 
 def _value(setting: Setting, given: Any) -> Any:
-    """What an option says; None for one that is not given."""
+    """Return what an option says; None if it was not given."""
     if setting.kind is dict:
         return parse_options(given) if given else None
     return given
@@ -99,7 +131,7 @@ def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empt
 
 
 def _annotation(setting: Setting) -> Any:
-    """The type and the option of a setting, as typer wants them."""
+    """Return the type and the option of a setting, as typer wants them."""
     notes = [f"env var: {setting.variable}"] + [f"default: {setting.default_text}"] * bool(setting.default_text)
     option = f"{setting.option}/--no-{setting.option[2:]}" if setting.kind is bool else setting.option
     declared = typer.Option(

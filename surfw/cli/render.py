@@ -1,32 +1,40 @@
-"""Pieces of output that several commands share: consoles, tables, JSON. What they show cannot steer a terminal."""
+"""Output that several commands share: consoles, tables, JSON. No text from outside can steer the terminal."""
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.segment import Segment
 from rich.table import Table
 
+from surfw.cli.streams import one_line
 from surfw.config import count, escape_json, format_size, printable
 from surfw.wire import ServerStats
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 _SHOWN_MODELS = 8
 
 
 class _CleanConsole(Console):
-    """Cleans the texts of everything that it shows; what rich itself says to a terminal passes."""
+    """Cleans all text before it is shown; control codes of rich's own pass."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The pieces of a renderable, cleaned."""
+        """Render, with every text cleaned."""
         for piece in super().render(renderable, options):
             yield piece if piece.control else Segment(printable(piece.text, lines=True), piece.style)
 
     @property
     def file(self) -> IO[str]:
-        """What it writes to, past all that stands before it: the cleaning, and the proxy of a live view before that."""
+        """The stream underneath the cleaning, and underneath a live view's proxy."""
         file = super().file
         while (inner := getattr(file, "rich_proxied_file", file)) is not file:
             file = inner
@@ -42,13 +50,26 @@ err = _CleanConsole(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Print one JSON object on stdout."""
     sys.stdout.write(escape_json(json.dumps(value, ensure_ascii=False, allow_nan=False)) + "\n")
     sys.stdout.flush()
 
 
+def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
+    """Show a result, a dataclass, to scripts as one JSON object of its fields, or to people with `view`."""
+    if json:
+        print_json(asdict(result))
+    else:
+        view(result)
+
+
+def say(text: str) -> None:
+    """Print a text on stdout as one line."""
+    out.print(one_line(text), soft_wrap=True)
+
+
 def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    """A table of names and values."""
+    """Make a table of names and values."""
     table = Table(title=title or None, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
@@ -57,9 +78,28 @@ def facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def byte_bar(*, quiet: bool) -> Progress:
-    """A bar in bytes with the time that is left, on stderr in a terminal; nothing elsewhere, or if told so."""
-    return Progress(
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = (), fold: bool = False
+) -> Table:
+    """Make a table; the columns in `numbers` are aligned to the right, and with `fold` no text is cut off."""
+    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        made.add_column(
+            heading, justify="right" if heading in numbers else "left", overflow="fold" if fold else "ellipsis"
+        )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+@contextmanager
+def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """Draw a progress bar in bytes on stderr, if that is a terminal and `quiet` is not set.
+
+    Yields:
+        A function that takes `advance` or `completed` and `total`, in bytes, and a new `description`.
+    """
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
@@ -68,21 +108,22 @@ def byte_bar(*, quiet: bool) -> Progress:
         console=err,
         disable=quiet or not err.is_terminal,
         transient=True,
-    )
+    ) as progress:
+        yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
 def seconds(value: float) -> str:
-    """A time for people: `1.2 s`, `34 ms`."""
+    """Format a time: `1.20 s`, `34.0 ms`."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"
 
 
 def latencies(percentiles: Mapping[str, float]) -> str:
-    """Percentiles for people; none of what never happened."""
+    """Format percentiles; a dash stands for what never happened."""
     return " / ".join(seconds(value) if value else "–" for value in percentiles.values())
 
 
 def server_table(stats: ServerStats) -> Table:
-    """A server's counters for people."""
+    """Make the table of a server's counters."""
     server, cache, requests = stats["server"], stats["cache"], stats["requests"]
     storage, resources = stats["storage"], stats["resources"]
     models = ", ".join(stats["models"][:_SHOWN_MODELS]) + (" …" if len(stats["models"]) > _SHOWN_MODELS else "")

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,7 +45,7 @@ def serve(
         str | None,
         typer.Argument(
             metavar="PATH_OR_URL",
-            help="In place of --store: a store, or a plain checkpoint that is served from where it is, without a copy.",
+            help="A store, or a checkpoint that is served from where it is, without a copy. [default: that of --store]",
         ),
     ] = None,
     configuration: options.Configuration,
@@ -73,7 +72,7 @@ def serve(
 
 
 def _log_lines() -> None:
-    """One line per event on stderr, in place of the table."""
+    """Log one line per event on stderr, instead of the table."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
@@ -82,7 +81,7 @@ def _log_lines() -> None:
 
 
 def _make_server(settings: Settings, place: str) -> Any:
-    """The server that these settings describe."""
+    """Make the server that these settings describe."""
     from surfw.server import WeightServer
 
     return WeightServer(
@@ -99,30 +98,36 @@ def _make_server(settings: Settings, place: str) -> Any:
 
 
 async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> bool:
-    """Serve until a signal ends it; False if that came before the server was up."""
+    """Serve until a signal ends it; return False if the signal came before the server was up."""
     import asyncio
 
     from surfw.cli import render
     from surfw.config import display_url
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def end(number: int) -> None:
-        stop.set()
-        for other in signals.ENDING:
-            loop.remove_signal_handler(other)
-        signals.note(number)
-
-    for number in signals.ENDING:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, end, number)
-    if exit_with_stdin:
-        loop.add_reader(sys.stdin.fileno(), stop.set)
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         server = _make_server(settings, place)
-        if not await _starts(stack.enter_async_context(server), stop):
+        starting = asyncio.ensure_future(stack.enter_async_context(server))
+
+        def end() -> None:
+            stop.set()
+            starting.cancel()  # does nothing once it has started
+
+        def end_by(number: int) -> None:
+            end()
+            for other in signals.ENDING:
+                loop.remove_signal_handler(other)
+            signals.note(number)
+
+        for number in signals.ENDING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                loop.add_signal_handler(number, end_by, number)
+        if exit_with_stdin:
+            loop.add_reader(sys.stdin.fileno(), end)
+        await asyncio.wait([starting])
+        if stop.is_set():
             return False
+        await starting  # raises what kept it from starting
         if announce:
             render.print_json({"url": server.url, "store": display_url(place)})
         logger.info("%s serves %s", server.url, display_url(place))
@@ -131,21 +136,6 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
         else:
             await stop.wait()
     return True
-
-
-async def _starts(start: Coroutine[Any, Any, Any], stop: "asyncio.Event") -> bool:
-    """Whether it has started before it was to stop; if not, nothing is left of it."""
-    import asyncio
-
-    starting, stopping = asyncio.ensure_future(start), asyncio.ensure_future(stop.wait())
-    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if starting.done():
-        starting.result()
-        return True
-    starting.cancel()
-    await asyncio.wait([starting])
-    return False
 
 
 async def _live_table(server: Any, stop: "asyncio.Event") -> None:

@@ -1,13 +1,13 @@
-"""How a command is ended from outside: SIGTERM and SIGHUP end it as Ctrl-C does, and clean up as that does.
+"""How signals end a command: SIGTERM and SIGHUP interrupt it and let it clean up, as Ctrl-C does.
 
-- Before a command runs, while its code is imported, and after it ran, nothing is to be cleaned up: a signal ends the
+- Before a command runs, while its code is imported, and after it ran, there is nothing to clean up: a signal ends the
   process at once, with a line on stderr.
-- While it runs, they do what SIGINT does at that moment: raise `KeyboardInterrupt`, or what an event loop has put in
-  its place. Within an import that waits for the import's end: one of numpy that is broken off cannot be repeated, and
-  fails with whatever error, somewhere else.
+- While it runs, a signal does what SIGINT does at that moment: it raises `KeyboardInterrupt`, or calls the handler that
+  an event loop has installed. During an import it waits for the import's end: an interrupted import of numpy cannot be
+  repeated, and fails later with unrelated errors.
 - A second signal ends the process at once.
 
-The exit code is 128 and the signal's number, as shells have it: 130, 143 or 129.
+The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
 """
 
 import os
@@ -20,7 +20,7 @@ from typing import NoReturn
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 INTERRUPTED = 128 + signal.SIGINT
-"""The exit code of a command that was interrupted, whichever signal did it, until `exit_code` tells them apart."""
+"""The exit code that typer gives any interrupted command; `exit_code` tells the signals apart."""
 
 _IMPORT = "<frozen importlib._bootstrap>"
 _LOOK_SECONDS = 0.01
@@ -28,13 +28,13 @@ _received: list[int] = []
 
 
 def set_up() -> None:
-    """Have these signals end the process at once, with a line, unless it was started to ignore them."""
+    """Make these signals end the process at once, with a line, unless it was started to ignore them."""
     _received.clear()
     _handle_all(_end_with_line)
 
 
 def begin() -> None:
-    """From now on, until `conclude`, they interrupt what is under way. Does nothing without `set_up`."""
+    """Make these signals interrupt the command, until `conclude`. Does nothing without `set_up`."""
     for number in ENDING:
         if signal.getsignal(number) is _end_with_line:
             signal.signal(number, _interrupt)
@@ -43,33 +43,33 @@ def begin() -> None:
 
 
 def conclude() -> None:
-    """What was under way is over, and cleaned up."""
+    """Note that the command has ended and cleaned up."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     if not _received:
         _handle_all(_end_with_line)
 
 
 def note(number: int) -> None:
-    """Note that a signal ends this process now; the next one of any kind ends it at once.
+    """Note that a signal is ending this process; the next one of any kind ends it at once.
 
-    For whoever handles signals alone; what follows has to come to an end by itself.
+    Code that handles signals itself calls this, and then ends by itself.
     """
     _received.append(number)
     _handle_all(_end_at_once)
 
 
 def is_interrupted() -> bool:
-    """Whether a signal was noted: what fails from then on may fail because of it."""
+    """Whether a signal was noted: later failures may be its consequence."""
     return bool(_received)
 
 
 def exit_code() -> int:
-    """The exit code of a process that was interrupted."""
+    """Return the exit code of an interrupted process."""
     return 128 + (_received[0] if _received else signal.SIGINT)
 
 
 def say(then: str = "") -> None:
-    """Say it on stderr, with the text that the interruption may have."""
+    """Say on stderr that the command was interrupted, and what follows from that."""
     print(_line(_received[0] if _received else signal.SIGINT, then), file=sys.stderr)
 
 

@@ -1,20 +1,28 @@
-"""Which source `infer` takes when none is named.
+"""Which source `infer` reads when none is named, and the demo model, which is the last resort.
 
 In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
-folder with models; the demo model. A server that is there and does not let us in is an error: going on to the store
-without a word might run other weights than those that were meant.
+folder with models; the demo model. A server that answers and does not let us in is an error: falling back to the store
+in silence might run other weights than those that were meant.
 """
 
 import asyncio
 import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from surfw.cli.demo import serve_demo
+from blake3 import blake3
+
+from surfw.checkpoint.demo import demo_checkpoint
 from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST, is_server_url
-from surfw.errors import ConfigurationError, SurfwError
+from surfw.config import DEFAULT_HOST, is_server_url, surfw_home
+from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
+from surfw.manifest import VERSION
 
 DEMO = "demo"
 
@@ -28,14 +36,14 @@ class ChosenSource:
 
     @property
     def is_server(self) -> bool:
-        """Whether a server is there, and not a store."""
+        """Whether it is a server, not a store."""
         return is_server_url(self.url)
 
-    def look(self) -> None:
-        """Look whether there is a model's folder, if it is one: that can be said before torch is imported.
+    def check_folder(self) -> None:
+        """Check that a local source is a store or a checkpoint, which takes no torch.
 
         Raises:
-            NotAStoreError: no store lies there, and no checkpoint.
+            NotAStoreError: it is neither.
         """
         from surfw.storage import open_backend
         from surfw.storage.origins import is_local_url
@@ -47,7 +55,7 @@ class ChosenSource:
 
 @contextlib.contextmanager
 def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
-    """The source to take; the demo's server runs as long as the context."""
+    """Choose the source; if it is the demo's server, that runs as long as the context."""
     settings, origin = configuration.settings, configuration.origins["source"]
     if settings.source is not None and (settings.model != DEMO or origin.kind == "argument"):
         how = {"argument": "with --source", "variable": f"by {origin.name}"}.get(origin.kind, f"in {origin.name}")
@@ -67,7 +75,7 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
                 f"there is no model {settings.model[:80]!a}: no server answers at {local}, and {settings.store} holds "
                 "no models; name the source with --source, or chunk the model first"
             )
-    with serve_demo() as url:
+    with _serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")
 
 
@@ -75,7 +83,7 @@ def _is_served(url: str, configuration: Configuration) -> bool:
     """Whether a surfw server is at the address, and lets us in.
 
     Raises:
-        ConfigurationError: it does not, or nobody says what is there.
+        ConfigurationError: it does not let us in, or what is there does not say what it is.
     """
     from surfw.client import probe
 
@@ -86,3 +94,70 @@ def _is_served(url: str, configuration: Configuration) -> bool:
         raise ConfigurationError(
             f"{exc}; to run without the server on this machine, name a source with --source, such as {settings.store}"
         ) from exc
+
+
+@contextlib.contextmanager
+def _serve_demo() -> Iterator[str]:
+    """Serve the demo model on a free loopback port, in a process of its own; yields the address.
+
+    Raises:
+        WireError: the server did not come up.
+    """
+    with _demo_store() as store:
+        command = [sys.executable, "-m", "surfw", "serve", "--store", str(store), "--port", "0", "--no-live"]
+        server = subprocess.Popen(
+            [*command, "--announce", "--exit-with-stdin"],
+            env={name: value for name, value in os.environ.items() if not name.startswith("SURFW_")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C ends this process, and its end that one
+        )
+        assert server.stdin is not None, "a pipe was asked for"
+        assert server.stdout is not None, "a pipe was asked for"
+        try:
+            line = server.stdout.readline()
+            if not line:
+                raise WireError(
+                    f"the server of the demo model ended with exit code {server.wait()}; try 'surfw serve --port 0'"
+                )
+            yield str(json.loads(line)["url"])
+        finally:
+            server.stdin.close()  # ends it
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(5)
+            server.kill()
+            server.wait()
+            server.stdout.close()
+
+
+@contextlib.contextmanager
+def _demo_store() -> Iterator[Path]:
+    """The demo model's store, made on first use in `$SURFW_HOME`, or in a temporary folder if that is read-only."""
+    checkpoint = demo_checkpoint()
+    hasher = blake3(f"manifest {VERSION}".encode())
+    for file in sorted(checkpoint.iterdir()):
+        hasher.update(file.read_bytes())
+    store = surfw_home() / "demo" / hasher.hexdigest()[:16]
+    if not (store / "models" / "demo.json").exists():
+        try:
+            _chunk_demo(checkpoint, store)
+        except StorageError:
+            with tempfile.TemporaryDirectory(prefix="surfw-demo-") as folder:
+                _chunk_demo(checkpoint, Path(folder))
+                yield Path(folder)
+            return
+    yield store
+
+
+def _chunk_demo(checkpoint: Path, store: Path) -> None:
+    from surfw.chunking import prepare_model, write_model
+    from surfw.storage import open_backend
+
+    try:
+        with prepare_model(str(checkpoint), name=DEMO) as prepared:
+            asyncio.run(write_model(prepared, open_backend(store)))
+    except StorageError:
+        raise
+    except SurfwError as exc:
+        raise SurfwError(f"the demo model that comes with surfw cannot be used: {exc}; install surfw again") from exc

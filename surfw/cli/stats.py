@@ -23,8 +23,8 @@ def stats(
         str | None,
         typer.Argument(metavar="URL", help="The server's address. [default: the server on this machine]"),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep showing them, until interrupted.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks with --watch.")] = 1.0,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing them until interrupted.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings with --watch.")] = 1.0,
     configuration: options.Configuration,
     json: options.Json = False,
 ) -> None:

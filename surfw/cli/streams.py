@@ -1,6 +1,6 @@
-"""What a command prints to: stdout and stderr, whatever they are, and no text from outside that steers a terminal.
+"""The streams that a command prints to; no text from outside can steer a terminal through them.
 
-A stream may be closed, full, or a pipe that nobody reads. What cannot be written to stdout ends the command with one
+A stream may be closed, full, or a pipe that nobody reads. If stdout cannot be written to, the command ends with one
 line on stderr and exit code 1; what cannot be written to stderr is lost, and changes nothing.
 
 Every text is cleaned here, on its way out, so that no command can forget to: on stderr always, on stdout if that is a
@@ -25,7 +25,7 @@ class OutputError(Exception):
 
 
 class Output(io.TextIOWrapper):
-    """A standard stream of the process, in place of Python's own; takes over what that one writes to.
+    """A standard stream of the process; replaces Python's own, and writes to the same file.
 
     Attributes:
         failure: why nothing can be written any more, once something could not.
@@ -33,7 +33,7 @@ class Output(io.TextIOWrapper):
     """
 
     def __init__(self, stream: io.TextIOWrapper, *, is_stdout: bool) -> None:
-        """Take over; the given stream cannot be used any more."""
+        """Replace a stream, which cannot be used any more."""
         self.failure: OutputError | None = None
         self._is_stdout = is_stdout
         self._cleans = not is_stdout or stream.isatty()
@@ -66,7 +66,7 @@ class Output(io.TextIOWrapper):
         return len(text)
 
     def flush(self) -> None:
-        """Have everything written that was buffered.
+        """Write everything that was buffered.
 
         Raises:
             OutputError: it cannot be written to stdout.
@@ -76,7 +76,7 @@ class Output(io.TextIOWrapper):
 
     @contextmanager
     def _no_further(self) -> Iterator[None]:
-        """After a failure nothing is written any more, so that no buffer fails again when the interpreter ends."""
+        """Write to nowhere after a failure, so that no buffer fails again when the interpreter ends."""
         try:
             yield
         except OSError as exc:
@@ -100,20 +100,20 @@ class _Verbatim:
 
 
 class OneLine(logging.Formatter):
-    """A record on one line, whatever its text is made of."""
+    """Formats every record as one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As `Formatter` does, in one line."""
+        """Format as `Formatter` does, as one line."""
         return one_line(super().format(record))
 
 
 def one_line(text: str) -> str:
-    """A text from anywhere, as one line that cannot steer a terminal."""
+    """Return a text as one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
 
 
 def set_up() -> None:
-    """Take the standard streams over. A second time does nothing."""
+    """Replace the standard streams. A second call does nothing."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -128,7 +128,7 @@ def set_up() -> None:
 
 
 def finish() -> None:
-    """Have everything written.
+    """Write everything that is still buffered.
 
     Raises:
         OutputError: something could not be written to stdout.

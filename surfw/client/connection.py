@@ -1,8 +1,8 @@
-"""A WebSocket that receives large frames straight into the memory they are meant for.
+"""A WebSocket connection that receives large frames straight into their destination.
 
-The library's connection and protocol do all of WebSocket. Two seams are ours: its reader takes the payload of a large
-frame directly from the socket into the memory that the receiver names, and messages go to the receiver at once, not
-into a queue. Without the first, every byte would be copied four times between the socket and its place.
+The library's connection and protocol do all of WebSocket but two things. Its reader takes the payload of a large frame
+from the socket into the memory that the receiver names: otherwise every byte would be copied four times on its way.
+And messages go to the receiver at once, not into a queue.
 """
 
 import asyncio
@@ -19,44 +19,44 @@ from surfw.errors import RemoteProtocolError
 
 _LARGE_BYTES = 4096
 _SCRATCH_BYTES = 4096
-"""Room for a frame's header and the little that comes with it; the rest of a large frame needs none."""
+"""Room for a frame's header and small frames. The rest of a large frame goes to its destination."""
 _REASON_BYTES = 120
 _HTTP = b"HTTP/"
 _UNREAD_BYTES = 4 << 20
-"""What may lie waiting to go out: far more than requests and credit, less than answers to endless pings."""
+"""What may wait to be sent: far more than requests and credit ever take, but not the pongs to endless pings."""
 
 
 class Receiver(Protocol):
-    """Takes what arrives. `RemoteProtocolError` from `text` and `binary` ends the connection."""
+    """Takes what arrives. A `RemoteProtocolError` from `text` or `binary` ends the connection."""
 
     def place(self, size: int) -> memoryview | None:
-        """Where a frame of `size` bytes belongs; None if there is no such place. Raises nothing."""
+        """Where a frame of `size` bytes belongs, or None. Raises nothing."""
 
     def arriving(self, size: int) -> None:
-        """So many bytes more of a frame that has a place are there; the frame may not be complete yet."""
+        """`size` more bytes of a frame that has a place have arrived; the frame may still be incomplete."""
 
     def text(self, text: str) -> None:
         """A text message arrived."""
 
     def binary(self, data: bytes | bytearray | memoryview) -> None:
-        """A binary message arrived; as a `memoryview`, it lies where `place` said."""
+        """A binary message arrived. A `memoryview` lies where `place` said; other bytes have to be copied."""
 
     def lost(self, error: RemoteProtocolError | None) -> None:
-        """The connection is over, because of the error if there is one. It may be said several times."""
+        """The connection is over, because of the error if there is one. This may be called several times."""
 
 
 class PlacingReader(StreamReader):
     """The library's stream reader, except that large payloads go where the receiver says.
 
     Attributes:
-        asking: whether a large payload comes next, whose place is asked for at the next step. Whoever takes that step
-            clears it first: after a frame that was refused, another parser takes it, and nobody asks again.
+        asking: whether a large payload comes next, so that the parser has to be stepped once more to ask for its place.
+            It is cleared before that step: if the frame was refused, another parser takes the step and never asks.
         target: the memory of the frame that is being received, if it has a place.
-        filled: how many of its bytes are there.
+        filled: how many of its bytes have arrived.
     """
 
     def __init__(self, receiver: Receiver) -> None:
-        """Nothing was received yet."""
+        """Make a reader that has received nothing."""
         super().__init__()
         self._receiver = receiver
         self.asking = False
@@ -64,11 +64,11 @@ class PlacingReader(StreamReader):
         self.filled = 0
 
     def read_exact(self, n: int) -> Generator[None, None, Any]:
-        """Read `n` bytes: `bytearray`, or the `memoryview` of their place."""
+        """Read `n` bytes, into a `bytearray` or into their place, a `memoryview`."""
         if n < _LARGE_BYTES:
             return (yield from super().read_exact(n))
         self.asking = True
-        yield  # the frames before this one are to be delivered first: the place of this one depends on them
+        yield  # lets the frames before this one be delivered first: its place depends on them
         self.target = self._receiver.place(n)
         if self.target is None:
             return (yield from super().read_exact(n))
@@ -84,7 +84,7 @@ class PlacingReader(StreamReader):
         return placed
 
     def abandon(self) -> None:
-        """Let go of the memory: the rest of the frame that is being received goes nowhere."""
+        """Let go of the destination: the rest of the frame that is being received is dropped."""
         if self.target is not None:
             self.target = memoryview(bytearray(len(self.target)))
 
@@ -93,12 +93,12 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
     """The library's client connection, with a receiver instead of a queue.
 
     Attributes:
-        heard: when the last byte came, on the loop's clock; before the first, None.
-        first: the first bytes that came.
+        heard: when the last byte came, on the loop's clock, or None.
+        first: the first bytes that came, enough to recognise HTTP.
     """
 
     def __init__(self, protocol: ClientProtocol, receiver: Receiver, **options: Any) -> None:
-        """Take the protocol before it has received anything."""
+        """Take over a protocol that has received nothing yet."""
         super().__init__(protocol, **options)
         self.heard: float | None = None
         self.first = b""
@@ -106,28 +106,28 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
         self._error: RemoteProtocolError | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.reader = protocol.reader = PlacingReader(receiver)
-        protocol.parser = protocol.parse()  # the one it was made with holds on to the reader it was made with
+        protocol.parser = protocol.parse()  # the one it has reads from its first reader
         next(protocol.parser)
 
     @property
     def may_be_http(self) -> bool:
-        """Whether what came first, if anything, may be the beginning of an HTTP response."""
+        """Whether the first bytes, if any came, may begin an HTTP response."""
         return _HTTP.startswith(self.first)
 
     def send_now(self, text: str) -> None:
-        """Write a message; nothing happens if the connection is not open any more."""
+        """Write a message, if the connection is still open."""
         if self.state is State.OPEN:
             self.protocol.send_text(text.encode())
             self.send_data()
 
     def send_data(self) -> None:
-        """Write what the protocol has to say, unless the peer takes nothing of it."""
+        """Write what the protocol has to send; end the connection if the peer leaves too much of it unread."""
         super().send_data()
         if self._error is None and self.transport.get_write_buffer_size() > _UNREAD_BYTES:
             self._refuse(RemoteProtocolError("it asks for more than it reads", close_code=1008))
 
     def drop(self) -> None:
-        """End the connection without a word, if it was ever made, and let go of the memory of others."""
+        """Abort the connection, if it was ever made, and let go of the destination."""
         self.reader.abandon()
         if hasattr(self, "transport"):
             self.transport.abort()
@@ -138,7 +138,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
         return self._scratch if target is None else target[self.reader.filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So much was written there."""
+        """`nbytes` were written there."""
         if self.heard is None:
             self.first = bytes(self._scratch[: min(nbytes, len(_HTTP))])
         self.heard = self.loop.time()
@@ -154,10 +154,10 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
             reader.asking = False
             self.data_received(b"")
         if self.protocol.handshake_exc is not None:
-            self.drop()  # it need not hang up, and nothing more is wanted of it
+            self.drop()  # the peer might never hang up
         refused = self.protocol.parser_exc
         if refused is not None and self._error is None:
-            refused.with_traceback(None)  # whose frames hold on to the memory of others
+            refused.with_traceback(None)  # its frames would keep the destination alive
             self._refuse(RemoteProtocolError(str(refused)))
 
     def process_event(self, event: Event) -> None:
@@ -171,7 +171,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
             return
         super().process_event(event)
         if isinstance(event, Frame) and event.opcode is Opcode.CLOSE and self.protocol.close_rcvd_then_sent:
-            self._receiver.lost(self._error)  # it need not hang up at once, but says no more
+            self._receiver.lost(self._error)  # the peer says no more, but might not hang up
 
     def _deliver(self, frame: Frame) -> None:
         if not frame.fin or frame.opcode is Opcode.CONT:
@@ -186,14 +186,14 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
         self._receiver.text(text)
 
     def _refuse(self, error: RemoteProtocolError) -> None:
-        """Say why, and take nothing more. The receiver hears of it now: the peer may go on for as long as it likes."""
+        """Close with the reason, and tell the receiver now: the peer might never answer the close."""
         self._error = error
         self.protocol.fail(error.close_code, str(error).encode()[:_REASON_BYTES].decode(errors="ignore"))
         self.send_data()
         self._receiver.lost(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell the receiver too, if there ever was a session."""
+        """Tell the receiver too, if the handshake succeeded."""
         super().connection_lost(exc)
         if self.response is not None and self.response.status_code == 101:
             self._receiver.lost(self._error)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surfw.config import MANIFEST_BYTES
+from surfw.config import MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
@@ -31,7 +31,6 @@ _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
-_MAX_DEPTH = 64
 _MAX_FILE_NAME = 128
 _MAX_OBJECT_NAME = 255
 
@@ -140,7 +139,7 @@ class _Parser:
 
     def settings(self, value: Any, what: str, depth: int = 0) -> Any:
         """A configuration as it is, if it can be written again as it was read."""
-        self.require(depth <= _MAX_DEPTH, f"{what} is nested more than {_MAX_DEPTH} deep")
+        self.require(depth <= MAX_JSON_DEPTH, f"{what} is nested more than {MAX_JSON_DEPTH} deep")
         if isinstance(value, dict):
             for key, inner in value.items():
                 self.settings(inner, f"{what}.{self.text(key, 'a key of ' + what)}"[:80], depth + 1)

@@ -3,9 +3,14 @@
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import WeightClient
 from surfw.models.explain import Explanation
-from surfw.models.families import StreamingBertModel, StreamingGPTModel, StreamingLlamaModel, StreamingT5Model
 from surfw.models.statistics import CacheInfo, InferenceStats
-from surfw.models.streaming import StreamingModel
+from surfw.models.streaming import (
+    StreamingBertModel,
+    StreamingGPTModel,
+    StreamingLlamaModel,
+    StreamingModel,
+    StreamingT5Model,
+)
 
 __all__ = [
     "CacheInfo",

@@ -1,37 +1,42 @@
-"""`StreamingBaseModel`: opening, running and closing any model whose weights arrive while it runs.
+"""`StreamingBaseModel`: one transformers model whose weights arrive while it runs, from its opening to its end.
 
-The point to extend for a model of one's own. Runs happen in the caller's thread, or, for the asynchronous calls, in one
-thread that belongs to the model; no call of this module blocks an event loop unless it is a plain call that computes.
+A model is not open → being opened (by its first use) → open → closing → closed. Its opening, each run and its end hold
+one lock in turn, `_busy`; `close` interrupts whichever has it. Everything else (statistics, prefetching, resizing) goes
+straight to the engine and waits for nobody.
+
+Runs happen in the caller's thread or, for the asynchronous calls, in one thread that belongs to the model. No
+asynchronous call blocks the event loop, and a plain one that would take long to open or read something refuses to.
 """
 
 import asyncio
 import contextvars
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeVar, Unpack
 
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, Policy, check_on_missing, check_policy, expect
+from surfw.config import OnMissing, Policy, expect
 from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.models.beside import beside, ended
+from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
-from surfw.models.opened import OpenedModel, OpenSettings, find_manifest
-from surfw.models.options import ConnectionOptions, OpenOptions, budget_bytes, check_device
-from surfw.models.room import generation_size
+from surfw.models.kv_reserve import generation_size
+from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
-from surfw.runtime.residency import ResidencyPlan, check_cache_layers
-from surfw.runtime.run import Run, current_run
-from surfw.skeleton.build import check_model_class
-from surfw.skeleton.shared import runs
+from surfw.runtime.plan import ResidencyPlan
+from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
+from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -82,7 +87,7 @@ class StreamingBaseModel:
             model: its name there, in full or a unique last part; None for the only one.
             cache_size: how many layers are kept in memory, counting embeddings and heads of over 1 MiB; one more may be
                 in flight. Default: as many as fit into the memory there is.
-            memory_budget: in place of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
+            memory_budget: instead of `cache_size`, what the weights in memory may take: bytes, or a size as `1.5GB`.
                 Default: what the machine and this process's control groups have left, less a headroom and what other
                 open models may still take.
             prefetch: fetch the next layers while one computes.
@@ -102,23 +107,8 @@ class StreamingBaseModel:
             raise ConfigurationError(
                 f"cache_size {cache_size} and memory_budget {memory_budget} exclude each other; give one of them"
             )
-        if cache_size is not None:
-            check_cache_layers(cache_size)
         expect("model", model, str | None, "a model's name or None")
-        expect("dtype", dtype, str | None, "a dtype's name or None")
-        check_model_class(self.model_class)
-        check_on_missing(on_missing)
-        check_policy(policy)
         check_device(device)
-        shared = isinstance(source, WeightClient)
-        given = sorted(name for name, value in connection.items() if value is not None)
-        if shared and given:
-            raise ConfigurationError(f"{given[0]} belongs to the WeightClient; give it there")
-        if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
-            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
-        self.metrics = Metrics()
-        self._client = source if isinstance(source, WeightClient) else WeightClient(source, **connection)
-        self._wanted = model
         self._settings = OpenSettings(
             cache_size=cache_size,
             budget_bytes=budget_bytes(memory_budget),
@@ -127,13 +117,22 @@ class StreamingBaseModel:
             on_missing=on_missing,
             policy=policy,
             model_class=self.model_class,
-            owns_client=not shared,
         )
-        self._opening = threading.Lock()  # held while the model is being opened
+        self._owns_client = not isinstance(source, WeightClient)
+        given = sorted(name for name, value in connection.items() if value is not None)
+        if given and not self._owns_client:
+            raise ConfigurationError(f"{given[0]} belongs to the WeightClient; give it there")
+        if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
+            raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
+        self.metrics = Metrics()
+        self._client = source if isinstance(source, WeightClient) else WeightClient(source, **connection)
+        self._wanted = model
+        self._busy = threading.RLock()  # held while it is opened, while it runs, and while it is taken apart
         self._state = threading.Lock()  # guards what follows; never held for long
-        self._opening_run: Run | None = None
-        self._opened: OpenedModel | None = None
+        self._current: tuple[Run, int] | None = None  # what holds `_busy`, and its thread
+        self._parts: ModelParts | None = None
         self._compute: ThreadPoolExecutor | None = None
+        self._closing = threading.Event()
         self._closed = False
 
     @classmethod
@@ -149,12 +148,11 @@ class StreamingBaseModel:
             UnknownModelError: the source has no such model.
             SurfwError: the source cannot be reached, or the model cannot be built.
         """
-        refuse_event_loop(*_opening(cls.__name__))
         return cls._over(source, model, **options).__enter__()
 
     @classmethod
     async def open_async(cls, source: Source, model: str | None = None, **options: Unpack[OpenOptions]) -> Self:
-        """As `open`, in a thread beside the event loop."""
+        """As `open`, without blocking the event loop."""
         return await cls._over(source, model, **options).__aenter__()
 
     @property
@@ -164,13 +162,13 @@ class StreamingBaseModel:
 
     @property
     def manifest(self) -> Manifest:
-        """What the source says of the model."""
+        """The model's manifest: its chunks, configuration and files."""
         return self._open_here().manifest
 
     @property
     def plan(self) -> ResidencyPlan:
-        """What stays in memory."""
-        return self._open_here().plan
+        """The plan of what stays in memory and what is streamed."""
+        return self._open_here().engine.plan
 
     @property
     def layers(self) -> list[str]:
@@ -186,31 +184,43 @@ class StreamingBaseModel:
             **kwargs: as of the transformers model.
 
         Raises:
-            SurfwError: weights could not be had.
+            SurfwError: weights could not be read.
             ModelClosedError: the model is closed, or was closed meanwhile.
         """
         return self.run(lambda model: model(*args, **kwargs), enable_prefetch=enable_prefetch)
 
     def run(self, work: Callable[[PreTrainedModel], T], *, enable_prefetch: bool = True) -> T:
-        """Do something with transformers' model while nobody else runs it; it counts as one inference.
+        """Do something with transformers' model, alone and without gradients; it counts as one inference.
 
         Raises:
-            SurfwError: weights could not be had.
+            SurfwError: weights could not be read.
             ModelClosedError: the model is closed, or was closed meanwhile.
         """
-        opened = self._open_here()
-        with opened.running(current_run.get() or Run(), prefetch=enable_prefetch) as model:
-            return work(model)
+        parts, run = self._open_here(), current_run.get() or Run()
+        with self._holding(run):
+            start = time.perf_counter()
+            try:
+                with (
+                    parts.engine.running(run, prefetch=enable_prefetch),
+                    self.metrics.span("forward"),
+                    torch.no_grad(),
+                ):
+                    result = work(parts.model)
+            except BaseException:
+                parts.hooks.recover()
+                raise
+            self.metrics.latency("inference").observe(time.perf_counter() - start)
+            return result
 
     async def forward_async(self, *args: Any, enable_prefetch: bool = True, **kwargs: Any) -> Any:
-        """One forward pass in a thread of the model's own, beside the event loop; else as a call.
+        """One forward pass in a thread of the model's own, without blocking the event loop; otherwise as a call.
 
         When it is cancelled, the pass ends at its next layer, and only then this does.
         """
         return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
 
     def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
-        """Leave memory for the KV cache of a generation of one's own, as `generate` does of itself.
+        """Leave memory for the KV cache of a generation of your own, as `generate` does by itself.
 
         Args:
             prompt_tokens: in each sequence.
@@ -220,7 +230,7 @@ class StreamingBaseModel:
         Raises:
             ConfigurationError: the memory budget is too small for it.
         """
-        self._open_here().leave_room(prompt_tokens, new_tokens, sequences)
+        self._open_here().kv.reserve_for(prompt_tokens, new_tokens, sequences)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
@@ -249,8 +259,8 @@ class StreamingBaseModel:
             ConfigurationError: there is no such layer.
             SurfwError: one could not be loaded.
         """
-        opened = await self._open_beside()
-        return await _arrived(opened, range(len(opened.layers)) if layers is None else layers)
+        parts = await self._open_async()
+        return await self._fetch(parts, list(range(len(parts.layers)) if layers is None else layers))
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
         """Bring the layers after one into memory; after the last one comes the first, as in decoding.
@@ -266,15 +276,15 @@ class StreamingBaseModel:
             ConfigurationError: there is no such layer, or the count is negative.
             SurfwError: one could not be loaded.
         """
-        opened = await self._open_beside()
-        count = len(opened.layers)
+        parts = await self._open_async()
+        count = len(parts.layers)
         if prefetch_count < 0 or not 0 <= current_layer < count:
             raise ConfigurationError(
-                f"cannot prefetch {prefetch_count} layers after layer {current_layer}: {opened.manifest.name} has "
+                f"cannot prefetch {prefetch_count} layers after layer {current_layer}: {parts.manifest.name} has "
                 f"{count} layers, counted from 0"
             )
         following = range(current_layer + 1, current_layer + 1 + min(prefetch_count, count - 1))
-        return await _arrived(opened, [index % count for index in following])
+        return await self._fetch(parts, [index % count for index in following])
 
     def explain(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
         """Measure how fast weights arrive and the model computes, and say what limits it and what more memory brings.
@@ -284,66 +294,71 @@ class StreamingBaseModel:
 
         Args:
             prompt_tokens: of the prompt; a pass of a model that does not generate has so many.
-            new_tokens: that will be generated; if any, room is left for the KV cache of it all, as `leave_room` does.
+            new_tokens: that will be generated; if any, memory is left for the KV cache of it all, as `leave_room` does.
 
         Raises:
             ConfigurationError: a number cannot be used, the memory budget is too small for the KV cache, or an event
                 loop runs in this thread: use `explain_async`.
-            SurfwError: weights could not be had.
+            SurfwError: weights could not be read.
         """
         refuse_event_loop("measuring a model", "'await model.explain_async()'")
         for name, count, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0)):
             expect(name, count, int, f"a number, {least} or more")
             if count < least:
                 raise ConfigurationError(f"{name} is {count}, expected a number, {least} or more")
-        opened = self._open()
-        if new_tokens and opened.model.can_generate():
-            opened.leave_room(prompt_tokens, new_tokens)
-        return explain(opened, self.metrics, prompt_tokens=prompt_tokens)
+        parts = self._open()
+        if new_tokens and parts.model.can_generate():
+            parts.kv.reserve_for(prompt_tokens, new_tokens)
+        return explain(parts, partial(self.run, enable_prefetch=False), prompt_tokens=prompt_tokens)
 
     async def explain_async(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
-        """As `explain`, in a thread of the model's own, beside the event loop."""
+        """As `explain`, in a thread of the model's own, without blocking the event loop."""
         return await self._in_thread(lambda: self.explain(prompt_tokens=prompt_tokens, new_tokens=new_tokens))
 
     def get_cache_info(self) -> CacheInfo:
         """What is kept in memory, and how often weights were found there."""
-        return cache_info(self.metrics, self._opened, self.cache_size)
+        return cache_info(self.metrics, self._parts, self.cache_size)
 
     def get_inference_stats(self) -> InferenceStats:
-        """What the runs so far took."""
+        """How long the runs so far took."""
         return inference_stats(self.metrics)
 
     def statistics(self) -> dict[str, Any]:
-        """Both, in the form that `surfw infer --json` prints."""
-        return full_statistics(self.metrics, self._opened, self._client.refetched_blocks)
+        """All statistics, in the form that `surfw infer --json` prints."""
+        return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
 
     def clear_cache(self) -> None:
         """Forget every layer that is not in use, and give its memory back. Counters go on."""
-        if self._opened is not None:
-            self._opened.clear()
+        if (parts := self._parts) is None:
+            return
+        parts.engine.clear()
+        if self._busy.acquire(blocking=False):  # else a run may be using rows of tables just now
+            try:
+                parts.tables.clear()
+            finally:
+                self._busy.release()
 
     @property
     def cache_size(self) -> int:
-        """How many layers are kept in memory; 0 for a model that is not open and has not been told.
+        """How many layers are kept in memory; 0 for a model that is not open and was opened without a number.
 
         Setting it takes effect at once, also while the model runs: what is too much is evicted, or, where it is in use
         just now, after its use.
         """
-        opened = self._opened
-        return opened.plan.slots if opened else self._settings.cache_size or 0
+        return self._parts.engine.plan.slots if self._parts else self._settings.cache_size or 0
 
     @cache_size.setter
     def cache_size(self, layers: int) -> None:
-        check_cache_layers(layers)
         with self._state:
             self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
-            if self._opened is not None:
-                self._opened.resize(layers)
+            if self._parts is not None:
+                self._parts.engine.resize(layers)
 
     def read_file(self, path: str) -> bytes:
         """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
         refuse_event_loop("reading a file", f"'await asyncio.to_thread(model.read_file, {path!r})'")
-        return self._open().read_file(path)
+        manifest = self._open().manifest
+        return self._client.run(lambda source: source.file(manifest, path))
 
     def close(self) -> None:
         """Stop what runs, leave the source unless it is shared, and transformers' model without weights and hooks.
@@ -351,19 +366,22 @@ class StreamingBaseModel:
         A run that goes on in another thread ends with `ModelClosedError` at its next layer, and this waits for it; one
         that calls this from within is closed at its end. Closing twice is fine.
         """
-        self._closed = True
-        if opening := self._opening_run:
-            opening.interrupt(self._closed_error())
-        with runs.holding(self._opening), self._state:
-            opened, compute = self._opened, self._compute
-        closed = opened.close() if opened else True
+        with self._state:
+            self._closing.set()
+            current, compute = self._current, self._compute
+        is_within = False
+        if current is not None:
+            run, thread = current
+            run.interrupt(self._closed_error("was closed while it ran") if self._parts else self._closed_error())
+            is_within = thread == threading.get_ident()  # then `_holding` takes it apart, once the run has unwound
+        if not is_within:
+            with runs.holding(self._busy):
+                self._take_apart()
         if compute is not None:
-            compute.shutdown(wait=closed and current_run.get() is None)
-        if opened is None and self._settings.owns_client:
-            self._client.close()
+            compute.shutdown(wait=not is_within and current_run.get() is None)
 
     async def close_async(self) -> None:
-        """As `close`, beside the event loop."""
+        """As `close`, without blocking the event loop."""
         await asyncio.to_thread(contextvars.Context().run, self.close)
 
     def __enter__(self) -> Self:
@@ -381,7 +399,7 @@ class StreamingBaseModel:
         self.close()
 
     async def __aenter__(self) -> Self:
-        """Open the model, if it is not open, beside the event loop."""
+        """Open the model, if it is not open, without blocking the event loop."""
         try:
             await self._in_thread(self._open)
         except BaseException:
@@ -392,63 +410,127 @@ class StreamingBaseModel:
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Close, beside the event loop."""
+        """Close, without blocking the event loop."""
         await self.close_async()
 
     def __repr__(self) -> str:
-        """What it is, and where its weights come from."""
-        state = "closed" if self._closed else "open" if self._opened else "not open yet"
+        """The model's name, its source and its state."""
+        state = "closed" if self._closing.is_set() else "open" if self._parts else "not open yet"
         return f"<{type(self).__name__} {self._wanted or 'the only model'} of {self._client.url}, {state}>"
 
     def __del__(self) -> None:
-        """Complain about a model that nobody closed."""
-        if getattr(self, "_opened", None) is not None and not self._closed:
+        """Warn about a model that was never closed."""
+        if getattr(self, "_parts", None) is not None and not self._closing.is_set():
             warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2, source=self)
 
-    def _open(self) -> OpenedModel:
-        """The open model; the first call opens it."""
-        with runs.holding(self._opening):
-            if self._closed:
-                raise self._closed_error()
-            if self._opened is not None:
-                return self._opened
-            settings = self._settings
-            run = self._opening_run = current_run.get() or Run()
-            outer = current_run.set(run)
-            try:
-                manifest = find_manifest(self._client, self._wanted)
-                self._check_type(manifest)
-                opened = OpenedModel(self._client, manifest, settings, self.metrics)
-            except BaseException:
-                if settings.owns_client:
-                    self._client.disconnect()
-                raise
-            finally:
-                self._opening_run = None
-                current_run.reset(outer)
+    @contextmanager
+    def _holding(self, run: Run) -> Iterator[None]:
+        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that.
+
+        Raises:
+            ModelClosedError: it is closed.
+        """
+        with runs.holding(self._busy, run.check):
             with self._state:
-                self._opened = opened
-                if (size := self._settings.cache_size) is not None and size != settings.cache_size:
-                    opened.resize(size)  # it was set meanwhile
-            return opened
+                if self._closing.is_set():
+                    raise self._closed_error()
+                outer, self._current = self._current, (run, threading.get_ident())
+            try:
+                yield
+            finally:
+                with self._state:
+                    self._current = outer
+                    is_to_end = self._closing.is_set() and outer is None
+                if is_to_end:
+                    self._take_apart()
 
-    def _open_here(self) -> OpenedModel:
-        """The open model, for callers in a thread where an event loop may run; closed, it still tells its facts."""
-        if self._opened is not None:
-            return self._opened
+    def _take_apart(self) -> None:
+        """End it; the caller holds `_busy`."""
+        if not self._closed:
+            self._closed = True
+            with ExitStack() as last:
+                if self._owns_client:
+                    last.callback(self._client.close)
+                if self._parts is not None:
+                    self._parts.close()
+
+    def _open(self) -> ModelParts:
+        """The parts of the open model; the first call opens it.
+
+        Raises:
+            ModelClosedError: it is closed.
+            SurfwError: it cannot be opened.
+        """
+        if self._closing.is_set():
+            raise self._closed_error()
+        if self._parts is not None:
+            return self._parts
+        run = current_run.get() or Run()
+        with self._holding(run):
+            if self._parts is None:  # else another thread has opened it meanwhile
+                settings = self._settings
+                outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
+                try:
+                    parts = assemble(self._client, self._find_manifest(), settings, self.metrics)
+                except BaseException:
+                    if self._owns_client:
+                        self._client.disconnect()
+                    raise
+                finally:
+                    current_run.reset(outer)
+                with self._state:
+                    self._parts = parts
+                    if (size := self._settings.cache_size) is not None and size != settings.cache_size:
+                        parts.engine.resize(size)  # it was set meanwhile
+            return self._parts
+
+    def _open_here(self) -> ModelParts:
+        """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""
         self._refuse_to_block()
-        return self._open()
+        return self._parts or self._open()
 
-    async def _open_beside(self) -> OpenedModel:
-        """The open model, opened in the model's thread if need be, but not waiting for what runs there."""
-        return await self._in_thread(self._open) if self._opened is None else self._opened
+    async def _open_async(self) -> ModelParts:
+        """The parts; opened in the model's thread if need be, without waiting for what runs there if not."""
+        return await self._in_thread(self._open) if self._parts is None else self._parts
 
     def _refuse_to_block(self) -> None:
-        if self._opened is None and not self._closed:
-            refuse_event_loop(*_opening(type(self).__name__))
+        if self._parts is None and not self._closing.is_set():
+            refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
-    def _closed_error(self) -> ModelClosedError:
-        return ModelClosedError(f"{self._wanted or f'the model of {self._client.url}'} is closed; open it again")
+    def _find_manifest(self) -> Manifest:
+        """The manifest of the model that is wanted: by its name, in full or a unique last part, or the only one.
+
+        Raises:
+            UnknownModelError: the source has no such model.
+            UnsupportedModelError: this class is not for such a model.
+        """
+        name = self._client.run(lambda source: source.resolve(self._wanted))
+        manifest = self._client.run(lambda source: source.manifest(name))
+        found = manifest.config.get("model_type")
+        if self.model_types and found not in self.model_types:
+            raise UnsupportedModelError(
+                f"{manifest.name} is a {manifest.class_name} of type {str(found)[:80]!r}, but {type(self).__name__} is "
+                f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
+            )
+        return manifest
+
+    async def _fetch(self, parts: ModelParts, indices: list[int]) -> list[str]:
+        """Have layers fetched, and wait for them; a caller that stops waiting stops no fetch."""
+        if self._closing.is_set():
+            raise self._closed_error()
+        arrived = []
+        for name, load in parts.engine.fetch(parts.layer_names(indices)):
+            await wait_until_done(load)
+            if not load.cancelled():
+                load.result()
+                arrived.append(name)
+            elif self._closing.is_set():
+                raise self._closed_error("was closed while its layers were fetched")
+        return arrived
+
+    def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
+        name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"
+        return ModelClosedError(f"{name} {what}")
 
     def _expect_generation(self) -> None:
         if not self.model.can_generate():
@@ -456,40 +538,11 @@ class StreamingBaseModel:
                 f"{self.manifest.name} ({self.manifest.class_name}) does not generate; call it, or use forward_async"
             )
 
-    def _check_type(self, manifest: Manifest) -> None:
-        found = manifest.config.get("model_type")
-        if self.model_types and found not in self.model_types:
-            raise UnsupportedModelError(
-                f"{manifest.name} is a {manifest.class_name} of type {str(found)[:80]!r}, but {type(self).__name__} is "
-                f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
-            )
-
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Do it in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
-        return await beside(self._executor(), work)
-
-    def _executor(self) -> ThreadPoolExecutor:
+        """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
         with self._state:
-            if self._closed:
+            if self._closing.is_set():
                 raise self._closed_error()
             if self._compute is None:
                 self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
-            return self._compute
-
-
-async def _arrived(opened: OpenedModel, layers: Iterable[int]) -> list[str]:
-    """Have layers fetched, and wait for them; whoever stops waiting stops no fetch."""
-    loads = opened.fetch_layers(list(layers))
-    arrived = []
-    for name, load in loads:
-        await ended(load)
-        if not load.cancelled():
-            load.result()
-            arrived.append(name)
-        elif opened.closed:
-            raise ModelClosedError(f"{opened.manifest.name} was closed while its layers were fetched")
-    return arrived
-
-
-def _opening(name: str) -> tuple[str, str]:
-    return "opening a model", f"'await {name}.open_async(…)' or 'async with'"
+        return await run_in_executor(self._compute, work)

@@ -26,7 +26,7 @@ _SECONDS = 20.0
 
 _MEMORY_BYTES = GB
 _TEXT_BYTES = 16 * MB
-"""Four million tokens of English. What is tokenised takes many times its size."""
+"""Four million tokens of English; tokenising takes many times the size of the text."""
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _RAW = "give the prompt as it is (raw)"
@@ -35,7 +35,7 @@ _RAW = "give the prompt as it is (raw)"
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, where: str
 ) -> dict[str, Any]:
-    """The tokens of a conversation that the model is to answer, as the tokenizer gives them.
+    """A conversation as the model's inputs, ready for its answer.
 
     Args:
         tokenizer: one with a chat template.
@@ -85,7 +85,7 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Map
                 process.stdin.write(json.dumps(work, default=str).encode())
                 process.stdin.close()
             except BrokenPipeError:
-                pass  # it ended: what it said, or how, tells why
+                pass  # it has ended: its output or its exit code says why
             said = process.stdout.read(_TEXT_BYTES + 2)
         finally:
             process.kill()

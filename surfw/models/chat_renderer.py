@@ -33,7 +33,7 @@ def _renderer(folder: str) -> Any:
 
 
 def _limit(what: int, soft: int, hard: int) -> None:
-    with suppress(ValueError, OSError):  # a stricter one holds already
+    with suppress(ValueError, OSError):  # a stricter limit is set already
         resource.setrlimit(what, (soft, hard))
 
 

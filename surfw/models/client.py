@@ -1,8 +1,8 @@
-"""A source of weights with an event loop in a thread of its own: what models read through, alone or together."""
+"""A source of weights, and the thread with an event loop that it runs on: what one or several models read through."""
 
 import os
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ssl import SSLContext
@@ -13,24 +13,23 @@ from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError
-from surfw.models.beside import beside
 from surfw.retry import RetryPolicy
-from surfw.runtime.io_thread import IoThread
+from surfw.runtime.run import IoThread, run_in_executor
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.places import is_checkpoint
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
 
-OpenSource = Callable[[], Awaitable[ChunkSource]]
-"""Opens a source of one's own; it runs on the client's event loop."""
+OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
+"""Opens a source; the coroutine runs on the client's event loop."""
 
 
 class SourceThread:
-    """A source, opened at its first use, and the event loop that it belongs to. Usable from any thread.
+    """A source, opened at its first use, and the thread with its event loop. Usable from any thread.
 
     Attributes:
         url: where the weights come from, for people.
@@ -69,7 +68,7 @@ class SourceThread:
             if self._io is None or self._source is None:
                 io = IoThread()
                 try:
-                    self._source = io.run(_call(self._open_source))
+                    self._source = io.run(self._open_source())
                 except BaseException:
                     io.close()
                     raise
@@ -78,22 +77,22 @@ class SourceThread:
 
     @property
     def refetched_blocks(self) -> int:
-        """Blocks and files that arrived damaged and were fetched again, by all who read through this."""
+        """How many blocks and files arrived damaged and were fetched again, for all models that read through this."""
         source = self._source
         return self._refetched_blocks + (source.refetched_blocks if source else 0)
 
     def run(self, work: Callable[[ChunkSource], Coroutine[Any, Any, T]]) -> T:
-        """Do something with the source, on its event loop, and wait for it."""
+        """Run a coroutine that uses the source, on its event loop, and return its result."""
         io, source = self._open()
         return io.run(work(source))
 
     def close(self) -> None:
-        """Leave the source for good. Models that still read through it fail. Closing twice is fine."""
+        """Close the source for good. Models that still read through it fail. Closing twice is fine."""
         self._closed = True
         self.disconnect()
 
     def disconnect(self) -> None:
-        """Leave the source; the next use opens it again."""
+        """Close the source; the next use opens it again."""
         with self._lock:
             io, source = self._io, self._source
             self._refetched_blocks = self.refetched_blocks
@@ -101,13 +100,13 @@ class SourceThread:
         if io is None or source is None:
             return
         try:
-            io.submit(source.close()).result()  # also where the run that this belongs to was interrupted
+            io.submit(source.close()).result()  # not `run`: an interrupted run has to close it, too
         finally:
             io.close()
 
 
 class WeightClient(SourceThread):
-    """A connection to weights, which any number of models and threads may share. Closed by whoever made it.
+    """A connection to weights, which any number of models and threads may share. Close the ones you make.
 
     Models that are opened from an address have a client of their own. Make one yourself to open several models over
     one connection: `StreamingModel.open(client, model="a")`.
@@ -133,7 +132,7 @@ class WeightClient(SourceThread):
             source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
                 URL may also be that of a plain checkpoint, which is then read from where it is.
             token: the secret that the server wants.
-            ssl: whose certificates to trust for `wss://`, in place of the system's.
+            ssl: whose certificates to trust for `wss://`, instead of the system's.
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
@@ -141,7 +140,7 @@ class WeightClient(SourceThread):
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
 
         Raises:
-            ConfigurationError: this is no source, or it takes no token or options.
+            ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
         """
         is_server = isinstance(source, str) and is_server_url(source)
         if (token is not None or ssl is not None) and not is_server:
@@ -164,10 +163,10 @@ class WeightClient(SourceThread):
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
         )
-        super().__init__(_describe(source), _opener(source, connect, storage_options, silence_timeout))
+        super().__init__(*_locate(source, connect, storage_options, silence_timeout))
 
     def models(self) -> list[str]:
-        """The names of the models there are, sorted.
+        """The names of the models that the source has, sorted.
 
         Raises:
             ConfigurationError: an event loop runs here, and would be blocked: use `models_async`.
@@ -177,12 +176,12 @@ class WeightClient(SourceThread):
         return self.run(lambda source: source.models())
 
     async def models_async(self) -> list[str]:
-        """As `models`, beside the event loop."""
+        """As `models`, without blocking the event loop."""
         with ThreadPoolExecutor(1, thread_name_prefix="surfw-client") as executor:
-            return await beside(executor, self.models)
+            return await run_in_executor(executor, self.models)
 
     async def close_async(self) -> None:
-        """As `close`, beside the event loop."""
+        """As `close`, without blocking the event loop."""
         await in_thread(self.close)
 
     async def __aenter__(self) -> Self:
@@ -192,7 +191,7 @@ class WeightClient(SourceThread):
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        """Close, beside the event loop."""
+        """Close, without blocking the event loop."""
         await self.close_async()
 
     def __enter__(self) -> Self:
@@ -208,34 +207,28 @@ Source = str | os.PathLike[str] | StorageBackend | WeightClient
 """Where a model's weights may come from."""
 
 
-def _describe(source: object) -> str:
-    if isinstance(source, StorageBackend):
-        return display_url(source.url)
-    return display_url(os.fspath(source)) if isinstance(source, str | os.PathLike) else "a source of one's own"
-
-
-def _opener(
-    source: Any,
-    connect: Callable[[str], Awaitable[ChunkSource]],
+def _locate(
+    source: object,
+    connect: Callable[[str], Coroutine[Any, Any, ChunkSource]],
     options: Mapping[str, Any] | None,
     silence_timeout: float,
-) -> OpenSource:
-    """How to open what was given; a function that opens a source is taken as it is."""
+) -> tuple[str, OpenSource]:
+    """Where a source is, for people, and how to open it; a function that opens one is taken as it is."""
     if isinstance(source, StorageBackend):
-        return partial(open_storage_source, source, owned=False)
+        return display_url(source.url), partial(open_storage_source, source, owned=False)
     if isinstance(source, str | os.PathLike):
         place = os.fspath(source)
         if not place:
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
-        if is_server_url(place):
-            return partial(connect, place)
-        return partial(_open_place, place, options, silence_timeout)
-    if isinstance(source, type) or not callable(source):
-        raise ConfigurationError(
-            f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {_kind(source)}"
-        )
-    opener: OpenSource = source
-    return opener
+        is_server = is_server_url(place)
+        opener = partial(connect, place) if is_server else partial(_open_place, place, options, silence_timeout)
+        return display_url(place), opener
+    if callable(source) and not isinstance(source, type):
+        return "a source of your own", source
+    kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
+    raise ConfigurationError(
+        f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {kind}"
+    )
 
 
 async def _open_place(place: str, options: Mapping[str, Any] | None, silence_timeout: float) -> ChunkSource:
@@ -250,11 +243,3 @@ async def _open_place(place: str, options: Mapping[str, Any] | None, silence_tim
     if is_plain:
         source.url = display_url(place)
     return source
-
-
-def _kind(source: object) -> str:
-    return f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
-
-
-async def _call(opener: OpenSource) -> ChunkSource:
-    return await opener()

@@ -1,4 +1,4 @@
-"""What a model's memory is used for, what its speed is limited by, and what more memory would bring; as data.
+"""What a model uses its memory for, what limits its speed, and what more memory would bring; as data.
 
 The plan says what is read in a pass; a measurement says how fast. The ceiling is tokens per pass × bandwidth ÷ bytes
 per pass, and cannot be above what computing alone allows. Nothing is rendered here.
@@ -8,47 +8,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surfw.config import GB, Policy, is_server_url
-from surfw.metrics import Metrics
-from surfw.models.measure import Computing, measure_computing, measure_reading, settle
-from surfw.models.opened import LimitedBy, OpenedModel
-from surfw.runtime.residency import Limit, ResidencyPlan
+from surfw.models.assembly import LimitedBy, ModelParts
+from surfw.models.measure import Computing, RunModel, measure_computing, measure_reading, settle
+from surfw.runtime.plan import Limit, ResidencyPlan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
-    """A model's memory and its limits. Sizes are in bytes; a pass is one run through all layers that recur.
+    """A model's memory and limits. Sizes are in bytes; a pass is one run through all layers that recur.
 
     Attributes:
         model: its name.
         source: where its weights come from.
-        limited_by: who said how much memory weights may take: `memory_budget` or `cache_layers`, as given, or
-            `default`: what memory there was.
+        limited_by: what set how much memory weights may take: `memory_budget` or `cache_layers`, as given, or
+            `default`, the memory that was available.
         budget_bytes: the budget; None with `cache_layers`.
         cache_layers: the layers to keep; None with a budget.
         policy: `auto` or `lru`.
         layers: how many layers there are.
         kept_layers: how many of them stay in memory.
-        pinned: how many chunks stay in all, with embeddings, norms and heads.
+        pinned: how many chunks stay in memory, embeddings, norms and heads included.
         pinned_bytes: their memory.
-        ring_buffers: through how many buffers the others pass; 0 if everything stays.
+        ring_buffers: how many buffers the others pass through; 0 if everything stays.
         ring_bytes: the size of each.
         shared_bytes: memory that layers which run several times in a pass share.
-        by_rows: tables of which only the rows that are looked up are read, as long as they are not in memory.
-        overhead_bytes: memory beside the weights: rows, and what is converted or in flight.
-        reserved_bytes: what is left for the KV cache.
-        peak_bytes: the most that all of this takes, the KV cache included.
+        by_rows: tables of which only the rows that are looked up are read, while they are not in memory.
+        overhead_bytes: memory on top of the weights: rows, and what is converted or in flight.
+        reserved_bytes: what is reserved for the KV cache.
+        peak_bytes: the most memory that all of this takes, the KV cache included.
         least_budget_bytes: the smallest budget that the model runs with.
-        base_bytes: resident memory of the process before the first weight came. No budget covers it, nor activations.
-        bytes_per_pass: stored bytes that a pass reads, once all that stays is there.
-        bytes_per_second: how fast they came when that was measured; None if nothing is streamed.
-        compute_seconds: what the modules of a pass take while nothing is read; None if it could not be measured.
+        base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
+            budget.
+        bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
+        bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
+        compute_seconds: how long the modules of a pass take while nothing is read; None if it could not be measured.
         compute_share: the part of the weights that `compute_seconds` was measured on, and scaled up from if below 1.
-        unit: what a pass makes: `tokens`, or for models that do not generate `passes`.
+        unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
         reading_ceiling: the most units per second that reading allows; None if nothing is read.
         computing_ceiling: the most that computing allows; None if it could not be measured.
         bottleneck: the smaller of the two: `link` to a server, `storage`, or `compute`.
         more_bytes_per_pass: what a pass would read with 1 GB more; None if nothing is read as it is.
-        more_ceiling: the most units per second there would be with it, by reading and computing; None if not known.
+        more_ceiling: the most units per second with that, by reading and computing; None if not known.
     """
 
     model: str
@@ -83,77 +83,78 @@ class Explanation:
 
     @property
     def ceiling(self) -> float | None:
-        """The most units per second, by reading and computing; None if nothing is known of either."""
+        """The most units per second that reading and computing allow; None if neither is known."""
         return _smaller(self.reading_ceiling, self.computing_ceiling)
 
 
-def explain(opened: OpenedModel, metrics: Metrics, *, prompt_tokens: int = 1) -> Explanation:
-    """Measure, and put it together. What the measurement counts is taken back.
+def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Explanation:
+    """Measure a model, and explain it. The measurement leaves the statistics as they were.
 
     Args:
-        opened: the model.
-        metrics: what it counts with.
+        parts: the model's.
+        run: runs the model without fetching ahead.
         prompt_tokens: how many tokens a pass has where the model does not generate.
 
     Raises:
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
     """
-    room = opened.engine.limit.reserved_bytes
-    with metrics.off_the_record():
-        computing = measure_computing(opened, metrics, prompt_tokens)
-        opened.set_room(room)  # what the measurement's own KV cache took is free again
-        settle(opened)
-        bytes_per_second = measure_reading(opened)
-    return explain_plan(opened, computing, bytes_per_second)
+    reserved_bytes = parts.engine.limit.reserved_bytes
+    with parts.engine.metrics.off_the_record():
+        computing = measure_computing(parts, run, prompt_tokens)
+        parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
+        settle(parts)
+        bytes_per_second = measure_reading(parts)
+    return explain_plan(parts, computing, bytes_per_second)
 
 
-def explain_plan(opened: OpenedModel, computing: Computing | None, bytes_per_second: float | None) -> Explanation:
-    """What follows from a model's plan and these measurements."""
-    plan, limit, manifest = opened.plan, opened.engine.limit, opened.manifest
-    stored = _stored_share(opened)
+def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_second: float | None) -> Explanation:
+    """The explanation of a model's plan, with these measurements."""
+    engine, manifest = parts.engine, parts.manifest
+    plan, limit = engine.plan, engine.limit
+    stored = _stored_share(parts)
     is_read = bool(plan.bytes_per_pass)
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = _ceiling(plan, bytes_per_second, stored)
-    more = opened.engine.plan_with(_one_gb_more(plan, limit)) if is_read else None
+    more = engine.plan_with(_one_gb_more(plan, limit)) if is_read else None
     by_reading_more = _ceiling(more, bytes_per_second, stored) if more else None
     reads = by_reading is not None and (by_computing is None or by_reading < by_computing)
     return Explanation(
         model=manifest.name,
-        source=opened.client.url,
-        limited_by=opened.limited_by,
+        source=parts.client.url,
+        limited_by=parts.limited_by,
         budget_bytes=limit.budget_bytes,
         cache_layers=limit.cache_layers,
         policy=plan.policy,
-        layers=len(opened.layers),
-        kept_layers=len(plan.pinned.intersection(opened.layers)),
+        layers=len(parts.layers),
+        kept_layers=len(plan.pinned.intersection(parts.layers)),
         pinned=len(plan.pinned),
         pinned_bytes=plan.pinned_bytes,
         ring_buffers=plan.ring_buffers,
         ring_bytes=plan.ring_bytes,
-        shared_bytes=plan.room_bytes,
+        shared_bytes=plan.floating_bytes,
         by_rows=tuple(sorted(plan.tables - plan.pinned)),
         overhead_bytes=plan.overhead_bytes,
         reserved_bytes=plan.reserved_bytes,
         peak_bytes=plan.peak_bytes + plan.reserved_bytes,
-        least_budget_bytes=opened.engine.least_budget_bytes,
-        base_bytes=opened.base_bytes,
+        least_budget_bytes=engine.least_budget_bytes,
+        base_bytes=parts.base_bytes,
         bytes_per_pass=round(plan.bytes_per_pass * stored),
         bytes_per_second=bytes_per_second,
         compute_seconds=computing.seconds if computing else None,
         compute_share=computing.share if computing else 0.0,
-        unit="tokens" if opened.model.can_generate() else "passes",
+        unit="tokens" if parts.model.can_generate() else "passes",
         reading_ceiling=by_reading,
         computing_ceiling=by_computing,
-        bottleneck=("link" if is_server_url(opened.client.url) else "storage") if reads else "compute",
+        bottleneck=("link" if is_server_url(parts.client.url) else "storage") if reads else "compute",
         more_bytes_per_pass=round(more.bytes_per_pass * stored) if more else None,
         more_ceiling=_smaller(by_reading_more, by_computing) if more else None,
     )
 
 
-def _stored_share(opened: OpenedModel) -> float:
+def _stored_share(parts: ModelParts) -> float:
     """Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in."""
-    sizes = opened.plan.sizes
-    return sum(opened.manifest.by_name[name].payload_bytes for name in sizes) / max(1, sum(sizes.values()))
+    sizes = parts.engine.plan.sizes
+    return sum(parts.manifest.by_name[name].payload_bytes for name in sizes) / max(1, sum(sizes.values()))
 
 
 def _ceiling(plan: ResidencyPlan, bytes_per_second: float | None, stored: float) -> float | None:

@@ -1,4 +1,4 @@
-"""One prompt through a streaming model: what to run for which kind of model, and what came of it, as data.
+"""One prompt through a streaming model: the request, how each kind of model runs it, and the result, as data.
 
 Generation, sampling, chat templates and stopping are transformers' own. Nothing is rendered here.
 """
@@ -7,16 +7,17 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
+from surfw.models.measure import SPARE_POSITIONS
 
 P = ParamSpec("P")
 
@@ -24,12 +25,24 @@ _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_i
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
 
 _TOP_PREDICTIONS = 5
-_RESERVED_POSITIONS = 2
-"""The positions that some families, such as RoBERTa, keep for themselves."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What may be asked of a generation; see `InferenceRequest` for what each means."""
+
+    system: str | None
+    raw: bool
+    max_new_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class InferenceRequest:
     """What to run.
 
     Attributes:
@@ -59,10 +72,10 @@ class Request:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what no generation can be asked for.
+        """Check the values.
 
         Raises:
-            ConfigurationError: a value has another type, or is out of its bounds.
+            ConfigurationError: a value has the wrong type, or is out of bounds.
         """
         _expect_number("max_new_tokens", self.max_new_tokens, int, 1)
         _expect_number("temperature", self.temperature, int | float, 0)
@@ -74,7 +87,7 @@ class Request:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn, not chosen."""
+        """Whether tokens are sampled, not chosen greedily."""
         return bool(self.temperature) or (
             self.temperature is None and (self.top_p is not None or self.top_k is not None)
         )
@@ -90,8 +103,8 @@ def _expect_number(name: str, value: Any, kind: Any, least: int, most: float = f
 
 
 @dataclass(kw_only=True)
-class Answer:
-    """What came of it; times in seconds. Encoders have an `embedding` or `predictions`, the others tokens."""
+class InferenceResult:
+    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -144,11 +157,11 @@ class _TextOut(TextStreamer):
 def answer(
     model: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: InferenceRequest,
     *,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
-) -> Answer:
+) -> InferenceResult:
     """Run a request.
 
     Args:
@@ -160,7 +173,7 @@ def answer(
 
     Raises:
         ConfigurationError: the request does not fit the model.
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
     """
     if model.model.main_input_name != "input_ids":
         raise UnsupportedModelError(
@@ -168,42 +181,37 @@ def answer(
             "use it from Python, as a StreamingModel"
         )
     inputs = _encode(model, tokenizer, request)
-    caller = _Caller()
-    try:
-        if model.model.can_generate():
-            heard = (caller.calls(on_text), caller.calls(on_token))
-            return _generate(model, tokenizer, request, inputs, heard)
-        return _encoder(model, tokenizer, inputs)
-    except (ValueError, IndexError, RuntimeError) as exc:
-        complaint = None if exc is caller.error else _complaint(model, request, inputs["input_ids"].shape[1], exc)
-        if complaint is None:
-            raise
-        raise ConfigurationError(complaint) from exc
+    callers_own: list[Exception] = []
 
-
-class _Caller:
-    """Calls the functions of whoever asked, and knows the exception of theirs that ended it."""
-
-    error: Exception | None = None
-
-    def calls(self, function: Callable[P, None]) -> Callable[P, None]:
-        """The function, with its exception noted."""
+    def noting(function: Callable[P, None]) -> Callable[P, None]:
+        """The caller's function; what it raises is not the model's, and is passed on as it is."""
 
         def call(*args: P.args, **kwargs: P.kwargs) -> None:
             try:
                 function(*args, **kwargs)
             except Exception as exc:
-                self.error = exc
+                callers_own.append(exc)
                 raise
 
         return call
 
+    try:
+        if not model.model.can_generate():
+            return _run_encoder(model, tokenizer, inputs)
+        return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
+    except (ValueError, IndexError, RuntimeError) as exc:
+        is_callers = any(exc is one for one in callers_own)
+        complaint = None if is_callers else _complaint(model, request, inputs["input_ids"].shape[1], exc)
+        if complaint is None:
+            raise
+        raise ConfigurationError(complaint) from exc
 
-def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, exc: Exception) -> str | None:
-    """What a request or the settings of a model have to do with an exception of transformers; None if nothing."""
+
+def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
+    """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
-        return f"{name} cannot generate so: {exc}" if generates else None
+        return f"{name} cannot generate like this: {exc}" if generates else None
     config = model.model.config.get_text_config(decoder=True)
     for setting in _INDEXED if generates else ():
         tokens = getattr(model.model.generation_config, setting, None)
@@ -212,7 +220,7 @@ def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, 
                 return f"{name} has the generation setting {setting} = {token}, expected 0 to {config.vocab_size - 1}"
     new_tokens = request.max_new_tokens if generates else 0
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or prompt_tokens + new_tokens + _RESERVED_POSITIONS <= positions:
+    if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
     return (
         f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "
@@ -220,8 +228,10 @@ def _complaint(model: StreamingBaseModel, request: Request, prompt_tokens: int, 
     )
 
 
-def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request) -> int:
-    """How many tokens the prompt of a request has, with its chat template.
+def count_prompt_tokens(
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
+) -> int:
+    """The number of tokens in the prompt of a request, chat template included.
 
     Raises:
         ConfigurationError: the request does not fit the model.
@@ -230,7 +240,7 @@ def count_prompt_tokens(model: StreamingBaseModel, tokenizer: PreTrainedTokenize
 
 
 def _encode(
-    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: Request
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
 ) -> dict[str, torch.Tensor]:
     """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
     vocabulary = model.model.config.get_text_config().vocab_size
@@ -262,33 +272,49 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
     if not ids:
         raise ConfigurationError("the prompt is empty; give at least one token")
-    strange = next((one for one in ids if not 0 <= one < vocabulary), None)
-    if strange is not None:
-        raise ConfigurationError(f"token id {strange} is none of {name}: expected 0 to {vocabulary - 1}")
+    unknown = next((one for one in ids if not 0 <= one < vocabulary), None)
+    if unknown is not None:
+        raise ConfigurationError(
+            f"token id {unknown} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
+        )
 
 
 def _generate(
-    model: StreamingBaseModel,
+    streaming: StreamingBaseModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    request: Request,
+    request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
-    heard: tuple[Callable[[str], None], Callable[[int, float], None]],
-) -> Answer:
-    on_text, on_token = heard
+    *,
+    on_text: Callable[[str], None],
+    on_token: Callable[[int, float], None],
+) -> InferenceResult:
     if request.stop and tokenizer is None:
-        raise ConfigurationError(f"{model.manifest.name} has no tokenizer, so no text can end its generation")
-    text = _TextOut(tokenizer, on_text) if tokenizer is not None else None
-    is_encoder_decoder = bool(model.model.config.is_encoder_decoder)
+        raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
-    stops = list(request.stop) or getattr(model.model.generation_config, "stop_strings", None)
-    stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(text, on_token)
-    output = model.run(lambda inner: _generate_with(model, inner, request, streamer=clock, **inputs, **stopping))
+    clock = TokenClock(_TextOut(tokenizer, on_text) if tokenizer is not None else None, on_token)
+
+    def generate(model: Any) -> list[int]:
+        """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
+        streaming.leave_room(prompt_tokens, request.max_new_tokens)
+        own = model.generation_config
+        stops = list(request.stop) or getattr(own, "stop_strings", None)
+        stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+        config = model.generation_config = _generation_config(own, request)
+        if request.seed is not None:
+            torch.manual_seed(request.seed)
+        try:
+            tokens: list[int] = model.generate(generation_config=config, streamer=clock, **inputs, **stopping)[
+                0
+            ].tolist()
+        finally:
+            model.generation_config = own
+        return tokens[1 if model.config.is_encoder_decoder else prompt_tokens :]
+
+    new = streaming.run(generate)
     took = time.perf_counter() - clock.start
-    new = output[0].tolist()[1 if is_encoder_decoder else prompt_tokens :]
     times = clock.times[-len(new) :] if new else []
-    return Answer(
+    return InferenceResult(
         text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
@@ -298,21 +324,7 @@ def _generate(
     )
 
 
-def _generate_with(streaming: StreamingBaseModel, model: Any, request: Request, **arguments: Any) -> torch.Tensor:
-    """Generate as the request says, and in no other way: `generate()` takes the model's own for what it leaves open."""
-    streaming.leave_room(arguments["input_ids"].shape[1], request.max_new_tokens)
-    before = model.generation_config
-    config = model.generation_config = _generation_config(before, request)
-    if request.seed is not None:
-        torch.manual_seed(request.seed)
-    try:
-        found: torch.Tensor = model.generate(generation_config=config, **arguments)
-        return found
-    finally:
-        model.generation_config = before
-
-
-def _generation_config(own: GenerationConfig, request: Request) -> GenerationConfig:
+def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
@@ -334,9 +346,9 @@ def _generation_config(own: GenerationConfig, request: Request) -> GenerationCon
     return config
 
 
-def _encoder(
+def _run_encoder(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
-) -> Answer:
+) -> InferenceResult:
     """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
     prompt_tokens = inputs["input_ids"].shape[1]
     logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
@@ -344,7 +356,7 @@ def _encoder(
     arguments: dict[str, Any] = dict(inputs)
     output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
     took = time.perf_counter() - start
-    result = Answer(prompt_tokens=prompt_tokens, ttft_seconds=took)
+    result = InferenceResult(prompt_tokens=prompt_tokens, ttft_seconds=took)
     logits = getattr(output, "logits", None)
     if logits is not None and logits_wanted:
         result.predictions = _predictions(model, tokenizer, inputs["input_ids"], logits.float())

@@ -1,13 +1,14 @@
 """How fast a model's weights can be read, and how fast it computes: measured on the spot, in a few seconds.
 
-Both go the way that a run goes: reads come through the model's own source and are verified; passes are forwards of the
-model itself. Both are bounded, and both tell what they saw, not what they expected.
+Both measure what a run does: reads come through the model's own source and are verified; passes are forwards of the
+model itself. Both are bounded in time and bytes.
 """
 
 import asyncio
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import ExitStack, suppress
@@ -17,21 +18,24 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES, MB, MIB
 from surfw.manifest import Chunk, Manifest
-from surfw.metrics import Metrics
-from surfw.models.opened import OpenedModel
+from surfw.models.assembly import ModelParts
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.run import Run
+from surfw.runtime.run import Run, current_run
 from surfw.source import ChunkSource, Read
+
+RunModel = Callable[[Callable[[PreTrainedModel], None]], None]
+"""Calls a function with transformers' model, while nobody else runs it."""
 
 READ_SECONDS, READ_BYTES = 1.5, 256 * MB
 """After this long, or this much, no further piece is read."""
 
 PASS_SECONDS = 5.0
-"""After this long a pass is broken off, and what it did until then has to do."""
+"""After this long a pass is interrupted, and scaled up from what it did until then."""
 
 _PASSES = 8
 _QUICK_PASSES_SECONDS = 2.0
@@ -40,7 +44,7 @@ _QUICK_PASSES_SECONDS = 2.0
 _READERS = 2
 _LARGEST_PIECE = 32 * MIB
 _QUICK_SECONDS = 0.1
-_SPARE_POSITIONS = 2
+SPARE_POSITIONS = 2
 """Positions that some families, such as RoBERTa, keep for themselves."""
 
 
@@ -57,143 +61,134 @@ class Computing:
     share: float
 
 
-class _Enough(Exception):  # noqa: N818 - no error: it ends a pass that takes too long
-    """The pass has had its time."""
+class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that takes too long
+    """The time for a pass is over."""
 
 
-def settle(opened: OpenedModel) -> None:
-    """Wait a little for what is on its way, so that nothing else is read while reading is measured."""
-    wait([load for _, load in opened.fetch_layers(range(len(opened.layers)))], READ_SECONDS)
+def settle(parts: ModelParts) -> None:
+    """Wait a little for layers in flight, so that nothing else is read while reading is measured."""
+    wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)
 
 
-def measure_reading(opened: OpenedModel) -> float | None:
-    """Read chunks that the plan does not keep, each once at most, until it has been enough.
+def measure_reading(parts: ModelParts) -> float | None:
+    """Read chunks that the plan does not keep, each at most once, for a while.
 
     Returns:
         Stored bytes per second; None if nothing is streamed.
 
     Raises:
-        SurfwError: a chunk could not be had.
+        SurfwError: a chunk could not be read.
     """
-    plan, manifest = opened.plan, opened.manifest
+    plan, manifest = parts.engine.plan, parts.manifest
     chunks = [chunk for chunk in manifest.chunks if chunk.name in plan.streamed]
     if not any(choose_form(chunk).stored_bytes for chunk in chunks):
         return None
-    return opened.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
+    return parts.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
 
 
 async def _read_for_a_while(source: ChunkSource, manifest: Manifest, chunks: Sequence[Chunk]) -> float:
-    """Two reads at a time, as a run has them; pieces grow as long as they come quickly."""
-    pieces = _Pieces(chunks)
-    largest = min(_LARGEST_PIECE, max(choose_form(chunk).stored_bytes for chunk in chunks))
+    """Two reads at a time, as in a run; pieces grow while they arrive quickly."""
+    forms = {chunk.name: choose_form(chunk) for chunk in chunks}
+    left = deque((chunk, 0) for chunk in chunks if forms[chunk.name].stored_bytes)  # and where to go on in each
+    allowed = READ_BYTES
+    largest = min(_LARGEST_PIECE, max(form.stored_bytes for form in forms.values()))
     views = [Buffer(largest).view for _ in range(_READERS)]
     for view in views:
         view[:] = bytes(len(view))  # touched once, so that the pages are there
-    start = time.perf_counter()
+    began = time.perf_counter()
 
     async def read(view: memoryview) -> int:
+        nonlocal allowed
         done, length = 0, BLOCK_BYTES
-        while time.perf_counter() - start < READ_SECONDS and (piece := pieces.take(length, view)):
-            began = time.perf_counter()
-            await source.fetch(manifest, [piece])
-            done += piece.stop - piece.start
-            if time.perf_counter() - began < _QUICK_SECONDS:
+        while left and allowed > 0 and (now := time.perf_counter()) - began < READ_SECONDS:
+            chunk, start = left.popleft()
+            form = forms[chunk.name]
+            stop = min(start + length, form.stored_bytes)
+            if stop < form.stored_bytes:
+                left.appendleft((chunk, stop))
+            allowed -= stop - start
+            await source.fetch(manifest, [Read(chunk, form, start, stop, view[: stop - start])])
+            done += stop - start
+            if time.perf_counter() - now < _QUICK_SECONDS:
                 length = min(2 * length, _LARGEST_PIECE)
         return done
 
     done = sum(await asyncio.gather(*map(read, views)))
-    return done / (time.perf_counter() - start)
+    return done / (time.perf_counter() - began)
 
 
-class _Pieces:
-    """The stored bytes of chunks, cut into pieces of any length as they are asked for."""
-
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        self._left = [chunk for chunk in reversed(chunks) if choose_form(chunk).stored_bytes]
-        self._at = 0
-        self._allowed = READ_BYTES
-
-    def take(self, length: int, view: memoryview) -> Read | None:
-        """The next bytes, into that memory; None when there are no more, or enough were taken."""
-        if not self._left or self._allowed <= 0:
-            return None
-        chunk, start = self._left[-1], self._at
-        form = choose_form(chunk)
-        stop = min(start + length, form.stored_bytes)
-        if stop == form.stored_bytes:
-            self._left.pop()
-        self._at = 0 if stop == form.stored_bytes else stop
-        self._allowed -= stop - start
-        return Read(chunk, form, start, stop, view[: stop - start])
-
-
-def measure_computing(opened: OpenedModel, metrics: Metrics, prompt_tokens: int) -> Computing | None:
+def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:
     """Run passes that read nothing ahead, and add up the least time that each module with weights took.
 
-    A pass of a model that generates has one token, as in decoding; that of another has the whole prompt. Where not even
-    the first pass ends in time, what was done of it is scaled up.
+    A pass of a model that generates has one token, as in decoding; other models get the whole prompt. If not even the
+    first pass ends in time, the result is scaled up from the part that ran.
 
     Returns:
         None for a model that takes no token ids, and where not even one layer ran in time.
 
     Raises:
-        SurfwError: weights could not be had.
+        SurfwError: weights could not be read.
         ModelClosedError: the model was closed meanwhile.
     """
-    if opened.model.main_input_name != "input_ids":
+    if parts.model.main_input_name != "input_ids":
         return None
-    run = Run()
-    timer = threading.Timer(PASS_SECONDS, run.interrupt, [_Enough()])
+    interruptible = Run()
+    timer = threading.Timer(PASS_SECONDS, interruptible.interrupt, [_Enough()])
     start = time.perf_counter()
+
+    def run_passes(model: PreTrainedModel) -> None:
+        first, again = _passes(model, prompt_tokens)
+        first()
+        watch.end_pass()
+        for _ in range(_PASSES):
+            again()
+            watch.end_pass()
+            if time.perf_counter() - start > _QUICK_PASSES_SECONDS:
+                break
+
     with ExitStack() as last:
-        watch = _Stopwatch(opened, metrics)
+        watch = _Stopwatch(parts)
         last.callback(watch.close)
+        last.callback(current_run.reset, current_run.set(interruptible))
         last.callback(timer.join)
         last.callback(timer.cancel)
         timer.start()
-        with suppress(_Enough), opened.running(run, prefetch=False) as model:
-            first, again = _passes(model, prompt_tokens)
-            first()
-            watch.end_pass()
-            for _ in range(_PASSES):
-                again()
-                watch.end_pass()
-                if time.perf_counter() - start > _QUICK_PASSES_SECONDS:
-                    break
+        with suppress(_Enough):
+            run(run_passes)
     return watch.result()
 
 
 class _Stopwatch:
-    """Times the modules of a model that have weights and hold no others, waiting left out."""
+    """Times the modules that have weights and contain no others with weights; waiting is left out."""
 
-    def __init__(self, opened: OpenedModel, metrics: Metrics) -> None:
-        """Begin with the first pass."""
-        uses = {use.module: use.chunks for use in opened.manifest.order}
+    def __init__(self, parts: ModelParts) -> None:
+        """Attach to the modules."""
+        uses = {use.module: use.chunks for use in parts.manifest.order}
         inner = [name for name in uses if name and not any(other.startswith(f"{name}.") for other in uses)]
-        size = {chunk.name: chunk.payload_bytes for chunk in opened.manifest.chunks}
+        size = {chunk.name: chunk.payload_bytes for chunk in parts.manifest.chunks}
         self._bytes = {name: sum(size[chunk] for chunk in uses[name]) for name in inner}
-        self._metrics = metrics
+        self._metrics = parts.engine.metrics
         self._took: dict[str, float] = {}
         self._least: dict[str, float] = {}
         self._began = 0.0
         self._recurring: frozenset[str] = frozenset()
         self._hooks: list[RemovableHandle] = []
         for name in inner:
-            module = opened.model.get_submodule(name)
+            module = parts.model.get_submodule(name)
             self._hooks += [
                 module.register_forward_pre_hook(self._begin),
                 module.register_forward_hook(partial(self._end, name), prepend=True),
             ]
 
     def end_pass(self) -> None:
-        """A pass has ended; modules that ran in the last one recur."""
+        """Note that a pass has ended; the modules that ran in the last one are those that recur."""
         for name, seconds in self._took.items():
             self._least[name] = min(seconds, self._least.get(name, seconds))
         self._recurring = frozenset(self._took)
         self._took.clear()
 
     def result(self) -> Computing | None:
-        """What is known at the end: of passes that have ended, or else of the one that was broken off."""
+        """The result: of the passes that have ended, or else of the one that was interrupted."""
         seconds = sum(self._least[name] for name in self._recurring)
         share = 1.0
         if not self._recurring:
@@ -202,7 +197,7 @@ class _Stopwatch:
         return Computing(seconds=seconds / share, share=share) if seconds and share else None
 
     def close(self) -> None:
-        """Time no more."""
+        """Detach."""
         for hook in self._hooks:
             hook.remove()
 
@@ -220,8 +215,8 @@ class _Stopwatch:
 def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A first forward, and one that can be repeated: without the encoder, where a decoder follows it."""
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + _SPARE_POSITIONS
-    tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - _SPARE_POSITIONS))
+    positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + SPARE_POSITIONS
+    tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
     ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
     options: dict[str, Any] = {}
     if model.can_generate() and _takes(model, "use_cache"):
@@ -238,7 +233,7 @@ def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable
 
 
 def _harmless_id(config: Any) -> int:
-    """A token that every model of its kind takes: its end token, if it names one."""
+    """A token id that the model accepts: its end token, if it names one."""
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     return min(end if isinstance(end, int) else 1, int(config.vocab_size) - 1)

@@ -1,10 +1,10 @@
-"""What a model's runs took and what is kept in memory, as plain data."""
+"""How long a model's runs took and what is kept in memory, as plain data."""
 
 from typing import Any, TypedDict
 
 from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
-from surfw.models.opened import OpenedModel
+from surfw.models.assembly import ModelParts
 
 
 class CacheInfo(TypedDict):
@@ -28,7 +28,7 @@ class InferenceStats(TypedDict):
 
     `avg_inference_time` is the mean over completed runs: calls of the model, and generations as a whole.
     `stall_seconds` were spent waiting for weights, `compute_seconds` are the rest of all runs; `fetch_seconds` add up
-    all fetches, of which most go on beside the computation.
+    all fetches, most of which overlap with computing.
     """
 
     cache_hit_rate: float
@@ -39,16 +39,16 @@ class InferenceStats(TypedDict):
     compute_seconds: float
 
 
-def cache_info(metrics: Metrics, opened: OpenedModel | None, cache_size: int) -> CacheInfo:
-    """What is kept in memory; nothing of a model that is not open."""
+def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
+    """What is kept in memory: nothing, for a model that is not open."""
     hits, misses = _counts(metrics)
     return {
         "hits": hits,
         "misses": misses,
         "hit_rate": hit_rate(hits, misses),
-        "cached_components": opened.resident if opened else [],
+        "cached_components": parts.engine.resident() if parts else [],
         "cache_size": cache_size,
-        "memory_usage_mb": (opened.resident_bytes if opened else 0) / MB,
+        "memory_usage_mb": (parts.engine.resident_bytes if parts else 0) / MB,
     }
 
 
@@ -65,8 +65,8 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, opened: OpenedModel | None, refetched_blocks: int) -> dict[str, Any]:
-    """All of it, in the form that `surfw infer --json` prints."""
+def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> dict[str, Any]:
+    """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
         "cache": {
@@ -75,22 +75,22 @@ def full_statistics(metrics: Metrics, opened: OpenedModel | None, refetched_bloc
             "prefetched": metrics.count("prefetched"),
             "stalls": metrics.count("stalls"),
             "hit_rate": hit_rate(hits, misses),
-            "resident_bytes": opened.resident_bytes if opened else 0,
+            "resident_bytes": parts.engine.resident_bytes if parts else 0,
             "fetched_bytes": metrics.count("fetched_bytes"),
             "refetched_blocks": refetched_blocks,
-            "kv_cache_bytes": opened.kv_cache_bytes if opened else 0,
+            "kv_cache_bytes": parts.kv.held_bytes if parts else 0,
         },
         "time": {"stall_seconds": metrics.seconds("stall"), "compute_seconds": _compute_seconds(metrics)},
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
-        "plan": _plan_facts(opened) if opened else None,
+        "plan": _plan_facts(parts) if parts else None,
     }
 
 
-def _plan_facts(opened: OpenedModel) -> dict[str, Any]:
-    """The few facts of the plan that say why a run is as fast as it is."""
-    plan = opened.plan
+def _plan_facts(parts: ModelParts) -> dict[str, Any]:
+    """The facts of the plan that decide how fast a run is."""
+    plan = parts.engine.plan
     return {
-        "limited_by": opened.limited_by,
+        "limited_by": parts.limited_by,
         "budget_bytes": plan.budget_bytes,
         "reserved_bytes": plan.reserved_bytes,
         "pinned": len(plan.pinned),

@@ -1,24 +1,31 @@
-"""`StreamingModel`: any transformers model whose weights arrive while it runs, with its tokenizer and its text."""
+"""`StreamingModel`: any transformers model over a source of weights, with its tokenizer and streams of text or tokens.
+
+And its four families: the same, with the model's name first and a server's address as the default.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import fields
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
+from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
-from surfw.models.inference import Request, answer
+from surfw.models.client import Source
+from surfw.models.inference import GenerationOptions, InferenceRequest, answer
+from surfw.models.options import ModelOptions, OpenOptions
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
 from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
-"""How many pieces of text a generation may be ahead of who reads them."""
+"""How many pieces of text a generation may be ahead of its reader."""
 
+DEFAULT_URI = f"ws://localhost:{DEFAULT_PORT}"
+DEFAULT_CACHE_SIZE = 5
 
-_OPTIONS = {field.name for field in fields(Request)} - {"prompt", "prompt_ids"}
+_OPTIONS = set(GenerationOptions.__annotations__)
 
 
 class StreamingModel(StreamingBaseModel):
@@ -60,47 +67,49 @@ class StreamingModel(StreamingBaseModel):
         self._tokenizer_read = True
 
     async def __aenter__(self) -> Self:
-        """Open the model, if it is not open, and read its tokenizer, beside the event loop."""
+        """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
         await super().__aenter__()
         if not self._tokenizer_read:
             await self._in_thread(self._read_tokenizer)
         return self
 
     @overload
-    def stream(self, prompt: str, **options: Any) -> AsyncGenerator[str, None]: ...
+    def stream(self, prompt: str, **options: Unpack[GenerationOptions]) -> AsyncGenerator[str, None]: ...
     @overload
-    def stream(self, prompt: Sequence[int], **options: Any) -> AsyncGenerator[int, None]: ...
+    def stream(self, prompt: Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[int, None]: ...
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncGenerator[Any, None]:
-        """Generate beside the event loop, and give the answer as it comes.
+    def stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncGenerator[Any, None]:
+        """Generate without blocking the event loop, and yield the answer as it comes.
 
-        When whoever reads it falls behind, the generation waits, and with it everybody else who wants to run this
-        model, until the stream has ended or is closed (`aclose`).
+        When the reader falls behind, the generation waits, and so does every other run of this model, until the stream
+        has ended or is closed (`aclose`).
 
         Args:
             prompt: a text, for text; or token ids, for token ids.
-            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample in place of
+            **options: `max_new_tokens` (128); `temperature`, `top_p`, `top_k`, any of which makes it sample instead of
                 taking the likeliest token, and `seed`; `stop`, texts that end it; `ignore_eos`, to go on after the
                 model's end token; `system`, a system message, and `raw`, for models with a chat template.
 
         Raises:
             ConfigurationError: the model does not generate, or an option does not fit it.
-            SurfwError: weights could not be had.
+            SurfwError: weights could not be read.
         """
         if unknown := sorted(set(options) - _OPTIONS):
             raise ConfigurationError(f"stream() has no option {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
         if not isinstance(prompt, str | Sequence):
             raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
         if isinstance(prompt, str):
-            return self._stream(Request(prompt=prompt, **options), is_text=True)
-        return self._stream(Request(prompt_ids=prompt, **options), is_text=False)
+            return self._stream(InferenceRequest(prompt=prompt, **options))
+        return self._stream(InferenceRequest(prompt_ids=prompt, **options))
 
-    async def _stream(self, request: Request, *, is_text: bool) -> AsyncGenerator[Any, None]:
+    async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
+        """The pieces of a generation: of text for a text, token ids for token ids."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
 
         def give(piece: Any) -> None:
             run = current_run.get()
             assert run is not None, "generations of a stream run in the model's thread"
+            # The queue is short, so this waits for the reader: as the run, which closing the stream interrupts.
             handed_over = asyncio.run_coroutine_threadsafe(queue.put(piece), loop)
             try:
                 run.wait_for(handed_over)
@@ -108,7 +117,7 @@ class StreamingModel(StreamingBaseModel):
                 handed_over.cancel()
                 raise
 
-        work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give, is_text=is_text)))
+        work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give)))
         try:
             while (piece := await _next(queue, work)) is not None:
                 yield piece
@@ -117,10 +126,11 @@ class StreamingModel(StreamingBaseModel):
             work.cancel()
             await asyncio.wait([work])
             if not work.cancelled():
-                work.exception()  # whoever stopped reading does not look at it
+                work.exception()  # a reader that has stopped does not want it
 
-    def _generate_for(self, request: Request, give: Callable[[Any], None], *, is_text: bool) -> None:
+    def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
+        is_text = request.prompt is not None
         tokenizer = self.find_tokenizer() if is_text or request.stop else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
@@ -136,3 +146,59 @@ async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:
         return getting.result() if getting.done() else None
     finally:
         getting.cancel()
+
+
+class _Family(StreamingModel):
+    """How the families are constructed. They run nothing of their own, and refuse models of other families by name."""
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        websocket_uri: Source = DEFAULT_URI,
+        cache_size: int | None = None,
+        *,
+        memory_budget: int | str | None = None,
+        **options: Unpack[ModelOptions],
+    ) -> None:
+        """Note what is wanted; the first use opens it.
+
+        Args:
+            model_name: the model's name at the server; None for the only one there.
+            websocket_uri: the server, or any other source that `StreamingModel` takes.
+            cache_size: how many layers are kept in memory; 5, unless there is a `memory_budget`.
+            memory_budget: instead of `cache_size`, what weights in memory may take.
+            **options: see `StreamingBaseModel`.
+        """
+        if cache_size is None and memory_budget is None:
+            cache_size = DEFAULT_CACHE_SIZE
+        super().__init__(websocket_uri, model_name, cache_size=cache_size, memory_budget=memory_budget, **options)
+
+    @classmethod
+    def _over(cls, source: Source, model: str | None, **options: Unpack[OpenOptions]) -> Self:
+        return cls(model, source, **options)
+
+
+class StreamingBertModel(_Family):
+    """A model of the BERT family over a server: BERT, RoBERTa, DistilBERT, ALBERT, ELECTRA and their like."""
+
+    model_types = frozenset(
+        {"bert", "roberta", "xlm-roberta", "distilbert", "albert", "electra", "camembert", "mobilebert", "modernbert"}
+    )
+
+
+class StreamingGPTModel(_Family):
+    """A model of the GPT family over a server: GPT-2, GPT-Neo, GPT-J, GPT-NeoX and their like."""
+
+    model_types = frozenset({"openai-gpt", "gpt2", "gpt_neo", "gptj", "gpt_neox", "gpt_bigcode", "gpt_oss"})
+
+
+class StreamingT5Model(_Family):
+    """A model of the T5 family over a server: T5, mT5, UMT5."""
+
+    model_types = frozenset({"t5", "mt5", "umt5"})
+
+
+class StreamingLlamaModel(_Family):
+    """A model of the LLaMA family over a server: LLaMA and its close relatives Mistral and Qwen."""
+
+    model_types = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3"})

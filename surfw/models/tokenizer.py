@@ -11,9 +11,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surfw.checkpoint.layout import TOKENIZER_FILES
-from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest
-from surfw.skeleton.config import sanitise_config
+from surfw.skeleton.guards import foreign_errors
+from surfw.skeleton.sanitise import sanitise_config
 
 logger = logging.getLogger("surfw.models")
 
@@ -21,7 +21,7 @@ _PATH_KEY = re.compile(r"_?name_or_path|vocab|merges|.*_files?|.*_path")
 
 
 def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, of files that are read by their names; None if the model has none.
+    """The tokenizer of a model, made of the files that its manifest lists; None if it lists none.
 
     Raises:
         IntegrityError: a file is not what the manifest promises.
@@ -39,18 +39,13 @@ def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> Pre
                 _sanitise(data, file.path) if file.path == "tokenizer_config.json" else data
             )
         (Path(folder) / "config.json").write_text(json.dumps(sanitise_config(manifest.config)[0]))
-        try:
+        advice = "; give the prompt as token ids (--prompt-ids 1,2,3)"
+        with foreign_errors(f"the tokenizer of {manifest.name}", advice):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as exc:
-            first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-            raise UnsupportedModelError(
-                f"the tokenizer of {manifest.name} cannot be used: {type(exc).__name__}: {first[:300]}; "
-                "give the prompt as token ids (--prompt-ids 1,2,3)"
-            ) from exc
 
 
 def _sanitise(data: bytes, path: str) -> bytes:
-    """The tokenizer's settings without requests for foreign code."""
+    """The tokenizer's settings, without requests for foreign code and without paths."""
     try:
         document: Any = json.loads(data)
     except (ValueError, RecursionError):
@@ -60,7 +55,9 @@ def _sanitise(data: bytes, path: str) -> bytes:
     clean, dropped = sanitise_config(document)
     for line in dropped:
         logger.warning("%s: ignored, because surfw runs no code from elsewhere: %s", path, line)
-    named = [key for key in clean if _PATH_KEY.fullmatch(key)]  # files lie beside it, nowhere else on this machine
+    named = [
+        key for key in clean if _PATH_KEY.fullmatch(key)
+    ]  # the files are in this folder, and nowhere else on this machine
     for key in named:
         del clean[key]
     return json.dumps(clean).encode() if dropped or named else data

@@ -1,12 +1,40 @@
-"""Memory for streamed chunks: private anonymous pages, huge ones where there are such, reused by the next chunk."""
+"""Memory for chunks: buffers of private anonymous pages, and where the tensors of a chunk lie in them. Without torch.
+
+Buffers use huge pages where there are any, and are reused by the next chunk. In a buffer every tensor lies at a
+multiple of 64 bytes. Stored payloads have no gaps: their tensors are ordered so that the aligned ones come first and
+stay where they are; the few others are moved apart after the payload has been verified, from the last to the first,
+within the same buffer. Alignment is not only speed: some kernels give other bits for weights at odd addresses.
+"""
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from surfw.errors import SurfwError
 
+ALIGNMENT = 64
 _HUGE = 2 << 20
+
+
+def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes lie, each at a multiple of 64, and the bytes that all of them take."""
+    offsets, end = [], 0
+    for size in sizes_bytes:
+        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        end = offsets[-1] + size
+    return offsets, end
+
+
+def spread(payload: memoryview, sizes_bytes: Sequence[int]) -> None:
+    """Move the tensors of a payload without gaps to their places, within the same memory.
+
+    Places lie at or behind where a tensor is stored, so going from the last to the first overwrites nothing.
+    """
+    stored = sum(sizes_bytes)
+    for size, place in zip(reversed(sizes_bytes), reversed(plan_layout(sizes_bytes)[0]), strict=True):
+        stored -= size
+        if place != stored and size:
+            payload[place : place + size] = payload[stored : stored + size]
 
 
 def buffer_capacity(size_bytes: int) -> int:
@@ -35,7 +63,7 @@ class Buffer:
 
 
 class MappedBuffer:
-    """Memory that is a file's: filled already, and shared with whoever maps the file."""
+    """Memory that is a file's: filled already, and shared with all who map the file."""
 
     def __init__(self, view: memoryview, expect_unchanged: Callable[[], None] = lambda: None) -> None:
         """Take a page-aligned view, which may be written to, and what looks whether the file changed since."""
@@ -44,14 +72,14 @@ class MappedBuffer:
 
 
 class BufferPool:
-    """Buffers between uses. Taking one never makes more than the caller gave back or had room for."""
+    """Buffers between uses. There are never more than were out at once."""
 
     def __init__(self) -> None:
         """Start with none."""
         self._free: list[Buffer] = []
 
     def take(self, size_bytes: int) -> Buffer:
-        """A buffer of at least this size: the smallest free one that fits, else a new one in place of a free one."""
+        """A buffer of at least this size: the smallest free one that fits, else a new one instead of a free one."""
         fitting = [buffer for buffer in self._free if buffer.capacity_bytes >= size_bytes]
         if fitting:
             chosen = min(fitting, key=lambda buffer: buffer.capacity_bytes)
@@ -65,6 +93,15 @@ class BufferPool:
         """Keep a buffer for the next that needs one."""
         self._free.append(buffer)
 
+    def keep(self, most: int) -> None:
+        """Let go of free buffers that are more than so many."""
+        del self._free[most:]
+
     def clear(self) -> None:
         """Let go of all free buffers."""
         self._free.clear()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the free buffers."""
+        return sum(buffer.capacity_bytes for buffer in self._free)

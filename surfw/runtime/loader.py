@@ -14,13 +14,7 @@ import torch
 from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, Manifest
-from surfw.metrics import Metrics
-from surfw.runtime.blocks import BlockReader
-from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.layout import ALIGNMENT, plan_layout, spread
-from surfw.runtime.rows import RowReader
-from surfw.runtime.run import Run
+from surfw.runtime.buffers import ALIGNMENT, Buffer, MappedBuffer, buffer_capacity, plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read
 from surfw.threads import in_thread
@@ -30,23 +24,20 @@ class Loader:
     """Loads chunks of one model from one source.
 
     Attributes:
+        dtypes: the dtypes of the tensors that do not have the stored one in the model.
         in_pieces: whether no more than a block is asked of the source at a time, so that it never holds much; slower.
     """
 
     def __init__(
         self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None
     ) -> None:
-        """Name the source, the model, and the dtypes of the tensors that shall not have the stored one."""
+        """Name the source, the model, and the dtypes of the tensors that do not get the stored one."""
         self.source = source
         self.manifest = manifest
-        self._dtypes = dtypes or {}
+        self.dtypes = dtypes or {}
         self.in_pieces = False
         self._scratch_turn = asyncio.Semaphore(1)
         self._piece_turn = asyncio.Semaphore(1)
-
-    def buffer_bytes(self, chunk: Chunk) -> int:
-        """How large a buffer the chunk's tensors need."""
-        return buffer_bytes(chunk, self._dtypes)
 
     async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> int:
         """Fill the buffer with the chunk's tensors.
@@ -56,9 +47,9 @@ class Loader:
 
         Raises:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
-            StorageError, WireError: they could not be had.
+            StorageError, WireError: they could not be read.
         """
-        if not self._casts(chunk):
+        if not _casts(chunk, self.dtypes):
             return await self._read(chunk, buffer, priority)
         async with self._scratch_turn:
             scratch = Buffer(_stored_bytes(chunk))
@@ -71,21 +62,12 @@ class Loader:
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
-            StorageError: they could not be had.
+            StorageError: they could not be read.
         """
-        if self._casts(chunk) or choose_form(chunk).codec != "none":
+        if _casts(chunk, self.dtypes) or choose_form(chunk).codec != "none":
             return None
         view = await self.source.view(self.manifest, chunk, choose_form(chunk))
         return MappedBuffer(view.memory, view.expect_unchanged) if view is not None else None
-
-    def reader(self, io: IoThread, metrics: Metrics, *, scratch_bytes: int) -> RowReader:
-        """What reads single tensors, in the model's dtypes, in pieces of so many bytes, and keeps nothing of them."""
-        blocks = BlockReader(self.source, self.manifest, io, metrics, Run)
-        return RowReader(blocks, self._dtypes, scratch_bytes=scratch_bytes, keep_bytes=0)
-
-    def scratch_bytes(self, chunk: Chunk) -> int:
-        """Memory beside its buffer that loading this chunk takes: what it is cast from. One at a time is cast."""
-        return scratch_bytes(chunk, self._dtypes)
 
     async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
         """The chunk's stored tensors into a buffer, each at its place there."""
@@ -106,30 +88,24 @@ class Loader:
         """
         if isinstance(buffer, MappedBuffer):
             return _mapped_views(chunk, buffer)
-        return _views(chunk, buffer, self._targets(chunk))
+        return _views(chunk, buffer, _targets(chunk, self.dtypes))
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         stored_dtypes = [torch_dtype(tensor.dtype) for tensor in chunk.tensors]
-        cast = _views(chunk, buffer, self._targets(chunk))
+        cast = _views(chunk, buffer, _targets(chunk, self.dtypes))
         for name, tensor in _views(chunk, stored, stored_dtypes).items():
             cast[name].copy_(tensor)
 
-    def _targets(self, chunk: Chunk) -> list[torch.dtype]:
-        return _targets(chunk, self._dtypes)
-
-    def _casts(self, chunk: Chunk) -> bool:
-        return _casts(chunk, self._dtypes)
-
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """How large a buffer the chunk's tensors need, with these dtypes in place of the stored ones."""
+    """How large a buffer the chunk's tensors need, with these dtypes instead of the stored ones."""
     stored = (torch_dtype(tensor.dtype).itemsize for tensor in chunk.tensors)
     triples = zip(chunk.tensors, stored, _targets(chunk, dtypes), strict=True)
     return plan_layout([tensor.nbytes // size * target.itemsize for tensor, size, target in triples])[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Memory beside its buffer that loading the chunk takes: what it is cast from. One at a time is cast."""
+    """Memory that loading the chunk takes besides its buffer: what it is cast from. One chunk is cast at a time."""
     return buffer_capacity(_stored_bytes(chunk)) if _casts(chunk, dtypes) else 0
 
 

@@ -1,29 +1,115 @@
-"""Rows of a table that is not in memory: only the blocks they lie in are read.
+"""Tables of embeddings that are looked up without being in memory: only the blocks that their rows lie in are read.
 
-An embedding uses one row of its table for each token. To look ids up, the rows of the different ones among them are put
-together into a small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table.
+An embedding uses one row of its table for each token. To look ids up, the rows of the distinct ones are gathered into a
+small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table. `tables_of` finds
+such tables in a model by what its modules are; no architecture is named. The rest of a module that holds one (a norm,
+small embeddings, a bias) is read alone, once, and stays.
 
-Invariants: no block is used that was not verified; memory is bounded by `buffer_bytes` (a single longer range than the
-scratch buffer makes that grow), however many rows are asked for. Where they take several groups of blocks, the next
-group is under way while one is waited for. Used by one forward pass at a time.
+Invariants: a source delivers whole blocks of 1 MiB, and no block is used that was not verified. Memory is bounded by
+`RowReader.buffer_bytes`, however many rows are asked for (a single range longer than the scratch buffer makes it grow).
+Where the rows take several groups of blocks, the next group is on its way while one is waited for. Used by one forward
+pass at a time.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
+from torch import nn
 
 from surfw.config import BLOCK_BYTES, MIB
-from surfw.manifest import Chunk, TensorInfo
-from surfw.runtime.blocks import BlockReader, plain_form
+from surfw.errors import ManifestError, ModelClosedError
+from surfw.manifest import Chunk, Form, Manifest, TensorInfo
+from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.io_thread import Job
+from surfw.runtime.loader import as_parameter
+from surfw.runtime.run import IoThread, Job, Run
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import torch_dtype
+from surfw.skeleton.units import Slot
+from surfw.source import ChunkSource, Read
+
+_DEMAND = 0
 
 Range = tuple[int, int]
 """Stored bytes of a chunk, end-exclusive."""
+
+
+class BlockReader:
+    """Reads blocks of one model's chunks, for the run that works at present."""
+
+    def __init__(
+        self, source: ChunkSource, manifest: Manifest, io: IoThread, metrics: Metrics, run: Callable[[], Run]
+    ) -> None:
+        """Name where the blocks come from, who counts, and how to know which run waits for them."""
+        self.manifest = manifest
+        self.metrics = metrics
+        self._source = source
+        self._io = io
+        self._run = run
+
+    def start(self, chunk: Chunk, runs: Sequence[tuple[int, memoryview]]) -> Job[None]:
+        """Start to read runs of neighbouring blocks, in one fetch.
+
+        Args:
+            chunk: where they lie.
+            runs: the first block of each, and the memory it goes to: whole blocks, as many as that holds; only a run
+                that ends with the chunk may be shorter.
+
+        Raises:
+            ModelClosedError: the source has been closed.
+            ManifestError: the chunk is not stored as it is.
+        """
+        form = plain_form(chunk)
+        reads = [Read(chunk, form, at * BLOCK_BYTES, at * BLOCK_BYTES + into.nbytes, into) for at, into in runs]
+        return self._io.submit(self._fetch(reads))
+
+    def wait(self, job: Job[None]) -> None:
+        """Wait for what was started; if the run is interrupted, or the wait is, it is cancelled.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError, WireError: they could not be read.
+            ModelClosedError: the source was closed meanwhile.
+            Exception: what the run was interrupted with.
+        """
+        run = self._run()
+        try:
+            if not job.done():
+                with self.metrics.span("stall"):
+                    run.wait_for(job)
+            run.check()
+            job.result()
+        except CancelledError as exc:
+            raise ModelClosedError(f"the source of {self.manifest.name} was closed while it was read") from exc
+        except BaseException:
+            job.cancel()
+            raise
+
+    async def _fetch(self, reads: Sequence[Read]) -> None:
+        start = time.perf_counter()
+        await self._source.fetch(self.manifest, reads, priority=_DEMAND)
+        self.metrics.add("fetched_bytes", sum(read.stop - read.start for read in reads))
+        self.metrics.latency("fetch").observe(time.perf_counter() - start)
+
+
+def plain_form(chunk: Chunk) -> Form:
+    """The form of a chunk whose stored bytes are its tensors' bytes.
+
+    Raises:
+        ManifestError: the chunk is stored otherwise.
+    """
+    form = chunk.form("none")
+    if form is None:
+        offered = ", ".join(form.codec for form in chunk.forms)
+        raise ManifestError(f"chunk {chunk.name} is stored as {offered}, expected none: its parts cannot be read alone")
+    return form
 
 
 class RowReader:
@@ -226,3 +312,109 @@ def plan_runs(blocks: Sequence[int]) -> Iterator[tuple[int, int]]:
     for _, run in groupby(enumerate(blocks), key=lambda one: one[1] - one[0]):
         neighbours = [block for _, block in run]
         yield neighbours[0], neighbours[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class TableUnit:
+    """A unit that can run while its tables are not in memory. All names are those of the manifest's tensors.
+
+    Attributes:
+        path: the unit's.
+        chunks: the chunks that its tensors lie in.
+        looked_up: tables of embeddings, which rows are read of.
+        others: its other tensors, which are read alone and stay.
+    """
+
+    path: str
+    chunks: tuple[str, ...]
+    looked_up: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+class StreamedTables:
+    """The tables of one model, read while it runs."""
+
+    def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, by_rows: Callable[[str], bool]) -> None:
+        """Name the units that have tables, what reads them, and what says of a unit's path that it reads rows now."""
+        self._units = units
+        self._rows = rows
+        self._by_rows = by_rows
+        self._others: dict[str, torch.Tensor] = {}
+
+    def row_wise(self, path: str) -> bool:
+        """Whether the unit now runs without its tables in memory."""
+        return path in self._units and self._by_rows(path)
+
+    def others(self, path: str) -> Mapping[str, torch.Tensor]:
+        """The unit's tensors that are no tables; read once.
+
+        Raises:
+            SurfwError: a block could not be read, or the run was interrupted.
+        """
+        names = self._units[path].others
+        for name in names:
+            if name not in self._others:
+                self._others[name] = as_parameter(self._rows.tensor(name))
+        return {name: self._others[name] for name in names}
+
+    def apply(self, name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """`embedding` row by row; NotImplemented for what needs the whole table.
+
+        Raises:
+            IndexError: an id is not one of a row.
+            SurfwError: a block could not be read, or the run was interrupted.
+        """
+        if function is nn.functional.embedding:
+            return self._look_up(name, *args, **kwargs)
+        return NotImplemented
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self._rows.clear()
+        self._others.clear()
+
+    def _look_up(
+        self,
+        name: str,
+        input: Any,  # noqa: A002 - torch's name
+        weight: torch.Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> Any:
+        """As torch's `embedding`; what only gradients would need makes no difference."""
+        ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64} and input.device.type == "cpu"
+        padded = padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]
+        if not ids or padded or max_norm is not None:
+            return NotImplemented
+        return self._rows.lookup(name, input)
+
+
+def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB) -> dict[str, TableUnit]:
+    """The units that can run without their tables in memory, by path. Pure.
+
+    A table is a matrix of at least `least_bytes` in a unit outside of the layers that is the weight of embeddings and
+    of nothing else. The unit's other tensors must be smaller than its tables, and all have to be in chunks that are
+    stored as they are: no part of others can be read alone.
+    """
+    chunk_of = {info.name: chunk for chunk in manifest.chunks for info in chunk.tensors}
+    stored = {info.name: info for chunk in manifest.chunks for info in chunk.tensors}
+    found = {}
+    for unit in (unit for unit in skeleton.units if unit.kind == "part"):
+        names = {slot: name for slot in unit.slots if (name := manifest.ties.get(slot.name, slot.name)) in stored}
+        embeddings = {name for slot, name in names.items() if _is_embedding(slot)}
+        only = embeddings - {name for slot, name in names.items() if not _is_embedding(slot)}
+        tables = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
+        others = dict.fromkeys(name for name in names.values() if name not in tables)
+        size = {name: stored[name].nbytes for name in names.values()}
+        in_parts = all(chunk_of[name].form("none") for name in names.values())
+        if tables and in_parts and sum(size[name] for name in others) < sum(size[name] for name in tables):
+            chunks = dict.fromkeys(chunk_of[name].name for name in names.values())
+            looked_up = dict.fromkeys(name for name in names.values() if name in tables)
+            found[unit.path] = TableUnit(unit.path, tuple(chunks), tuple(looked_up), tuple(others))
+    return found
+
+
+def _is_embedding(slot: Slot) -> bool:
+    return isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"

@@ -1,14 +1,25 @@
-"""One run of a model, and the way to stop it from outside."""
+"""A run of a model, which can be interrupted from outside; where it runs, and the event loop that it waits for.
 
+Models are not asynchronous; sources are. Coroutines run on an `IoThread`, and a run waits for them with
+`Run.wait_for`, so that an interrupt ends the wait as well. Asynchronous callers run models with `run_in_executor`.
+"""
+
+import asyncio
 import threading
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
-from surfw.skeleton.shared import runs
+from surfw.errors import ModelClosedError, ModelError
+from surfw.skeleton.default_dtype import runs
+
+T = TypeVar("T")
+_WORKERS = 8
 
 current_run: "ContextVar[Run | None]" = ContextVar("surfw_run", default=None)
-"""The run that this thread works for, so that whoever waits for the thread can interrupt it."""
+"""The run that this thread works for, so that those who wait for the thread can interrupt it."""
 
 
 class Run:
@@ -52,3 +63,142 @@ class Run:
         with runs.resting():
             wait([future, self._stop], return_when=FIRST_COMPLETED)
         self.check()
+
+
+class Job(Future[T]):
+    """A coroutine on an I/O thread.
+
+    Done only when the coroutine has ended. `cancel` asks it to end early; until it has, the job is not done, and
+    whatever memory the coroutine writes to is still its own.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Name the loop; nothing runs yet."""
+        super().__init__()
+        self._loop = loop
+        self._task: asyncio.Task[T] | None = None
+        self._unwanted = False
+
+    def cancel(self) -> bool:
+        """Ask the coroutine to end; False if it has ended."""
+        if self.done():
+            return False
+        if self._unwanted:
+            return True
+        self._unwanted = True
+        self._loop.call_soon_threadsafe(self._cancel_task)
+        return True
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> None:
+        """Start the coroutine; called on the loop."""
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._end)
+        if self._unwanted:
+            self._task.cancel()
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            super().cancel()
+            self.set_running_or_notify_cancel()
+        elif exc := task.exception():
+            self.set_exception(exc)
+        else:
+            self.set_result(task.result())
+
+
+class IoThread:
+    """Runs coroutines for code that is not asynchronous."""
+
+    def __init__(self, name: str = "surfw-io") -> None:
+        """Start the thread; blocking calls of coroutines run in threads whose names begin with its name."""
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(ThreadPoolExecutor(_WORKERS, thread_name_prefix=f"{name}-worker"))
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Job[T]:
+        """Start a coroutine; the job can be waited for, or cancelled, from any thread.
+
+        Raises:
+            ModelClosedError: the thread has been closed.
+        """
+        with self._lock:
+            if self._closed:
+                work.close()
+                raise ModelClosedError("the client has been closed; open it again")
+            job: Job[T] = Job(self._loop)
+            self._loop.call_soon_threadsafe(job.begin, work)
+        return job
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine to its end; an interrupt, of the program or of the run this belongs to, cancels it.
+
+        Raises:
+            ModelClosedError: the thread is closed, or was closed meanwhile.
+        """
+        job = self.submit(work)
+        try:
+            if run := current_run.get():
+                run.wait_for(job)
+            return job.result()
+        except CancelledError as exc:
+            raise ModelClosedError("the client was closed while it was used; open it again") from exc
+        except BaseException:
+            job.cancel()
+            raise
+
+    def close(self) -> None:
+        """Cancel what still runs, and end the thread. Closing twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        asyncio.run_coroutine_threadsafe(_end_others(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _end_others() -> None:
+    """Cancel all other work of this loop, and wait for it and for its threads."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_default_executor()
+
+
+async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
+    """Do the work in a thread of the executor, as a run of its own.
+
+    When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.
+    """
+    run, context = Run(), copy_context()
+    context.run(current_run.set, run)
+    future = executor.submit(context.run, work)
+    try:
+        await wait_until_done(future)
+    except asyncio.CancelledError:
+        if not future.cancel():
+            run.interrupt(ModelError("the run was cancelled"))
+            await wait_until_done(future)
+        raise
+    return future.result()
+
+
+async def wait_until_done(future: "Future[Any]") -> None:
+    """Wait until a future is done, however it ends; cancelling the wait does not cancel it."""
+    loop, is_done = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(is_done.set)
+
+    future.add_done_callback(tell)
+    await is_done.wait()

@@ -1,12 +1,15 @@
-"""Which module runs next: the model's structure at first, then what was seen.
+"""Which chunk is used next: the model's structure at first, then what was seen. Pure.
 
 The successor of a module is learned together with the module before it. Two steps of history tell apart what one
 cannot: a T5 enters its encoder and its decoder through the same embedding, and ALBERT runs one layer many times. Where
 a run begins, history begins anew, so that the second prompt is not taken for the next token of the first.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from surfw.manifest import Use
+from surfw.runtime.plan import Needs, next_uses
 
 _State = tuple[str | None, str | None]
 
@@ -25,17 +28,27 @@ class Phases:
 
 
 class Schedule:
-    """Predicts the coming modules from those that ran.
+    """Predicts the coming modules, and the chunks they use, from the modules that ran.
 
     Attributes:
-        version: another number whenever what is predicted may have changed.
+        uses: the chunks of each module.
+        version: a new number whenever the prediction may have changed.
     """
 
-    def __init__(self, phases: Phases) -> None:
-        """Start from what is known before anything runs."""
-        order = list(dict.fromkeys([*phases.once, *phases.cycle]))
-        self._first = order[0] if order else None
-        self._static = dict(zip(order, [*order[1:], *order[:1]], strict=True))
+    def __init__(self, order: Sequence[Use], phases: Phases | None = None, *, row_wise: Collection[str] = ()) -> None:
+        """Start from what is known before anything runs.
+
+        Args:
+            order: the modules, and the chunks of each, see `Manifest.order`.
+            phases: in which order they run; default: that order, as a cycle.
+            row_wise: modules that can look rows up in tables which are not in memory.
+        """
+        self.uses = {use.module: use.chunks for use in order}
+        self._row_wise = row_wise
+        phases = phases or Phases(cycle=tuple(self.uses))
+        modules = list(dict.fromkeys([*phases.once, *phases.cycle]))
+        self._first = modules[0] if modules else None
+        self._static = dict(zip(modules, [*modules[1:], *modules[:1]], strict=True))
         self._learned: dict[_State, str] = {}
         self._state: _State = (None, None)
         self.version = 0
@@ -45,7 +58,7 @@ class Schedule:
             self.begin()
 
     def begin(self) -> None:
-        """A run begins: what comes does not follow from what came."""
+        """Note that a run begins: what comes does not follow from what came."""
         self._state = (None, None)
 
     def observe(self, module: str) -> None:
@@ -56,7 +69,7 @@ class Schedule:
         self._state = (self._state[1], module)
 
     def upcoming(self, count: int) -> Iterator[str]:
-        """The next `count` modules, as far as one can tell."""
+        """The next `count` modules, as far as the prediction goes."""
         state = self._state
         for _ in range(count):
             following = self._following(state)
@@ -65,8 +78,16 @@ class Schedule:
             yield following
             state = (state[1], following)
 
+    def upcoming_chunks(self, tables: Collection[str]) -> Iterator[str]:
+        """The chunks of the next modules, in order; not those of `tables` that only rows are looked up in."""
+        return self._chunks(self.upcoming(len(self.uses)), tables)
+
+    def next_uses(self, needs: Needs) -> dict[str, int]:
+        """How soon each chunk is used again: the lower the number, the sooner."""
+        return next_uses(list(self._streamed(self.upcoming(2 * len(self.uses)), needs)))
+
     def cycle(self) -> tuple[list[str], list[str]]:
-        """What runs from the beginning of a run on: once before the cycle, and in the cycle."""
+        """The modules that run from the beginning of a run on: once before the cycle, and in the cycle."""
         state: _State = (None, None)
         seen: dict[_State, int] = {}
         walk: list[str] = []
@@ -81,6 +102,24 @@ class Schedule:
             seen[state] = len(walk)
             walk.append(following)
         return walk, []
+
+    def starts_cycle(self, module: str) -> bool:
+        """Whether the cycle begins with this module."""
+        return self.cycle()[1][:1] == [module]
+
+    def apply_to(self, needs: Needs) -> Needs:
+        """The same needs with the chunks that this schedule uses before its cycle, and in it."""
+        before, cycle = self.cycle()
+        return replace(needs, before=tuple(self._streamed(before, needs)), cycle=tuple(self._streamed(cycle, needs)))
+
+    def _streamed(self, modules: Iterable[str], needs: Needs) -> Iterator[str]:
+        """The chunks that modules use, in order, without those that stay in any plan."""
+        return (name for name in self._chunks(modules, needs.tables) if name not in needs.fixed)
+
+    def _chunks(self, modules: Iterable[str], tables: Collection[str]) -> Iterator[str]:
+        for module in modules:
+            looked_up = tables if module in self._row_wise else ()
+            yield from (name for name in self.uses[module] if name not in looked_up)
 
     def _following(self, state: _State) -> str | None:
         if found := self._learned.get(state):

@@ -1,7 +1,6 @@
 """A store behind a WebSocket, through a cache. Imports neither torch nor transformers."""
 
-from surfw.server.advanced import AdvancedWeightServer
-from surfw.server.server import WeightServer
+from surfw.server.server import AdvancedWeightServer, WeightServer
 from surfw.wire import ServerHealth, ServerStats
 
 __all__ = ["AdvancedWeightServer", "ServerHealth", "ServerStats", "WeightServer"]

@@ -1,26 +1,30 @@
-"""A cache is a mapping with a budget in bytes. No I/O, no locks; a policy overrides only what is evicted."""
+"""A cache is a mapping with a budget in bytes. No I/O, no locks; a policy decides only what is evicted.
 
+A policy is a subclass of `Cache`: it is told what is added, read and removed, and names what is evicted next.
+"""
+
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
-    """Keeps the most recently used values, as many as fit the budget.
+class Cache(MutableMapping[Key, Value], ABC, Generic[Key, Value]):
+    """Keeps as many values as fit the budget. A value that is larger than the whole budget is not kept.
 
-    Reading a value (`cache[key]`, `get`) makes it the most recently used; `in` does not, nor does iterating, which goes
-    from the least to the most recent. A value that is larger than the whole budget is not kept.
+    Reading a value (`cache[key]`, `get`) is a use of it; `in` is not, nor is iterating.
 
     Attributes:
+        policy: the name of the policy, for people.
         capacity_bytes: the budget.
         bytes: what the values take, at most the budget.
-        evictions: how many values had to go.
+        evictions: how many values were evicted.
     """
 
-    policy = "lru"
+    policy: ClassVar[str]
 
     def __init__(self, capacity_bytes: int, size_of: Callable[[Value], int]) -> None:
         """Start empty; `size_of` tells what a value takes of the budget."""
@@ -30,9 +34,22 @@ class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
         self._size_of = size_of
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
+    @abstractmethod
+    def victim(self) -> Key:
+        """Return the key of the value to evict next; there is at least one."""
+
+    def _added(self, key: Key, size: int) -> None:
+        """Note that a value of so many bytes was added."""
+
+    def _read(self, key: Key) -> None:
+        """Note that a value was read."""
+
+    def _removed(self, key: Key, size: int) -> None:
+        """Note that a value of so many bytes was removed."""
+
     def __getitem__(self, key: Key) -> Value:
         value = self._values[key]
-        self._values.move_to_end(key)
+        self._read(key)
         return value
 
     def __setitem__(self, key: Key, value: Value) -> None:
@@ -43,9 +60,12 @@ class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
         self.trim(self.capacity_bytes - size)
         self._values[key] = value
         self.bytes += size
+        self._added(key, size)
 
     def __delitem__(self, key: Key) -> None:
-        self.bytes -= self._size_of(self._values.pop(key))
+        size = self._size_of(self._values.pop(key))
+        self.bytes -= size
+        self._removed(key, size)
 
     def __contains__(self, key: object) -> bool:
         return key in self._values
@@ -57,88 +77,77 @@ class LruCache(MutableMapping[Key, Value], Generic[Key, Value]):
         return len(self._values)
 
     def trim(self, most_bytes: int) -> None:
-        """Evict the least recently used values until the rest takes at most `most_bytes`."""
+        """Evict values until the rest takes at most `most_bytes`."""
         while self._values and self.bytes > most_bytes:
-            del self[next(iter(self._values))]
+            del self[self.victim()]
             self.evictions += 1
 
 
-class ProvingCache(MutableMapping[Key, Value], Generic[Key, Value]):
-    """A cache in which values that were hardly used go before those that were, whoever fills it with them.
+class LruCache(Cache[Key, Value]):
+    """Evicts the least recently used value. Iterating goes from the least to the most recently used."""
 
-    A new value is on trial until half of its size was used (`note_use`); one that takes the place of another has proved
-    itself if that one had. While those on trial take more than a quarter of the budget, they make room; otherwise the
-    values that have proved themselves do, and of each kind the least recently used. Where all values prove themselves,
-    this is an `LruCache`.
+    policy = "lru"
 
-    Attributes:
-        capacity_bytes: the budget.
+    def _read(self, key: Key) -> None:
+        self._values.move_to_end(key)
+
+    def victim(self) -> Key:
+        """Return the least recently used."""
+        return next(iter(self._values))
+
+
+class ProvingCache(Cache[Key, Value]):
+    """Evicts values that were hardly used before those that were, so that nobody can flush it with what is not used.
+
+    A new value is on trial until half of its size was used (`note_use`); one that replaces a proven value is proven.
+    While those on trial take more than a quarter of the budget, they make room; otherwise the proven values do, and of
+    each kind the least recently used. Where all values prove themselves, this is an `LruCache`.
     """
 
     policy = "lru"
 
     def __init__(self, capacity_bytes: int, size_of: Callable[[Value], int]) -> None:
         """Start empty; `size_of` tells what a value takes of the budget."""
-        self.capacity_bytes = capacity_bytes
-        self._size_of = size_of
-        self._trial: LruCache[Key, Value] = LruCache(capacity_bytes, size_of)
-        self._proven: LruCache[Key, Value] = LruCache(capacity_bytes, size_of)
-        self._used: dict[Key, int] = {}
-
-    @property
-    def bytes(self) -> int:
-        """What the values take, at most the budget."""
-        return self._trial.bytes + self._proven.bytes
-
-    @property
-    def evictions(self) -> int:
-        """How many values had to go."""
-        return self._trial.evictions + self._proven.evictions
+        super().__init__(capacity_bytes, size_of)
+        self._trial: OrderedDict[Key, int] = OrderedDict()  # how much was used of each; least recently used first
+        self._trial_bytes = 0
+        self._proven: OrderedDict[Key, None] = OrderedDict()
 
     def note_use(self, key: Key, used_bytes: int) -> None:
-        """So many bytes of a value were used, if it is there."""
-        if key in self._trial:
-            self._used[key] += used_bytes
-            if 2 * self._used[key] >= self._size_of(self._trial[key]):
-                del self._used[key]
-                self._proven[key] = self._trial.pop(key)
+        """Note that so many bytes of a value were used, if it is still there."""
+        if key not in self._trial:
+            return
+        self._read(key)
+        self._trial[key] += used_bytes
+        size = self._size_of(self._values[key])
+        if 2 * self._trial[key] >= size:
+            self._prove(key, size)
 
-    def __getitem__(self, key: Key) -> Value:
-        return self._trial[key] if key in self._trial else self._proven[key]
+    def _prove(self, key: Key, size: int) -> None:
+        del self._trial[key]
+        self._trial_bytes -= size
+        self._proven[key] = None
 
     def __setitem__(self, key: Key, value: Value) -> None:
-        has_proved_itself = key in self._proven
-        self.pop(key, None)
-        size = self._size_of(value)
-        if size > self.capacity_bytes:
-            return
-        self.trim(self.capacity_bytes - size)
-        if has_proved_itself:
-            self._proven[key] = value
-        else:
-            self._trial[key], self._used[key] = value, 0
+        was_proven = key in self._proven
+        super().__setitem__(key, value)
+        if was_proven and key in self._trial:
+            self._prove(key, self._size_of(value))
 
-    def __delitem__(self, key: Key) -> None:
-        if self._used.pop(key, None) is None:
+    def _added(self, key: Key, size: int) -> None:
+        self._trial[key] = 0
+        self._trial_bytes += size
+
+    def _read(self, key: Key) -> None:
+        (self._trial if key in self._trial else self._proven).move_to_end(key)
+
+    def _removed(self, key: Key, size: int) -> None:
+        if self._trial.pop(key, None) is None:
             del self._proven[key]
         else:
-            del self._trial[key]
+            self._trial_bytes -= size
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._trial or key in self._proven
-
-    def __iter__(self) -> Iterator[Key]:
-        yield from self._trial
-        yield from self._proven
-
-    def __len__(self) -> int:
-        return len(self._trial) + len(self._proven)
-
-    def trim(self, most_bytes: int) -> None:
-        """Evict values until the rest takes at most `most_bytes`."""
-        while self.bytes > most_bytes:
-            if self._trial and (4 * self._trial.bytes > self.capacity_bytes or not self._proven):
-                del self._used[next(iter(self._trial))]
-                self._trial.trim(self._trial.bytes - 1)
-            else:
-                self._proven.trim(self._proven.bytes - 1)
+    def victim(self) -> Key:
+        """Return the least recently used value on trial if those take too much, or all are; else of the proven ones."""
+        is_trial = self._trial and (4 * self._trial_bytes > self.capacity_bytes or not self._proven)
+        return next(iter(self._trial if is_trial else self._proven))

@@ -1,10 +1,10 @@
-"""The models of a store, as a server knows them: what a name from the wire may be looked up in.
+"""The models of a store, as a server knows them. Here the names that requests give are looked up.
 
-Names, chunk ids and file names from clients are only ever keys of dictionaries: of the store's own listing, and of
-manifests that were read from it. Nothing that a client says becomes a storage key.
+Names, chunk ids and file names from clients are only ever compared with the store's own listing, and with what its
+manifests list. Nothing that a client says becomes a storage key.
 
-A manifest is read once for all who ask meanwhile, and parsed in a thread; what was parsed is kept as long as the stored
-bytes stay as they are. The listing is looked at again for a name that is not in it, and when it is no longer fresh.
+A manifest is read once for all who ask meanwhile, and parsed in a thread. The result is kept until the stored bytes
+change. The store is listed again for a name that is not in the listing, and when that is older than `FRESH_SECONDS`.
 """
 
 import asyncio
@@ -20,25 +20,24 @@ from surfw.config import MIB
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
-from surfw.server.fairness import Account
-from surfw.server.pages import Reader
-from surfw.server.single_flight import SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.sending import Document
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
 
 log = logging.getLogger("surfw.server")
 
 FRESH_SECONDS = 2.0
-"""How old a listing may be when a chunk or a file is looked up: after that long, a removed model is gone here too."""
+"""How old the listing may be when a chunk or a file is looked up. So much later, a removed model is gone here too."""
 
 _CACHE_BYTES = 64 * MIB
-"""What all models may take that are kept."""
+"""What all models that are kept may take."""
 _LEAST_KEPT = 4
-"""How many models are kept at least, however large: those that are used at the same time must not evict each other."""
+"""The fewest models that are kept, however large: those that are used at the same time must not evict each other."""
 _READS = 2
-"""The most manifests that are read at a time: one that is being parsed takes many times its size."""
+"""The most manifests that are read at a time: while it is parsed, one takes many times its size."""
 _LISTING = ""
-"""What stands for the list of models, among the manifests that are read: no model has that name."""
+"""The one key of the listings that are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +45,14 @@ class Entry:
     """A model as it is in the store.
 
     Attributes:
-        manifest: with locations, as it is stored, but only what is looked up here: no tensors, no digests of blocks.
-        chunks: its chunks by the identities they are asked for with: those of the stored manifest, and those that
-            they got when their digests became known.
+        manifest: as it is stored, with locations, but without what is not looked up here: tensors, digests of blocks.
+        chunks: its chunks by identity: that in the stored manifest, and that which it has with its digests.
         public: the manifest as it may cross the wire, encoded.
         digest: the BLAKE3 of `public`.
-        revision: what the storage said of the stored manifest, if it can tell.
+        revision: the storage's revision of the stored manifest, if it can tell.
         stored: the BLAKE3 of the stored manifest.
         kept_bytes: what all of this takes in memory.
-        is_complete: whether it has the digests of all chunks.
+        is_complete: whether the digests of all chunks are known.
     """
 
     manifest: Manifest
@@ -67,40 +65,13 @@ class Entry:
     is_complete: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A model's manifest as it crosses the wire: a piece of an answer that holds no bytes while it waits."""
-
-    catalog: "Catalog"
-    model: str
-    digest: str
-    size: int
-    account: Account
-
-    async def use(self) -> None:
-        """Nothing to do: it was just read."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it.
-
-        Raises:
-            StorageError: it is another one meanwhile.
-        """
-        entry = await self.catalog.entry(self.model, self.account)
-        if entry.digest != self.digest:
-            raise StorageError(f"the manifest of {self.model} was replaced while it was sent; ask for it again")
-        return memoryview(entry.public)[start:stop]
-
-
 class Catalog:
-    """Looks up what requests name. Whatever is not there is refused, with a code and a text for the client."""
+    """Looks up what requests name. What the store does not have is refused, with a code and a text for the client."""
 
     def __init__(self, store: Store, *, fresh_seconds: float = FRESH_SECONDS) -> None:
-        """Name the store; nothing is read yet."""
+        """Look up in this store; nothing is read yet."""
         self.names: Sequence[str] = ()
-        """The models there were when last looked."""
-        self.read_bytes = 0
-        """What manifests were read so far."""
+        """The models in the last listing."""
         self._store = store
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
@@ -110,81 +81,79 @@ class Catalog:
         self._reads = SingleFlight(self._read, _READS)
         self._listings = SingleFlight(self._list, 1)
 
-    async def models(self, account: Account | None = None) -> Sequence[str]:
-        """The names of the models there are now; what is kept of others is forgotten.
+    async def models(self, reader: Reader | None = None) -> Sequence[str]:
+        """List the models that the store has now, and forget what is kept of others.
 
-        Whoever asks while they are being listed waits for the next listing, together with all who do.
+        A listing that is under way may be too old already: those who ask meanwhile share the next one.
         """
-        if _LISTING in self._listings:
-            self._listings.detach(_LISTING)
-        return await self._listings.join(_LISTING, account)
+        self._listings.detach(_LISTING)
+        return await self._listings.join(_LISTING, reader)
 
-    async def _list(self, _: str) -> Sequence[str]:
+    async def _list(self, *_: object) -> Sequence[str]:
         self.names = tuple(await self._store.models())
         self._listed = time.monotonic()
         for name in set(self._entries) - set(self.names):
             del self._entries[name]
         return self.names
 
-    async def read(self, model: str, account: Account | None = None) -> Entry:
-        """The model as it is in the store now.
+    async def read(self, model: str, reader: Reader | None = None) -> Entry:
+        """Return the model as it is in the store now.
 
         Args:
             model: its name.
-            account: who pays for the reading; None for nobody in particular.
+            reader: who waits for it, and pays; None for the server itself.
 
         Raises:
             RefusedError: the store has no such model.
             StorageError, ManifestError: it cannot be read.
         """
-        name = _own(model, self.names) or _own(model, await self.models(account))
+        name = _own(model, self.names) or _own(model, await self.models(reader))
         if name is None:
             raise _unknown(model)
         try:
-            return await self._reads.join(name, account)
+            return await self._reads.join(name, reader)
         except UnknownModelError as exc:  # it was removed since it was listed
-            await self.models(account)
+            await self.models(reader)
             raise _unknown(model) from exc
 
-    async def document(self, model: str, account: Account | None = None) -> Document:
-        """The model's manifest as it is now, to be sent; raises as `read` does."""
-        entry = await self.read(model, account)
-        return Document(self, entry.manifest.name, entry.digest, len(entry.public), account or Account())
+    async def document(self, model: str, reader: Reader | None = None) -> Document:
+        """Return the model's manifest as it is now, to be sent; raises what `read` raises.
 
-    async def entry(self, model: str, account: Account | None = None) -> Entry:
-        """The model as it was when its manifest was last asked for, or as it is now."""
+        Loading it later raises `StorageError` if it was replaced since.
+        """
+        entry = await self.read(model, reader)
+        name, size, digest = entry.manifest.name, len(entry.public), entry.digest
+
+        async def load() -> bytes:
+            now = await self.entry(name, reader)
+            if now.digest != digest:
+                raise StorageError(f"the manifest of {name} was replaced while it was sent; ask for it again")
+            return now.public
+
+        return Document(size, digest, load)
+
+    async def entry(self, model: str, reader: Reader | None = None) -> Entry:
+        """Return the model as it was when its manifest was last asked for, or else as it is now."""
         if time.monotonic() - self._listed >= self._fresh_seconds:
-            self._listed = time.monotonic()  # one of those who ask looks, and the others go on
+            self._listed = time.monotonic()  # one request lists, and the others go on
             try:
-                await self.models(account)
+                await self.models(reader)
             except StorageError as exc:  # what is in the cache can be served without the storage
                 log.warning("the models of %s cannot be listed: %s", self._store.url, exc)
-        return self._entries.get(model) or await self.read(model, account)
+        return self._entries.get(model) or await self.read(model, reader)
 
-    async def _read(self, name: str) -> Entry:
+    async def _read(self, name: str, _: Reader) -> Entry:
         kept = self._entries.get(name)
         revision = await self._store.manifest_revision(name)
-        if kept is not None and revision is not None and kept.revision == revision:
-            if kept.is_complete or not await asyncio.to_thread(_has_learned, self._store, kept):
-                return kept
-            kept = None
+        is_same = kept is not None and revision is not None and kept.revision == revision
+        if kept and is_same and (kept.is_complete or not await asyncio.to_thread(_has_learned, self._store, kept)):
+            return kept
         size, entry = await self._store.read_manifest(
             name, lambda data: (len(data), _make_entry(self._store, name, data, revision, kept))
         )
-        self.read_bytes += size
+        self._reads.read_bytes += size
         self._entries[name] = entry
         return entry
-
-    def progress(self, model: str, reader: Reader) -> int:
-        """How far the storage has got for one who waits for a manifest, in bytes that only rise.
-
-        While it waits in line, those are the manifests before its own. One that is being read comes in one go: whether
-        others are read meanwhile says nothing about it.
-        """
-        if self._reads.is_queued(model):
-            reader.read_bytes += self.read_bytes - reader.seen_bytes
-        reader.seen_bytes = self.read_bytes
-        return reader.read_bytes
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
@@ -192,14 +161,14 @@ class Catalog:
         await self._reads.close()
         self._entries.clear()
 
-    async def chunk(self, request: Get, account: Account | None = None) -> Sequence[Location]:
-        """Where the stored bytes that are asked for lie.
+    async def chunk(self, request: Get, reader: Reader | None = None) -> Sequence[Location]:
+        """Return where the stored bytes that are asked for lie.
 
         Raises:
             RefusedError: the model's manifest does not list such bytes.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest, chunk = await self.find(request.model, request.chunk, account)
+        manifest, chunk = await self.find(request.model, request.chunk, reader)
         form = chunk.form(request.form)
         if form is None:
             raise RefusedError(f"chunk {chunk.name} has no form {request.form[:80]!a}", code="unknown-form")
@@ -212,27 +181,27 @@ class Catalog:
             raise ManifestError(f"the manifest of {manifest.name} does not say where chunk {chunk.name} lies")
         return form.locations
 
-    async def find(self, model: str, identity: str, account: Account | None = None) -> tuple[Manifest, Chunk]:
-        """A chunk of a model, by one of its identities, and the model's manifest.
+    async def find(self, model: str, identity: str, reader: Reader | None = None) -> tuple[Manifest, Chunk]:
+        """Return the model's manifest, and the chunk that has this identity.
 
         Raises:
             RefusedError: the model has no such chunk.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        entry = await self.entry(model, account)
+        entry = await self.entry(model, reader)
         chunk = entry.chunks.get(identity)
         if chunk is None:
             raise RefusedError(f"{entry.manifest.name} has no chunk {identity[:80]!a}", code="unknown-chunk")
         return entry.manifest, chunk
 
-    async def file(self, request: GetFile, account: Account | None = None) -> tuple[Location, str]:
-        """Where a file of the model lies, and its digest.
+    async def file(self, request: GetFile, reader: Reader | None = None) -> tuple[Location, str]:
+        """Return where a file of the model lies, and its digest.
 
         Raises:
             RefusedError: the model's manifest does not list it.
             StorageError, ManifestError: the manifest cannot be read.
         """
-        manifest = (await self.entry(request.model, account)).manifest
+        manifest = (await self.entry(request.model, reader)).manifest
         for file in manifest.files:
             if file.path == request.path:
                 return Location(file.object, 0, file.size), file.digest
@@ -240,7 +209,7 @@ class Catalog:
 
 
 def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
-    """Parse a stored manifest, unless it is the one that was kept; runs in a thread."""
+    """Parse a stored manifest, unless it is the one that is kept; runs in a thread."""
     stored = payload_digest(data)
     if kept is not None and kept.stored == stored and kept.is_complete:
         return replace(kept, revision=revision)
@@ -254,7 +223,7 @@ def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept
 
 
 def _without_details(manifest: Manifest) -> Manifest:
-    """What requests are looked up in; the rest, most of a large manifest, is only ever sent."""
+    """The part of a manifest that requests are looked up in; the rest, most of a large one, is only ever sent."""
     chunks = tuple(
         replace(chunk, tensors=(), forms=tuple(replace(form, blocks=b"") for form in chunk.forms))
         for chunk in manifest.chunks
@@ -263,7 +232,7 @@ def _without_details(manifest: Manifest) -> Manifest:
 
 
 def _footprint(*roots: Any) -> int:
-    """What objects take in memory with all that they hold, each counted once."""
+    """What objects take in memory, with all that they refer to, each counted once."""
     total, seen, rest = 0, set[int](), list(roots)
     while rest:
         one = rest.pop()
@@ -275,12 +244,12 @@ def _footprint(*roots: Any) -> int:
 
 
 def _has_learned(store: Store, kept: Entry) -> bool:
-    """Whether digests were found out since; reads a file."""
+    """Whether more digests are known than when it was parsed; reads a file."""
     return not store.with_digests(kept.manifest).by_id.keys() <= kept.chunks.keys()
 
 
 def _own(model: str, names: Sequence[str]) -> str | None:
-    """The store's own spelling of a name from the wire."""
+    """The store's own copy of a name from the wire; None if it has no such model."""
     return next((name for name in names if name == model), None)
 
 

@@ -8,23 +8,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from surfw import __version__
 from surfw.config import WireLimits
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
-from surfw.metrics import Metrics
-from surfw.server.catalog import Catalog
-from surfw.server.fairness import Account
-from surfw.server.late_digests import LateDigests
-from surfw.server.outlet import Outlet
-from surfw.server.pages import PROGRESS_SECONDS, PageCache, Reader
-from surfw.server.pieces import Piece, plan_pieces, use_ahead
-from surfw.server.reception import Reception
-from surfw.server.sparse_log import ClientLog
+from surfw.manifest import Location
+from surfw.server.fairness import Account, Reader
+from surfw.server.pages import PROGRESS_SECONDS
+from surfw.server.reception import ClientLog, FairConnection
+from surfw.server.sending import Document, Sender
+from surfw.server.served import ServedStore
 from surfw.storage.base import ChangedObjectError
 from surfw.wire import (
     Begin,
@@ -53,10 +51,10 @@ _REASON_BYTES = 120
 
 @dataclass(slots=True)
 class _Open:
-    """A request that is being answered: by whom, and how far the storage has got for it."""
+    """A request that is being answered: its task, its reader, and the progress that the client was told."""
 
     task: asyncio.Task[None]
-    progress: Callable[[], int]
+    reader: Reader
     told: int = 0
 
 
@@ -64,27 +62,16 @@ class Connection:
     """Serves one client until it leaves."""
 
     def __init__(
-        self,
-        websocket: Reception,
-        *,
-        catalog: Catalog,
-        digests: LateDigests,
-        pages: PageCache,
-        limits: WireLimits,
-        metrics: Metrics,
-        client_log: ClientLog,
+        self, websocket: FairConnection, served: ServedStore, limits: WireLimits, client_log: ClientLog
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
-        self._catalog = catalog
-        self._digests = digests
-        self._pages = pages
+        self._served = served
         self._limits = limits
-        self._metrics = metrics
         self._account = Account()
         self._session = ServerSession(limits, server=f"surfw/{__version__}")
-        self._outlet = Outlet(websocket, self._session, metrics)
+        self._sender = Sender(websocket, self._session, served.metrics)
         self._peer = str(websocket.remote_address)
         self._log = client_log
 
@@ -94,12 +81,12 @@ class Connection:
         telling = asyncio.create_task(self._tell_progress())
         try:
             self._websocket.opened()
-            self._outlet.send(self._session.hello())
+            self._sender.hello()
             async with asyncio.timeout(_HELLO_SECONDS):
                 self._session.receive(await self._websocket.receive())
             while True:
                 self._take(self._session.receive(await self._websocket.receive()))
-                await self._outlet.keep_up()
+                await self._sender.keep_up()
         except RemoteProtocolError as exc:
             await self._close(exc.close_code, str(exc))
         except TimeoutError:
@@ -129,56 +116,34 @@ class Connection:
             case None:
                 return
             case Credit():
-                if message.bytes >= self._limits.frame_bytes:  # it comes with what it was sent, and asks for nothing
+                if message.bytes >= self._limits.frame_bytes:  # it belongs to what was sent, and causes no work
                     self._websocket.give_back_turn()
-                self._outlet.grant()
+                self._sender.grant()
             case Cancel():
                 if request := self.open_requests.get(message.id):
                     request.task.cancel()
-                self._end(Failed(message.id, "cancelled", "the client gave it up"))
+                self._sender.send(Failed(message.id, "cancelled", "the client gave it up"))
             case _:
-                self._metrics.add("requests")
-                reader = Reader(self._account, fresh=isinstance(message, Get) and message.fresh)
+                self._served.metrics.add("requests")
+                reader = Reader(self._account)
                 task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
-                self.open_requests[message.id] = _Open(task, self._progress_of(message, reader))
+                self.open_requests[message.id] = _Open(task, reader)
                 task.add_done_callback(lambda task: self._answered(message, task))
 
-    def _progress_of(self, request: Request, reader: Reader) -> Callable[[], int]:
-        """What counts how far the storage has got for a request."""
-        match request:
-            case ListModels():
-                return lambda: 0
-            case GetManifest():
-                reader.seen_bytes = self._catalog.read_bytes
-                return lambda: self._catalog.progress(request.model, reader)
-            case GetDigests():
-                return lambda: self._digests.progress(reader)
-            case _:
-                return lambda: self._pages.progress(reader)
-
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, now and then, that they get on."""
+        """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
-                count = request.progress()
+                count = request.reader.progress_bytes
                 if count > request.told and self._session.is_open(number):
                     request.told = count
-                    self._outlet.send(self._session.send(Progress(number, count)))
-
-    def _end(self, failed: Failed) -> None:
-        self._outlet.send(self._session.send(failed), ends=True)
-
-    def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
-        del self.open_requests[request.id]
-        if not task.cancelled() and (exc := task.exception()):
-            log.error("%s: answering %s failed, which is a bug in surfw", self._peer, request, exc_info=exc)
-            self._fail(request, "internal", "the server failed; its log says more")
+                    self._sender.send(Progress(number, count))
 
     async def _answer(self, request: Request, reader: Reader) -> None:
         started = time.perf_counter()
         try:
-            await self._look_up_and_send(request, reader)
+            await self._ANSWERS[type(request)](self, request, reader)
         except RefusedError as exc:
             self._log.refusals.write(f"{self._peer} is refused: {exc}")
             self._fail(request, exc.code, str(exc))
@@ -194,65 +159,65 @@ class Connection:
             self._log.failures.write(f"{self._peer} cannot be answered: {exc}")
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
-            self._metrics.latency("requests").observe(time.perf_counter() - started)
+            self._served.metrics.latency("requests").observe(time.perf_counter() - started)
+
+    def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
+        del self.open_requests[request.id]
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("%s: answering %s failed, which is a bug in surfw", self._peer, request, exc_info=exc)
+            self._fail(request, "internal", "the server failed; its log says more")
 
     def _fail(self, request: Request, code: str, text: str) -> None:
         if self._session.is_open(request.id):
-            self._end(Failed(request.id, code, printable(text)))
+            self._sender.send(Failed(request.id, code, printable(text)))
 
-    async def _look_up_and_send(self, request: Request, reader: Reader) -> None:
-        account = reader.account
-        match request:
-            case ListModels():
-                names = tuple(await self._catalog.models(account))
-                if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
-                    raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
-                async with self._outlet.turn(0, 0):
-                    self._outlet.send(self._session.send(Models(request.id, names)))
-            case GetManifest():
-                document = await self._catalog.document(request.model, account)
-                self._outlet.send(self._session.send(Begin(request.id, document.size, document.digest)))
-                await self._send_bytes(request.id, iter([document]), 0, document.size)
-            case GetFile():
-                location, digest = await self._catalog.file(request, account)
-                self._outlet.send(self._session.send(Begin(request.id, location.stop, digest)))
-                pieces = plan_pieces(self._pages, [location], 0, location.stop, reader)
-                await self._send_bytes(request.id, pieces, 0, location.stop)
-            case GetDigests():
-                digests = await self._digests.document(request, reader)
-                self._outlet.send(self._session.send(Begin(request.id, digests.size, digests.digest)))
-                await self._send_bytes(request.id, iter([digests]), 0, digests.size)
-            case Get():
-                locations = await self._catalog.chunk(request, account)
-                pieces = plan_pieces(self._pages, locations, request.start, request.stop, reader)
-                await self._send_bytes(request.id, pieces, request.start, request.stop, request.priority)
+    async def _send_models(self, request: ListModels, reader: Reader) -> None:
+        names = tuple(await self._served.catalog.models(reader))
+        if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
+            raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
+        async with self._sender.turn(0, 0):
+            self._sender.send(Models(request.id, names))
 
-    async def _send_bytes(
-        self, request_id: int, pieces: Iterator[Piece], at: int, stop: int, priority: int = 0
+    async def _send_manifest(self, request: GetManifest, reader: Reader) -> None:
+        await self._send_document(request, await self._served.catalog.document(request.model, reader))
+
+    async def _send_digests(self, request: GetDigests, reader: Reader) -> None:
+        await self._send_document(request, await self._served.digests.document(request, reader))
+
+    async def _send_file(self, request: GetFile, reader: Reader) -> None:
+        location, digest = await self._served.catalog.file(request, _looking_up(reader))
+        self._sender.send(Begin(request.id, location.stop, digest))
+        await self._send_stored(request.id, [location], 0, location.stop, reader)
+
+    async def _send_chunk(self, request: Get, reader: Reader) -> None:
+        locations = await self._served.catalog.chunk(request, _looking_up(reader))
+        reader.fresh = request.fresh
+        await self._send_stored(request.id, locations, request.start, request.stop, reader, priority=request.priority)
+
+    async def _send_document(self, request: Request, document: Document) -> None:
+        self._sender.send(Begin(request.id, document.size, document.digest))
+        await self._sender.send_piece(request.id, 0, document)
+
+    async def _send_stored(
+        self, number: int, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, priority: int = 0
     ) -> None:
-        """Send pieces in runs, each in its turn. The next pieces are read while the one before them is sent."""
-        if at == stop:
-            self._outlet.send(self._session.send(Data(request_id, at, stop)))
-        async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
-            async for piece in ready:
-                sent = 0
-                while sent < piece.size:
-                    async with self._outlet.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
-                        size = await self._send_run(request_id, at, piece, sent)
-                    sent += size
-                    at += size
+        """Send bytes `start` to `stop` of what lies at the locations. While a piece is sent, the next ones are read."""
+        if start == stop:
+            self._sender.send(Data(number, start, stop))
+        async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader)) as pieces:
+            async for piece in pieces:
+                await self._sender.send_piece(number, start, piece, priority)
+                start += piece.size
 
-    async def _send_run(self, request_id: int, at: int, piece: Piece, sent: int) -> int:
-        """Send what may be sent now of a piece, and say how much it was.
+    _ANSWERS: ClassVar[Mapping[type[Request], Callable[["Connection", Any, Reader], Coroutine[Any, Any, None]]]] = {
+        ListModels: _send_models,
+        GetManifest: _send_manifest,
+        GetFile: _send_file,
+        GetDigests: _send_digests,
+        Get: _send_chunk,
+    }
 
-        The view of it ends with this call. While a client keeps us waiting, none of its requests may hold one: a single
-        byte would keep its whole page alive, beyond the cache's budget.
-        """
-        run = await piece.view(sent, min(piece.size, sent + self._room()))
-        self._outlet.send_run(self._session.send(Data(request_id, at, at + len(run))), run)
-        return len(run)
 
-    def _room(self) -> int:
-        """How long a run may be now: whole frames, unless the window has room for less than one."""
-        room = min(self._limits.run_bytes, self._session.window)
-        return room - room % self._limits.frame_bytes or room
+def _looking_up(reader: Reader) -> Reader:
+    """A reader for looking up what a request names: the same account pays, but the client hears no progress of it."""
+    return Reader(reader.account)

@@ -1,7 +1,7 @@
 """Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only.
 
 A server with a token wants to see it before it tells anything but its health, and before any WebSocket exists. One
-without a token wants to be called by a name of its own. Whoever asks for its health, however often, has the storage
+without a token only answers requests for a name of its own. However often its health is asked for, the storage is
 looked at only every few seconds.
 """
 
@@ -9,8 +9,10 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator
+from functools import reduce
 from http import HTTPStatus
-from typing import Protocol
+from operator import getitem
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,9 +21,8 @@ from prometheus_client.registry import Collector
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from surfw.server.reception import Reception
-from surfw.server.single_flight import SingleFlight
-from surfw.server.sparse_log import SparseLog
+from surfw.server.fairness import SingleFlight
+from surfw.server.reception import FairConnection, SparseLog
 from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
 
 log = logging.getLogger("surfw.server")
@@ -31,17 +32,17 @@ This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --
 Plain HTTP: GET /livez, /readyz, /stats (JSON), /metrics (Prometheus).
 """
 KEPT_SECONDS = 3.0
-"""How long an answer about the storage's health is given again: that late, one that is back is seen."""
+"""For how long an answer about the storage's health is reused: so much later, one that is back is noticed."""
 
 _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
 """
 _OPEN_PATHS = {"/livez", "/readyz"}
-"""Where no token is wanted: they tell no more than that there is a server, and whether it works."""
+"""Paths without a token: they tell no more than that there is a server, and whether it works."""
 
 
-class Source(Protocol):
-    """What the answers are made from: the server."""
+class Reporting(Protocol):
+    """A server that reports on itself."""
 
     @property
     def full(self) -> bool:
@@ -57,9 +58,9 @@ class Source(Protocol):
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, source: Source, token: str | None, names: Collection[str] = ()) -> None:
-        """Name what is reported on, the token that has to be shown, if any, and what the server may be called."""
-        self._source = source
+    def __init__(self, server: Reporting, token: str | None, names: Collection[str] = ()) -> None:
+        """Report on a server that wants this token, if any, and may be called by these names."""
+        self._server = server
         self._token = token
         self._names = names
         self._looks = SingleFlight(self._look, 1)
@@ -67,7 +68,7 @@ class HttpEndpoints:
         self._looked = float("-inf")
         self._refusals = SparseLog(log, level=logging.WARNING)
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_StatsCollector(source))
+        self._registry.register(_StatsCollector(server))
         self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
             "/livez": self._livez,
             "/readyz": self._readyz,
@@ -75,8 +76,8 @@ class HttpEndpoints:
             "/metrics": self._metrics,
         }
 
-    async def process_request(self, connection: Reception, request: Request) -> Response | None:
-        """The answer to a request; None lets the WebSocket handshake go on."""
+    async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
+        """Return the answer to a request; None lets the WebSocket handshake go on."""
         await connection.turn()
         path = request.path.partition("?")[0]
         endpoint = self._endpoints.get(path)
@@ -84,12 +85,12 @@ class HttpEndpoints:
             return refusal
         if endpoint is not None:
             return await endpoint(connection)
-        if self._source.full:
+        if self._server.full:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
 
-    def _refuse(self, connection: Reception, request: Request, path: str) -> Response | None:
-        """The answer to a request that is for another server, for nothing there is, or not allowed."""
+    def _refuse(self, connection: FairConnection, request: Request, path: str) -> Response | None:
+        """Return the answer to a request that is for another server or an unknown path, or not allowed."""
         if not self._is_meant(connection, request):
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
         if path not in self._endpoints and path != "/":
@@ -104,7 +105,7 @@ class HttpEndpoints:
             return response
         return None
 
-    def _is_meant(self, connection: Reception, request: Request) -> bool:
+    def _is_meant(self, connection: FairConnection, request: Request) -> bool:
         """Whether the request is for this server, by its `Host`; with a token, that decides alone."""
         if self._token is not None:
             return True
@@ -135,22 +136,22 @@ class HttpEndpoints:
         return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
 
     async def _is_ready(self) -> bool:
-        """Whether the storage answered when last looked, a few seconds ago at most."""
+        """Whether the storage answered when it was last looked at, a few seconds ago at most."""
         if time.monotonic() - self._looked >= KEPT_SECONDS:
             await self._looks.join("health")
         return self._ready
 
-    async def _look(self, _: str) -> None:
-        self._ready = (await self._source.health())["ready"]
+    async def _look(self, *_: object) -> None:
+        self._ready = (await self._server.health())["ready"]
         self._looked = time.monotonic()
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop looking at the storage."""
         await self._looks.close()
 
     async def _stats(self, connection: ServerConnection) -> Response:
         await self._is_ready()
-        return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._source.stats()) + "\n"), "application/json")
+        return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._server.stats()) + "\n"), "application/json")
 
     async def _metrics(self, connection: ServerConnection) -> Response:
         text = generate_latest(self._registry).decode()
@@ -163,39 +164,41 @@ def _typed(response: Response, content_type: str) -> Response:
     return response
 
 
+_COUNTERS = {
+    "cache_hits": ("Uses of cached pages", "cache", "hits"),
+    "cache_misses": ("Uses of pages that had to be read", "cache", "misses"),
+    "cache_coalesced": ("Uses that joined another use's read", "cache", "coalesced"),
+    "cache_evictions": ("Pages that had to make room", "cache", "evictions"),
+    "requests": ("Requests received", "requests", "total"),
+    "sent_bytes": ("Bytes of models sent", "bytes_sent"),
+}
+"""The metrics: what each is, and where in the statistics it stands."""
+_GAUGES = {
+    "cache_bytes": ("Bytes in the cache", "cache", "bytes"),
+    "cache_capacity_bytes": ("Budget of the cache", "cache", "capacity_bytes"),
+    "requests_in_flight": ("Requests being answered", "requests", "in_flight"),
+    "clients": ("Open connections", "clients"),
+    "models": ("Models in the store", "models"),
+    "storage_healthy": ("1 if the storage answered when last asked", "storage", "healthy"),
+    "resident_bytes": ("Memory of the process", "resources", "rss_bytes"),
+    "cpu_percent": ("CPU of the process since the last look", "resources", "cpu_percent"),
+    "uptime_seconds": ("Time since the start", "server", "uptime_seconds"),
+}
+
+
 class _StatsCollector(Collector):
     """The server's statistics as Prometheus metrics, made when they are asked for."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, server: Reporting) -> None:
+        self._server = server
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._source.stats()
-        cache, requests = stats["cache"], stats["requests"]
-        counters: dict[str, tuple[str, float]] = {
-            "cache_hits": ("Uses of cached pages", cache["hits"]),
-            "cache_misses": ("Uses of pages that had to be read", cache["misses"]),
-            "cache_coalesced": ("Uses that joined another use's read", cache["coalesced"]),
-            "cache_evictions": ("Pages that had to make room", cache["evictions"]),
-            "requests": ("Requests received", requests["total"]),
-            "sent_bytes": ("Bytes of models sent", stats["bytes_sent"]),
-        }
-        gauges: dict[str, tuple[str, float]] = {
-            "cache_bytes": ("Bytes in the cache", cache["bytes"]),
-            "cache_capacity_bytes": ("Budget of the cache", cache["capacity_bytes"]),
-            "requests_in_flight": ("Requests being answered", requests["in_flight"]),
-            "clients": ("Open connections", stats["clients"]),
-            "models": ("Models in the store", len(stats["models"])),
-            "storage_healthy": ("1 if the storage answered when last asked", int(stats["storage"]["healthy"])),
-            "resident_bytes": ("Memory of the process", stats["resources"]["rss_bytes"]),
-            "cpu_percent": ("CPU of the process since the last look", stats["resources"]["cpu_percent"]),
-            "uptime_seconds": ("Time since the start", stats["server"]["uptime_seconds"]),
-        }
-        for name, (text, value) in counters.items():
-            yield CounterMetricFamily(f"surfw_{name}", text, value=value)
-        for name, (text, value) in gauges.items():
-            yield GaugeMetricFamily(f"surfw_{name}", text, value=value)
+        stats: Any = self._server.stats()
+        for kind, table in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
+            for name, (text, *path) in table.items():
+                value = reduce(getitem, path, stats)
+                yield kind(f"surfw_{name}", text, value=len(value) if isinstance(value, list) else float(value))
         latency = GaugeMetricFamily("surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"])
-        for rank, seconds in requests["latency_seconds"].items():
+        for rank, seconds in stats["requests"]["latency_seconds"].items():
             latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
         yield latency

@@ -1,21 +1,20 @@
-"""Digests of chunks that lack them, found out by reading all their bytes, through the server's cache.
+"""Digests of chunks whose manifests lack them, computed by reading all of a chunk's bytes through the server's cache.
 
-A chunk is read once for all who ask meanwhile, and what was found out is kept for good (`storage.digest_log`).
+A chunk is read once for all who ask meanwhile, and what was computed is kept for good (`storage.digests`).
 Invariants: at most `_READS` chunks are read for this at a time, and of each one page is held while it is digested.
 """
 
-import asyncio
 import contextlib
 import json
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from surfw.errors import RefusedError
-from surfw.manifest import Chunk, Digester, Digests, Manifest, payload_digest
+from surfw.manifest import Chunk, Digests, Manifest, payload_digest
 from surfw.server.catalog import Catalog
-from surfw.server.fairness import Account
-from surfw.server.pages import PageCache, Reader
-from surfw.server.pieces import plan_pieces, use_ahead
-from surfw.server.single_flight import SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.pages import PageCache
+from surfw.server.sending import Document
 from surfw.storage import Store
 from surfw.wire import GetDigests
 
@@ -24,113 +23,64 @@ _READS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A chunk of an origin, known by its provisional identity alone; and who pays for it.
+    """A chunk of an origin, identified by its provisional id.
 
-    Of its manifest and the chunk, only what reading it needs: many may wait for long.
+    It keeps only what reading needs of the manifest and the chunk, since many may wait for long.
     """
 
     origin: str
     identity: str
     manifest: Manifest = field(compare=False, repr=False)
     chunk: Chunk = field(compare=False, repr=False)
-    account: Account = field(compare=False, repr=False)
-
-
-class DigestsDocument:
-    """Digests as they cross the wire: a piece of an answer that holds no text while it waits."""
-
-    def __init__(self, digests: Digests) -> None:
-        """Write it once, to know its size and digest."""
-        data = _encode(digests)
-        self.size = len(data)
-        self.digest = payload_digest(data)
-        self._digests = digests
-
-    async def use(self) -> None:
-        """Nothing to do."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it."""
-        return memoryview(_encode(self._digests))[start:stop]
 
 
 class LateDigests:
-    """Finds digests out.
-
-    Attributes:
-        digested_bytes: what was read for them so far.
-    """
+    """Computes digests."""
 
     def __init__(self, store: Store, pages: PageCache, catalog: Catalog) -> None:
-        """Name the store, the cache its objects are read through, and what knows its models."""
-        self.digested_bytes = 0
+        """Name the store, the cache its objects are read through, and the catalog of its models."""
         self._store = store
         self._pages = pages
         self._catalog = catalog
         self._reads = SingleFlight(self._read, _READS)
-        self._waiting: dict[Reader, _Wanted] = {}
-        self._readers: dict[_Wanted, Reader] = {}
 
-    async def document(self, request: GetDigests, reader: Reader) -> DigestsDocument:
-        """The digests of a chunk, as they cross the wire; the reader's account pays if it has to be read for them.
+    async def document(self, request: GetDigests, reader: Reader) -> Document:
+        """Return the digests of a chunk, to be sent; the reader pays if the chunk has to be read for them.
 
         Raises:
             RefusedError: there is no such chunk, or the manifest has its digests.
             StorageError: its bytes cannot be read, or were changed.
         """
-        wanted = await self._look_up(request, reader.account)
-        digests = self._store.digests(wanted.manifest, wanted.chunk)
-        if digests is None:
-            self._waiting[reader], reader.seen_bytes = wanted, self.digested_bytes
-            try:
-                digests = await self._reads.join(wanted, reader.account, wanted.chunk.forms[0].stored_bytes)
-            finally:
-                del self._waiting[reader]
-        return DigestsDocument(digests)
-
-    def progress(self, reader: Reader) -> int:
-        """How far the storage has got for one who waits for digests, in bytes that only rise.
-
-        Those are its chunk's bytes; while it waits in line, those of the chunks before it.
-        """
-        wanted = self._waiting.get(reader)
-        if wanted is None:
-            return reader.read_bytes
-        if (own := self._readers.get(wanted)) is not None:
-            return reader.read_bytes + self._pages.progress(own)
-        reader.read_bytes += self.digested_bytes - reader.seen_bytes
-        reader.seen_bytes = self.digested_bytes
-        return reader.read_bytes
-
-    async def _look_up(self, request: GetDigests, account: Account) -> _Wanted:
-        manifest, chunk = await self._catalog.find(request.model, request.chunk, account)
+        manifest, chunk = await self._catalog.find(request.model, request.chunk, Reader(reader.account))
         if chunk.forms[0].is_known or manifest.origin is None:
             raise RefusedError(f"chunk {chunk.name} has its digests in the manifest", code="unknown-chunk")
-        return _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk, account)
+        wanted = _Wanted(manifest.origin.key, chunk.id, replace(manifest, files=(), chunks=()), chunk)
+        digests = self._store.learned.get(wanted.manifest, chunk)
+        if digests is None:
+            digests = await self._reads.join(wanted, reader, chunk.forms[0].stored_bytes)
+        return _document(digests)
 
-    async def _read(self, wanted: _Wanted) -> Digests:
-        reader = self._readers[wanted] = Reader(wanted.account)
-        try:
-            return await self._digest(wanted, reader)
-        finally:
-            del self._readers[wanted]
+    async def _read(self, wanted: _Wanted, reader: Reader) -> Digests:
+        return await self._store.learned.learn(wanted.manifest, wanted.chunk, self._views(wanted.chunk, reader))
 
-    async def _digest(self, wanted: _Wanted, reader: Reader) -> Digests:
-        (form,) = wanted.chunk.forms
-        digester = Digester()
-        pieces = plan_pieces(self._pages, form.locations, 0, form.stored_bytes, reader)
-        async with contextlib.aclosing(use_ahead(pieces, self._pages.read_ahead, self._pages.most_ahead)) as ready:
-            async for piece in ready:
-                await asyncio.to_thread(digester.update, await piece.view(0, piece.size))
-                self.digested_bytes += piece.size
-        digests = digester.result()
-        await asyncio.to_thread(self._store.learn, wanted.manifest, wanted.chunk, digests)
-        return digests
+    async def _views(self, chunk: Chunk, reader: Reader) -> AsyncGenerator[memoryview, None]:
+        """Yield the chunk's bytes in order, a piece at a time, each of which has to be released before the next one."""
+        (form,) = chunk.forms
+        async with contextlib.aclosing(self._pages.read(form.locations, 0, form.stored_bytes, reader)) as pieces:
+            async for piece in pieces:
+                yield await piece.view(0, piece.size)
+                self._reads.read_bytes += piece.size
 
     async def close(self) -> None:
         """Stop reading."""
         await self._reads.close()
 
 
-def _encode(digests: Digests) -> bytes:
-    return json.dumps(digests.document()).encode()
+def _document(digests: Digests) -> Document:
+    """Encode digests as they cross the wire, once for their size, and again for every run that is sent."""
+
+    async def load() -> bytes:
+        return json.dumps(digests.document()).encode()
+
+    data = json.dumps(digests.document()).encode()
+    return Document(len(data), payload_digest(data), load)

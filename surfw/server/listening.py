@@ -1,4 +1,4 @@
-"""Where a server listens, and to whom: the address, TLS, and the token; and why it cannot listen there."""
+"""Where a server listens: the address, TLS, the token and the names it answers to; and why it cannot listen there."""
 
 import errno
 import logging
@@ -19,30 +19,17 @@ from surfw.errors import ConfigurationError
 from surfw.wire import PROTOCOL, check_token, is_loopback
 
 _library_log = logging.getLogger("surfw.server.websocket")
-_library_log.setLevel(logging.WARNING)  # below that, it says what our own lines say, and shows headers with tokens
+_library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines, and shows headers with tokens
 
 _PING_SECONDS = 30
 _PONG_SECONDS = 90
-"""Clients that are gone without a word are found so; nothing else depends on pings."""
+"""Pings find clients that are gone without a word; nothing else depends on them."""
 OPEN_SECONDS = 5
-"""Within which a plain request must be answered, and a WebSocket be open."""
+"""A plain request has to be answered, and a WebSocket to be open, within this."""
 _CLOSE_SECONDS = 3
 _MAX_PORT = 65535
 _NUMBERS = re.compile(r"[0-9]+(\.[0-9]+)+")
 _HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
-
-
-def check_hosts(names: Sequence[str]) -> None:
-    """Make sure that they can be names of hosts.
-
-    Raises:
-        ConfigurationError: they cannot.
-    """
-    for name in [names] if isinstance(names, str) else names:
-        if isinstance(names, str) or not isinstance(name, str) or not _HOST.fullmatch(name):
-            raise ConfigurationError(
-                f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +41,9 @@ class Listening:
         port: TCP port; 0 lets the system choose.
         token: what clients have to show; None lets everybody in.
         tls: certificates for `wss://`; None for `ws://`.
-        insecure: listen beyond loopback although a client or what it reads is not protected.
+        insecure: listen beyond loopback although clients, or what they read, are not protected.
+        allowed_hosts: names that the server may be called by, besides its `host`.
+        limits: sizes of messages, frames and windows.
     """
 
     host: str
@@ -62,19 +51,26 @@ class Listening:
     token: str | None = field(default=None, repr=False)
     tls: ssl.SSLContext | None = None
     insecure: bool = False
+    allowed_hosts: Sequence[str] = ()
+    limits: WireLimits = field(default_factory=WireLimits)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be used on any machine.
 
         Raises:
-            ConfigurationError: the port or the token is none, or the TLS context is a client's.
+            ConfigurationError: an argument cannot be used, such as a TLS context for clients.
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
         expect("token", self.token, str | None, "a text or None")
         expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext or None")
+        for name in [self.allowed_hosts] if isinstance(self.allowed_hosts, str) else self.allowed_hosts:
+            if name is self.allowed_hosts or not isinstance(name, str) or not _HOST.fullmatch(name):
+                raise ConfigurationError(
+                    f"allowed_hosts has {name!a:.80}, expected a list of names such as gpu.example.org"
+                )
         if not 0 <= self.port <= _MAX_PORT:
-            raise ConfigurationError(f"port {self.port} is none; expected 0 (a free one) to {_MAX_PORT}")
+            raise ConfigurationError(f"port is {self.port}; expected 0 (a free one) to {_MAX_PORT}")
         if self.token is not None:
             check_token(self.token)
         if self.tls is not None and self.tls.protocol is ssl.PROTOCOL_TLS_CLIENT:
@@ -82,6 +78,11 @@ class Listening:
                 "the SSL context is for clients; make one with ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) "
                 "and load_cert_chain"
             )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """What the server may be called, besides addresses and `localhost`."""
+        return (self.host, *self.allowed_hosts)
 
     def url(self, port: int) -> str:
         """Where clients find the server that listens on the port."""
@@ -93,12 +94,11 @@ class Listening:
         serve_client: Callable[[Any], Awaitable[None]],
         process_request: Callable[[Any, Request], Awaitable[Response | None]],
         create_connection: Any,
-        limits: WireLimits,
     ) -> Server:
         """Listen.
 
         Raises:
-            ConfigurationError: the address cannot be used, or may not be used so.
+            ConfigurationError: the address cannot be used, or not without a token and TLS.
         """
         self._check_exposure()
         tls: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class Listening:
                 serve_client,
                 self.host,
                 self.port,
-                origins=[None],  # browsers name one: no web page may talk to a server on loopback
+                origins=[None],  # browsers send one: no web page may talk to a server on loopback
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
                 process_request=process_request,
@@ -119,17 +119,17 @@ class Listening:
                 ping_timeout=_PONG_SECONDS,
                 open_timeout=OPEN_SECONDS,
                 close_timeout=_CLOSE_SECONDS,
-                max_size=limits.control_bytes,
-                write_limit=limits.frame_bytes,
+                max_size=self.limits.control_bytes,
+                write_limit=self.limits.frame_bytes,
                 create_connection=create_connection,
                 logger=_library_log,
                 **tls,
             )
-        except (OSError, UnicodeError) as exc:  # the latter for a host that cannot be a name
+        except (OSError, UnicodeError) as exc:  # UnicodeError: a host that cannot be a name
             raise ConfigurationError(self._cannot_listen(exc)) from exc
 
     def _check_exposure(self) -> None:
-        """Refuse an open door to other machines, unless it is meant."""
+        """Refuse to be open to other machines without protection, unless that is intended."""
         if self.insecure or is_loopback(self.host) or (self.token and self.tls):
             return
         if _NUMBERS.fullmatch(self.host):

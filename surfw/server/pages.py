@@ -1,12 +1,12 @@
-"""A storage behind a cache of pages: what was read stays as long as the budget allows.
+"""A storage behind a cache of pages. What was read is kept as long as the budget allows.
 
 A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 - Uses of a page that is being read join that read; a read that nobody waits for any more is dropped while it is queued.
-- A page that is read anew stays as it was for all others, until the new one has arrived in its place.
-- Reads take turns by what each reader's account has paid: for a whole page, and more where little of it is wanted.
-- Each use is counted once: as a hit (the page was there), as coalesced (another use was reading it), or as a miss (it
-  had to be read for this use).
+- While a page is read anew, everyone else keeps the old one until the new one replaces it.
+- Reads take turns by what each account has paid: the price of a page is its size, and more if little of it is wanted.
+- Each use is counted once: as a hit (the page was cached), as coalesced (it was being read for another use), or as a
+  miss (it had to be read for this use).
 - Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`. That holds as
   long as nobody keeps a view across an `await`.
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
@@ -15,59 +15,44 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 import asyncio
 import mmap
 import time
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
-from surfw.config import BLOCK_BYTES, MIB
+from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
 from surfw.errors import NotFoundError, StorageError
+from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.fairness import Account
-from surfw.server.single_flight import SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
-PAGE_BYTES = 4 * MIB
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
-"""What a server needs to work with, even if it is told to keep nothing."""
+"""What a server needs for its work, even if it is told to cache nothing."""
 
 PROGRESS_SECONDS = 1.0
-"""How often a client that waits hears how far the storage has got, if it has: well within any patience of its own."""
+"""How often a client that waits is told that the storage gets on, if it does: well within any client's patience."""
 
 _READS = 8
-"""The most reads of the storage at a time; of one that is near, `_NEAR_READS`: they are work for this machine."""
+"""The most reads at a time; of a storage on this machine, `_NEAR_READS`, since its work takes this processor's time."""
 _NEAR_READS = 2
 
 _MOST_PRICE = 64
-"""How many times its size a page costs, at most, where little of it is wanted."""
+"""The highest price of a page of which little is wanted, as a multiple of its size."""
 
 _LITTLE = 16
-"""As this share of a page is little, a near storage rests after reading it for so long as three such reads take."""
-
-
-class ReadAhead:
-    """How many pages all answers together may have read ahead of their turn, beyond the one that each of them may."""
-
-    def __init__(self, pages: int) -> None:
-        """Start with all of them free."""
-        self._free = pages
-
-    def take(self) -> bool:
-        """Take one, if one is free."""
-        if self._free <= 0:
-            return False
-        self._free -= 1
-        return True
-
-    def give(self) -> None:
-        """Give one back."""
-        self._free += 1
+"""If at most one in so many bytes of a page is wanted, a near storage rests after the read, for three times as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
     """Bytes `start` to `stop` (end-exclusive) of a stored object.
 
-    `anew` if they are read although they are there; `for_little` if hardly any of them are wanted.
+    Attributes:
+        anew: whether they are to be read although they are cached.
+        for_little: whether hardly any of them are wanted.
     """
 
     object: str
@@ -82,35 +67,13 @@ class Page:
         return self.stop - self.start
 
 
-@dataclass(slots=True, eq=False)
-class Reader:
-    """For whom pages are read.
-
-    Attributes:
-        account: who pays for them.
-        fresh: whether it wants them read again, also if they are there.
-        read_bytes: how much of them was read, and what else counts; see `PageCache.progress`.
-        waits_for: the pages that it waits for now.
-        seen_bytes: what the storage had given, to anybody, when its progress was last counted.
-    """
-
-    account: Account = field(default_factory=Account)
-    fresh: bool = False
-    read_bytes: int = 0
-    waits_for: list[Page] = field(default_factory=list)
-    seen_bytes: int = 0
-
-
 class PageCache:
     """Pages of a storage, as read-only views.
 
     Attributes:
-        cache: the pages there are.
+        cache: the pages that are cached.
         healthy: whether the storage answered when it was last asked.
-        read_bytes: what the storage has given so far.
-        read_ahead: what may be read ahead of its turn: several pages of a storage that is far away, within a quarter
-            of the budget, so that they are still there when their turn comes.
-        most_ahead: how many of them one answer may have.
+        reads: the pages that are being read, or are queued.
     """
 
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
@@ -118,28 +81,34 @@ class PageCache:
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
         self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
-        self.read_bytes = 0
         self._backend = backend
         self._metrics = metrics
         self._is_near = backend.parallel_reads == 1
         most = _NEAR_READS if self._is_near else _READS
-        self._reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
-        self._reading: dict[Page, int] = {}
-        self._reading_bytes = 0
+        self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._is_slow = False
-        self.read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
+        # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
+        self._read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
 
-    @property
-    def most_ahead(self) -> int:
-        """How many of them one answer may have: one where the storage is near."""
-        return min(_READS, self._backend.parallel_reads)
+    def read(
+        self, locations: Sequence[Location], start: int, stop: int, reader: Reader
+    ) -> AsyncGenerator["StoredPiece", None]:
+        """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
+
+        From a storage that is far away, several pieces are read ahead. Close the generator to give those up.
+
+        Raises:
+            StorageError: a piece cannot be read.
+        """
+        pieces = plan_pieces(self, locations, start, stop, reader)
+        return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Have the page read, and count the use.
+        """Read the page unless it is cached, and count the use.
 
         Args:
             page: what to read.
-            reader: for whom; None for one without an account.
+            reader: for whom; None for the server itself.
             wanted_bytes: how much of the page is wanted.
 
         Raises:
@@ -150,14 +119,14 @@ class PageCache:
         if self.cache.get(page) is not None:
             self._metrics.add("hits")
         else:
-            self._metrics.add("coalesced" if page in self._reads else "misses")
+            self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
 
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
-        """The page's bytes, for use until the next `await`: holding on to them would keep them beyond the budget.
+        """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.
 
         Args:
-            page: what to look at; it is read again if it had to go.
+            page: what to look at; it is read again if it was evicted.
             reader: for whom, as in `use`.
             wanted_bytes: how many bytes are used now.
 
@@ -171,56 +140,31 @@ class PageCache:
         return view
 
     async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
-        """Read the page, together with whoever else wants it."""
-        reader = reader or Reader()
+        """Read the page, together with everyone else who wants it."""
         waste = page.size // max(1, wanted_bytes)
         page = replace(page, for_little=waste >= _LITTLE)
-        price = page.size * min(_MOST_PRICE, max(1, waste))
-        reader.waits_for.append(page)
-        reader.seen_bytes = self.read_bytes
+        return await self.reads.join(page, reader, page.size * min(_MOST_PRICE, max(1, waste)))
+
+    async def _read(self, page: Page, reader: Reader) -> memoryview:
+        reading_bytes = sum(other.size for other, _ in self.reads.running())
+        self.cache.trim(max(0, self.cache.capacity_bytes - reading_bytes))
+        buffer = _allocate(page.size)
         try:
-            view = await self._reads.join(page, reader.account, price)
-            reader.read_bytes += page.size
-            return view
-        finally:
-            reader.waits_for.remove(page)
-
-    def progress(self, reader: Reader) -> int:
-        """How far the storage has got with what a reader waits for, in bytes that only rise.
-
-        Those are its own pages' bytes; while it waits in line, also those of the pages before them. So a line that
-        moves is progress, and a read of its own that hangs is none, whatever others get.
-        """
-        own = sum(self._reading.get(page, 0) for page in reader.waits_for)
-        if reader.waits_for and not any(page in self._reading for page in reader.waits_for):
-            reader.read_bytes += self.read_bytes - reader.seen_bytes
-        reader.seen_bytes = self.read_bytes
-        return reader.read_bytes + own
-
-    async def _read(self, page: Page) -> memoryview:
-        self._reading[page] = 0
-        self._reading_bytes += page.size
-        try:
-            self.cache.trim(max(0, self.cache.capacity_bytes - self._reading_bytes))
-            buffer = _allocate(page.size)
-            took = await self._fill(page, buffer)
+            took = await self._fill(page, buffer, reader)
             self.healthy = True
             if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
                 await asyncio.sleep(3 * took)
         except StorageError as exc:
             self.healthy = isinstance(exc, NotFoundError)
             raise
-        finally:
-            self._reading.pop(page, None)
-            self._reading_bytes -= page.size
         view = buffer.toreadonly()
         place = replace(page, anew=False)
-        if page.anew or place not in self.cache:  # one that was read anew meanwhile stays
+        if page.anew or place not in self.cache:  # one that was read anew meanwhile is newer
             self.cache[place] = view
         return view
 
-    async def _fill(self, page: Page, buffer: memoryview) -> float:
-        """Read a page, in one go, or by blocks where the storage is so slow that clients have to hear between them.
+    async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
+        """Read a page, in one go; or block by block, if the storage is so slow that clients need progress in between.
 
         Returns:
             The seconds that it took.
@@ -230,29 +174,146 @@ class PageCache:
         for at in range(0, page.size, step):
             stop = min(at + step, page.size)
             await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
-            self._reading[page] = stop
-            self.read_bytes += stop - at
+            reader.read_bytes = stop
+            self.reads.read_bytes += stop - at
         took = time.monotonic() - started
         self._is_slow = took > PROGRESS_SECONDS
         return took
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
-        await self._reads.close()
+        await self.reads.close()
         self.cache.clear()
 
 
-def _allocate(size: int) -> memoryview:
-    """Memory for a page. A large one is mapped, so that it goes back to the system, whole, when it is dropped.
+@dataclass(frozen=True, slots=True)
+class StoredPiece:
+    """Bytes `start` to `stop` (end-exclusive) of a page."""
 
-    An allocator keeps what it was given back, and scatters other things over it. Huge pages make up for what mapping
-    costs: 4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
+    pages: PageCache
+    page: Page
+    start: int
+    stop: int
+    reader: Reader
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+        return self.stop - self.start
+
+    async def use(self) -> None:
+        """Read the page unless it is cached, and count the use."""
+        await self.pages.use(self.page, self.reader, self.size)
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Return bytes `start` to `stop` of it, for use until the next `await`."""
+        page = await self.pages.view(self.page, self.reader, stop - start)
+        return page[self.start + start : self.start + stop]
+
+
+def plan_pieces(
+    pages: PageCache, locations: Sequence[Location], start: int, stop: int, reader: Reader
+) -> Iterator[StoredPiece]:
+    """Yield the pieces that make up bytes `start` to `stop` of what lies at the locations.
+
+    Pages are cut from the start of each location, so that all requests for its bytes share the same pages.
+    """
+    base = 0
+    for location in locations:
+        length = location.stop - location.start
+        low, high = max(start - base, 0), min(stop - base, length)
+        base += length
+        if low >= high:
+            continue
+        for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
+            last = min(first + PAGE_BYTES, length)
+            page = Page(location.object, location.start + first, location.start + last)
+            yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
+
+
+class ReadAhead:
+    """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
+
+    def __init__(self, pages: int) -> None:
+        """Start with so many permits."""
+        self._free = pages
+
+    def take(self) -> bool:
+        """Take a permit, if one is free."""
+        if self._free <= 0:
+            return False
+        self._free -= 1
+        return True
+
+    def give(self) -> None:
+        """Give a permit back."""
+        self._free += 1
+
+
+class _Usable(Protocol):
+    async def use(self) -> None: ...
+
+
+Piece = TypeVar("Piece", bound=_Usable)
+
+
+async def use_ahead(
+    pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
+) -> AsyncGenerator[Piece, None]:
+    """Yield the pieces in order, each once it was used. By then, the use of the next ones has begun.
+
+    Close the generator to give up the uses that have begun.
+
+    Args:
+        pieces: what to use.
+        ahead: permits for more than one piece ahead, shared with others; None for one alone.
+        most: the most pieces ahead.
+    """
+    ahead = ahead or ReadAhead(0)
+    begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
+
+    def begin() -> None:
+        # The first needs no permit, so that every answer gets on.
+        while len(begun) < most and (not begun or ahead.take()):
+            piece = next(pieces, None)
+            if piece is not None:
+                begun.append((piece, asyncio.create_task(piece.use())))
+                continue
+            if begun:
+                ahead.give()
+            return
+
+    def drop() -> tuple[Piece, asyncio.Task[None]]:
+        dropped = begun.popleft()
+        if begun:
+            ahead.give()  # of the one that is the first now
+        return dropped
+
+    try:
+        begin()
+        while begun:
+            await begun[0][1]
+            piece, _ = drop()
+            begin()
+            yield piece
+    finally:
+        given_up = [drop()[1] for _ in range(len(begun))]
+        for use in given_up:
+            use.cancel()
+        await asyncio.gather(*given_up, return_exceptions=True)
+
+
+def _allocate(size: int) -> memoryview:
+    """Return memory for a page. Large pages are mapped, so that the system gets them back whole when they are dropped.
+
+    An allocator would keep freed memory, and scatter small objects over it. Huge pages make up for the cost of mapping:
+    4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
     """
     if size < MIB:
         return memoryview(bytearray(size))
     try:
         mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no more mappings are to be had; the allocator has room of its own
+    except OSError:  # the system allows no more mappings; the allocator may still have memory
         return memoryview(bytearray(size))
     with suppress(OSError, AttributeError):  # a system without huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)

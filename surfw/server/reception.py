@@ -1,11 +1,13 @@
-"""The receiving side of a connection, from its first byte on: taken in by small portions, in fair turns.
+"""What bounds the work that clients can cause before they are answered: input in small portions, and few log lines.
 
-The library would take in all that has arrived, thousands of messages or pings, before anybody else's turn. Here a
-connection reads one portion, hands on the messages in it one after the other, and then waits for its turn to read
-another. What it does not read stays with the client, so that nothing of a client's piles up here.
+The library would take in all that has arrived, thousands of messages or pings, before it is anybody else's turn. Here a
+connection reads one portion, hands on the messages in it one by one, and then waits for its turn to read another. What
+it does not read stays with the client, so that nothing piles up here.
 """
 
 import asyncio
+import logging
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -17,24 +19,26 @@ from websockets.typing import Data
 from surfw.server.fairness import Account, Turns
 
 PORTION_BYTES = 256
-"""About one request, or some dozens of pings: as much work as a turn may be."""
+"""About one request, or a few dozen pings: as much work as a turn may be."""
 
 _MOST_OPENING = 512
 
+_LOG_SECONDS = 10
 
-class Opening:
-    """The connections that are not open yet, each from when it was accepted on, its TLS handshake included.
 
-    Of those that are too many, the one goes that has said nothing longest.
+class Newcomers:
+    """The connections that are not open yet, from the moment they are accepted, so also during their TLS handshake.
+
+    If there are too many, the one that has been silent longest is dropped.
 
     Attributes:
-        account: all of them pay from it, so that whoever comes again and again is one among those who are there.
+        account: pays for all of them, so that clients that connect again and again have one client's share.
     """
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start with no connections."""
         self.account = Account()
-        self._connections: dict[Reception, None] = {}
+        self._connections: dict[FairConnection, None] = {}
 
     def __len__(self) -> int:
         return len(self._connections)
@@ -42,8 +46,8 @@ class Opening:
     def __contains__(self, connection: object) -> bool:
         return connection in self._connections
 
-    def add(self, connection: "Reception") -> None:
-        """One was accepted, or has said something."""
+    def add(self, connection: "FairConnection") -> None:
+        """Add one that was accepted, or that has sent something."""
         self._connections.pop(connection, None)
         self._connections[connection] = None
         if len(self._connections) > _MOST_OPENING:
@@ -51,32 +55,34 @@ class Opening:
             self.discard(oldest)
             oldest.abort()
 
-    def discard(self, connection: "Reception") -> None:
-        """One is open, or gone."""
+    def discard(self, connection: "FairConnection") -> None:
+        """Remove one that is open, or gone."""
         self._connections.pop(connection, None)
 
 
-class Reception(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, whose input waits for its turn.
+class FairConnection(ServerConnection, asyncio.BufferedProtocol):
+    """The library's server connection, with input that waits for its turn.
 
     Attributes:
-        account: who pays for turns of the loop.
+        account: pays for turns of the loop.
     """
 
-    def __init__(self, *arguments: Any, turns: Turns, opening: Opening, most_unsent_bytes: int, **options: Any) -> None:
-        """Take the library's arguments, and what all connections share.
+    def __init__(
+        self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
+    ) -> None:
+        """Begin to receive, as one of the newcomers.
 
         Args:
             arguments: the library's.
-            turns: of the loop.
-            opening: where it is until it is open.
-            most_unsent_bytes: while more than this waits to go out, nothing is read.
+            turns: those of the loop, shared by all connections.
+            newcomers: where it counts until it is open, shared by all connections.
+            most_unsent_bytes: while more than this waits to be sent, nothing is read.
             options: the library's.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
-        self.account = opening.account
+        self.account = newcomers.account
         self._turns = turns
-        self._opening = opening
+        self._newcomers = newcomers
         self._most_unsent_bytes = most_unsent_bytes
         self._portion = memoryview(bytearray(PORTION_BYTES))
         self._unread = 0
@@ -84,12 +90,12 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
         self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
         if self._accepting is not None:
             self._accepting.add_done_callback(self._accepted)
-        opening.add(self)
+        newcomers.add(self)
 
     def _accepted(self, _: asyncio.Task[Any]) -> None:
-        """It has a transport now; one that has none, such as after a failed TLS handshake, is gone without a word."""
+        """Forget one that got no transport, such as after a failed TLS handshake: the library drops it silently."""
         if not hasattr(self, "transport"):
-            self._opening.discard(self)
+            self._newcomers.discard(self)
 
     def abort(self) -> None:
         """Hang up, whether it has a transport yet or not."""
@@ -99,25 +105,25 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
             self._accepting.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget it."""
-        self._opening.discard(self)
+        """Forget the connection."""
+        self._newcomers.discard(self)
         super().connection_lost(exc)
 
     def opened(self) -> None:
-        """It is open: others may not push it out any more, and it pays for itself from now on."""
-        self._opening.discard(self)
-        self.account = Account(self._opening.account.paid)
+        """It is open: newcomers no longer push it out, and from now on it pays from an account of its own."""
+        self._newcomers.discard(self)
+        self.account = Account(self._newcomers.account.paid)
 
     async def turn(self) -> None:
         """Wait for a turn in the loop."""
         await self._turns.turn(self.account)
 
     def give_back_turn(self) -> None:
-        """What was taken in costs nothing."""
+        """Make the message that was just received free of charge."""
         self.account.paid -= 1
 
     async def receive(self) -> Data:
-        """The next message, in its turn."""
+        """Return the next message, in its turn."""
         if self._unread:
             await self.turn()
         message = await self.recv()
@@ -127,26 +133,26 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
         return message
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Where the transport may write what it receives next."""
+        """Return the memory for what the transport receives next."""
         return self._portion
 
     def buffer_updated(self, nbytes: int) -> None:
-        """So much was written there: read on when its messages are taken, in turn, and if what goes out is taken."""
+        """Take in a portion. The next is read once its messages were received, in turn, unless too much is unsent."""
         self.transport.pause_reading()
-        if self in self._opening:
-            self._opening.add(self)
+        if self in self._newcomers:
+            self._newcomers.add(self)
         self.data_received(bytes(self._portion[:nbytes]))
         if not self._unread:
             self._read_on()
 
     def process_event(self, event: Event) -> None:
-        """Count the messages."""
+        """Count the messages that are not received yet."""
         super().process_event(event)
         if isinstance(event, Frame) and event.fin and event.opcode in {Opcode.TEXT, Opcode.BINARY, Opcode.CONT}:
             self._unread += 1
 
     def send_data(self) -> None:
-        """Write all that is to go out in one go, such as the answers to many pings."""
+        """Write what is to be sent in one go, such as the answers to many pings."""
         writes = self.protocol.data_to_send()
         if data := b"".join(writes):
             self.transport.write(data)
@@ -159,14 +165,14 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
             self.transport.close()
 
     def resume_writing(self) -> None:
-        """What waited to go out is taken."""
+        """Read on, if that waited for the client to take what was sent."""
         super().resume_writing()
         if self._waits_to_read:
             self._waits_to_read = False
             self._read_on()
 
     def _read_on(self) -> None:
-        """Read the next portion in its turn, or as soon as enough of what waits to go out is taken."""
+        """Read the next portion in its turn, or, if too much is unsent, once the client has taken enough of it."""
         if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
             self._waits_to_read = True
         elif (turn := self._turns.ask(self.account)) is None:
@@ -177,3 +183,51 @@ class Reception(ServerConnection, asyncio.BufferedProtocol):
     def _resume(self, _: Any = None) -> None:
         if not self.transport.is_closing():
             self.transport.resume_reading()
+
+
+class SparseLog:
+    """Lines that clients can cause as often as they like: every ten seconds a few are written, the others counted."""
+
+    def __init__(self, log: logging.Logger, *, level: int = logging.INFO, most: int = 1) -> None:
+        """Write at most this many lines each time."""
+        self._log = log
+        self._level = level
+        self._most = self._left = most
+        self._next = float("-inf")
+        self._unwritten = 0
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        """Write the line, or count it."""
+        self._unwritten += 1
+        self._last = text
+        if time.monotonic() >= self._next:
+            self._left, self._next = self._most, time.monotonic() + _LOG_SECONDS
+        if self._left:
+            self._left -= 1
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the last line that was counted, with the number of the others."""
+        if not self._unwritten:
+            return
+        more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
+        self._log.log(self._level, "%s%s", self._last, more)
+        self._unwritten = 0
+
+
+class ClientLog:
+    """What a server logs about its clients: one sparse log for each kind of line, shared by all clients."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        """Write to this log."""
+        self.visits = SparseLog(log, most=20)
+        self.closings = SparseLog(log, level=logging.WARNING)
+        self.refusals = SparseLog(log)
+        self.failures = SparseLog(log, level=logging.WARNING)
+        self.changes = SparseLog(log, level=logging.ERROR)
+
+    def flush(self) -> None:
+        """Write what was counted, of each kind."""
+        for kind in (self.visits, self.closings, self.refusals, self.failures, self.changes):
+            kind.flush()

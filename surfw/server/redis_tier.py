@@ -1,7 +1,7 @@
-"""The place of a cache in Redis that servers share: its connection, and whether it can be reached.
+"""The connection to a Redis that servers share. Nothing is stored there yet: it is known whether Redis answers.
 
-Nothing depends on it. Where it cannot be reached, the server goes on without it, and says so; when it comes back, the
-next look finds it. Nothing here shows the credentials of its URL.
+Nothing depends on Redis. While it cannot be reached, the server goes on without it, and says so; once it is back, the
+next check finds it. The credentials in its URL are never shown.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class RedisTier:
     """A Redis that several servers share. `open` it in the event loop it is used in, and `close` it there."""
 
     def __init__(self, url: str) -> None:
-        """Name it; nothing is connected yet.
+        """Use the Redis at this URL; nothing is connected yet.
 
         Raises:
             ConfigurationError: the URL is not one of a Redis, or the `redis` package is missing.
@@ -35,23 +35,22 @@ class RedisTier:
         self.url = display_url(url)
         self._secret_url = url
         self._client: Redis | None = None
-        self._reachable = False
-        self._told: bool | None = None
+        self._reachable: bool | None = None  # not known until it is asked
         _make_client(url, self.url)
 
     @property
     def state(self) -> RedisState:
-        """Where it is, and whether it answered when last asked."""
-        return {"url": self.url, "reachable": self._reachable}
+        """Where it is, and whether it answered when it was last asked."""
+        return {"url": self.url, "reachable": bool(self._reachable)}
 
     async def open(self) -> None:
-        """Connect, if it can be reached; a warning says so if it cannot."""
+        """Connect. If it cannot be reached, log a warning, and go on."""
         self._client = _make_client(self._secret_url, self.url)
-        self._told = None
+        self._reachable = None
         await self.check()
 
     async def check(self) -> bool:
-        """Whether it answers now, found out within a second; logs when that has changed."""
+        """Whether it answers now, within a second; logs when that has changed."""
         if self._client is None:
             return False
         from redis.exceptions import RedisError
@@ -62,30 +61,25 @@ class RedisTier:
                 await self._client.ping()
         except TimeoutError:
             reason = f"no answer within {_SECONDS:g} seconds"
-        except (RedisError, OSError, ValueError) as exc:  # the latter for an answer that is not Redis's
+        except (RedisError, OSError, ValueError) as exc:  # ValueError: the answer is not Redis's
             reason = printable(str(exc)) or type(exc).__name__
-        self._reachable = not reason
-        if self._reachable != self._told:
-            self._tell(reason)
+        was_reachable, self._reachable = self._reachable, not reason
+        if was_reachable is not self._reachable:
+            if reason:
+                log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
+            else:
+                log.info("Redis at %s is reached", self.url)
         return self._reachable
-
-    def _tell(self, reason: str) -> None:
-        """Log what has changed since it was last told."""
-        if reason:
-            log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
-        else:
-            log.info("Redis at %s is reached", self.url)
-        self._told = self._reachable
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""
-        client, self._client, self._reachable = self._client, None, False
+        client, self._client, self._reachable = self._client, None, None
         if client is not None:
             await client.aclose()
 
 
 def _make_client(url: str, shown: str) -> "Redis":
-    """A client that has not connected yet."""
+    """Return a client that is not connected yet."""
     try:
         from redis.asyncio import Redis
         from redis.asyncio.retry import Retry
@@ -100,11 +94,11 @@ def _make_client(url: str, shown: str) -> "Redis":
             client: Redis = Redis.from_url(
                 url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
             )
-            # A connection that is made and not connected finds options that do not exist.
+            # Making a connection, without connecting it, finds options that do not exist.
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         except (ValueError, TypeError):
             usable = False
-    if not usable:  # raised here, so that no traceback shows what could not be read: it may be a part of a password
+    if not usable:  # raised here, so that no traceback shows what could not be parsed: it may be part of a password
         raise ConfigurationError(
             f"{shown} is not the URL of a Redis; expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix://PATH, "
             "with a password that is percent-encoded"

@@ -1,6 +1,6 @@
 """Config → model with parameters on the meta device and real buffers, exactly as `from_pretrained` would set them up.
 
-Nothing is believed before it is checked: a guard watches every parameter and module while the class is being built, so
+Nothing is trusted before it is checked: a guard watches every parameter and module while the class is being built, so
 a configuration cannot ask for more than the checkpoint or manifest holds.
 """
 
@@ -18,8 +18,9 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.skeleton.config import COMPILED, IMPLEMENTATIONS, untag_floats
-from surfw.skeleton.shared import Guard, RealLinspace, foreign_errors, guarded, no_hub, runs
+from surfw.skeleton.default_dtype import runs
+from surfw.skeleton.guards import Guard, RealLinspace, foreign_errors, guarded, no_hub
+from surfw.skeleton.sanitise import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
 logger = logging.getLogger("surfw.skeleton")
@@ -66,7 +67,7 @@ class Skeleton:
 def read_config(
     config: Mapping[str, Any], *, where: str, model_class: type[PreTrainedModel] | None = None
 ) -> PreTrainedConfig:
-    """The configuration object of a decoded `config.json`.
+    """The configuration object for a decoded `config.json`.
 
     Args:
         config: the decoded file.
@@ -99,7 +100,7 @@ def read_config(
 
 
 def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: str) -> None:
-    """Refuse code from elsewhere in what was built of a configuration, whatever way it found past `sanitise_config`."""
+    """Refuse implementations from elsewhere in a configuration object, however they got past `sanitise_config`."""
     asked = {config._attn_implementation, config._experts_implementation} - {None}  # noqa: SLF001 - the names in use
     if not asked <= allowed:
         raise UnsupportedModelError(
@@ -112,7 +113,7 @@ def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: 
 
 
 def check_model_class(model_class: object) -> None:
-    """Make sure that what a caller names as its own class is one, if anything is named.
+    """Make sure that a caller's own model class, if given, is one.
 
     Raises:
         ConfigurationError: it is not.
@@ -166,14 +167,14 @@ def build_skeleton(
     check: Callable[[], object] = lambda: None,
     where: str,
 ) -> Skeleton:
-    """Build the model on the meta device. Models that run in other threads wait for it, if it has another dtype.
+    """Build the model on the meta device. Runs in other threads wait meanwhile, if its dtype is not the default.
 
     Args:
         config: its configuration; changed by transformers while building.
         cls: its class.
         dtype: the default dtype of its parameters.
         tensor_count: how many tensors the checkpoint or manifest has; many more are refused.
-        accepts: whether a parameter of this shape can be right; the first that is not ends the building.
+        accepts: whether a parameter of this shape can be right; the first wrong one ends the building.
         check: called while it waits for other threads; raises when the model is no longer wanted.
         where: names the model in errors.
 
@@ -193,7 +194,7 @@ def build_skeleton(
         model = untyped._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - what AutoModel.from_config calls
     if not hasattr(model, "all_tied_weights_keys"):
         raise UnsupportedModelError(
-            f"{where}: {cls.__name__} is no whole model: transformers demands that its __init__ ends with "
+            f"{where}: {cls.__name__} is not a whole model: transformers demands that its __init__ ends with "
             "self.post_init()"
         )
     return Skeleton(model, dtype)
@@ -202,7 +203,7 @@ def build_skeleton(
 def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
     """Give everything that no checkpoint provides its value, by transformers' own initialisation.
 
-    That is buffers, and parameters that the caller has decided to do without.
+    That is buffers, and parameters that the caller does without.
 
     Args:
         skeleton: changed in place.
@@ -243,7 +244,7 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
 
 
 def _unmade(like: torch.Tensor) -> torch.Tensor:
-    """Memory for a buffer, filled with what no buffer holds, so that one that is left as it is gets noticed."""
+    """Memory for a buffer, filled with what no real buffer holds, so that one that is never computed is noticed."""
     buffer = torch.zeros_like(like, device="cpu")
     if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
         return buffer.fill_(torch.nan)

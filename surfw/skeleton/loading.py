@@ -37,8 +37,8 @@ class Recipe:
     Attributes:
         targets: names of the model's tensors that it yields, with their dtype and shape.
         sources: names of the source tensors that it needs.
-        converter: transformers' operation; None where the one source is the one target, but for its name and dtype.
-        joined: the sources whose bytes, one behind the other, are those of the one target, if that is so.
+        converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
+        joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
     """
 
     targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -47,7 +47,7 @@ class Recipe:
     joined: tuple[str, ...] = ()
 
     def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The target tensors, contiguous; `read` gives a source tensor by its name."""
+        """The target tensors, contiguous; `read` returns a source tensor by its name."""
         if self.converter is None:
             ((name, (dtype, _)),) = self.targets.items()
             return {name: read(self.sources[0]).to(dtype).contiguous()}
@@ -107,7 +107,7 @@ class _Group:
 
 
 def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str, str], bool], *, where: str) -> Loading:
-    """Find out what `from_pretrained` would load into the skeleton.
+    """Plan what `from_pretrained` would load into the skeleton.
 
     Args:
         skeleton: a fresh skeleton of the model.
@@ -200,7 +200,7 @@ def _recipe(
 def _joined(
     group: _Group, targets: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], sources: SourceFacts
 ) -> tuple[str, ...]:
-    """The sources whose bytes, one behind the other, are those of the target; none where more is done to them."""
+    """The sources whose concatenated bytes are those of the target; empty if anything else is done to them."""
     converter = group.converter
     if converter is None or len(targets) != 1 or len(converter.operations) != 1:
         return ()
@@ -217,7 +217,7 @@ def _joined(
 
 
 def target_dtypes(skeleton: Skeleton) -> Callable[[str], torch.dtype]:
-    """Tells the dtype each tensor is loaded with: the skeleton's own, but for what transformers keeps in fp32."""
+    """A function from tensors' names to the dtypes they are loaded with; transformers keeps some in fp32."""
     plan = skeleton.model._get_dtype_plan(skeleton.dtype)  # noqa: SLF001 - the loader's own question
     if plan:
         pattern, by_group, _ = build_glob_alternation(list(plan))

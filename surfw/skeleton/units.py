@@ -1,8 +1,8 @@
-"""The modules that are executed one after another, found in the model itself.
+"""The units of a model: the modules that are executed one after another, found in the model itself.
 
 A *unit* is a module whose weights come and go together: each item of an outermost `ModuleList` (a layer), and each
-largest module beside them that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on
-a module with layers inside form a unit of their own, written `path.*`. No architecture is named.
+largest other module that holds weights and no such list (embeddings, norms, heads). Weights that hang directly on a
+module with layers inside form a unit of their own, written `path.*`. No architecture is named.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ class Slot:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What lies there now."""
+        """The tensor that is there now."""
         held = (self.module._buffers if self.is_buffer else self.module._parameters)[self.leaf]  # noqa: SLF001 - torch's registries
         assert held is not None, f"slot {self.name} is empty"
         return held

@@ -1,42 +1,41 @@
-"""What a storage has to be: four methods, and optional ones with working defaults built on the four.
+"""The interface of a storage: four methods, and optional ones with working defaults built on the four.
 
 A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_key` is the one gate: every key passes it
 before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
 `/etc/passwd` reaches no storage.
+
+Reads of stored bytes come in by `read_all`. It cuts them (see `ranges`), keeps `parallel_reads` ranges under way and
+verifies them; a backend that can read faster than by `read_into` overrides `read_range`, and nothing else.
 """
 
 import asyncio
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from blake3 import blake3
 
-from surfw.config import DEFAULT_SILENCE_SECONDS, display_url, surfw_home
+from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, PIECE_BYTES, display_url, surfw_home
 from surfw.errors import StorageError
-from surfw.threads import in_thread, to_its_end
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead, cut, most_range_bytes
+from surfw.threads import in_thread, to_its_end, together
 
 Data = TypeVar("Data", bytes, memoryview)
 
-Check = Callable[[int, memoryview], None]
-"""Verifies a piece, given the offset of its first byte and the bytes themselves; raises if they are not right."""
+_STREAM_BYTES = 2 * MIB
+"""What a connection may have received but not yet written to the destination."""
 
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _MAX_KEY = 512
 
 
-def shifted(check: Check, begin: int) -> Check:
-    """The check of what begins there: offsets of its pieces are counted from `begin`."""
-    return lambda at, piece: check(begin + at, piece)
-
-
 def check_key(key: str) -> str:
-    """The key itself, if it is a relative path of plain parts.
+    """Return the key, which has to be a relative path of plain parts.
 
     Raises:
-        StorageError: it is absolute, leads upwards, is empty or has characters a key may not have.
+        StorageError: it is absolute, leads upwards, is empty or has characters that a key may not have.
     """
     if not isinstance(key, str):
         raise StorageError(f"storage key {key!a:.80} is refused: expected a text")
@@ -53,10 +52,10 @@ def is_key(text: str) -> bool:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix itself, if a key may start with it; the empty one is the prefix of all keys.
+    """Return the prefix, with which a key has to be able to start; the empty one is the prefix of all keys.
 
     Raises:
-        StorageError: no key starts so.
+        StorageError: no key can start with it.
     """
     if prefix:
         check_key(prefix.removesuffix("/"))
@@ -64,7 +63,7 @@ def check_prefix(prefix: str) -> str:
 
 
 class StorageBackend(ABC):
-    """Named objects of bytes. Subclass it, and implement `load`, `save`, `exists` and `list`: nothing else is needed.
+    """Named objects of bytes. Subclass it, and implement `load`, `save`, `exists` and `list`; nothing else is needed.
 
     What surfw guarantees to a custom backend:
 
@@ -73,48 +72,48 @@ class StorageBackend(ABC):
       backend sees them, as are prefixes, so none is absolute or leads upwards.
     - **Calls** come on an event loop: surfw's own thread in a model, the server's loop in a server, the caller's in a
       chunker. Several calls may be under way at once. One backend may be used on several loops one after another, so
-      whatever belongs to a loop, such as a connection, must not be kept for the next one.
+      anything that belongs to a loop, such as a connection, must not be kept for the next one.
     - **Whole objects** are loaded once for all the ranges that are read of them, if the backend has no faster
       `load_range` or `read_into`. While they are being read, objects of 256 MB in all are kept, or the last one.
 
-    **Sizes** are not believed: surfw loads every object with `load_capped`. That asks `size` first, if the backend has
-    one of its own; otherwise an object that is too large is refused only once it is in memory.
+    **Sizes** are limited: surfw loads every object with `load_capped`. That asks `size` first, if the backend has its
+    own; otherwise an object that is too large is refused only once it is in memory.
 
-    **Errors**: raise `surfw.NotFoundError` for an object that is not there (`KeyError` and `FileNotFoundError` are
-    taken for it), `surfw.StorageFullError` if there is no space, `surfw.StorageError` for everything else. Any other
+    **Errors**: raise `surfw.NotFoundError` for an object that does not exist (`KeyError` and `FileNotFoundError` count
+    as that), `surfw.StorageFullError` if there is no space left, `surfw.StorageError` for everything else. Any other
     exception is reported as a `StorageError` with the backend's class, the key, and the exception.
 
     `surfw.testing.StorageBackendSuite` is a test suite for custom backends.
     """
 
     url: str = "custom storage"
-    """Where the objects lie, for people and for error messages; without secrets."""
+    """Where the objects are, for people and for error messages; without secrets."""
 
     parallel_reads: int = 1
-    """How many reads of one object are worth having under way at a time; more than 1 where it is far away."""
+    """How many reads are worth having under way at a time; more than 1 where the storage is far away."""
 
     reads_in_place: bool = False
-    """Whether `read_into` needs hardly any memory beside its destination, and writes nothing once it is cancelled."""
+    """Whether `read_into` needs hardly any memory besides its destination, and writes nothing once it is cancelled."""
 
     silence_timeout: float = DEFAULT_SILENCE_SECONDS
-    """Seconds without progress after which surfw's own remote storages give a read up; others bound their own waits."""
+    """Seconds without progress after which surfw's own remote storages give up a read; others bound their own waits."""
 
     def __repr__(self) -> str:
-        """The class and the place, without secrets."""
+        """Show the class and the place, without secrets."""
         return f"<{type(self).__name__} {display_url(str(self.url))}>"
 
     @abstractmethod
     async def load(self, key: str) -> bytes:
-        """The whole object, as bytes, bytearray or memoryview.
+        """Return the whole object, as bytes, bytearray or memoryview.
 
         Raises:
-            NotFoundError: there is no such object.
+            NotFoundError: the object does not exist.
             StorageError: it could not be read.
         """
 
     @abstractmethod
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write an object, or replace it, whole or not at all: a reader never sees half of it.
+        """Write or replace an object, whole or not at all: a reader never sees half of it.
 
         Args:
             key: the object's name.
@@ -128,7 +127,7 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def exists(self, key: str) -> bool:
-        """Whether the object is there.
+        """Return whether the object exists.
 
         Raises:
             StorageError: that could not be found out.
@@ -136,16 +135,16 @@ class StorageBackend(ABC):
 
     @abstractmethod
     async def list(self, prefix: str = "") -> list[str]:
-        """The whole keys of all objects that start with the prefix, in any order; nothing is left out.
+        """Return the keys, in full and in any order, of all objects whose keys start with the prefix.
 
-        A prefix is the beginning of a text, not a folder: `models/a` lists `models/a.json` and `models/ab/c.json`.
+        A prefix is the beginning of a string, not a folder: `models/a` lists `models/a.json` and `models/ab/c.json`.
 
         Raises:
             StorageError: they could not be listed.
         """
 
     async def remove(self, key: str) -> None:
-        """Remove an object for good; where there is none, nothing is to be done.
+        """Remove an object for good; one that does not exist is no error.
 
         Only `surfw chunk --remove` and `--prune` need it.
 
@@ -158,29 +157,29 @@ class StorageBackend(ABC):
         )
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, which may have at most so many bytes.
+        """Return the whole object, which may have at most `most_bytes`.
 
         Raises:
-            NotFoundError: there is no such object.
+            NotFoundError: the object does not exist.
             StorageError: it is larger, or could not be read.
         """
         return expect_at_most(await self.load(key), most_bytes, key, self.url)
 
     def forget(self, key: str) -> None:
-        """What is kept of an object, if anything, may be damaged: the next read asks the storage."""
+        """Drop anything that is cached of an object, which may be damaged: the next read asks the storage."""
         check_key(key)
 
     async def size(self, key: str) -> int:
-        """The object's length in bytes."""
+        """Return the object's length in bytes."""
         return len(await self.load(key))
 
     async def revision(self, key: str) -> str | None:
-        """A text that changes whenever the object does, told without reading it; None if that cannot be told."""
+        """Return a string that changes whenever the object does, without reading it; None if there is no such thing."""
         check_key(key)
         return None
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` (end-exclusive) of an object.
+        """Return bytes `start` to `stop` (end-exclusive) of an object.
 
         Raises:
             StorageError: the object is shorter than `stop`.
@@ -194,8 +193,8 @@ class StorageBackend(ABC):
         Args:
             key: the object's name.
             start: the first byte.
-            destination: what to fill; it is not written to any more when this has ended, however it did.
-            revision: what `revision()` gave; None for whichever it is now.
+            destination: the memory to fill. It is not written to any more once this has ended, also by a failure.
+            revision: what `revision()` returned; None accepts any.
 
         Raises:
             StorageError: the object is shorter, or of another revision.
@@ -204,44 +203,88 @@ class StorageBackend(ABC):
         if revision is not None:
             await self.expect_revision(key, revision)
 
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, with bytes that are verified by `check` before this ends.
+    @property
+    def range_bytes(self) -> int:
+        """Return the size of the largest range that is read at a time."""
+        if self.parallel_reads == 1:
+            return PIECE_BYTES
+        return most_range_bytes(self.parallel_reads, streamed=self.reads_in_place)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Return the most memory that one `read_all` takes besides its destinations."""
+        return self.parallel_reads * (_STREAM_BYTES if self.reads_in_place else self.range_bytes)
+
+    async def read_all(self, reads: Sequence[ObjectRead]) -> None:
+        """Fill the destinations of all reads, and verify those that have a check.
+
+        Up to `parallel_reads` ranges, of all reads together, are under way at a time. The first failure ends the
+        others. Once this has ended, also by a cancellation, no destination is written to any more.
 
         Raises:
             StorageError: as in `read_into`.
-            Exception: what `check` raises.
+            Exception: what a check raises.
         """
-        pinned = {} if revision is None else {"revision": revision}
-        reading = self.read_into(key, start, destination, **pinned)
-        await (reading if self.reads_in_place else to_its_end(reading))
-        await in_thread(check, 0, destination)
+        pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
+        if len(pieces) == 1:
+            await self._read_piece(pieces[0])
+            return
+        left = iter(pieces)
 
-    async def expect_revision(self, key: str, revision: str) -> None:
-        """Make sure, after a read, that the object is still what it was when `revision()` gave this.
+        async def take() -> None:
+            for piece in left:
+                await self._read_piece(piece)
+
+        await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
+
+    async def _read_piece(self, piece: ObjectRead) -> None:
+        if len(piece.parts) == 1:
+            await self.read_range(piece.parts[0], piece.destination, piece.check)
+            return
+        at = 0
+        for part in piece.parts:
+            await self.read_range(part, piece.destination[at : at + part.length])
+            at += part.length
+        if piece.check is not None:
+            await in_thread(piece.check, 0, piece.destination)
+
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range of an object as a whole, and verify it.
 
         Raises:
-            StorageError: it is not.
+            StorageError: as in `read_into`.
+            Exception: what the check raises.
+        """
+        pinned = {} if part.pin.revision is None else {"revision": part.pin.revision}  # some backends know none
+        reading = self.read_into(part.key, part.start, destination, **pinned)
+        await (reading if self.reads_in_place else to_its_end(reading))
+        if check is not None:
+            await in_thread(check, 0, destination)
+
+    async def expect_revision(self, key: str, revision: str) -> None:
+        """Check, after a read, that the object still has this revision.
+
+        Raises:
+            ChangedObjectError: it has another.
         """
         seen = await self.revision(key)
         if seen != revision:
-            raise changed(f"{key} in {self.url}", revision, str(seen))
+            raise ChangedObjectError(f"{key} in {self.url}", revision, str(seen))
 
-    async def stranger(self, known: str) -> str | None:
-        """A key that does not start with `known`, if there is one: whether the place is in use for something else."""
+    async def find_foreign_key(self, known: str) -> str | None:
+        """Return a key that does not start with `known`, if there is one: then the place is used for something else."""
         return next((key for key in await self.list() if not key.startswith(known)), None)
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, where objects are local files; None elsewhere.
+        """Return the object's file, where objects are local files; None elsewhere.
 
-        It is read, or mapped, past the backend: a backend that changes bytes on their way has none.
+        It is read or mapped directly, so a backend that changes bytes on their way must return None.
         """
         check_key(key)
         return None
 
     def spool(self) -> Path:
-        """A local folder for files on their way into the storage; another one for each storage."""
+        """Return a local folder for files on their way into the storage; each storage has its own."""
         return spool_folder(self.url)
 
     async def adopt(self, key: str, path: Path) -> None:
@@ -251,52 +294,55 @@ class StorageBackend(ABC):
         await asyncio.to_thread(path.unlink)
 
     async def close(self) -> None:
-        """Release what the backend holds."""
+        """Release connections, threads and files."""
         return
 
 
 class ChangedObjectError(StorageError):
-    """The object is not the one it was."""
+    """An object has another revision than the expected one.
 
+    Attributes:
+        name: the object.
+        expected: its revision when it was first read.
+        seen: its revision now.
+    """
 
-def changed(name: str, expected: str, seen: str) -> ChangedObjectError:
-    """The error for an object that is not the one it was."""
-    return ChangedObjectError(
-        f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}; "
-        "read it anew from its beginning"
-    )
+    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it anew from its beginning") -> None:
+        """Name the object and both revisions; `advice` says what to do."""
+        self.name, self.expected, self.seen = name, expected, seen
+        super().__init__(f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}{advice}")
 
 
 def spool_folder(place: str) -> Path:
-    """A local folder for files on their way to a place, of its own for each."""
+    """Return a local folder for files on their way to a place; each place has its own."""
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
 
 
 def expect_at_most(data: Data, most_bytes: int, key: str, url: str) -> Data:
-    """The data, if they are no more than what may be loaded.
+    """Return the data, which may have at most `most_bytes`.
 
     Raises:
-        StorageError: they are.
+        StorageError: they have more.
     """
     refuse_size(len(data), most_bytes, f"{key} in {url}")
     return data
 
 
 def refuse_size(size: int, most_bytes: int, name: str) -> None:
-    """Refuse an object that is larger than anything of its kind.
+    """Refuse an object that is larger than objects of its kind may be.
 
     Raises:
-        StorageError: it is.
+        StorageError: it is larger.
     """
     if size > most_bytes:
         raise StorageError(f"{name} has {size} bytes, expected at most {most_bytes}; it is not loaded")
 
 
 def expect_length(data: Data, length: int, key: str, url: str) -> Data:
-    """The data, if it has the length that was asked for.
+    """Return the data, which has to be as long as it was asked for.
 
     Raises:
-        StorageError: it is shorter.
+        StorageError: it is not.
     """
     if len(data) != length:
         raise StorageError(f"{key} in {url} ends early: asked for {length} bytes, got {len(data)}")

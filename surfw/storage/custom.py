@@ -1,11 +1,13 @@
-"""The boundary to storages that others wrote: behind it they are as surfw's own.
+"""The boundary to custom storages: behind it they behave as surfw's own.
 
 Invariants: every key and prefix passes the check before a custom backend sees it; every foreign exception becomes
-surfw's, naming the backend's class and the key; what a backend gives has the type it should have; a backend that can
-only load whole objects loads each once for all its ranges (see `shared_loads`).
+surfw's, naming the backend's class and the key; what a backend returns has the type it should have; a backend that can
+only load whole objects loads each once for all its ranges (see `SharedLoads`).
 """
 
-from collections.abc import Awaitable, Collection, Iterator
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
 from pathlib import Path
@@ -22,15 +24,14 @@ from surfw.storage.base import (
     refuse_size,
 )
 from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
-from surfw.storage.shared_loads import SharedLoads
 from surfw.threads import to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> StorageBackend:
-    """A backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
+    """Return a backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
 
     Raises:
-        ConfigurationError: it is no backend.
+        ConfigurationError: it is not a backend.
     """
     if isinstance(backend, FsspecBackend | AdaptedBackend):
         return backend
@@ -57,7 +58,7 @@ class AdaptedBackend(StorageBackend):
         self.silence_timeout = inner.silence_timeout
 
     def _own(self, method: str) -> bool:
-        """Whether the custom backend has this optional method itself."""
+        """Whether the custom backend implements this optional method."""
         return getattr(type(self.inner), method) is not getattr(StorageBackend, method)
 
     def _call(self, method: str, about: str = "") -> str:
@@ -65,7 +66,7 @@ class AdaptedBackend(StorageBackend):
 
     @contextmanager
     def _reading(self, method: str, key: str) -> Iterator[None]:
-        """Check the key, and translate errors; a `KeyError` says that the object is not there."""
+        """Check the key, and translate errors; a `KeyError` means that the object does not exist."""
         with self._translate(method, check_key(key)):
             try:
                 yield
@@ -74,7 +75,7 @@ class AdaptedBackend(StorageBackend):
 
     @contextmanager
     def _translate(self, method: str, about: str = "") -> Iterator[None]:
-        """Foreign exceptions as surfw's; those that are surfw's pass."""
+        """Translate foreign exceptions; surfw's own pass."""
         with translate_all_errors(f"{self._call(method, about)} in {self.url}"):
             yield
 
@@ -99,7 +100,7 @@ class AdaptedBackend(StorageBackend):
             return self._bytes(await self._asynchronous("load", self.inner.load(key)), "load", key)
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
-        """The whole object, if it is no larger; where the backend tells no sizes, that shows once it is loaded."""
+        """The whole object, if it is no larger; without a `size` of the backend, that is known once it is loaded."""
         if self._own("load_capped"):
             with self._reading("load_capped", key):
                 data = self._bytes(await self.inner.load_capped(key, most_bytes), "load_capped", key)
@@ -123,7 +124,7 @@ class AdaptedBackend(StorageBackend):
                 self._shared.forget(key)
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object exists."""
         try:
             with self._reading("exists", key):
                 return bool(await self._asynchronous("exists", self.inner.exists(key)))
@@ -145,7 +146,7 @@ class AdaptedBackend(StorageBackend):
         return sorted(found)
 
     async def remove(self, key: str) -> None:
-        """Remove an object; where there is none, nothing is to be done."""
+        """Remove an object; one that does not exist is no error."""
         try:
             with self._reading("remove", key):
                 await self._asynchronous("remove", self.inner.remove(key))
@@ -160,7 +161,7 @@ class AdaptedBackend(StorageBackend):
             return int(await self.inner.size(key)) if self._own("size") else len(await self._shared.get(key))
 
     async def revision(self, key: str) -> str | None:
-        """What changes whenever the object does; None if the custom backend does not tell."""
+        """A string that changes whenever the object does; None if the custom backend has no such thing."""
         with self._reading("revision", key):
             told: object = await self.inner.revision(key)
         if told is not None and not isinstance(told, str):
@@ -178,7 +179,7 @@ class AdaptedBackend(StorageBackend):
         return bytes(memory)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
-        """Fill `destination` with the object's bytes from `start` on; what is kept of other revisions is forgotten."""
+        """Fill `destination` with the object's bytes from `start` on; what was loaded of other revisions is dropped."""
         stop = start + destination.nbytes
         if revision is not None and self._pinned.get(check_key(key)) != revision:
             self._shared.forget(key)
@@ -194,12 +195,12 @@ class AdaptedBackend(StorageBackend):
         if revision is not None:
             await self.expect_revision(key, revision)
 
-    async def stranger(self, known: str) -> str | None:
+    async def find_foreign_key(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one."""
-        if not self._own("stranger"):
-            return await super().stranger(known)
-        with self._translate("stranger", check_prefix(known)):
-            return await self.inner.stranger(known)
+        if not self._own("find_foreign_key"):
+            return await super().find_foreign_key(known)
+        with self._translate("find_foreign_key", check_prefix(known)):
+            return await self.inner.find_foreign_key(known)
 
     def local_path(self, key: str) -> Path | None:
         """The object's file, where objects are local files; None elsewhere."""
@@ -223,11 +224,95 @@ class AdaptedBackend(StorageBackend):
                 self._shared.forget(key)
 
     async def let_go(self) -> None:
-        """Stop loading, and let go of what was loaded; the custom backend stays open."""
+        """Stop loading and drop what was loaded; the custom backend stays open."""
         await self._shared.close()
 
     async def close(self) -> None:
-        """Let go of what was loaded, and close the custom backend."""
+        """Drop what was loaded, and close the custom backend."""
         await self.let_go()
         with self._translate("close"):
             await self.inner.close()
+
+
+class SharedLoads:
+    """Objects of a storage that can only load them whole: all ranges of an object share one load.
+
+    Invariants:
+
+    - Ranges of an object that is being loaded join that load (*single-flight*), and later ones find it loaded.
+    - A loaded object is dropped when its last byte has been read, or when others need the memory: what is kept takes at
+      most the budget, or is the one object that was loaded last.
+    - When a load fails, all ranges that wait for it fail; the next one loads again. Giving up a range stops no load.
+    - A task belongs to an event loop. A task of another loop is never awaited, so loops may follow one another.
+    """
+
+    def __init__(self, load: Callable[[str], Awaitable[bytes]], budget_bytes: int) -> None:
+        """Start empty; `load` gets a whole object by its key."""
+        self.kept_bytes = 0
+        self._load = load
+        self._budget_bytes = budget_bytes
+        self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._loading: dict[str, asyncio.Task[bytes]] = {}
+
+    async def get(self, key: str, stop: int | None = None) -> bytes:
+        """The whole object, of which the caller reads the bytes before `stop`; None if it reads none of them yet."""
+        data = self._kept.get(key)
+        if data is None:
+            data = await asyncio.shield(self._task(key))
+        else:
+            self._kept.move_to_end(key)
+        if stop is not None and stop >= len(data) and self._kept.get(key) is data:
+            self._drop(key)
+        return data
+
+    def forget(self, key: str) -> None:
+        """Drop what was loaded of an object: the storage has something else by now."""
+        self._loading.pop(key, None)
+        self._drop(key)
+
+    async def close(self) -> None:
+        """Stop loading, and drop everything."""
+        mine = [task for task in self._loading.values() if task.get_loop() is asyncio.get_running_loop()]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+        self._loading.clear()
+        self._kept.clear()
+        self.kept_bytes = 0
+
+    def _task(self, key: str) -> asyncio.Task[bytes]:
+        task = self._loading.get(key)
+        if task is None or task.get_loop() is not asyncio.get_running_loop():
+            task = asyncio.create_task(self._run(key), name=f"surfw load {key}")
+            task.add_done_callback(_look)
+            self._loading[key] = task
+        return task
+
+    async def _run(self, key: str) -> bytes:
+        task = asyncio.current_task()
+        current = False
+        try:
+            data = await self._load(key)
+        finally:
+            current = self._loading.get(key) is task
+            if current:  # not forgotten, and not another loop's by now
+                del self._loading[key]
+        if current:
+            self._keep(key, data)
+        return data
+
+    def _keep(self, key: str, data: bytes) -> None:
+        self._drop(key)
+        self._kept[key] = data
+        self.kept_bytes += len(data)
+        while self.kept_bytes > self._budget_bytes and len(self._kept) > 1:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: str) -> None:
+        self.kept_bytes -= len(self._kept.pop(key, b""))
+
+
+def _look(task: asyncio.Task[bytes]) -> None:
+    """Retrieve the exception of a load that no range waits for any more, so that asyncio does not log it."""
+    if not task.cancelled():
+        task.exception()

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from surfw.config import display_url
+from surfw.config import PIECE_BYTES, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.files import open_regular, read_regular
-from surfw.storage.base import changed, check_key, check_prefix
+from surfw.storage.base import ChangedObjectError, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
 
@@ -27,11 +27,11 @@ class FilesystemBackend(FsspecBackend):
     """Objects as files under a folder."""
 
     def __init__(self, base_dir: str | os.PathLike[str], *, create: bool = True) -> None:
-        """Name the folder, and make it unless told not to; then it is made when the first object is written.
+        """Name the folder, and create it; without `create` that is done when the first object is written.
 
         Raises:
             ConfigurationError: this is a URL, or a file.
-            StorageError: it cannot be made.
+            StorageError: it cannot be created.
         """
         if _URL.match(os.fspath(base_dir)):
             raise ConfigurationError(
@@ -39,7 +39,7 @@ class FilesystemBackend(FsspecBackend):
                 "takes a store takes its URL"
             )
         self.base = Path(base_dir).expanduser().absolute()
-        if os.path.isfile(self.base):  # noqa: PTH113 - a path that cannot be is none, and is told where it is used
+        if os.path.isfile(self.base):  # noqa: PTH113 - it is False for an impossible path, which fails where it is used
             raise ConfigurationError(f"{self.base} is a file, expected a folder; name the one that is meant")
         super().__init__(str(self.base))
         if create:
@@ -57,7 +57,7 @@ class FilesystemBackend(FsspecBackend):
         return self.base / check_key(key)
 
     async def revision(self, key: str) -> str | None:
-        """Which file it is, and when it was written; files are replaced by others, never changed."""
+        """Identity and time of the file: files are replaced by others, never changed."""
         path = self._path(key)
         with suppress(OSError):
             return file_revision(await asyncio.to_thread(path.stat))
@@ -86,7 +86,7 @@ class FilesystemBackend(FsspecBackend):
         await in_thread(read_file_into, self._path(key), start, destination, revision)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Write beside the final place, sync, then rename: there whole, or not at all."""
+        """Write next to the final place, sync, then rename: the object exists whole, or not at all."""
 
         def write() -> None:
             with translate_errors(f"writing {key} to {self.url}"), _scratch(self.spool()) as scratch:
@@ -94,7 +94,7 @@ class FilesystemBackend(FsspecBackend):
                     if isinstance(data, bytes):
                         out.write(data)
                     else:
-                        shutil.copyfileobj(data, out, 8 << 20)
+                        shutil.copyfileobj(data, out, PIECE_BYTES)
                     out.flush()
                     os.fsync(out.fileno())
                     forget_pages(out.fileno())
@@ -112,7 +112,7 @@ class FilesystemBackend(FsspecBackend):
         await asyncio.to_thread(move)
 
     async def remove(self, key: str) -> None:
-        """Remove a file, for good once this returns; whoever has it open or mapped keeps it. Its folder stays."""
+        """Remove a file, for good once this returns; processes keep what they have open or mapped. Its folder stays."""
         path = self._path(key)
 
         def remove() -> None:
@@ -127,7 +127,7 @@ class FilesystemBackend(FsspecBackend):
         folder = check_prefix(prefix).rpartition("/")[0]
         return sorted(await asyncio.to_thread(lambda: [key for key in self._keys(folder) if key.startswith(prefix)]))
 
-    async def stranger(self, known: str) -> str | None:
+    async def find_foreign_key(self, known: str) -> str | None:
         """A key that does not start with `known`, if there is one; stops at the first."""
         return await asyncio.to_thread(lambda: next((key for key in self._keys("") if not key.startswith(known)), None))
 
@@ -142,38 +142,38 @@ class FilesystemBackend(FsspecBackend):
 
 
 def _walk(top: Path, *, follow: bool = True) -> Iterator[Path]:
-    """Whatever has a key below a folder: files, and folders in the place of files.
+    """Everything below a folder that has a key: files, and folders where a file should be.
 
     A folder that is linked to is one of the tree; links in it are not followed, so that this ends.
     """
     for path, folders, names in os.walk(top, onerror=_unless_missing):
         yield from (Path(path, name) for name in names)
         for folder in (Path(path, name) for name in folders):
-            if folder.suffix == ".json":  # no part of a key but the last ends so: here a file is missing, and not known
+            if folder.suffix == ".json":  # only the last part of a key ends so: here a file is missing
                 yield folder
             elif follow and folder.is_symlink():
                 yield from _walk(folder, follow=False)
 
 
 def _unless_missing(error: OSError) -> None:
-    """What is not there, or goes away while it is listed, has no keys; a link to nothing hides what it should show."""
+    """A folder that is missing, or goes away while it is listed, has no keys; a link to nothing is an error."""
     if not isinstance(error, FileNotFoundError) or Path(error.filename).is_symlink():
         raise error
 
 
 def file_revision(found: os.stat_result) -> str:
-    """What changes with a file: which one it is, when it was written, and its length."""
+    """Return a string that changes with a file: its inode, the time it was written, and its length."""
     return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
 
 
 def expect_file_revision(path: Path, fd: int, revision: str | None) -> None:
-    """Make sure that an open file is of the revision, if one is given.
+    """Check that an open file has the revision, if one is given.
 
     Raises:
-        ChangedObjectError: it is of another.
+        ChangedObjectError: it has another.
     """
     if revision is not None and (seen := file_revision(os.fstat(fd))) != revision:
-        raise changed(str(path), revision, seen)
+        raise ChangedObjectError(str(path), revision, seen)
 
 
 def read_file_into(path: Path, start: int, destination: memoryview, revision: str | None = None) -> None:
@@ -209,7 +209,7 @@ def read_exactly(path: Path, fd: int, start: int, destination: memoryview) -> No
 
 
 def create_file(path: Path) -> int:
-    """Open a file, made if need be, in a folder that another process removes whenever it finds it empty."""
+    """Open a file, created if need be, in a folder that another process removes whenever it finds it empty."""
     for _ in range(_ATTEMPTS):
         with suppress(FileNotFoundError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,9 +218,9 @@ def create_file(path: Path) -> int:
 
 
 def forget_pages(fd: int) -> None:
-    """Leave the page cache to others: what was written piece by piece lies there in small pages.
+    """Drop a file's pages from the page cache: those written piece by piece are small.
 
-    Whoever maps the file later gets large ones then, with which a model was seen to compute 5 % faster.
+    A process that maps the file later gets large ones then, with which a model computed 5 % faster.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -228,7 +228,7 @@ def forget_pages(fd: int) -> None:
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A file name in `folder` that is gone afterwards, whatever happens."""
+    """A file name in `folder`; the file is removed afterwards, whatever happens."""
     scratch = folder / f"{uuid.uuid4().hex}.tmp"
     try:
         yield scratch
@@ -248,7 +248,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make names that came or went durable."""
+    """Make new and removed names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

@@ -1,8 +1,8 @@
-"""Any file system that fsspec knows, as a storage. Local files have a few shorter ways: see `filesystem`.
+"""Any file system that fsspec knows, as a storage. Local files have shorter ways of their own: see `filesystem`.
 
-Its remote file systems are asynchronous underneath, on a loop of their own: bytes of theirs are read there, as ranges
-in parallel (see `transfer`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions become
-surfw's here and nowhere else.
+Remote file systems are asynchronous underneath, on a loop of their own: their bytes are read there, as ranges in
+parallel (see `far_reads`); all other calls are fsspec's synchronous ones, in threads. Foreign exceptions are translated
+here and nowhere else.
 """
 
 import asyncio
@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import fsspec
 
-from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, PIECE_BYTES, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import (
-    Check,
+    ChangedObjectError,
     StorageBackend,
     check_key,
     check_prefix,
@@ -30,27 +30,36 @@ from surfw.storage.base import (
     refuse_size,
     spool_folder,
 )
-from surfw.storage.cat_ranges import CatRanges
-from surfw.storage.transfer import CONNECTIONS, RANGE_RETRIES, RangeReader, Transfer
+from surfw.storage.far_reads import (
+    CONNECTIONS,
+    RANGE_RETRIES,
+    Destination,
+    FarReads,
+    RangeReader,
+    RangeResponse,
+    TransientError,
+)
+from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
 from surfw.storage_options import connections_of, identify_place, seconds_of
 
 T = TypeVar("T")
-_COPY_BYTES = 8 << 20
+_RESTARTS = 3
+"""How often a load starts again because the object was replaced meanwhile."""
 
 _ROUNDS = 10
-"""A listing is many requests, and an object that comes as a whole shows no progress: they may take so much longer.
+"""How many times `silence_timeout` a listing may take, which is many requests, and an object that shows no progress.
 
-Of HTTP, none of the requests may be silent for longer than `silence_timeout`.
+Over HTTP no single request may be silent for longer than `silence_timeout`.
 """
 
 _TAGS = ("ETag", "etag", "checksum", "md5Hash", "content_md5", "blob_id")
 _TIMES = ("mtime", "last_modified", "LastModified", "modified")
-"""What file systems call what changes with an object."""
+"""Names of file systems for facts that change with an object."""
 
 
 @contextmanager
 def translate_errors(what: str) -> Iterator[None]:
-    """Foreign exceptions as surfw's, naming what was being done."""
+    """Translate the exceptions of file systems; `what` names what was being done."""
     try:
         yield
     except FileNotFoundError as exc:
@@ -67,7 +76,7 @@ def translate_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def translate_all_errors(what: str) -> Iterator[None]:
-    """As `translate_errors`, and also what a library, or a backend of others, raises of its own."""
+    """Translate all exceptions, also those of a library or a custom backend; see `translate_errors`."""
     try:
         with translate_errors(what):
             yield
@@ -93,23 +102,23 @@ class FsspecBackend(StorageBackend):
             ConfigurationError: an argument cannot be used, or a package is not installed.
         """
         self.url = display_url(url)
-        self._address = url  # with what is not shown
+        self._address = url  # may hold secrets
         self._place = identify_place(url, options)
         self.silence_timeout = seconds_of(silence_timeout)
         connections = CONNECTIONS
         if "max_concurrency" in options:
             options["max_concurrency"] = connections = connections_of(options["max_concurrency"])
         self.fs, self.root = self._open(**options)
-        reader = self._ranges(connections)
+        reader = self._range_reader(connections)
+        self._far: FarReads | None = None
         if reader is not None:
             reader.limit_waits(self.silence_timeout)
-        self._transfer = Transfer(reader, RANGE_RETRIES) if reader else None
-        self.parallel_reads = connections if reader else 1
-        self.reads_in_place = reader is not None and reader.streams
+            self._far = FarReads(reader, RANGE_RETRIES)
+            self.parallel_reads, self.reads_in_place = connections, reader.streams
         self._read_only = reader is not None and reader.read_only
 
-    def _ranges(self, connections: int) -> RangeReader | None:
-        """How ranges of this file system are read in parallel; None if it is here, or can only be asked in threads."""
+    def _range_reader(self, connections: int) -> RangeReader | None:
+        """Return what reads ranges of this file system in parallel; None for one that is local or only synchronous."""
         if not getattr(self.fs, "async_impl", False):
             return None
         protocol = self.fs.protocol
@@ -117,7 +126,7 @@ class FsspecBackend(StorageBackend):
             from surfw.storage.http_ranges import HttpRanges
 
             return HttpRanges(self.fs, connections)
-        return CatRanges(self.fs, connections)
+        return _CatRanges(self.fs, connections)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
         try:
@@ -139,7 +148,7 @@ class FsspecBackend(StorageBackend):
         return found
 
     def _advice(self, exc: Exception) -> str:
-        """What to do where no file system has the scheme."""
+        """The advice for a URL whose scheme no file system has."""
         if not str(exc).startswith("Protocol not known"):
             return ""
         return (
@@ -148,7 +157,7 @@ class FsspecBackend(StorageBackend):
         )
 
     def spool(self) -> Path:
-        """A local folder for files on their way into this storage; URLs that are alike may be other places."""
+        """A local folder for files on their way into this storage; options may make one URL several places."""
         return spool_folder(self._place)
 
     def path(self, key: str) -> str:
@@ -166,24 +175,24 @@ class FsspecBackend(StorageBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """All errors as surfw's; a backend adds what its library says in its own way."""
+        """Translate all errors; a subclass adds those of its library."""
         with translate_all_errors(what):
             yield
 
     @asynccontextmanager
-    async def _telling(self, key: str) -> AsyncIterator[None]:
-        """Errors of a transfer as surfw's. A backend may ask the server for the reason, so that is done in a thread."""
+    async def _translating(self, key: str) -> AsyncIterator[None]:
+        """Translate errors of far reads. A backend may ask the server for the reason, so that is done in a thread."""
         try:
             yield
         except SurfwError:
             raise
-        except Exception as exc:  # noqa: BLE001 - every one is told
+        except Exception as exc:  # noqa: BLE001 - every one is translated
             await asyncio.to_thread(self._tell, exc, key)
 
     def _tell(self, exc: Exception, key: str) -> NoReturn:
         with self._translate(self._name(key)):
             raise exc
-        raise AssertionError  # never: what is translated is raised
+        raise AssertionError  # never reached: the translation raises
 
     def _name(self, key: str) -> str:
         return f"{key} in {self.url}"
@@ -194,23 +203,33 @@ class FsspecBackend(StorageBackend):
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
         """The whole object, if it is no larger: its size is known before any of it is read."""
-        if type(self).load is not FsspecBackend.load:  # somebody's subclass, which may change bytes on their way
+        if type(self).load is not FsspecBackend.load:  # a custom subclass, which may change bytes on their way
             return await super().load_capped(key, most_bytes)
         return await self._load(key, most_bytes)
 
     async def _load(self, key: str, most_bytes: int) -> bytes:
-        path = self.path(key)
-        if self._transfer is not None and self._transfer.reader.tells_revision:
-            async with self._telling(key):
-                return bytes(await self._transfer.load(path, name=self._name(key), most_bytes=most_bytes))
-        if most_bytes < sys.maxsize:
-            refuse_size(await self.size(key), most_bytes, self._name(key))
-        data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
-        return expect_at_most(data, most_bytes, key, self.url)
+        if self._far is None or not self._far.reader.tells_revision:
+            if most_bytes < sys.maxsize:
+                refuse_size(await self.size(key), most_bytes, self._name(key))
+            data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
+            return expect_at_most(data, most_bytes, key, self.url)
+        for _ in range(_RESTARTS):
+            with suppress(ChangedObjectError):  # the beginning and the rest were of two revisions: start again
+                return await self._load_far(self._far, key, most_bytes)
+        return await self._load_far(self._far, key, most_bytes)
+
+    async def _load_far(self, far: FarReads, key: str, most_bytes: int) -> bytes:
+        """The whole object. Its first range says how large it is, so a small one takes a single request."""
+        path, pin = self.path(key), Pin()
+        async with self._translating(key):
+            memory, done = await far.begin(path, name=self._name(key), pin=pin, most_bytes=most_bytes)
+        rest = memoryview(memory)[done:]
+        await self.read_all([ObjectRead([ObjectRange(key, done, len(rest), pin)], rest)])
+        return bytes(memory)
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
-        if self._transfer is None:
+        if self._far is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
         memory = bytearray(stop - start)
@@ -219,47 +238,41 @@ class FsspecBackend(StorageBackend):
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
-        if self._transfer is None:
+        check_key(key)
+        if self._far is None:
             await super().read_into(key, start, destination, revision=revision)
-        else:
-            await self._read(self._transfer, key, start, destination, revision=revision)
-
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, verified; a range of S3's as it arrives."""
-        if self._transfer is None:
-            await super().read_verified(key, start, destination, check, revision=revision)
-        else:
-            await self._read(self._transfer, key, start, destination, revision=revision, check=check)
-
-    async def _read(
-        self,
-        transfer: Transfer,
-        key: str,
-        start: int,
-        destination: memoryview,
-        *,
-        revision: str | None,
-        check: Check | None = None,
-    ) -> None:
-        path, tells = self.path(key), transfer.reader.tells_revision
-        if not tells and revision is None and destination.nbytes > transfer.reader.range_bytes:
-            revision = await self.revision(key)
-        async with self._telling(key):
-            pinned = revision if tells else None
-            await transfer.read_into(path, start, destination, name=self._name(key), pinned=pinned, check=check)
+            return
+        tells, pin = self._far.reader.tells_revision, Pin(revision)
+        if not tells:
+            if revision is None and destination.nbytes > self.range_bytes:
+                revision = await self.revision(key)
+            pin = Pin()  # the revision is looked up once, after all ranges
+        part = ObjectRange(key, start, destination.nbytes, pin)
+        await self.read_all([ObjectRead([part], destination.cast("B"))])
         if not tells and revision is not None:
             await self.expect_revision(key, revision)
 
+    @property
+    def range_bytes(self) -> int:
+        """The size of the largest range that is read at a time."""
+        return super().range_bytes if self._far is None else self._far.reader.range_bytes
+
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range, and verify it; one of S3's as it arrives."""
+        if self._far is None:
+            await super().read_range(part, destination, check)
+            return
+        key, pin = part.key, part.pin
+        async with self._translating(key):
+            await self._far.read(self.path(key), part.start, destination, name=self._name(key), pin=pin, check=check)
+        if not self._far.reader.tells_revision and pin.revision is not None:
+            await self.expect_revision(key, pin.revision)
+
     async def revision(self, key: str) -> str | None:
-        """What the file system says that changes with the object; None if it says nothing, or there is no object."""
-        path = self.path(key)
+        """A string that changes with the object; None if the file system has no such thing, or no such object."""
         try:
-            if self._transfer is not None:
-                async with self._telling(key):
-                    if facts := await self._transfer.facts(path, name=self._name(key)):
-                        return facts.revision
+            if facts := await self._facts(key):
+                return facts.revision
             return _revision_of(await self._call(key, self._info))
         except NotFoundError:
             return None
@@ -272,7 +285,7 @@ class FsspecBackend(StorageBackend):
                 self._put_bytes(data, path)
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
-                shutil.copyfileobj(data, whole, _COPY_BYTES)
+                shutil.copyfileobj(data, whole, PIECE_BYTES)
                 whole.flush()
                 self._put_file(whole.name, path)
 
@@ -303,25 +316,20 @@ class FsspecBackend(StorageBackend):
             )
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there; a storage that does not say is an error."""
+        """Whether the object exists; a storage that does not say is an error."""
 
         def look(path: str) -> bool:
             with suppress(NotADirectoryError):
                 return bool(self._info(path)["type"] == "file")
             return False
 
-        path = self.path(key)
         try:
-            if self._transfer is not None:
-                async with self._telling(key):
-                    if await self._transfer.facts(path, name=self._name(key)):
-                        return True
-            return await self._call(key, look)
+            return bool(await self._facts(key)) or await self._call(key, look)
         except NotFoundError:
             return False
 
     async def remove(self, key: str) -> None:
-        """Remove an object; where there is none, nothing is to be done."""
+        """Remove an object; one that does not exist is no error."""
 
         def remove(path: str) -> None:
             try:
@@ -342,22 +350,27 @@ class FsspecBackend(StorageBackend):
 
     async def size(self, key: str) -> int:
         """The object's length."""
-        path = self.path(key)
-        if self._transfer is not None:
-            async with self._telling(key):
-                if (facts := await self._transfer.facts(path, name=self._name(key))) and facts.size is not None:
-                    return facts.size
+        if (facts := await self._facts(key)) and facts.size is not None:
+            return facts.size
         return int(await self._call(key, lambda path: self._info(path)["size"]))
 
+    async def _facts(self, key: str) -> RangeResponse | None:
+        """Size and revision, if the reader of ranges can ask for them; None otherwise."""
+        path = self.path(key)
+        if self._far is None:
+            return None
+        async with self._translating(key):
+            return await self._far.facts(path, name=self._name(key))
+
     def _info(self, path: str) -> Mapping[str, Any]:
-        """What the file system tells of an object now, not what it knew before."""
+        """The facts of an object as they are now, past fsspec's cache."""
         self.fs.invalidate_cache()
         facts: Mapping[str, Any] = self._ask("info", path)
         return facts
 
     def _ask(self, what: str, path: str, *, rounds: int = 1) -> Any:
-        """Call the file system; an asynchronous one has `silence_timeout` for it, as many times as there are rounds."""
-        if self._transfer is None:
+        """Call a method of the file system; an asynchronous one may take `rounds` times `silence_timeout`."""
+        if self._far is None:
             return getattr(self.fs, what)(path)
         most = self.silence_timeout * rounds
         try:
@@ -371,14 +384,14 @@ class FsspecBackend(StorageBackend):
             ) from exc
 
     async def list(self, prefix: str = "") -> list[str]:
-        """The keys that start with the prefix; a web page may also link what is none."""
+        """The keys that start with the prefix; other links of a web page are left out."""
         folder = check_prefix(prefix).rpartition("/")[0]
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
             try:
                 with self._translate(f"listing {self.url}"):
-                    self.fs.invalidate_cache()  # what others did since is to be seen
+                    self.fs.invalidate_cache()  # changes of others have to be seen
                     paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS)
             except NotFoundError:
                 return []
@@ -389,10 +402,35 @@ class FsspecBackend(StorageBackend):
 
 
 def _revision_of(info: Mapping[str, Any]) -> str | None:
-    """What of a file system's facts about an object changes with it; of local files, times are too coarse."""
+    """The fact about an object that changes with it; None for local files, whose times are too coarse."""
     if info.get("type") != "file" or "ino" in info:
         return None
     if tag := next((info[name] for name in _TAGS if info.get(name)), None):
         return str(tag)
     time = next((info[name] for name in _TIMES if info.get(name)), None)
     return None if time is None else f"{time}, {info.get('size')} bytes"
+
+
+class _CatRanges(RangeReader):
+    """Ranges by an asynchronous file system's `_cat_file`: held in memory first, and of no known revision."""
+
+    streams = False
+    tells_revision = False
+
+    def __init__(self, fs: Any, connections: int) -> None:
+        """Name the file system; nothing is contacted."""
+        super().__init__(connections)
+        self._fs = fs
+        self.loop = fs.loop
+        self._slots = asyncio.Semaphore(connections)
+
+    async def get(self, path: str, into: Destination) -> None:
+        """Read, then put in place."""
+        start, stop = into.start, into.stop
+        try:
+            async with self._slots:
+                into.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
+                data = await self._fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
+        except (ConnectionError, TimeoutError) as exc:
+            raise TransientError from exc
+        into.accept(RangeResponse(None, start, len(data), None))[:] = data

@@ -1,8 +1,8 @@
 """Ranges of what an HTTP server offers: read-only, streamed into place, of one ETag or modification time.
 
-A revision is told by the answer's own headers: a strong ETag, which is also asked for (`If-Match`), else what else the
-server says of the object (a weak ETag, its modification time, its size). Only answers to ranges are compared with each
-other. A server has to answer ranges (206), except for an object that is asked for whole.
+The revision comes from the response's headers: a strong ETag, which is also sent with requests (`If-Match`), or else a
+weak ETag, or modification time and size. Only responses to range requests are compared with each other. A server has to
+answer range requests with 206, except where the range is the whole object.
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from yarl import URL
 
 from surfw.config import MIB, display_text, display_url
 from surfw.errors import StorageError
-from surfw.retry import MOST_REDIRECTS, TRANSIENT_STATUSES
+from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
 from surfw.storage.base import refuse_size
-from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
+from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
 from surfw.threads import in_thread
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)")
@@ -29,8 +29,6 @@ _BUFFER_BYTES = MIB
 _CONNECT_SECONDS = 5
 _PAGE_BYTES = 16 * MIB
 """The largest page with a folder's listing."""
-
-_REDIRECTS = {301, 302, 303, 307, 308}
 
 
 class HttpRanges(RangeReader):
@@ -42,7 +40,7 @@ class HttpRanges(RangeReader):
         """Name the file system; nothing is contacted."""
         super().__init__(connections)
         self._fs = fs
-        fs.kwargs.pop("max_concurrency", None)  # what it does not know, it would give to each request
+        fs.kwargs.pop("max_concurrency", None)  # fsspec would pass it on to each request
         tells_headers = any(
             given.get(name) for given in (fs.kwargs, fs.client_kwargs) for name in ("headers", "cookies", "auth")
         )
@@ -52,47 +50,48 @@ class HttpRanges(RangeReader):
         self.limit_waits(self.silence_timeout)
 
     def limit_waits(self, silence_timeout: float) -> None:
-        """Say how long a read may take without progress; a request is tried again after half of that without a byte."""
+        """Set how long a read may make no progress; a request without a byte for half of that is tried again."""
         super().limit_waits(silence_timeout)
         half = silence_timeout / 2
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
         whole = aiohttp.ClientTimeout(total=None, sock_connect=silence_timeout, sock_read=silence_timeout)
         self._fs.client_kwargs = {"timeout": whole} | self._fs.client_kwargs  # for fsspec's own requests: listings
 
-    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+    async def get(self, path: str, into: Destination) -> None:
         """Read into place."""
-        asked = {"Range": f"bytes={start}-{stop - 1}"}
+        start, pinned = into.start, into.pin.revision
+        asked = {"Range": f"bytes={start}-{into.stop - 1}"}
         if pinned is not None and pinned.startswith('"'):
             asked["If-Match"] = pinned
         async with self._slots:
-            place.begin()
+            into.begin()
             async with self._request(path, asked) as found:
                 if found.status == 416:
-                    place(Answer(None, start, 0, None if start else 0))  # an empty object, or one that ends before
+                    into.accept(RangeResponse(None, start, 0, None if start else 0))  # empty, or it ends before
                     return
-                await _read(found.content, place(_answer(found)))
+                await _read(found.content, into.accept(_response(found)), into)
 
-    async def facts(self, path: str) -> Answer | None:
-        """Size and revision, from the headers of an answer whose bytes are not read.
+    async def facts(self, path: str) -> RangeResponse | None:
+        """Size and revision, from the headers of a response whose bytes are not read.
 
-        It is one to a range, as all others are: of the whole, a server may tell another revision, or none.
+        The request is for a range, as all others are: for the whole, a server may send another revision, or none.
         """
         async with self._request(path, {"Range": "bytes=0-0"}) as found:
-            part = None if found.status == 416 else _answer(found)
+            part = None if found.status == 416 else _response(found)
         if part is not None and part.size is not None:
             return part
-        async with self._request(path, {}) as found:  # an empty object, or a server that does not say how long it is
-            whole = _answer(found)
+        async with self._request(path, {}) as found:  # an empty object, or a server that does not send its size
+            whole = _response(found)
         return whole if part is None else replace(whole, revision=part.revision)
 
     @asynccontextmanager
     async def _request(self, path: str, asked: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A good answer, or one that says that the range is beyond the end.
+        """A good response, or the one (416) that says that the range is beyond the end.
 
         Raises:
-            TransientError: from what may pass.
-            PinLostError: the object is another by now.
-            OSError: anything else.
+            TransientError: from a failure after which another try may succeed.
+            PinLostError: the object has another revision by now.
+            OSError: any other failure.
         """
         session = await self._fs.set_session()
         options = {
@@ -117,22 +116,22 @@ class HttpRanges(RangeReader):
 
 
 class _Response(aiohttp.ClientResponse):
-    """An answer that does not send to where somebody can listen, with a text no longer than a page may be.
+    """A response whose redirects lead to no unsafe place, and whose text is not longer than a page may be.
 
-    Every answer on the way comes by here before aiohttp follows it, those to fsspec's own requests too.
+    Every response passes here before aiohttp follows it, also those to fsspec's own requests.
     """
 
     tells_headers = False
-    """Whether the requests carry what may be secret."""
+    """Whether the requests have headers that may be secret."""
 
     async def start(self, connection: Any) -> aiohttp.ClientResponse:
-        """Read the head.
+        """Read the headers.
 
         Raises:
-            StorageError: it sends to where the request must not go.
+            StorageError: it redirects to a place where the request must not go.
         """
         await super().start(connection)
-        if self.status in _REDIRECTS:
+        if self.status in REDIRECT_STATUSES:
             self._judge_redirect()
         return self
 
@@ -141,18 +140,18 @@ class _Response(aiohttp.ClientResponse):
         if len(locations) != 1 or not locations[0]:  # aiohttp would follow the first one, or a header `URI`
             raise StorageError(f"{source.host} sends elsewhere with {len(locations)} headers Location, expected one")
         try:
-            target = source.join(URL(locations[0]))
-            origin = target.origin()
+            target = source.join(URL(locations[0]))  # where aiohttp will follow it to
+            redirect = parse_redirect(str(source), str(target))
         except ValueError as exc:
             raise StorageError(f"{source.host} sends to {display_text(locations[0])[:80]!a}, which is no URL") from exc
-        said = f"{source.host} sends to {display_url(str(origin))}"
-        if source.scheme == "https" and target.scheme != "https":
+        said = f"{source.host} sends to {display_url(str(target.origin()))}"
+        if redirect.loses_tls:
             raise StorageError(f"{said}, which is not encrypted; name an address that is")
-        if self.tells_headers and origin != source.origin():
+        if self.tells_headers and redirect.leaves_origin:
             raise StorageError(f"{said}, which must not see the headers for {source.host}; name that address yourself")
 
     async def text(self, encoding: str | None = None, errors: str = "strict") -> str:
-        """The text, which is all that fsspec takes of a listing.
+        """The body as text, which is how fsspec reads a listing.
 
         Raises:
             StorageError: it is too long.
@@ -165,13 +164,13 @@ class _Response(aiohttp.ClientResponse):
 
 
 class _KeptResponse(_Response):
-    """One to a request that no other server must see."""
+    """A response to a request with headers that no other server must see."""
 
     tells_headers = True
 
 
-async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
-    memory, done = landing.memory, 0
+async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destination) -> None:
+    done = 0
     try:
         while done < len(memory):
             piece = await content.read(min(_BUFFER_BYTES, len(memory) - done))
@@ -179,14 +178,14 @@ async def _read(content: aiohttp.StreamReader, landing: Landing) -> None:
                 raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
             memory[done : done + len(piece)] = piece
             done += len(piece)
-            landing.came(len(piece))
+            into.came(len(piece))
     except (aiohttp.ClientError, TimeoutError):
-        await in_thread(landing.arrived, done)  # what is verified need not come again
+        await in_thread(into.arrived, done)  # verified blocks need not come again
         raise
 
 
 def _judge(found: aiohttp.ClientResponse) -> None:
-    """Raises: what a bad status means."""
+    """Raise the error that a bad status means."""
     said = f"the server answered {found.status} {found.reason or ''}".rstrip()
     if found.status in {404, 410} or (
         found.status in {200, 206} and found.url.path.endswith("/")
@@ -202,7 +201,7 @@ def _judge(found: aiohttp.ClientResponse) -> None:
         raise OSError(errno.EIO, f"{said}, expected 200 or 206")
 
 
-def _answer(found: aiohttp.ClientResponse) -> Answer:
+def _response(found: aiohttp.ClientResponse) -> RangeResponse:
     length, size, start = found.headers.get("Content-Length", ""), None, 0
     if not _LENGTH.fullmatch(length) or found.headers.get("Content-Encoding", "identity") != "identity":
         raise StorageError(
@@ -215,7 +214,7 @@ def _answer(found: aiohttp.ClientResponse) -> Answer:
         start, size = int(match[1]), None if match[3] == "*" else int(match[3])
     else:
         size = int(length)
-    return Answer(_revision(found, size), start, int(length), size)
+    return RangeResponse(_revision(found, size), start, int(length), size)
 
 
 def _revision(found: aiohttp.ClientResponse, size: int | None) -> str | None:

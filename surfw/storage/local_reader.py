@@ -1,13 +1,13 @@
 """Local files straight into memory that the caller owns, each piece verified while the next one is read.
 
-Large reads go past the page cache (O_DIRECT): what is streamed is bigger than memory, so that copies of it there would
-only drive out what is of use. Ranges that do not begin at a page, as those of a checkpoint's shards, are read rounded
-out to whole pages, into a buffer of the reading thread, and copied from there. File systems that refuse it are read as
-any file is. A file that is pinned to a revision is looked at before and after it is read.
+Large reads bypass the page cache (O_DIRECT): the streamed weights are bigger than memory, so copies of them there would
+only evict useful pages. Ranges that do not begin at a page boundary, as those of a checkpoint's shards, are rounded out
+to whole pages, read into a buffer of the reading thread, and copied from there. On file systems that refuse O_DIRECT,
+files are read in the ordinary way. A pinned file has its revision checked before and after it is read.
 
-Two threads read pieces in the order of asking, so that the device always has the next one to do, and a third one
-verifies: beside a decoding model on two cores, that read at 96 to 98 % of what the device gave on the idle machine, one
-reader at 88 to 94 %. A read that somebody waits for has a thread of its own, and overtakes those that were made ahead.
+Two threads read pieces in the order of the requests, so that the device always has the next one queued, and a third one
+verifies: next to a decoding model on two cores they read at 96 to 98 % of the idle device's rate, one reader at 88 to
+94 %. An urgent read has a thread of its own, and overtakes those that were made ahead.
 """
 
 import asyncio
@@ -24,15 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from surfw.config import MIB
+from surfw.config import MIB, PIECE_BYTES
 from surfw.errors import StorageError
 from surfw.files import open_regular
-from surfw.storage.base import Check
 from surfw.storage.filesystem import expect_file_revision, read_exactly
 from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.ranges import Check
 from surfw.threads import to_its_end
 
-PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SMALL_BYTES = 256 * 1024
 _HUGE_BYTES = 2 * MIB
@@ -65,9 +64,9 @@ class LocalReader:
         self._bounces = _Bounces()
 
     async def read(self, ranges: Sequence[FileRange], destination: memoryview, check: Check, *, urgent: bool) -> None:
-        """Fill the destination with ranges of files, one behind the other, verified piece by piece.
+        """Fill the destination with ranges of files, one after the other, and verify it piece by piece.
 
-        When this ends, however it ends, nothing writes to the destination any more.
+        Once this has ended, also by a failure or a cancellation, nothing is written to the destination any more.
 
         Raises:
             ChangedObjectError: a file is not of its revision.
@@ -112,7 +111,7 @@ class LocalReader:
         await _results([check for check in checks if check is not None])
 
     async def check(self, view: memoryview, check: Check) -> None:
-        """Verify what is in memory already.
+        """Verify bytes that are in memory already.
 
         Raises:
             Exception: what `check` raised.
@@ -121,7 +120,7 @@ class LocalReader:
         await _results([_submit(self._checks, check, at, view[at : at + PIECE_BYTES]) for at in starts])
 
     def close(self) -> None:
-        """End the threads; reads that wait for their turn are not done any more."""
+        """End the threads; queued reads are given up."""
         for threads in (self._ahead, self._urgent, self._checks):
             threads.shutdown(cancel_futures=True)
 
@@ -160,7 +159,7 @@ class _Bounces(threading.local):
 
 
 def _submit(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> Future[T]:
-    """As `submit`; once the threads are closed, a cancelled future, as jobs that were submitted before have to end."""
+    """As `submit`, but a cancelled future once the threads are closed: jobs that were submitted before have to end."""
     try:
         return threads.submit(work, *arguments)
     except RuntimeError:
@@ -170,7 +169,7 @@ def _submit(threads: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any
 
 
 async def _results(jobs: Sequence[Future[T]], on_cancel: Callable[[], object] = lambda: None) -> list[T]:
-    """What all of them gave, once all have ended; or what the first one that failed has raised."""
+    """Return the results of all jobs once all have ended, or raise the first failure."""
     found = await to_its_end(
         asyncio.gather(*map(asyncio.wrap_future, jobs), return_exceptions=True), on_cancel=on_cancel
     )
@@ -212,10 +211,10 @@ class MappedFile:
             self.memory = _map(self._fd, begin, file.stop - begin)[file.start - begin :]
 
     def expect_unchanged(self, check: Check) -> None:
-        """Look whether the file was written to, cut off or touched; if so, all of it is verified again.
+        """Verify all of the range again if the file was written to, truncated or touched.
 
         Raises:
-            StorageError: it was cut off: to touch what is gone would end the process (SIGBUS).
+            StorageError: it was truncated: reading the missing pages would end the process (SIGBUS).
             Exception: what `check` raises.
         """
         found = os.fstat(self._fd)
@@ -267,12 +266,12 @@ def _map(descriptor: int, start: int, length: int) -> memoryview:
 
 
 def _traces(found: os.stat_result) -> tuple[int, int, int]:
-    """What a writer leaves behind; the last one also where it sets the time of modification back."""
+    """The traces of a writer; ctime changes even if it sets the modification time back."""
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 class _File:
-    """A file that threads read, past the page cache where that can be."""
+    """A file that threads read, past the page cache where that is possible."""
 
     def __init__(self, path: Path, revision: str | None, bounces: _Bounces) -> None:
         """Open it when something is read."""
@@ -289,21 +288,21 @@ class _File:
             os.close(descriptor)
 
     def expect_revision(self) -> None:
-        """Make sure that it is still what it has to be, after it was read.
+        """Check that it still has its revision, after it was read.
 
         Raises:
-            ChangedObjectError: it is not.
+            ChangedObjectError: it has another.
         """
         for descriptor in self._descriptors.values():
             expect_file_revision(self._path, descriptor, self._revision)
 
     def read_into(self, start: int, destination: memoryview, *, in_place: bool) -> None:
-        """Fill the destination from byte `start` on: whole pages directly, what remains through the page cache.
+        """Fill the destination from byte `start` on: whole pages directly, the rest through the page cache.
 
         Args:
             start: the first byte.
-            destination: where they go.
-            in_place: whether that begins at a page; only then, and where `start` does too, is a read there direct.
+            destination: the memory to fill.
+            in_place: whether it begins at a page boundary; if `start` does too, it is read into without a buffer.
 
         Raises:
             NotFoundError: there is no such file.
@@ -329,7 +328,7 @@ class _File:
         return self._fill(self._direct, start, destination[: len(destination) - len(destination) % mmap.PAGESIZE])
 
     def _bounce(self, start: int, destination: memoryview) -> int:
-        """Read whole pages around the range into a buffer of this thread, and copy; how many bytes there were."""
+        """Read whole pages around the range into this thread's buffer, copy, and return how many bytes there were."""
         first = start - start % mmap.PAGESIZE
         last = -(-(start + len(destination)) // mmap.PAGESIZE) * mmap.PAGESIZE
         buffer = self._bounces.get()[: last - first]
@@ -339,7 +338,7 @@ class _File:
         return done
 
     def _fill(self, flag: int, start: int, destination: memoryview) -> int:
-        """Read until the destination is full, or the file ends; how many bytes there were."""
+        """Read until the destination is full or the file ends, and return how many bytes there were."""
         done = 0
         while done < len(destination):
             count = os.preadv(self._open(flag), [destination[done:]], start + done)

@@ -1,10 +1,10 @@
-"""What the manifests of a store point at: blobs of the store itself, and objects of *origins*, which were not copied.
+"""The objects that a store's manifests point to: its own blobs, and objects of *origins*, which were not copied.
 
 Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. Invariants:
 
-- No byte of an origin is given out that was not read from the revision that the manifest pinned.
-- A manifest is data: of what `open_backend` opens, it reaches folders, S3, the web and the hub, and runs no code. A
-  store on another machine never makes this one read its own files.
+- Every byte of an origin that is returned was read from the revision that the manifest pinned.
+- A manifest is data. It can make this machine read folders, S3, the web and the hub, and it runs no code. A store on
+  another machine never makes this one read its own files.
 - Storage options, which may hold secrets, go to no other server than the one they were given for.
 - Origins are read, never written to.
 """
@@ -18,20 +18,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from blake3 import blake3
+
+from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Manifest, Origin
-from surfw.storage.addresses import scheme_of
-from surfw.storage.base import ChangedObjectError, Check, StorageBackend, refuse_size
-from surfw.storage.opening import open_backend
+from surfw.storage.backends import open_backend, scheme_of
+from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
+from surfw.storage.ranges import Check, ObjectRange, Pin
+from surfw.storage_options import identify_place
 
-_MOUNT = "origins/"
+_MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
 """Schemes of origins that manifests may name; those of stores on this machine may also name folders."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where an object lies: its storage, its key there, and the revision it has to have, if it is pinned."""
+    """Where an object is: its storage, its key there, and the revision that it has to have, if it is pinned."""
 
     backend: StorageBackend
     key: str
@@ -46,15 +50,15 @@ class _Mounted:
 
 @dataclass(frozen=True)
 class PlacedOptions:
-    """Storage options, and the place that somebody named with them: a store, or a checkpoint that is not copied."""
+    """Storage options, and the place that they were given for: a store, or a checkpoint that is not copied."""
 
     place: str
     options: Mapping[str, Any]
 
     def for_url(self, url: str) -> Mapping[str, Any]:
-        """Those that another address may see: all, if it is of the same server.
+        """Return the options for another address: all if it is of the same server, none otherwise.
 
-        S3's are for one endpoint, whatever the bucket, which no address can change; folders have none of their own.
+        Options of S3 are for one endpoint and all its buckets, which no address can change; folders have no options.
         """
         scheme, own_scheme = scheme_of(url), scheme_of(self.place)
         if scheme == "s3":
@@ -64,7 +68,7 @@ class PlacedOptions:
 
 
 class Objects(StorageBackend):
-    """A store's own objects, and those of its manifests' origins, by one kind of key. Read-only."""
+    """A store's own objects and those of its manifests' origins, in one space of keys. Read-only."""
 
     def __init__(self, own: StorageBackend, marker: str, options: PlacedOptions | None = None) -> None:
         """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
@@ -72,29 +76,37 @@ class Objects(StorageBackend):
         self._own = own
         self._is_local = own.local_path(marker) is not None
         self._options = options or PlacedOptions(own.url, {})
-        self._mounted: Mapping[str, _Mounted] = {}  # replaced as a whole: other threads may be going through it
+        self._mounted: Mapping[str, _Mounted] = {}  # replaced as a whole: other threads may be iterating over it
         self._mounting = threading.Lock()
 
     @property
-    def parallel_reads(self) -> int:  # type: ignore[override]  # of the one that gains most by it
-        """How many reads at a time are worth it."""
+    def parallel_reads(self) -> int:  # type: ignore[override]
+        """How many reads are worth having under way: as many as for the storage that gains most from it."""
         return max(backend.parallel_reads for backend in self._backends())
 
     @property
-    def reads_in_place(self) -> bool:  # type: ignore[override]
-        """Whether all of them read straight into the destination."""
-        return all(backend.reads_in_place for backend in self._backends())
+    def range_bytes(self) -> int:
+        """The size of the largest range that is read at a time: that of the storage with the most reads."""
+        return max(self._backends(), key=lambda backend: backend.parallel_reads).range_bytes
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that reading takes besides its destinations; files are read in place."""
+        return max(
+            0 if backend.local_path(_ANY) and backend.parallel_reads == 1 else backend.buffered_bytes
+            for backend in self._backends()
+        )
 
     @property
     def has_local_origin(self) -> bool:
-        """Whether an origin is a folder: its shards are read at odd places."""
+        """Whether an origin is a folder, in whose shards tensors begin at any byte."""
         return any(is_local_url(one.origin.url) for one in self._mounted.values())
 
     def _backends(self) -> list[StorageBackend]:
         return [self._own, *(one.backend for one in self._mounted.values())]
 
     def mount(self, manifest: Manifest, *, where: str) -> Manifest:
-        """The manifest with its objects named as they are here; without an origin, as it is.
+        """Return the manifest with its objects named as they are here; without an origin, as it is.
 
         Raises:
             ManifestError: its origin is not one that this store may have.
@@ -131,7 +143,7 @@ class Objects(StorageBackend):
         return open_backend(url, self._options.for_url(url), silence_timeout=self._own.silence_timeout)
 
     def _refuse(self, origin: Origin, where: str) -> None:
-        """Raises: ManifestError, if no manifest may name such an origin, or none of a store on another machine."""
+        """Raise ManifestError if no manifest, or no manifest of a store on another machine, may name such an origin."""
         if may_be_origin(origin.url) and (self._is_local or not is_local_url(origin.url)):
             return
         whose = "no manifest may say" if self._is_local else "a store that is not on this machine may not say"
@@ -141,10 +153,10 @@ class Objects(StorageBackend):
         )
 
     def find(self, key: str) -> Found:
-        """Where the object lies.
+        """Find out where the object is.
 
         Raises:
-            StorageError: it is said to lie in an origin that no manifest of this store has.
+            StorageError: its key names an origin that no manifest of this store has.
         """
         if not key.startswith(_MOUNT):
             return Found(self._own, key)
@@ -156,18 +168,17 @@ class Objects(StorageBackend):
         return Found(mounted.backend, name, pin.revision)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
-        """Fill `destination` with the object's bytes from `start` on, if it is what it was."""
+        """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
         found = self.find(key)
         with _explaining(found):
             await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
 
-    async def read_verified(
-        self, key: str, start: int, destination: memoryview, check: Check, *, revision: str | None = None
-    ) -> None:
-        """As `read_into`, verified."""
-        found = self.find(key)
+    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
+        """Fill the destination with one range of an object, if it is unchanged."""
+        found = self.find(part.key)
+        pin = part.pin if found.revision is None else Pin(found.revision)
         with _explaining(found):
-            await found.backend.read_verified(found.key, start, destination, check, **_pin(found, revision))
+            await found.backend.read_range(ObjectRange(found.key, part.start, part.length, pin), destination, check)
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
@@ -185,7 +196,7 @@ class Objects(StorageBackend):
         return bytes(memory)
 
     def forget(self, key: str) -> None:
-        """The next read asks the storage that it lies in."""
+        """The next read asks its storage."""
         found = self.find(key)
         found.backend.forget(found.key)
 
@@ -196,7 +207,7 @@ class Objects(StorageBackend):
         return bytes(memory)
 
     async def size(self, key: str) -> int:
-        """The object's length; of one that is pinned, the one that it has to have."""
+        """The object's length; for a pinned one, the length that was pinned."""
         found = self.find(key)
         if found.revision is None:
             return await found.backend.size(found.key)
@@ -204,12 +215,12 @@ class Objects(StorageBackend):
         return self._mounted[mount].origin.pins[found.key].size
 
     def local_path(self, key: str) -> Path | None:
-        """The object's file, if it is one of this machine."""
+        """The object's file, if it is on this machine."""
         found = self.find(key)
         return found.backend.local_path(found.key)
 
     async def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Whether the object exists."""
         found = self.find(key)
         return await found.backend.exists(found.key)
 
@@ -218,7 +229,7 @@ class Objects(StorageBackend):
         return await self._own.list(prefix)
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Nothing is written through this."""
+        """Refuse: objects are only read here."""
         raise StorageError(f"{key} in {self.url} cannot be written here: objects of manifests are only read")
 
     async def close(self) -> None:
@@ -229,14 +240,14 @@ class Objects(StorageBackend):
 
 
 def _pin(found: Found, revision: str | None) -> dict[str, str]:
-    """The revision to read, for backends of which some know none."""
+    """The argument for the pinned revision; left out if there is none, since some custom backends do not take it."""
     pinned = found.revision or revision
     return {} if pinned is None else {"revision": pinned}
 
 
 @contextmanager
 def _explaining(found: Found) -> Iterator[None]:
-    """Changes of what is pinned, with what to do."""
+    """Explain changes of pinned objects."""
     try:
         yield
     except ChangedObjectError as exc:
@@ -246,21 +257,21 @@ def _explaining(found: Found) -> Iterator[None]:
 
 
 def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
-    """The error for an object of an origin that is not what it was."""
-    seen = str(exc).rpartition("; ")[0]
-    return ChangedObjectError(
-        f"{seen}: it belongs to a model that is served in place, and none of its weights is used; start the server "
-        "again, or run surfw chunk --in-place again"
+    """Return the error for a changed object of an origin, with what to do."""
+    advice = (
+        ": it belongs to a model that is served in place, and none of its weights is used; start the server again, or "
+        "run surfw chunk --in-place again"
     )
+    return ChangedObjectError(exc.name, exc.expected, exc.seen, advice)
 
 
 def may_be_origin(url: str) -> bool:
-    """Whether a manifest may point there: what an address can make this machine do is limited."""
+    """Return whether a manifest may point there: an address must not make this machine do just anything."""
     return is_local_url(url) or scheme_of(url) in _FROM_AFAR
 
 
 def is_local_url(url: str) -> bool:
-    """Whether an address is that of a folder of this machine."""
+    """Return whether an address is that of a folder on this machine."""
     return scheme_of(url) in {"", "file"}
 
 
@@ -270,3 +281,15 @@ def _host_of(url: str) -> str:
 
 def _name(origin: Origin, name: str) -> str:
     return f"{_MOUNT}{origin.key}/{name}"
+
+
+def private_store(place: str, options: Mapping[str, Any]) -> Path:
+    """Return the folder of the private store that describes the model at a place, which is served without a copy.
+
+    Args:
+        place: a folder, or a storage URL.
+        options: storage options: the same URL at another endpoint is another place.
+    """
+    address = place if "://" in place else str(Path(place).expanduser().absolute())
+    identity = identify_place(address.rstrip("/"), options)
+    return surfw_home() / "in-place" / blake3(identity.encode()).hexdigest()[:32]

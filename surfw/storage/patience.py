@@ -1,7 +1,7 @@
 """How long a read of a remote storage waits for progress: `silence_timeout` seconds, tries and pauses included.
 
-Progress is `PROGRESS_BYTES` of the answer, or an answer that is complete; a byte now and then is none. A read that
-waits for its turn has patience as long as any other read of the same storage gets on.
+Progress means `PROGRESS_BYTES` more of the response, or a complete response; a byte now and then does not count. While
+a read waits for a connection, progress of any other read of the same storage counts for it too.
 """
 
 import asyncio
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 class Activity:
-    """When a storage last got on with anything."""
+    """When a storage last made progress with any read."""
 
     def __init__(self) -> None:
-        """It has not yet."""
+        """It has not made any yet."""
         self.last = float("-inf")
 
 
 class Patience:
-    """That of one read. Any thread may tell of progress."""
+    """The patience of one read. Progress may be reported from any thread."""
 
     def __init__(self, seconds: float, activity: Activity) -> None:
-        """Start to wait, for one's turn at first."""
+        """Start to wait, at first for a connection."""
         self.seconds = seconds
         self.extent = 1
         self._activity = activity
@@ -38,28 +38,28 @@ class Patience:
         self._bytes = 0
 
     def queue(self) -> None:
-        """Wait for one's turn: until `begin`, what others get counts."""
+        """Wait for a connection: until `begin`, the progress of other reads counts."""
         self._queued, self.extent, self._since = True, 1, time.monotonic()
 
     def begin(self, blocks: int = 1) -> None:
-        """It is this read's turn. An answer that comes as a whole may take the patience of so many blocks."""
-        self._last += time.monotonic() - self._since  # what it waited for its turn is not the storage's fault
+        """The request is made now. A response that shows no progress may take as long as that of `blocks` blocks."""
+        self._last += time.monotonic() - self._since  # the time in the queue is not the storage's fault
         self._queued, self.extent = False, blocks
 
     def arrived(self, count: int) -> None:
-        """So many more bytes came."""
+        """Count bytes that came."""
         self._few += count
         self._bytes += count
         if self._few >= PROGRESS_BYTES:
             self.progress()
 
     def progress(self) -> None:
-        """The read got on."""
+        """Note that the read made progress."""
         self._few = 0
         self._last = self._activity.last = time.monotonic()
 
     def left(self) -> float:
-        """Seconds until it is over."""
+        """Return the seconds until it is over."""
         last = max(self._last, self._activity.last) if self._queued else self._last
         return last + self.seconds * self.extent - time.monotonic()
 
@@ -71,7 +71,7 @@ class Patience:
             )
 
     async def hold(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        """Await the work, while it gets on. When this ends, it has ended too.
+        """Await the work while it makes progress. When this ends, the work has ended too.
 
         Raises:
             SilenceError: patience is over.
@@ -85,7 +85,7 @@ class Patience:
             task.cancel()
             await to_its_end(asyncio.ensure_future(asyncio.wait([task])))
             if not task.cancelled():
-                task.exception()  # nobody looks at it any more
+                task.exception()  # nothing else retrieves it
             raise
         self.progress()
         return task.result()

@@ -1,57 +1,107 @@
-"""Which byte ranges make up a read, and how many of them may be under way. Pure: nothing is read here."""
+"""A read of stored bytes, and how it is cut into ranges. Pure: nothing is read here.
 
-from dataclasses import dataclass
+This is the only place that decides how large a range is. `StorageBackend.read_all` cuts with it, and keeps as many
+ranges under way as are worth it; a backend reads one range at a time (`read_range`).
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from surfw.config import BLOCK_BYTES, MIB
 
+Check = Callable[[int, memoryview], None]
+"""Verifies bytes, given their offset in the read and the bytes themselves; raises, or notes what is damaged."""
+
 _LEAST_BYTES = 8 * MIB
-_HELD_WINDOW_BYTES, _MOST_HELD_BYTES = 64 * MIB, 16 * MIB
-_STREAMED_WINDOW_BYTES, _MOST_STREAMED_BYTES = 128 * MIB, 32 * MIB
+_MOST_HELD_BYTES, _ALL_HELD_BYTES = 16 * MIB, 64 * MIB
+_MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES = 32 * MIB, 128 * MIB
+
+
+class Pin:
+    """The one revision that all ranges of a read must have. Usable from any thread."""
+
+    def __init__(self, revision: str | None = None) -> None:
+        """Name the revision; with None, the first response decides."""
+        self.revision = revision
+        self._lock = threading.Lock()
+
+    def settle(self, seen: str | None) -> str | None:
+        """Return the revision that a response has to have; if none is set, that of this response becomes it."""
+        with self._lock:
+            if self.revision is None:
+                self.revision = seen
+            return self.revision
 
 
 @dataclass(frozen=True, slots=True)
-class RangePlan:
-    """A read, cut up.
+class ObjectRange:
+    """`length` bytes of an object from `start` on, of the pinned revision."""
+
+    key: str
+    start: int
+    length: int
+    pin: Pin = field(default_factory=Pin)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRead:
+    """Stored bytes to read: one or several ranges of objects, one after the other in memory.
 
     Attributes:
-        ranges: start and stop (end-exclusive) of each, in order; each begins where the one before it ends.
-        at_once: how many of them may be under way, at least one.
+        parts: the ranges; together they have as many bytes as the destination.
+        destination: writable memory.
+        check: verifies whole blocks, counted from the beginning of the destination; None if the bytes are not verified.
+            Then all ranges of an object have to be of one revision.
     """
 
-    ranges: tuple[tuple[int, int], ...]
-    at_once: int
+    parts: Sequence[ObjectRange]
+    destination: memoryview
+    check: Check | None = None
+
+    def piece(self, start: int, stop: int) -> "ObjectRead":
+        """Return the part of the read that fills bytes `start` to `stop` (end-exclusive) of the destination."""
+        parts, at = list[ObjectRange](), 0
+        for part in self.parts:
+            low, high = max(start, at), min(stop, at + part.length)
+            if low < high:
+                pin = part.pin if self.check is None else Pin(part.pin.revision)
+                parts.append(ObjectRange(part.key, part.start + low - at, high - low, pin))
+            at += part.length
+        check = self.check and shifted(self.check, start)
+        return ObjectRead(parts, self.destination[start:stop], check)
+
+
+def shifted(check: Check, begin: int) -> Check:
+    """Return the check for bytes from `begin` on, which counts offsets from there."""
+    return lambda at, piece: check(begin + at, piece)
+
+
+def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
+    """Cut a read into as few pieces as possible, of nearly equal size.
+
+    Args:
+        read: the read.
+        most_bytes: the size of the largest piece, in whole blocks. All cuts are between blocks of the destination.
+    """
+    length = read.destination.nbytes
+    blocks, count = -(-length // BLOCK_BYTES), -(-length // most_bytes)
+    cuts = (min(length, blocks * index // count * BLOCK_BYTES) for index in range(count + 1)) if count else ()
+    for start, stop in pairwise(cuts):
+        yield read.piece(start, stop)
 
 
 def most_range_bytes(connections: int, *, streamed: bool) -> int:
-    """How large a range may be, of as many at a time as there are connections: 8 to 32 MiB, whole blocks.
+    """Return the size of the largest range for a number of connections: 8 to 32 MiB, whole blocks.
 
     A request costs both ends some 2 ms of processor time: from a gateway on the same two cores, over 4 connections, 2.2
     GB came at 0.86 GB/s in ranges of 16 MiB, and at 0.92 in 32. With more connections ranges are smaller, so that the
-    bytes of a layer or two keep all of them busy; all together are 128 MiB (64 where held) until a range has only 8.
+    bytes of a layer or two keep all of them busy: together they have 128 MiB (64 if held), until each has only 8.
 
     Args:
         connections: how many ranges are read at a time.
-        streamed: whether they are streamed into place; others, which are held in memory first, are at most 16 MiB.
+        streamed: whether they are streamed into place; ranges that are held in memory first have at most 16 MiB.
     """
-    window, most = (
-        (_STREAMED_WINDOW_BYTES, _MOST_STREAMED_BYTES) if streamed else (_HELD_WINDOW_BYTES, _MOST_HELD_BYTES)
-    )
-    return max(_LEAST_BYTES, min(most, window // connections // BLOCK_BYTES * BLOCK_BYTES))
-
-
-def plan_ranges(start: int, stop: int, *, most_bytes: int, connections: int) -> RangePlan:
-    """Cut bytes `start` to `stop` (end-exclusive) into as few equal ranges as will do.
-
-    Args:
-        start: the first byte.
-        stop: the one behind the last.
-        most_bytes: of a range; where there are several, each has at least half of it.
-        connections: how many may be under way.
-    """
-    length = stop - start
-    if length <= 0:
-        return RangePlan((), 1)
-    count = -(-length // most_bytes)
-    cuts = [start + length * index // count for index in range(count + 1)]
-    return RangePlan(tuple(pairwise(cuts)), min(count, connections))
+    most, all_bytes = (_MOST_STREAMED_BYTES, _ALL_STREAMED_BYTES) if streamed else (_MOST_HELD_BYTES, _ALL_HELD_BYTES)
+    return max(_LEAST_BYTES, min(most, all_bytes // connections // BLOCK_BYTES * BLOCK_BYTES))

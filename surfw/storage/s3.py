@@ -2,44 +2,51 @@
 
 Credentials, region and endpoint that are not given are found as botocore finds them: environment, profile, role.
 Invariants: no connection, credential or listing is shared with another backend; no secret is in `url` or in a message.
-Requests run on fsspec's own event loop thread. An upload holds at most `_PARTS` parts in memory, and shows nothing
-until it is complete; one that fails is aborted, so that its parts are not kept.
+Ranges are read in threads (see `s3_ranges`); other requests run on fsspec's own event loop. An upload holds at most
+`_PARTS` parts in memory, and is invisible until it is complete; one that fails is aborted, so that no parts are left.
 """
 
 import asyncio
-from collections.abc import Iterator
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import fsspec
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
 from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.storage.base import check_prefix
+from surfw.storage.far_reads import CONNECTIONS, RangeReader
 from surfw.storage.fsspec_backend import FsspecBackend
-from surfw.storage.s3_words import (
-    check_bucket,
-    check_choice,
-    check_endpoint,
-    check_options,
-    check_texts,
-    code_of,
-    explain_botocore,
-    explain_code,
-)
-from surfw.storage.transfer import CONNECTIONS, RangeReader
+from surfw.storage.s3_errors import code_of, explain_botocore, explain_code
+from surfw.storage_options import S3_WORDS
 
 _CONNECT_SECONDS = 5
 _ATTEMPTS, _ROUNDS = 2, 3
-"""How often botocore tries a request, and how often s3fs has it do so: a silent endpoint fails in half a minute."""
+"""How often botocore tries a request, and how often s3fs calls botocore: a silent endpoint fails in half a minute."""
 
 _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
-"""What an object is uploaded in, how many at a time, and how many S3 takes of one object."""
+"""The size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}")
+
+_KNOWN = (
+    "region", "profile", "endpoint_url", "addressing_style", "sse", "sse_kms_key_id", "requester_pays", "anonymous",
+    "max_concurrency", "silence_timeout", "aws_access_key_id", "aws_secret_access_key", "aws_session_token",
+)  # fmt: skip
+_NOT_GIVEN = {"self", "session", "asynchronous", "loop", "kwargs"}
+"""Parameters of s3fs that are not options."""
+
+_TABLES = ("client_kwargs", "config_kwargs", "s3_additional_kwargs")
 
 
 class S3Backend(FsspecBackend):
@@ -83,15 +90,15 @@ class S3Backend(FsspecBackend):
             requester_pays: pay for requests to a bucket whose owner wants that.
             anonymous: sign nothing, for public buckets.
             silence_timeout: seconds without progress after which a read is given up.
-            **options: whatever else `s3fs.S3FileSystem` takes, such as `config_kwargs` or `max_concurrency`.
+            **options: other arguments of `s3fs.S3FileSystem`, such as `config_kwargs`, and `max_concurrency`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or s3fs is not installed.
         """
         expect("bucket_name", bucket_name, str, "a bucket's name")
         expect("prefix", prefix, str, "a text such as models/mine")
-        check_bucket(bucket_name, prefix)
-        check_texts(
+        _check_bucket(bucket_name, prefix)
+        _check_texts(
             region_name=region_name,
             endpoint_url=endpoint_url,
             aws_access_key_id=aws_access_key_id,
@@ -108,9 +115,9 @@ class S3Backend(FsspecBackend):
         if anonymous and (aws_access_key_id or profile_name):
             raise ConfigurationError(f"s3://{bucket_name} is given credentials and anonymous; leave one of them out")
         if endpoint_url is not None:
-            check_endpoint(endpoint_url)
-        check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
-        check_choice("sse", sse, get_args(Encryption))
+            _check_endpoint(endpoint_url)
+        _check_choice("addressing_style", addressing_style, get_args(AddressingStyle))
+        _check_choice("sse", sse, get_args(Encryption))
         if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
             raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
         encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
@@ -125,7 +132,7 @@ class S3Backend(FsspecBackend):
                 f"s3://{bucket_name}: prefix {shown[:80]!r} is refused; write one such as models/mine"
             ) from exc
         url = f"s3://{bucket_name}/{self.prefix}".rstrip("/")
-        check_options(url, options)
+        _check_options(url, options)
         super().__init__(
             url,
             key=aws_access_key_id,
@@ -155,7 +162,7 @@ class S3Backend(FsspecBackend):
         if self._addressing_style:
             config["s3"] = dict(config.get("s3") or {}) | {"addressing_style": self._addressing_style}
         fs = s3fs.S3FileSystem(
-            skip_instance_cache=True,  # fsspec would share one with whoever gives the same arguments
+            skip_instance_cache=True,  # fsspec would share one between equal arguments
             use_listings_cache=False,
             config_kwargs=config,
             **options,
@@ -163,7 +170,7 @@ class S3Backend(FsspecBackend):
         fs.retries = _ROUNDS
         return fs, f"{self.bucket}/{self.prefix}".rstrip("/")
 
-    def _ranges(self, connections: int) -> RangeReader:
+    def _range_reader(self, connections: int) -> RangeReader:
         from surfw.storage.s3_ranges import S3Ranges
 
         return S3Ranges(self.fs, connections)
@@ -177,7 +184,7 @@ class S3Backend(FsspecBackend):
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
-        """As in other storages, with what S3 and botocore say in their own way."""
+        """Translate all errors, also those of S3 and botocore."""
         with super()._translate(what):
             try:
                 yield
@@ -187,12 +194,12 @@ class S3Backend(FsspecBackend):
                 raise
 
     def _explain(self, exc: BaseException) -> SurfwError | None:
-        """The error in surfw's words, or None for what all storages have in common."""
+        """The translated error, or None for errors that all storages have in common."""
         known = explain_botocore(exc, self.url, self.endpoint_url)
         return known or explain_code(self._code(exc), self.url, self.bucket)
 
     def _code(self, exc: BaseException) -> str:
-        """S3's own code for what went wrong; an answer to HEAD has no body that says it, the one to a listing has."""
+        """S3's code for the error. A response to HEAD has no body with the code, so a listing is asked for it."""
         code = code_of(exc)
         if code != "403":
             return code
@@ -206,13 +213,76 @@ class S3Backend(FsspecBackend):
 
     async def close(self) -> None:
         """Close the connections; a later use opens new ones."""
-        if self._transfer is not None:
-            self._transfer.reader.close()
+        if self._far is not None:
+            self._far.reader.close()
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
 
 
 def _part_bytes(size: int) -> int:
-    """How large the parts of an upload are: of a very large object, larger ones."""
+    """The size of the parts of an upload; larger for a very large object."""
     return max(_PART_BYTES, -(-size // _MOST_PARTS))
+
+
+def _check_bucket(name: str, prefix: str) -> None:
+    """Raise ConfigurationError for a name that no bucket can have."""
+    if _BUCKET.fullmatch(name):
+        return
+    url = display_url(f"s3://{name}/{prefix}" if prefix else f"s3://{name}")
+    shown = display_url(f"s3://{name}").removeprefix("s3://")
+    where = "; credentials belong into the environment, a profile or storage options" if "@" in name else ""
+    raise ConfigurationError(
+        f"{url[:120]}: {shown[:80]!r} is not a bucket's name; expected the name alone, at least 3 letters, digits, "
+        f"dots and dashes, as in s3://bucket/prefix{where}"
+    )
+
+
+def _check_texts(**given: object) -> None:
+    """Raise ConfigurationError for a value that is neither a string nor None, without showing it."""
+    for name, value in given.items():
+        if not isinstance(value, str | None):
+            raise ConfigurationError(f"{name} is of type {type(value).__name__}, expected a text")
+
+
+def _check_options(url: str, options: Mapping[str, Any]) -> None:
+    """Check that s3fs takes the options that are not arguments of `S3Backend`.
+
+    Raises:
+        ConfigurationError: it does not, or s3fs is not installed.
+    """
+    try:
+        import s3fs
+    except ImportError as exc:
+        raise ConfigurationError(f"{url}: S3 needs the package {exc.name}; run: pip install s3fs") from exc
+
+    for name, value in options.items():
+        if name in S3_WORDS:
+            raise ConfigurationError(f"{url}: {name} is {S3_WORDS[name]} here; give it by that name")
+        if name in _TABLES and not isinstance(value, Mapping):
+            raise ConfigurationError(f"{url}: {name} is of type {type(value).__name__}, expected a table")
+    of_s3fs = {*inspect.signature(s3fs.S3FileSystem.__init__).parameters} - _NOT_GIVEN - set(S3_WORDS)
+    if unknown := sorted(set(options) - of_s3fs):
+        near = difflib.get_close_matches(unknown[0], [*_KNOWN, *of_s3fs], n=1, cutoff=0.8)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise ConfigurationError(
+            f"{url}: there is no option {unknown[0]}; {meant}surfw knows {', '.join(_KNOWN)}, and s3fs those of its "
+            "S3FileSystem"
+        )
+
+
+def _check_choice(name: str, given: str | None, choices: tuple[str, ...]) -> None:
+    """Raise ConfigurationError for a value that is not one of the choices."""
+    if given is not None and given not in choices:
+        raise ConfigurationError(f"{name} is {given!a:.80}; expected one of {', '.join(choices)}")
+
+
+def _check_endpoint(url: str) -> None:
+    """Raise ConfigurationError for an endpoint that is not a server's address, or holds a password."""
+    parts = urlsplit(url)
+    if parts.username is not None or parts.password is not None:
+        raise ConfigurationError("endpoint_url must not hold credentials; give them as arguments of their own")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigurationError(
+            f"endpoint_url {url[:80]!r} is not understood; write one such as http://127.0.0.1:9000"
+        )

@@ -1,8 +1,8 @@
-"""Ranges of S3's objects: streamed into place, of one ETag; what may pass is told from the rest.
+"""Ranges of S3's objects, streamed into place, of one ETag.
 
-They are asked for by botocore's blocking client, in threads, with what s3fs was given for its own one: a byte costs two
-thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short of, and can be
-verified at once. botocore tries a request again as its configuration says; `Transfer` does the rest.
+They are requested by botocore's blocking client, in threads, with the arguments that s3fs has for its own client: a
+byte costs two thirds of the processor time that it takes through s3fs' event loop, which is what a fast link is short
+of, and can be verified at once. botocore tries a request again as configured; `FarReads` does the rest.
 """
 
 import re
@@ -21,7 +21,7 @@ from botocore.config import Config
 from s3fs.errors import translate_boto_error
 
 from surfw.config import PROGRESS_BYTES
-from surfw.storage.transfer import Answer, Landing, PinLostError, Place, RangeReader, TransientError
+from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
 from surfw.threads import DaemonThreads, to_its_end
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -29,13 +29,13 @@ _PASSED_ON = ("RequestPayer", "SSECustomerAlgorithm", "SSECustomerKey", "SSECust
 """Settings of the file system that a GET takes."""
 
 _OF_AIOBOTOCORE = ("connector_args", "http_session_cls")
-"""Settings of a client's configuration that only s3fs' own one takes."""
+"""Settings of a client's configuration that only s3fs' own client takes."""
 
 _STREAM_BYTES = 256 << 10
-"""What is taken of a stream at a time: a copy of so much lies in the processor's cache when it is put into place."""
+"""How much is taken of a stream at a time: so much is still in the processor's cache when it is copied into place."""
 
 _SLOW_SECONDS = 1.0
-"""A stream of which a piece took longer is taken in pieces that are just enough to be progress."""
+"""After a piece that took longer, a stream is taken in pieces of `PROGRESS_BYTES`, so that progress shows."""
 
 _TRANSIENT_CODES = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "429",
@@ -62,28 +62,29 @@ class S3Ranges(RangeReader):
         self._client: Any = None
         self._connecting = threading.Lock()
 
-    async def get(self, path: str, start: int, stop: int, place: Place, pinned: str | None) -> None:
+    async def get(self, path: str, into: Destination) -> None:
         """Read into place, in the next thread that is free."""
-        one = _Get(partial(self._ask, path, start, stop, pinned), start, place)
+        one = _Get(partial(self._ask, path, into), into)
         reading = self._threads.submit(one.run)
-        with _told_apart(self._fs.endpoint_url):
+        with _classified(self._fs.endpoint_url):
             await to_its_end(reading, on_cancel=lambda: one.give_up() or reading.cancel())
 
-    def _ask(self, path: str, start: int, stop: int, pinned: str | None) -> Mapping[str, Any]:
+    def _ask(self, path: str, into: Destination) -> Mapping[str, Any]:
         bucket, _, key = path.partition("/")
         settings = self._fs.s3_additional_kwargs | self._fs.req_kw
         asked = {name: settings[name] for name in _PASSED_ON if name in settings}
-        if pinned is not None:
-            asked["IfMatch"] = pinned
+        if into.pin.revision is not None:
+            asked["IfMatch"] = into.pin.revision
         with self._connecting:
             if self._client is None:
                 self._client = _connect(self._fs)
             client = self._client
-        found: Mapping[str, Any] = client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **asked)
+        wanted = f"bytes={into.start}-{into.stop - 1}"
+        found: Mapping[str, Any] = client.get_object(Bucket=bucket, Key=key, Range=wanted, **asked)
         return found
 
     def close(self) -> None:
-        """End the threads and close the connections; a later use makes new ones."""
+        """End the threads and close the connections; a later use opens new ones."""
         self._threads.close()
         with self._connecting:
             client, self._client = self._client, None
@@ -92,36 +93,36 @@ class S3Ranges(RangeReader):
 
 
 class _Get:
-    """One range, in a thread: asked for, and read to where its answer goes."""
+    """One range, in a thread: asked for, and read into its destination."""
 
-    def __init__(self, ask: Callable[[], Mapping[str, Any]], start: int, place: Place) -> None:
+    def __init__(self, ask: Callable[[], Mapping[str, Any]], into: Destination) -> None:
         self._ask = ask
-        self._start = start
-        self._place = place
+        self._into = into
         self._lock = threading.Lock()
         self._given_up = False
         self._stream: urllib3.HTTPResponse | None = None
 
     def run(self) -> None:
-        """Do it, unless it is given up before anything is placed."""
-        self._place.begin()
+        """Do it, unless it is given up before there is a response."""
+        into = self._into
+        into.begin()
         try:
             found = self._ask()
         except boto.ClientError as exc:
             if _code(exc) not in {"InvalidRange", "416"}:
                 raise
-            self._place(Answer(None, self._start, 0, None if self._start else 0))  # empty, or one that ends before
+            into.accept(RangeResponse(None, into.start, 0, None if into.start else 0))  # empty, or one that ends before
             return
         with found["Body"] as stream:
             with self._lock:
                 if self._given_up:
                     return
-                landing = self._place(_answer(found))
+                memory = into.accept(_response(found))
                 self._stream = stream
-            _read(stream, landing)
+            _read(stream, memory, into)
 
     def give_up(self) -> bool:
-        """End it. Returns whether it has to be waited for, because it may still write to its place."""
+        """End it. Returns whether it has to be awaited, because it may still write to its destination."""
         with self._lock:
             self._given_up = True
             if self._stream is None:
@@ -132,7 +133,7 @@ class _Get:
 
 
 def _connect(fs: Any) -> Any:
-    """A blocking client that asks whom s3fs asks, in the same name and with the same patience."""
+    """A blocking client for the endpoint of s3fs, with the same credentials and timeouts."""
     given = {
         "aws_access_key_id": fs.key,
         "aws_secret_access_key": fs.secret,
@@ -149,8 +150,8 @@ def _connect(fs: Any) -> Any:
     return botocore.session.Session(**fs.kwargs).create_client("s3", config=Config(**config), **options)
 
 
-def _read(stream: urllib3.HTTPResponse, landing: Landing) -> None:
-    memory, done, most = landing.memory, 0, PROGRESS_BYTES
+def _read(stream: urllib3.HTTPResponse, memory: memoryview, into: Destination) -> None:
+    done, most = 0, PROGRESS_BYTES
     while done < len(memory):
         start = time.monotonic()
         count = stream.readinto(memory[done : done + most])
@@ -158,30 +159,30 @@ def _read(stream: urllib3.HTTPResponse, landing: Landing) -> None:
             raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(memory))
         done += count
         most = _STREAM_BYTES if time.monotonic() - start < _SLOW_SECONDS else PROGRESS_BYTES
-        landing.came(count)
-        landing.arrived(done)
+        into.came(count)
+        into.arrived(done)
 
 
-def _answer(found: Mapping[str, Any]) -> Answer:
+def _response(found: Mapping[str, Any]) -> RangeResponse:
     revision, length = found.get("ETag"), int(found["ContentLength"])
     if match := _CONTENT_RANGE.fullmatch(found.get("ContentRange", "")):
-        return Answer(revision, int(match[1]), length, int(match[3]))
-    return Answer(revision, 0, length, length)  # the server took no notice of the range
+        return RangeResponse(revision, int(match[1]), length, int(match[3]))
+    return RangeResponse(revision, 0, length, length)  # the server took no notice of the range
 
 
 @contextmanager
-def _told_apart(endpoint: str | None) -> Iterator[None]:
-    """What may pass as `TransientError`, the rest as s3fs tells it."""
+def _classified(endpoint: str | None) -> Iterator[None]:
+    """Transient failures as `TransientError`, all others as s3fs translates them."""
     try:
         yield
     except boto.ClientError as exc:
         code, status = _code(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in {"PreconditionFailed", "412"}:
             raise PinLostError from exc
-        told = translate_boto_error(exc)
+        translated = translate_boto_error(exc)
         if code in _TRANSIENT_CODES or status >= 500:
-            raise TransientError from told
-        raise told from exc
+            raise TransientError from translated
+        raise translated from exc
     except _UNSAFE:
         raise
     except _LOST as exc:

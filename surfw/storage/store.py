@@ -1,11 +1,11 @@
 """A store: the layout of chunked models in a storage.
 
-    surfw.json                             says that this is a store, and its version
+    surfw.json                             marks a store, with its version
     models/NAME.json                       a manifest behind its digest; a model is visible when this exists
     blobs/ab/abcdef….safetensors           a chunk's payload behind a safetensors header
     blobs/ab/abcdef….json                  a tokenizer file, with the suffix of its name
-    partial/                               work in progress; nothing reads it but the `chunk` that wrote it
-    leases/, prunes/                       what writers and pruners tell each other: see `notices`
+    partial/                               work in progress; only the `chunk` that wrote it reads it
+    leases/, prunes/                       files by which writers and pruners coordinate: see `housekeeping.leases`
 
 Blobs are named by their content and written first; the manifest is written last. Half a model is never visible.
 """
@@ -29,8 +29,6 @@ from surfw.errors import (
     UnknownModelError,
 )
 from surfw.manifest import (
-    Chunk,
-    Digests,
     Location,
     Manifest,
     check_model_name,
@@ -41,8 +39,7 @@ from surfw.manifest import (
 from surfw.source import locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
-from surfw.storage.digest_log import DigestLog, chunk_sizes
-from surfw.storage.notices import LEASES, PRUNES
+from surfw.storage.digests import LearnedDigests
 from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
@@ -55,6 +52,7 @@ STORE_VERSION = 1
 _MARKER_BYTES = 64 * KIB
 _MEND = f'; if one lies there, write {{"format": "{FORMAT}", "version": {STORE_VERSION}}} into that file'
 MODELS, BLOBS = "models/", "blobs/"
+LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
@@ -65,7 +63,7 @@ class Store:
     """Chunked models in a storage backend."""
 
     def __init__(self, backend: StorageBackend, origin_options: PlacedOptions | None = None) -> None:
-        """Name the backend, which is adapted if it is a custom one; nothing is read yet.
+        """Name the backend, which is adapted if it is a custom one. Nothing is read yet.
 
         Args:
             backend: where the store lies.
@@ -73,24 +71,25 @@ class Store:
         """
         self.backend = adapt_backend(backend)
         self.objects = Objects(self.backend, MARKER, origin_options)
-        """What the manifests point at; named as in the manifests that this gives out."""
+        """The objects that the manifests point to, named as in the manifests that this returns."""
         self.reloads = 0
-        """How many documents arrived damaged and were loaded again."""
-        self._logs: dict[tuple[str, str], DigestLog] = {}
+        """How many documents were loaded again because they arrived damaged."""
+        self.learned = LearnedDigests()
+        """Digests of chunks whose manifests lack them."""
         self._given = backend
         self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
 
     async def let_go(self) -> None:
-        """Let go of what was loaded for this store alone; the backend stays open."""
+        """Drop what was loaded for this store alone; the backend stays open."""
         if isinstance(self.backend, AdaptedBackend) and self.backend is not self._given:
             await self.backend.let_go()
 
     async def check(self) -> None:
-        """Make sure that a store lies here.
+        """Check that this place is a store.
 
         Raises:
-            NotAStoreError: it does not.
+            NotAStoreError: it is not.
         """
         try:
             data = await self.backend.load_capped(MARKER, _MARKER_BYTES)
@@ -111,10 +110,10 @@ class Store:
             )
 
     async def _explain_lack(self) -> str:
-        """Why no store lies here, and what to do."""
-        is_web = self.url.startswith("http")  # which may keep to itself what it has
+        """Why this is not a store, and what to do."""
+        is_web = self.url.startswith("http")  # a web server need not list what it has
         with suppress(StorageError):
-            if not is_web and await self._stranger() is None:
+            if not is_web and await self._foreign_key() is None:
                 return (
                     f"{self.url} is not a surfw store yet: nothing was chunked into it; "
                     f"'surfw chunk MODEL --store {self.url}' does that, or name another place"
@@ -128,28 +127,28 @@ class Store:
         """Make this place a store, if it is not one yet.
 
         Raises:
-            NotAStoreError: something else lies here.
+            NotAStoreError: the place is used for something else.
         """
         if await self.backend.exists(MARKER):
             await self.check()
             return
-        if stranger := await self._stranger():
+        if foreign := await self._foreign_key():
             raise NotAStoreError(
-                f"{self.url} holds other things (such as {stranger}) and no {MARKER}; "
+                f"{self.url} holds other things (such as {foreign}) and no {MARKER}; "
                 "choose an empty place for the store"
             )
         document = {"format": FORMAT, "version": STORE_VERSION}
         await self.backend.save(MARKER, json.dumps(document).encode())
 
-    async def _stranger(self) -> str | None:
-        """A key that is of no store's beginnings."""
-        found = await self.backend.stranger(_PARTIAL)
+    async def _foreign_key(self) -> str | None:
+        """A key that a store would not have before it has its marker."""
+        found = await self.backend.find_foreign_key(_PARTIAL)
         if found is not None and found.startswith(_IN_PROGRESS):
             found = next((key for key in await self.backend.list() if not key.startswith(_IN_PROGRESS)), None)
         return found
 
     async def models(self) -> list[str]:
-        """Names of the models, sorted. Files whose names cannot be a model's are left out."""
+        """Return the names of the models, sorted. Files with names that a model cannot have are left out."""
         names = set(await self.listed())
         strays = {name for name in names if not _is_model_name(name)}
         for name in sorted(strays - self._strays):
@@ -158,47 +157,47 @@ class Store:
         return sorted(names - strays)
 
     async def listed(self) -> list[str]:
-        """The names under which manifests lie here, whether or not they can be a model's."""
+        """Return the names of all manifests, also those that a model cannot have."""
         keys = await self.backend.list(MODELS)
         return [key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")]
 
     async def expect_name(self, model: str) -> None:
-        """Make sure that a model of this store may have this name.
+        """Check that a model may have this name.
 
         Raises:
-            UnknownModelError: none can, so there is none.
-            NotAStoreError: there is no store.
+            UnknownModelError: it may not, so there is no such model.
+            NotAStoreError: this is not a store.
         """
         if not _is_model_name(model):
             await self.check()
             raise UnknownModelError(model, await self.models(), where=self.url)
 
     async def manifest(self, model: str) -> Manifest:
-        """The manifest of the model with exactly this name.
+        """Return the manifest of the model with exactly this name.
 
         Raises:
-            UnknownModelError: there is none.
-            ManifestError: there is one, and it is not valid.
+            UnknownModelError: there is no such model.
+            ManifestError: its manifest is not valid.
         """
         manifest = await self.read_manifest(model, partial(self.parse_manifest, model))
         return await asyncio.to_thread(self.with_digests, manifest)
 
     async def facts(self, model: str) -> Manifest:
-        """The manifest as it is stored: no origin is opened, and its objects are named as there.
+        """Return the manifest as it is stored: no origin is opened, and its objects are named as in the stored bytes.
 
         Raises:
-            UnknownModelError: there is none.
-            ManifestError: there is one, and it is not valid.
+            UnknownModelError: there is no such model.
+            ManifestError: its manifest is not valid.
         """
         return await self.read_manifest(model, partial(self._parse, model))
 
     async def read_manifest(self, model: str, parse: Callable[[bytes], T]) -> T:
-        """What `parse`, called in a thread, makes of the model's manifest as it is stored.
+        """Return what `parse`, called in a thread, makes of the model's manifest as it is stored.
 
-        Read again if it is not valid: it may have been damaged on its way.
+        It is read again if it is not valid: it may have been damaged on its way.
 
         Raises:
-            UnknownModelError: there is none.
+            UnknownModelError: there is no such model.
             Exception: what `parse` raises.
         """
         return await self.load_right(
@@ -208,15 +207,15 @@ class Store:
     async def load_right(
         self, load: Callable[[], Awaitable[bytes]], parse: Callable[[bytes], T], *, forget: Callable[[], None]
     ) -> T:
-        """What `parse`, called in a thread, makes of a whole document; one that arrives damaged is loaded again.
+        """Return what `parse`, called in a thread, makes of a document, which is loaded again if it arrives damaged.
 
         Args:
             load: loads it.
             parse: raises `IntegrityError` or `ManifestError` if it is damaged.
-            forget: drops what is kept of it, before it is loaded again.
+            forget: drops what is cached of it, before it is loaded again.
 
         Raises:
-            IntegrityError, ManifestError: it stays damaged; if it was not the same each time, this says so.
+            IntegrityError, ManifestError: it stays damaged; the message says whether it was the same each time.
             Exception: what `load` and `parse` raise.
         """
         seen: list[str] = []
@@ -228,18 +227,18 @@ class Store:
                 seen.append(await asyncio.to_thread(payload_digest, data))
                 if len(seen) > DAMAGE_RETRIES:
                     if isinstance(exc, ManifestError) and len(set(seen)) == 1:
-                        raise  # it lies there so, and the parser knows best what that means
+                        raise  # it is stored like this, and the parser knows best what that means
                     what = str(exc).removesuffix("; chunk the model again")
                     raise type(exc)(f"{what}; {locate_damage(seen, stored=self.url)}") from exc
             self.reloads += 1
             forget()
 
     async def manifest_bytes(self, model: str) -> bytes:
-        """The model's manifest as it is stored; see `parse_manifest`.
+        """Return the bytes of the model's manifest; see `parse_manifest`.
 
         Raises:
-            UnknownModelError: there is none.
-            StorageError: there is one, and it cannot be read.
+            UnknownModelError: there is no such model.
+            StorageError: the manifest could not be read.
         """
         key = manifest_key(model)
         advice = "; move it away, and chunk the model again" if self.backend.local_path(key) else ""
@@ -248,16 +247,16 @@ class Store:
                 return await self.backend.load_capped(key, MANIFEST_BYTES)
             if model not in await self.listed():
                 raise UnknownModelError(model, await self.models(), where=self.url)
-            return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a link to nothing
+            return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a broken link
         except StorageError as exc:
             raise StorageError(f"the manifest of model {model} cannot be read: {exc}{advice}") from exc
 
     async def manifest_revision(self, model: str) -> str | None:
-        """What changes whenever the model's manifest does; None if the storage cannot tell, or there is none."""
+        """Return a string that changes whenever the model's manifest does; None if the storage has no such thing."""
         return await self.backend.revision(manifest_key(model))
 
     def parse_manifest(self, model: str, data: bytes) -> Manifest:
-        """The manifest from its stored bytes. Large ones take long: call it in a thread.
+        """Return the manifest for its stored bytes. A large one takes long: call this in a thread.
 
         Raises:
             ManifestError: it is damaged, or not valid.
@@ -272,25 +271,11 @@ class Store:
         return manifest
 
     def with_digests(self, manifest: Manifest) -> Manifest:
-        """The manifest with the digests that were found out by reading until now; reads a file."""
-        if manifest.origin is None or manifest.is_known:
-            return manifest
-        return manifest.with_digests(self._log(manifest).refresh(chunk_sizes(manifest)))
-
-    def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk whose manifest lacks them, if they were found out in this process or before it."""
-        return self._log(manifest).known.get(chunk.id)
-
-    def learn(self, manifest: Manifest, chunk: Chunk, digests: Digests) -> None:
-        """Keep digests that were found out by reading all bytes of a chunk; writes a file."""
-        self._log(manifest).add(chunk.id, digests)
-
-    def _log(self, manifest: Manifest) -> DigestLog:
-        assert manifest.origin is not None, "only what was not copied lacks digests"
-        return self._logs.setdefault((manifest.origin.key, manifest.name), DigestLog(manifest.origin.key))
+        """Return the manifest with the digests that are known by now (see `digests`); reads a file."""
+        return self.learned.complete(manifest)
 
     async def publish(self, manifest: Manifest) -> None:
-        """Make a model visible: all its blobs are there.
+        """Make a model visible. All its blobs have to be written already.
 
         Raises:
             ManifestError: the manifest could not be read again.
@@ -312,33 +297,33 @@ def _is_model_name(name: str) -> bool:
 
 
 def manifest_key(model: str) -> str:
-    """Where a model's manifest lies."""
+    """Return the key of a model's manifest."""
     return f"{MODELS}{check_model_name(model)}.json"
 
 
 def blob_key(digest: str, suffix: str) -> str:
-    """Where a blob with this content lies."""
+    """Return the key of the blob with this content."""
     return f"{BLOBS}{digest[:2]}/{digest}{suffix}"
 
 
 def is_blob(key: str) -> bool:
-    """Whether a blob may lie there."""
+    """Return whether the key is one of a blob."""
     return bool(_BLOB.fullmatch(key))
 
 
 def belongs(key: str) -> bool:
-    """Whether a key is of a store's layout; a storage may hold others too."""
+    """Return whether a key is part of a store's layout; a storage may hold others too."""
     return key == MARKER or key.startswith(_IN_PROGRESS) or is_blob(key) or model_of(key) is not None
 
 
 def model_of(key: str) -> str | None:
-    """The model whose manifest lies there; None if none does."""
+    """Return the model whose manifest has this key; None if it is not the key of a manifest."""
     name = key.removeprefix(MODELS).removesuffix(".json")
     return name if key == f"{MODELS}{name}.json" and _is_model_name(name) else None
 
 
 def objects_of(manifest: Manifest) -> dict[str, int]:
-    """The store's objects that a model's bytes lie in, and how long each is at least; none if it lies in its origin."""
+    """Return the store's objects with a model's bytes, and how long each is at least; {} for a model in an origin."""
     if manifest.origin is not None:
         return {}
     found: dict[str, int] = {}
@@ -350,7 +335,7 @@ def objects_of(manifest: Manifest) -> dict[str, int]:
 
 
 def segments(locations: Sequence[Location], start: int, stop: int) -> list[tuple[str, int, int]]:
-    """The object ranges that hold stored bytes `start` to `stop` of a form: (object, start, length) in order."""
+    """Return the object ranges with stored bytes `start` to `stop` of a form: (object, start, length) in order."""
     found, at = [], 0
     for location in locations:
         length = location.stop - location.start

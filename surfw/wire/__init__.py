@@ -1,14 +1,12 @@
-"""The protocol `surfw.v1`, sans-I/O: messages, frame headers, and a session for each side.
+"""The protocol `surfw.v1`, sans-I/O: messages, the order they come in, and a session for each side.
 
-Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out.
-Two sessions joined in memory are the whole protocol. Its one promise: *whatever a peer sends, a session takes it or
-raises `RemoteProtocolError`, never anything else*; what our own side may not send raises `LocalProtocolError`.
+Nothing here imports asyncio, sockets, time or a WebSocket library: text and sizes go in, messages and places come out,
+so that two sessions joined in memory are the whole protocol. The invariant: *whatever a peer sends, a session takes it
+or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
 from surfw.config import printable
 from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
-from surfw.wire.client_session import Arrival, ClientSession
-from surfw.wire.frames import binary_header
 from surfw.wire.messages import (
     PROTOCOL,
     Begin,
@@ -26,9 +24,10 @@ from surfw.wire.messages import (
     Progress,
     Request,
     ServerHello,
+    binary_header,
 )
 from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
-from surfw.wire.server_session import ServerSession
+from surfw.wire.sessions import Arrival, ClientSession, ServerSession
 
 __all__ = [
     "PROTOCOL",

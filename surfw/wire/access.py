@@ -1,7 +1,7 @@
-"""Who may speak to a server: a secret that both sides share, and the networks on which it may be said.
+"""Access to a server: the token that both sides share, and the hosts that may be named.
 
-A client sends `Authorization: Bearer TOKEN` with its WebSocket handshake, and with `GET /stats` and `/metrics`. A token
-in clear text never leaves the machine. Nothing here shows a token: not in an error, and not in a `repr`.
+A client sends `Authorization: Bearer TOKEN` with its WebSocket handshake, and with `GET /stats` and `/metrics`. Without
+TLS it sends it to this machine only. No error and no `repr` shows a token.
 """
 
 import hmac
@@ -16,7 +16,7 @@ _TOKEN = re.compile(r"[!-~]{1,1024}")
 
 
 def check_token(token: str) -> str:
-    """The token itself, if it can be one.
+    """Return the token if it is valid.
 
     Raises:
         ConfigurationError: it is empty, too long, or has characters that a header cannot carry.
@@ -30,23 +30,23 @@ def check_token(token: str) -> str:
 
 
 def bearer(token: str) -> dict[str, str]:
-    """The header that shows the token.
+    """The header that carries the token.
 
     Raises:
-        ConfigurationError: the text cannot be a token.
+        ConfigurationError: the token is not valid.
     """
     return {"Authorization": f"Bearer {check_token(token)}"}
 
 
 def admits(token: str, shown: Sequence[str]) -> bool:
-    """Whether the values of a request's `Authorization` headers show the token, found out in constant time."""
+    """Whether the values of a request's `Authorization` headers carry the token, compared in constant time."""
     scheme, _, secret = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
     same = hmac.compare_digest(secret.strip().encode(errors="surrogatepass"), token.encode())
     return same and scheme.lower() == "bearer"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can be meant by the host."""
+    """Whether the host is this machine and no other."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -56,8 +56,8 @@ def is_loopback(host: str) -> bool:
 def is_meant(host: str, names: Collection[str]) -> bool:
     """Whether a `Host` header names this server: by an address, as `localhost`, or by one of its names.
 
-    Where anybody is let in, any other name is refused: a web page can give its own name this machine's address (*DNS
-    rebinding*), and its reader's browser then lets it ask and read here.
+    A server without a token refuses other names, against *DNS rebinding*: a web page whose own name resolves to this
+    machine could otherwise make a browser read from the server.
     """
     name = host.strip().rpartition(":")[0] if _PORT.search(host.strip()) else host.strip()
     name = name.lower().removesuffix(".")

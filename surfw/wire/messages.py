@@ -1,17 +1,22 @@
-"""The JSON messages of `surfw.v1` as values. README has the same table for people.
+"""The messages of `surfw.v1` as values, each declared once, with its fields and their bounds. README has the same list.
 
-A message is a JSON object; `type` names it, and the other fields are those of the class below. Rules:
+A message is a JSON object; `type` names it, and the other fields are those of the class below. Binary frames, which
+come after `Data`, have no header of their own but that of WebSocket. Rules:
 
 - `parse_client_message` and `parse_server_message` return a message or raise `RemoteProtocolError`, whatever the text.
-- Fields that a class does not have are ignored, so that a later surfw may say more; unknown types are refused.
-- Texts are bounded and encodable, and those that people see printable.
-- Sizes and ids lie in 0 … 2^53, which every JSON implementation keeps exactly.
+- Unknown fields are ignored, so that a later surfw may add some; unknown types are refused. A field with a default may
+  be missing.
+- Texts are bounded and encodable; those that people see are printable.
+- Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
+
+A new message is a class here, a member of a union below the classes, and an entry in the tables of `transitions.py`.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+import struct
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Annotated, Any, ClassVar, get_args
 
 from surfw.errors import RemoteProtocolError
 
@@ -23,15 +28,72 @@ MAX_PRIORITY = 1 << 31
 _NAME_LENGTH = 256
 _TEXT_LENGTH = 4096
 
+_FINAL_BINARY = 0x82
+"""The first byte of an unfragmented binary frame: RFC 6455, section 5.2."""
+
+
+class _UnexpectedValueError(Exception):
+    """A field has a value that it may not have."""
+
+    def __init__(self, value: object, expected: str) -> None:
+        super().__init__(value, expected)
+        self.value = value
+        self.expected = expected
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise _UnexpectedValueError(value, f"an integer from {low} to {high}")
+        return value
+
+    return check
+
+
+def _text(longest: int, *, shown: bool = False) -> Callable[[object], str]:
+    """Texts that are `shown` to people must not control their terminals."""
+
+    def check(value: object) -> str:
+        if not isinstance(value, str) or len(value) > longest or not _is_encodable(value):
+            raise _UnexpectedValueError(value, f"a text of at most {longest} characters")
+        if shown and not value.isprintable():
+            raise _UnexpectedValueError(value, "a text of printable characters")
+        return value
+
+    return check
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise _UnexpectedValueError(value, "a list of texts")
+    return tuple(map(_text(_NAME_LENGTH, shown=True), value))
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _UnexpectedValueError(value, "true or false")
+    return value
+
+
+Size = Annotated[int, _integer(0, MAX_SIZE)]
+"""Bytes, an offset, a count or an id."""
+Priority = Annotated[int, _integer(-MAX_PRIORITY, MAX_PRIORITY)]
+Name = Annotated[str, _text(_NAME_LENGTH)]
+"""A text to look something up by."""
+ShownName = Annotated[str, _text(_NAME_LENGTH, shown=True)]
+ShownText = Annotated[str, _text(_TEXT_LENGTH, shown=True)]
+Names = Annotated[tuple[str, ...], _names]
+Flag = Annotated[bool, _flag]
+
 
 @dataclass(frozen=True, slots=True)
 class ClientHello:
-    """The client's first message: who it is, the most bytes it wants uncredited, and whether it takes `progress`."""
+    """The client's first message: its name and version, its window, and whether it takes `progress`."""
 
     type: ClassVar[str] = "hello"
-    client: str
-    window_bytes: int
-    progress: bool = False
+    client: ShownName
+    window_bytes: Size
+    progress: Flag = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +101,7 @@ class ListModels:
     """Asks for the names of the models."""
 
     type: ClassVar[str] = "models"
-    id: int
+    id: Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +109,8 @@ class GetManifest:
     """Asks for a model's manifest, without locations."""
 
     type: ClassVar[str] = "manifest"
-    id: int
-    model: str
+    id: Size
+    model: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +118,9 @@ class GetFile:
     """Asks for a tokenizer file that the model's manifest lists."""
 
     type: ClassVar[str] = "file"
-    id: int
-    model: str
-    path: str
+    id: Size
+    model: Name
+    path: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,55 +128,55 @@ class GetDigests:
     """Asks for the digests of a chunk that has none in its manifest; the server reads all of it first."""
 
     type: ClassVar[str] = "digests"
-    id: int
-    model: str
-    chunk: str
+    id: Size
+    model: Name
+    chunk: Name
 
 
 @dataclass(frozen=True, slots=True)
 class Get:
-    """Asks for bytes `start` to `stop` of a form of a chunk (by its identity). Lower priorities are sent first.
+    """Asks for bytes `start` to `stop` of a form of a chunk, named by its identity. Lower priorities are sent first.
 
-    `fresh` wants them read from the storage again: those that the server has kept arrived damaged.
+    `fresh` has them read from the storage again, after they arrived damaged from the server's cache.
     """
 
     type: ClassVar[str] = "get"
-    id: int
-    model: str
-    chunk: str
-    form: str
-    start: int
-    stop: int
-    priority: int = 0
-    fresh: bool = False
+    id: Size
+    model: Name
+    chunk: Name
+    form: Name
+    start: Size
+    stop: Size
+    priority: Priority = 0
+    fresh: Flag = False
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Gives up a request. The server answers with `error` unless its answer was already complete."""
+    """Cancels a request. The server answers with `error`, unless its answer was already complete."""
 
     type: ClassVar[str] = "cancel"
-    id: int
+    id: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Credit:
-    """Lets the server send so many bytes more: the client has taken them in."""
+    """The client has taken in `bytes`, and the server may announce as many more."""
 
     type: ClassVar[str] = "credit"
-    bytes: int
+    bytes: Size
 
 
 @dataclass(frozen=True, slots=True)
 class ServerHello:
-    """The server's first message: who it is, and the limits it holds to and holds the client to."""
+    """The server's first message: its name and version, and the limits for both sides."""
 
     type: ClassVar[str] = "hello"
-    protocol: str
-    server: str
-    frame_bytes: int
-    window_bytes: int
-    requests: int
+    protocol: Name
+    server: ShownName
+    frame_bytes: Size
+    window_bytes: Size
+    requests: Size
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,18 +184,18 @@ class Models:
     """Answers `models`."""
 
     type: ClassVar[str] = "models"
-    id: int
-    models: tuple[str, ...]
+    id: Size
+    models: Names
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Opens the answer to `manifest`, `file` and `digests`: how many bytes will come, and their BLAKE3."""
+    """Begins the answer to `manifest`, `file` and `digests`: its size and BLAKE3."""
 
     type: ClassVar[str] = "begin"
-    id: int
-    size: int
-    digest: str
+    id: Size
+    size: Size
+    digest: Name
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,163 +203,121 @@ class Data:
     """Announces a run: the next `stop - start` binary bytes are bytes `start` to `stop` of the answer to `id`."""
 
     type: ClassVar[str] = "data"
-    id: int
-    start: int
-    stop: int
+    id: Size
+    start: Size
+    stop: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Says that an open request waits for the storage: so many bytes were read for it so far; the count only rises."""
+    """An open request waits for the storage, which has read `bytes` for it so far. The count only rises."""
 
     type: ClassVar[str] = "progress"
-    id: int
-    bytes: int
+    id: Size
+    bytes: Size
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Ends a request without the rest of its answer; `code` is for machines, `message` for people."""
+    """Ends a request without the rest of its answer. `code` is for programs, `message` for people."""
 
     type: ClassVar[str] = "error"
-    id: int
-    code: str
-    message: str
+    id: Size
+    code: ShownName
+    message: ShownText
 
 
 Request = ListModels | GetManifest | GetFile | GetDigests | Get
 ClientMessage = ClientHello | Request | Cancel | Credit
-ServerMessage = ServerHello | Models | Begin | Data | Progress | Failed
+AnswerMessage = Models | Begin | Data | Progress | Failed
+"""What a server says about one request."""
+ServerMessage = ServerHello | AnswerMessage
+
+
+_Checked = tuple[str, object, Callable[[object], object]]
+"""A field: its name, the value that stands for a missing one, and its check."""
+
+
+def _declared(messages: Any) -> dict[str, tuple[type, list[_Checked]]]:
+    """The classes of a union by their `type`, with their fields."""
+    return {
+        kind.type: (kind, [(one.name, _default(one), get_args(one.type)[1]) for one in fields(kind)])
+        for kind in get_args(messages)
+    }
+
+
+def _default(field: "Field[Any]") -> object:
+    return None if field.default is MISSING else field.default
+
+
+_FROM_CLIENT = _declared(ClientMessage)
+_FROM_SERVER = _declared(ServerMessage)
+_TYPE: _Checked = ("type", None, _text(32))
 
 
 def encode(message: ClientMessage | ServerMessage) -> str:
-    """The message as JSON text. A field that is false is left out, as peers that do not know it do."""
-    fields = {name: value for name in message.__slots__ if (value := getattr(message, name)) is not False}
-    return json.dumps({"type": message.type} | fields, separators=(",", ":"))
+    """The message as JSON text. False fields are left out, so that older peers' messages and ours are the same."""
+    values = {name: value for name in message.__slots__ if (value := getattr(message, name)) is not False}
+    return json.dumps({"type": message.type} | values, separators=(",", ":"))
 
 
 def parse_client_message(text: str) -> ClientMessage:
     """A message that a client may send.
 
     Raises:
-        RemoteProtocolError: the text is none.
+        RemoteProtocolError: the text is not one.
     """
-    return _parse(text, _FROM_CLIENT)
+    message: ClientMessage = _parse(text, _FROM_CLIENT)
+    return message
 
 
 def parse_server_message(text: str) -> ServerMessage:
     """A message that a server may send.
 
     Raises:
-        RemoteProtocolError: the text is none.
+        RemoteProtocolError: the text is not one.
     """
-    return _parse(text, _FROM_SERVER)
+    message: ServerMessage = _parse(text, _FROM_SERVER)
+    return message
 
 
-class _Fields:
-    """A JSON object whose fields are checked as they are read; whatever is wrong is a `RemoteProtocolError`."""
+def binary_header(length: int) -> bytes:
+    """The header of an unmasked binary frame with `length` bytes of payload.
 
-    def __init__(self, text: str) -> None:
-        try:
-            document = json.loads(text)
-        except (ValueError, RecursionError) as exc:
-            raise RemoteProtocolError(f"a message is not JSON: {_short(text)}") from exc
-        if not isinstance(document, dict):
-            raise RemoteProtocolError(f"a message is not a JSON object: {_short(text)}")
-        self._document: dict[str, Any] = document
-        self.type = "message"  # what errors call it until its type is known
-        self.type = self.text("type", 32)
-
-    def text(self, name: str, longest: int = _NAME_LENGTH) -> str:
-        return self._checked_text(name, self._document.get(name), longest)
-
-    def shown(self, name: str, longest: int = _NAME_LENGTH) -> str:
-        """A text that people see: it may do nothing to their terminals."""
-        return self._printable(name, self.text(name, longest))
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        values = self._document.get(name)
-        if not isinstance(values, list):
-            raise self._unexpected(name, values, "a list of texts")
-        return tuple(self._printable(name, self._checked_text(name, value, _NAME_LENGTH)) for value in values)
-
-    def size(self, name: str) -> int:
-        return self.integer(name, 0, MAX_SIZE)
-
-    def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
-        value = self._document.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self._unexpected(name, value, f"an integer from {low} to {high}")
-        return value
-
-    def flag(self, name: str) -> bool:
-        value = self._document.get(name, False)
-        if not isinstance(value, bool):
-            raise self._unexpected(name, value, "true or false")
-        return value
-
-    def _checked_text(self, name: str, value: object, longest: int) -> str:
-        if not isinstance(value, str) or len(value) > longest or not _encodable(value):
-            raise self._unexpected(name, value, f"a text of at most {longest} characters")
-        return value
-
-    def _printable(self, name: str, value: str) -> str:
-        if not value.isprintable():
-            raise self._unexpected(name, value, "a text of printable characters")
-        return value
-
-    def _unexpected(self, name: str, value: object, expected: str) -> RemoteProtocolError:
-        return RemoteProtocolError(f"{self.type}: field {name!r} is {_short(value)}, expected {expected}")
+    A server writes it, and then the cached bytes themselves, without copying them into a frame.
+    """
+    if length < 126:
+        return struct.pack("!BB", _FINAL_BINARY, length)
+    if length < 1 << 16:
+        return struct.pack("!BBH", _FINAL_BINARY, 126, length)
+    return struct.pack("!BBQ", _FINAL_BINARY, 127, length)
 
 
-Message = TypeVar("Message")
-
-_FROM_CLIENT: dict[str, Callable[[_Fields], ClientMessage]] = {
-    ClientHello.type: lambda fields: ClientHello(
-        fields.shown("client"), fields.size("window_bytes"), fields.flag("progress")
-    ),
-    ListModels.type: lambda fields: ListModels(fields.size("id")),
-    GetManifest.type: lambda fields: GetManifest(fields.size("id"), fields.text("model")),
-    GetFile.type: lambda fields: GetFile(fields.size("id"), fields.text("model"), fields.text("path")),
-    GetDigests.type: lambda fields: GetDigests(fields.size("id"), fields.text("model"), fields.text("chunk")),
-    Get.type: lambda fields: Get(
-        fields.size("id"),
-        fields.text("model"),
-        fields.text("chunk"),
-        fields.text("form"),
-        fields.size("start"),
-        fields.size("stop"),
-        fields.integer("priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
-        fields.flag("fresh"),
-    ),
-    Cancel.type: lambda fields: Cancel(fields.size("id")),
-    Credit.type: lambda fields: Credit(fields.size("bytes")),
-}
-
-_FROM_SERVER: dict[str, Callable[[_Fields], ServerMessage]] = {
-    ServerHello.type: lambda fields: ServerHello(
-        fields.text("protocol"),
-        fields.shown("server"),
-        fields.size("frame_bytes"),
-        fields.size("window_bytes"),
-        fields.size("requests"),
-    ),
-    Models.type: lambda fields: Models(fields.size("id"), fields.texts("models")),
-    Begin.type: lambda fields: Begin(fields.size("id"), fields.size("size"), fields.text("digest")),
-    Data.type: lambda fields: Data(fields.size("id"), fields.size("start"), fields.size("stop")),
-    Progress.type: lambda fields: Progress(fields.size("id"), fields.size("bytes")),
-    Failed.type: lambda fields: Failed(fields.size("id"), fields.shown("code"), fields.shown("message", _TEXT_LENGTH)),
-}
+def _parse(text: str, declared: dict[str, tuple[type, list[_Checked]]]) -> Any:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise RemoteProtocolError(f"a message is not JSON: {_short(text)}") from exc
+    if not isinstance(document, dict):
+        raise RemoteProtocolError(f"a message is not a JSON object: {_short(text)}")
+    name = _checked(document, "message", _TYPE)
+    if name not in declared:
+        raise RemoteProtocolError(f"unknown message type {name!a}")
+    kind, fields_of_it = declared[name]
+    return kind(*[_checked(document, name, field) for field in fields_of_it])
 
 
-def _parse(text: str, messages: Mapping[str, Callable[[_Fields], Message]]) -> Message:
-    fields = _Fields(text)
-    if fields.type not in messages:
-        raise RemoteProtocolError(f"unknown message type {fields.type!a}")
-    return messages[fields.type](fields)
+def _checked(document: dict[str, Any], message: str, field: _Checked) -> Any:
+    name, default, check = field
+    try:
+        return check(document.get(name, default))
+    except _UnexpectedValueError as exc:
+        raise RemoteProtocolError(
+            f"{message}: field {name!r} is {_short(exc.value)}, expected {exc.expected}"
+        ) from None
 
 
-def _encodable(value: str) -> bool:
+def _is_encodable(value: str) -> bool:
     """Whether the text is free of lone surrogates, which JSON can carry and UTF-8 cannot."""
     try:
         value.encode()
@@ -307,7 +327,7 @@ def _encodable(value: str) -> bool:
 
 
 def _short(value: object) -> str:
-    """A value as it may stand in a reason, which has little room."""
+    """A value as text for a close reason, which has little room."""
     match value:
         case str():
             return ascii(value[:40]) + ("…" if len(value) > 40 else "")

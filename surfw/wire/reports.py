@@ -1,6 +1,6 @@
-"""What a server tells of itself over plain HTTP: the shapes of `/stats` and of its health.
+"""What a server reports over plain HTTP: the shapes of `/stats` and of its health.
 
-A report from a server is not trusted: `parse_stats` takes what has the shape, and nothing else.
+A client does not trust the report: `parse_stats` accepts these shapes and nothing else.
 """
 
 import json
@@ -14,14 +14,14 @@ _MOST_NAMES = 16
 
 
 class ServerFacts(TypedDict):
-    """Which surfw it is, and for how long it has been up."""
+    """The version of surfw, and how long it has been running."""
 
     version: str
     uptime_seconds: float
 
 
 class CacheStats(TypedDict):
-    """The cache of stored bytes; a use is a hit, a miss, or coalesced with another use's read."""
+    """The cache of stored bytes. A use is a hit, a miss, or coalesced with another use's read."""
 
     hits: int
     misses: int
@@ -34,7 +34,7 @@ class CacheStats(TypedDict):
 
 
 class RequestStats(TypedDict):
-    """Requests of all clients, with `p50`, `p95` and `p99` of the recent ones' seconds."""
+    """The requests of all clients, with `p50`, `p95` and `p99` of the latency of recent ones."""
 
     total: int
     in_flight: int
@@ -42,28 +42,28 @@ class RequestStats(TypedDict):
 
 
 class StorageState(TypedDict):
-    """Where the store lies, without credentials, and whether it answered when last asked."""
+    """The URL of the store, without credentials, and whether it answered last time."""
 
     url: str
     healthy: bool
 
 
 class ResourceStats(TypedDict):
-    """What the server's process takes; the CPU since the last look."""
+    """What the server's process uses; the CPU since the last report."""
 
     rss_bytes: int
     cpu_percent: float
 
 
 class RedisState(TypedDict):
-    """Where the Redis tier is, without credentials, and whether it answered when last asked."""
+    """The URL of the Redis tier, without credentials, and whether it answered last time."""
 
     url: str
     reachable: bool
 
 
 class ServerStats(TypedDict):
-    """A server's counters since its start. `redis` is there if the server has such a tier."""
+    """A server's counters since its start. Only a server with a Redis tier has `redis`."""
 
     server: ServerFacts
     models: list[str]
@@ -77,7 +77,7 @@ class ServerStats(TypedDict):
 
 
 class ServerHealth(TypedDict):
-    """Whether a server listens (`live`), and whether its storage answers too (`ready`), with the models there are."""
+    """Whether a server listens (`live`), and whether its storage answers too (`ready`), and its models."""
 
     live: bool
     ready: bool
@@ -86,10 +86,10 @@ class ServerHealth(TypedDict):
 
 
 def parse_stats(data: bytes) -> ServerStats:
-    """Statistics from the JSON of a server.
+    """Parse the JSON of `/stats`.
 
     Raises:
-        RemoteProtocolError: they are not statistics of a surfw server.
+        RemoteProtocolError: it does not have the shape of a surfw server's statistics.
     """
     try:
         document = json.loads(data)
@@ -102,9 +102,9 @@ def parse_stats(data: bytes) -> ServerStats:
 
 
 def _has_shape(value: Any, shape: Any) -> bool:
-    """Whether a value is of a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one.
+    """Whether a value has a type: a `TypedDict` (more keys are fine), a list, a dictionary or a plain one.
 
-    Texts and names are bounded, and numbers are some that can be shown.
+    Texts, names and numbers are bounded too.
     """
     if is_typeddict(shape):
         hints = get_type_hints(shape)

@@ -1,5 +1,6 @@
 """`bench chunk` measures what it says: both sides write every byte."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_rows_compare_with_cp(tmp_path: Path) -> None:
     assert chunked.low == chunked.value == chunked.high, "there was one round"
     assert memory.unit == "MB"
     assert not list((tmp_path / "work").iterdir()), "what was written for the measurement is gone"
-    assert result.as_dict().keys() == {"benchmark", "machine", "rows"}
-    assert result.as_dict()["rows"][1].keys() == {
+    assert asdict(result).keys() == {"benchmark", "machine", "rows"}
+    assert asdict(result)["rows"][1].keys() == {
         "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified",
     }  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from surfw.bench.flood import FLOODS, bench_flood
 from surfw.bench.wire import BENCH_MODEL
 from surfw.server.connection import Connection
-from surfw.server.reception import Reception
+from surfw.server.reception import FairConnection
 from tests.peers import serving, until
 from tests.stores import make_store
 
@@ -48,24 +48,24 @@ def test_each_flood_goes_on_and_breaks_no_rule(
         for chunk in manifest.chunks
     ]
     heard: Counter[str] = Counter()
-    take, made, updated = Connection._take, Reception.connection_made, Reception.buffer_updated
+    take, made, updated = Connection._take, FairConnection.connection_made, FairConnection.buffer_updated
 
     def took(self: Connection, message: Any) -> None:
         heard[getattr(message, "type", "")] += 1
         take(self, message)
 
-    def opened(self: Reception, transport: asyncio.BaseTransport) -> None:
+    def opened(self: FairConnection, transport: asyncio.BaseTransport) -> None:
         heard["connections"] += 1
         made(self, transport)
 
-    def read(self: Reception, nbytes: int) -> None:
+    def read(self: FairConnection, nbytes: int) -> None:
         heard["bytes"] += nbytes
         updated(self, nbytes)
 
     monkeypatch.setattr("surfw.server.listening._CLOSE_SECONDS", 0.1)  # most of them do not say goodbye
     monkeypatch.setattr(Connection, "_take", took)
-    monkeypatch.setattr(Reception, "connection_made", opened)
-    monkeypatch.setattr(Reception, "buffer_updated", read)
+    monkeypatch.setattr(FairConnection, "connection_made", opened)
+    monkeypatch.setattr(FairConnection, "buffer_updated", read)
     failed: list[Exception] = []
 
     def flood(port: int) -> None:

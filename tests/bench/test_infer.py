@@ -12,10 +12,11 @@ import psutil
 import pytest
 
 from surfw.bench.cap import LEAST_BYTES, memory_group
-from surfw.bench.contenders import PEERS
-from surfw.bench.contenders.offload import place_modules
-from surfw.bench.infer import Comparison, bench_infer
+from surfw.bench.comparison import Comparison
+from surfw.bench.infer import bench_infer
 from surfw.bench.infer_result import InferResult
+from surfw.bench.peers import PEERS
+from surfw.bench.peers.accelerate import place_modules
 from surfw.chunking.library import ModelChunker
 from surfw.errors import ConfigurationError
 from tests.checkpoints import save_bert, save_llama
@@ -108,7 +109,7 @@ def test_what_people_see(checkpoint: Path, store: Path, tmp_path: Path) -> None:
     assert "transformers" in done.stdout.splitlines()[-1]
 
 
-def test_a_server_is_read_in_place_of_a_store_and_its_link_is_the_ceiling(checkpoint: Path, store: Path) -> None:
+def test_a_server_is_read_instead_of_a_store_and_its_link_is_the_ceiling(checkpoint: Path, store: Path) -> None:
     with serve(store) as served:
         found = compare(checkpoint, "resident", source=served.url, bandwidth_bytes=10_000_000, memory_budget="900kB")
         unknown = compare(checkpoint, source=served.url, memory_budget="900kB")

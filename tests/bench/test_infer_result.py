@@ -1,9 +1,8 @@
 """From outcomes to rows: medians, ratios, ceilings of each round's own bandwidth, and who said something else."""
 
-from typing import Any
-
 import pytest
 
+from surfw.bench.comparison import Measurement
 from surfw.bench.infer_result import make_notes, make_rows
 from surfw.bench.process import Outcome
 
@@ -12,16 +11,16 @@ TOKENS = [7, 8, 9, 10, 11]
 
 def outcome(
     seconds: float, *, tokens: list[int] = TOKENS, streamed: int | None = None, group: int | None = None
-) -> Outcome:
+) -> Outcome[Measurement]:
     """A generation whose first token took a fifth of the time."""
-    found: dict[str, Any] = {
-        "token_ids": tokens,
-        "seconds": seconds,
-        "ttft_seconds": seconds / 5,
-        "decode_seconds": seconds * 4 / 5,
-        "peak_rss_bytes": int(seconds * 1000),
-        "streamed_bytes": streamed,
-    }
+    found = Measurement(
+        token_ids=tokens,
+        seconds=seconds,
+        ttft_seconds=seconds / 5,
+        decode_seconds=seconds * 4 / 5,
+        peak_rss_bytes=int(seconds * 1000),
+        streamed_bytes=streamed,
+    )
     return Outcome(found=found, peak_group_bytes=group)
 
 

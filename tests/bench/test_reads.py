@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from surfw.bench.reads import _files, _read, _takes_direct_reads, measure_reads
+from surfw.bench.peers.reads import _files, _read, _takes_direct_reads, measure_reads
 from surfw.chunking.library import ModelChunker
 from surfw.errors import NotAStoreError, UnknownModelError
 from surfw.runtime.buffers import Buffer

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from surfw.bench.peers.runai import find_streamer
 from surfw.bench.storage import bench_storage
-from surfw.bench.storage_peer import find_streamer
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import ConfigurationError, NotFoundError
 from surfw.storage import S3Backend

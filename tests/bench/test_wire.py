@@ -1,6 +1,7 @@
 """The benchmark runs, compares within one run, and says what it found as data."""
 
 import json
+from dataclasses import asdict
 
 from surfw.bench.wire import SIZES, bench_wire
 
@@ -19,7 +20,7 @@ def test_it_measures_what_it_says() -> None:
         assert row.ratio == row.value / raw.value
         assert row.ceiling is not None
         assert row.share == row.value / row.ceiling
-    document = json.loads(json.dumps(found.as_dict()))
+    document = json.loads(json.dumps(asdict(found)))
     assert document["benchmark"] == "wire"
     assert {"cpu", "cores", "memory", "python", "websockets", "blake3"} <= set(document["machine"])
     assert set(document["rows"][0]) == {

@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from checkpoint.samples import entry, pack
-from surfw.checkpoint.header import MAX_HEADER_BYTES, UNSUPPORTED_DTYPES, Header, header_length, parse_header
+from surfw.checkpoint.shard import read_tensors
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.manifest import DTYPE_BITS
+from surfw.safetensors_header import MAX_HEADER_BYTES, UNSUPPORTED_DTYPES, Header, header_length, parse_header
 
 _DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3",
@@ -26,8 +28,15 @@ _DTYPES = {
 
 
 def parse(file: bytes) -> Header:
-    length = header_length(file[:8], len(file), "x.safetensors")
-    return parse_header(file[8 : 8 + length], len(file), "x.safetensors")
+    """The file's header, refused as a shard of a checkpoint is."""
+
+    def read(start: int, destination: memoryview) -> None:
+        destination[:] = file[start : start + len(destination)]
+
+    tensors = read_tensors(Path("x.safetensors"), len(file), read, where="x.safetensors")
+    header = parse_header(file[8 : 8 + header_length(file[:8], len(file))], len(file))
+    assert {(tensor.name, tensor.start) for tensor in tensors} == {(one.name, one.start) for one in header.tensors}
+    return header
 
 
 @st.composite

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surfw.checkpoint import open_directory
-from surfw.chunking.chunker import prepare_model, write_model
-from surfw.chunking.prepared import PreparedModel
+from surfw.chunking import PreparedModel, prepare_model, write_model
 from surfw.errors import (
     CheckpointError,
     ConfigurationError,
@@ -175,7 +174,7 @@ def test_code_that_a_configuration_asks_for_is_left_out_with_a_word(
         ({"hidden_size": 128}, CheckpointError, "configuration and weights do not belong together"),
         ({"num_hidden_layers": 5}, CheckpointError, "lacks 9 weights of LlamaForCausalLM, such as model.layers.4"),
         ({"architectures": ["BertModel"]}, UnsupportedModelError, "cannot be used"),
-        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is no whole model"),
+        ({"architectures": ["LlamaPreTrainedModel"]}, UnsupportedModelError, "LlamaPreTrainedModel is not a whole"),
         ({"architectures": ["AutoConfig"]}, UnsupportedModelError, "asks for the class 'AutoConfig'"),
         ({"model_type": "lama"}, UnsupportedModelError, "has model type 'lama'"),
         ({"dtype": "int8"}, UnsupportedModelError, "not a floating-point dtype"),
@@ -281,7 +280,7 @@ def test_nothing_is_visible_before_everything_is_there(backend: FilesystemBacken
 
 CHUNK_AND_STOP_AT = """
 import asyncio, sys
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.storage import open_backend
 
 def progress(count, name):

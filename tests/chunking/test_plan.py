@@ -10,16 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from surfw.chunking.plan import (
-    ALIGNMENT,
-    HEADER_ALIGNMENT,
-    ChunkPlan,
-    PlannedTensor,
-    UnitFacts,
-    encode_header,
-    plan_chunks,
-)
+from surfw.chunking.plan import ChunkPlan, PlannedTensor, UnitFacts, plan_chunks
+from surfw.config import ALIGNMENT
 from surfw.manifest import DTYPE_BITS, TensorInfo, Use
+from surfw.safetensors_header import HEADER_ALIGNMENT, encode_header
 from surfw.skeleton.dtypes import torch_dtype
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)

@@ -25,7 +25,7 @@ from tests.stores import make_store
 
 CHUNK = """
 import asyncio, sys
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.storage import open_backend
 
 def progress(count, name):

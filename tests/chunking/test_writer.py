@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.chunking import writer as writer_module
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, encode_header
-from surfw.chunking.writer import ChunkWriter
+from surfw.chunking import write as write_module
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
+from surfw.chunking.write import ChunkWriter
 from surfw.config import BLOCK_BYTES
 from surfw.errors import CheckpointError, StorageError, StorageFullError
-from surfw.manifest import Chunk, decode_line, encode_line
+from surfw.manifest import Chunk, Digester, decode_line, encode_line
+from surfw.safetensors_header import encode_header
 from surfw.storage import FilesystemBackend, StorageBackend, adapt_backend
 from surfw.storage.store import blob_key
 from tests.storage.dict_backend import DictBackend
@@ -115,21 +116,21 @@ def test_a_buffer_is_filled_again_only_when_its_bytes_have_been_digested(
     """Reading runs ahead of digesting, but never by more buffers than there are."""
     chunks = toys((5 * BLOCK_BYTES,))
     source, reads = Payloads(chunks), threading.Semaphore(0)
-    read_into, block_digests = source.read_into, writer_module.block_digests
+    read_into, update = source.read_into, Digester.update
 
     def counted(chunk: PlannedChunk, start: int, destination: memoryview) -> None:
         read_into(chunk, start, destination)
         reads.release()
 
-    def after_four_reads(piece: memoryview) -> bytes:
+    def after_four_reads(digester: Digester, piece: memoryview) -> None:
         if len(source.reads) < 4:
             for _ in range(4):  # three buffers can be read; the fourth read has to wait for this digest
                 reads.acquire(timeout=0.3)
-        return block_digests(piece)
+        update(digester, piece)
 
     monkeypatch.setattr(source, "read_into", counted)
-    monkeypatch.setattr(writer_module, "_PIECE_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(writer_module, "block_digests", after_four_reads)
+    monkeypatch.setattr(write_module, "PIECE_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(Digester, "update", after_four_reads)
     (chunk,) = run(make(backend, source), planned(chunks))
     assert chunk.forms[0].blocks == chunks[0][0].forms[0].blocks
 
@@ -142,8 +143,7 @@ def test_every_byte_is_read_once_in_order_and_stored_once(layers: list[list[int]
     ]
     source, backend = Payloads(chunks), adapt_backend(DictBackend())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "_PIECE_BYTES", piece)
-        patch.setattr(writer_module, "block_digests", lambda _: b"")
+        patch.setattr(write_module, "PIECE_BYTES", piece)
         made = run(make(backend, source), planned(chunks))
     for (toy, payload), chunk in zip(chunks, made, strict=True):
         pieces = [(start, size) for name, start, size in source.reads if name == toy.name]
@@ -248,7 +248,7 @@ def test_a_lock_that_a_finished_writer_removed_locks_nobody_out(
     first = make(backend, Payloads([]))
     holding = first.locked()
     holding.__enter__()
-    flock, attempts = writer_module.fcntl.flock, []
+    flock, attempts = write_module.fcntl.flock, []
 
     def finish_before(fd: int, how: int) -> None:
         attempts.append(fd)
@@ -257,7 +257,7 @@ def test_a_lock_that_a_finished_writer_removed_locks_nobody_out(
             holding.__exit__(None, None, None)
         flock(fd, how)
 
-    monkeypatch.setattr(writer_module.fcntl, "flock", finish_before)
+    monkeypatch.setattr(write_module.fcntl, "flock", finish_before)
     with make(backend, Payloads([])).locked():
         assert len(attempts) == 2
         assert (backend.spool() / "k" / "lock").stat().st_ino == os.fstat(attempts[1]).st_ino

@@ -10,7 +10,7 @@ import pytest
 from surfw.cli.options import Configuration
 from surfw.cli.sources import choose_source
 from surfw.errors import ConfigurationError
-from surfw.settings import SETTINGS, Origin, Settings
+from surfw.settings import SETTINGS, SettingOrigin, Settings
 from tests.checkpoints import save_llama
 from tests.cli.run import complaint, surfw
 from tests.peers import tcp_server
@@ -178,7 +178,7 @@ def test_what_is_no_surfw_server_is_passed_over_and_what_says_nothing_is_not(tmp
             settings = Settings(
                 port=int(url.rpartition(":")[2]), store=str(tmp_path / "store"), model="tiny", connect_timeout=0.5
             )
-            origins = {name: Origin("default", "default") for name in SETTINGS}
+            origins = {name: SettingOrigin("default", "default") for name in SETTINGS}
             configuration = Configuration(settings, origins)
 
             def look() -> str:

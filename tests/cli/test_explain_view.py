@@ -10,7 +10,7 @@ from rich.console import Console
 from surfw.cli.explain_view import explanation_rows, facts, show
 from surfw.cli.infer_view import bottleneck
 from surfw.models import Explanation
-from surfw.settings import Origin
+from surfw.settings import SettingOrigin
 
 STREAMED = Explanation(
     model="toy", source="/store", limited_by="memory_budget", budget_bytes=1_000_000_000, cache_layers=None,
@@ -25,10 +25,10 @@ FITS = replace(
     by_rows=(), bytes_per_pass=0, bytes_per_second=None, reading_ceiling=None, bottleneck="compute",
     more_bytes_per_pass=None, more_ceiling=None,
 )  # fmt: skip
-ARGUMENT, DEFAULT = Origin("argument", "memory_budget"), Origin("default", "default")
+ARGUMENT, DEFAULT = SettingOrigin("argument", "memory_budget"), SettingOrigin("default", "default")
 
 
-def rows(one: Explanation, origin: Origin = ARGUMENT) -> dict[str, str]:
+def rows(one: Explanation, origin: SettingOrigin = ARGUMENT) -> dict[str, str]:
     return dict(explanation_rows(one, origin))
 
 
@@ -60,10 +60,11 @@ def test_where_everything_fits_nothing_is_said_of_reading() -> None:
 @pytest.mark.parametrize(
     ("change", "origin", "row", "text"),
     [
-        ({}, Origin("variable", "SURFW_MEMORY_BUDGET"), "memory budget", "1.0 GB, as SURFW_MEMORY_BUDGET says"),
-        ({}, Origin("file", "a.toml"), "memory budget", "1.0 GB, as a.toml says"),
+        ({}, SettingOrigin("variable", "SURFW_MEMORY_BUDGET"), "memory budget", "1.0 GB, as SURFW_MEMORY_BUDGET says"),
+        ({}, SettingOrigin("file", "a.toml"), "memory budget", "1.0 GB, as a.toml says"),
         (
-            {"limited_by": "cache_layers", "budget_bytes": None, "cache_layers": 2}, Origin("argument", "cache_layers"),
+            {"limited_by": "cache_layers", "budget_bytes": None, "cache_layers": 2},
+            SettingOrigin("argument", "cache_layers"),
             "memory budget", "none: 2 layers and one more in flight, as --cache-layers says",
         ),
         ({"policy": "lru"}, ARGUMENT, "the rest passes through", "a ring of 2 buffers of 88.1 MB (policy lru)"),
@@ -78,12 +79,12 @@ def test_where_everything_fits_nothing_is_said_of_reading() -> None:
         ({"unit": "passes"}, ARGUMENT, "bottleneck", "storage: at most 2.00 passes/s"),
     ],
 )  # fmt: skip
-def test_each_case_has_its_words(change: dict[str, Any], origin: Origin, row: str, text: str) -> None:
+def test_each_case_has_its_words(change: dict[str, Any], origin: SettingOrigin, row: str, text: str) -> None:
     assert rows(replace(STREAMED, **change), origin)[row] == text
 
 
 def test_scripts_get_all_of_it_and_where_the_limit_comes_from() -> None:
-    origins = {"memory_budget": Origin("file", "a.toml"), "cache_layers": DEFAULT}
+    origins = {"memory_budget": SettingOrigin("file", "a.toml"), "cache_layers": DEFAULT}
     found = facts(STREAMED, origins)
     assert (found["limited_by"], found["limited_from"], found["ceiling"]) == ("memory_budget", "file", 2.0)
     assert facts(replace(STREAMED, limited_by="cache_layers"), origins)["limited_from"] == "default"

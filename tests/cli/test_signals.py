@@ -164,7 +164,7 @@ def test_an_import_is_ended_before_a_command_runs_and_comes_to_its_end_within_on
 SLOW_TO_END = """
 import time
 from surfw.cli.app import app
-from surfw.cli.command import Command
+from surfw.cli.options import Command
 from surfw.cli.main import main
 
 @app.command("wait", cls=Command)

@@ -12,11 +12,13 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
-from surfw.client.source import WireSource
+from surfw.client.patience import Patience
+from surfw.client.wire_source import WireSource
 from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import ConnectionFailedError
 from surfw.retry import RetryPolicy
 from surfw.source import Read
+from surfw.wire import Get
 from tests.peers import pretending, until, whole
 from tests.stores import make_store, payload
 
@@ -271,3 +273,63 @@ def test_ranges_of_nothing_are_answers_too(tmp_path: Path) -> None:
             await source.fetch(manifest, [Read(chunk, chunk.forms[0], 0, 0, memoryview(bytearray()))])
 
     asyncio.run(main())
+
+
+class Decisions:
+    """A `Patience` of ten seconds, and its clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.patience = Patience(10, lambda: self.now)
+
+    def ask(self, number: int, priority: int = 0) -> None:
+        self.patience.asked(Get(number, "m", "c", "none", 0, MIB, priority), 8 * MIB)
+
+
+def test_arrived_and_read_bytes_put_the_end_of_patience_off() -> None:
+    decisions = Decisions()
+    patience = decisions.patience
+    decisions.ask(0)
+    assert patience.stalls(4) == (10, [])
+    decisions.now = 3
+    patience.arrived(0, 64 * KIB - 1)
+    patience.read(0, 64 * KIB - 1)
+    assert patience.stalls(4) == (10, [])
+    patience.arrived(0, 1)
+    assert patience.stalls(4) == (13, [])
+    decisions.now = 5
+    patience.read(0, 64 * KIB)
+    patience.read(0, 100 * MIB)
+    assert patience.stalls(4) == (15, [])
+    decisions.now = 9
+    patience.read(0, 101 * MIB)  # more than there can be to read
+    assert patience.stalls(4) == (15, [])
+    decisions.ask(1)
+    patience.given_up(0)
+    patience.read(0, 102 * MIB)
+    assert patience.stalls(4) == (15, [])
+    patience.answered(0)
+    assert patience.stalls(4) == (19, [])
+
+
+def test_patience_begins_when_the_first_request_is_open() -> None:
+    decisions = Decisions()
+    decisions.now = 100
+    decisions.ask(0)
+    assert decisions.patience.stalls(4) == (110, [])
+
+
+def test_a_request_that_is_overtaken_too_often_is_stalled_alone() -> None:
+    decisions = Decisions()
+    patience = decisions.patience
+    decisions.ask(0, priority=1)
+    for number, priority in enumerate([1, 0, 2], 1):
+        decisions.ask(number, priority)
+        decisions.now += 4
+        patience.answered(number)
+    assert patience.stalls(3) == (22, [])  # the more urgent one did not count
+    assert patience.stalls(2) == (22, [0])
+    decisions.now = 9
+    assert patience.stalls(2) == (10, [])
+    patience.given_up(0)
+    assert patience.stalls(2) == (22, [])

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,38 @@ from tests.stores import make_store, payload
 AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0)
 
 
-def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Callable[[ServerConnection], Awaitable[None]]]:
+Talk = Callable[[ServerConnection], Awaitable[None]]
+
+
+async def requests(websocket: ServerConnection, asked: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """What the client asks for, which is also kept in `asked`."""
+    async for message in websocket:
+        request = json.loads(message)
+        if request["type"] != "credit":
+            asked.append(request)
+            yield request
+
+
+async def send(websocket: ServerConnection, request: dict[str, Any], body: bytes | bytearray) -> None:
+    """The beginning of the answer to a request, in runs of a frame."""
+    for at in range(0, len(body), 512 * KIB):
+        part, start = body[at : at + 512 * KIB], request["start"] + at
+        run = {"type": "data", "id": request["id"], "start": start, "stop": start + len(part)}
+        await websocket.send(json.dumps(run))
+        await websocket.send(bytes(part))
+
+
+def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Talk]:
     """A server that hangs up after so many bytes of its first, second, … answers; and what it was asked for."""
     asked: list[dict[str, Any]] = []
     left = list(lengths)
 
     async def answer(websocket: ServerConnection) -> None:
-        while True:
-            request = json.loads(await websocket.recv())
-            if request["type"] == "credit":
-                continue
-            asked.append(request)
-            start = request["start"]
-            length = left.pop(0) if left else request["stop"] - start
-            for at in range(start, start + length, 512 * KIB):
-                stop = min(at + 512 * KIB, start + length)
-                await websocket.send(json.dumps({"type": "data", "id": request["id"], "start": at, "stop": stop}))
-                await websocket.send(data[at:stop])
-            if start + length < request["stop"]:
+        async for request in requests(websocket, asked):
+            body = data[request["start"] : request["stop"]]
+            length = left.pop(0) if left else len(body)
+            await send(websocket, request, body[:length])
+            if length < len(body):
                 await until(lambda: websocket.transport.get_write_buffer_size() == 0)
                 await websocket.close(1001, "the server is stopping")
                 return
@@ -70,28 +84,20 @@ def test_a_chunk_goes_on_behind_the_verified_blocks(tmp_path: Path) -> None:
     assert starts[3] == 12 * MIB
 
 
-def damaging(data: bytes, *flips: int) -> tuple[list[dict[str, Any]], Callable[[ServerConnection], Awaitable[None]]]:
+def damaging(data: bytes, *flips: int) -> tuple[list[dict[str, Any]], Talk]:
     """A server that damages a byte in its first, second, … answer that has it, at each of these places."""
     asked: list[dict[str, Any]] = []
     left = list(flips)
 
     async def answer(websocket: ServerConnection) -> None:
-        while True:
-            request = json.loads(await websocket.recv())
-            if request["type"] == "credit":
-                continue
-            asked.append(request)
+        async for request in requests(websocket, asked):
             start, stop = request["start"], request["stop"]
             body = bytearray(data[start:stop])
             for at in set(left):
                 if start <= at < stop:
                     left.remove(at)
                     body[at - start] ^= 1 + len(left)
-            for at in range(0, len(body), 512 * KIB):
-                part = body[at : at + 512 * KIB]
-                run = {"type": "data", "id": request["id"], "start": start + at, "stop": start + at + len(part)}
-                await websocket.send(json.dumps(run))
-                await websocket.send(bytes(part))
+            await send(websocket, request, body)
 
     return asked, answer
 
@@ -116,6 +122,35 @@ def test_a_damaged_block_is_fetched_again_alone_and_fresh(tmp_path: Path) -> Non
         (4 * MIB, 5 * MIB, True),
         (9 * MIB, 9 * MIB + 100, True),
     ]
+
+
+def test_what_was_verified_behind_a_damaged_block_need_not_come_again_either(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[20 * MIB])
+    data = payload(tmp_path, manifest.chunks[0])
+    damaged = bytearray(data)
+    damaged[2 * MIB + 5] ^= 1
+    asked: list[dict[str, Any]] = []
+
+    async def answer(websocket: ServerConnection) -> None:
+        async for request in requests(websocket, asked):
+            if len(asked) > 1:
+                await send(websocket, request, data[request["start"] : request["stop"]])
+                continue
+            await send(websocket, request, damaged[: 9 * MIB])
+            await until(lambda: websocket.transport.get_write_buffer_size() == 0)
+            await websocket.close(1001, "the server is stopping")
+            return
+
+    async def main() -> None:
+        async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
+            read, memory = whole(manifest.chunks[0])
+            await source.fetch(manifest, [read])
+            assert memory == data
+            assert source.refetched_blocks == 1
+
+    asyncio.run(main())
+    ranges = [(request["start"], request["stop"], request.get("fresh", False)) for request in asked]
+    assert ranges == [(0, 20 * MIB, False), (2 * MIB, 3 * MIB, True), (8 * MIB, 20 * MIB, False)]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
-from surfw.client.source import open_wire_source
+from surfw.client.wire_source import open_wire_source
 from surfw.errors import IntegrityError, ManifestError, StorageError, SurfwError
 from surfw.models import StreamingModel
 from surfw.server import WeightServer

@@ -14,7 +14,7 @@ import transformers
 from websockets.frames import Opcode
 
 from surfw import RetryPolicy
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import DAMAGE_RETRIES
 from surfw.errors import IntegrityError, ModelError, SurfwError, WireError
 from surfw.models import StreamingModel

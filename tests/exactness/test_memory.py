@@ -17,12 +17,12 @@ import pytest
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import MIB, Policy
 from surfw.errors import ConfigurationError
-from surfw.models import StreamingModel, WeightClient, needs, opened
+from surfw.models import StreamingModel, WeightClient, assembly
 from surfw.runtime.kv_cache import kv_cost
-from surfw.runtime.residency import Limit
+from surfw.runtime.plan import Limit
 from surfw.storage import open_backend
 from tests.exactness.families import Family
 from tests.servers import serve
@@ -137,8 +137,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(autouse=True)
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little memory for rows, so that it is worth it to read tables of a few MB row by row."""
-    for module in (needs, opened):
-        monkeypatch.setattr(module, "ROWS_BYTES", MIB)
+    monkeypatch.setattr(assembly, "ROWS_BYTES", MIB)
 
 
 @pytest.fixture(autouse=True)
@@ -182,9 +181,9 @@ def cache_bytes(model: Any) -> int:
 
 def runs_with(model: StreamingModel, budget: int) -> bool:
     """Whether an open model could be planned for with so many bytes."""
-    assert model._opened is not None
+    assert model._parts is not None
     try:
-        model._opened.engine.plan_with(Limit(budget_bytes=budget))
+        model._parts.engine.plan_with(Limit(budget_bytes=budget))
     except ConfigurationError:
         return False
     return True

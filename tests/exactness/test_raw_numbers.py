@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.models import StreamingModel
 from surfw.storage import open_backend
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.manifest import Manifest
 from surfw.models import StreamingModel
-from surfw.models.inference import Request, answer
+from surfw.models.inference import InferenceRequest, answer
 from surfw.storage import open_backend
 from tests.servers import Served, serve
 
@@ -68,7 +68,7 @@ def test_real_bert_is_bit_equal(cache_layers: int | None, stored: tuple[Path, Ma
 
 def test_embeddings_mean_something(served: Served) -> None:
     def embed(text: str) -> torch.Tensor:
-        result = answer(streaming, tokenizer, Request(prompt=text))
+        result = answer(streaming, tokenizer, InferenceRequest(prompt=text))
         assert result.embedding is not None
         return torch.nn.functional.normalize(torch.tensor(result.embedding), dim=0)
 

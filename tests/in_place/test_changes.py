@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model
+from surfw.chunking import prepare_model
 from surfw.chunking.in_place import publish_place, write_in_place
 from surfw.errors import IntegrityError, ManifestError, RefusedError
 from surfw.models import StreamingModel
-from surfw.server.private_store import make_private_store
+from surfw.server.served import make_private_store
 from surfw.storage import FsspecBackend, Store, open_backend
 from surfw.storage.base import ChangedObjectError
 from surfw.storage.origins import PlacedOptions

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import UnsupportedModelError
 from surfw.manifest import Manifest

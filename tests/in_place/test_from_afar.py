@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model
+from surfw.chunking import prepare_model
 from surfw.errors import ConfigurationError, ModelError, StorageError
 from surfw.models import StreamingModel
 from surfw.server import WeightServer

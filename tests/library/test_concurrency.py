@@ -1,4 +1,4 @@
-"""Models run beside the event loop and beside each other, can be stopped at any time, and leave nothing behind."""
+"""Models run alongside the event loop and each other, can be stopped at any time, and leave nothing behind."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from surfw import (
     StreamingModel,
     WeightClient,
 )
-from surfw.runtime.absent import AbsentParameter
+from surfw.runtime.hooks import AbsentParameter
 from surfw.storage import FilesystemBackend
 from tests.library.conftest import run
 from tests.library.test_calls import IDS, MASK, logits, resident
@@ -143,19 +143,17 @@ def test_other_threads_compute_with_the_same_number_of_threads(server: Served, c
     assert seen == [1, 2]
 
 
-@pytest.mark.parametrize("where", ["another thread", "the loop", "beside the loop"])
+@pytest.mark.parametrize("where", ["another thread", "the loop", "without blocking the loop"])
 def test_closing_in_the_middle_of_a_forward(where: str, server: Served) -> None:
     inside = threading.Event()
 
     async def main() -> None:
         model = await StreamingModel.open_async(server.url, "llama", cache_size=1)
-        opened = model._opened
-        assert opened is not None
         after: list[int] = []
 
         def pause() -> None:
             inside.set()
-            assert opened._closing.wait(60)
+            assert model._closing.wait(60)
 
         handles = [at_layer(model, 2, pause), at_layer(model, 4, lambda: after.append(1))]
         forward = asyncio.create_task(model.forward_async(input_ids=IDS))
@@ -289,7 +287,7 @@ def test_an_exception_in_a_hook_is_the_callers(asynchronous: bool, server: Serve
     assert is_as_it_was(inner)
 
 
-def test_whoever_stops_reading_a_stream_stops_the_generation(server: Served) -> None:
+def test_closing_a_stream_stops_the_generation(server: Served) -> None:
     steps = []
 
     async def main() -> None:
@@ -469,7 +467,7 @@ def test_opening_ends_when_it_is_cancelled_or_closed_though_it_would_try_for_lon
             await opening
         model = StreamingModel("ws://127.0.0.1:1", "llama", retry=patient)
         warming = asyncio.create_task(model.warmup())
-        while model._opening_run is None:  # noqa: ASYNC110 - it has no event
+        while model._current is None:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
         await model.close_async()
         with pytest.raises(ModelClosedError, match="llama is closed; open it again"):
@@ -552,11 +550,11 @@ def test_what_would_block_the_loop_is_refused(server: Served) -> None:
 
 def test_a_model_that_is_forgotten_complains(store: Path) -> None:
     model = StreamingModel.open(store, "bert")
-    opened, client = model._opened, model._client
-    assert opened is not None
+    parts, client = model._parts, model._client
+    assert parts is not None
     forgotten = [model]
     del model
     with pytest.warns(ResourceWarning, match=r"StreamingModel bert of .* was never closed"):
         forgotten.clear()
-    opened.close()
+    parts.close()
     client.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.storage import open_backend
 from tests.checkpoints import save_bert, save_llama
 from tests.exactness.families import FAMILIES

@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from surfw.bench.cap import memory_group
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
-from surfw.models import StreamingModel, opened
+from surfw.models import StreamingModel, assembly
 from surfw.runtime.kv_cache import CACHE_NAMES, kv_cost, output_cache
 from surfw.runtime.memory import DefaultBudget
 from surfw.storage import open_backend
@@ -118,7 +118,7 @@ import json, sys
 from pathlib import Path
 import torch
 from surfw.models import StreamingModel
-from surfw.runtime.memory import default_budget_bytes
+from surfw.runtime.memory import find_default_budget
 
 store, group, spare, run_first = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "run"
 ids, options = torch.arange(3, 12)[None], dict(max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -127,8 +127,8 @@ with StreamingModel.open(store, "small") as small:
 for limit in ("memory.limit_in_bytes", "memory.max"):
     if (group / limit).exists():
         now = int((group / limit).read_text())
-        (group / limit).write_text(str(now - default_budget_bytes() + spare))
-told = {"spare": default_budget_bytes()}
+        (group / limit).write_text(str(now - find_default_budget().budget_bytes + spare))
+told = {"spare": find_default_budget().budget_bytes}
 with StreamingModel.open(store, "large") as first:
     if run_first:
         first.generate(ids, **options)
@@ -227,7 +227,7 @@ def test_a_budget_that_surfw_found_out_only_warns(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     everything_of_llama = DefaultBudget(everything_of(store), "this machine allows so much")
-    monkeypatch.setattr(opened, "find_default_budget", lambda: everything_of_llama)
+    monkeypatch.setattr(assembly, "find_default_budget", lambda: everything_of_llama)
     with caplog.at_level(logging.WARNING, "surfw"), StreamingModel.open(str(store), "llama") as model:
         eos = int(model.generate(PROMPT, **GREEDY)[0, 20])
         assert caplog.messages == []
@@ -245,7 +245,7 @@ def test_a_machine_that_is_too_full_is_told_of_and_no_budget_of_nothing(
 ) -> None:
     for free, said in ((0, "none is"), (1000, "1.0 kB is")):
         full = DefaultBudget(free, "/proc/meminfo allows 8.0 GB, 7.9 GB of it is in use, 429.5 MB is headroom")
-        monkeypatch.setattr(opened, "find_default_budget", lambda full=full: full)
+        monkeypatch.setattr(assembly, "find_default_budget", lambda full=full: full)
         with pytest.raises(ConfigurationError) as refused:
             StreamingModel.open(str(store), "llama")
         text = str(refused.value)

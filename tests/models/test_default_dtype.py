@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from surfw.errors import ModelClosedError, ModelError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.runtime.run import Run
-from surfw.skeleton import shared
-from surfw.skeleton.shared import runs
+from surfw.skeleton import default_dtype
+from surfw.skeleton.default_dtype import runs
 from tests.models.test_streaming import IDS, opener
 from tests.skeleton.models import skeleton_of
-from tests.skeleton.test_shared import Other
+from tests.skeleton.test_guards import Other
 
 LLAMA = "llama"
 
@@ -127,7 +127,7 @@ def test_a_run_does_not_begin_while_another_model_is_built(store: Path, monkeypa
         build = Other(lambda: StreamingWatched.open(opener(store), LLAMA, dtype="bfloat16").close())
         assert inside.wait(60)
         run = Other(lambda: model.run(lambda inner: (order.append("work"), inner(input_ids=IDS))))
-        until(lambda: model._opened and model._opened._current)
+        until(lambda: model._current)
         go_on.set()
         build.end()
         run.end()
@@ -137,10 +137,10 @@ def test_a_run_does_not_begin_while_another_model_is_built(store: Path, monkeypa
 def test_a_model_of_the_default_dtype_is_built_while_another_runs(store: Path) -> None:
     with opened(store) as [model]:
 
-        def build_beside() -> None:
+        def build_in_another_thread() -> None:
             Other(lambda: open_and_close(store, "float32")).end()
 
-        at_layer(model, 1, build_beside)
+        at_layer(model, 1, build_in_another_thread)
         model(input_ids=IDS)
 
 
@@ -219,7 +219,7 @@ def test_a_run_waits_for_a_model_whose_run_waits_for_a_build(store: Path, use: C
     assert ended == (["closed"] if use is StreamingModel.close else [])
 
 
-class Beside:
+class ThreeThreads:
     """A thread that computes from the start, one that builds, and one that waits at a layer until they have met."""
 
     def __init__(self, run: Run) -> None:
@@ -258,25 +258,25 @@ class Beside:
 
 def test_an_interrupted_run_ends_before_a_build_that_has_not_begun() -> None:
     run = Run()
-    beside = Beside(run)
+    threads = ThreeThreads(run)
     run.interrupt(ModelError("enough"))
-    beside.layer.end()
-    assert not beside.inside.is_set()
-    assert beside.error == "enough, outside"
-    beside.end()
+    threads.layer.end()
+    assert not threads.inside.is_set()
+    assert threads.error == "enough, outside"
+    threads.end()
 
 
 def test_an_interrupted_run_goes_on_once_the_build_has_ended() -> None:
     run = Run()
-    beside = Beside(run)
-    beside.computed.set()
-    assert beside.inside.wait(60)
+    threads = ThreeThreads(run)
+    threads.computed.set()
+    assert threads.inside.wait(60)
     run.interrupt(ModelError("enough"))
-    beside.end()
-    assert beside.error == "enough, outside"
+    threads.end()
+    assert threads.error == "enough, outside"
 
 
-def test_whoever_waits_for_weights_is_not_waited_for() -> None:
+def test_a_build_does_not_wait_for_a_run_that_waits_for_weights() -> None:
     weights: Future[None] = Future()
 
     def run() -> None:
@@ -340,10 +340,20 @@ def test_closing_a_model_ends_the_wait_to_build_it(store: Path) -> None:
         running(input_ids=IDS)
 
 
+def test_a_model_may_be_closed_by_the_thread_that_builds_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = StreamingWatched(opener(store), LLAMA)
+    monkeypatch.setattr(Watched, "while_building", model.close)
+    model.__enter__()
+    assert repr(model).endswith("closed>")
+    assert not any(module._forward_hooks for module in model.model.modules())
+    with pytest.raises(ModelClosedError, match="llama is closed"):
+        model(input_ids=IDS)
+
+
 def test_a_run_that_waits_for_the_build_it_holds_up_is_told_in_the_end(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "_LAYER_SECONDS", 0)
+    monkeypatch.setattr(default_dtype, "_LAYER_SECONDS", 0)
 
     def build() -> None:
         with pytest.raises(ModelError, match=r"llama cannot be built: .* open this one before it"):
@@ -354,7 +364,7 @@ def test_a_run_that_waits_for_the_build_it_holds_up_is_told_in_the_end(
         model(input_ids=IDS)
 
 
-def test_many_models_run_and_are_built_beside_each_other(store: Path) -> None:
+def test_many_models_run_and_are_built_at_once(store: Path) -> None:
     built = threading.Semaphore(0)
     seen: set[torch.dtype] = set()
 

@@ -87,17 +87,17 @@ def test_the_least_budget_is_just_enough(store: Path) -> None:
 
 def test_one_gb_more_is_planned_and_not_guessed(store: Path) -> None:
     with StreamingModel.open(store, "llama", cache_size=1) as model:
-        opened = model._open()
-        slow = explain_plan(opened, Computing(seconds=0.5, share=1.0), 1000.0)
+        parts = model._open()
+        slow = explain_plan(parts, Computing(seconds=0.5, share=1.0), 1000.0)
         assert slow.reading_ceiling == pytest.approx(1000 / slow.bytes_per_pass, rel=0.01)
         assert (slow.bottleneck, slow.ceiling, slow.more_ceiling) == ("storage", slow.reading_ceiling, 2.0)
-        fast = explain_plan(opened, Computing(seconds=0.5, share=0.25), 1e12)
+        fast = explain_plan(parts, Computing(seconds=0.5, share=0.25), 1e12)
         assert (fast.bottleneck, fast.ceiling, fast.compute_share) == ("compute", 2.0, 0.25)
-        unknown = explain_plan(opened, None, 1000.0)
+        unknown = explain_plan(parts, None, 1000.0)
         assert (unknown.computing_ceiling, unknown.ceiling) == (None, unknown.reading_ceiling)
-        limit = opened.engine.limit
+        limit = parts.engine.limit
         before = model.plan
-        assert opened.engine.plan_with(type(limit)(budget_bytes=GB)).everything_fits
+        assert parts.engine.plan_with(type(limit)(budget_bytes=GB)).everything_fits
         assert model.plan is before
 
 
@@ -131,27 +131,26 @@ def test_over_a_server_reading_is_the_link(store: Path) -> None:
 
 def test_reading_stops_when_it_has_been_enough(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StreamingModel.open(store, "llama", cache_size=1) as model:
-        opened = model._open()
-        before = opened.client.source.fetched_bytes
-        assert (measure_reading(opened) or 0) > 0
-        streamed = sum(opened.manifest.by_name[name].payload_bytes for name in model.plan.streamed)
+        parts = model._open()
+        before = parts.client.source.fetched_bytes
+        assert (measure_reading(parts) or 0) > 0
+        streamed = sum(parts.manifest.by_name[name].payload_bytes for name in model.plan.streamed)
         model.run(lambda _: None)
-        whole = opened.client.source.fetched_bytes - before
+        whole = parts.client.source.fetched_bytes - before
         assert whole >= streamed
         monkeypatch.setattr(measure, "READ_BYTES", 1)
-        again = opened.client.source.fetched_bytes
-        assert (measure_reading(opened) or 0) > 0
-        assert opened.client.source.fetched_bytes - again < streamed
+        again = parts.client.source.fetched_bytes
+        assert (measure_reading(parts) or 0) > 0
+        assert parts.client.source.fetched_bytes - again < streamed
 
 
 def test_a_pass_that_is_broken_off_is_scaled_up_from_the_layers_that_ran(store: Path) -> None:
     with StreamingModel.open(store, "llama", cache_size=1) as model:
         expected = model(input_ids=IDS).logits
-        opened = model._open()
 
         def enough(*_: object) -> None:
-            assert opened._current is not None
-            opened._current[0].interrupt(measure._Enough())
+            assert model._current is not None
+            model._current[0].interrupt(measure._Enough())
 
         hook = model.model.get_submodule("model.layers.2").register_forward_pre_hook(enough)
         found = model.explain()
@@ -166,11 +165,10 @@ def test_a_pass_that_is_broken_off_is_scaled_up_from_the_layers_that_ran(store: 
 
 def test_a_pass_has_a_time_limit(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with StreamingModel.open(store, "llama", cache_size=1) as model:
-        opened = model._open()
 
         def until_the_time_is_over(*_: object) -> None:
-            assert opened._current is not None
-            assert isinstance(opened._current[0]._stop.exception(timeout=60), measure._Enough)
+            assert model._current is not None
+            assert isinstance(model._current[0]._stop.exception(timeout=60), measure._Enough)
 
         hook = model.model.get_submodule("model.layers.0").register_forward_pre_hook(until_the_time_is_over)
         monkeypatch.setattr(measure, "PASS_SECONDS", 0.0)
@@ -192,7 +190,7 @@ def test_in_an_event_loop_there_is_the_asynchronous_one(store: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"prompt_tokens": 0}, {"new_tokens": -1}, {"prompt_tokens": "3"}])
-def test_wrong_numbers_are_told(wrong: dict[str, int], store: Path) -> None:
+def test_wrong_numbers_are_refused(wrong: dict[str, int], store: Path) -> None:
     with (
         StreamingModel.open(store, "llama") as model,
         pytest.raises(ConfigurationError, match=f"^{next(iter(wrong))} is "),

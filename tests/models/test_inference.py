@@ -1,4 +1,4 @@
-"""One prompt through a model: the tokens are transformers', the times are those of the clock, and mistakes are told."""
+"""One prompt through a model: the tokens are transformers', the times the clock's, and mistakes are explained."""
 
 import copy
 import json
@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel, inference
-from surfw.models.inference import Answer, Request, TokenClock, answer
+from surfw.models.inference import InferenceRequest, InferenceResult, TokenClock, answer
 from surfw.storage import open_backend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 
 PROMPT = "Weights arrive while"
 
@@ -70,7 +70,7 @@ def test_a_prompt_is_continued_as_transformers_does(
     result = answer(
         llama,
         tokenizer,
-        Request(prompt=PROMPT, max_new_tokens=9),
+        InferenceRequest(prompt=PROMPT, max_new_tokens=9),
         on_text=pieces.append,
         on_token=lambda *token: tokens.append(token),
     )
@@ -89,47 +89,47 @@ def test_a_prompt_is_continued_as_transformers_does(
 
 
 def test_ids_are_taken_as_they_are(llama: StreamingModel, checkpoints: Path) -> None:
-    result = answer(llama, None, Request(prompt_ids=[5, 9, 77], max_new_tokens=4))
+    result = answer(llama, None, InferenceRequest(prompt_ids=[5, 9, 77], max_new_tokens=4))
     assert result.token_ids == greedy(checkpoints, "llama", [5, 9, 77], 4)
     assert (result.text, result.prompt_tokens) == ("", 3)
 
 
 def test_an_encoder_and_decoder_generate(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
     tokens: list[tuple[int, float]] = []
-    request = Request(prompt_ids=[5, 9, 77], max_new_tokens=4)
+    request = InferenceRequest(prompt_ids=[5, 9, 77], max_new_tokens=4)
     result = answer(opened("t5"), None, request, on_token=lambda *token: tokens.append(token))
     seconds = [when for _, when in tokens]
     assert result.token_ids == greedy(checkpoints, "t5", [5, 9, 77], 4)
     assert result.prompt_tokens == 3
-    assert len(seconds) == len(result.token_ids)  # the decoder's start is none of them
+    assert len(seconds) == len(result.token_ids)  # the decoder's start is not one of them
     assert result.ttft_seconds == seconds[0]
 
 
 def test_one_token_has_no_time_per_further_token(llama: StreamingModel) -> None:
-    result = answer(llama, None, Request(prompt_ids=[5], max_new_tokens=1))
+    result = answer(llama, None, InferenceRequest(prompt_ids=[5], max_new_tokens=1))
     assert len(result.token_ids) == 1
     assert result.ttft_seconds is not None
     assert result.tpot_seconds is None
 
 
 def test_generation_ends_at_the_models_end_unless_it_is_to_be_ignored(llama: StreamingModel) -> None:
-    free = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
+    free = answer(llama, None, InferenceRequest(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
     assert len(free.token_ids) == 6
     llama.model.generation_config.eos_token_id = free.token_ids[2]
     first = free.token_ids.index(free.token_ids[2])
-    ended = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6))
+    ended = answer(llama, None, InferenceRequest(prompt_ids=[5, 9], max_new_tokens=6))
     assert ended.token_ids == free.token_ids[: first + 1]
-    again = answer(llama, None, Request(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
+    again = answer(llama, None, InferenceRequest(prompt_ids=[5, 9], max_new_tokens=6, ignore_eos=True))
     assert again.token_ids == free.token_ids
     assert llama.model.generation_config.eos_token_id == free.token_ids[2]
 
 
 def test_a_text_ends_the_generation(llama: StreamingModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    request = Request(prompt=PROMPT, max_new_tokens=12, ignore_eos=True)
+    request = InferenceRequest(prompt=PROMPT, max_new_tokens=12, ignore_eos=True)
     free = answer(llama, tokenizer, request)
     stop = tokenizer.decode(free.token_ids[4:5])
     assert isinstance(stop, str)
-    ended = answer(llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=12, ignore_eos=True, stop=[stop]))
+    ended = answer(llama, tokenizer, InferenceRequest(prompt=PROMPT, max_new_tokens=12, ignore_eos=True, stop=[stop]))
     assert len(ended.token_ids) <= 5
     assert ended.token_ids == free.token_ids[: len(ended.token_ids)]
     assert stop in ended.text
@@ -138,7 +138,7 @@ def test_a_text_ends_the_generation(llama: StreamingModel, tokenizer: PreTrained
 def test_a_seed_makes_a_sample_repeatable(llama: StreamingModel) -> None:
     def sample(seed: int) -> list[int]:
         return answer(
-            llama, None, Request(prompt_ids=[5], max_new_tokens=8, temperature=5.0, seed=seed, ignore_eos=True)
+            llama, None, InferenceRequest(prompt_ids=[5], max_new_tokens=8, temperature=5.0, seed=seed, ignore_eos=True)
         ).token_ids
 
     assert sample(1) == sample(1)
@@ -153,23 +153,23 @@ def test_a_seed_makes_a_sample_repeatable(llama: StreamingModel) -> None:
     ],
 )  # fmt: skip
 def test_what_makes_a_request_sample(options: dict[str, Any], samples: bool) -> None:
-    assert Request(prompt="x", **options).samples is samples
+    assert InferenceRequest(prompt="x", **options).samples is samples
 
 
 @pytest.mark.parametrize(
     ("request_of", "text"),
     [
         ({"prompt_ids": []}, "the prompt is empty; give at least one token"),
-        ({"prompt_ids": [1, 300]}, "token id 300 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [-1]}, "token id -1 is none of llama: expected 0 to 299"),
-        ({"prompt_ids": [2**70]}, f"token id {2**70} is none of llama: expected 0 to 299"),
+        ({"prompt_ids": [1, 300]}, "token id 300 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [-1]}, "token id -1 is not in the vocabulary of llama: expected 0 to 299"),
+        ({"prompt_ids": [2**70]}, f"token id {2**70} is not in the vocabulary of llama: expected 0 to 299"),
         ({"prompt": "x"}, "llama has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
         ({"prompt_ids": [1], "stop": ["x"]}, "llama has no tokenizer, so no text can end its generation"),
     ],
 )
 def test_requests_that_do_not_fit_the_model(llama: StreamingModel, request_of: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
-        answer(llama, None, Request(**request_of))
+        answer(llama, None, InferenceRequest(**request_of))
     assert str(caught.value) == text
     assert llama.statistics()["cache"]["hits"] == 0
 
@@ -178,7 +178,7 @@ def test_a_system_message_needs_a_chat_template(llama: StreamingModel, tokenizer
     with pytest.raises(
         ConfigurationError, match="llama has no chat template, so a system message has no place in its prompt"
     ):
-        answer(llama, tokenizer, Request(prompt=PROMPT, system="Be brief."))
+        answer(llama, tokenizer, InferenceRequest(prompt=PROMPT, system="Be brief."))
 
 
 TEMPLATE = (
@@ -191,14 +191,14 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(
     llama: StreamingModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     tokenizer.chat_template = TEMPLATE
-    chat = answer(llama, tokenizer, Request(prompt="Hi", system="Be brief.", max_new_tokens=1))
+    chat = answer(llama, tokenizer, InferenceRequest(prompt="Hi", system="Be brief.", max_new_tokens=1))
     assert chat.prompt_tokens == len(tokenizer("system: Be brief. user: Hi ").input_ids)
-    raw = answer(llama, tokenizer, Request(prompt="Hi", raw=True, max_new_tokens=1))
+    raw = answer(llama, tokenizer, InferenceRequest(prompt="Hi", raw=True, max_new_tokens=1))
     assert raw.prompt_tokens == len(tokenizer("Hi").input_ids)
     with pytest.raises(
         ConfigurationError, match=r"the chat template of llama refuses the prompt \(TemplateError: no system"
     ):
-        answer(llama, tokenizer, Request(prompt="Hi", system="refuse"))
+        answer(llama, tokenizer, InferenceRequest(prompt="Hi", system="refuse"))
 
 
 def test_a_prompt_that_is_longer_than_the_positions(opened: Callable[[str], StreamingModel]) -> None:
@@ -206,15 +206,15 @@ def test_a_prompt_that_is_longer_than_the_positions(opened: Callable[[str], Stre
     with pytest.raises(
         ConfigurationError, match="bert has positions for 64 tokens, but the prompt has 65, and 0 new ones"
     ):
-        answer(bert, None, Request(prompt_ids=[5] * 65))
-    assert len(answer(bert, None, Request(prompt_ids=[5] * 64)).embedding or []) == 64
+        answer(bert, None, InferenceRequest(prompt_ids=[5] * 65))
+    assert len(answer(bert, None, InferenceRequest(prompt_ids=[5] * 64)).embedding or []) == 64
 
 
 def test_an_encoder_gives_the_mean_of_its_last_states(
     opened: Callable[[str], StreamingModel], checkpoints: Path
 ) -> None:
     bert = opened("bert")
-    result = answer(bert, bert.tokenizer, Request(prompt=PROMPT))
+    result = answer(bert, bert.tokenizer, InferenceRequest(prompt=PROMPT))
     inputs = AutoTokenizer.from_pretrained(checkpoints / "bert")(PROMPT, return_tensors="pt")
     with torch.no_grad():
         states = resident(checkpoints, "bert")(**inputs, output_hidden_states=True).hidden_states[-1]
@@ -226,7 +226,7 @@ def test_an_encoder_gives_the_mean_of_its_last_states(
 
 def test_a_mask_is_filled_with_the_likeliest_tokens(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
     bert = opened("bert")
-    result = answer(bert, bert.tokenizer, Request(prompt="Weights [MASK] while the [MASK] runs."))
+    result = answer(bert, bert.tokenizer, InferenceRequest(prompt="Weights [MASK] while the [MASK] runs."))
     tokenizer = AutoTokenizer.from_pretrained(checkpoints / "bert")
     inputs = tokenizer("Weights [MASK] while the [MASK] runs.", return_tensors="pt")
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_a_mask_is_filled_with_the_likeliest_tokens(opened: Callable[[str], Stre
 
 
 def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], checkpoints: Path) -> None:
-    result = answer(opened("electra-classifier"), None, Request(prompt_ids=[5, 9, 77]))
+    result = answer(opened("electra-classifier"), None, InferenceRequest(prompt_ids=[5, 9, 77]))
     with torch.no_grad():
         logits = resident(checkpoints, "electra-classifier")(torch.tensor([[5, 9, 77]])).logits[0]
     assert result.predictions is not None
@@ -258,18 +258,18 @@ def test_a_classifier_names_its_labels(opened: Callable[[str], StreamingModel], 
 def test_the_clock_counts_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 11.0, 13.0])
     monkeypatch.setattr(inference.time, "perf_counter", lambda: next(now))
-    told: list[tuple[int, float]] = []
-    clock = TokenClock(None, lambda *token: told.append(token))
+    heard: list[tuple[int, float]] = []
+    clock = TokenClock(None, lambda *token: heard.append(token))
     for token in ([[1, 2, 3]], [4], [5]):
         clock.put(torch.tensor(token))
     clock.end()
     assert clock.times == [1.0, 3.0]
-    assert told == [(4, 1.0), (5, 3.0)]
+    assert heard == [(4, 1.0), (5, 3.0)]
 
 
 def test_an_answer_starts_empty() -> None:
-    assert Answer().token_ids == []
-    assert Answer().embedding is Answer().predictions is None
+    assert InferenceResult().token_ids == []
+    assert InferenceResult().embedding is InferenceResult().predictions is None
 
 
 @pytest.mark.parametrize("kind", [ValueError, IndexError, RuntimeError])
@@ -282,24 +282,26 @@ def test_an_exception_of_the_callers_own_comes_back_as_it_is(
     def fail(*_: object) -> None:
         raise mine
 
-    request = Request(prompt=PROMPT, max_new_tokens=5000)  # more than there are positions, which is not to blame
+    request = InferenceRequest(prompt=PROMPT, max_new_tokens=5000)  # too many positions, which is not to blame
     with pytest.raises(kind) as caught:
         answer(llama, tokenizer, request, **{which: fail})
     assert caught.value is mine
-    assert len(answer(llama, tokenizer, Request(prompt=PROMPT, max_new_tokens=2)).token_ids) == 2
+    assert len(answer(llama, tokenizer, InferenceRequest(prompt=PROMPT, max_new_tokens=2)).token_ids) == 2
 
 
 def test_stop_texts_and_outputs_of_the_model_s_own_settings(
     llama: StreamingModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    plain = answer(llama, tokenizer, Request(prompt_ids=[5, 6], max_new_tokens=4))
+    plain = answer(llama, tokenizer, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4))
     before = llama.model.generation_config
     own = copy.deepcopy(before)
     own.stop_strings, own.return_dict_in_generate, own.output_scores = ["no such text"], True, True
     llama.model.generation_config = own
     try:
-        assert answer(llama, tokenizer, Request(prompt_ids=[5, 6], max_new_tokens=4)).token_ids == plain.token_ids
-        with pytest.raises(ConfigurationError, match="cannot generate so: There are one or more stop strings"):
-            answer(llama, None, Request(prompt_ids=[5, 6], max_new_tokens=4))
+        assert (
+            answer(llama, tokenizer, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4)).token_ids == plain.token_ids
+        )
+        with pytest.raises(ConfigurationError, match="cannot generate like this: There are one or more stop strings"):
+            answer(llama, None, InferenceRequest(prompt_ids=[5, 6], max_new_tokens=4))
     finally:
         llama.model.generation_config = before

@@ -9,10 +9,10 @@ import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from surfw.errors import SurfwError, UnsupportedModelError
-from surfw.models import StreamingModel, opening
-from surfw.models.inference import Answer, Request, answer
-from surfw.models.opening import open_skeleton
-from surfw.skeleton.generation import sanitise_generation
+from surfw.models import StreamingModel, from_manifest
+from surfw.models.from_manifest import open_skeleton
+from surfw.models.inference import InferenceRequest, InferenceResult, answer
+from surfw.skeleton.sanitise import sanitise_generation
 from surfw.storage import FilesystemBackend, Store
 
 SETTINGS = [*sorted(name for name in vars(GenerationConfig()) if not name.startswith("_")), "streamer", "to_dict"]
@@ -21,16 +21,16 @@ VALUES: list[Any] = [True, -1, 10**6, 0.5, [], [10**6], [[[3], 1.0]], [2, 1.5], 
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_generation_setting_ends_in_an_error_of_another(store: Path) -> None:
-    request = Request(prompt_ids=[5, 6, 7], max_new_tokens=2)
+    request = InferenceRequest(prompt_ids=[5, 6, 7], max_new_tokens=2)
     others = {}
     with StreamingModel.open(store, "llama") as llama:
         usual = answer(llama, None, request).token_ids
         for name in SETTINGS:
-            _, dropped = sanitise_generation({name: "static"}, taken=opening._TAKEN)
+            _, dropped = sanitise_generation({name: "static"}, taken=from_manifest._TAKEN)
             for value in VALUES[:1] if dropped else VALUES:
                 manifest = replace(llama.manifest, generation_config={name: value})
                 try:
-                    opening._configure_generation(llama.model, {name: value}, manifest, {})
+                    from_manifest._configure_generation(llama.model, {name: value}, manifest, {})
                     found = answer(llama, None, request)
                 except SurfwError:
                     continue
@@ -69,10 +69,10 @@ def test_no_setting_of_a_configuration_ends_in_an_error_of_another(
         found = await stored(self, name)
         return replace(found, config={**found.config, **settings}, generation_config=None)
 
-    def run() -> Answer:
+    def run() -> InferenceResult:
         with StreamingModel.open(store, model) as streaming:
             assert streaming.model.config._attn_implementation in {"sdpa", "eager"}
-            return answer(streaming, None, Request(prompt_ids=[5, 6, 7], max_new_tokens=3, ignore_eos=True))
+            return answer(streaming, None, InferenceRequest(prompt_ids=[5, 6, 7], max_new_tokens=3, ignore_eos=True))
 
     usual = run()
     monkeypatch.setattr(Store, "manifest", manifest)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import IntegrityError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, open_backend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 
 
 def opener(store: Path) -> Callable[[], Any]:

@@ -12,9 +12,9 @@ from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks
 from surfw.metrics import Metrics
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import Limit
+from surfw.runtime.plan import Limit
+from surfw.runtime.run import IoThread
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import safetensors_dtype
 from surfw.skeleton.units import Unit, find_units
@@ -33,7 +33,7 @@ class Streamed:
 
     def users(self) -> int:
         """How many times chunks are held at the moment."""
-        return sum(entry.users for entry in self.engine._entries.values())
+        return sum(self.engine.users().values())
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -9,9 +9,8 @@ import torch
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Chunk, Form, TensorInfo, digest_blocks
 from surfw.metrics import Metrics
-from surfw.runtime.blocks import BlockReader
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.run import Run
+from surfw.runtime.rows import BlockReader
+from surfw.runtime.run import IoThread, Run
 from surfw.skeleton.dtypes import safetensors_dtype
 from tests.runtime.nets import raw
 from tests.toys import ToySource, toy_manifest

@@ -11,25 +11,22 @@ from typing import Any
 import torch
 import transformers
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.client import open_wire_source
 from surfw.config import BLOCK_BYTES
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
-from surfw.models.opening import cast_dtypes, open_skeleton
-from surfw.runtime.blocks import BlockReader
+from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.loader import Loader
-from surfw.runtime.residency import Limit
-from surfw.runtime.rows import RowReader
-from surfw.runtime.run import Run
-from surfw.runtime.tables import StreamedTables, TableUnit, tables_of
+from surfw.runtime.loader import Loader, buffer_bytes
+from surfw.runtime.plan import Limit
+from surfw.runtime.rows import BlockReader, RowReader, StreamedTables, TableUnit, tables_of
+from surfw.runtime.run import IoThread, Run
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend, open_backend
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.exactness.families import Family
 from tests.toys import toy_needs
 
@@ -132,7 +129,7 @@ def _engine(
 ) -> Watched:
     loader = Loader(source, manifest, dtypes)
     limit = Limit(cache_layers=1)
-    sizes = {chunk.name: buffer_capacity(loader.buffer_bytes(chunk)) for chunk in manifest.chunks}
+    sizes = {chunk.name: buffer_capacity(buffer_bytes(chunk, loader.dtypes)) for chunk in manifest.chunks}
     needs = replace(toy_needs(manifest), sizes=sizes)
     engine = Watched(manifest, needs, limit, loader, io=io, metrics=metrics, prefetch=False)
     engine.acquired = set()

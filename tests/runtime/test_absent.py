@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from surfw.runtime.absent import AbsentBuffer, AbsentParameter
+from surfw.runtime.hooks import AbsentBuffer, AbsentParameter
 
 REAL = torch.arange(12, dtype=torch.float32).reshape(3, 4) - 5
 

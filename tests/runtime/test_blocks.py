@@ -8,7 +8,7 @@ import torch
 
 from surfw.config import MIB
 from surfw.errors import IntegrityError, ManifestError, ModelClosedError, ModelError
-from surfw.runtime.blocks import plain_form
+from surfw.runtime.rows import plain_form
 from tests.runtime.nets import raw
 from tests.runtime.parts import parts_of
 from tests.toys import Gate, damage

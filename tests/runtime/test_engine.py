@@ -17,12 +17,11 @@ from surfw.errors import ConfigurationError, ModelClosedError, StorageError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
 from surfw.runtime.engine import Engine
-from surfw.runtime.io_thread import IoThread
 from surfw.runtime.loader import Loader
-from surfw.runtime.residency import Limit
-from surfw.runtime.run import Run
+from surfw.runtime.plan import Limit
+from surfw.runtime.rows import TableUnit
+from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases
-from surfw.runtime.tables import TableUnit
 from surfw.source import Read
 from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model, toy_needs
 
@@ -58,8 +57,8 @@ def running(
 
 def settle(engine: Engine) -> list[str]:
     """Wait for everything in flight; what is in memory then."""
-    for entry in list(engine._entries.values()):
-        entry.load.exception()
+    for load in engine.loads().values():
+        load.exception()
     return engine.resident()
 
 
@@ -339,7 +338,7 @@ def test_a_wrong_guess_is_cancelled_and_its_buffer_used_again_only_when_nothing_
     with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
         engine.acquire("c0")
         source.gate.wait_for("c1")  # fetched ahead, into the other buffer
-        guess = engine._entries["c1"].load
+        guess = engine.loads()["c1"]
         metrics.waits.clear()
         found: list[dict[str, bytes]] = []
         other = threading.Thread(target=lambda: found.append(data(engine.acquire("c2"))))
@@ -396,7 +395,7 @@ def test_a_module_that_fails_to_get_one_chunk_holds_none() -> None:
     with running(manifest, source, cache_layers=1) as engine:
         with pytest.raises(StorageError, match="b could not be read"):
             engine.acquire("ab")
-        assert all(entry.users == 0 for entry in engine._entries.values())
+        assert engine.users() == {}
         use(engine, ["c", "d", "ab", "c"])
         assert engine.resident_bytes == 2 * PAGE
 
@@ -431,10 +430,10 @@ def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
     with running(manifest, source) as engine:
         engine.warm()
         source.gate.wait_for("c0")
-        entry = engine._entries["c0"]
+        load = engine.loads()["c0"]
         engine.close()
         with pytest.raises(CancelledError):
-            entry.load.result(60)
+            load.result(60)
         assert (engine.resident(), engine.resident_bytes) == ([], 0)
         engine.release("c0")
         assert engine.resident_bytes == 0
@@ -495,7 +494,7 @@ def test_the_invariants_hold_on_any_schedule(
                 settle(engine)
             driver.check()
         assert driver.held == {}
-        assert all(entry.users == 0 for entry in engine._entries.values())
+        assert engine.users() == {}
         assert sum(counts(engine).values()) <= 2 * len(steps)
 
 
@@ -570,6 +569,30 @@ def test_a_run_without_prefetch_fetches_only_what_it_needs() -> None:
         assert source.reads[:4] == ["c0", "c1", "c2", "c3"]
 
 
+@pytest.mark.parametrize("policy", ["auto", "lru"])
+def test_a_run_without_prefetch_keeps_within_a_plan_that_changes(policy: Policy) -> None:
+    """Nothing is asked of the engine between a load and the release of its chunk."""
+    manifest, source = toy_model([100] * 10)
+    names = list(manifest.by_name)
+    with (
+        running(manifest, source, budget_bytes=8 * PAGE, policy=policy) as engine,
+        engine.running(Run(), prefetch=False),
+    ):
+        for name in names:
+            engine.acquire(name)
+            engine.reserve(5 * PAGE)
+            engine.release(name)
+            assert engine.resident_bytes <= 3 * PAGE
+            engine.reserve(0)
+            for other in names[:7]:
+                engine.acquire(other)
+                engine.release(other)
+                assert engine.resident_bytes <= 8 * PAGE
+            engine.reserve(5 * PAGE)
+            assert engine.resident_bytes <= 3 * PAGE
+            engine.reserve(0)
+
+
 def test_an_interrupt_ends_a_wait_and_leaves_an_engine_that_works() -> None:
     manifest, source = toy_model([100] * 3)
     source.gate, metrics = Gate(), Stalled()
@@ -596,7 +619,7 @@ def test_an_interrupt_ends_a_wait_and_leaves_an_engine_that_works() -> None:
         for name in ("c0", "c1", "c2"):
             source.gate.open(name)
         assert data(engine.acquire("c0")) == {"c0.t0": source.payloads[manifest.by_name["c0"].id]}
-        assert sum(entry.users for entry in engine._entries.values()) == 1
+        assert sum(engine.users().values()) == 1
 
 
 def test_closing_the_thread_below_ends_a_wait() -> None:
@@ -627,7 +650,7 @@ def test_buffers_of_an_earlier_plan_are_not_kept_for_a_later_one() -> None:
         for reserved in (100, 25):
             engine.reserve(reserved * PAGE)
             use(engine, names * 2)
-            held = sum(buffer.capacity_bytes for buffer in engine._pool._free)
+            held = engine.spare_bytes
             assert engine.resident_bytes + held + reserved * PAGE <= 200 * PAGE
 
 
@@ -710,7 +733,7 @@ def test_whatever_is_reserved_all_buffers_fit_beside_it(
                 engine.reserve(reserved * PAGE)
             for name in cycle * 2:
                 use(engine, [name])
-                free = sum(buffer.capacity_bytes for buffer in engine._pool._free)
+                free = engine.spare_bytes
                 room = budget * PAGE - engine.limit.reserved_bytes
                 assert engine.resident_bytes + free <= room, engine.plan
                 assert engine.plan.peak_bytes <= room

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from surfw.errors import ManifestError, ModelError, StorageError
-from surfw.runtime.absent import AbsentBuffer, AbsentParameter
-from surfw.runtime.hooks import StreamingHooks
+from surfw.runtime.hooks import AbsentBuffer, AbsentParameter, StreamingHooks
 from tests.runtime.nets import Streamed, describe, raw, skeleton_of, streamed
 
 X = torch.linspace(-1, 1, 2 * 8).reshape(2, 8)
@@ -238,7 +237,7 @@ def test_whoever_reads_weights_outside_of_a_forward_gets_copies_and_pins_nothing
     with caplog.at_level(logging.WARNING, "surfw"), streamed(Net) as net:
         expected = raw(net.resident(X))
         assert raw(net.model(X)) == expected
-        wait([entry.load for entry in net.engine._entries.values()])  # what was fetched ahead has come
+        wait(net.engine.loads().values())  # what was fetched ahead has come
         plan, held = net.engine.plan, net.engine.resident()
         for (name, there), (_, here) in zip(net.resident.named_parameters(), net.model.named_parameters(), strict=True):
             for read in (torch.detach, torch.clone, lambda one: one.data, copy.copy, copy.deepcopy, torch.sum):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from surfw.errors import ModelClosedError
-from surfw.runtime.io_thread import IoThread
+from surfw.runtime.run import IoThread
 from tests.toys import Gate
 
 

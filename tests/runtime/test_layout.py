@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surfw.runtime.layout import ALIGNMENT, plan_layout, spread
+from surfw.runtime.buffers import ALIGNMENT, plan_layout, spread
 
 sizes = st.lists(st.integers(0, 300) | st.sampled_from([0, 1, 63, 64, 65, 128]), max_size=12)
 

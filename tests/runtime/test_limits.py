@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from surfw.runtime.limits import MemoryLimit, read_limits
+from surfw.runtime.memory import MemoryLimit, read_limits
 from tests.runtime.machines import (
     HYBRID_MOUNTS,
     MIB,

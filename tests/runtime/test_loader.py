@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from surfw.errors import IntegrityError, ManifestError
 from surfw.manifest import DTYPE_BITS, Chunk, Form, Manifest
 from surfw.runtime.buffers import Buffer, MappedBuffer
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.loader import Loader
+from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.run import IoThread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import View
 from tests.toys import ToySource, damage, toy_chunk, toy_manifest
@@ -26,7 +26,7 @@ from tests.toys import ToySource, damage, toy_chunk, toy_manifest
 def load(chunk: Chunk, payload: bytes, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, torch.Tensor]:
     manifest = toy_manifest([chunk])
     loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, dtypes)
-    buffer = Buffer(loader.buffer_bytes(chunk))
+    buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
     asyncio.run(loader.load(chunk, buffer, priority=0))
     return loader.tensors(chunk, buffer)
 
@@ -58,7 +58,7 @@ def test_tensors_are_views_of_the_buffer() -> None:
     chunk, payload = toy_chunk("c", [("U8", (100,))])
     manifest = toy_manifest([chunk])
     loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest)
-    buffer = Buffer(loader.buffer_bytes(chunk))
+    buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
     asyncio.run(loader.load(chunk, buffer, priority=0))
     tensor = loader.tensors(chunk, buffer)["c.t0"]
     buffer.view[3] = 99
@@ -80,9 +80,9 @@ def test_a_buffer_is_as_large_as_the_dtypes_in_memory_need() -> None:
     chunk, _ = toy_chunk("c", [("F32", (100,)), ("F32", (3,))])
     manifest = toy_manifest([chunk])
     source = ToySource({"toy": manifest}, {})
-    assert Loader(source, manifest).buffer_bytes(chunk) == 448 + 12
-    assert Loader(source, manifest, {"c.t0": torch.float64}).buffer_bytes(chunk) == 832 + 12
-    assert Loader(source, manifest, {"c.t0": torch.bfloat16}).buffer_bytes(chunk) == 256 + 12
+    assert buffer_bytes(chunk, Loader(source, manifest).dtypes) == 448 + 12
+    assert buffer_bytes(chunk, Loader(source, manifest, {"c.t0": torch.float64}).dtypes) == 832 + 12
+    assert buffer_bytes(chunk, Loader(source, manifest, {"c.t0": torch.bfloat16}).dtypes) == 256 + 12
 
 
 def test_a_chunk_without_bytes_is_not_asked_for() -> None:
@@ -90,7 +90,7 @@ def test_a_chunk_without_bytes_is_not_asked_for() -> None:
     manifest = toy_manifest([chunk])
     source = ToySource({"toy": manifest}, {})
     loader = Loader(source, manifest)
-    buffer = Buffer(loader.buffer_bytes(chunk))
+    buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
     asyncio.run(loader.load(chunk, buffer, priority=0))
     assert source.reads == []
     assert [tuple(tensor.shape) for tensor in loader.tensors(chunk, buffer).values()] == [(0, 4), (0,)]
@@ -118,7 +118,7 @@ def test_a_load_that_is_cancelled_ends_only_when_its_cast_no_longer_writes(monke
     manifest = toy_manifest([chunk])
     loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, {"c.t0": torch.bfloat16})
     io = IoThread()
-    job = io.submit(loader.load(chunk, Buffer(loader.buffer_bytes(chunk)), priority=0))
+    job = io.submit(loader.load(chunk, Buffer(buffer_bytes(chunk, loader.dtypes)), priority=0))
     assert began.wait(60)
     job.cancel()
     job.cancel()
@@ -149,11 +149,12 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
                 running -= 1
 
     loader = Counting(source, manifest, {f"c{i}.t0": torch.float16 for i in range(3)})
-    assert [loader.scratch_bytes(chunk) for chunk, _ in made] == [8192, 16384, 24576]  # values of 4 bytes, in pages
-    assert Loader(source, manifest).scratch_bytes(made[0][0]) == 0
+    taken = [scratch_bytes(chunk, loader.dtypes) for chunk, _ in made]
+    assert taken == [8192, 16384, 24576]  # values of 4 bytes, in pages
+    assert scratch_bytes(made[0][0], Loader(source, manifest).dtypes) == 0
 
     async def main() -> None:
-        loads = (loader.load(chunk, Buffer(loader.buffer_bytes(chunk)), priority=0) for chunk, _ in made)
+        loads = (loader.load(chunk, Buffer(buffer_bytes(chunk, loader.dtypes)), priority=0) for chunk, _ in made)
         assert await asyncio.gather(*loads) == [8000, 16000, 24000]
 
     asyncio.run(main())

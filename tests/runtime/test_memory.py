@@ -19,13 +19,18 @@ from surfw.runtime.memory import (
     anonymous_bytes,
     claimed_bytes,
     deciding,
-    default_budget_bytes,
+    find_default_budget,
     headroom_bytes,
     peak_rss_bytes,
 )
 from tests.runtime.machines import MIB, NO_LIMIT, V1_MOUNTS, V2_MOUNTS, group_v1, group_v2, machine
 
 GROUPS = Path("/sys/fs/cgroup/memory")
+
+
+def spare_bytes(root: Path) -> int:
+    """The default budget of a machine."""
+    return find_default_budget(root).budget_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +89,7 @@ def test_the_headroom_is_a_share_of_what_is_large() -> None:
 def test_the_default_is_what_the_machine_has_where_no_group_has_less(tmp_path: Path) -> None:
     root = machine(tmp_path, groups="4:memory:/a\n", mounts=V1_MOUNTS)
     group_v1(root, "a", NO_LIMIT, total_rss=100 * MIB)
-    assert default_budget_bytes(root) == (12_000 - 800) * MIB
+    assert spare_bytes(root) == (12_000 - 800) * MIB
 
 
 def test_the_default_is_the_smallest_over_the_levels(tmp_path: Path) -> None:
@@ -92,37 +97,37 @@ def test_the_default_is_the_smallest_over_the_levels(tmp_path: Path) -> None:
     root = machine(tmp_path, groups="0::/a/b\n", mounts=V2_MOUNTS)
     group_v2(root, "a/b", limit=4000 * MIB, anon=100 * MIB)
     group_v2(root, "a", limit=1200 * MIB, anon=600 * MIB)
-    assert default_budget_bytes(root) == (1200 - 600 - 192) * MIB
+    assert spare_bytes(root) == (1200 - 600 - 192) * MIB
 
 
 @pytest.mark.parametrize("in_use", [9, 500, 5000])
 def test_the_default_is_never_negative(in_use: int, tmp_path: Path) -> None:
     root = machine(tmp_path, groups="0::/a\n", mounts=V2_MOUNTS)
     group_v2(root, "a", limit=200 * MIB, anon=in_use * MIB)
-    assert default_budget_bytes(root) == 0
+    assert spare_bytes(root) == 0
 
 
 def test_other_models_claim_what_they_do_not_hold_yet(tmp_path: Path) -> None:
     root = machine(tmp_path, groups="", mounts=())
-    all_of_it = default_budget_bytes(root)
-    held = {"first": 0, "second": 900 * MIB}
-    with closing(MemoryClaim(1000 * MIB, lambda: held["first"])) as first:
-        assert default_budget_bytes(root) == all_of_it - 1000 * MIB
+    all_of_it = spare_bytes(root)
+    peak, held = {"first": 1000 * MIB}, {"first": 0, "second": 900 * MIB}
+    with closing(MemoryClaim(lambda: peak["first"], lambda: held["first"])) as first:
+        assert spare_bytes(root) == all_of_it - 1000 * MIB
         held["first"] = 400 * MIB
-        assert default_budget_bytes(root) == all_of_it - 600 * MIB, "what it holds counts as memory in use"
-        with closing(MemoryClaim(500 * MIB, lambda: held["second"])):
-            assert default_budget_bytes(root) == all_of_it - 600 * MIB, "who holds more than it claimed gives nothing"
-            first.peak_bytes = 10**18
-            assert default_budget_bytes(root) == 0
-        first.peak_bytes = 401 * MIB
-        assert default_budget_bytes(root) == all_of_it - MIB
-    assert default_budget_bytes(root) == all_of_it
+        assert spare_bytes(root) == all_of_it - 600 * MIB, "what it holds counts as memory in use"
+        with closing(MemoryClaim(lambda: 500 * MIB, lambda: held["second"])):
+            assert spare_bytes(root) == all_of_it - 600 * MIB, "who holds more than it claimed gives nothing"
+            peak["first"] = 10**18
+            assert spare_bytes(root) == 0
+        peak["first"] = 401 * MIB
+        assert spare_bytes(root) == all_of_it - MIB
+    assert spare_bytes(root) == all_of_it
     first.close()
     assert claimed_bytes() == 0
 
 
 def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
-    claim = MemoryClaim(1000, lambda: 0)
+    claim = MemoryClaim(lambda: 1000, lambda: 0)
     assert claimed_bytes() == 1000
     del claim
     gc.collect()
@@ -132,13 +137,14 @@ def test_a_claim_that_nobody_refers_to_is_given_up() -> None:
 def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> None:
     """Each takes two thirds of what there is; none of it is taken twice."""
     root = machine(tmp_path, groups="", mounts=())
-    all_of_it = default_budget_bytes(root)
+    all_of_it = spare_bytes(root)
     start, claims = threading.Barrier(8), []
 
     def open_one() -> None:
         start.wait()
         with deciding:
-            claims.append(MemoryClaim(default_budget_bytes(root) * 2 // 3, lambda: 0))
+            two_thirds = spare_bytes(root) * 2 // 3
+            claims.append(MemoryClaim(lambda: two_thirds, lambda: 0))
 
     threads = [threading.Thread(target=open_one) for _ in range(8)]
     for thread in threads:
@@ -149,8 +155,8 @@ def test_models_that_open_at_the_same_time_divide_the_memory(tmp_path: Path) -> 
     for _ in range(8):
         expected.append(left * 2 // 3)
         left -= expected[-1]
-    assert [claim.peak_bytes for claim in claims] == expected
-    assert default_budget_bytes(root) == left
+    assert [claim.open_bytes for claim in claims] == expected
+    assert spare_bytes(root) == left
     for claim in claims:
         claim.close()
 
@@ -175,26 +181,26 @@ def group(tmp_path: Path) -> Iterator[Path]:
 INSIDE = """
 import json, mmap, os, sys
 from pathlib import Path
-from surfw.runtime.memory import anonymous_bytes, default_budget_bytes
+from surfw.runtime.memory import anonymous_bytes, find_default_budget
 
 group, file, MIB = Path(sys.argv[1]), Path(sys.argv[2]), 1 << 20
 def cached():
     rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     return int(rows["total_inactive_file"]) + int(rows["total_active_file"])
-told = {"empty": default_budget_bytes(), "own": anonymous_bytes()}
+told = {"empty": find_default_budget().budget_bytes, "own": anonymous_bytes()}
 with file.open("wb") as written:
     for _ in range(300):
         written.write(bytes(MIB))
     written.flush()
     os.fsync(written.fileno())
-told |= {"cached": cached(), "full": default_budget_bytes()}
+told |= {"cached": cached(), "full": find_default_budget().budget_bytes}
 shared = mmap.mmap(-1, 50 * MIB)
 shared[::4096] = b"1" * len(shared[::4096])
-told["shared"] = default_budget_bytes()
+told["shared"] = find_default_budget().budget_bytes
 shared.close()
-block = mmap.mmap(-1, default_budget_bytes(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+block = mmap.mmap(-1, find_default_budget().budget_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 block[::4096] = b"1" * len(block[::4096])
-told |= {"taken": default_budget_bytes(), "block": len(block)}
+told |= {"taken": find_default_budget().budget_bytes, "block": len(block)}
 file.unlink()
 print(json.dumps(told))
 """

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surfw.runtime.schedule import Phases, Schedule
+from surfw.manifest import Use
+from surfw.runtime.schedule import Schedule
 
 
 def schedule_of(order: Sequence[str]) -> Schedule:
-    return Schedule(Phases(cycle=tuple(order)))
+    return Schedule([Use(module, (module,)) for module in order])
 
 
 def upcoming(schedule: Schedule, count: int) -> list[str]:

@@ -11,8 +11,8 @@ from torch import nn
 
 from surfw.config import MIB
 from surfw.errors import IntegrityError
-from surfw.runtime.absent import AbsentParameter
-from surfw.runtime.tables import tables_of
+from surfw.runtime.hooks import AbsentParameter
+from surfw.runtime.rows import tables_of
 from surfw.skeleton.build import Skeleton
 from surfw.storage import Store, open_backend
 from tests.exactness.families import Family

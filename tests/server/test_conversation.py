@@ -64,7 +64,7 @@ def test_equals_take_turns_and_lower_priorities_go_first(tmp_path: Path) -> None
             await client.say("get", id=2, **wanting(manifest, stop=2 * FRAME, priority=5))
             await client.say("get", id=3, **wanting(manifest, stop=2 * FRAME, priority=-1))
             (connection,) = server._connections
-            await until(lambda: len(connection._outlet._waiting) == 3)
+            await until(lambda: len(connection._sender._waiting) == 3)
             order = []
             for _ in range(6):
                 await client.say("credit", bytes=FRAME)
@@ -120,14 +120,14 @@ def test_what_a_client_that_leaves_has_asked_for_is_not_read(tmp_path: Path) -> 
             async with bare_client(server.url) as leaves:
                 for index in range(9):
                     await leaves.say("get", id=index, **wanting(manifest, index))
-                await until(lambda: len(server._pages._reads) == 9)
+                await until(lambda: len(server._served.pages.reads) == 9)
             await until(lambda: server.stats()["clients"] == 1)
-            assert len(server._pages._reads) == 2, "what has begun goes on, and the queue is gone"
+            assert len(server._served.pages.reads) == 2, "what has begun goes on, and the queue is gone"
             await stays.say("get", id=0, **wanting(manifest, 9))
-            await until(lambda: len(server._pages._reads) == 3)
+            await until(lambda: len(server._served.pages.reads) == 3)
             backend.gate.set()
             assert await runs(stays, 1) == [(0, 0, 109)]
-            await until(lambda: not server._pages._reads)
+            await until(lambda: not server._served.pages.reads)
             assert backend.reads == 3
 
     asyncio.run(main())
@@ -261,9 +261,9 @@ def test_a_client_that_waits_for_the_storage_hears_that_it_gets_on(
             if kind == "file":
                 assert (await knows.hear_text())["type"] == "begin"
             for number in (1, 2):  # as if others before it in line were read
-                await until(lambda: len(server._pages._reading) == 1)
-                (page,) = server._pages._reading
-                server._pages._reading[page] += number
+                await until(lambda: len(list(server._served.pages.reads.running())) == 1)
+                ((_, own),) = server._served.pages.reads.running()
+                own.read_bytes += number
                 heard = await knows.hear_text()
                 assert heard == {"type": "progress", "id": 7, "bytes": number * (number + 1) // 2}
             backend.gate.set()
@@ -283,7 +283,7 @@ def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
     async def main() -> None:
         backend = GatedBackend(tmp_path)
         async with serving(backend) as server, bare_client(server.url, greet=False) as client:
-            catalog = server._catalog
+            catalog = server._served.catalog
             monkeypatch.setattr(catalog._store, "manifest_bytes", waiting(server, backend))
             await client.hear_text()
             await client.say("hello", client="bare", window_bytes=8 * MIB, progress=True)
@@ -291,7 +291,7 @@ def test_manifests_of_others_are_progress_in_line_and_none_for_one_that_hangs(
                 await client.say("manifest", id=number, model=name)
             await until(lambda: len(catalog._reads) == 3)
             for count in (1, 3):  # as if others before it in line were read
-                catalog.read_bytes += 1 if count == 1 else 2
+                catalog._reads.read_bytes += 1 if count == 1 else 2
                 assert await client.hear_text() == {"type": "progress", "id": 2, "bytes": count}
             backend.gate.set()
             while (heard := await client.hear_text())["type"] != "begin" or heard["id"] != 2:
@@ -351,7 +351,7 @@ def test_lines_that_clients_cause_are_sparse_whatever_kind_they_are(
 
 def waiting(server: Any, backend: GatedBackend) -> Any:
     """A load of a manifest that waits for the gate."""
-    load = server._catalog._store.manifest_bytes
+    load = server._served.catalog._store.manifest_bytes
 
     async def wait(model: str) -> bytes:
         backend.reading.set()

@@ -6,8 +6,10 @@ from typing import Any
 
 from surfw.manifest import Chunk, Form, Location, Manifest, Origin
 from surfw.metrics import Metrics
+from surfw.server.fairness import Reader
 from surfw.server.late_digests import LateDigests
-from surfw.server.pages import MIN_CACHE_BYTES, PageCache, Reader
+from surfw.server.pages import MIN_CACHE_BYTES, PageCache
+from surfw.storage.digests import LearnedDigests
 from surfw.wire import GetDigests
 from tests.peers import until
 from tests.server.backends import GatedBackend
@@ -23,17 +25,14 @@ def unread(index: int) -> Chunk:
 class Unread:
     """A catalog, and a store, of one model that nobody has read yet."""
 
+    def __init__(self) -> None:
+        self.learned = LearnedDigests()
+
     manifest = Manifest("a", "Toy", "uint8", {}, None, (), {}, tuple(map(unread, range(3))), (), Origin("/x", {}))
 
     async def find(self, model: str, identity: str, account: object) -> tuple[Manifest, Chunk]:
         del model, account
         return self.manifest, self.manifest.by_id[identity]
-
-    def digests(self, *_: object) -> None:
-        return None
-
-    def learn(self, *_: object) -> None:
-        pass
 
 
 def test_progress_is_what_is_read_of_a_chunk_or_of_those_before_it_in_line(tmp_path: Path) -> None:
@@ -50,14 +49,14 @@ def test_progress_is_what_is_read_of_a_chunk_or_of_those_before_it_in_line(tmp_p
             asyncio.create_task(late.document(GetDigests(index, "a", str(index)), reader))
             for index, reader in enumerate(readers)
         ]
-        await until(lambda: len(pages._reading) == 2)
-        late.digested_bytes += 5  # as if others were read
-        assert [late.progress(reader) for reader in readers] == [0, 0, 5]
-        pages._reading[next(page for page in pages._reading if page.start == 0)] += 7
-        assert [late.progress(reader) for reader in readers] == [7, 0, 5]
+        await until(lambda: len(list(pages.reads.running())) == 2)
+        late._reads.read_bytes += 5  # as if others were read
+        assert [reader.progress_bytes for reader in readers] == [0, 0, 5]
+        next(own for page, own in pages.reads.running() if page.start == 0).read_bytes += 7
+        assert [reader.progress_bytes for reader in readers] == [7, 0, 5]
         backend.gate.set()
         assert len(await asyncio.gather(*waiting)) == 3
-        assert late.digested_bytes == 5 + 3 * SIZE
+        assert late._reads.read_bytes == 5 + 3 * SIZE
         await late.close()
         await pages.close()
 

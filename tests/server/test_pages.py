@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from surfw.config import PAGE_BYTES
 from surfw.errors import StorageError
 from surfw.metrics import Metrics
-from surfw.server.pages import MIN_CACHE_BYTES, PAGE_BYTES, Page, PageCache, Reader
+from surfw.server.fairness import Reader
+from surfw.server.pages import MIN_CACHE_BYTES, Page, PageCache
 from tests.peers import until
 from tests.server.backends import GatedBackend
 
@@ -96,7 +98,7 @@ def test_a_queued_read_that_nobody_waits_for_is_dropped(tmp_path: Path) -> None:
         await asyncio.wait([*begun, left, left_too])
         backend.gate.set()
         await stays
-        await until(lambda: not pages._reads)
+        await until(lambda: not pages.reads)
         assert set(pages.cache) == {page(0), page(1), page(3)}, "what has begun goes on, and what another waits for"
         assert backend.reads == 3
         await pages.use(page(2))
@@ -131,7 +133,7 @@ def test_a_failure_that_nobody_waits_for_is_nobodys_error(tmp_path: Path) -> Non
         use.cancel()
         await asyncio.wait([use])
         backend.gate.set()
-        await until(lambda: page(0) not in pages._reads)
+        await until(lambda: page(0) not in pages.reads)
         backend.failing = False
         await pages.use(page(0))
         assert counts(metrics) == (0, 2, 0)
@@ -202,7 +204,7 @@ def test_a_page_that_is_read_anew_stays_for_the_others_until_then(tmp_path: Path
         backend.gate.clear()
         (tmp_path / "blobs/x").write_bytes(b"\7" * len(CONTENT))
         others = [asyncio.create_task(pages.use(page(index))) for index in (1, 2)]
-        await until(lambda: len(pages._reading) == 2)
+        await until(lambda: len(list(pages.reads.running())) == 2)
         fresh = [asyncio.create_task(pages.use(page(0), Reader(fresh=True), 1)) for _ in range(3)]
         await asyncio.sleep(0)
         async with asyncio.timeout(5):
@@ -268,19 +270,19 @@ def test_progress_is_what_is_read_for_a_reader_or_before_it_in_line(tmp_path: Pa
         reader = Reader()
         waiting = asyncio.create_task(pages.use(page(2), reader))
         await asyncio.sleep(0)
-        assert pages.progress(reader) == 0, "nothing was read for anybody"
-        pages.read_bytes += 5
-        assert pages.progress(reader) == 5, "the line moves"
-        assert pages.progress(reader) == 5
+        assert reader.progress_bytes == 0, "nothing was read for anybody"
+        pages.reads.read_bytes += 5
+        assert reader.progress_bytes == 5, "the line moves"
+        assert reader.progress_bytes == 5
         backend.gate.set()
         await asyncio.gather(*others, waiting)
-        assert pages.progress(reader) >= 5 + PAGE_BYTES
+        assert reader.progress_bytes >= 5 + PAGE_BYTES
         hung = Reader()
         backend.gate.clear()
         own = asyncio.create_task(pages.use(page(3), hung))
-        await until(lambda: page(3) in pages._reading)
-        pages.read_bytes += 1000
-        assert pages.progress(hung) == 0, "its own read hangs, whatever others get"
+        await until(lambda: page(3) in dict(pages.reads.running()))
+        pages.reads.read_bytes += 1000
+        assert hung.progress_bytes == 0, "its own read hangs, whatever others get"
         own.cancel()
 
     run(tmp_path, test)

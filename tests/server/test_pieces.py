@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surfw.config import PAGE_BYTES
 from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
-from surfw.server.pages import PAGE_BYTES, PageCache, ReadAhead, Reader
-from surfw.server.pieces import Piece, StoredPiece, plan_pieces, use_ahead
+from surfw.server.fairness import Reader
+from surfw.server.pages import PageCache, ReadAhead, StoredPiece, plan_pieces, use_ahead
 from surfw.storage import FilesystemBackend
 
 NOWHERE = PageCache(FilesystemBackend(Path("/nonexistent")), 0, Metrics())
@@ -90,7 +91,7 @@ def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None
 
 
 def test_no_pieces_are_no_pieces() -> None:
-    async def main() -> list[Piece]:
+    async def main() -> list[Announced]:
         return [piece async for piece in use_ahead(iter(()))]
 
     assert asyncio.run(main()) == []

@@ -13,8 +13,8 @@ from surfw.config import KIB, WireLimits
 from surfw.metrics import Metrics
 from surfw.server import reception
 from surfw.server.connection import Connection
-from surfw.server.outlet import Outlet
 from surfw.server.reception import PORTION_BYTES
+from surfw.server.sending import Sender
 from surfw.wire import ServerSession
 from tests.certificates import for_server, make_certificate
 from tests.peers import bare_client, serving, until
@@ -60,16 +60,16 @@ def test_a_backlog_of_one_client_is_worked_off_between_the_messages_of_others(
 def test_newcomers_pay_from_one_account_and_go_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(tmp_path, sizes=[100])
     opened: list[tuple[float, float]] = []
-    plain = reception.Reception.opened
+    plain = reception.FairConnection.opened
 
-    def noted(self: reception.Reception) -> None:
+    def noted(self: reception.FairConnection) -> None:
         shared = self.account
-        assert shared is self._opening.account
+        assert shared is self._newcomers.account
         plain(self)
         assert self.account is not shared
         opened.append((shared.paid, self.account.paid))
 
-    monkeypatch.setattr(reception.Reception, "opened", noted)
+    monkeypatch.setattr(reception.FairConnection, "opened", noted)
 
     async def main() -> None:
         async with serving(tmp_path) as server:
@@ -124,13 +124,13 @@ def test_too_many_connections_without_a_tls_handshake_push_each_other_out(
             silent = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(6)]
             async with asyncio.timeout(3):  # less than the server gives a handshake
                 assert [await silent[index][0].read() for index in (0, 1)] == [b"", b""]
-            opening = server._opening
-            assert len(opening) == 4
+            newcomers = server._newcomers
+            assert len(newcomers) == 4
             silent[2][1].write(b"no TLS at all")
-            await until(lambda: len(opening) == 3)
+            await until(lambda: len(newcomers) == 3)
             for _, writer in silent:
                 writer.close()
-            await until(lambda: len(opening) == 0)
+            await until(lambda: len(newcomers) == 0)
 
     asyncio.run(main())
 
@@ -180,13 +180,13 @@ def test_no_transport_is_given_a_view_of_a_page_to_keep() -> None:
         ours.setblocking(False)
         websocket, metrics = type("Websocket", (), {})(), Metrics()
         websocket.transport = Kept(ours)
-        outlet = Outlet(websocket, ServerSession(SMALL, server="s"), metrics)
+        sender = Sender(websocket, ServerSession(SMALL, server="s"), metrics)
         page = bytes(range(256)) * (16 * KIB)
-        outlet._write([b"header", memoryview(page)])
+        sender._write([b"header", memoryview(page)])
         kept = websocket.transport.kept
         assert kept, "a socket does not take so much at once"
         assert all(type(part) is bytes for part in kept)
-        outlet._write([b"more", memoryview(page)[:5]])
+        sender._write([b"more", memoryview(page)[:5]])
         theirs.settimeout(10)
         taken = len(b"header") + len(page) - sum(map(len, kept[:-2]))
         received = b""

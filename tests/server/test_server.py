@@ -128,7 +128,7 @@ def test_a_model_that_is_chunked_again_is_served_as_it_is_now(tmp_path: Path) ->
             assert (before.chunks[0].payload_bytes, after.chunks[0].payload_bytes) == (10, 30)
             read, memory = whole(after.chunks[0])
             await source.fetch(after, [read])
-            assert bytes(memory) == payload(tmp_path, (await server._store.manifest("a")).chunks[0])
+            assert bytes(memory) == payload(tmp_path, (await server._served.store.manifest("a")).chunks[0])
 
     asyncio.run(main())
 
@@ -185,8 +185,8 @@ FOLDER = FilesystemBackend("x", create=False)
         ({"model_path": "x", "cache_size_mb": float("nan")}, "cache_size_mb is nan"),
         ({"model_path": "x", "cache_size_mb": float("inf")}, "cache_size_mb is inf"),
         ({"model_path": "x", "clients": 0}, "clients is 0; expected at least 1"),
-        ({"model_path": "x", "port": 65536}, "port 65536 is none"),
-        ({"model_path": "x", "port": -1}, "port -1 is none"),
+        ({"model_path": "x", "port": 65536}, "port is 65536; expected 0 .a free one. to 65535"),
+        ({"model_path": "x", "port": -1}, "port is -1; expected 0 .a free one. to 65535"),
         ({"model_path": "x", "ssl": ssl.create_default_context()}, "the SSL context is for clients"),
         ({"model_path": "nothing://here"}, "storage nothing://here cannot be opened"),
     ],
@@ -216,7 +216,7 @@ def test_a_storage_that_is_given_stays_open_and_one_that_is_named_is_closed(
         opened.append(Closable(url))
         return opened[-1]
 
-    monkeypatch.setattr("surfw.server.server.open_backend", open_closable)
+    monkeypatch.setattr("surfw.server.served.open_backend", open_closable)
 
     async def main() -> None:
         given = Closable(tmp_path / "store")

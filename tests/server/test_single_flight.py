@@ -3,8 +3,7 @@
 import asyncio
 import weakref
 
-from surfw.server.fairness import Account
-from surfw.server.single_flight import SingleFlight
+from surfw.server.fairness import Reader, SingleFlight
 from tests.peers import until
 
 
@@ -16,7 +15,7 @@ class Work:
         self.begun: list[str] = []
         self.flights: SingleFlight[str, str] = SingleFlight(self._do, slots)
 
-    async def _do(self, key: str) -> str:
+    async def _do(self, key: str, _: Reader) -> str:
         self.begun.append(key)
         await self.gate.wait()
         if key == "bad":
@@ -98,7 +97,7 @@ def test_closing_stops_what_has_begun_and_what_is_queued() -> None:
 def test_who_joins_waits_no_longer_than_on_its_own_account() -> None:
     async def main() -> None:
         work = Work(slots=1)
-        greedy, modest = Account(), Account()
+        greedy, modest = Reader(), Reader()
         wanted = [asyncio.create_task(work.flights.join(key, greedy, 100)) for key in "abcd"]
         await settle()
         good = asyncio.create_task(work.flights.join("d", modest, 1))
@@ -119,19 +118,19 @@ def test_nothing_of_what_came_of_it_is_kept() -> None:
         gate = asyncio.Event()
         results: list[weakref.ref[Result]] = []
 
-        async def work(key: str) -> Result:
+        async def work(key: str, _: Reader) -> Result:
             await gate.wait()
             result = Result()
             results.append(weakref.ref(result))
             return result
 
-        async def want(flights: SingleFlight[str, Result], key: str, account: Account) -> None:
-            await flights.join(key, account)
+        async def want(flights: SingleFlight[str, Result], key: str, reader: Reader) -> None:
+            await flights.join(key, reader)
 
         flights = SingleFlight(work, 1)
-        accounts = [Account() for _ in range(4)]
-        wanted = [asyncio.create_task(want(flights, key, account)) for key in "ab" for account in accounts]
-        wanted += [asyncio.create_task(want(flights, key, accounts[0])) for key in "cdefgh"]
+        readers = [Reader() for _ in range(4)]
+        wanted = [asyncio.create_task(want(flights, key, reader)) for key in "ab" for reader in readers]
+        wanted += [asyncio.create_task(want(flights, key, readers[0])) for key in "cdefgh"]
         await settle()
         gate.set()
         await until(lambda: len(results) == 4)

@@ -324,6 +324,6 @@ def test_absurd_buffers_are_refused_before_they_are_made(monkeypatch: pytest.Mon
 
 def test_a_class_that_is_no_whole_model() -> None:
     with pytest.raises(
-        UnsupportedModelError, match="ToyHead is no whole model: transformers demands that its __init__ ends"
+        UnsupportedModelError, match="ToyHead is not a whole model: transformers demands that its __init__ ends"
     ):
         build_skeleton(ToyConfig(), ToyHead, torch.float32, tensor_count=3, where="toy")

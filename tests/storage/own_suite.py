@@ -9,6 +9,7 @@ import pytest
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.storage import StorageBackend
+from surfw.storage.ranges import ObjectRange
 from surfw.testing import KEY, StorageBackendSuite
 
 
@@ -32,7 +33,8 @@ class OwnBackendSuite(StorageBackendSuite):
         asyncio.run(backend.save("x", data))
         seen: list[tuple[int, bytes]] = []
         memory = memoryview(bytearray(len(data) - 3))
-        asyncio.run(backend.read_verified("x", 3, memory, lambda at, piece: seen.append((at, bytes(piece)))))
+        part = ObjectRange("x", 3, len(memory))
+        asyncio.run(backend.read_range(part, memory, lambda at, piece: seen.append((at, bytes(piece)))))
         assert memory == data[3:] == b"".join(piece for _, piece in seen)
         assert [at for at, _ in seen] == [*itertools.accumulate((len(piece) for _, piece in seen[:-1]), initial=0)]
         assert not any(at % BLOCK_BYTES for at, _ in seen)
@@ -41,7 +43,7 @@ class OwnBackendSuite(StorageBackendSuite):
             raise IntegrityError("damaged")
 
         with pytest.raises(IntegrityError, match=r"^damaged$"):
-            asyncio.run(backend.read_verified("x", 3, memory, refuse))
+            asyncio.run(backend.read_range(part, memory, refuse))
 
     @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "", "a//b", "a/../../x", "a\\b", "a\0b", ".hidden", "a/"])
     def test_keys_that_lead_elsewhere_reach_nothing(self, backend: StorageBackend, key: str, tmp_path: Path) -> None:

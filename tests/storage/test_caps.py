@@ -19,8 +19,8 @@ from surfw.config import MANIFEST_BYTES
 from surfw.errors import CheckpointError, IntegrityError, NotAStoreError, StorageError, SurfwError
 from surfw.files import open_regular, read_regular
 from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, Store, adapt_backend, open_backend
-from surfw.storage.notices import LEASES, read_notices
-from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.housekeeping.leases import read_leases
+from surfw.storage.store_source import StorageSource, open_storage_source
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store
 
@@ -147,7 +147,7 @@ def test_only_regular_files_of_a_sensible_size_are_loaded(
     async def look() -> None:
         await store.check()
         await store.manifest("toy/model")
-        await read_notices(store.backend, LEASES)
+        await read_leases(store.backend)
         await store.backend.load_capped(key, 1000)  # a folder is in no listing
 
     with little_memory(), pytest.raises(StorageError, match=f"{key}.*(regular file|expected at most|directory)"):

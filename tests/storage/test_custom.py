@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, FsspecBackend, StorageBackend, Store, adapt_backend, custom
-from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.store_source import StorageSource, open_storage_source
 from tests.checkpoints import save_llama
 from tests.storage.conftest import DATA, KEY
 from tests.storage.dict_backend import DictBackend

@@ -186,7 +186,7 @@ def test_listing_a_place_that_is_a_file_by_now(tmp_path: Path) -> None:
         asyncio.run(backend.list())
 
 
-def test_a_stranger_is_found_without_walking_everything(
+def test_a_foreign_key_is_found_without_walking_everything(
     backend: FilesystemBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[str] = []
@@ -197,7 +197,7 @@ def test_a_stranger_is_found_without_walking_everything(
             yield walked[-1], [], ["thesis.doc"]
 
     monkeypatch.setattr(filesystem.os, "walk", walk)
-    assert asyncio.run(backend.stranger("partial/")) == "0/thesis.doc"
+    assert asyncio.run(backend.find_foreign_key("partial/")) == "0/thesis.doc"
     assert len(walked) == 1
 
 

@@ -22,7 +22,7 @@ from surfw.storage import FilesystemBackend, local_reader
 from surfw.storage.base import ChangedObjectError
 from surfw.storage.filesystem import file_revision
 from surfw.storage.local_reader import PIECE_BYTES, FileRange, LocalReader, MappedFile, _Bounces, _File
-from surfw.storage.source import StorageSource
+from surfw.storage.store_source import StorageSource
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store, payload
 

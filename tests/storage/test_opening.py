@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from surfw.chunking.chunker import prepare_model
+from surfw.chunking import prepare_model
 from surfw.config import is_server_url
 from surfw.errors import ConfigurationError, NotAStoreError, StorageError
 from surfw.storage import FilesystemBackend, FsspecBackend, S3Backend, open_backend

@@ -15,7 +15,7 @@ from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.models import WeightClient
 from surfw.storage import FsspecBackend, S3Backend, StorageBackend, open_backend
 from surfw.storage.patience import Activity, Patience, SilenceError
-from tests.storage.test_transfer import Told
+from tests.storage.test_far_reads import Told
 
 pytestmark = pytest.mark.timeout(60)
 

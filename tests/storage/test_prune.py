@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
-from surfw.chunking.writer import ChunkWriter
+from surfw.chunking.write import ChunkWriter
 from surfw.errors import NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Manifest, decode_line
-from surfw.storage import FilesystemBackend, StorageBackend, Store, adapt_backend, lease, notices
-from surfw.storage.housekeeping import Housekeeping
-from surfw.storage.notices import ABANDONED_SECONDS, SILENT_SECONDS, TRUSTED_SECONDS, Announcement, Pruning
-from surfw.storage.prune import prune
+from surfw.storage import FilesystemBackend, StorageBackend, Store, adapt_backend
+from surfw.storage.housekeeping import Housekeeping, leases
+from surfw.storage.housekeeping.leases import ABANDONED_SECONDS, SILENT_SECONDS, TRUSTED_SECONDS, Lease, PruneLease
+from surfw.storage.housekeeping.prune import prune
 from surfw.storage.store import manifest_key, objects_of
 from tests.storage.dict_backend import DictBackend, RemovingBackend
 from tests.storage.stage import Stage
@@ -87,7 +87,7 @@ async def check_whole(objects: dict[str, bytes], models: dict[str, Sequence[int]
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0)
+    monkeypatch.setattr(leases, "_LOOK_SECONDS", 0)
 
 
 def test_every_place_where_a_pruner_can_come_between(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_a_storage_that_cannot_remove_says_so_and_keeps_nothing_of_it() -> None:
 
 def later(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     now = time.time
-    monkeypatch.setattr(notices.time, "time", lambda: now() + seconds)
+    monkeypatch.setattr(leases.time, "time", lambda: now() + seconds)
 
 
 def test_unfinished_work_holds_its_blobs_for_a_week(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -388,12 +388,12 @@ def test_a_writer_whose_lease_was_given_up_does_not_publish_what_is_gone(tmp_pat
 def test_a_pruner_that_slept_removes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = orphaned()
     before = dict(objects)
-    now = notices._clock
+    now = leases._clock
 
     class Sleepy(RemovingBackend):
         async def size(self, key: str) -> int:
             if key.startswith("blobs/"):
-                monkeypatch.setattr(notices, "_clock", lambda: now() + TRUSTED_SECONDS + 1)
+                monkeypatch.setattr(leases, "_clock", lambda: now() + TRUSTED_SECONDS + 1)
             return 0
 
     with pytest.raises(StorageError, match="was interrupted for so long that writers do not wait for it; start again"):
@@ -405,8 +405,8 @@ def test_a_pruner_that_slept_removes_nothing_more(monkeypatch: pytest.MonkeyPatc
 def test_a_pruner_that_died_does_not_stop_writers_for_ever(sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = orphaned()
     backend = RemovingBackend(objects)
-    pruning = Pruning(backend)
-    asyncio.run(pruning.post())
+    pruning = PruneLease(backend)
+    asyncio.run(pruning.write())
 
     async def blocked() -> bool:
         writing = asyncio.create_task(write(backend, "new", [3]))
@@ -427,18 +427,18 @@ def test_a_pruner_that_died_does_not_stop_writers_for_ever(sign: str, monkeypatc
     asyncio.run(check_whole(objects, {"kept": [1, 2], "new": [3]}))
 
 
-def test_a_notice_is_renewed_while_it_is_needed_and_never_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notices, "RENEW_SECONDS", 0.001)
+def test_a_lease_is_renewed_while_it_is_needed_and_never_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEW_SECONDS", 0.001)
     backend = RemovingBackend()
 
     async def play() -> None:
-        mine = Announcement(adapt_backend(backend), "leases/x.json", model="x")
+        mine = Lease(adapt_backend(backend), "leases/x.json", model="x")
         async with mine.renewed():
-            await mine.post()
+            await mine.write()
             first = backend.objects["leases/x.json"]
             while backend.objects["leases/x.json"] == first:  # noqa: ASYNC110 - the test is that this ends
                 await asyncio.sleep(0.001)
-            await mine.withdraw()
+            await mine.release()
             await asyncio.sleep(0.01)
         assert backend.objects == {}
 

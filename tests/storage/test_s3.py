@@ -14,11 +14,11 @@ import psutil
 import pytest
 import torch
 
-from surfw.chunking.chunker import prepare_model, write_model
+from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, NotFoundError, SurfwError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, S3Backend, StorageBackend
-from surfw.storage.source import open_storage_source
+from surfw.storage.store_source import open_storage_source
 from surfw.testing import StorageBackendSuite
 from tests.checkpoints import save_llama
 from tests.services.processes import free_port

@@ -5,7 +5,6 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,18 @@ import pytest
 from surfw.config import MIB
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.retry import RetryPolicy
-from surfw.storage import S3Backend, fsspec_backend, transfer
-from surfw.storage.ranges import plan_ranges
+from surfw.storage import S3Backend, fsspec_backend
+from surfw.storage.ranges import ObjectRange
 from tests.services.proxy import PASS, Proxy, proxy_to
 from tests.services.s3 import S3Service
 from tests.storage.test_s3 import connect
 
 SIZE = 33 * MIB + 5
-HALVES = [(0, SIZE // 2), (SIZE // 2, SIZE)]
+HALVES = [(0, 17 * MIB), (17 * MIB, SIZE)]
 """The ranges of a read of all of it."""
+
+ONE_BY_ONE = 1
+"""No two ranges at a time, so that a test knows which is the next one."""
 
 DATA = b"".join(index.to_bytes(4, "big") for index in range(SIZE // 4 + 1))[:SIZE]
 
@@ -51,14 +53,6 @@ def backend(s3: S3Service, bucket: str, proxy: Proxy) -> Iterator[S3Backend]:
     made = connect(s3, bucket, endpoint_url=proxy.endpoint)
     yield made
     asyncio.run(made.close())
-
-
-@pytest.fixture
-def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No two ranges at a time, so that a test knows which is the next one."""
-    monkeypatch.setattr(
-        transfer, "plan_ranges", lambda *args, **options: replace(plan_ranges(*args, **options), at_once=1)
-    )
 
 
 def read(backend: S3Backend, start: int = 0, stop: int = SIZE, **options: Any) -> bytearray:
@@ -112,7 +106,7 @@ def test_what_was_verified_before_a_cut_is_not_asked_for_again(backend: S3Backen
     def check(at: int, piece: memoryview) -> None:
         found.append((at, bytes(piece)))
 
-    asyncio.run(backend.read_verified("x", start, memoryview(memory), check))
+    asyncio.run(backend.read_range(ObjectRange("x", start, len(memory)), memoryview(memory), check))
     assert memory == DATA[start:stop]
     again = start + 3 * MIB
     assert ranges(proxy) == sorted(["0-0", f"{start}-{stop - 1}", *[f"{again}-{stop - 1}"] * 2])
@@ -144,10 +138,9 @@ def replaced_meanwhile(s3: S3Service, proxy: Proxy) -> str:
     return bucket
 
 
-@pytest.mark.usefixtures("one_by_one")
 def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: Proxy) -> None:
     bucket = replaced_meanwhile(s3, proxy)
-    backend = connect(s3, bucket, endpoint_url=proxy.endpoint)
+    backend = connect(s3, bucket, endpoint_url=proxy.endpoint, max_concurrency=ONE_BY_ONE)
     with pytest.raises(StorageError, match=rf"^x in {backend.url} was changed: its revision is .* expected \"[0-9a-f]"):
         read(backend)
     assert len(ranges(proxy)) == 2, "it is not tried again"
@@ -155,10 +148,10 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(s3: S3Service, proxy: 
     assert read(backend) == DATA[::-1]
 
 
-@pytest.mark.usefixtures("one_by_one")
 def test_a_load_begins_anew_when_the_object_is_replaced(s3: S3Service, proxy: Proxy) -> None:
     bucket = replaced_meanwhile(s3, proxy)
-    assert asyncio.run(connect(s3, bucket, endpoint_url=proxy.endpoint).load("x")) == DATA[::-1]
+    backend = connect(s3, bucket, endpoint_url=proxy.endpoint, max_concurrency=ONE_BY_ONE)
+    assert asyncio.run(backend.load("x")) == DATA[::-1]
 
 
 def test_a_pinned_revision_is_asked_for(backend: S3Backend, proxy: Proxy) -> None:
@@ -215,7 +208,8 @@ def test_a_cancellation_in_the_middle_of_an_answer_does_not_wait_for_the_rest(
     proxy.may_cut.clear()
 
     async def cancel() -> None:
-        task = asyncio.create_task(backend.read_verified("x", 0, memoryview(memory), lambda at, piece: arrived.set()))
+        part = ObjectRange("x", 0, len(memory))
+        task = asyncio.create_task(backend.read_range(part, memoryview(memory), lambda at, piece: arrived.set()))
         await asyncio.to_thread(arrived.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -232,7 +226,7 @@ def test_a_cancellation_in_the_middle_of_an_answer_does_not_wait_for_the_rest(
 
 def read_verified(backend: S3Backend, size: int, check: Callable[[int, memoryview], None]) -> bytearray:
     memory = bytearray(size)
-    asyncio.run(backend.read_verified("x", 0, memoryview(memory), check))
+    asyncio.run(backend.read_range(ObjectRange("x", 0, size), memoryview(memory), check))
     return memory
 
 

@@ -12,8 +12,8 @@ from surfw.client import open_wire_source
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Chunk
 from surfw.storage import StorageBackend
-from surfw.storage.shared_loads import SharedLoads
-from surfw.storage.source import open_storage_source
+from surfw.storage.custom import SharedLoads
+from surfw.storage.store_source import open_storage_source
 from tests.peers import serving, until, whole
 from tests.storage.conftest import DATA, KEY
 from tests.storage.dict_backend import DictBackend

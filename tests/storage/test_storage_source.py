@@ -13,14 +13,12 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotAStoreError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.blocks import BlockReader
-from surfw.runtime.io_thread import IoThread
-from surfw.runtime.rows import RowReader
-from surfw.runtime.run import Run
+from surfw.runtime.rows import BlockReader, RowReader
+from surfw.runtime.run import IoThread, Run
 from surfw.source import Read
 from surfw.storage import FilesystemBackend
 from surfw.storage.ranges import most_range_bytes
-from surfw.storage.source import StorageSource, open_storage_source
+from surfw.storage.store_source import StorageSource, open_storage_source
 from tests.stores import TOKENIZER, make_store, payload
 
 SIZE = 9 * BLOCK_BYTES + 77  # more than one piece of 8 MiB
@@ -237,7 +235,7 @@ def test_the_size_of_pieces_may_change_while_they_are_read(tmp_path: Path) -> No
 def test_a_piece_that_fails_ends_the_others(tmp_path: Path) -> None:
     manifest = make_store(tmp_path / "store", sizes=(FAR, 100))
     backend = FarBackend(tmp_path / "store")
-    backend.failing = FAR - FAR_PIECE
+    backend.failing = -(-FAR // BLOCK_BYTES) // 2 * BLOCK_BYTES  # the size of the first of two pieces
     with pytest.raises(StorageError, match="the line is cut"):
         fetch(StorageSource(backend), manifest, manifest.chunks[0])
     assert backend.given_up == 1

@@ -13,11 +13,12 @@ from surfw.config import BLOCK_BYTES
 from surfw.errors import NotAStoreError, StorageError, UnknownModelError
 from surfw.storage import FilesystemBackend, StorageBackend, Store
 from surfw.storage.housekeeping import Housekeeping
-from surfw.storage.verify import Verified, verify
+from surfw.storage.housekeeping.verify import Verified, verify
 from tests.server.backends import RecordingBackend
 from tests.storage.dict_backend import DictBackend
 from tests.stores import make_store
 
+HEADER = "the header of its file is damaged"
 SIZES = (9 * BLOCK_BYTES + 77, 3 * BLOCK_BYTES, 0, 50)
 
 
@@ -87,11 +88,23 @@ def test_any_flipped_bit_is_found(part: int, at: float, bit: int, tmp_path_facto
     ("change", "complaint"),
     [
         ((0, b"\xf9"), "the header of its file says that it has 4089 bytes, expected 4088"),
-        ((8, b"\x00"), "the header of its file is damaged (JSONDecodeError)"),
-        ((b"U8", b"V8"), "the header of its file is damaged (KeyError)"),
-        ((b"[5000]", b"[5001]"), "the header of its file is damaged: a tensor lies at bytes 0 to 5000 of the payload"),
-        ((b"[0, 5000]", b"[8, 5008]"), "the header of its file is damaged: a tensor lies at bytes 8 to 5008"),
-        ((b"data_offsets", b"datA_offsets"), "the header of its file is damaged (KeyError)"),
+        ((8, b"\x00"), f"{HEADER}: its header starts with b'\\x00"),
+        (
+            (b"U8", b"V8"),
+            f"{HEADER}: tensor 'layers.0.weight' has dtype 'V8', expected one of BOOL",
+        ),
+        (
+            (b"[5000]", b"[5001]"),
+            f"{HEADER}: tensor 'layers.0.weight' (U8 '[5001]') has 5000 bytes, expected 5001",
+        ),
+        (
+            (b"[0, 5000]", b"[8, 5008]"),
+            f"{HEADER}: tensor 'layers.0.weight' begins at byte 4104, expected 4096",
+        ),
+        (
+            (b"data_offsets", b"datA_offsets"),
+            f"{HEADER}: tensor 'layers.0.weight' has data_offsets 'None'",
+        ),
     ],
 )
 def test_a_damaged_header_is_found(change: tuple[int | bytes, bytes], complaint: str, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Messages survive the way through JSON; whatever else is sent is refused, and never anything worse."""
 
-from typing import Any
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
+from websockets.frames import Frame, Opcode
 
 from surfw.errors import RemoteProtocolError
 from surfw.wire import messages as m
@@ -103,3 +107,21 @@ def test_what_a_server_says_to_people_does_nothing_to_their_terminals(message: m
     assert str(caught.value).isprintable()
     with pytest.raises(RemoteProtocolError, match="printable"):
         m.parse_client_message(m.encode(m.ClientHello("\x1b[2J", 1)))
+
+
+def test_the_readme_has_a_row_for_every_message_with_all_its_fields() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    rows = re.findall(r"^\| (client|server) \| `(\w+) \{([\w, ]+)\}`", readme, re.MULTILINE)
+    declared = {
+        (side, kind.type, ", ".join(one.name for one in fields(kind)))
+        for side, kinds in (("client", m.ClientMessage), ("server", m.ServerMessage))
+        for kind in get_args(kinds)
+    }
+    assert len(rows) == len(declared)
+    assert set(rows) == declared
+
+
+@pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65535, 65536, 512 * 1024])
+def test_header_is_what_the_library_writes(length: int) -> None:
+    payload = bytes(length)
+    assert m.binary_header(length) + payload == Frame(Opcode.BINARY, payload).serialize(mask=False)

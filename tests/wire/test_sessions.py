@@ -1,6 +1,7 @@
 """Two sessions joined in memory are the protocol; each of them takes whatever its peer sends, or refuses it."""
 
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -26,6 +27,8 @@ from surfw.wire import (
     ServerHello,
     ServerSession,
 )
+from surfw.wire import messages as m
+from surfw.wire import transitions as t
 from surfw.wire.messages import PROTOCOL, encode
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
@@ -62,7 +65,7 @@ def deliver(client: ClientSession, server: ServerSession, run: Data) -> list[Arr
 
 def test_hello_tells_each_side_the_others_limits() -> None:
     client, server = joined()
-    assert (client.requests, server.window) == (2, 4 * FRAME)
+    assert (client.requests, server.credit_bytes) == (2, 4 * FRAME)
 
 
 def test_a_client_has_no_more_requests_open_than_it_likes() -> None:
@@ -113,11 +116,11 @@ def test_window_is_spent_by_announcing_and_given_back_by_credit() -> None:
     client, server = joined()
     server.receive(client.send(get(0, 0, 9 * FRAME)))
     server.send(Data(0, 0, 4 * FRAME))
-    assert server.window == 0
+    assert server.credit_bytes == 0
     with pytest.raises(LocalProtocolError):
         server.send(Data(0, 4 * FRAME, 5 * FRAME))
     assert server.receive(encode(Credit(FRAME))) == Credit(FRAME)
-    assert server.window == FRAME
+    assert server.credit_bytes == FRAME
 
 
 def test_credit_is_due_at_half_the_window() -> None:
@@ -306,7 +309,7 @@ def test_a_server_takes_or_refuses_whatever_comes(messages: list[str | bytes]) -
         except RemoteProtocolError as exc:
             refused = exc.close_code
             break
-        assert 0 <= server.window <= LIMITS.window_bytes
+        assert 0 <= server.credit_bytes <= LIMITS.window_bytes
     assert refused in {None, 1002, 1003, 1008, 1009}
 
 
@@ -365,7 +368,7 @@ def test_joined_sessions_always_agree(steps: list[tuple[str, int]]) -> None:
                 wanted[request.id], came[request.id] = request.stop, request.start
             case "run" if opened:
                 number = opened[choice % len(opened)]
-                length = min(wanted[number] - came[number], server.window)
+                length = min(wanted[number] - came[number], server.credit_bytes)
                 if length or came[number] == wanted[number]:
                     for arrival in deliver(client, server, Data(number, came[number], came[number] + length)):
                         assert arrival.start == came[number]
@@ -388,3 +391,43 @@ def test_messages_are_json_objects_with_a_type() -> None:
         "stop": 3 * FRAME,
         "priority": 0,
     }
+
+
+def test_the_tables_have_a_place_for_every_message_and_a_way_to_the_end() -> None:
+    def heard(table: dict[t.ConnectionState, dict[type, t.ConnectionState]]) -> set[type]:
+        return {kind for row in table.values() for kind in row} - {t.RunEnd}
+
+    assert heard(t.CLIENT_RECEIVES) == set(get_args(m.ServerMessage))
+    assert heard(t.SERVER_RECEIVES) == set(get_args(m.ClientMessage))
+    assert set(t.ANSWER_STARTS) == set(get_args(m.Request))
+    assert {kind for row in t.ANSWERS.values() for kind in row} - {t.AnswerEnd} == set(get_args(m.AnswerMessage))
+    assert set(t.ANSWER_STARTS.values()) | {after for row in t.ANSWERS.values() for after in row.values()} == set(
+        t.AnswerState
+    )
+    for state, row in t.ANSWERS.items():
+        assert (t.AnswerState.DONE in row.values()) == (state is not t.AnswerState.DONE)
+
+
+EVERY_ANSWER = [Models(0, ()), Begin(0, 9, "d"), Data(0, 0, 4), Progress(0, 5), Failed(0, "x", "y")]
+
+
+@pytest.mark.parametrize(
+    "request_", [ListModels(0), GetManifest(0, "m"), get(0, 0, 4)], ids=["models", "manifest", "get"]
+)
+@pytest.mark.parametrize("begun", [False, True])
+def test_both_sides_refuse_what_the_table_has_not(request_: m.Request, begun: bool) -> None:
+    """In every state of an answer, each message is taken by both sides or refused by both."""
+    for message in EVERY_ANSWER:
+        client, server = joined()
+        server.receive(client.send(request_))
+        state = t.ANSWER_STARTS[type(request_)]
+        if begun and state is t.AnswerState.DOCUMENT:
+            client.receive(server.send(Begin(0, 9, "d")))
+            state = t.AnswerState.BYTES
+        if type(message) in t.ANSWERS[state]:
+            assert client.receive(server.send(message)) == message
+        else:
+            with pytest.raises(LocalProtocolError):
+                server.send(message)
+            with pytest.raises(RemoteProtocolError, match=f"{message.type} is out of order"):
+                client.receive(encode(message))

@@ -1,0 +1,42 @@
+"""What surfw is compared with: one file for each, which runs in a process of its own.
+
+Every file but `runai` and `generation` has a function `run` that takes the `Comparison` and measures; `__main__` calls
+it. None of them imports what it measures before that, so that a peer that is not installed can be named. `streaming` is
+surfw itself, and `reads` measures the disk.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import NamedTuple
+
+
+class Peer(NamedTuple):
+    """Another way to run a model.
+
+    Attributes:
+        module: its file in this package.
+        package: what has to be installed for it, as Python imports it; None for what comes with surfw.
+        advice: how to install that.
+    """
+
+    module: str
+    package: str | None = None
+    advice: str = ""
+
+    def installed(self) -> str | None:
+        """Return why it cannot run here, or None if it can."""
+        return self.advice if self.package is not None and find_spec(self.package) is None else None
+
+
+PEERS: Mapping[str, Peer] = {
+    "resident": Peer("resident"),
+    "accelerate": Peer("accelerate", "accelerate", "accelerate is not installed; 'pip install accelerate' does it"),
+    "airllm": Peer("airllm", "airllm", "airllm is not installed; 'pip install airllm' does it"),
+    "llama.cpp": Peer(
+        "llama_cpp",
+        "llama_cpp",
+        "llama.cpp is not installed; 'pip install llama-cpp-python' compiles it, which takes some minutes",
+    ),
+    "lru": Peer("lru"),
+}
+"""What surfw is compared with, in the order in which they run."""

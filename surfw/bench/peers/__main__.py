@@ -1,0 +1,41 @@
+"""`python -m surfw.bench.peers MODULE COMPARISON`: run one file of this package in this process.
+
+COMPARISON is a JSON object. The last line on stdout is one, too: what was measured, or `failed` with the reason. All
+other output goes to stderr. The process ends when its stdin does: then nobody waits for it any longer.
+"""
+
+import json
+import os
+import sys
+import threading
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any
+
+from surfw.bench.comparison import Comparison
+
+
+def main() -> None:
+    """Run it."""
+    stdin = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_end_with, args=(stdin,), daemon=True).start()
+    module, text = sys.argv[1:]
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        try:
+            peer: Any = import_module(f"surfw.bench.peers.{module}")
+            found = asdict(peer.run(Comparison(**json.loads(text))))
+        except Exception as exc:  # noqa: BLE001 - whatever foreign code raises is a result of the comparison
+            found = {"failed": f"{type(exc).__name__}: {' '.join(str(exc).split())}"}
+        out.write(json.dumps(found) + "\n")
+
+
+def _end_with(stdin: int) -> None:
+    while os.read(stdin, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Run:ai Model Streamer, reading safetensors objects from S3 in a process of its own.
+
+`python -m surfw.bench.peers.runai` reads the objects that its stdin names, one URL a line, and prints the seconds and
+the bytes as JSON. Credentials go through the environment, never through the command line.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from surfw.errors import SurfwError
+from surfw.storage import S3Backend
+
+_PATIENCE_SECONDS = 600
+
+
+def find_streamer() -> bool:
+    """Whether it is installed, with its part for S3."""
+    return all(importlib.util.find_spec(name) for name in ("runai_model_streamer", "runai_model_streamer_s3"))
+
+
+def stream_objects(objects: list[str], backend: S3Backend) -> float:
+    """Return the seconds that it takes to read all tensors of the objects into memory, imports not counted.
+
+    Raises:
+        SurfwError: it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "surfw.bench.peers.runai"],
+        input="\n".join(objects),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_PATIENCE_SECONDS,
+        check=False,
+        env=os.environ | _environment(backend),
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
+        raise SurfwError(f"Run:ai Model Streamer failed with exit code {done.returncode}; its last words: {last[:300]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return float(found["seconds"])
+
+
+def _environment(backend: S3Backend) -> dict[str, str]:
+    """Return where the bucket is, and the credentials, in the variables that the streamer reads."""
+    fs = backend.fs
+    known = {
+        "AWS_ACCESS_KEY_ID": fs.key,
+        "AWS_SECRET_ACCESS_KEY": fs.secret,
+        "AWS_SESSION_TOKEN": fs.token,
+        "AWS_REGION": fs.client_kwargs.get("region_name"),
+    }
+    endpoint = backend.endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
+    if endpoint:
+        known |= {
+            "RUNAI_STREAMER_S3_ENDPOINT": endpoint,
+            "AWS_ENDPOINT_URL": endpoint,
+            "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    return {name: value for name, value in known.items() if value}
+
+
+def main() -> None:
+    """Read what stdin names."""
+    from runai_model_streamer import SafetensorsStreamer
+
+    objects = sys.stdin.read().split("\n")
+    start, size = time.perf_counter(), 0
+    with SafetensorsStreamer() as streamer:
+        streamer.stream_files(objects)
+        for _, tensor in streamer.get_tensors():
+            size += tensor.numel() * tensor.element_size()
+    print(json.dumps({"seconds": time.perf_counter() - start, "bytes": size}), flush=True)  # noqa: T201 - its result
+
+
+if __name__ == "__main__":
+    main()

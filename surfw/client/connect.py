@@ -1,0 +1,297 @@
+"""Connecting to a server: the handshake, redirects, hellos, and a plain reason where one of them fails.
+
+A token is never sent to another machine in clear text, nor to another server by a redirect.
+"""
+
+import asyncio
+import errno
+import logging
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from ssl import SSLCertVerificationError, SSLContext, SSLEOFError, SSLError, SSLZeroReturnError
+from typing import Any
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidMessage, InvalidStatus, InvalidURI, WebSocketException
+from websockets.http11 import Response
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from surfw import __version__
+from surfw.client.link import CLOSE_SECONDS, Link
+from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url, printable
+from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
+from surfw.retry import MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
+from surfw.wire import PROTOCOL, bearer, is_loopback
+
+_library_log = logging.getLogger("surfw.client.websocket")
+_library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token
+
+_PLAIN = {"ws", "http"}
+_UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
+_NEXT = "start one with 'surfw serve', or name another"
+_NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
+"""A proxy in front of a surfw server may answer with these."""
+
+_SHOWN = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A server's address, the token for it, and the certificates to trust.
+
+    Attributes:
+        url: `ws://` or `wss://`, host and port.
+        token: the secret that the server was started with, if any. Without TLS it is sent to this machine only.
+        ssl: trusts the certificates of a `wss://` server; None for those that the system trusts.
+    """
+
+    url: str
+    token: str | None = field(default=None, repr=False)
+    ssl: SSLContext | None = None
+
+    @property
+    def shown(self) -> str:
+        """The address without its secrets."""
+        return display_url(self.url)
+
+    def headers(self) -> dict[str, str]:
+        """The headers of a request: the token, if there is one.
+
+        Raises:
+            ConfigurationError: the token may not be sent there or is not a token, or `ssl` is given without TLS.
+            ValueError: the address is malformed.
+        """
+        parts = urlsplit(self.url)
+        plain = parts.scheme in _PLAIN
+        if plain and self.ssl is not None:
+            raise ConfigurationError(
+                f"{self.shown} is an address without TLS, but an SSL context was given; expected wss://HOST:PORT"
+            )
+        if self.token is None:
+            return {}
+        if plain and not is_loopback(parts.hostname or ""):
+            raise ConfigurationError(
+                f"a token is not sent to {self.shown} in clear text, where others could read it; "
+                "use wss:// with a server that has TLS"
+            )
+        if "@" in parts.netloc:
+            raise ConfigurationError(
+                f"{self.shown} has a user and a token was given too; a server takes the token alone"
+            )
+        return bearer(self.token)
+
+    def refusal(self, where: str) -> RefusedError:
+        """The error for a server, named by `where`, that answered 401."""
+        why, code = ("wants a token", "no-token") if self.token is None else ("refuses the token", "another-token")
+        return RefusedError(f"the server at {where} {why}; give the one it was started with", code=code)
+
+
+class _NotFollowed(WebSocketException):
+    """A redirect is not followed; the text says where it leads, and why not."""
+
+
+class _Connecting(connect):
+    """The library's connection attempt, with our rules for redirects, which HTTP proxies give too."""
+
+    def __init__(self, url: str, link: Link, **options: Any) -> None:
+        super().__init__(url, create_connection=link.attach, **options)  # type: ignore[arg-type]  # a factory is all it is used as
+        self._link = link
+        self._named = link.url
+        self._redirects = 0
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """The address to go on with; an exception if this is no redirect, or not one that may be followed."""
+        if not isinstance(exc, InvalidStatus) or exc.response.status_code not in REDIRECT_STATUSES:
+            return exc
+        locations = exc.response.headers.get_all("Location")
+        if len(locations) != 1:
+            return exc
+        shown = printable(display_url(locations[0]))[:_SHOWN]
+        try:
+            redirect = parse_redirect(self.uri, locations[0])
+            to = f"{'wss' if redirect.has_tls else 'ws'}:{redirect.url.partition(':')[2]}"
+            host = parse_uri(to).host
+        except (ValueError, InvalidURI):
+            return _NotFollowed(f"{shown}, which is not the address of a server")
+        self._redirects += 1
+        why = None
+        if redirect.names_user:
+            why = "with a user and a password that are not ours"
+        elif redirect.loses_tls:
+            why = "where there is no TLS"
+        elif self._redirects > MOST_REDIRECTS:
+            why = f"after {MOST_REDIRECTS} other redirects"
+        if why:
+            return _NotFollowed(f"{shown}, {why}")
+        if redirect.leaves_origin:
+            self.additional_headers = None
+            self._link.shows_token = False
+        self.proxy = None if is_loopback(host) else True
+        self._link.url = f"{self._named} (redirected to {printable(display_url(to))[:_SHOWN]})"
+        return to
+
+
+async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: float, silence_seconds: float) -> Link:
+    """Connect to a surfw server, and exchange hellos.
+
+    Raises:
+        ConfigurationError: the address is malformed, or the token may not be sent there.
+        RefusedError: the server wants a token, or another one.
+        ConnectionFailedError: nothing answers there, or something that is not a surfw server.
+    """
+    link = Link(endpoint.shown, limits, silence_seconds)
+    tls: dict[str, Any] = {} if endpoint.ssl is None else {"ssl": endpoint.ssl}
+    try:
+        async with asyncio.timeout(connect_seconds):
+            connection = await _Connecting(
+                endpoint.url,
+                link,
+                additional_headers=endpoint.headers(),
+                **tls,
+                subprotocols=[Subprotocol(PROTOCOL)],
+                compression=None,
+                user_agent_header=f"surfw/{__version__}",
+                proxy=None if is_loopback(urlsplit(endpoint.url).hostname or "") else True,
+                open_timeout=None,
+                ping_interval=None,
+                close_timeout=CLOSE_SECONDS,
+                max_size=max(limits.control_bytes, MAX_FRAME_BYTES),
+                logger=_library_log,
+            )
+            _require_protocol(connection)
+            await link.greeted
+    except OSError as exc:
+        raise _explain_network(link, endpoint, connect_seconds, exc) from exc
+    except (ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
+        raise _explain(link, endpoint, exc) from exc
+    finally:
+        if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
+            link.abort()
+    return link
+
+
+async def probe(
+    url: str,
+    timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
+    *,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
+) -> bool:
+    """Whether a surfw server is at the address: False if nothing listens there, or something else does.
+
+    Raises:
+        ConfigurationError: the address is malformed, or the token may not be sent there.
+        RefusedError: the server wants a token, or another one.
+        ConnectionFailedError: the server refuses the connection, or nothing answers within the time.
+    """
+    endpoint = Endpoint(url, token, ssl)
+    try:
+        link = await open_link(
+            endpoint, limits=WireLimits(), connect_seconds=timeout_seconds, silence_seconds=timeout_seconds
+        )
+    except ConnectionFailedError as exc:
+        if exc.absent:
+            return False
+        raise
+    link.abort()
+    return True
+
+
+def _require_protocol(connection: ClientConnection) -> None:
+    if connection.subprotocol != PROTOCOL:
+        raise ConnectionFailedError(f"it does not speak {PROTOCOL}")
+
+
+def _failed(text: str, *, transient: bool = False, absent: bool = False) -> ConnectionFailedError:
+    return ConnectionFailedError(printable(text), transient=transient, absent=absent)
+
+
+def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
+    """The error for a connection on which no session came about."""
+    match exc:
+        case ValueError() | InvalidURI():
+            return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
+        case InvalidStatus():
+            return _explain_status(link, endpoint, exc.response)
+        case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
+            return _hung_up(link, endpoint)
+        case ConnectionFailedError() if exc.transient:
+            return _failed(f"{exc} before it said hello; {_NEXT}", transient=True)
+        case _NotFollowed():
+            return _failed(f"{link.url} redirects to {exc}; name the server's own address", absent=True)
+    ended = link.ended if isinstance(exc, ConnectionFailedError) else None
+    return _not_surfw(link, ended or str(exc))
+
+
+def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
+    """The error for an HTTP response that is no handshake."""
+    status = response.status_code
+    if link.is_surfw:
+        return _explain_refusal(link, endpoint, response)
+    if status in TRANSIENT_STATUSES:
+        return _failed(
+            f"{link.url} answers with status {status}, as proxies do whose server is away; {_NEXT}", transient=True
+        )
+    if status in _NOT_LET_IN:
+        return _failed(
+            f"{link.url} refuses the connection with status {status}, as proxies do; name an address that lets you in"
+        )
+    return _not_surfw(link, f"it answers with status {status}")
+
+
+def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
+    """The error for a surfw server that refuses the handshake."""
+    status, server = response.status_code, f"the server at {link.url}"
+    match status:
+        case HTTPStatus.UNAUTHORIZED if link.shows_token:
+            return endpoint.refusal(link.url)
+        case HTTPStatus.UNAUTHORIZED:
+            text = f"{server} wants a token, which redirects take nowhere else; name the server's own address"
+            return RefusedError(text, code="no-token")
+        case HTTPStatus.SERVICE_UNAVAILABLE:
+            return _failed(f"{server} takes no more clients; try again later, or {_NEXT}", transient=True)
+        case HTTPStatus.NOT_FOUND:
+            path = urlsplit(endpoint.shown).path or "/"
+            return _failed(f"{server} refuses the path {path} with status {status}; expected ws://HOST:PORT")
+    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
+    return _failed(f"{server} refuses the connection with status {status}: {said or response.reason_phrase}")
+
+
+def _explain_network(link: Link, endpoint: Endpoint, seconds: float, exc: OSError) -> ConnectionFailedError:
+    """The error for a connection that the network did not give, or not in time."""
+    nobody = f"no surfw server at {link.url}"
+    match exc:
+        case TimeoutError():
+            what = f"{link.url} answers, but said no hello" if link.heard else f"{nobody}: no answer"
+            return _failed(f"{what} within {seconds:g} seconds; {_NEXT}", transient=True)
+        case SSLCertVerificationError():
+            return _failed(
+                f"the certificate of {link.url} is not trusted: {exc.verify_message}; trust whoever signed it, with "
+                "ssl= or SSL_CERT_FILE"
+            )
+        case SSLEOFError() | SSLZeroReturnError():
+            return _hung_up(link, endpoint)
+        case SSLError():
+            return _failed(
+                f"{link.url} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
+            )
+        case ConnectionRefusedError():
+            return _failed(f"{nobody}: connection refused; {_NEXT}", transient=True, absent=True)
+    lost = isinstance(exc, ConnectionError)
+    return _failed(
+        f"{nobody}: {exc.strerror or exc}; {_NEXT}", transient=lost or exc.errno in _UNREACHABLE, absent=not lost
+    )
+
+
+def _hung_up(link: Link, endpoint: Endpoint) -> ConnectionFailedError:
+    other = " (does it want wss://?)" if endpoint.url.startswith("ws:") else ""
+    return _failed(f"{link.url} hung up before it said hello{other}; {_NEXT}", transient=True)
+
+
+def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
+    """The error for something else than a surfw server, or for one of another version."""
+    if link.is_surfw:
+        return _failed(f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides")
+    return _failed(f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", absent=True)

@@ -1,0 +1,194 @@
+"""Downloads: a chunk's stored bytes into the caller's memory, or a whole document.
+
+A download may take several attempts. A link writes to it only while it waits for the answer. Threads verify a chunk's
+bytes in runs of blocks while the next ones arrive; `settle` waits until no thread reads the caller's memory any more.
+"""
+
+import asyncio
+from collections import defaultdict
+from concurrent.futures import Executor, Future
+from typing import Protocol
+
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
+from surfw.errors import ConnectionFailedError, IntegrityError
+from surfw.manifest import payload_digest
+from surfw.source import Read, find_damage
+from surfw.threads import to_its_end
+from surfw.wire import Begin
+
+_VERIFY_BYTES = 4 * MIB
+
+
+class Download(Protocol):
+    """Where the bytes of an answer go."""
+
+    most_read_bytes: int
+    """The most that a server may have to read from its storage for the answer."""
+
+    def begin(self, message: Begin) -> None:
+        """The size and digest of a document are known. An `IntegrityError` refuses it."""
+
+    def place(self, offset: int, size: int) -> memoryview:
+        """The memory for `size` bytes of the answer from `offset` on."""
+
+    def arrived(self, stop: int) -> None:
+        """The bytes before offset `stop` are there."""
+
+
+def most_read(size: int, parts: int = 1) -> int:
+    """The most that a server reads for `size` bytes in `parts` places: whole pages, again if they are damaged."""
+    return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
+
+
+class DocumentDownload:
+    """A manifest, a file or digests, held in memory. It is as long as the server says, within the session's limits.
+
+    Attributes:
+        damage: for each attempt that was damaged, what came: a digest, or an announced size and digest.
+    """
+
+    def __init__(
+        self, what: str, *, read_bytes: int, listed: tuple[int, str] | None = None, most_bytes: int | None = None
+    ) -> None:
+        """Name it for errors.
+
+        Args:
+            what: its name.
+            read_bytes: how much a server reads from its storage to make it.
+            listed: its size and BLAKE3 by the manifest, if that lists it.
+            most_bytes: its greatest length, if that is known to be less than the session's limits.
+        """
+        self.most_read_bytes = most_read(read_bytes)
+        self.damage: list[object] = []
+        self._what = what
+        self._listed = listed
+        self._most_bytes = most_bytes
+        self._digest = ""
+        self._data = bytearray()
+
+    def begin(self, message: Begin) -> None:
+        """Make room.
+
+        Raises:
+            IntegrityError: it is not the one that the manifest lists, or too long.
+        """
+        announced = (message.size, message.digest)
+        if self._listed not in {None, announced}:
+            self.damage.append(announced)
+            raise IntegrityError(f"{self._what} is not the one its manifest lists")
+        if self._most_bytes is not None and message.size > self._most_bytes:
+            self.damage.append(announced)
+            raise IntegrityError(f"{self._what} has {message.size} bytes, expected at most {self._most_bytes}")
+        self._digest = message.digest
+        self._data = bytearray(message.size)
+
+    def place(self, offset: int, size: int) -> memoryview:
+        """The memory for a part."""
+        return memoryview(self._data)[offset : offset + size]
+
+    def arrived(self, stop: int) -> None:
+        """Do nothing: a document is verified as a whole."""
+
+    def verified(self) -> bytes:
+        """The document, once all of it has arrived.
+
+        Raises:
+            IntegrityError: its digest is not the one that the server announced.
+        """
+        data = bytes(self._data)
+        digest = payload_digest(data)
+        if digest != self._digest:
+            self.damage.append(digest)
+            raise IntegrityError(f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it")
+        return data
+
+
+class ChunkDownload:
+    """A range of a chunk's stored bytes, over as many attempts as it takes.
+
+    Attributes:
+        read: the range and its destination.
+        missing: the ranges that still have to arrive, the next one last. Empty once everything is verified.
+        damage: the damaged blocks, with the BLAKE3 that each had each time.
+        first_failure: the error that the first broken attempt ended with.
+        reached_bytes: how far the broken attempts got, from the start of the range.
+    """
+
+    def __init__(self, read: Read, verifiers: Executor | None) -> None:
+        """Start with nothing. Without `verifiers` the bytes stay unverified, for measurements only."""
+        self.read = read
+        self.missing = [(read.start, read.stop)]
+        self.damage: defaultdict[int, list[str]] = defaultdict(list)
+        self.first_failure = ""
+        self.reached_bytes = 0
+        self.most_read_bytes = 0
+        self._verifiers = verifiers
+        self._start = self._stop = self._at = self._checked = read.start
+        self._checks: list[Future[dict[int, str]]] = []
+        self._progressed = False
+
+    def next_range(self) -> tuple[int, int, bool]:
+        """Begin an attempt: the range to ask for, and whether to ask for it because it arrived damaged."""
+        start, stop = self._start, self._stop = self.missing[-1]
+        self._at = self._checked = start
+        self._checks = []
+        self.most_read_bytes = most_read(stop - start, 1 + len(self.read.chunk.tensors))
+        return start, stop, start // BLOCK_BYTES in self.damage
+
+    def begin(self, message: Begin) -> None:
+        """Never called: sessions refuse `begin` for a chunk."""
+        raise AssertionError(message)
+
+    def place(self, offset: int, size: int) -> memoryview:
+        """The part of the destination."""
+        start = offset - self.read.start
+        return self.read.destination[start : start + size]
+
+    def arrived(self, stop: int) -> None:
+        """Hand whole blocks to the verifiers, several at a time."""
+        self._at = stop
+        last = stop == self._stop
+        if not last and stop - self._checked < _VERIFY_BYTES:
+            return
+        end = stop if last else stop - stop % BLOCK_BYTES
+        if self._verifiers is not None:
+            run = self.place(self._checked, end - self._checked)
+            self._checks.append(self._verifiers.submit(find_damage, self.read.form, self._checked // BLOCK_BYTES, run))
+        self._checked = end
+
+    async def verify(self) -> dict[int, str]:
+        """Wait until what arrived in this attempt is verified, and update `missing`.
+
+        Returns:
+            The blocks that are damaged, with the BLAKE3 of each.
+        """
+        found: dict[int, str] = {}
+        for check in self._checks:
+            damaged: dict[int, str] = await asyncio.wrap_future(check)
+            found |= damaged
+        for block, seen in found.items():
+            self.damage[block].append(seen)
+        self._progressed |= self._checked - self._start > len(found) * BLOCK_BYTES
+        self.missing.pop()
+        if self._checked < self._stop:
+            self.missing.append((self._checked, self._stop))
+        above = 0
+        for block in sorted(found, reverse=True):
+            start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.read.stop)
+            if stop == above:
+                _, stop = self.missing.pop()
+            self.missing.append((start, stop))
+            above = start
+        return found
+
+    async def settle(self) -> None:
+        """Wait until no thread reads the destination any more."""
+        running = [check for check in self._checks if not check.cancel() and not check.done()]
+        await to_its_end(asyncio.gather(*map(asyncio.wrap_future, running), return_exceptions=True))
+
+    def failed(self, error: ConnectionFailedError) -> bool:
+        """Note a broken attempt; return whether anything was verified since the one before."""
+        self.first_failure = self.first_failure or str(error)  # the error itself would keep frames and memory alive
+        self.reached_bytes = max(self.reached_bytes, self._at - self.read.start)
+        progressed, self._progressed = self._progressed, False
+        return progressed

@@ -1,0 +1,283 @@
+"""A server as a `ChunkSource`: bytes are received straight into their destination, and verified there.
+
+All retries of the client are decided here. `_persistently` connects again after a connection was lost; what arrived
+damaged is asked for again, to be read fresh from the server's storage.
+"""
+
+import asyncio
+import logging
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from ssl import SSLContext
+from typing import TypeVar
+
+from surfw.client.connect import Endpoint, open_link
+from surfw.client.downloads import ChunkDownload, DocumentDownload
+from surfw.client.link import Link
+from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
+from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
+from surfw.manifest import Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
+from surfw.retry import RetryPolicy
+from surfw.source import ChunkSource, Read, describe_damage, locate_damage
+from surfw.threads import together
+from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
+
+logger = logging.getLogger("surfw.client")
+
+T = TypeVar("T")
+Connect = Callable[[], Awaitable[Link]]
+"""Opens another link to the same server."""
+
+_VERIFIERS = 2
+_SERVED = "the server's storage or memory"
+_AROUND_DIGESTS_BYTES = 1024
+"""What the digests document has besides 64 characters for each block."""
+
+
+class WireSource(ChunkSource):
+    """The models of a server. A source belongs to the event loop it was opened in.
+
+    A lost connection is made again, as often as the retry policy says. A chunk then continues after its verified
+    blocks; if there were any since the last failure, its attempts are counted anew. Blocks that arrive damaged are
+    fetched again by themselves, up to `DAMAGE_RETRIES` times.
+    """
+
+    def __init__(
+        self, connect: Connect, retry: RetryPolicy, link: Link, *, unverified_for_measurement_only: bool = False
+    ) -> None:
+        """Take over a link; see `open_wire_source`. Only `bench wire` leaves bytes unverified."""
+        self.url = link.url
+        self._connect = connect
+        self._retry = retry
+        self._link = link
+        self._connecting = asyncio.Lock()
+        self._closed = False
+        self._fetched_bytes = 0
+        self._refetched_blocks = 0
+        self._limits = link.limits
+        self._digests: dict[tuple[str, str], Digests] = {}
+        self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
+        self._verify = not unverified_for_measurement_only
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes delivered so far."""
+        return self._fetched_bytes
+
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks, manifests and files that arrived damaged and were fetched again."""
+        return self._refetched_blocks
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The window: what a server may have sent that has not been taken in."""
+        return self._limits.window_bytes
+
+    async def models(self) -> list[str]:
+        """The names of the server's models, sorted."""
+        return sorted(await self._persistently(lambda link: link.models()))
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of the model."""
+        document = DocumentDownload(f"the manifest of {model} from {self.url}", read_bytes=self._limits.manifest_bytes)
+        try:
+            data = await self._receive(lambda number: GetManifest(number, model), document)
+        except RefusedError as exc:
+            if exc.code != "unknown-model":
+                raise
+            raise UnknownModelError(model, await self.models(), where=self.url) from exc
+        manifest = parse_manifest(data, where=self.url)
+        if manifest.name != model:
+            raise ManifestError(f"{self.url} answered for {model} with the manifest of {manifest.name}")
+        return manifest
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file of the model, verified."""
+        entry = manifest.file(path)
+        what = f"{path} of {manifest.name} from {self.url}"
+        document = DocumentDownload(what, read_bytes=entry.size, listed=(entry.size, entry.digest))
+        return await self._receive(lambda number: GetFile(number, manifest.name, path), document)
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination, all at once, each verified while the rest arrives."""
+        await together(self._fetch(manifest.name, read, priority) for read in reads)
+
+    async def _fetch(self, model: str, read: Read, priority: int) -> None:
+        if not read.form.is_known:
+            read = await self._with_digests(model, read)
+        download = ChunkDownload(read, self._verifiers if self._verify else None)
+        size = read.stop - read.start
+
+        async def attempt(link: Link) -> None:
+            while download.missing:
+                await self._receive_range(link, model, download, priority)
+
+        try:
+            await self._persistently(attempt, download.failed)
+        except ConnectionFailedError as exc:
+            first = download.first_failure
+            last = "" if str(exc) == first else f"; the last attempt: {exc}"
+            raise ConnectionFailedError(
+                f"{first}, after {download.reached_bytes} of {size} bytes of chunk {read.chunk.name}{last}; "
+                "see what became of it, and run it again",
+                transient=exc.transient,
+            ) from exc
+        self._fetched_bytes += size
+
+    async def _receive_range(self, link: Link, model: str, download: ChunkDownload, priority: int) -> None:
+        """Receive the next range of a download. When this has ended, no thread touches the destination any more."""
+        read = download.read
+        start, stop, fresh = download.next_range()
+
+        def ask(number: int) -> Get:
+            return Get(number, model, read.chunk.id, read.form.codec, start, stop, priority, fresh)
+
+        try:
+            await link.receive(ask, download)
+        except ConnectionFailedError:
+            await self._verify_range(download)  # what is intact need not come again
+            raise
+        else:
+            await self._verify_range(download)
+        finally:
+            await download.settle()
+
+    async def _verify_range(self, download: ChunkDownload) -> None:
+        """Wait for the verification of what arrived.
+
+        Raises:
+            IntegrityError: a block was damaged too often.
+        """
+        found = await download.verify()
+        for block, seen in found.items():
+            what = describe_damage(download.read.chunk, download.read.form, block, seen, where=self.url)
+            if len(download.damage[block]) > DAMAGE_RETRIES:
+                raise IntegrityError(f"{what}; {locate_damage(download.damage[block], stored=_SERVED)}")
+        if found:
+            logger.warning("%s; fetching %s again", what, count(len(found), "block"))
+        self._refetched_blocks += len(found)
+
+    async def _with_digests(self, model: str, read: Read) -> Read:
+        """The read with the digests that its manifest lacks. The server is asked for those of a chunk once."""
+        name = (model, read.chunk.id)
+        async with self._asking[name]:
+            if name not in self._digests:
+                what = f"what the server at {self.url} says of chunk {read.chunk.name}"
+                size = read.form.stored_bytes
+                most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
+                document = DocumentDownload(what, read_bytes=size, most_bytes=most_bytes)
+                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
+                self._digests[name] = parse_digests(data, size, where=what)
+        known = with_digests(read.chunk, self._digests[name])
+        asked = replace(known, id=read.chunk.id)  # the server finds the chunk by the id of its manifest
+        return replace(read, chunk=asked, form=known.forms[0])
+
+    async def _receive(self, make: Callable[[int], Request], document: DocumentDownload) -> bytes:
+        """A whole document; every attempt begins at its start.
+
+        Raises:
+            IntegrityError: it was damaged every time.
+        """
+
+        async def attempt(link: Link) -> bytes:
+            await link.receive(make, document)
+            return document.verified()
+
+        while True:
+            try:
+                return await self._persistently(attempt)
+            except IntegrityError as exc:
+                if len(document.damage) > DAMAGE_RETRIES:
+                    raise IntegrityError(f"{exc}; {locate_damage(document.damage, stored=_SERVED)}") from exc
+                logger.warning("%s; fetching it again", exc)
+                self._refetched_blocks += 1
+
+    async def _persistently(
+        self, attempt: Callable[[Link], Awaitable[T]], failed: Callable[[ConnectionFailedError], bool] = lambda _: False
+    ) -> T:
+        """Run `attempt` over the link, and again over a new one if the connection is lost, as the policy says.
+
+        `failed` hears of each lost connection. If it returns True, there was progress, and attempts are counted anew.
+        """
+        delays = self._retry.delays()
+        while True:
+            try:
+                return await attempt(await self._connected())
+            except ConnectionFailedError as exc:
+                if failed(exc):
+                    delays = self._retry.delays()
+                if self._closed or not await wait_before_retry(exc, delays):
+                    raise
+
+    async def _connected(self) -> Link:
+        """The link, or a new one if it has ended."""
+        async with self._connecting:
+            if self._link.ended and not self._closed:
+                self._link = await self._connect()
+                logger.info("connected to %s again", self.url)
+            return self._link
+
+    async def close(self) -> None:
+        """Close the connection, and end the threads."""
+        self._closed = True
+        await self._link.close()
+        self._verifiers.shutdown()
+
+
+async def wait_before_retry(error: ConnectionFailedError, delays: Iterator[float]) -> bool:
+    """Wait before the next attempt; False if the policy allows none, or none would help."""
+    delay = next(delays, None) if error.transient else None
+    if delay is None:
+        return False
+    logger.info("%s; trying again in %.2f seconds", error, delay)
+    await asyncio.sleep(delay)
+    return True
+
+
+async def open_wire_source(
+    url: str,
+    *,
+    limits: WireLimits | None = None,
+    connect_timeout: float = DEFAULT_CONNECT_SECONDS,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    token: str | None = None,
+    ssl: SSLContext | None = None,
+    retry: RetryPolicy | None = None,
+) -> WireSource:
+    """Open a source over the server at a `ws://` or `wss://` address.
+
+    Args:
+        url: the address.
+        limits: the client's side of the limits that both sides hold each other to.
+        connect_timeout: seconds that the server has to say hello.
+        silence_timeout: seconds without progress, while requests are open, after which a connection is given up.
+            Progress is 64 KiB that arrive, an answer that is completed, or a report that the server read that much.
+        token: the secret that the server was started with, if any.
+        ssl: trusts the certificates of a `wss://` server, instead of the system's.
+        retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
+
+    Raises:
+        ConfigurationError: the address is malformed, or the token would go there in clear text.
+        RefusedError: the server wants a token, or another one.
+        ConnectionFailedError: nothing answers there, or something that is not a surfw server.
+    """
+    retry = retry or RetryPolicy()
+    connect = partial(
+        open_link,
+        Endpoint(url, token, ssl),
+        limits=limits or WireLimits(),
+        connect_seconds=connect_timeout,
+        silence_seconds=silence_timeout,
+    )
+    delays = retry.delays()
+    while True:
+        try:
+            return WireSource(connect, retry, await connect())
+        except ConnectionFailedError as exc:
+            if not await wait_before_retry(exc, delays):
+                raise

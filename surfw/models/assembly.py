@@ -1,0 +1,247 @@
+"""An open model, put together from its manifest: what it needs in memory, and the parts that run it.
+
+What a model needs is known before a byte is read, and calculated in one place: opening a model plans with it,
+explaining one shows its least budget, and so does a dry run of chunking, which has no manifest yet. The least budget
+depends on the model and its dtypes alone, never on where weights come from.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from surfw.chunking import PreparedModel
+from surfw.config import MIB, expect
+from surfw.errors import ConfigurationError
+from surfw.manifest import Form, Manifest
+from surfw.metrics import Metrics
+from surfw.models.client import SourceThread
+from surfw.models.from_manifest import cast_dtypes, open_skeleton
+from surfw.models.kv_reserve import KvReserve
+from surfw.models.options import OpenSettings
+from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.engine import Engine
+from surfw.runtime.hooks import StreamingHooks
+from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
+from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
+from surfw.runtime.schedule import Phases, Schedule
+from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
+from surfw.skeleton.dtypes import parse_dtype
+
+logger = logging.getLogger("surfw.models")
+
+ROWS_BYTES = 4 * MIB
+"""For blocks of tables that are being read, and as much for those that were used last."""
+
+IN_FLIGHT_BYTES = 6 * MIB
+"""What any source of weights holds at most besides the memory it fills, where it is asked for a block at a time: for
+unaligned tensors of a local checkpoint, a huge page for each of its three threads; others hold less."""
+
+LimitedBy = Literal["memory_budget", "cache_layers", "default"]
+"""Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelParts:
+    """What an open model is made of.
+
+    Attributes:
+        client: what its weights come through.
+        manifest: what the source says of it.
+        model: transformers' own model, in evaluation mode, its weights absent.
+        layers: names of the chunks that are layers, in the order they run.
+        engine: brings and keeps weights, by its plan.
+        tables: looks up rows of tables that are not in memory.
+        hooks: put weights in place and take them away.
+        kv: the part of the budget that the KV cache has.
+        claim: what the other models of the process know of its memory.
+        has_budget: whether it was opened with a budget.
+        base_bytes: resident memory of the process before the first of the model's weights came.
+    """
+
+    client: SourceThread
+    manifest: Manifest
+    model: PreTrainedModel
+    layers: tuple[str, ...]
+    engine: Engine
+    tables: StreamedTables
+    hooks: StreamingHooks
+    kv: KvReserve
+    claim: MemoryClaim
+    has_budget: bool
+    base_bytes: int
+
+    @property
+    def limited_by(self) -> LimitedBy:
+        """What limits the weights in memory: a setting, or the memory there was."""
+        if self.engine.limit.cache_layers is not None:
+            return "cache_layers"
+        return "memory_budget" if self.has_budget else "default"
+
+    def layer_names(self, indices: Iterable[int]) -> list[str]:
+        """The names of layers that are counted from 0 in the order they run, each once.
+
+        Raises:
+            ConfigurationError: there is no such layer.
+        """
+        names = []
+        for index in indices:
+            expect("a layer", index, int, "its number, counted from 0")
+            if not 0 <= index < len(self.layers):
+                raise ConfigurationError(
+                    f"{self.manifest.name} has no layer {index}; it has {len(self.layers)}, counted from 0"
+                )
+            names.append(self.layers[index])
+        return list(dict.fromkeys(names))
+
+    def close(self) -> None:
+        """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
+        with ExitStack() as last:
+            last.callback(self.claim.close)
+            last.callback(self.engine.close)
+            self.kv.close()
+            self.tables.clear()
+            self.hooks.detach()
+
+
+def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> ModelParts:
+    """Build the model of a manifest, and begin to fetch what it needs first.
+
+    Raises:
+        ConfigurationError: the limit is too small for the model, or its dtype is not known.
+        UnsupportedModelError: its class or configuration cannot be used here.
+        ManifestError: configuration and chunks do not belong together.
+    """
+    dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
+    skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
+    dtypes = cast_dtypes(manifest, skeleton)
+    units = tables_of(skeleton, manifest)
+    has_budget = settings.budget_bytes is not None
+    with deciding:
+        engine = Engine(
+            manifest,
+            model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
+            _limit(settings),
+            Loader(client.source, manifest, dtypes),
+            io=client.io,
+            metrics=metrics,
+            phases=find_phases(manifest, skeleton),
+            tables=units,
+            rows_bytes=ROWS_BYTES,
+            prefetch=settings.prefetch,
+        )
+        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
+    if engine.plan.policy == "lru" and engine.plan.streamed:
+        _warn_of_lru(engine)
+    tables = StreamedTables(units, engine.rows, engine.by_rows)
+    used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
+    parts = ModelParts(
+        client=client,
+        manifest=manifest,
+        model=skeleton.model,
+        layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
+        engine=engine,
+        tables=tables,
+        kv=KvReserve(skeleton.model, engine, is_exact=has_budget),
+        hooks=StreamingHooks(skeleton, manifest, engine, tables),
+        claim=claim,
+        has_budget=has_budget,
+        base_bytes=rss_bytes(),
+    )
+    engine.warm()
+    return parts
+
+
+def _limit(settings: OpenSettings) -> Limit:
+    if settings.cache_size is not None:
+        return Limit(cache_layers=settings.cache_size, policy=settings.policy)
+    if settings.budget_bytes is not None:
+        return Limit(budget_bytes=settings.budget_bytes, policy=settings.policy)
+    found = find_default_budget()
+    return Limit(budget_bytes=found.budget_bytes, policy=settings.policy, reason=found.reason)
+
+
+def _warn_of_lru(engine: Engine) -> None:
+    plan = engine.plan
+    logger.warning(
+        "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy 'auto' "
+        "keeps a part of them",
+        engine.manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
+    )  # fmt: skip
+
+
+def model_needs(
+    manifest: Manifest,
+    dtypes: Mapping[str, torch.dtype],
+    tables: Mapping[str, TableUnit],
+    *,
+    buffered_bytes: int = IN_FLIGHT_BYTES,
+) -> Needs:
+    """What a model needs in memory.
+
+    Args:
+        manifest: the model.
+        dtypes: the tensors that have another dtype in the model than in their chunk.
+        tables: its units that can run without their tables in memory.
+        buffered_bytes: what its source holds at most besides the memory it fills.
+    """
+    known = describe_needs(
+        manifest.name,
+        {chunk.name: chunk.kind for chunk in manifest.chunks},
+        {chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes)) for chunk in manifest.chunks},
+        manifest.order,
+    )
+    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
+    size = {tensor.name: tensor.nbytes for chunk in manifest.chunks for tensor in chunk.tensors}
+    looked_up = {name for unit in tables.values() for name in unit.looked_up}
+    others = {name for unit in tables.values() for name in unit.others}
+    return replace(
+        known,
+        overhead_bytes=buffered_bytes,
+        in_flight_bytes=IN_FLIGHT_BYTES,
+        scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
+        tables=frozenset(home[name] for name in looked_up) - known.fixed,
+        table_bytes=2 * ROWS_BYTES + sum(size[name] for name in others),
+    )
+
+
+def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
+    """In which order modules will run: all in a cycle, or, where a model has an encoder and a decoder, that one's."""
+    order = tuple(use.module for use in manifest.order)
+    model: Any = skeleton.model
+    if not (model.config.is_encoder_decoder and model.can_generate()):
+        return Phases(cycle=order)
+    inside = {id(module) for module in model.get_encoder().modules()}
+    again = {id(module) for module in model.get_decoder().modules()}
+    units = {unit.path: id(unit.module) for unit in skeleton.units}
+    return Phases(
+        once=tuple(path for path in order if units.get(path) in inside),
+        cycle=tuple(path for path in order if units.get(path) not in inside or units.get(path) in again),
+    )
+
+
+def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
+    """What a model that is still to be chunked will need, in the dtype it is chunked in.
+
+    Returns:
+        The smallest budget for weights that can run it, and what each token adds to that for the KV cache, in bytes.
+    """
+    name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
+    manifest = prepared.manifest([one.chunk("", Form("none", one.payload_bytes, "", b"")) for one in planned])
+    config = read_config(dict(prepared.config), where=name)
+    count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
+    skeleton = build_skeleton(
+        config, resolve_class(prepared.class_name, config, where=name), dtype, tensor_count=count, where=name
+    )
+    tables = tables_of(skeleton, manifest)
+    needs = model_needs(manifest, cast_dtypes(manifest, skeleton), tables)
+    needs = Schedule(manifest.order, find_phases(manifest, skeleton), row_wise=tables).apply_to(needs)
+    per_token = kv_cost(skeleton.model.config, dtype).new_token_bytes if skeleton.model.can_generate() else 0
+    return least_bytes(needs.from_anywhere()), per_token

@@ -1,0 +1,194 @@
+"""From a manifest to a model that is ready to run, with nothing trusted on the way.
+
+The configuration is sanitised, and every shape the class asks for is compared with the manifest while it is being
+built.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from surfw.config import GIB, OnMissing, count, format_size
+from surfw.errors import ManifestError, UninitializedWeightsWarning
+from surfw.manifest import Manifest, TensorInfo
+from surfw.runtime.loader import as_parameter
+from surfw.runtime.run import Run, current_run
+from surfw.skeleton.build import Skeleton, build_skeleton, fill_rest, read_config, resolve_class
+from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
+from surfw.skeleton.guards import foreign_errors
+from surfw.skeleton.loading import target_dtypes
+from surfw.skeleton.sanitise import (
+    check_generation,
+    refuse_absurd_sizes,
+    refuse_endless_numbers,
+    sanitise_config,
+    sanitise_generation,
+    sanitise_outputs,
+    untag_floats,
+)
+from surfw.skeleton.units import Slot
+
+logger = logging.getLogger("surfw.models")
+
+_MAX_MISSING_BYTES = 4 * GIB
+_TAKEN = frozenset(dir(GenerationConfig))
+"""Names that generation settings cannot have: methods and attributes of their class."""
+
+
+def open_skeleton(
+    manifest: Manifest,
+    dtype: torch.dtype | None = None,
+    *,
+    model_class: type[PreTrainedModel] | None = None,
+    on_missing: OnMissing = "error",
+) -> Skeleton:
+    """Build the model of a manifest, without weights. The run of this thread may be interrupted meanwhile.
+
+    Args:
+        manifest: the model.
+        dtype: run in this dtype; default: the one it is stored in.
+        model_class: the caller's own class; default: the manifest's, from transformers or registered there.
+        on_missing: with `uninitialized`, parameters without weights in the manifest get those of a new model.
+
+    Raises:
+        UnsupportedModelError: its class or configuration cannot be used here.
+        ManifestError: configuration and chunks do not belong together.
+    """
+    where = manifest.name
+    settings, generation = _sanitise(manifest)
+    config = read_config(settings, where=where, model_class=model_class)
+    cls = model_class or resolve_class(manifest.class_name, config, where=where)
+    tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
+    shapes = {tensor.shape for tensor in tensors.values()}
+    skeleton = build_skeleton(
+        config,
+        cls,
+        dtype or parse_dtype(manifest.dtype),
+        tensor_count=len(tensors) + len(manifest.ties),
+        accepts=shapes.__contains__ if on_missing == "error" else lambda _: True,
+        check=(current_run.get() or Run()).check,
+        where=where,
+    )
+    for name, slot in skeleton.slots.items():
+        stored = tensors.get(manifest.ties.get(name, name))
+        if stored is not None:
+            _check_fit(name, stored, slot.tensor, cls.__name__, where)
+    loaded = set(tensors) | set(manifest.ties)
+    missing = [slot for name, slot in skeleton.slots.items() if name not in loaded and not slot.is_buffer]
+    if missing:
+        _report_missing(missing, cls.__name__, on_missing, where)
+    unknown = loaded - set(skeleton.slots)
+    if unknown:
+        raise ManifestError(f"{where}: {cls.__name__} has no place for {min(unknown)}; chunk the model again")
+    _check_order(manifest, skeleton)
+    fill_rest(skeleton, loaded, where=where)
+    _set_dtypes(skeleton, manifest)
+    if skeleton.model.can_generate():
+        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(settings))
+    return skeleton
+
+
+def _sanitise(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configuration and generation settings of a manifest, without what no file may choose.
+
+    Raises:
+        UnsupportedModelError: a value is one that no model has.
+    """
+    where, generation = manifest.name, manifest.generation_config or {}
+    refuse_absurd_sizes(manifest.config, where=where)
+    refuse_endless_numbers(manifest.config, where=where)
+    refuse_endless_numbers(generation, where=where)
+    config, dropped = sanitise_config(manifest.config)
+    generation, dropped_generation = sanitise_config(generation)
+    for line in dropped + dropped_generation:
+        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
+    config, unfit = sanitise_outputs(config, where=where)
+    for line in unfit:
+        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
+    return config, generation
+
+
+def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
+    """Make sure that a stored tensor fits its place in the class.
+
+    Floating-point numbers may be stored in another precision: the model can be run in another, and releases of
+    transformers differ in what they keep in float32. Whole numbers, truth values and complex numbers are never
+    converted.
+    """
+    if tuple(place.shape) != stored.shape:
+        raise ManifestError(f"{where}: {name} has shape {stored.shape} in the manifest, {tuple(place.shape)} in {cls}")
+    found = torch_dtype(stored.dtype)
+    if found != place.dtype and not (found.is_floating_point and place.dtype.is_floating_point):
+        raise ManifestError(
+            f"{where}: {name} has dtype {stored.dtype} in the manifest, {safetensors_dtype(place.dtype)} in {cls}; "
+            "chunk the model again"
+        )
+
+
+def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, where: str) -> None:
+    first = missing[0].name
+    if on_missing == "error":
+        raise ManifestError(
+            f"{where}: the manifest has no weights for {first} of {cls}; chunk the model again, or compute with "
+            "weights that nobody trained: on_missing='uninitialized'"
+        )
+    size = sum(slot.tensor.nbytes for slot in missing)
+    if size > _MAX_MISSING_BYTES:
+        raise ManifestError(
+            f"{where}: {cls} wants {format_size(size)} of weights that the manifest does not have, expected at most "
+            f"{format_size(_MAX_MISSING_BYTES)}; the configuration does not belong to these weights"
+        )
+    warnings.warn(
+        f"{where}: {count(len(missing), 'weight')} of {cls} {'is' if len(missing) == 1 else 'are'} UNINITIALIZED, "
+        f"such as {first}: what it computes with them is meaningless until they are trained",
+        UninitializedWeightsWarning,
+        stacklevel=2,
+    )
+
+
+def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
+    """Give parameters that transformers keeps in another dtype than the model's that dtype, still without values."""
+    wanted = target_dtypes(skeleton)
+    for name, slot in skeleton.slots.items():
+        dtype = wanted(manifest.ties.get(name, name))
+        if not slot.is_buffer and slot.tensor.dtype != dtype:
+            slot.put(as_parameter(slot.tensor.to(dtype)))
+
+
+def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:
+    """The tensors that have another dtype in the model than in their chunk, and that dtype."""
+    wanted = target_dtypes(skeleton)
+    infos = (tensor for chunk in manifest.chunks for tensor in chunk.tensors)
+    found = {info.name: (torch_dtype(info.dtype), wanted(info.name)) for info in infos}
+    return {name: to for name, (stored, to) in found.items() if stored != to}
+
+
+def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
+    """Make sure that every unit's use names the chunks that hold its tensors."""
+    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
+    uses = {use.module: set(use.chunks) for use in manifest.order}
+    twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
+    for unit in skeleton.units:
+        names = (manifest.ties.get(slot.name, slot.name) for slot in unit.slots)
+        needed = {home[name] for name in names if name in home}
+        if needed and (unit.path not in uses or not needed <= uses[unit.path] or unit.path in twice):
+            raise ManifestError(f"{manifest.name}: the execution order does not fit {unit.path}; chunk the model again")
+
+
+def _configure_generation(
+    model: PreTrainedModel, generation: dict[str, object], manifest: Manifest, config: dict[str, object]
+) -> None:
+    """Set generation up as `from_pretrained` does: by generation_config.json, else by what config.json says of it."""
+    has_file = manifest.generation_config is not None
+    settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
+    for line in dropped if has_file else ():
+        logger.warning("%s: ignored in its generation settings, because no file may choose it: %s", manifest.name, line)
+    check_generation(settings, where=manifest.name)
+    with foreign_errors(f"the generation settings of {manifest.name}"):
+        make: Any = GenerationConfig.from_dict if has_file else GenerationConfig.from_model_config
+        model.generation_config = make(settings)

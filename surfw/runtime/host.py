@@ -1,0 +1,164 @@
+"""The memory behind the slots of the host tier: buffers, the loads that fill them, and tensors over them.
+
+The engine says which slots come and go, under its lock; this makes them. A ring slot gets one of a few buffers that are
+used again; another has a buffer of its own, or, where everything stays and the source can be mapped, the file's pages.
+
+Invariant: memory that a load may still write to is not used for another chunk.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+
+from surfw.errors import ModelClosedError
+from surfw.manifest import Chunk, Manifest
+from surfw.metrics import Metrics
+from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
+from surfw.runtime.loader import Loader, as_parameter
+from surfw.runtime.plan import ResidencyPlan
+from surfw.runtime.run import IoThread
+from surfw.runtime.slots import Slot
+
+
+@dataclass(slots=True, eq=False)
+class Contents:
+    """What a slot is made of.
+
+    Attributes:
+        chunk: the chunk that it holds or receives.
+        size_bytes: the memory it takes.
+        buffer: that memory; None while the chunk is being mapped.
+        load: done when the chunk is there, or could not be loaded.
+        tensors: parameters over the memory, made at the first use.
+    """
+
+    chunk: Chunk
+    size_bytes: int
+    buffer: Buffer | MappedBuffer | None
+    load: Future[None] = field(default_factory=Future)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class HostTier:
+    """Contents of slots in host memory. Not thread-safe: the engine has the lock."""
+
+    def __init__(self, manifest: Manifest, loader: Loader, io: IoThread, metrics: Metrics, plan: ResidencyPlan) -> None:
+        """Start empty: `loader` fills buffers, working in the thread `io`."""
+        self._manifest = manifest
+        self._loader = loader
+        self._io = io
+        self._metrics = metrics
+        self._contents: dict[str, Contents] = {}
+        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
+        self._pool = BufferPool()
+        self._plan = plan
+        loader.in_pieces = plan.in_pieces
+
+    def __getitem__(self, name: str) -> Contents:
+        """The contents of the slot of a chunk."""
+        return self._contents[name]
+
+    def adopt(self, plan: ResidencyPlan) -> None:
+        """Make slots for another plan from now on."""
+        if plan.ring_bytes != self._plan.ring_bytes:
+            self._pool.clear()
+        self._plan = plan
+        self._loader.in_pieces = plan.in_pieces
+
+    def load(self, slot: Slot, priority: int) -> None:
+        """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
+        buffer: Buffer | None = None
+        if slot.in_ring:
+            buffer = self._pool.take(slot.size_bytes)
+        elif not self._plan.everything_fits:
+            buffer = Buffer(slot.size_bytes)
+        contents = Contents(self._manifest.by_name[slot.name], slot.size_bytes, buffer)
+        contents.load = self._io.submit(self._fill(contents, priority))
+        self._contents[slot.name] = contents
+        self._in_flight[slot.name] = contents.load
+
+    def collect(self) -> Iterator[tuple[str, bool]]:
+        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+        for name, load in list(self._in_flight.items()):
+            if load.done():
+                del self._in_flight[name]
+                yield name, load.cancelled() or load.exception() is not None
+
+    def tensors(self, contents: Contents) -> dict[str, torch.Tensor]:
+        """Parameters over a chunk whose load has ended.
+
+        Raises:
+            ModelClosedError: the load was cancelled.
+            SurfwError: the load failed, or a mapped file has changed since.
+        """
+        if contents.load.cancelled():
+            raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
+        contents.load.result()
+        if isinstance(contents.buffer, MappedBuffer):
+            contents.buffer.expect_unchanged()
+        if not contents.tensors:
+            assert contents.buffer is not None, f"{contents.chunk.name} is loaded and has no memory"
+            views = self._loader.tensors(contents.chunk, contents.buffer)
+            contents.tensors = {name: as_parameter(view) for name, view in views.items()}
+        return contents.tensors
+
+    def evict(self, slot: Slot) -> None:
+        """Let go of a slot's contents, cancelling a load that is on its way."""
+        contents = self._contents.pop(slot.name)
+        self._in_flight.pop(slot.name, None)
+        for tensor in contents.tensors.values():
+            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
+        contents.tensors.clear()
+        if not contents.load.done():
+            contents.load.cancel()  # its buffer goes when nothing writes to it any more
+        elif slot.in_ring and isinstance(contents.buffer, Buffer) and self._fits_ring(contents.buffer):
+            self._pool.give_back(contents.buffer)
+
+    def keep_spare(self, most: int) -> None:
+        """Let go of the ring's empty buffers that are more than so many."""
+        self._pool.keep(most)
+
+    def close(self) -> None:
+        """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
+        loads = list(self.loads().values())
+        self._contents.clear()
+        self._in_flight.clear()
+        self._pool.clear()
+        for load in loads:
+            load.cancel()
+
+    def loads(self) -> dict[str, Future[None]]:
+        """The loads of all chunks that have a slot, which have ended or will."""
+        return {name: contents.load for name, contents in self._contents.items()}
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory of the ring's empty buffers."""
+        return self._pool.size_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Memory of filled buffers that are not mapped files: what the system counts as in use."""
+        filled = (one for one in self._contents.values() if one.load.done())
+        return sum(one.size_bytes for one in filled if isinstance(one.buffer, Buffer))
+
+    def _fits_ring(self, buffer: Buffer) -> bool:
+        """Whether it is one of this plan's ring, not of an earlier one."""
+        return buffer.capacity_bytes == buffer_capacity(self._plan.ring_bytes)
+
+    async def _fill(self, contents: Contents, priority: int) -> None:
+        """Map the chunk if it has no buffer and can be mapped; else fetch it into a buffer."""
+        start = time.perf_counter()
+        stored_bytes = None
+        if contents.buffer is None:
+            contents.buffer = mapped = await self._loader.map(contents.chunk)
+            stored_bytes = contents.chunk.payload_bytes if mapped else None
+        if stored_bytes is None:
+            buffer = contents.buffer if isinstance(contents.buffer, Buffer) else Buffer(contents.size_bytes)
+            contents.buffer = buffer
+            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority)
+        self._metrics.add("fetched_bytes", stored_bytes)
+        self._metrics.latency("fetch").observe(time.perf_counter() - start)

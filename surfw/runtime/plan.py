@@ -1,0 +1,438 @@
+"""What stays in memory and what is streamed through it. Pure: sizes, a schedule and a budget in, a plan out.
+
+Decoding runs the layers in a cycle. There, an LRU cache that is smaller than the cycle never hits: what it evicts is
+what comes next. The best that any policy can do, if it may decide not to keep what it has just read, is to hit as often
+per cycle as it has places (L. A. Belady, «A study of replacement algorithms for a virtual-storage computer», IBM
+Systems Journal 5(2), 1966: evict what is needed last, which in a cycle is what was just read). Keeping a fixed set
+reaches that. So a plan names chunks that stay, spread evenly over the depth, so that reading and computing overlap
+everywhere; the others pass through a ring of buffers.
+
+Chunks that run several times in a cycle go first: each place they have saves more than one read. Where not even those
+fit, they share memory by Belady's rule, see `floating_victims`.
+
+`slots` keeps to a plan, and decides nothing of this itself.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from surfw.config import KB, Policy, format_size
+from surfw.errors import ConfigurationError
+from surfw.manifest import Use
+
+_SMALL_BYTES = 1 << 20
+_RING = 2
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Needs:
+    """What a model needs to run, as far as memory is concerned. All sizes are in bytes.
+
+    Attributes:
+        name: the model's, for errors.
+        sizes: the memory that each chunk takes.
+        fixed: chunks that stay once they are there: small parts outside of the layers, and weights that a containing
+            module holds directly, which are in use as long as all of its layers are.
+        together: the most chunks, without the fixed ones, that one module uses.
+        tables: chunks of which single rows can be read, so that they need not be in memory to be looked up in.
+        table_bytes: memory that reading rows takes where tables are not in memory.
+        overhead_bytes: the most memory that reads in flight take besides the chunks, if these are large.
+        in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
+            where that would make no difference.
+        scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
+        cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
+        before: chunks that run before the cycle begins, such as those of an encoder.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    fixed: frozenset[str] = frozenset()
+    together: int = 1
+    tables: frozenset[str] = frozenset()
+    table_bytes: int = 0
+    overhead_bytes: int = 0
+    in_flight_bytes: int | None = None
+    scratch: Mapping[str, int] = field(default_factory=dict)
+    cycle: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
+
+    @property
+    def ring_buffers(self) -> int:
+        """The fewest buffers that chunks can be streamed through: one in use, and one that the next arrives in."""
+        return max(_RING, self.together)
+
+    def from_anywhere(self) -> "Needs":
+        """The same model, read in small pieces from the source that takes most memory for that."""
+        return self if self.in_flight_bytes is None else replace(self, overhead_bytes=self.in_flight_bytes)
+
+    def in_pieces(self) -> "Needs":
+        """The same model, read in small pieces."""
+        anywhere = self.from_anywhere()
+        return anywhere if anywhere.overhead_bytes < self.overhead_bytes else self
+
+    def overhead_of(self, names: Iterable[str]) -> int:
+        """Memory besides the chunks where no others than these are ever in memory, in bytes.
+
+        No more is in flight than two chunks, or what rows take that are read of the others.
+        """
+        names = list(names)
+        flight = 2 * max((self.sizes[name] for name in names), default=0)
+        if not self.tables.issubset(names):
+            flight = max(flight, self.table_bytes)
+        return min(self.overhead_bytes, flight) + max((self.scratch.get(name, 0) for name in names), default=0)
+
+    def in_memory(self) -> tuple[dict[str, int], int]:
+        """Where memory is short: the sizes of the chunks that are ever in memory, and the memory besides them."""
+        absent = self.tables - set(self.cycle) - set(self.before)
+        sizes = {name: size for name, size in self.sizes.items() if name not in absent}
+        return sizes, self.overhead_of(sizes) + (self.table_bytes if self.tables else 0)
+
+
+def describe_needs(name: str, kinds: Mapping[str, str], sizes: Mapping[str, int], order: Sequence[Use]) -> Needs:
+    """What follows from chunks alone: no tables, no memory besides the chunks, and no schedule.
+
+    Args:
+        name: the model's.
+        kinds: the kind of each chunk, see `manifest.Chunk`.
+        sizes: the bytes each chunk takes in memory.
+        order: the order of uses.
+    """
+    fixed = frozenset(
+        one for one, size in sizes.items() if kinds[one] == "own" or (kinds[one] == "part" and size <= _SMALL_BYTES)
+    )
+    together = max((len(set(use.chunks) - fixed) for use in order), default=1)
+    return Needs(name=name, sizes=sizes, fixed=fixed, together=max(1, together))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """How much may be kept: so many bytes, or so many layers and one in flight; without both, everything.
+
+    Attributes:
+        budget_bytes: for weights, for what is in flight, and for what is reserved.
+        cache_layers: instead of a budget, the number of chunks to keep, the fixed ones not counted.
+        reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
+        policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
+        reason: what a budget is limited by that was found out; empty for one that somebody gave.
+    """
+
+    budget_bytes: int | None = None
+    cache_layers: int | None = None
+    reserved_bytes: int = 0
+    policy: Policy = "auto"
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a number of layers that nothing can run with."""
+        if self.cache_layers is not None:
+            check_cache_layers(self.cache_layers)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResidencyPlan:
+    """A decision about memory. All sizes are in bytes.
+
+    Attributes:
+        pinned: chunks that stay once they are there.
+        floating: chunks that run several times in a cycle and do not all fit: they share `floating_bytes`.
+        sizes: the memory each chunk takes that is ever in memory.
+        tables: chunks that are looked up in by reading single rows wherever they are not in memory.
+        absent: those of them that are never in memory.
+        ring_buffers: through how many buffers the streamed chunks pass.
+        ring_bytes: the size of each of them.
+        floating_bytes: memory that the floating chunks share.
+        overhead_bytes: memory besides the chunks.
+        reserved_bytes: what is left free, for the KV cache.
+        budget_bytes: what all of it may take, if there is a budget.
+        cache_layers: how many chunks were to be kept, if they were counted.
+        bytes_per_pass: what is read in one pass through the cycle, in the memory's dtype, once the pinned chunks are
+            there. Rows of tables are not counted.
+        policy: `auto` or `lru`.
+        in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
+        fixed: those of the pinned chunks that stay in every plan.
+    """
+
+    pinned: frozenset[str]
+    floating: frozenset[str] = frozenset()
+    sizes: Mapping[str, int]
+    tables: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
+    ring_buffers: int
+    ring_bytes: int
+    floating_bytes: int = 0
+    overhead_bytes: int = 0
+    reserved_bytes: int = 0
+    budget_bytes: int | None = None
+    cache_layers: int | None = None
+    bytes_per_pass: int = 0
+    policy: Policy = "auto"
+    in_pieces: bool = False
+    fixed: frozenset[str] = field(default=frozenset(), repr=False)
+
+    @property
+    def streamed(self) -> dict[str, int]:
+        """The chunks that are not pinned, with the memory each takes."""
+        return {name: size for name, size in self.sizes.items() if name not in self.pinned}
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Memory of the chunks that stay."""
+        return sum(self.sizes[name] for name in self.pinned)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that weights take, the overhead included; the reserve is not counted."""
+        return self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
+
+    @property
+    def slots(self) -> int:
+        """How many chunks are kept in memory, the fixed ones not counted; one more may be in flight."""
+        if self.cache_layers is not None:
+            return min(self.cache_layers, len(self.sizes) - len(self.fixed))
+        kept = len(self.pinned - self.fixed)
+        return kept + max(0, self.ring_buffers - 1)
+
+    @property
+    def buffers(self) -> int:
+        """The most chunks in memory at a time, those in flight included and the fixed ones not counted."""
+        return len(self.pinned - self.fixed) + self.ring_buffers
+
+    @property
+    def everything_fits(self) -> bool:
+        """Whether every chunk stays, and nothing is read twice."""
+        return self.pinned.issuperset(self.sizes) and not self.absent
+
+    def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
+        """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
+
+        Returns:
+            None where nothing is read in a pass, so that reading is no limit.
+        """
+        return tokens_per_pass * bytes_per_second / self.bytes_per_pass if self.bytes_per_pass else None
+
+
+def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
+    """Decide what stays.
+
+    Args:
+        needs: the model, with its schedule.
+        limit: how much may be kept.
+
+    Raises:
+        ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
+    """
+    if limit.cache_layers is not None:
+        return _plan_layers(needs, limit.cache_layers, limit.policy)
+    if limit.budget_bytes is None:
+        return _everything(needs, limit)
+    made = _plan_budget(needs, limit, limit.budget_bytes)
+    if made is None and (gentle := needs.in_pieces()) is not needs:
+        made = _plan_budget(gentle, limit, limit.budget_bytes)
+        made = made and replace(made, in_pieces=True)
+    if made is None:
+        raise _too_small(needs, limit, limit.budget_bytes)
+    return made
+
+
+def least_bytes(needs: Needs) -> int:
+    """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and the overhead.
+
+    The one to show is that of `needs.from_anywhere()`: the same number, whatever the weights are read from.
+    """
+    least = needs.overhead_of(needs.sizes) + sum(needs.sizes.values())
+    sizes, overhead = needs.in_memory()
+    for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
+        stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
+        least = min(least, overhead + stays + needs.ring_buffers * ring_bytes)
+    return least
+
+
+def check_cache_layers(cache_layers: int) -> None:
+    """Make sure that at least one layer is to be kept.
+
+    Raises:
+        ConfigurationError: it is not so.
+    """
+    if isinstance(cache_layers, bool) or not isinstance(cache_layers, int) or cache_layers < 1:
+        raise ConfigurationError(
+            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
+        )
+
+
+def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
+    return ResidencyPlan(
+        pinned=frozenset(needs.sizes), sizes=needs.sizes, ring_buffers=0, ring_bytes=0, fixed=needs.fixed,
+        overhead_bytes=needs.overhead_of(needs.sizes), reserved_bytes=limit.reserved_bytes,
+        budget_bytes=limit.budget_bytes, policy=limit.policy,
+    )  # fmt: skip
+
+
+def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPlan:
+    """Keep a number of chunks, whatever their size, and have memory for one more on its way."""
+    others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
+    buffers = max(cache_layers + 1, needs.together)
+    if buffers >= len(others):
+        return replace(_everything(needs, Limit(policy=policy)), cache_layers=cache_layers)
+    ring = buffers if policy == "lru" else needs.ring_buffers
+    kept, floating = _choose(dict.fromkeys(others, 1), buffers - ring, needs)
+    largest = max(size for name, size in others.items() if name not in kept)
+    made = ResidencyPlan(
+        pinned=needs.fixed | kept, floating=floating, sizes=needs.sizes, ring_buffers=ring, ring_bytes=largest,
+        floating_bytes=(buffers - ring) * largest if floating else 0, overhead_bytes=needs.overhead_of(needs.sizes),
+        policy=policy, fixed=needs.fixed, cache_layers=cache_layers,
+    )  # fmt: skip
+    return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
+
+
+def _plan_budget(needs: Needs, limit: Limit, budget_bytes: int) -> ResidencyPlan | None:
+    """The plan for a budget that reads least; None if the budget is too small."""
+    if sum(needs.sizes.values()) + needs.overhead_of(needs.sizes) + limit.reserved_bytes <= budget_bytes:
+        return _everything(needs, limit)
+    streamable = {size for name, size in needs.in_memory()[0].items() if name not in needs.fixed}
+    # The ring's size decides what is too large for it and has to stay. No rule finds the best one, so all are tried.
+    tried = [_plan_ring(needs, limit, budget_bytes, size) for size in [*sorted(streamable, reverse=True), 0]]
+    plans = [plan for plan in tried if plan is not None]
+    return min(plans, key=lambda plan: (plan.bytes_per_pass, sum(plan.streamed.values())), default=None)
+
+
+def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -> ResidencyPlan | None:
+    """The plan with ring buffers of this size; None if the budget is too small for it."""
+    sizes, overhead = needs.in_memory()
+    fixed = needs.fixed & set(sizes)
+    stays = fixed | {name for name, size in sizes.items() if size > ring_bytes}
+    left = budget_bytes - limit.reserved_bytes - overhead - needs.ring_buffers * ring_bytes
+    left -= sum(sizes[name] for name in stays)
+    if left < 0:
+        return None
+    others = {name: size for name, size in sizes.items() if name not in stays}
+    kept = floating = frozenset[str]()
+    buffers = needs.ring_buffers if others else 0
+    if limit.policy == "lru" and others:
+        buffers += left // ring_bytes
+    else:
+        kept, floating = _choose(others, left, needs)
+    made = ResidencyPlan(
+        pinned=stays | kept, floating=floating, sizes=sizes, tables=needs.tables,
+        absent=frozenset(needs.sizes).difference(sizes), ring_buffers=buffers, ring_bytes=ring_bytes,
+        floating_bytes=left if floating else 0, overhead_bytes=overhead, reserved_bytes=limit.reserved_bytes,
+        budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed,
+    )  # fmt: skip
+    return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
+
+
+def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
+    """The error about a budget that the model does not run with: one that somebody gave, or that was found out."""
+    reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
+    runs_without = least_bytes(needs.in_pieces()) <= budget_bytes
+    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and runs_without else ""
+    least = least_bytes(needs.from_anywhere()) + limit.reserved_bytes
+    needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
+    if not limit.reason:
+        given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""
+        return ConfigurationError(
+            f"a memory budget of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
+            f"{needed}; give that or more{tokens}"
+        )
+    there = f"{format_size(budget_bytes)} is" if budget_bytes else "none is"
+    return ConfigurationError(
+        f"there is too little memory for {needs.name}: it needs {needed}, and {there} free for it ({limit.reason}); "
+        f"make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond it "
+        "(memory_budget, --memory-budget)"
+    )
+
+
+def _choose(sizes: Mapping[str, int], free: int, needs: Needs) -> tuple[frozenset[str], frozenset[str]]:
+    """Which chunks stay, and which share the free memory because not even those that recur all fit."""
+    uses = Counter(name for name in needs.cycle if name in sizes)
+    recurring = [name for name, count in uses.items() if count > 1]
+    needed = sum(sizes[name] for name in recurring)
+    if needed > free:
+        return frozenset(), frozenset(recurring)
+    once = [name for name, count in uses.items() if count == 1]
+    rarely = [name for name in sizes if name not in uses]
+    kept = set(recurring)
+    left = free - needed
+    for names in (once, rarely):
+        for chosen in _spread_over_groups(names, sizes, set(needs.before), left):
+            kept.add(chosen)
+            left -= sizes[chosen]
+    return frozenset(kept), frozenset()
+
+
+def _spread_over_groups(
+    names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], free: int
+) -> Iterator[str]:
+    """As many chunks as fit: those that also ran before the cycle first, then the large ones; spread among equals."""
+    rank = {name: (name not in before, -sizes[name]) for name in names}
+    for (_, negative), group in groupby(sorted(names, key=rank.__getitem__), key=rank.__getitem__):
+        equal, size = list(group), -negative
+        count = min(len(equal), free // size) if size else len(equal)
+        free -= count * size
+        yield from (equal[(2 * index + 1) * len(equal) // (2 * count)] for index in range(count))
+
+
+def floating_victims(
+    name: str, held: Mapping[str, int], size: int, free: int, next_use: Mapping[str, int]
+) -> list[str] | None:
+    """Which floating chunks make way for one that has just been used, so that it can stay until its next use.
+
+    Belady's rule with bypass: it replaces those that are needed after it, and does not stay at all if there are none.
+
+    Args:
+        name: the chunk, which is not held.
+        held: the floating chunks that are kept, with their sizes.
+        size: the chunk's size.
+        free: memory for floating chunks that is not taken.
+        next_use: how soon each chunk is needed again; a chunk that is not in it is never needed again.
+
+    Returns:
+        The chunks to evict, the last needed first; None if it does not stay.
+    """
+    never = len(next_use) + max(next_use.values(), default=0) + 1
+    when = next_use.get(name, never)
+    victims: list[str] = []
+    for other in sorted(held, key=lambda one: -next_use.get(one, never)):
+        if free >= size:
+            break
+        if next_use.get(other, never) <= when:
+            return None
+        victims.append(other)
+        free += held[other]
+    return victims if free >= size and when < never else None
+
+
+def next_uses(future: Sequence[str]) -> dict[str, int]:
+    """How soon each chunk is needed, from a sequence of coming uses."""
+    found: dict[str, int] = {}
+    for index, name in enumerate(future):
+        found.setdefault(name, index)
+    return found
+
+
+def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
+    """What one pass reads once all that stays is there: every use but those of what is kept, or was used just before.
+
+    What the ring holds all of stays there too. A smaller LRU cache is taken to miss whatever is not pinned.
+    """
+    through_ring = {name for name in cycle if name in plan.sizes and name not in plan.pinned}
+    if len(through_ring) <= plan.ring_buffers:
+        return 0
+    held: dict[str, int] = {}
+    read = 0
+    for _ in range(_ROUNDS if plan.floating else 1):
+        read = 0
+        for index, name in enumerate(cycle):
+            if name in plan.pinned or name in held or name not in plan.sizes:
+                continue
+            size = plan.sizes[name]
+            if plan.policy == "lru" or name != cycle[index - 1]:
+                read += size
+            if name in plan.floating:
+                future = next_uses([*cycle[index + 1 :], *cycle[: index + 1]])
+                victims = floating_victims(name, held, size, plan.floating_bytes - sum(held.values()), future)
+                if victims is not None:
+                    held = {one: held[one] for one in held if one not in victims} | {name: size}
+    return read

@@ -1,0 +1,351 @@
+"""Which chunk is in which slot of a tier of memory, and what has to happen next. Pure: no threads, devices or I/O.
+
+A `SlotTable` keeps to a `ResidencyPlan`. It knows names and sizes in bytes, never what a slot is made of. Its methods
+note what they decide and return it as a `Decision`: what to evict, what to load, what to wait for. A driver carries
+that out, and reports with `ended` how each load ended. A slot goes from loading to ready or failed; a chunk without a
+slot is not in this tier.
+
+Pinned chunks have memory of their own and stay. The others pass through the ring: a few slots of one size, which are
+used again and again. What comes next is fetched ahead as far as the ring has slots that nobody uses; what was guessed
+wrong makes way. Floating chunks leave the ring after a use, where the plan's memory for them is better spent on them.
+
+Invariants, whatever is asked in whatever order:
+
+- at most `plan.ring_buffers` slots are in the ring, loading ones included, unless more are in use at once;
+- the other slots take no more than the plan's pinned chunks and its memory for floating ones;
+- a chunk in use is never evicted, and a loading one only by `clear`;
+- a failed load leaves nothing behind: its slot goes as soon as its chunk is asked for again, or the slot is needed.
+
+After a change of plan the first two hold as soon as what was in use, or loading, is not any more.
+"""
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Literal
+
+from surfw.config import MIB
+from surfw.runtime.plan import ResidencyPlan, floating_victims
+
+_LEAST_IN_FLIGHT_BYTES = 64 * MIB
+
+UseKind = Literal["hits", "prefetched", "stalls"]
+"""How execution found a chunk: resident already; fetched for this very use, and ready in time; or not ready."""
+
+
+class SlotState(Enum):
+    """What a slot holds."""
+
+    LOADING = auto()
+    READY = auto()
+    FAILED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """A place in memory that holds a chunk, or receives one.
+
+    Attributes:
+        name: the chunk.
+        size_bytes: the memory that the slot takes.
+        in_ring: whether it is one of the ring; if not, the chunk has memory of its own.
+        state: how far its chunk is.
+        users: how many modules use the chunk at the moment.
+        is_known: whether the chunk was used before, or asked for on its own; if not, it was fetched for its next use.
+    """
+
+    name: str
+    size_bytes: int
+    in_ring: bool
+    state: SlotState = SlotState.LOADING
+    users: int = 0
+    is_known: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can be evicted at once."""
+        return not self.users and self.state is not SlotState.LOADING
+
+    def count_use(self, *, was_ready: bool) -> UseKind:
+        """Note that execution has reached the chunk; `was_ready` says whether its load had ended by then."""
+        kind: UseKind = "stalls" if not was_ready else "hits" if self.is_known else "prefetched"
+        self.is_known = True
+        return kind
+
+
+@dataclass(slots=True)
+class Decision:
+    """What a driver has to do, in this order.
+
+    Attributes:
+        evict: slots that are gone. The memory of one of the ring can be used for one that is loaded.
+        load: new slots, whose chunks are to be loaded.
+        cancel: a slot that was guessed wrong and is needed now. Its load is to be cancelled; once that has ended, the
+            driver asks again.
+    """
+
+    evict: list[Slot] = field(default_factory=list)
+    load: list[Slot] = field(default_factory=list)
+    cancel: Slot | None = None
+
+
+class SlotTable:
+    """The slots of one tier.
+
+    Attributes:
+        plan: what it keeps to; see `adopt`.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], plan: ResidencyPlan) -> None:
+        """Start empty.
+
+        Args:
+            sizes: the bytes that each chunk takes in this tier, also those that the plan keeps out of it.
+            plan: what to keep to.
+        """
+        self._sizes = sizes
+        self._slots: OrderedDict[str, Slot] = OrderedDict()  # least recently used first
+        self.adopt(plan)
+
+    def __getitem__(self, name: str) -> Slot:
+        """The slot of a chunk that has one."""
+        return self._slots[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether a chunk has a slot."""
+        return name in self._slots
+
+    def __iter__(self) -> Iterator[Slot]:
+        """All slots, least recently used first."""
+        return iter(self._slots.values())
+
+    def __len__(self) -> int:
+        """How many slots there are."""
+        return len(self._slots)
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """Memory of the slots that are loading."""
+        return sum(slot.size_bytes for slot in self if slot.state is SlotState.LOADING)
+
+    @property
+    def spare_ring_slots(self) -> int:
+        """How many slots the ring may still come to have."""
+        return max(0, self.plan.ring_buffers - len(self._ring()))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every chunk that the plan lets in has a slot."""
+        return len(self._slots) >= len(self.plan.sizes)
+
+    def is_ready(self, names: Iterable[str]) -> bool:
+        """Whether all of these chunks are in memory."""
+        slots = (self._slots.get(name) for name in names)
+        return all(slot is not None and slot.state is SlotState.READY for slot in slots)
+
+    def adopt(self, plan: ResidencyPlan) -> Decision:
+        """Keep to another plan: what it has no memory for goes at once if it is idle, else after its use."""
+        self.plan = plan
+        self._own_bytes = plan.pinned_bytes + plan.floating_bytes
+        self._most_in_flight = max(_LEAST_IN_FLIGHT_BYTES, 2 * max(plan.sizes.values(), default=0))
+        self._everything_fits = plan.everything_fits
+        for slot in self:
+            slot.in_ring &= slot.name not in plan.fixed
+        return self._trim(Decision())
+
+    def make_ready(self, names: Sequence[str]) -> Decision:
+        """Have the chunks that are needed now on their way, if need be at the cost of one that was fetched ahead."""
+        decision = Decision()
+        for name in names:
+            slot = self._slots.get(name)
+            if slot is not None and slot.state is SlotState.FAILED and not slot.users:
+                self._evict(slot, decision)
+        missing = [name for name in dict.fromkeys(names) if name not in self._slots]
+        through_ring = [name for name in missing if not self._load_pinned(name, decision, needed=names)]
+        while through_ring and len(ring := self._ring()) + len(through_ring) > self.plan.ring_buffers:
+            victims = [slot for slot in ring if not slot.users and slot.name not in names]
+            if not victims:
+                break  # more are in use at once than the ring has slots: it grows for them until the next `release`
+            # A chunk that has been used goes before one that was fetched for a use to come; of equals, the oldest.
+            victim = min(victims, key=lambda slot: not slot.is_known)
+            if victim.state is SlotState.LOADING:
+                decision.cancel = victim  # its memory is still written to
+                return decision
+            self._evict(victim, decision)
+        for name in through_ring:
+            self._load_in_ring(name, decision)
+        return decision
+
+    def hold(self, names: Iterable[str]) -> list[Slot]:
+        """Mark chunks as used until they are let go, which `make_ready` has found or made slots for."""
+        slots = [self._slots[name] for name in names]
+        for slot in slots:
+            slot.users += 1
+            self._slots.move_to_end(slot.name)
+        return slots
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Undo `hold`; what has no slot any more is passed over."""
+        for name in names:
+            if slot := self._slots.get(name):
+                slot.users -= 1
+
+    def release(self, names: Sequence[str], next_use: Mapping[str, int]) -> Decision:
+        """Let chunks go that were used, and evict what has no place.
+
+        Args:
+            names: the chunks.
+            next_use: how soon each chunk is used again; asked only of floating ones.
+        """
+        self.let_go(names)
+        decision = Decision()
+        if not (self._everything_fits and self._is_settled):
+            for name in names:
+                self._float(name, next_use, decision)
+            self._trim(decision)
+        return decision
+
+    def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
+        """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.
+
+        Args:
+            upcoming: the chunks in the order of their coming uses; read as far as there is memory.
+            in_use: chunks of the ring that do not make way for them.
+        """
+        decision = Decision()
+        in_flight, sooner = self.in_flight_bytes, set(in_use)
+        for name in upcoming:
+            if name in sooner:
+                continue
+            if name not in self._slots:
+                if in_flight and in_flight + self._sizes[name] > self._most_in_flight:
+                    break
+                if not self._load_ahead(name, sooner, decision):
+                    break
+                in_flight += self._slots[name].size_bytes
+            sooner.add(name)
+        return decision
+
+    def fetch(self, names: Sequence[str]) -> Decision:
+        """Load chunks that are asked for on their own, as many as there are slots for once idle ones are evicted."""
+        decision = Decision()
+        wanted: set[str] = set()
+        for name in names:
+            slot = self._slots.get(name)
+            if slot is not None and slot.state is SlotState.FAILED and not slot.users:
+                self._evict(slot, decision)
+            if name not in self._slots:
+                if not self._load_ahead(name, wanted, decision):
+                    continue
+                self._slots[name].is_known = True  # the use that finds it there is a hit
+            wanted.add(name)
+            self._slots.move_to_end(name)
+        return decision
+
+    def ended(self, name: str, *, failed: bool) -> None:
+        """Note that the load of a chunk has ended: well, or not (also by being cancelled)."""
+        self._slots[name].state = SlotState.FAILED if failed else SlotState.READY
+
+    def forget(self, slots: Iterable[Slot]) -> None:
+        """Take slots back, whatever their state, such as those whose loads could not even be started."""
+        for slot in slots:
+            del self._slots[slot.name]
+        self._is_settled = False
+
+    def release_all(self) -> None:
+        """Nothing runs: whatever was held may be evicted."""
+        for slot in self:
+            slot.users = 0
+
+    def clear(self) -> Decision:
+        """Evict every chunk that is not in use, loading ones included."""
+        decision = Decision()
+        for slot in list(self):
+            if not slot.users:
+                self._evict(slot, decision)
+        return decision
+
+    def _load_pinned(self, name: str, decision: Decision, needed: Collection[str] = ()) -> bool:
+        """Load a chunk into memory of its own, if it is to have some; what is not pinned any more makes way for it."""
+        if name not in self.plan.fixed:
+            if name not in self.plan.pinned:
+                return False
+            excess = self._sizes[name] + self._excess_bytes()
+            if excess > 0 and not self._evict_unpinned(excess, decision, needed):
+                return False
+        self._load(Slot(name, self._sizes[name], in_ring=False), decision)
+        return True
+
+    def _load_in_ring(self, name: str, decision: Decision) -> None:
+        self._load(Slot(name, max(self._sizes[name], self.plan.ring_bytes), in_ring=True), decision)
+
+    def _load_ahead(self, name: str, sooner: Collection[str], decision: Decision) -> bool:
+        """Load a chunk, evicting one from the ring that is not needed sooner; False if there is no slot for it."""
+        if self._load_pinned(name, decision):
+            return True
+        ring = self._ring()
+        if len(ring) >= self.plan.ring_buffers:
+            victim = next((slot for slot in ring if slot.is_idle and slot.name not in sooner), None)
+            if victim is None:
+                return False
+            self._evict(victim, decision)
+        self._load_in_ring(name, decision)
+        return True
+
+    def _load(self, slot: Slot, decision: Decision) -> None:
+        self._slots[slot.name] = slot
+        decision.load.append(slot)
+
+    def _evict(self, slot: Slot, decision: Decision) -> None:
+        del self._slots[slot.name]
+        self._is_settled = False
+        decision.evict.append(slot)
+
+    def _ring(self) -> list[Slot]:
+        return [slot for slot in self if slot.in_ring]
+
+    def _excess_bytes(self) -> int:
+        """By how much the slots outside of the ring take more than the plan allows; negative where there is memory."""
+        return sum(slot.size_bytes for slot in self if not slot.in_ring) - self._own_bytes
+
+    def _evict_unpinned(self, size_bytes: int, decision: Decision, needed: Collection[str] = ()) -> bool:
+        """Evict idle slots outside of the ring that are not pinned, until so much is free; False if it is not."""
+        for slot in list(self):
+            if size_bytes <= 0:
+                break
+            if slot.is_idle and not slot.in_ring and slot.name not in self.plan.pinned and slot.name not in needed:
+                size_bytes -= slot.size_bytes
+                self._evict(slot, decision)
+        return size_bytes <= 0
+
+    def _float(self, name: str, next_use: Mapping[str, int], decision: Decision) -> None:
+        """Take a floating chunk that has just been used out of the ring, if it is better kept than others are."""
+        slot = self._slots.get(name)
+        if slot is None or name not in self.plan.floating or not slot.in_ring or slot.users:
+            return
+        held = {
+            other.name: other.size_bytes
+            for other in self
+            if not other.in_ring and other.name in self.plan.floating and not other.users
+        }
+        free = self.plan.floating_bytes - sum(held.values())
+        victims = floating_victims(name, held, slot.size_bytes, free, next_use)
+        if victims is None:
+            return
+        for victim in (self._slots[one] for one in victims):
+            victim.in_ring = True  # its memory takes the place of the slot that leaves the ring
+            self._evict(victim, decision)
+        slot.in_ring = False
+
+    def _trim(self, decision: Decision) -> Decision:
+        """Evict what the plan has no memory for and is idle."""
+        fits = self._evict_unpinned(self._excess_bytes(), decision)
+        for slot in [one for one in self._ring() if one.is_idle and one.size_bytes > self.plan.ring_bytes]:
+            self._evict(slot, decision)  # of a ring that was larger
+        ring = self._ring()
+        surplus = max(0, len(ring) - self.plan.ring_buffers)
+        for slot in [one for one in ring if one.is_idle][:surplus]:
+            self._evict(slot, decision)
+        self._is_settled = fits and self.is_complete
+        return decision

@@ -1,0 +1,182 @@
+"""The writing side of a connection: its answers take turns by priority, within the client's credit.
+
+A turn sends one run. Turns go to the lowest priority number first, and in order of asking among equals, so that answers
+of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out together,
+and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once is
+copied: a view of it would keep its page alive for as long as the client likes. So a client that does not read costs one
+run, and the messages that end its requests, which are counted.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from websockets.asyncio.server import ServerConnection
+from websockets.protocol import State
+
+from surfw.metrics import Metrics
+from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
+
+
+class Piece(Protocol):
+    """Bytes that follow each other in an answer."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes."""
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of them, for use until the next `await`: no view may be kept across it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A piece that is a whole answer, such as a manifest. It holds no bytes while it waits to be sent.
+
+    Attributes:
+        size: how many bytes.
+        digest: their BLAKE3.
+        load: returns them; called for every run.
+    """
+
+    size: int
+    digest: str
+    load: Callable[[], Awaitable[bytes]]
+
+    async def view(self, start: int, stop: int) -> memoryview:
+        """Bytes `start` to `stop` of it."""
+        return memoryview(await self.load())[start:stop]
+
+
+class Sender:
+    """Sends a session's messages and runs over a WebSocket."""
+
+    def __init__(self, websocket: ServerConnection, session: ServerSession, metrics: Metrics) -> None:
+        """Take over the writing side of the connection; counts `bytes_sent`."""
+        self._websocket = websocket
+        self._session = session
+        self._limits = session.limits
+        self._metrics = metrics
+        self._waiting: list[tuple[int, int, int, asyncio.Future[None]]] = []
+        self._asked = 0
+        self._busy = False
+        self._untaken = 0
+
+    def hello(self) -> None:
+        """Write the first message."""
+        self._write_text(self._session.hello())
+
+    def send(self, message: Models | Begin | Progress | Failed | Data) -> None:
+        """Write a message. Those that fail a request are counted until the socket has taken them."""
+        self._write_text(self._session.send(message))
+        if isinstance(message, Failed) and self._is_open() and self._websocket.transport.get_write_buffer_size():
+            self._untaken += 1
+
+    async def send_piece(self, request_id: int, at: int, piece: Piece, priority: int = 0) -> None:
+        """Send a piece, which begins at byte `at` of the answer, in runs, each in its turn.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        sent = 0
+        while sent < piece.size:
+            async with self.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
+                sent += await self._send_run(request_id, at + sent, piece, sent)
+
+    async def _send_run(self, request_id: int, at: int, piece: Piece, sent: int) -> int:
+        """Send what may be sent now of a piece, and return how much that was.
+
+        No view of it outlives this call. While a client keeps us waiting, none of its requests may hold one: even a
+        single byte would keep a whole page alive, beyond the cache's budget.
+        """
+        room = min(self._limits.run_bytes, self._session.credit_bytes)
+        room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
+        run = await piece.view(sent, min(piece.size, sent + room))
+        self._write_run(self._session.send(Data(request_id, at, at + len(run))), run)
+        return len(run)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
+        """Wait for a turn, and for credit of `least_bytes`; the turn ends with the body, which sends one run."""
+        granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, self._asked, least_bytes, granted))
+        self._asked += 1
+        self.grant()
+        try:
+            await granted
+            yield
+            await self._drain()
+        finally:
+            if granted.cancelled():
+                self._waiting = [turn for turn in self._waiting if not turn[-1].done()]
+                heapq.heapify(self._waiting)
+            elif granted.done():
+                self._busy = False
+            self.grant()
+
+    def grant(self) -> None:
+        """Give the next turn, if nobody has one and there is credit for it."""
+        while self._waiting and self._waiting[0][-1].done():
+            heapq.heappop(self._waiting)
+        if self._busy or not self._waiting or self._session.credit_bytes < self._waiting[0][2]:
+            return
+        self._busy = True
+        heapq.heappop(self._waiting)[-1].set_result(None)
+
+    async def keep_up(self) -> None:
+        """If as many requests failed as may be open, wait until the client has been told of them."""
+        if self._untaken >= self._limits.requests_in_flight:
+            self._websocket.transport.set_write_buffer_limits(0)  # until nothing is left
+            try:
+                await self._drain()
+            finally:
+                self._websocket.transport.set_write_buffer_limits(self._limits.frame_bytes)
+
+    async def _drain(self) -> None:
+        """Wait until little is left to send. If the connection is lost, its receiving side finds out."""
+        with contextlib.suppress(OSError):
+            await self._websocket.drain()
+        if not self._websocket.transport.get_write_buffer_size():
+            self._untaken = 0
+
+    def _is_open(self) -> bool:
+        return self._websocket.state is State.OPEN and not self._websocket.transport.is_closing()
+
+    def _write_text(self, text: str) -> None:
+        if self._is_open():
+            self._websocket.protocol.send_text(text.encode())
+            self._websocket.send_data()
+
+    def _write_run(self, announcement: str, run: memoryview) -> None:
+        """Write an announcement and the bytes that it announces, at least one, without copying them into frames."""
+        if not self._is_open():
+            return
+        self._websocket.protocol.send_text(announcement.encode())
+        prefix = b"".join(self._websocket.protocol.data_to_send())
+        parts: list[bytes | memoryview] = []
+        for start in range(0, len(run), self._limits.frame_bytes):
+            frame = run[start : start + self._limits.frame_bytes]
+            parts += [prefix + binary_header(len(frame)), frame]
+            prefix = b""
+        self._write(parts)
+        self._metrics.add("bytes_sent", len(run))
+
+    def _write(self, parts: list[bytes | memoryview]) -> None:
+        """Write without keeping a view of any part. A TLS transport copies what it is given; others may keep it."""
+        transport = self._websocket.transport
+        if transport.get_extra_info("sslcontext") is not None:
+            for part in parts:
+                transport.write(part)
+            return
+        written = 0
+        if not transport.get_write_buffer_size():
+            with contextlib.suppress(OSError):  # full, or lost: the transport finds out with the rest
+                written = os.writev(transport.get_extra_info("socket").fileno(), parts)
+        for part in parts:
+            if written < len(part):
+                transport.write(bytes(part[written:]))
+            written = max(0, written - len(part))

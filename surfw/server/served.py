@@ -1,0 +1,162 @@
+"""What a server serves, from a start to the next stop: a store, its models, a cache of its pages, and the counters.
+
+The store lies in a storage that the caller opened, or at a folder or URL. A plain checkpoint there is served from where
+it is: through a private store, which a child process makes, so that this one never loads torch.
+"""
+
+import asyncio
+import json
+import logging
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from surfw import errors
+from surfw.config import display_url
+from surfw.errors import ConfigurationError, SurfwError
+from surfw.metrics import Metrics
+from surfw.server.catalog import Catalog
+from surfw.server.late_digests import LateDigests
+from surfw.server.pages import PageCache
+from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.origins import PlacedOptions
+from surfw.storage.places import is_checkpoint
+
+log = logging.getLogger("surfw.server")
+
+_CHECK_SECONDS = 2
+"""Less than what a plain request may take: it is answered even while the storage hangs."""
+
+
+class ServedStore:
+    """A store as a server reads it.
+
+    Attributes:
+        url: where it lies, as it may be shown.
+        metrics: the counters.
+        catalog: its models.
+        pages: its bytes, through a cache.
+        digests: those that are found out late.
+        closed: whether nothing is read any more.
+    """
+
+    def __init__(
+        self,
+        source: StorageBackend | str | Path,
+        options: Mapping[str, Any],
+        cache_bytes: int,
+        *,
+        checkpoint: str = "",
+    ) -> None:
+        """Open the storage; nothing is read yet.
+
+        Args:
+            source: the storage, which is not closed here; or the store's folder or URL, whose storage is.
+            options: for the storage at that URL, and for the origins of models that were not copied.
+            cache_bytes: budget of the cache.
+            checkpoint: the folder or URL of the checkpoint that a private store was made for; the options are its own.
+
+        Raises:
+            ConfigurationError: the storage cannot be opened.
+        """
+        self._source = source
+        self._options = options
+        self._cache_bytes = cache_bytes
+        backend = source
+        if isinstance(backend, str | Path):
+            backend = open_backend(backend, {} if checkpoint else options)
+        place = checkpoint or str(backend.url if isinstance(source, StorageBackend) else source)
+        self.store = Store(backend, PlacedOptions(place, options))
+        self.url = display_url(checkpoint) if checkpoint else self.store.url
+        self.metrics = Metrics()
+        self.catalog = Catalog(self.store)
+        self.pages = PageCache(self.store.objects, cache_bytes, self.metrics)
+        self.digests = LateDigests(self.store, self.pages, self.catalog)
+        self.closed = False
+
+    async def in_place(self) -> "ServedStore":
+        """Return itself; or, if a plain checkpoint lies at the place, close this, and return a store that serves that.
+
+        Raises:
+            SurfwError: neither lies there, or the checkpoint cannot be served.
+        """
+        if isinstance(self._source, StorageBackend) or not await is_checkpoint(self.store.backend):
+            return self
+        place = str(self._source)
+        private = await make_private_store(place, self._options)
+        await self.close()
+        log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
+        return ServedStore(private, self._options, self._cache_bytes, checkpoint=place)
+
+    async def look(self) -> None:
+        """Make sure that the store is there, and look for new models.
+
+        Raises:
+            NotAStoreError: the storage holds no store.
+            StorageError: the storage cannot be read.
+        """
+        await self.store.check()
+        await self.catalog.models()
+
+    async def is_ready(self) -> bool:
+        """Look as `look` does, and return whether the storage can be reached; log why not."""
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                await self.look()
+            self.pages.healthy = True
+        except (SurfwError, TimeoutError) as exc:
+            reason = str(exc) or f"no answer within {_CHECK_SECONDS} seconds"
+            log.warning("the storage %s cannot be reached: %s", self.url, reason)
+            self.pages.healthy = False
+        return self.pages.healthy
+
+    async def close(self) -> None:
+        """Stop reading, and close the storage if it was opened here."""
+        self.closed = True
+        await self.catalog.close()
+        await self.digests.close()
+        await self.pages.close()
+        await self.store.objects.close()
+        if isinstance(self._source, StorageBackend):
+            await self.store.let_go()
+        else:
+            await self.store.backend.close()
+
+
+async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
+    """Make a store whose one model is the checkpoint at a place, a folder or a storage URL, and return its folder.
+
+    Raises:
+        SurfwError: what the child process raised, or that it ended early.
+    """
+    command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
+    try:
+        work = json.dumps({"place": place, "options": dict(options)}).encode()
+    except (TypeError, ValueError) as exc:
+        raise ConfigurationError(
+            f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
+            "values, or run surfw chunk --in-place, and serve that store"
+        ) from exc
+    # In a session of its own, since a terminal's Ctrl-C is for this process, which then ends the child.
+    child = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, start_new_session=True)
+    try:
+        written, _ = await child.communicate(work)
+    except BaseException:
+        with suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+        raise
+    try:
+        answer = json.loads(written)
+    except ValueError as exc:
+        raise SurfwError(
+            f"the process that reads {display_url(place)} ended with exit code {child.returncode}; what it wrote "
+            "before says why, or run surfw chunk --in-place, and serve that store"
+        ) from exc
+    if "store" in answer:
+        return Path(answer["store"])
+    kind: type[SurfwError] = getattr(errors, answer["error"], SurfwError)
+    raise (kind if kind.__init__ is SurfwError.__init__ else SurfwError)(answer["text"])

@@ -1,0 +1,181 @@
+"""Guards around the building of a class, in places of torch, transformers and the hub that the whole process shares.
+
+Each looks at the thread that comes by and is invisible to the others, which may build, load and download models
+meanwhile. The one thing that cannot be kept to a thread is the default dtype; see `default_dtype`.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import huggingface_hub.constants
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from surfw.errors import SurfwError, UnsupportedModelError
+
+_MODULES_PER_TENSOR = 32
+_UNTIED_TRIES = 6000
+
+
+class _ThisThread(threading.local):
+    """What is true in this thread alone.
+
+    Attributes:
+        guard: watches the class that is being built.
+        offline: how many `no_hub` contexts the thread is in.
+    """
+
+    guard: "Guard | None" = None
+    offline = 0
+
+
+_this_thread = _ThisThread()
+
+
+class _OfflineHere:
+    """Stands in for `HF_HUB_OFFLINE`: true in threads that may not fetch anything, elsewhere the value it had."""
+
+    def __init__(self, elsewhere: object) -> None:
+        self.elsewhere = elsewhere
+        self.users = 0
+
+    def __bool__(self) -> bool:
+        return bool(_this_thread.offline or self.elsewhere)
+
+
+_hub_lock = threading.Lock()
+
+
+@contextmanager
+def no_hub() -> Iterator[None]:
+    """Fetch nothing in this thread, whatever a configuration names; other threads may use the hub meanwhile."""
+    constants: Any = huggingface_hub.constants
+    with _hub_lock:
+        if not isinstance(constants.HF_HUB_OFFLINE, _OfflineHere):
+            constants.HF_HUB_OFFLINE = _OfflineHere(constants.HF_HUB_OFFLINE)
+        switch = constants.HF_HUB_OFFLINE
+        switch.users += 1
+    _this_thread.offline += 1
+    try:
+        yield
+    finally:
+        _this_thread.offline -= 1
+        with _hub_lock:
+            switch.users -= 1
+            if not switch.users and constants.HF_HUB_OFFLINE is switch:  # else the program set it meanwhile
+                constants.HF_HUB_OFFLINE = switch.elsewhere
+
+
+class RealLinspace(TorchFunctionMode):
+    """`torch.linspace` on the CPU, in this thread: what transformers' `meta_device_safe_creation_ops` does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
+
+
+class Guard:
+    """Stops a build that registers too many modules or parameters, or parameters of unexpected shapes."""
+
+    def __init__(self, tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> None:
+        self._tensor_count, self._accepts, self._where = tensor_count, accepts, where
+        self._most_parameters = 4 * tensor_count + 256
+        self._parameters = self._modules = 0
+
+    def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        """Count a parameter, and look at its shape."""
+        self._parameters += 1
+        if self._parameters > self._most_parameters:
+            raise self._too_many(self._most_parameters, "parameters")
+        if parameter is not None and not self._accepts(tuple(parameter.shape)):
+            raise UnsupportedModelError(
+                f"the configuration of {self._where} asks for a {type(module).__name__} with a {name} of shape "
+                f"{tuple(parameter.shape)}, which none of its tensors has; the configuration does not belong to these "
+                "weights, or this one is missing (on_missing='uninitialized' makes it up)"
+            )
+
+    def on_module(self) -> None:
+        """Count a module."""
+        self._modules += 1
+        if self._modules > _MODULES_PER_TENSOR * self._most_parameters:
+            raise self._too_many(_MODULES_PER_TENSOR * self._most_parameters, "modules")
+
+    def _too_many(self, limit: int, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"the configuration of {self._where} asks for more than {limit} {what}, there are {self._tensor_count} "
+            "tensors; the configuration does not belong to these weights"
+        )
+
+
+@contextmanager
+def guarded(guard: Guard) -> Iterator[None]:
+    """Let a guard watch what this thread builds, and leave its weights untied."""
+    _this_thread.guard = guard
+    try:
+        yield
+    finally:
+        _this_thread.guard = None
+
+
+def _on_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    if _this_thread.guard is not None:
+        _this_thread.guard.on_parameter(module, name, parameter)
+
+
+def _on_module(*_: object) -> None:
+    if _this_thread.guard is not None:
+        _this_thread.guard.on_module()
+
+
+def _tie_weights_elsewhere() -> Any:
+    """`PreTrainedModel.tie_weights` for all threads but those that build here.
+
+    Transformers' `no_tie_weights` replaces the method while a class is built. Where two threads do that at once, one
+    takes the other's replacement for the method, and no model of the process has its weights tied from then on.
+    """
+    for _ in range(_UNTIED_TRIES):
+        if not (original := PreTrainedModel.tie_weights).__qualname__.startswith("no_tie_weights."):
+            break
+        time.sleep(0.01)  # another thread is building a class
+    else:
+        raise SurfwError(
+            "surfw is imported while transformers builds a model, in this thread or, for a minute already, in another "
+            "one; import surfw before"
+        )
+
+    @wraps(original)
+    def tie_weights(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs) if _this_thread.guard is None else None
+
+    return tie_weights
+
+
+# Set once: removing a hook breaks every thread that is iterating over the registry.
+torch_module.register_module_parameter_registration_hook(_on_parameter)
+torch_module.register_module_module_registration_hook(_on_module)
+_pretrained: Any = PreTrainedModel
+_pretrained.tie_weights = _tie_weights_elsewhere()
+
+
+@contextmanager
+def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever transformers raises over foreign files into an error of surfw's.
+
+    Args:
+        what: what transformers makes of them.
+        advice: ends the error's text.
+    """
+    try:
+        yield
+    except SurfwError:
+        raise
+    except Exception as exc:
+        first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
+        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}{advice}") from exc

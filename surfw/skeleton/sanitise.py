@@ -1,0 +1,353 @@
+"""Configurations and generation settings as plain data: what may be believed of those that somebody else wrote.
+
+A configuration can name code: modelling files (`auto_map`), attention and expert kernels named by repository, custom
+generation. surfw never fetches or runs any. `sanitise_config` takes such requests out; `refuse_kernels` is for the
+moment a checkpoint is chunked, when its owner can still be asked to change it.
+
+Generation settings may say how a model's next token is chosen. They may not choose code from elsewhere, another way to
+run the model, or how it is compiled and cached: that is up to the caller of `generate()`.
+
+Knows neither torch nor transformers.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from surfw.errors import UnsupportedModelError
+
+_ATTENTION, _EXPERTS = {"eager", "sdpa"}, {"eager", "batched_mm", "grouped_mm"}
+IMPLEMENTATIONS = _ATTENTION | _EXPERTS
+"""The attention and expert implementations that a configuration may choose: they are torch's own, and ready at once."""
+
+COMPILED = {"flex_attention"}
+"""Those that transformers compiles first: allowed only with a class of the caller's own."""
+
+_UNUSED = {"flash_attention_2", "flash_attention_3", "flash_attention_4"} | COMPILED
+"""Names of transformers' own for which it may fetch a kernel, or compiles one for a minute and keeps it elsewhere on
+the machine: not used, but no reason to refuse a checkpoint."""
+
+_CODE_KEYS = {
+    "attribute_map", "auto_map", "custom_generate", "custom_pipelines", "distributed_config", "fusion_config",
+    "kernel_config", "kernels_config", "trust_remote_code", "use_kernels", "use_pretrained_backbone",
+}  # fmt: skip
+_IMPLEMENTATION_KEY = re.compile(r"_?(attn|experts?|attention)_implementation(_internal|_autoset)?")
+_LAYER_KEY = re.compile(r"(num|n)_.*layers?|n_layers?|.*_layers|num_blocks|num_experts|.*_experts")
+_FLOAT_KEY = "__float__"
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_BOUND_KEY = re.compile(r".*(limit|max|min|clip|threshold).*")
+_LABELS_KEY = "num_labels"
+_MAX_LAYERS = 10_000
+_MAX_LABELS = 100_000
+_MAX_INTEGER = 1 << 40
+_MAX_DEPTH = 24
+"""How deep a configuration may be nested; published ones stay far below it."""
+
+
+def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The configuration without its requests for foreign code, and a line for each that was taken out."""
+    dropped: list[str] = []
+
+    def keep(path: str, key: str, value: Any) -> bool:
+        if asks := _asks_for_code(key, value):
+            dropped.append(f"{path}{key}: {str(value)[:80]}")
+        return not asks
+
+    return _filter(dict(config), keep), dropped
+
+
+def _filter(value: Any, keep: Callable[[str, str, Any], bool], path: str = "", depth: int = 0) -> Any:
+    """The value without the entries of objects, at any depth, that `keep` refuses by their path, key and value."""
+    if depth > _MAX_DEPTH:
+        raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep at {path[:80]}")
+    if isinstance(value, list):
+        return [_filter(inner, keep, f"{path}{index}.", depth + 1) for index, inner in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _filter(inner, keep, f"{path}{key}.", depth + 1) for key, inner in value.items() if keep(path, key, inner)
+    }
+
+
+def _asks_for_code(key: str, value: Any) -> bool:
+    if key in _CODE_KEYS:
+        return bool(value)
+    if key == "backbone":
+        return isinstance(value, str) and "/" in value
+    allowed = _EXPERTS if "expert" in key else _ATTENTION
+    return bool(_IMPLEMENTATION_KEY.fullmatch(key)) and not set(_texts(value)) <= allowed
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a value, however it is nested."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def tag_floats(value: Any) -> Any:
+    """The value, with numbers that JSON cannot express in the form in which transformers writes them.
+
+    `config.json` files are read by Python, which knows `NaN`, `Infinity` and `-Infinity`; others that read JSON do not.
+    transformers 5 writes `{"__float__": "Infinity"}`. The depth is bounded by `sanitise_config`.
+    """
+    if isinstance(value, dict):
+        return {key: tag_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [tag_floats(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT_KEY: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
+    return value
+
+
+def untag_floats(value: Any) -> Any:
+    """The reverse of `tag_floats`."""
+    if isinstance(value, dict):
+        if (number := _untag_float(value)) is not None:
+            return number
+        return {key: untag_floats(inner) for key, inner in value.items()}
+    return [untag_floats(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _untag_float(value: Any) -> float | None:
+    """The number, if the value is one in the form of `tag_floats`."""
+    tag = value.get(_FLOAT_KEY) if isinstance(value, dict) and len(value) == 1 else None
+    return _FLOATS.get(tag) if isinstance(tag, str) else None
+
+
+def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse a configuration that asks for a kernel from a repository, however deep.
+
+    Raises:
+        UnsupportedModelError: it does; the text names the key and what to change.
+    """
+    for key, value in _walk(config):
+        named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _UNUSED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
+        if named or (key in {"use_kernels", "kernel_config"} and value):
+            asked = named[0] if named else str(value)
+            raise UnsupportedModelError(
+                f"{where} asks for the implementation {asked[:120]!r} ({key}), which is code from elsewhere, and surfw "
+                f"runs only transformers' own; remove {key} from config.json, or set it to eager or sdpa"
+            )
+
+
+def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse numbers that no model has, before anything is built from them.
+
+    Raises:
+        UnsupportedModelError: a number of layers or experts over 10,000, of labels over 100,000, or any integer over
+            2^40.
+    """
+    for key, value in _walk(config):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        most = _MAX_LAYERS if _LAYER_KEY.fullmatch(key) else _MAX_LABELS if key == _LABELS_KEY else _MAX_INTEGER
+        if abs(value) > most:
+            raise UnsupportedModelError(
+                f"{where} has {key[:80]} = {str(value)[:40]}, expected at most {most}; the file is damaged"
+            )
+
+
+def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
+    """Refuse settings that are NaN or infinite.
+
+    An infinite bound sets none, as in Mamba-2's `time_step_limit`: it is accepted where the key speaks of a limit, a
+    maximum, a minimum, a clip or a threshold. An infinite epsilon, scale or frequency makes every result the same.
+
+    Raises:
+        UnsupportedModelError: there is one; the text names the key.
+    """
+    for key, value in _walk(config):
+        if not isinstance(value, float) or math.isfinite(value):
+            continue
+        if math.isnan(value) or not _BOUND_KEY.fullmatch(key):
+            raise UnsupportedModelError(
+                f"{where} has {key[:80]} = {value}, expected a finite number; the file is damaged, or the model "
+                "computes nothing with it: then remove it from there"
+            )
+
+
+def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every value with its key, however deep; the items of a list have the list's."""
+    if depth > _MAX_DEPTH:
+        raise UnsupportedModelError(f"the configuration is nested more than {_MAX_DEPTH} deep")
+    if (number := _untag_float(value)) is not None:
+        yield key, number
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield name, inner
+            yield from _walk(inner, name, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            yield key, inner
+            yield from _walk(inner, key, depth + 1)
+
+
+_NOT_FROM_A_FILE = {
+    # transformers fetches their code from repositories
+    "constraints", "diversity_penalty", "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha",
+    # generation by parts of the model, or with prompts that are changed
+    "assistant_early_exit", "is_assistant", "speculation_type", "token_healing", "use_mtp",
+    # how it is compiled, and what its cache is made of
+    "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "max_cache_len",
+    # not implemented any more
+    "low_memory",
+}  # fmt: skip
+
+_ASK_FOR_NOTHING = {"num_beam_groups": 1, "cache_implementation": "dynamic"}
+_CACHES_OF_OLD = ("hybrid",)
+"""Transformers ignores them, since its default cache does the same."""
+
+_ARGUMENTS = {
+    "assistant_model", "assistant_tokenizer", "custom_generate", "generation_config", "inputs", "logits_processor",
+    "negative_prompt_attention_mask", "negative_prompt_ids", "prefix_allowed_tokens_fn", "stopping_criteria",
+    "streamer", "synced_gpus", "tokenizer", "trust_remote_code", "use_model_defaults",
+}  # fmt: skip
+"""Arguments of `generate()` that are not settings."""
+
+_PRIVATE = {"_commit_hash", "_from_model_config"}
+"""Private names that transformers itself writes into files."""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool) or (_is_whole(value) and value in {0, 1})
+
+
+def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of, value))
+
+
+def _are_tokens(value: Any) -> bool:
+    return _is_whole(value) or _is_list(value, _is_whole)
+
+
+def _is_output(value: Any) -> bool:
+    return _is_flag(value) or _is_list(value, _is_whole)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value, lambda one: isinstance(one, str))
+
+
+def _is_bias(value: Any) -> bool:
+    return _is_list(
+        value,
+        lambda one: isinstance(one, list) and len(one) == 2 and _is_list(one[0], _is_whole) and _is_number(one[1]),
+    )
+
+
+_KINDS: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
+    ("a number", _is_number, (
+        "assistant_confidence_threshold", "assistant_ensemble_weight", "encoder_repetition_penalty", "epsilon_cutoff",
+        "eta_cutoff", "guidance_scale", "length_penalty", "max_time", "min_p", "repetition_penalty", "temperature",
+        "top_h", "top_p", "typical_p",
+    )),
+    ("a whole number", _is_whole, (
+        "assistant_lookbehind", "encoder_no_repeat_ngram_size", "max_length", "max_matching_ngram_size",
+        "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
+        "target_lookbehind", "top_k",
+    )),
+    ("a whole number above 0", _is_count, (
+        "num_assistant_tokens", "prefill_chunk_size", "prompt_lookup_num_tokens",
+    )),
+    ("true or false", _is_flag, (
+        "_from_model_config", "disable_compile", "do_sample", "output_attentions", "output_logits", "output_scores",
+        "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "use_cache",
+    )),
+    ("true, false or layers", _is_output, ("output_hidden_states",)),
+    ("true, false or 'never'", lambda value: _is_flag(value) or value == "never", ("early_stopping",)),
+    ("a token id", _is_whole, ("pad_token_id",)),
+    ("a token id, or a list of them", _are_tokens, (
+        "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    )),
+    ("a list of token ids", lambda value: _is_list(value, _is_whole), ("begin_suppress_tokens", "suppress_tokens")),
+    ("lists of token ids", lambda value: _is_list(value, lambda one: _is_list(one, _is_whole)), ("bad_words_ids",)),
+    ("a text, or a list of them", _are_texts, ("stop_strings",)),
+    ("two numbers", lambda value: _is_list(value, _is_number) and len(value) == 2,
+     ("exponential_decay_length_penalty",)),
+    ("lists of token ids and a number", _is_bias, ("sequence_bias",)),
+    ("an object", lambda value: isinstance(value, dict), ("watermarking_config",)),
+    ("a text", lambda value: isinstance(value, str), ("num_assistant_tokens_schedule",)),
+]  # fmt: skip
+_RULES = {name: (kind, fits) for kind, fits, names in _KINDS for name in names}
+
+_SHARED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "chunk_size_feed_forward": ("a whole number", _is_whole),
+    "output_hidden_states": ("true, false or layers", lambda value: value is None or _is_output(value)),
+}
+_NOT_FROM_A_CONFIGURATION = {"cache_implementation", "compile_config", "continuous_batching_config", "use_return_dict"}
+
+
+def sanitise_outputs(config: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], list[str]]:
+    """A model's configuration without settings, at any depth, that break the model or say how to run it.
+
+    With `return_dict` false, classes of transformers look for names in the tuples that their own parts return.
+
+    Returns:
+        The configuration, and a line for each that was taken out and asked for something.
+
+    Raises:
+        UnsupportedModelError: another setting that all models share is of a kind that none computes with.
+    """
+    dropped: list[str] = []
+
+    def keep(_: str, key: str, value: Any) -> bool:
+        if key in _NOT_FROM_A_CONFIGURATION or (key == "return_dict" and value is not True):
+            if key == "return_dict" or (value and value not in _CACHES_OF_OLD):
+                dropped.append(f"{key}: {str(value)[:80]}")
+            return False
+        if key in _SHARED and not (fits := _SHARED[key])[1](value):
+            raise UnsupportedModelError(f"{where} has {key} = {value!a:.80}, expected {fits[0]}; correct config.json")
+        return True
+
+    return _filter(dict(config), keep), dropped
+
+
+def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings without those that no file may choose, and a line for each that asked for something.
+
+    Args:
+        settings: as of `generation_config.json`.
+        taken: names of methods, which no setting may have.
+    """
+    clean, dropped = {}, []
+    for key, value in settings.items():
+        is_private = key.startswith("_") and key not in _PRIVATE
+        if key in _NOT_FROM_A_FILE or key in _ARGUMENTS or key in taken or is_private:
+            asks = bool(value) and value != _ASK_FOR_NOTHING.get(key) and value not in _CACHES_OF_OLD
+            dropped += [f"{key}: {str(value)[:80]}"] * asks
+        else:
+            clean[key] = value
+    return clean, dropped
+
+
+def check_generation(settings: Mapping[str, Any], *, where: str) -> None:
+    """Make sure that settings have the types that transformers computes with; names it does not know may hold anything.
+
+    Raises:
+        UnsupportedModelError: one is not; the text names it.
+    """
+    for key, value in settings.items():
+        if value is None or key not in _RULES:
+            continue
+        kind, fits = _RULES[key]
+        if not fits(value):
+            raise UnsupportedModelError(
+                f"{where} has the generation setting {key} = {value!a:.80}, expected {kind}; correct it in its "
+                "generation_config.json or config.json, and chunk it again"
+            )

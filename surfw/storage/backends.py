@@ -1,0 +1,182 @@
+"""From the address of a storage to its backend: the scheme decides. The backend of the hub lives here too.
+
+In this order: a local path or `file://`; `s3://`; a scheme that an installed package offers as an entry point of the
+group `surfw.storage`; a dotted path as the scheme, such as `my_package.backends.MyBackend://place`; anything else is
+fsspec's. An entry point or dotted path is called with the whole URL and the options, and returns a `StorageBackend`.
+
+Schemes are read in any case (RFC 3986). An address without `://` is a folder, unless it looks like a URL or a server
+and no such folder exists; `./` before it makes it one in any case. Nothing is shown that may be a password.
+"""
+
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url, is_server_url
+from surfw.errors import ConfigurationError, StorageError, SurfwError
+from surfw.storage.base import StorageBackend
+from surfw.storage.filesystem import FilesystemBackend
+from surfw.storage.fsspec_backend import FsspecBackend
+from surfw.storage.s3 import S3Backend
+from surfw.storage_options import fsspec_arguments, s3_arguments
+
+ENTRY_POINTS = "surfw.storage"
+
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+-]*")
+"""A scheme with dots is a Python path, where capitals matter, and is left as it is."""
+
+_ALMOST = re.compile(r"([A-Za-z][A-Za-z0-9+-]*)(:/?)(?!/)(.+)")
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}(/.*)?")
+_USUAL = {"file", "hf", "http", "https", "s3", "ws", "wss"}
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", re.ASCII)
+
+
+def open_backend(
+    url: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+) -> StorageBackend:
+    """Return the backend for a local path or a storage URL. Nothing is created or contacted yet.
+
+    Args:
+        url: the address.
+        options: storage options, for the backend that the scheme chooses; folders ignore them.
+        silence_timeout: seconds without progress after which a read of a remote storage is given up, unless the options
+            say otherwise; backends of other packages bound their own waits.
+
+    Raises:
+        ConfigurationError: no storage has this scheme, its package is missing, an option cannot be used, or it looks
+            like a mistyped URL.
+    """
+    text, given = read_address(str(url)), dict(options or {})
+    scheme, mark, rest = text.partition("://")
+    if not mark or scheme == "file":
+        folder = FilesystemBackend(rest if mark else text, create=False)
+        folder.silence_timeout = silence_timeout  # for what its manifests point at
+        return folder
+    patience = {"silence_timeout": silence_timeout}
+    if scheme == "s3":
+        bucket, _, prefix = rest.partition("/")
+        return S3Backend(bucket, prefix, **patience | s3_arguments(given))
+    if offered := entry_points(group=ENTRY_POINTS, name=scheme):
+        return _call(_load_entry_point(next(iter(offered)), text), text, given)
+    if is_server_url(text):
+        raise ConfigurationError(
+            f"{display_url(text)} is the address of a server, and not a storage; give it to surfw infer --source, or "
+            "name a folder, or a URL such as s3://bucket/prefix"
+        )
+    if _DOTTED.fullmatch(scheme):
+        return _call(_import(scheme, text), text, given)
+    kind = HubBackend if scheme == "hf" else FsspecBackend
+    return kind(text, **patience | fsspec_arguments(given))
+
+
+def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:
+    try:
+        found: Callable[..., Any] = offered.load()
+    except Exception as exc:
+        raise ConfigurationError(
+            f"storage {display_url(url)} cannot be opened: the entry point {offered.name} = {offered.value} fails with "
+            f"{_say(exc)}; install its package again"
+        ) from exc
+    return found
+
+
+def _import(path: str, url: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except Exception as exc:
+        raise ConfigurationError(
+            f"storage {display_url(url)} cannot be opened: {path} cannot be imported ({_say(exc)}); "
+            "install its package, or correct the path"
+        ) from exc
+    return found
+
+
+def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> StorageBackend:
+    shown = display_url(url)
+    if not callable(opener):
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its scheme names {type(opener).__name__} object, expected a class or a "
+            "function that takes the URL"
+        )
+    try:
+        backend = opener(url, **options)
+    except SurfwError:
+        raise
+    except Exception as exc:
+        name = getattr(opener, "__name__", "it")
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its backend fails with {_say(exc)}; it is called with the URL and the "
+            f"storage options, as in {name}(url, **options)"
+        ) from exc
+    if not isinstance(backend, StorageBackend):
+        raise ConfigurationError(
+            f"storage {shown} cannot be opened: its scheme gives {type(backend).__name__} object, expected a "
+            "StorageBackend; name a class that is one, or a function that makes one"
+        )
+    return backend
+
+
+def _say(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {display_text(' '.join(str(exc).split()))[:200]}"
+
+
+def read_address(text: str) -> str:
+    """Return the address with its scheme in small letters.
+
+    Raises:
+        ConfigurationError: it looks like a mistyped URL, or like a server's address without a scheme.
+    """
+    scheme, mark, rest = text.partition("://")
+    if mark:
+        return f"{scheme.lower()}://{rest}" if _SCHEME.fullmatch(scheme) else text
+    if (meant := _meant(text)) and not os.path.lexists(text):
+        shown = display_url(meant)
+        what = ", the address of a server, where one may be named" if is_server_url(meant) else ""
+        if shown != meant:
+            raise ConfigurationError(f"the address is that of no folder here; did you mean {shown}{what}?")
+        raise ConfigurationError(f"{text} is no folder here; did you mean {shown}{what}? For a folder write ./{text}")
+    return text
+
+
+def _meant(text: str) -> str | None:
+    """The URL that was probably meant."""
+    if _HOST.fullmatch(text):
+        return f"ws://{text}"
+    if (almost := _ALMOST.fullmatch(text)) and (almost[2] == ":/" or almost[1].lower() in _USUAL):
+        return f"{almost[1].lower()}://{almost[3]}"
+    return None
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme in small letters; empty for a folder."""
+    scheme, mark, _ = url.partition("://")
+    return scheme.lower() if mark else ""
+
+
+class HubBackend(FsspecBackend):
+    """Files of a model of the Hugging Face hub, under `hf://org/name`, as fsspec reads them."""
+
+    @contextmanager
+    def _translate(self, what: str) -> Iterator[None]:
+        """As in other storages. An answer of the hub is an `OSError`; anything else says that it did not answer."""
+        with super()._translate(what):
+            try:
+                yield
+            except (SurfwError, OSError, NotImplementedError):
+                raise
+            except Exception as exc:
+                said = display_text(" ".join(f"{type(exc).__name__}: {exc}".split()))[:200]
+                raise StorageError(
+                    f"{self.url}: the hub at {display_url(self.fs.endpoint)} cannot be reached ({said}); check the "
+                    "network, or name another hub in HF_ENDPOINT"
+                ) from exc

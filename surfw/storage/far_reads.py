@@ -1,0 +1,314 @@
+"""Reads of objects that are far away: one range at a time, retried, straight into its destination.
+
+Each kind of file system supplies a `RangeReader`: one method that requests a range and writes what comes into memory.
+`FarReads` does the rest. Invariants:
+
+- All ranges with one `Pin` are of one revision of the object: the pinned one, or else that of the first response. A
+  change in between is an error, never a mixture.
+- The number of connections of a file system bounds how many ranges are under way, over all reads of all objects.
+- After a transient failure a range is requested again, without its blocks that were verified; anything else that
+  arrived is overwritten. Any other failure ends the read at once.
+- Once a read has ended, also by a failure or a cancellation, nothing is written to its destination any more.
+- No wait is endless: see `patience`.
+
+Everything here runs on the reader's event loop, except `FarReads`' public methods and what readers do in threads.
+"""
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS
+from surfw.errors import StorageError
+from surfw.retry import RetryPolicy
+from surfw.storage.base import ChangedObjectError, refuse_size
+from surfw.storage.patience import Activity, Patience, SilenceError
+from surfw.storage.ranges import Check, Pin, most_range_bytes, shifted
+from surfw.threads import in_thread, on_loop
+
+T = TypeVar("T")
+
+CONNECTIONS = 4
+"""How many ranges of a file system are read at a time, unless `max_concurrency` says otherwise.
+
+From a gateway on the same machine, 4 at a time came as fast as 8.
+"""
+
+RANGE_RETRIES = RetryPolicy(attempts=6, first_delay_seconds=0.2, backoff=2.5, most_delay_seconds=5)
+"""Some ten seconds in all, in which a gateway may restart."""
+
+_FIRST_TRIES = 1
+"""How often a storage that has never responded is tried again: its address may be wrong."""
+
+
+class PinLostError(Exception):
+    """The object has another revision than the pinned one."""
+
+
+class TransientError(Exception):
+    """Wraps, as its cause, a failure after which another try may succeed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeResponse:
+    """The facts of a response, known before its bytes are read.
+
+    Attributes:
+        revision: changes whenever the object does; None if the response does not have one.
+        start: the first byte that is sent.
+        length: how many bytes are sent.
+        size: the length of the whole object; None if the response does not say.
+    """
+
+    revision: str | None
+    start: int
+    length: int
+    size: int | None
+
+
+class Destination:
+    """Where one range of an object goes. It judges the response, and verifies blocks as they arrive.
+
+    Attributes:
+        start: the first byte of the range. After a failure it moves behind what was verified.
+        memory: the bytes to fill, from the first to the last.
+        pin: the revision that the response has to have.
+    """
+
+    def __init__(
+        self, name: str, start: int, memory: memoryview, pin: Pin, patience: Patience, *, check: Check | None = None
+    ) -> None:
+        """Nothing has arrived. `name` is what errors call the object."""
+        self.name = name
+        self.start = start
+        self.memory = memory
+        self.pin = pin
+        self.patience = patience
+        self._check = check
+        self._verified = 0
+
+    @property
+    def stop(self) -> int:
+        """The byte behind the last one of the range."""
+        return self.start + len(self.memory)
+
+    def begin(self, blocks: int = 1) -> None:
+        """Note that the request is made now; before, it waited for a connection. See `Patience.begin`."""
+        self.patience.begin(blocks)
+
+    def accept(self, response: RangeResponse) -> memoryview:
+        """Return the memory for the bytes of a response. May be called in a thread.
+
+        Raises:
+            ChangedObjectError: it has another revision.
+            StorageError: it is not the range that was requested.
+        """
+        self._expect_revision(response)
+        if response.start != self.start or response.length > len(self.memory):
+            raise StorageError(
+                f"{self.name}: the server does not answer ranges as it should: asked for {len(self.memory)} bytes from "
+                f"byte {self.start} on, it sends {response.length} from byte {response.start} on; use one that does, "
+                "such as nginx or S3 ('python -m http.server' does not)"
+            )
+        if response.length != len(self.memory):
+            raise StorageError(f"{self.name} ends early: asked for {len(self.memory)} bytes, got {response.length}")
+        return self.memory
+
+    def _expect_revision(self, response: RangeResponse) -> None:
+        expected = self.pin.settle(response.revision)
+        if response.length and response.revision != expected:
+            raise ChangedObjectError(self.name, str(expected), str(response.revision))
+
+    def came(self, count: int) -> None:
+        """Note that `count` more bytes came."""
+        self.patience.arrived(count)
+
+    def arrived(self, count: int) -> None:
+        """Verify the whole blocks among the first `count` bytes. Call it in a thread: hashing takes its time.
+
+        Raises:
+            Exception: what the check raises.
+        """
+        whole = count if count == len(self.memory) else count - count % BLOCK_BYTES
+        if self._check is not None and whole > self._verified:
+            self._check(self._verified, self.memory[self._verified : whole])
+            self._verified = whole
+
+    def resume(self) -> None:
+        """Before another try, leave out the blocks that are verified."""
+        if self._check is not None and self._verified:
+            done, self._verified = self._verified, 0
+            self.start, self.memory, self._check = self.start + done, self.memory[done:], shifted(self._check, done)
+
+    async def verify(self) -> None:
+        """Verify the rest, once all bytes have arrived."""
+        if self._check is not None and self._verified < len(self.memory):
+            await in_thread(self.arrived, len(self.memory))
+
+
+class _Beginning(Destination):
+    """The first range of an object of unknown size; its response says how much memory the whole object takes."""
+
+    def __init__(self, name: str, pin: Pin, patience: Patience, range_bytes: int, most_bytes: int) -> None:
+        super().__init__(name, 0, memoryview(b""), pin, patience)
+        self.whole = bytearray()
+        self._range_bytes = range_bytes
+        self._most_bytes = most_bytes
+
+    @property
+    def stop(self) -> int:
+        return self._range_bytes
+
+    def accept(self, response: RangeResponse) -> memoryview:
+        self._expect_revision(response)
+        if response.start != 0:
+            raise StorageError(f"{self.name} was answered from byte {response.start} on, expected byte 0")
+        if response.size is None and response.length == self._range_bytes:
+            raise StorageError(f"{self.name} comes in ranges that do not say how long all of it is")
+        size = response.length if response.size is None else response.size
+        refuse_size(size, self._most_bytes, self.name)
+        if response.length > size:
+            raise StorageError(f"{self.name} has {size} bytes, and is answered with {response.length}")
+        try:
+            self.whole = bytearray(size)
+        except (MemoryError, OverflowError) as exc:
+            raise StorageError(
+                f"{self.name} has {size} bytes, more than there is memory for; read it in ranges"
+            ) from exc
+        self.memory = memoryview(self.whole)[: response.length]
+        return self.memory
+
+
+class RangeReader(ABC):
+    """One kind of file system, as `FarReads` needs it. It bounds by itself how many ranges are under way.
+
+    Attributes:
+        loop: the event loop that it is called on; None for any.
+        streams: whether bytes are written to the destination as they arrive, and not held in memory first.
+        tells_revision: whether responses have a revision.
+        read_only: whether the file system cannot be written to.
+        silence_timeout: seconds without progress after which a read is given up.
+    """
+
+    loop: asyncio.AbstractEventLoop | None = None
+    streams = True
+    tells_revision = True
+    read_only = False
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS
+
+    def __init__(self, connections: int) -> None:
+        """Set how many ranges may be under way. Nothing is contacted."""
+        self.range_bytes = most_range_bytes(connections, streamed=self.streams)
+
+    def limit_waits(self, silence_timeout: float) -> None:
+        """Set how long, in seconds, a read may make no progress; a single request may be silent for half of that."""
+        self.silence_timeout = silence_timeout
+
+    @abstractmethod
+    async def get(self, path: str, into: Destination) -> None:
+        """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
+
+        It calls `begin` when the request is made, `came` for bytes as they come, and `arrived` when the first bytes of
+        the memory are final; blocks for which it does not are verified later. `accept`, `came` and `arrived` may be
+        called in a thread. Once this has ended, also by a cancellation, nothing is written any more.
+
+        Raises:
+            TransientError: from a failure after which another try may succeed.
+            PinLostError: the object has another revision than the pinned one.
+            Exception: any other failure.
+        """
+
+    async def facts(self, path: str) -> RangeResponse | None:
+        """Return size and revision without the bytes; None if the reader has no way of its own to ask.
+
+        Raises:
+            Exception: as `get` does.
+        """
+        return None
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Close connections that the file system does not close; a later use opens new ones."""
+
+
+class FarReads:
+    """Reads through a `RangeReader`, from any event loop. `name` is what errors call the object."""
+
+    def __init__(self, reader: RangeReader, retries: RetryPolicy) -> None:
+        """Name the parts; nothing is contacted."""
+        self.reader = reader
+        self._retries = retries
+        self._reached = False
+        self._activity = Activity()
+
+    async def read(
+        self, path: str, start: int, memory: memoryview, *, name: str, pin: Pin, check: Check | None = None
+    ) -> None:
+        """Fill the memory with the object's bytes from `start` on, as one range; with `check`, they are verified."""
+        into = Destination(name, start, memory, pin, self._patience(), check=check)
+        await self._on_loop(lambda: self._fill(path, into))
+
+    async def begin(self, path: str, *, name: str, pin: Pin, most_bytes: int) -> tuple[bytearray, int]:
+        """Return memory for the whole object, of at most `most_bytes`, and how many of them its first range filled."""
+        into = _Beginning(name, pin, self._patience(), self.reader.range_bytes, most_bytes)
+        await self._on_loop(lambda: self._fill(path, into))
+        return into.whole, len(into.memory)
+
+    async def facts(self, path: str, *, name: str) -> RangeResponse | None:
+        """Return size and revision; None if the reader has no way of its own to ask."""
+        patience = self._patience()
+
+        async def ask() -> RangeResponse | None:
+            patience.begin()
+            return await self.reader.facts(path)
+
+        found = await self._on_loop(lambda: self._retry(name, patience, ask))
+        self._reached = self._reached or found is not None
+        return found
+
+    def _patience(self) -> Patience:
+        return Patience(self.reader.silence_timeout, self._activity)
+
+    async def _on_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await (work() if self.reader.loop is None else on_loop(self.reader.loop, work))
+
+    async def _fill(self, path: str, into: Destination) -> None:
+        async def ask() -> None:
+            into.resume()
+            if into.start < into.stop:
+                await self.reader.get(path, into)
+            self._reached = True
+
+        try:
+            await self._retry(into.name, into.patience, ask)
+        except PinLostError as exc:
+            raise ChangedObjectError(into.name, str(into.pin.revision), "another") from exc
+        await into.verify()
+
+    async def _retry(self, name: str, patience: Patience, work: Callable[[], Awaitable[T]]) -> T:
+        """Do the work, and again after transient failures, while there is patience; the last failure is raised."""
+        failure: BaseException | None = None
+
+        async def tries() -> T:
+            nonlocal failure
+            delays = self._retries.delays()
+            for failed in itertools.count(1):
+                patience.queue()
+                try:
+                    return await work()
+                except TransientError as exc:
+                    failure, delay = exc.__cause__ or exc, next(delays, None)
+                    if delay is None or (failed > _FIRST_TRIES and not self._reached):
+                        break
+                    await asyncio.sleep(delay)
+            assert failure is not None, "the loop ends with one"
+            raise failure from failure.__cause__
+
+        try:
+            return await patience.hold(tries(), name)
+        except SilenceError:
+            if failure is None:
+                raise
+            raise failure from failure.__cause__

@@ -1,0 +1,281 @@
+"""Removing models, and the blobs that no manifest and no writer needs.
+
+Anything that is not understood stays: if one manifest or one lease cannot be read, nothing is removed at all; objects
+whose keys are not part of a store's layout are listed, and stay. `leases` has the protocol with writers.
+"""
+
+import asyncio
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from surfw.errors import ManifestError, NotFoundError, StorageError, UnknownModelError
+from surfw.manifest import Manifest, check_model_name
+from surfw.storage.base import StorageBackend
+from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.housekeeping.leases import ABANDONED_SECONDS, AT_ONCE, LeaseRecord, PruneLease, read_leases
+from surfw.storage.store import MODELS, PRUNES, Store, belongs, is_blob, manifest_key, objects_of
+from surfw.threads import to_its_end
+
+Steps = Callable[[int, int, str], object]
+"""Called with the bytes done, the bytes in all, and the name of what is next."""
+
+_WORK = re.compile(r"[0-9a-f]{32}")
+_SCRATCH = re.compile(r"[0-9a-f]{32}\.tmp|[0-9a-f]{64}\.lock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What `prune` removed, or would remove.
+
+    Attributes:
+        store: where.
+        blobs: how many blobs.
+        blob_bytes: their size.
+        leftover_bytes: the size of unfinished work on this machine that nobody resumed for a week.
+        left_alone: keys that are not part of a store's layout; they stay.
+        dry_run: whether nothing was removed.
+    """
+
+    store: str
+    blobs: int
+    blob_bytes: int
+    leftover_bytes: int
+    left_alone: tuple[str, ...]
+    dry_run: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Removed:
+    """What `remove` did; the blobs stay until the store is pruned.
+
+    Attributes:
+        model: the name.
+        published: whether there was such a model.
+        given_up: how many unfinished runs of it were given up.
+    """
+
+    model: str
+    published: bool
+    given_up: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What lies in a store, and who needs it.
+
+    Attributes:
+        leases: the writers' leases; empty if one of them is not understood.
+        manifests: those that can be read.
+        unneeded: the blobs that no model and no writer needs, and their sizes in bytes; empty while something is
+            unclear.
+        left_alone: keys that are not part of a store's layout.
+        unclear: manifests and leases that are not understood, in words; with each, the error that says why nothing is
+            removed.
+    """
+
+    leases: Sequence[LeaseRecord]
+    manifests: Sequence[Manifest]
+    unneeded: Mapping[str, int]
+    left_alone: Sequence[str]
+    unclear: Mapping[str, StorageError]
+
+    def expect_clear(self) -> None:
+        """Make sure that it is known what is needed.
+
+        Raises:
+            StorageError: it is not.
+        """
+        for error in self.unclear.values():
+            raise error
+
+
+async def survey(store: Store) -> Survey:
+    """Look through a store. The leases are read before the manifests, as the protocol has it.
+
+    Raises:
+        StorageError: the storage does not answer.
+    """
+    unclear: dict[str, StorageError] = {}
+    leases, manifests = list[LeaseRecord](), list[Manifest]()
+    try:
+        leases = await read_leases(store.backend)
+    except StorageError as exc:
+        unclear[str(exc)] = exc
+    unknown = f"which blobs of {store.url} are needed cannot be told"
+    for name in await store.listed():
+        try:
+            manifests.append(await store.facts(name))
+        except UnknownModelError:  # removed since it was listed
+            continue
+        except (ManifestError, StorageError) as exc:
+            seen = f"{MODELS}{name}.json: {exc}"
+            unclear[seen] = StorageError(
+                f"{unknown}, because of {seen}; nothing is removed. Use the surfw that wrote it, or move it away"
+            )
+            unclear[seen].__cause__ = exc
+    keys = await store.backend.list()
+    left_alone = [key for key in keys if not belongs(key)]
+    for key in [] if unclear else [key for key in left_alone if key.startswith(MODELS)]:
+        if not await store.backend.exists(key):
+            error = StorageError(
+                f"{unknown}: {key} leads to nothing, and models may be missing there; nothing is removed. Mend the "
+                "link, or move it away"
+            )
+            unclear[str(error)] = error
+    needed = {key for lease in leases if lease.holds for key in lease.objects}
+    needed.update(key for manifest in manifests for key in objects_of(manifest))
+    unneeded = [key for key in keys if is_blob(key) and key not in needed and not unclear]
+    sizes = await _sizes(store.backend, unneeded)
+    return Survey(leases=leases, manifests=manifests, unneeded=sizes, left_alone=left_alone, unclear=unclear)
+
+
+async def _sizes(backend: StorageBackend, keys: Sequence[str]) -> dict[str, int]:
+    """The length of each object in bytes; 0 for one that is gone."""
+
+    async def size(key: str) -> int:
+        try:
+            return await backend.size(key)
+        except NotFoundError:
+            return 0
+
+    found: list[int] = []
+    for start in range(0, len(keys), AT_ONCE):
+        found += await asyncio.gather(*(size(key) for key in keys[start : start + AT_ONCE]))
+    return dict(zip(keys, found, strict=True))
+
+
+async def prune(store: Store, *, dry_run: bool, progress: Steps) -> Pruned:
+    """Remove the blobs that nobody needs, and what killed runs left on this machine.
+
+    Raises:
+        StorageError: it is unknown what is needed, or something cannot be removed.
+    """
+    await store.check()
+    if dry_run:
+        seen = await survey(store)
+        seen.expect_clear()
+    else:
+        lease = PruneLease(store.backend)
+        async with lease.held():
+            seen = await survey(store)
+            seen.expect_clear()
+            await _remove_blobs(lease, seen.unneeded, progress)
+            expired = [one.key for one in seen.leases if not one.holds]
+            silent = [one.key for one in await read_leases(store.backend, PRUNES) if not one.at_work]
+            await _remove_all(lease, [*expired, *silent])
+    leftovers = await asyncio.to_thread(_remove_leftovers, store.backend.spool(), dry_run=dry_run)
+    return Pruned(
+        store=store.url,
+        blobs=len(seen.unneeded),
+        blob_bytes=sum(seen.unneeded.values()),
+        leftover_bytes=leftovers,
+        left_alone=tuple(seen.left_alone),
+        dry_run=dry_run,
+    )
+
+
+async def _remove_blobs(lease: PruneLease, sizes: Mapping[str, int], progress: Steps) -> None:
+    keys, done, total = list(sizes), 0, sum(sizes.values())
+    for start in range(0, len(keys), AT_ONCE):
+        part = keys[start : start + AT_ONCE]
+        progress(done, total, part[0])
+        await _remove_all(lease, part)
+        done += sum(sizes[key] for key in part)
+        progress(done, total, part[0])
+
+
+async def _remove_all(lease: PruneLease, keys: Sequence[str]) -> None:
+    """Remove objects at once; however this ends, no removal is under way any more."""
+    if keys and not lease.is_trusted:
+        raise StorageError(
+            f"pruning {lease.backend.url} was interrupted for so long that writers do not wait for it; start again"
+        )
+
+    async def remove() -> list[BaseException | None]:
+        return await asyncio.gather(*(lease.backend.remove(key) for key in keys), return_exceptions=True)
+
+    for failure in await to_its_end(remove()):
+        if failure is not None:
+            raise failure
+
+
+async def remove_model(store: Store, model: str) -> Removed:
+    """Remove a model, and give up unfinished work on it. A server that serves it notices within seconds.
+
+    Raises:
+        UnknownModelError: there is neither.
+        StorageError: it is being written, or cannot be removed.
+    """
+    key = manifest_key(check_model_name(model))
+    await store.check()
+    lease = PruneLease(store.backend)
+    async with lease.held():  # a writer that resumes just now writes its lease again once this is over
+        writers = [one for one in await read_leases(store.backend) if one.model == model]
+        writing = next((one for one in writers if one.at_work), None)
+        if writing is not None:
+            raise StorageError(
+                f"{model} is being written into {store.url} by {writing}; stop that first, or wait for it"
+            )
+        published = await store.backend.exists(key)
+        given_up = sum(one.holds for one in writers)
+        if not published and not given_up:
+            raise UnknownModelError(model, await store.models(), where=store.url)
+        await _remove_all(lease, [key, *(one.key for one in writers)])
+    return Removed(model=model, published=published, given_up=given_up)
+
+
+def _remove_leftovers(spool: Path, *, dry_run: bool) -> int:
+    """Remove what killed runs left in a storage's spool and nobody resumed for a week; returns its size in bytes.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    freed = 0
+    with translate_errors(f"looking for leftovers in {spool}"):
+        for path in sorted(spool.iterdir()) if spool.is_dir() else ():
+            with suppress(FileNotFoundError), _claimed(path) as ours:
+                if not ours:
+                    continue
+                files = [path, *path.rglob("*")]
+                if time.time() - max(one.stat().st_mtime for one in files) <= ABANDONED_SECONDS:
+                    continue
+                freed += sum(one.stat().st_size for one in files if one.is_file())
+                if dry_run:
+                    continue
+                if path.is_file():
+                    path.unlink()
+                else:
+                    shutil.rmtree(path)
+    return freed
+
+
+@contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether a path is a leftover by its name and nobody uses it, which stays so during the context.
+
+    A folder of unfinished work belongs to the process that holds the lock in it (see `chunking.write`).
+    """
+    if path.is_symlink():
+        yield False
+    elif path.is_file():
+        yield bool(_SCRATCH.fullmatch(path.name))
+    elif not _WORK.fullmatch(path.name):
+        yield False
+    else:
+        fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(fd)

@@ -1,0 +1,265 @@
+"""Reading every byte of models in a store, and comparing every digest.
+
+- What several models share is read once.
+- Two pieces of 8 MiB are in memory: one is verified while the next is read.
+- What is damaged or missing is a finding; a storage that does not answer is an error.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from blake3 import blake3
+
+from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, PIECE_BYTES
+from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
+from surfw.manifest import Form, Location, Manifest, count_blocks, has_digest
+from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, HeaderError, header_length, parse_header
+from surfw.source import find_damage, locate_damage
+from surfw.storage.housekeeping.prune import Steps
+from surfw.storage.store import Store, segments
+from surfw.threads import to_its_end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """Something of a model that is not what its manifest promises.
+
+    Attributes:
+        model: the model's name; with what is shared, the first that has it.
+        part: the chunk or the tokenizer file; empty if it is the manifest itself.
+        objects: where it lies.
+        complaint: what is wrong with it.
+    """
+
+    model: str
+    part: str
+    objects: tuple[str, ...]
+    complaint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What came of verifying.
+
+    Attributes:
+        store: where.
+        models: the models that were looked at.
+        parts: how many chunks and files were read; what is shared counts once.
+        read_bytes: how many bytes.
+        damage: what is damaged or missing; empty if all is well.
+        undigested: the models whose manifests have no digest, as surfw 0.1.0 wrote them: damage to such a manifest is
+            not seen. Chunking the model again gives it one.
+    """
+
+    store: str
+    models: tuple[str, ...]
+    parts: int
+    read_bytes: int
+    damage: tuple[Damage, ...]
+    undigested: tuple[str, ...]
+
+
+@dataclass
+class _Part:
+    """Stored bytes to be read, and what they should be.
+
+    Attributes:
+        model: the model; of those that share the bytes, the first.
+        name: the chunk, or the tokenizer file.
+        form: where they lie, and their digests; a file has none of blocks.
+        is_file: whether they are a whole object, and not a range of one.
+        has_header: whether a safetensors header stands before them.
+    """
+
+    model: str
+    name: str
+    form: Form
+    is_file: bool = False
+    has_header: bool = False
+
+
+@dataclass
+class _Reading:
+    """How many bytes were read, of how many."""
+
+    total: int
+    progress: Steps
+    done: int = 0
+
+    def add(self, count: int, name: str) -> None:
+        self.done += count
+        self.progress(self.done, self.total, name)
+
+
+async def verify(store: Store, model: str | None, *, progress: Steps) -> Verified:
+    """Read all of one model, or of all models there are.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        StorageError: the storage does not answer.
+    """
+    await store.check()
+    names = await store.models() if model is None else [model]
+    parts: dict[Form, _Part] = {}
+    damage, undigested = [], []
+    for name in names:
+        try:
+            manifest, is_digested = await store.read_manifest(name, partial(_parse, store, name))
+        except UnknownModelError:
+            if model is not None:
+                raise
+            continue  # removed since it was listed
+        except (ConfigurationError, ManifestError, StorageError) as exc:
+            await store.check()  # an error of its own, if the storage does not answer
+            damage.append(Damage(model=name, part="", objects=(), complaint=str(exc)))
+            continue
+        if not is_digested:
+            undigested.append(name)
+        for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
+            parts.setdefault(part.form, part)
+    reading = _Reading(sum(form.stored_bytes for form in parts), progress)
+    for form, part in parts.items():
+        before = reading.done
+        complaint = await _verify(store, part, reading)
+        reading.add(before + form.stored_bytes - reading.done, part.name)
+        if complaint:
+            objects = tuple(dict.fromkeys(at.object for at in form.locations))
+            damage.append(Damage(model=part.model, part=part.name, objects=objects, complaint=complaint))
+    return Verified(
+        store=store.url,
+        models=tuple(names),
+        parts=len(parts),
+        read_bytes=reading.total,
+        damage=tuple(damage),
+        undigested=tuple(undigested),
+    )
+
+
+def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:
+    """A manifest, and whether it is stored with a digest."""
+    return store.parse_manifest(name, data), has_digest(data)
+
+
+def _parts_of(manifest: Manifest) -> Iterator[_Part]:
+    """What there is to compare; of a model in place, only the chunks whose digests are known."""
+    for chunk in manifest.chunks:
+        for form in chunk.forms:
+            if form.is_known:
+                has_header = manifest.origin is None and form.codec == "none" and len(form.locations) == 1
+                yield _Part(manifest.name, chunk.name, form, has_header=has_header)
+    for file in manifest.files:
+        form = Form("none", file.size, file.digest, b"", (Location(file.object, 0, file.size),))
+        yield _Part(manifest.name, file.path, form, is_file=True)
+
+
+async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
+    """What is wrong with a part; empty if nothing is."""
+    form, begun = part.form, reading.done
+    if form.stored_bytes and not form.locations:
+        return "its manifest does not say where it lies"
+
+    async def read() -> str:
+        reading.done = begun
+        return await _read_through(store, part, reading)
+
+    try:
+        for location in form.locations:
+            size = await store.objects.size(location.object)
+            if size < location.stop or (part.is_file and size != location.stop):
+                return f"{location.object} has {size} bytes, expected {location.stop}"
+        # A damaged block is read again by itself; a file has no digests of blocks, and is read again as a whole.
+        complaint = await (_retried(store, form, read) if part.is_file else read())
+        if not complaint and part.has_header:
+            complaint = await _retried(store, form, partial(_read_header, store, form.locations[0]))
+    except NotFoundError:
+        return "it is missing"
+    except StorageError as exc:
+        await store.check()  # an error of its own, if the storage does not answer
+        return f"it cannot be read: {exc}"
+    return complaint
+
+
+async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]]) -> str:
+    """What `read` complains of, however often it reads: the bytes may have been damaged on their way."""
+    seen: list[str] = []
+    while complaint := await read():
+        seen.append(complaint)
+        if len(seen) > DAMAGE_RETRIES:
+            return complaint if len(set(seen)) == 1 else f"{complaint}; {locate_damage(seen)}"
+        for location in form.locations:
+            store.objects.forget(location.object)
+    return ""
+
+
+async def _read_header(store: Store, at: Location) -> str:
+    """What is damaged in the safetensors header before a chunk's payload, of which there is no digest.
+
+    Names, dtypes and shapes are not compared: models share an equal payload behind the header of one of them.
+    """
+    if not PREFIX_BYTES <= at.start <= PREFIX_BYTES + MAX_HEADER_BYTES:
+        return f"its payload begins at byte {at.start}, expected a header of at most {MAX_HEADER_BYTES} bytes before it"
+    header = bytearray(at.start)
+    await store.objects.read_into(at.object, 0, memoryview(header))
+    try:
+        length = header_length(bytes(header[:PREFIX_BYTES]), at.stop)
+        if length != at.start - PREFIX_BYTES:
+            return f"the header of its file says that it has {length} bytes, expected {at.start - PREFIX_BYTES}"
+        await asyncio.to_thread(parse_header, bytes(header[PREFIX_BYTES:]), at.stop)
+    except HeaderError as exc:
+        return f"the header of its file is damaged: {exc}"
+    return ""
+
+
+async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
+    """What is wrong with the stored bytes; empty if nothing is."""
+    form = part.form
+    buffers = [memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES))) for _ in range(2)]
+    whole, damaged = blake3(), list[int]()
+    checking: asyncio.Future[list[int]] | None = None
+    before = 0, buffers[0]
+
+    def check(start: int, piece: memoryview) -> list[int]:
+        """The damaged blocks of a piece; a piece without any is digested."""
+        found = list(find_damage(form, start // BLOCK_BYTES, piece)) if form.blocks else []
+        if not found:
+            whole.update(piece)
+        return found
+
+    async def finish() -> None:
+        """Wait for the check of the piece before, and read its damaged blocks again."""
+        start, piece = before
+        bad = await checking if checking else []
+        for _ in range(DAMAGE_RETRIES):
+            for block in bad:
+                low = block * BLOCK_BYTES
+                await _read(store, form, low, piece[low - start : low - start + BLOCK_BYTES], fresh=True)
+            bad = bad and await asyncio.to_thread(check, start, piece)
+        damaged.extend(bad)
+
+    try:
+        for index, start in enumerate(range(0, form.stored_bytes, PIECE_BYTES)):
+            piece = buffers[index % 2][: min(PIECE_BYTES, form.stored_bytes - start)]
+            await _read(store, form, start, piece)
+            await finish()
+            before, checking = (start, piece), asyncio.ensure_future(asyncio.to_thread(check, start, piece))
+            reading.add(len(piece), part.name)
+        await finish()
+    finally:
+        if checking:
+            await to_its_end(checking)
+    if damaged:
+        blocks = count_blocks(form.stored_bytes)
+        return f"block {damaged[0]} is damaged ({len(damaged)} of {blocks} blocks are)"
+    return "" if whole.hexdigest() == form.digest else f"its digest is {whole.hexdigest()}, expected {form.digest}"
+
+
+async def _read(store: Store, form: Form, start: int, destination: memoryview, *, fresh: bool = False) -> None:
+    """Fill the destination with stored bytes from `start` on; `fresh` ones bypass what the backend keeps."""
+    at = 0
+    for key, first, length in segments(form.locations, start, start + len(destination)):
+        if fresh:
+            store.objects.forget(key)
+        await store.objects.read_into(key, first, destination[at : at + length])
+        at += length

@@ -1,0 +1,331 @@
+"""The two sides of a session, sans-I/O: text and sizes go in, messages and places come out.
+
+The tables in `transitions.py` say which message may come when. The sessions add everything that is counted: ids, open
+requests, frames, and the window. A session that has raised `RemoteProtocolError` is over.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from surfw.config import MAX_FRAME_BYTES, MIN_FRAME_BYTES, WireLimits
+from surfw.errors import LocalProtocolError, RemoteProtocolError
+from surfw.wire.messages import (
+    PROTOCOL,
+    AnswerMessage,
+    Begin,
+    Cancel,
+    ClientHello,
+    ClientMessage,
+    Credit,
+    Data,
+    GetManifest,
+    Progress,
+    Request,
+    ServerHello,
+    ServerMessage,
+    encode,
+    parse_client_message,
+    parse_server_message,
+)
+from surfw.wire.transitions import (
+    CLIENT_RECEIVES,
+    SERVER_RECEIVES,
+    AnswerState,
+    ConnectionState,
+    Exchange,
+    RunEnd,
+)
+
+_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Bytes `start` to `stop` of the answer to `id` were taken in; `last` if that completes it."""
+
+    id: int
+    start: int
+    stop: int
+    last: bool
+
+
+class _Session:
+    """What both sides keep: the state of the connection, and the exchanges that are not complete."""
+
+    _receives: ClassVar[Mapping[ConnectionState, Mapping[type, ConnectionState]]]
+    _no_hello: ClassVar[tuple[str, int]]
+    """The complaint about a peer that does not begin with its hello, and the close code."""
+
+    def __init__(self, limits: WireLimits) -> None:
+        self.limits = limits
+        self._state = ConnectionState.GREETING
+        self._exchanges: dict[int, Exchange] = {}
+
+    def is_open(self, request_id: int) -> bool:
+        """Whether the answer to a request is not complete yet."""
+        return request_id in self._exchanges
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self.limits.control_bytes:
+            raise RemoteProtocolError(f"a message is longer than {self.limits.control_bytes} bytes", close_code=1009)
+
+    def _go_on(self, received: ClientMessage | ServerMessage) -> None:
+        """Change the state of the connection by a message from the peer."""
+        after = self._receives[self._state].get(type(received))
+        if after is None and self._state is ConnectionState.GREETING:
+            text, code = self._no_hello
+            raise RemoteProtocolError(text, close_code=code)
+        if after is None:
+            raise RemoteProtocolError(f"a second {received.type}")
+        self._state = after
+
+
+class ClientSession(_Session):
+    """The client's side: takes the server's messages in, and encodes the client's.
+
+    Attributes:
+        requests: how many requests may be open at a time, by both sides' limits; 0 before the server's hello.
+        offered: the protocol that the server's hello names, even if it is not ours; "" before.
+    """
+
+    _receives = CLIENT_RECEIVES
+    _no_hello = (f"the first message of a server is hello for {PROTOCOL}", 1002)
+
+    def __init__(self, limits: WireLimits, *, client: str) -> None:
+        """Begin a session; `client` is the name and version for the hello."""
+        super().__init__(limits)
+        self.requests = 0
+        self.offered = ""
+        self._client = client
+        self._frame_bytes = 0
+        self._window_bytes = 0
+        self._uncredited_bytes = 0
+        self._next_id = 0
+        self._run: Data | None = None  # there is one in the state RUN, and only then
+        self._run_at = 0
+
+    def hello(self) -> str:
+        """The answer to the server's hello."""
+        return encode(ClientHello(self._client, self.limits.window_bytes, progress=True))
+
+    def next_id(self) -> int:
+        """The id for the next request."""
+        return self._next_id
+
+    def receive(self, text: str) -> ServerMessage:
+        """Take one text message from the server.
+
+        Raises:
+            RemoteProtocolError: the message is malformed, or may not come now.
+        """
+        self._check_length(text)
+        if self._run is not None:
+            raise RemoteProtocolError(f"a message within a run of {self._run.stop - self._run.start} bytes")
+        message = parse_server_message(text)
+        self._go_on(message)
+        match message:
+            case ServerHello():
+                self._greet(message)
+            case Data():
+                self._announced(message)
+            case _:
+                self._take(message)
+        return message
+
+    def _greet(self, message: ServerHello) -> None:
+        self.offered = message.protocol
+        if self.offered != PROTOCOL:
+            raise RemoteProtocolError(f"hello for {self.offered[:_SHOWN]}, expected {PROTOCOL}")
+        if not MIN_FRAME_BYTES <= message.frame_bytes <= MAX_FRAME_BYTES:
+            raise RemoteProtocolError(f"hello: frames of {message.frame_bytes} bytes; they have from 128 to 512 KiB")
+        window = min(message.window_bytes, self.limits.window_bytes)
+        if window < 2 * message.frame_bytes or not message.requests:
+            raise RemoteProtocolError(f"hello: a window of {window} bytes and {message.requests} requests do not work")
+        self._frame_bytes, self._window_bytes = message.frame_bytes, window
+        self.requests = min(message.requests, self.limits.requests_in_flight)
+
+    def _take(self, message: AnswerMessage) -> None:
+        exchange = self._exchanges.get(message.id)
+        if exchange is None:
+            raise RemoteProtocolError(f"{message.type} for id {message.id}, which is not open")
+        if not exchange.take(message):
+            raise RemoteProtocolError(f"{message.type} is out of order")
+        if isinstance(message, Begin):
+            manifest = isinstance(exchange.request, GetManifest)
+            most = self.limits.manifest_bytes if manifest else self.limits.file_bytes
+            if message.size > most:
+                raise RemoteProtocolError(f"begin: {message.size} bytes, more than the {most} taken", close_code=1009)
+        if exchange.state is AnswerState.DONE and not isinstance(message, Data):  # whose bytes are still to come
+            del self._exchanges[message.id]
+
+    def _announced(self, run: Data) -> None:
+        self._take(run)
+        length = run.stop - run.start
+        if self._uncredited_bytes + length > self._window_bytes:
+            raise RemoteProtocolError(f"data: {length} bytes more than the window of {self._window_bytes} lets through")
+        self._run, self._run_at = run, run.start
+        if not length:
+            self._end_run(run)
+
+    def _end_run(self, run: Data) -> bool:
+        """The run is complete; return whether its answer is."""
+        self._state, self._run = self._receives[self._state][RunEnd], None
+        done = self._exchanges[run.id].state is AnswerState.DONE
+        if done:
+            del self._exchanges[run.id]
+        return done
+
+    def place(self, size: int) -> tuple[int, int]:
+        """Where a binary frame of `size` bytes belongs: the id of its request, and the offset in its answer.
+
+        Raises:
+            RemoteProtocolError: no such frame may come now.
+        """
+        if self._run is None:
+            raise RemoteProtocolError("binary data that no message announced")
+        if size > self._frame_bytes or size > self._run.stop - self._run_at:
+            raise RemoteProtocolError(
+                f"a binary frame of {size} bytes; {self._run.stop - self._run_at} are left of the run, "
+                f"frames have at most {self._frame_bytes}"
+            )
+        return self._run.id, self._run_at
+
+    def receive_binary(self, size: int) -> Arrival:
+        """Take a binary frame of `size` bytes.
+
+        Raises:
+            RemoteProtocolError: no such frame may come now.
+        """
+        request_id, start = self.place(size)
+        stop = self._run_at = start + size
+        self._uncredited_bytes += size
+        last = self._run is not None and stop == self._run.stop and self._end_run(self._run)
+        return Arrival(request_id, start, stop, last)
+
+    def credit(self) -> str | None:
+        """The credit to send now, if it is due: half the window was taken in since the last one."""
+        if 2 * self._uncredited_bytes < self._window_bytes:
+            return None
+        message, self._uncredited_bytes = Credit(self._uncredited_bytes), 0
+        return encode(message)
+
+    def send(self, message: Request | Cancel) -> str:
+        """Encode a request or a cancel.
+
+        Raises:
+            LocalProtocolError: it may not be sent now.
+        """
+        if isinstance(message, Cancel):
+            if message.id not in self._exchanges:
+                raise LocalProtocolError(f"cancel of id {message.id}, which is not open")
+            return encode(message)
+        if message.id != self._next_id or len(self._exchanges) >= self.requests:
+            raise LocalProtocolError(
+                f"{message.type} with id {message.id}, {len(self._exchanges)} requests open; "
+                f"expected id {self._next_id}, and fewer than {self.requests} open"
+            )
+        self._next_id += 1
+        self._exchanges[message.id] = Exchange.to(message)
+        return encode(message)
+
+
+class ServerSession(_Session):
+    """The server's side: takes the client's messages in, and encodes the server's.
+
+    Attributes:
+        credit_bytes: how much may be announced before the client credits more; 0 before its hello.
+        takes_progress: whether the client takes `progress`.
+    """
+
+    _receives = SERVER_RECEIVES
+    _no_hello = ("the first message of a client is hello", 1008)
+
+    def __init__(self, limits: WireLimits, *, server: str) -> None:
+        """Begin a session; `server` is the name and version for the hello."""
+        super().__init__(limits)
+        self.credit_bytes = 0
+        self.takes_progress = False
+        self._server = server
+        self._window_bytes = 0
+        self._last_id = -1
+
+    def hello(self) -> str:
+        """The first message to send."""
+        limits = self.limits
+        return encode(
+            ServerHello(PROTOCOL, self._server, limits.frame_bytes, limits.window_bytes, limits.requests_in_flight)
+        )
+
+    def receive(self, message: str | bytes) -> Request | Cancel | Credit | None:
+        """Take one message from the client, and return it if the application has to act on it.
+
+        Raises:
+            RemoteProtocolError: the message is malformed, or may not come now.
+        """
+        if isinstance(message, bytes):
+            raise RemoteProtocolError("a client sends no binary messages", close_code=1003)
+        self._check_length(message)
+        parsed = parse_client_message(message)
+        self._go_on(parsed)
+        match parsed:
+            case ClientHello():
+                self._greet(parsed)
+                return None
+            case Credit():
+                return self._credited(parsed)
+            case Cancel():
+                return parsed if parsed.id in self._exchanges else None
+        return self._asked(parsed)
+
+    def _greet(self, message: ClientHello) -> None:
+        if message.window_bytes < 2 * self.limits.frame_bytes:
+            raise RemoteProtocolError(
+                f"hello: a window of {message.window_bytes} bytes holds less than two frames", close_code=1008
+            )
+        self.takes_progress = message.progress
+        self._window_bytes = self.credit_bytes = min(message.window_bytes, self.limits.window_bytes)
+
+    def _credited(self, message: Credit) -> Credit:
+        if not 0 < message.bytes <= self._window_bytes - self.credit_bytes:
+            raise RemoteProtocolError(
+                f"credit of {message.bytes} bytes, while {self._window_bytes - self.credit_bytes} are not credited"
+            )
+        self.credit_bytes += message.bytes
+        return message
+
+    def _asked(self, request: Request) -> Request:
+        if request.id <= self._last_id:
+            raise RemoteProtocolError(f"{request.type}: id {request.id} does not rise above {self._last_id}")
+        if len(self._exchanges) >= self.limits.requests_in_flight:
+            raise RemoteProtocolError(f"more than {self.limits.requests_in_flight} requests at a time", close_code=1008)
+        self._last_id = request.id
+        self._exchanges[request.id] = Exchange.to(request)
+        return request
+
+    def send(self, message: ServerMessage) -> str:
+        """Encode a message of an answer.
+
+        Raises:
+            LocalProtocolError: it may not be sent now.
+        """
+        if isinstance(message, ServerHello):
+            raise LocalProtocolError("a second hello")
+        exchange = self._exchanges.get(message.id)
+        if exchange is None:
+            raise LocalProtocolError(f"{message.type} for id {message.id}, which is not open")
+        if not self._may_send(message) or not exchange.take(message):
+            raise LocalProtocolError(f"{message.type} is out of order: {message}")
+        if isinstance(message, Data):
+            self.credit_bytes -= message.stop - message.start
+        if exchange.state is AnswerState.DONE:
+            del self._exchanges[message.id]
+        return encode(message)
+
+    def _may_send(self, message: AnswerMessage) -> bool:
+        match message:
+            case Data():
+                return message.stop - message.start <= self.credit_bytes
+            case Progress():
+                return self.takes_progress
+        return True

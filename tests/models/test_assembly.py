@@ -1,0 +1,102 @@
+"""There is one least budget, the same wherever it is shown and wherever weights come from, and a model runs with it."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from surfw.chunking import prepare_model, write_model
+from surfw.chunking.in_place import write_in_place
+from surfw.errors import ConfigurationError
+from surfw.models import StreamingModel
+from surfw.storage import open_backend
+from tests.cli.run import surfw
+from tests.servers import serve
+
+IDS = torch.arange(3, 9)[None]
+
+
+def build(family: str) -> Any:
+    """A model with a table that is looked up in by rows, and layers of more than a block."""
+    torch.manual_seed(0)
+    if family == "llama":
+        config = LlamaConfig(
+            hidden_size=256, intermediate_size=512, num_hidden_layers=12, num_attention_heads=4, vocab_size=5000
+        )
+        return LlamaForCausalLM(config)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=128, n_layer=4, n_head=4, vocab_size=5000, n_positions=128))
+    config = T5Config(
+        d_model=128, d_kv=32, d_ff=256, num_layers=3, num_heads=4, vocab_size=5000, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config)
+
+
+CASES = [
+    ("llama", "float32", None),
+    ("llama", "bfloat16", "float32"),
+    ("gpt2", "bfloat16", None),
+    ("t5", "float32", None),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """A model in a store, behind a server, and in place; the dtype it is run in, and what a dry run says of it."""
+    family, stored, dtype = request.param
+    folder = tmp_path_factory.mktemp(family)
+    build(family).to(getattr(torch, stored)).save_pretrained(folder / "m")
+    with prepare_model(str(folder / "m")) as prepared:
+        asyncio.run(write_model(prepared, open_backend(folder / "store")))
+    with prepare_model(str(folder / "m")) as prepared:
+        asyncio.run(write_in_place(prepared, open_backend(folder / "in-place")))
+    done = surfw(folder, "chunk", str(folder / "m"), "--dry-run", "--json")
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    resident = auto.from_pretrained(folder / "m", dtype=getattr(torch, dtype or stored)).eval()
+    with ExitStack() as stack:
+        served = stack.enter_context(serve(folder / "store"))
+        yield {
+            "sources": [str(folder / "store"), served.url, str(folder / "in-place")],
+            "dtype": dtype,
+            "is_streamed": family == "llama",  # the others are so small that all of them fits into it
+            "dry_run": json.loads(done.stdout)["least_budget_bytes"],
+            "inputs": {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "t5" else {}),
+            "resident": resident,
+        }
+
+
+def refused(source: str, dtype: str | None, budget: int) -> int:
+    """The least budget that an error names."""
+    with pytest.raises(ConfigurationError, match=r"too small for m, which needs .* at least; give that or more$") as no:
+        StreamingModel.open(source, memory_budget=budget, dtype=dtype)
+    return int(str(no.value).split(" bytes) at least")[0].rpartition("(")[2])
+
+
+def test_the_least_budget_is_one_and_works(case: dict[str, Any]) -> None:
+    least = refused(case["sources"][0], case["dtype"], 1)
+    if case["dtype"] is None:
+        assert case["dry_run"] == least
+    with torch.no_grad():
+        expected = case["resident"](**case["inputs"]).logits
+    for source in case["sources"]:
+        assert refused(source, case["dtype"], least // 4) == least
+        with StreamingModel.open(source, memory_budget=least, dtype=case["dtype"]) as model:
+            assert model.explain().least_budget_bytes == least
+            assert bool(model.plan.streamed) == case["is_streamed"]
+            assert model.plan.peak_bytes <= least
+            for _ in range(2):
+                assert torch.equal(model(**case["inputs"]).logits, expected)

@@ -1,0 +1,221 @@
+"""What surfw uses of other libraries beyond what they document: the one list of it, with the reason for each.
+
+A new release may change any of these without a word. Then this file fails before anything else does, and says where to
+look. `.ci/releases.py` runs it with the lowest and the newest releases that `pyproject.toml` allows. What is not listed
+here must not be used: the second test finds private names, and imports from modules that are not public.
+"""
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import surfw
+
+PACKAGE = Path(surfw.__file__).parent
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A part of a library that its documentation does not promise.
+
+    Attributes:
+        module: where it is found.
+        name: the name in that module, with dots where it is an attribute of something there.
+        used_in: the module of surfw that uses it.
+        why: what for, and what there is instead.
+        takes: parameters that surfw gives it by name.
+    """
+
+    module: str
+    name: str
+    used_in: str
+    why: str
+    takes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
+META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
+RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
+TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
+REGISTRY = "placing a tensor without torch's checks and hooks, 10 times a layer and token; setattr takes microseconds"
+
+INSIDES = [
+    Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "WeightRenaming", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "WeightConverter.add_tensor", "skeleton/loading.py", LOADER),
+    Inside(
+        "transformers.core_model_loading", "WeightConverter.convert", "skeleton/loading.py", LOADER, ("model", "config")
+    ),
+    Inside("transformers.core_model_loading", "Concatenate", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "build_glob_alternation", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "dot_natural_key", "skeleton/loading.py", LOADER),
+    Inside(
+        "transformers.core_model_loading",
+        "rename_source_key",
+        "skeleton/loading.py",
+        LOADER,
+        ("base_model_prefix", "meta_state_dict"),
+    ),
+    Inside("transformers", "PreTrainedModel._get_dtype_plan", "skeleton/loading.py", "what stays in float32"),
+    Inside("transformers", "PreTrainedModel._from_config", "skeleton/build.py", META),
+    Inside(
+        "transformers", "PreTrainedModel.tie_weights", "skeleton/guards.py", "transformers replaces it while it builds"
+    ),
+    Inside(
+        "transformers.initialization",
+        "no_tie_weights",
+        "skeleton/guards.py",
+        "what replaces it: an import in the middle of that has to wait",
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.all_tied_weights_keys", "skeleton/loading.py", "the ties that a class declares"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel.initialize_weights", "skeleton/build.py", "values of what no checkpoint holds"
+    ),
+    Inside(
+        "transformers", "PreTrainedModel._is_hf_initialized", "skeleton/build.py", "what initialisation leaves alone"
+    ),
+    Inside(
+        "transformers", "PreTrainedConfig.per_layer_config", "runtime/kv_cache.py", "layers that differ in their heads"
+    ),
+    Inside(
+        "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
+    ),
+    Inside(
+        "huggingface_hub.constants",
+        "HF_HUB_OFFLINE",
+        "skeleton/guards.py",
+        "nothing is fetched in one thread; the public switch is the environment of the process",
+    ),
+    Inside("transformers", "PreTrainedConfig._attn_implementation", "skeleton/build.py", "the kernel that was chosen"),
+    Inside(
+        "transformers", "PreTrainedConfig._experts_implementation", "skeleton/build.py", "the kernel that was chosen"
+    ),
+    Inside(
+        "transformers.models.auto.modeling_auto",
+        "MODEL_MAPPING._extra_content",
+        "skeleton/build.py",
+        "the classes that users registered; there is no public list of them",
+    ),
+    Inside(
+        "transformers.utils.chat_template_utils",
+        "render_jinja_template",
+        "models/chat_renderer.py",
+        "chat templates, as transformers renders them, in a process of their own",
+    ),
+    Inside(
+        "torch", "Tensor._make_subclass", "runtime/hooks.py", "a parameter without values, made as torch makes its own"
+    ),
+    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/hooks.py", "as torch.overrides documents"),
+    Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
+    Inside("torch.nn", "Module._buffers", "skeleton/units.py", REGISTRY),
+    Inside("torch.nn", "Module._non_persistent_buffers_set", "skeleton/units.py", "buffers that no checkpoint holds"),
+    Inside(
+        "torch.nn.modules.module",
+        "register_module_parameter_registration_hook",
+        "skeleton/guards.py",
+        "stops a configuration that asks for endless modules while it is being built",
+    ),
+    Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/guards.py", "as above"),
+    Inside("huggingface_hub.utils.tqdm", "tqdm", "checkpoint/hub.py", "progress bars on stderr, only where wanted"),
+    Inside("typer.core", "TyperCommand", "cli/options.py", "usage lines, and errors of options that were given late"),
+    Inside("websockets.client", "ClientProtocol", "client/link.py", RECEIVE),
+    Inside("websockets.protocol", "Protocol.data_to_send", "server/reception.py", TURNS),
+    Inside("websockets.streams", "StreamReader", "client/connection.py", RECEIVE),
+    Inside("websockets.frames", "Frame", "client/connection.py", RECEIVE),
+    Inside("websockets.asyncio.server", "ServerConnection.data_received", "server/reception.py", TURNS),
+    Inside("websockets.asyncio.server", "ServerConnection.process_event", "server/reception.py", TURNS),
+    Inside("websockets.asyncio.server", "ServerConnection.send_data", "server/reception.py", TURNS),
+    Inside(
+        "s3fs", "S3FileSystem._call_s3", "storage/s3.py", "why S3 refuses: an answer to HEAD has no body that says it"
+    ),
+    Inside(
+        "s3fs.errors",
+        "translate_boto_error",
+        "storage/s3_ranges.py",
+        "the errors that s3fs raises, for what botocore says",
+    ),
+    Inside(
+        "fsspec.asyn",
+        "AsyncFileSystem._cat_file",
+        "storage/fsspec_backend.py",
+        "ranges, as fsspec's own systems ask for them",
+    ),
+]
+
+
+@pytest.mark.parametrize("inside", INSIDES, ids=str)
+def test_it_is_there_and_used(inside: Inside) -> None:
+    found: Any = importlib.import_module(inside.module)
+    for name in inside.name.split("."):
+        found = getattr(found, name, None) if not inspect.isclass(found) else find_in_class(found, name)
+        assert found is not None, f"{inside} is gone: {inside.used_in} uses it for this: {inside.why}"
+    if inside.takes:
+        missing = set(inside.takes) - set(inspect.signature(found).parameters)
+        assert not missing, f"{inside} does not take {missing} any more"
+    leaf = inside.name.rpartition(".")[2]
+    assert leaf in (PACKAGE / inside.used_in).read_text(), f"{inside.used_in} does not use {inside} any more"
+
+
+def find_in_class(found: type, name: str) -> Any:
+    """A method, or what instances of the class have: a name that the source of its class sets or annotates."""
+    if hasattr(found, name):
+        return getattr(found, name)
+    bases = [one for one in found.__mro__ if one is not object]
+    return any(name in inspect.getsource(one) for one in bases) or None
+
+
+PUBLIC = {
+    "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
+    "torch", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3", "websockets.asyncio.client",
+    "websockets.asyncio.server", "websockets.client", "websockets.exceptions", "websockets.frames", "websockets.http11",
+    "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
+}  # fmt: skip
+"""Modules of these libraries whose names are documented."""
+
+WATCHED = {name.partition(".")[0] for name in PUBLIC}
+
+
+def foreign_names() -> Iterator[tuple[str, str]]:
+    """What surfw imports from modules of these libraries that are not public, each with the file."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+            if module.partition(".")[0] in WATCHED and module not in PUBLIC:
+                yield from ((f"{module}.{one.name}", str(path.relative_to(PACKAGE))) for one in node.names)
+
+
+def test_no_other_name_is_imported() -> None:
+    listed = {f"{inside.module}.{inside.name.partition('.')[0]}" for inside in INSIDES}
+    listed |= {inside.module for inside in INSIDES}
+    strange = sorted({f"{name} in {path}" for name, path in foreign_names() if name not in listed})
+    assert not strange
+
+
+def foreign_private_names() -> Iterator[tuple[str, str]]:
+    """The private attributes of others that surfw uses, each with the file: those whose line says so to the linter."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if not isinstance(node, ast.Attribute) or not node.attr.startswith("_") or node.attr.startswith("__"):
+                continue
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                continue
+            if any("SLF001" in line for line in lines[node.lineno - 1 : node.end_lineno]):
+                yield node.attr, str(path.relative_to(PACKAGE))
+
+
+def test_no_other_private_name_is_used() -> None:
+    listed = {part for inside in INSIDES for part in inside.name.split(".")} | {"_surfw_load", "_surfw_apply"}
+    strange = sorted({f"{name} in {path}" for name, path in foreign_private_names() if name not in listed})
+    assert not strange
