@@ -34,6 +34,7 @@ def _started() -> None:
 
 def run(tmp_path: Path, name: str, *arguments: str, **environment: str) -> str:
     """What an example prints; whoever runs one sees no notice of a library about calls that are surfw's."""
+    environment = {"TRANSFORMERS_VERBOSITY": "warning"} | environment
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", START, str(EXAMPLES / f"{name}.py"), *arguments]
     done = warm.run(command, cwd=tmp_path, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
