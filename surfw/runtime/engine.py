@@ -211,7 +211,7 @@ class Engine:
         return self._runner == threading.get_ident()
 
     def release_all(self) -> None:
-        """Nothing runs: whatever was acquired may be evicted."""
+        """Nothing runs: all that was acquired may be evicted."""
         with self._lock:
             self._table.release_all()
 

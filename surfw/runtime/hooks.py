@@ -1,7 +1,7 @@
 """Puts a module's weights in place before its forward and takes them away afterwards.
 
 The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it. A parameter
-that its user puts in the place of a streamed one stays there, and is used.
+that its user puts where a streamed one was stays there, and is used.
 
 While its weights are away, an absent tensor stands in a module. It knows its shape and dtype and holds nothing. Asking
 for its facts is free. Computing with it, which happens where a model uses a weight outside of the forward of the module
@@ -174,7 +174,7 @@ class _Place:
         stored: the name under which its tensor is stored.
         original: what lay there before the hooks.
         absent: stands there while the weight is away.
-        placed: what lies there now, unless somebody has replaced it.
+        placed: what lies there now, unless the user has replaced it.
     """
 
     slot: Slot
@@ -226,7 +226,7 @@ class StreamingHooks:
         ]
 
     def detach(self) -> None:
-        """Remove the hooks; every slot gets back what it held before, unless somebody has replaced that."""
+        """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -311,9 +311,9 @@ class StreamingHooks:
     def _bring(self, unit: Unit, places: Sequence[_Place], stored: str) -> torch.Tensor:
         """A weight that is needed while it is absent.
 
-        If its unit runs, it was to be read in parts, and this cannot be: the unit's weights go after its forward. If
-        the model runs, it uses them from outside of their module: from now on they stay in memory. If it does not,
-        somebody looks at the weight, who gets a copy.
+        If its unit runs, its rows were not enough: the unit's weights are loaded, and go after its forward. If the
+        model runs, it uses them from outside of their module: from now on they stay in memory. If it does not run, its
+        user looks at the weight, and gets a copy.
         """
         if unit.path in self._without_tables:
             tensors = self._engine.acquire(unit.path)
@@ -336,7 +336,7 @@ class StreamingHooks:
                 place.put(place.absent)
 
     def _give_up_replaced(self, places: list[_Place]) -> None:
-        """Leave what somebody has put in the place of a streamed weight where it is.
+        """Leave a tensor that replaces a streamed weight where it is.
 
         Raises:
             ModelError: a weight has been taken out of its module, as parametrizations do.

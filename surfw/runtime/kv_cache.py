@@ -1,7 +1,7 @@
 """What a generation remembers: the bytes its KV cache will take, from the configuration, and those that one holds.
 
-Beside the loading of weights: a budget for weights has to leave room for it. Knows no model by its name; the numbers
-come from the names that transformers' configurations share. Nothing here computes, and no tensor is copied.
+A budget for weights has to leave memory for it. No model is known by its name; the numbers come from the names that
+transformers' configurations share. Nothing here computes, and no tensor is copied.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -34,7 +34,7 @@ _IN_USE_V2 = (
     "anon", "shmem", "kernel_stack", "pagetables", "sec_pagetables", "percpu", "sock", "vmalloc", "slab_unreclaimable",
     "zswap",
 )  # fmt: skip
-"""Entries of a `memory.stat` (version 2) that the kernel cannot give to somebody else. A kernel need not have all."""
+"""Entries of a `memory.stat` (version 2) whose memory the kernel cannot reclaim. Not every kernel has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +189,7 @@ class MemoryClaim:
             plan = make_a_plan(find_default_budget().budget_bytes)
             claim = MemoryClaim(peak_bytes, held_bytes)
 
-    A claim that nobody refers to any more is given up too.
+    A claim that is garbage-collected is given up too.
     """
 
     def __init__(self, peak_bytes: Callable[[], int], held_bytes: Callable[[], int]) -> None:
@@ -226,7 +226,7 @@ def claimed_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class DefaultBudget:
-    """What weights may take where nobody says.
+    """What weights may take by default.
 
     Attributes:
         budget_bytes: 0 if there is no memory to spare.
@@ -238,7 +238,7 @@ class DefaultBudget:
 
 
 def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
-    """What weights may take where nobody says.
+    """What weights may take by default.
 
     Args:
         root: the folder that holds `proc` and what `proc` names.

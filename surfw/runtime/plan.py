@@ -116,7 +116,7 @@ class Limit:
         cache_layers: instead of a budget, the number of chunks to keep, the fixed ones not counted.
         reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
         policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
-        reason: what a budget is limited by that was found out; empty for one that somebody gave.
+        reason: what a default budget is limited by; empty for a budget that the user gave.
     """
 
     budget_bytes: int | None = None
@@ -271,7 +271,7 @@ def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
 
 
 def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPlan:
-    """Keep a number of chunks, whatever their size, and have memory for one more on its way."""
+    """Keep a number of chunks of any size, and have memory for one more on its way."""
     others = {name: size for name, size in needs.sizes.items() if name not in needs.fixed}
     buffers = max(cache_layers + 1, needs.together)
     if buffers >= len(others):
@@ -324,7 +324,7 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
 
 
 def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
-    """The error about a budget that the model does not run with: one that somebody gave, or that was found out."""
+    """The error about a budget that the model does not run with: one that the user gave, or the default."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
     runs_without = least_bytes(needs.in_pieces()) <= budget_bytes
     tokens = ", or ask for fewer tokens" if limit.reserved_bytes and runs_without else ""
@@ -415,7 +415,8 @@ def next_uses(future: Sequence[str]) -> dict[str, int]:
 def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
     """What one pass reads once all that stays is there: every use but those of what is kept, or was used just before.
 
-    What the ring holds all of stays there too. A smaller LRU cache is taken to miss whatever is not pinned.
+    Where the ring has buffers for all that is streamed, that stays there too. A smaller LRU cache is taken to miss
+    everything that is not pinned.
     """
     through_ring = {name for name in cycle if name in plan.sizes and name not in plan.pinned}
     if len(through_ring) <= plan.ring_buffers:

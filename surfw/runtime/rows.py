@@ -56,7 +56,7 @@ class RowReader:
         scratch_bytes: int = 16 * MIB,
         keep_bytes: int = 8 * MIB,
     ) -> None:
-        """Say how rows are read.
+        """Read nothing yet.
 
         Args:
             source: where they come from.
@@ -312,7 +312,7 @@ class StreamedTables:
     """The tables of one model, read while it runs."""
 
     def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, by_rows: Callable[[str], bool]) -> None:
-        """Name the units that have tables, what reads them, and what says of a unit's path that it reads rows now."""
+        """Serve these units with rows from a reader; `by_rows` tells of a unit's path whether it reads rows now."""
         self._units = units
         self._rows = rows
         self._by_rows = by_rows

@@ -69,7 +69,7 @@ class Job(Future[T]):
     """A coroutine on an I/O thread.
 
     Done only when the coroutine has ended. `cancel` asks it to end early; until it has, the job is not done, and
-    whatever memory the coroutine writes to is still its own.
+    the memory that the coroutine writes to is still its own.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -197,7 +197,7 @@ async def wait_until_done(future: "Future[Any]") -> None:
     loop, is_done = asyncio.get_running_loop(), asyncio.Event()
 
     def tell(_: object) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with suppress(RuntimeError):  # the loop is closed, and with it the wait
             loop.call_soon_threadsafe(is_done.set)
 
     future.add_done_callback(tell)

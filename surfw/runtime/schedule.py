@@ -79,8 +79,12 @@ class Schedule:
             state = (state[1], following)
 
     def upcoming_chunks(self, tables: Collection[str]) -> Iterator[str]:
-        """The chunks of the next modules, in order; not those of `tables` that only rows are looked up in."""
-        return self._chunks(self.upcoming(len(self.uses)), tables)
+        """The chunks of the next modules in order, each once; not those of `tables` that only rows are looked up in."""
+        seen: set[str] = set()
+        for name in self._chunks(self.upcoming(len(self.uses)), tables):
+            if name not in seen:
+                seen.add(name)
+                yield name
 
     def next_uses(self, needs: Needs) -> dict[str, int]:
         """How soon each chunk is used again: the lower the number, the sooner."""

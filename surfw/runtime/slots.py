@@ -9,7 +9,7 @@ Pinned chunks have memory of their own and stay. The others pass through the rin
 used again and again. What comes next is fetched ahead as far as the ring has slots that nobody uses; what was guessed
 wrong makes way. Floating chunks leave the ring after a use, where the plan's memory for them is better spent on them.
 
-Invariants, whatever is asked in whatever order:
+Invariants, after any sequence of calls:
 
 - at most `plan.ring_buffers` slots are in the ring, loading ones included, unless more are in use at once;
 - the other slots take no more than the plan's pinned chunks and its memory for floating ones;
@@ -210,14 +210,12 @@ class SlotTable:
         """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.
 
         Args:
-            upcoming: the chunks in the order of their coming uses; read as far as there is memory.
+            upcoming: the chunks in the order of their next uses, each once; read as far as there is memory.
             in_use: chunks of the ring that do not make way for them.
         """
         decision = Decision()
         in_flight, sooner = self.in_flight_bytes, set(in_use)
         for name in upcoming:
-            if name in sooner:
-                continue
             if name not in self._slots:
                 if in_flight and in_flight + self._sizes[name] > self._most_in_flight:
                     break
@@ -248,13 +246,13 @@ class SlotTable:
         self._slots[name].state = SlotState.FAILED if failed else SlotState.READY
 
     def forget(self, slots: Iterable[Slot]) -> None:
-        """Take slots back, whatever their state, such as those whose loads could not even be started."""
+        """Take slots back in any state, such as those whose loads could not even be started."""
         for slot in slots:
             del self._slots[slot.name]
         self._is_settled = False
 
     def release_all(self) -> None:
-        """Nothing runs: whatever was held may be evicted."""
+        """Nothing runs: all that was held may be evicted."""
         for slot in self:
             slot.users = 0
 

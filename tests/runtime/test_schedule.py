@@ -1,6 +1,7 @@
 """What runs next: the manifest's order at first, then what was seen."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.manifest import Use
-from surfw.runtime.schedule import Schedule
+from surfw.runtime.plan import Needs
+from surfw.runtime.schedule import Phases, Schedule
 
 
 def schedule_of(order: Sequence[str]) -> Schedule:
@@ -80,3 +82,30 @@ def test_any_cycle_is_learned(modules: list[str], length: int, further: int) -> 
 @pytest.mark.parametrize("count", [0, 1, 16])
 def test_as_many_as_are_asked_for(count: int) -> None:
     assert len(list(islice(schedule_of(["a", "b"]).upcoming(count), 20))) == count
+
+
+def test_the_chunks_of_the_next_modules_come_once_each_and_without_tables_that_rows_are_looked_up_in() -> None:
+    order = [
+        Use("embed", ("table",)),
+        Use("one", ("a", "shared")),
+        Use("two", ("b", "shared")),
+        Use("head", ("table",)),
+    ]
+    schedule = Schedule(order, row_wise={"embed"})
+    assert list(schedule.upcoming_chunks(())) == ["table", "a", "shared", "b"]
+    assert list(schedule.upcoming_chunks({"table"})) == ["a", "shared", "b", "table"], "the head needs the whole of it"
+    schedule.observe("one")
+    assert list(schedule.upcoming_chunks({"table"})) == ["b", "shared", "table", "a"]
+
+
+def test_needs_get_the_chunks_before_the_cycle_and_in_it_but_for_those_that_stay_anyway() -> None:
+    order = [Use("encoder", ("e", "norm")), Use("embed", ("table",)), Use("decoder", ("d", "norm"))]
+    schedule = Schedule(order, Phases(once=("encoder",), cycle=("embed", "decoder")), row_wise={"embed"})
+    needs = Needs(name="toy", sizes=dict.fromkeys(("e", "d", "norm", "table"), 1), fixed=frozenset({"norm"}))
+    scheduled = schedule.apply_to(needs)
+    assert (scheduled.before, scheduled.cycle) == (("e",), ("table", "d"))
+    assert schedule.apply_to(replace(needs, tables=frozenset({"table"}))).cycle == ("d",)
+    assert schedule.starts_cycle("embed")
+    assert not schedule.starts_cycle("encoder")
+    schedule.observe("embed")
+    assert schedule.next_uses(needs) == {"d": 0, "table": 1}
