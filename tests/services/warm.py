@@ -283,6 +283,7 @@ def _fork_on_demand(control: socket.socket) -> _Job | None:
             pid = os.fork()
             if pid == 0:
                 os.setsid()
+                os.write(status, f"{os.getpid()}\n".encode())  # now it can be signalled as a group
                 control.close()
                 for fd in (status, *ends, *(one for _, one in ends.values())):
                     os.close(fd)
@@ -290,9 +291,6 @@ def _fork_on_demand(control: socket.socket) -> _Job | None:
                 return _Job(**json.loads(data))
             for fd in streams:
                 os.close(fd)
-            while os.getsid(pid) != pid:  # its caller may signal its process group at once
-                os.sched_yield()
-            os.write(status, f"{pid}\n".encode())
             ends[os.pidfd_open(pid)] = pid, status
 
 
