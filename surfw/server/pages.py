@@ -25,7 +25,7 @@ from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
-from surfw.server.cache import Cache, ProvingCache
+from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
 
@@ -79,7 +79,7 @@ class PageCache:
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
         """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self.cache: Cache[Page, memoryview] = ProvingCache(capacity_bytes, len)
+        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
