@@ -12,9 +12,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import reduce
 from http import HTTPStatus
 from operator import getitem
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -23,7 +22,10 @@ from websockets.http11 import Request, Response
 
 from surfw.server.fairness import SingleFlight
 from surfw.server.reception import FairConnection, SparseLog
-from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
+from surfw.wire import PROTOCOL, admits, is_meant
+
+if TYPE_CHECKING:
+    from surfw.server.server import WeightServer
 
 log = logging.getLogger("surfw.server")
 
@@ -41,24 +43,10 @@ _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
 
 
-class Reporting(Protocol):
-    """A server that reports on itself."""
-
-    @property
-    def full(self) -> bool:
-        """Whether no more clients are taken."""
-
-    async def health(self) -> ServerHealth:
-        """Whether the server and its storage can be reached now."""
-
-    def stats(self) -> ServerStats:
-        """The counters."""
-
-
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, server: Reporting, token: str | None, names: Collection[str] = ()) -> None:
+    def __init__(self, server: "WeightServer", token: str | None, names: Collection[str]) -> None:
         """Report on a server that wants this token, if any, and may be called by these names."""
         self._server = server
         self._token = token
@@ -67,8 +55,6 @@ class HttpEndpoints:
         self._ready = False
         self._looked = float("-inf")
         self._refusals = SparseLog(log, level=logging.WARNING)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_StatsCollector(server))
         self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
             "/livez": self._livez,
             "/readyz": self._readyz,
@@ -154,7 +140,7 @@ class HttpEndpoints:
         return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._server.stats()) + "\n"), "application/json")
 
     async def _metrics(self, connection: ServerConnection) -> Response:
-        text = generate_latest(self._registry).decode()
+        text = generate_latest(_StatsCollector(self._server)).decode()
         return _typed(connection.respond(HTTPStatus.OK, text), CONTENT_TYPE_LATEST)
 
 
@@ -189,7 +175,7 @@ _GAUGES = {
 class _StatsCollector(Collector):
     """The server's statistics as Prometheus metrics, made when they are asked for."""
 
-    def __init__(self, server: Reporting) -> None:
+    def __init__(self, server: "WeightServer") -> None:
         self._server = server
 
     def collect(self) -> Iterator[Metric]:
