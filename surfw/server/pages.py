@@ -231,23 +231,18 @@ def plan_pieces(
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
 
 
+@dataclass
 class ReadAhead:
     """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
 
-    def __init__(self, pages: int) -> None:
-        """Start with so many permits."""
-        self._free = pages
+    free: int
 
     def take(self) -> bool:
         """Take a permit, if one is free."""
-        if self._free <= 0:
+        if self.free <= 0:
             return False
-        self._free -= 1
+        self.free -= 1
         return True
-
-    def give(self) -> None:
-        """Give a permit back."""
-        self._free += 1
 
 
 class _Usable(Protocol):
@@ -280,13 +275,13 @@ async def use_ahead(
                 begun.append((piece, asyncio.create_task(piece.use())))
                 continue
             if begun:
-                ahead.give()
+                ahead.free += 1
             return
 
     def drop() -> tuple[Piece, asyncio.Task[None]]:
         dropped = begun.popleft()
         if begun:
-            ahead.give()  # of the one that is the first now
+            ahead.free += 1  # of the one that is the first now
         return dropped
 
     try:
