@@ -8,7 +8,7 @@ looked at only every few seconds.
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from functools import reduce
 from http import HTTPStatus
 from operator import getitem
@@ -27,8 +27,6 @@ from surfw.wire import PROTOCOL, admits, is_meant
 if TYPE_CHECKING:
     from surfw.server.server import WeightServer
 
-log = logging.getLogger("surfw.server")
-
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
 Plain HTTP: GET /livez, /readyz, /stats (JSON), /metrics (Prometheus).
@@ -39,6 +37,7 @@ KEPT_SECONDS = 3.0
 _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
 """
+_PATHS = {"/livez", "/readyz", "/stats", "/metrics"}
 _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
 
@@ -54,23 +53,16 @@ class HttpEndpoints:
         self._looks = SingleFlight(self._look, 1)
         self._ready = False
         self._looked = float("-inf")
-        self._refusals = SparseLog(log, level=logging.WARNING)
-        self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/stats": self._stats,
-            "/metrics": self._metrics,
-        }
+        self._refusals = SparseLog(logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
         """Return the answer to a request; None lets the WebSocket handshake go on."""
         await connection.turn()
         path = request.path.partition("?")[0]
-        endpoint = self._endpoints.get(path)
         if (refusal := self._refuse(connection, request, path)) is not None:
             return refusal
-        if endpoint is not None:
-            return await endpoint(connection)
+        if path in _PATHS:
+            return await self._answer(connection, path)
         if self._server.full:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
@@ -79,7 +71,7 @@ class HttpEndpoints:
         """Return the answer to a request that is for another server or an unknown path, or not allowed."""
         if not self._is_meant(connection, request):
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
-        if path not in self._endpoints and path != "/":
+        if path not in _PATHS and path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, f"There is nothing at this path.\n{_HELP}")
         if path == "/" and "Upgrade" not in request.headers:
             response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
@@ -113,13 +105,23 @@ class HttpEndpoints:
         self._refusals.write(f"{connection.remote_address} is refused: {'another token' if shown else 'no token'}")
         return False
 
-    async def _livez(self, connection: ServerConnection) -> Response:
-        return connection.respond(HTTPStatus.OK, "ok\n")
-
-    async def _readyz(self, connection: ServerConnection) -> Response:
-        if await self._is_ready():
-            return connection.respond(HTTPStatus.OK, "ok\n")
-        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+    async def _answer(self, connection: ServerConnection, path: str) -> Response:
+        match path:
+            case "/livez":
+                return connection.respond(HTTPStatus.OK, "ok\n")
+            case "/readyz":
+                if await self._is_ready():
+                    return connection.respond(HTTPStatus.OK, "ok\n")
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+            case "/stats":
+                await self._is_ready()
+                kind, text = "application/json", json.dumps(self._server.stats()) + "\n"
+            case _:
+                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(self._server)).decode()
+        response = connection.respond(HTTPStatus.OK, text)
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = kind
+        return response
 
     async def _is_ready(self) -> bool:
         """Whether the storage answered when it was last looked at, a few seconds ago at most."""
@@ -134,20 +136,6 @@ class HttpEndpoints:
     async def close(self) -> None:
         """Stop looking at the storage."""
         await self._looks.close()
-
-    async def _stats(self, connection: ServerConnection) -> Response:
-        await self._is_ready()
-        return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._server.stats()) + "\n"), "application/json")
-
-    async def _metrics(self, connection: ServerConnection) -> Response:
-        text = generate_latest(_StatsCollector(self._server)).decode()
-        return _typed(connection.respond(HTTPStatus.OK, text), CONTENT_TYPE_LATEST)
-
-
-def _typed(response: Response, content_type: str) -> Response:
-    del response.headers["Content-Type"]
-    response.headers["Content-Type"] = content_type
-    return response
 
 
 _COUNTERS = {

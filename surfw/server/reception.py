@@ -18,6 +18,8 @@ from websockets.typing import Data
 
 from surfw.server.fairness import Account, Turns
 
+log = logging.getLogger("surfw.server")
+
 PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
 
@@ -188,9 +190,8 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
 class SparseLog:
     """Lines that clients can cause as often as they like: every ten seconds a few are written, the others counted."""
 
-    def __init__(self, log: logging.Logger, *, level: int = logging.INFO, most: int = 1) -> None:
+    def __init__(self, level: int, *, most: int = 1) -> None:
         """Write at most this many lines each time."""
-        self._log = log
         self._level = level
         self._most = self._left = most
         self._next = float("-inf")
@@ -212,20 +213,20 @@ class SparseLog:
         if not self._unwritten:
             return
         more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
-        self._log.log(self._level, "%s%s", self._last, more)
+        log.log(self._level, "%s%s", self._last, more)
         self._unwritten = 0
 
 
 class ClientLog:
     """What a server logs about its clients: one sparse log for each kind of line, shared by all clients."""
 
-    def __init__(self, log: logging.Logger) -> None:
-        """Write to this log."""
-        self.visits = SparseLog(log, most=20)
-        self.closings = SparseLog(log, level=logging.WARNING)
-        self.refusals = SparseLog(log)
-        self.failures = SparseLog(log, level=logging.WARNING)
-        self.changes = SparseLog(log, level=logging.ERROR)
+    def __init__(self) -> None:
+        """Start with nothing counted."""
+        self.visits = SparseLog(logging.INFO, most=20)
+        self.closings = SparseLog(logging.WARNING)
+        self.refusals = SparseLog(logging.INFO)
+        self.failures = SparseLog(logging.WARNING)
+        self.changes = SparseLog(logging.ERROR)
 
     def flush(self) -> None:
         """Write what was counted, of each kind."""

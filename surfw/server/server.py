@@ -6,7 +6,6 @@ who may come, `catalog` for what can be named, `pages` and `sending` for what bo
 
 import asyncio
 import ctypes
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from ssl import SSLContext
-from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
 import psutil
@@ -33,8 +31,6 @@ from surfw.server.redis_tier import RedisTier
 from surfw.server.served import ServedStore
 from surfw.storage import StorageBackend
 from surfw.wire import ServerHealth, ServerStats
-
-log = logging.getLogger("surfw.server")
 
 _ADVANCED_CACHE_MB = 1000
 
@@ -99,7 +95,7 @@ class WeightServer:
         self._clients = clients
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
-        self._client_log = ClientLog(log)
+        self._client_log = ClientLog()
         self._process = psutil.Process()
         self._endpoints: HttpEndpoints | None = None
         self._websockets: Server | None = None
@@ -186,9 +182,7 @@ class WeightServer:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stop."""
         await self.stop()
 
