@@ -36,8 +36,6 @@ _LEAST_KEPT = 4
 """The fewest models that are kept, however large: those that are used at the same time must not evict each other."""
 _READS = 2
 """The most manifests that are read at a time: while it is parsed, one takes many times its size."""
-_LISTING = ""
-"""The one key of the listings that are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +87,8 @@ class Catalog:
 
         A listing that is under way may be too old already: those who ask meanwhile share the next one.
         """
-        self._listings.detach(_LISTING)
-        return await self._listings.join(_LISTING, reader)
+        self._listings.detach("models")
+        return await self._listings.join("models", reader)
 
     async def _list(self, *_: object) -> Sequence[str]:
         self.names = tuple(await self._store.models())

@@ -195,10 +195,7 @@ class SingleFlight(Generic[Key, Value]):
     async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
         """Wait for the work for a key, and return what it returns, or raise what it raises.
 
-        Args:
-            key: what to do.
-            reader: who pays, and whose progress it is; None for the server itself.
-            price: what the work costs, if it begins at this reader's turn.
+        The reader sees its progress, and pays the price if the work begins at its turn. Without one, nobody does.
         """
         reader = reader or Reader()
         flight = self._flights.get(key)

@@ -134,8 +134,9 @@ class HttpEndpoints:
         self._looked = time.monotonic()
 
     async def close(self) -> None:
-        """Stop looking at the storage."""
+        """Stop looking at the storage, and forget what was seen."""
         await self._looks.close()
+        self._looked = float("-inf")
 
 
 _COUNTERS = {

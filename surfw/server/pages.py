@@ -68,7 +68,7 @@ class Page:
 
 
 class PageCache:
-    """Pages of a storage, as read-only views.
+    """Pages of a storage, as read-only views. Asking for one that cannot be read raises `StorageError`.
 
     Attributes:
         cache: the pages that are cached.
@@ -96,24 +96,12 @@ class PageCache:
         """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
 
         From a storage that is far away, several pieces are read ahead. Close the generator to give those up.
-
-        Raises:
-            StorageError: a piece cannot be read.
         """
         pieces = plan_pieces(self, locations, start, stop, reader)
         return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Read the page unless it is cached, and count the use.
-
-        Args:
-            page: what to read.
-            reader: for whom; None for the server itself.
-            wanted_bytes: how much of the page is wanted.
-
-        Raises:
-            StorageError: it cannot be read.
-        """
+        """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
         if self.cache.get(page) is not None:
@@ -125,13 +113,7 @@ class PageCache:
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
         """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.
 
-        Args:
-            page: what to look at; it is read again if it was evicted.
-            reader: for whom, as in `use`.
-            wanted_bytes: how many bytes are used now.
-
-        Raises:
-            StorageError: they cannot be read.
+        The page is read again if it was evicted since its `use`.
         """
         view = self.cache.get(page)
         if view is None:
@@ -147,7 +129,7 @@ class PageCache:
 
     async def _read(self, page: Page, reader: Reader) -> memoryview:
         reading_bytes = sum(other.size for other, _ in self.reads.running())
-        self.cache.trim(max(0, self.cache.capacity_bytes - reading_bytes))
+        self.cache.trim(self.cache.capacity_bytes - reading_bytes)
         buffer = _allocate(page.size)
         try:
             took = await self._fill(page, buffer, reader)
@@ -164,11 +146,7 @@ class PageCache:
         return view
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Read a page, in one go; or block by block, if the storage is so slow that clients need progress in between.
-
-        Returns:
-            The seconds that it took.
-        """
+        """Read a page, and return the seconds that took; block by block if clients need progress in between."""
         step = BLOCK_BYTES if self._is_slow else page.size
         started = time.monotonic()
         for at in range(0, page.size, step):
@@ -255,14 +233,9 @@ Piece = TypeVar("Piece", bound=_Usable)
 async def use_ahead(
     pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
 ) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces in order, each once it was used. By then, the use of the next ones has begun.
+    """Yield the pieces in order, each once it was used. By then, the use of at most `most` others has begun.
 
-    Close the generator to give up the uses that have begun.
-
-    Args:
-        pieces: what to use.
-        ahead: permits for more than one piece ahead, shared with others; None for one alone.
-        most: the most pieces ahead.
+    All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
     """
     ahead = ahead or ReadAhead(0)
     begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
@@ -271,12 +244,11 @@ async def use_ahead(
         # The first needs no permit, so that every answer gets on.
         while len(begun) < most and (not begun or ahead.take()):
             piece = next(pieces, None)
-            if piece is not None:
-                begun.append((piece, asyncio.create_task(piece.use())))
-                continue
-            if begun:
-                ahead.free += 1
-            return
+            if piece is None:
+                if begun:
+                    ahead.free += 1
+                return
+            begun.append((piece, asyncio.create_task(piece.use())))
 
     def drop() -> tuple[Piece, asyncio.Task[None]]:
         dropped = begun.popleft()
@@ -304,12 +276,10 @@ def _allocate(size: int) -> memoryview:
     An allocator would keep freed memory, and scatter small objects over it. Huge pages make up for the cost of mapping:
     4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
     """
-    if size < MIB:
-        return memoryview(bytearray(size))
-    try:
-        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # the system allows no more mappings; the allocator may still have memory
-        return memoryview(bytearray(size))
-    with suppress(OSError, AttributeError):  # a system without huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapped)
+    if size >= MIB:
+        with suppress(OSError):  # the system allows no more mappings; the allocator may still have memory
+            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError, AttributeError):  # a system without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            return memoryview(mapped)
+    return memoryview(bytearray(size))

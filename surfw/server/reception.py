@@ -63,23 +63,15 @@ class Newcomers:
 
 
 class FairConnection(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, with input that waits for its turn.
-
-    Attributes:
-        account: pays for turns of the loop.
-    """
+    """The library's server connection, with input that waits for its turn; `account` pays for turns of the loop."""
 
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
     ) -> None:
-        """Begin to receive, as one of the newcomers.
+        """Begin to receive, as one of the newcomers; what else is given is the library's.
 
-        Args:
-            arguments: the library's.
-            turns: those of the loop, shared by all connections.
-            newcomers: where it counts until it is open, shared by all connections.
-            most_unsent_bytes: while more than this waits to be sent, nothing is read.
-            options: the library's.
+        The turns of the loop and the newcomers are shared by all connections. While more than `most_unsent_bytes` wait
+        to be sent, nothing is read.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
         self.account = newcomers.account

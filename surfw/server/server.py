@@ -97,7 +97,7 @@ class WeightServer:
         self._newcomers = Newcomers()
         self._client_log = ClientLog()
         self._process = psutil.Process()
-        self._endpoints: HttpEndpoints | None = None
+        self._endpoints = HttpEndpoints(self, token, self._listening.names)
         self._websockets: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
@@ -124,7 +124,6 @@ class WeightServer:
             self._stopped = asyncio.Event()
             try:
                 await self._prepare()
-                self._endpoints = HttpEndpoints(self, self._listening.token, self._listening.names)
                 connection = partial(
                     FairConnection,
                     turns=Turns(),
@@ -172,8 +171,7 @@ class WeightServer:
 
     async def _release(self) -> None:
         """Close what was opened for this start."""
-        if self._endpoints is not None:
-            await self._endpoints.close()
+        await self._endpoints.close()
         self._client_log.flush()
         await self._served.close()
 
