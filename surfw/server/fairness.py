@@ -195,7 +195,7 @@ class SingleFlight(Generic[Key, Value]):
     async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
         """Wait for the work for a key, and return what it returns, or raise what it raises.
 
-        The reader sees its progress, and pays the price if the work begins at its turn. Without one, nobody does.
+        The reader sees its progress, and pays the price if the work begins at its turn; None is for the server's own.
         """
         reader = reader or Reader()
         flight = self._flights.get(key)

@@ -43,12 +43,9 @@ class ServedStore:
     """
 
     def __init__(self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int) -> None:
-        """Open the storage; nothing is read yet.
+        """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
-        Args:
-            source: the storage, which is not closed here; or the folder or URL of a store or checkpoint.
-            options: for the storage at that URL, and for the origins of models that were not copied.
-            cache_bytes: budget of the cache.
+        The options are for the storage at that folder or URL, and for the origins of models that were not copied.
 
         Raises:
             ConfigurationError: the storage cannot be opened.
@@ -90,12 +87,7 @@ class ServedStore:
         await self.look()
 
     async def look(self) -> None:
-        """Make sure that the store is there, and look for new models.
-
-        Raises:
-            NotAStoreError: the storage holds no store.
-            StorageError: the storage cannot be read.
-        """
+        """Make sure that the store is there and can be read, and look for new models."""
         await self.store.check()
         await self.catalog.models()
 
@@ -125,10 +117,9 @@ class ServedStore:
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
-    """Make a store whose one model is the checkpoint at a place, a folder or a storage URL, and return its folder.
+    """Make a store whose one model is the checkpoint at a folder or URL, and return its folder.
 
-    Raises:
-        SurfwError: what the child process raised, or that it ended early.
+    What the child process raises is raised here.
     """
     command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
     try:
