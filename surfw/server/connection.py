@@ -23,6 +23,7 @@ from surfw.server.reception import ClientLog, FairConnection
 from surfw.server.sending import Document, Sender
 from surfw.server.served import ServedStore
 from surfw.storage.base import ChangedObjectError
+from surfw.threads import cancel_all
 from surfw.wire import (
     Begin,
     Cancel,
@@ -94,8 +95,7 @@ class Connection:
         except ConnectionClosed as exc:
             self._log.visits.write(f"{self._peer} is gone: {exc}")
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            await cancel_all([telling])
             await self._stop_answering()
 
     async def _close(self, code: int, reason: str) -> None:
@@ -104,10 +104,7 @@ class Connection:
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
     async def _stop_answering(self) -> None:
-        tasks = [request.task for request in self.open_requests.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(request.task for request in self.open_requests.values())
 
     def _take(self, message: Request | Cancel | Credit | None) -> None:
         match message:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from surfw.threads import cancel_all
+
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -260,7 +262,4 @@ class SingleFlight(Generic[Key, Value]):
         """Stop all work."""
         for flight in list(self._flights.values()):
             self._drop(flight)
-        tasks = list(self._begun)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(self._begun)

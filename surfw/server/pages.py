@@ -28,6 +28,7 @@ from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
+from surfw.threads import cancel_all
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs for its work, even if it is told to cache nothing."""
@@ -264,10 +265,7 @@ async def use_ahead(
             begin()
             yield piece
     finally:
-        given_up = [drop()[1] for _ in range(len(begun))]
-        for use in given_up:
-            use.cancel()
-        await asyncio.gather(*given_up, return_exceptions=True)
+        await cancel_all([drop()[1] for _ in range(len(begun))])
 
 
 def _allocate(size: int) -> memoryview:
