@@ -109,11 +109,7 @@ class ServedStore:
         await self.catalog.close()
         await self.digests.close()
         await self.pages.close()
-        await self.store.objects.close()
-        if isinstance(self._source, StorageBackend):
-            await self.store.let_go()
-        else:
-            await self.store.backend.close()
+        await self.store.close(owned=not isinstance(self._source, StorageBackend))
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
