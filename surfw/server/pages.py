@@ -231,14 +231,11 @@ class _Usable(Protocol):
 Piece = TypeVar("Piece", bound=_Usable)
 
 
-async def use_ahead(
-    pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
-) -> AsyncGenerator[Piece, None]:
+async def use_ahead(pieces: Iterator[Piece], ahead: ReadAhead, most: int) -> AsyncGenerator[Piece, None]:
     """Yield the pieces in order, each once it was used. By then, the use of at most `most` others has begun.
 
     All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
     """
-    ahead = ahead or ReadAhead(0)
     begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
 
     def begin() -> None:

@@ -50,10 +50,10 @@ class RedisTier:
         self._reachable = None
         await self.check()
 
-    async def check(self) -> bool:
-        """Whether it answers now, within a second; logs when that has changed."""
+    async def check(self) -> None:
+        """Find out whether it answers now, within a second; log it if that has changed."""
         if self._client is None:
-            return False
+            return
         from redis.exceptions import RedisError
 
         reason = ""
@@ -70,7 +70,6 @@ class RedisTier:
                 log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
             else:
                 log.info("Redis at %s is reached", self.url)
-        return self._reachable
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""
