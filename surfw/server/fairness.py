@@ -92,18 +92,15 @@ class Turns:
 
     async def turn(self, account: Account) -> None:
         """Wait for a turn; what the caller does before its next `await` is the step."""
-        step = self.ask(account)
-        if step is not None:
-            await step
+        await self.ask(account)
 
-    def ask(self, account: Account) -> asyncio.Future[None] | None:
-        """Ask for a turn: return a future that is done when it comes, or None if it came at once."""
-        loop = asyncio.get_running_loop()
-        step: asyncio.Future[None] = loop.create_future()
+    def ask(self, account: Account) -> asyncio.Future[None]:
+        """Return a future that is done when the turn comes, which may be at once."""
+        step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steps.put(account, 1, step)
         if not self._taken:
             self._next()
-        return None if step.done() else step
+        return step
 
     def _next(self) -> None:
         step = self._steps.take()

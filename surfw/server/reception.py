@@ -169,7 +169,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         """Read the next portion in its turn, or, if too much is unsent, once the client has taken enough of it."""
         if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
             self._waits_to_read = True
-        elif (turn := self._turns.ask(self.account)) is None:
+        elif (turn := self._turns.ask(self.account)).done():
             self._resume()
         else:
             turn.add_done_callback(self._resume)
