@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from http import HTTPStatus
 from operator import getitem
@@ -117,7 +118,7 @@ class HttpEndpoints:
                 await self._is_ready()
                 kind, text = "application/json", json.dumps(self._server.stats()) + "\n"
             case _:
-                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(self._server)).decode()
+                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(self._server.stats())).decode()
         response = connection.respond(HTTPStatus.OK, text)
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = kind
@@ -161,19 +162,18 @@ _GAUGES = {
 }
 
 
+@dataclass(frozen=True)
 class _StatsCollector(Collector):
-    """The server's statistics as Prometheus metrics, made when they are asked for."""
+    """A server's statistics as Prometheus metrics."""
 
-    def __init__(self, server: "WeightServer") -> None:
-        self._server = server
+    stats: Any
 
     def collect(self) -> Iterator[Metric]:
-        stats: Any = self._server.stats()
         for kind, table in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
             for name, (text, *path) in table.items():
-                value = reduce(getitem, path, stats)
+                value = reduce(getitem, path, self.stats)
                 yield kind(f"surfw_{name}", text, value=len(value) if isinstance(value, list) else float(value))
         latency = GaugeMetricFamily("surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"])
-        for rank, seconds in stats["requests"]["latency_seconds"].items():
+        for rank, seconds in self.stats["requests"]["latency_seconds"].items():
             latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
         yield latency
