@@ -1,7 +1,7 @@
 """The models of a store, as a server knows them. Here the names that requests give are looked up.
 
 Names, chunk ids and file names from clients are only ever compared with the store's own listing, and with what its
-manifests list. Nothing that a client says becomes a storage key.
+manifests list. Nothing that is not listed there becomes a storage key.
 
 A manifest is read once for all who ask meanwhile, and parsed in a thread. The result is kept until the stored bytes
 change. The store is listed again for a name that is not in the listing, and when that is older than `FRESH_SECONDS`.
