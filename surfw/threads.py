@@ -52,6 +52,14 @@ async def together(works: Iterable[Coroutine[Any, Any, object]]) -> None:
         raise first from first.__cause__
 
 
+async def cancel_all(tasks: Iterable["asyncio.Future[Any]"]) -> None:
+    """Cancel all of them, and wait until they have ended, however that is."""
+    ending = list(tasks)
+    for task in ending:
+        task.cancel()
+    await asyncio.gather(*ending, return_exceptions=True)
+
+
 class DaemonThreads:
     """A few threads for calls that may wait long for a network. The interpreter ends without waiting for them.
 

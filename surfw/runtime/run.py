@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from surfw.errors import ModelClosedError, ModelError
 from surfw.skeleton.default_dtype import runs
+from surfw.threads import cancel_all
 
 T = TypeVar("T")
 _WORKERS = 8
@@ -167,10 +168,7 @@ class IoThread:
 
 async def _end_others() -> None:
     """Cancel all other work of this loop, and wait for it and for its threads."""
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
+    await cancel_all(asyncio.all_tasks() - {asyncio.current_task()})
     await asyncio.get_running_loop().shutdown_default_executor()
 
 

@@ -1,7 +1,7 @@
 """The models of a store, as a server knows them. Here the names that requests give are looked up.
 
 Names, chunk ids and file names from clients are only ever compared with the store's own listing, and with what its
-manifests list. Nothing that a client says becomes a storage key.
+manifests list. Nothing that is not listed there becomes a storage key.
 
 A manifest is read once for all who ask meanwhile, and parsed in a thread. The result is kept until the stored bytes
 change. The store is listed again for a name that is not in the listing, and when that is older than `FRESH_SECONDS`.
@@ -36,8 +36,6 @@ _LEAST_KEPT = 4
 """The fewest models that are kept, however large: those that are used at the same time must not evict each other."""
 _READS = 2
 """The most manifests that are read at a time: while it is parsed, one takes many times its size."""
-_LISTING = ""
-"""The one key of the listings that are under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,6 @@ class Entry:
         revision: the storage's revision of the stored manifest, if it can tell.
         stored: the BLAKE3 of the stored manifest.
         kept_bytes: what all of this takes in memory.
-        is_complete: whether the digests of all chunks are known.
     """
 
     manifest: Manifest
@@ -62,11 +59,15 @@ class Entry:
     revision: str | None
     stored: str
     kept_bytes: int
-    is_complete: bool = True
 
 
 class Catalog:
-    """Looks up what requests name. What the store does not have is refused, with a code and a text for the client."""
+    """Looks up what requests name.
+
+    What the store does not have is refused: a `RefusedError` has a code and a text for the client. All lookups raise
+    `StorageError` or `ManifestError` if the manifest cannot be read. `reader` is who waits, and pays; None for the
+    server itself.
+    """
 
     def __init__(self, store: Store, *, fresh_seconds: float = FRESH_SECONDS) -> None:
         """Look up in this store; nothing is read yet."""
@@ -86,8 +87,8 @@ class Catalog:
 
         A listing that is under way may be too old already: those who ask meanwhile share the next one.
         """
-        self._listings.detach(_LISTING)
-        return await self._listings.join(_LISTING, reader)
+        self._listings.detach("models")
+        return await self._listings.join("models", reader)
 
     async def _list(self, *_: object) -> Sequence[str]:
         self.names = tuple(await self._store.models())
@@ -97,30 +98,16 @@ class Catalog:
         return self.names
 
     async def read(self, model: str, reader: Reader | None = None) -> Entry:
-        """Return the model as it is in the store now.
-
-        Args:
-            model: its name.
-            reader: who waits for it, and pays; None for the server itself.
-
-        Raises:
-            RefusedError: the store has no such model.
-            StorageError, ManifestError: it cannot be read.
-        """
-        name = _own(model, self.names) or _own(model, await self.models(reader))
-        if name is None:
-            raise _unknown(model)
-        try:
-            return await self._reads.join(name, reader)
-        except UnknownModelError as exc:  # it was removed since it was listed
-            await self.models(reader)
-            raise _unknown(model) from exc
+        """Return the model as it is in the store now."""
+        if model in self.names or model in await self.models(reader):
+            try:
+                return await self._reads.join(model, reader)
+            except UnknownModelError:  # it was removed since it was listed
+                await self.models(reader)
+        raise RefusedError(f"there is no model {model[:80]!a} here", code="unknown-model")
 
     async def document(self, model: str, reader: Reader | None = None) -> Document:
-        """Return the model's manifest as it is now, to be sent; raises what `read` raises.
-
-        Loading it later raises `StorageError` if it was replaced since.
-        """
+        """Return the model's manifest as it is now, to be sent. Loading it raises `StorageError` if it was replaced."""
         entry = await self.read(model, reader)
         name, size, digest = entry.manifest.name, len(entry.public), entry.digest
 
@@ -145,15 +132,31 @@ class Catalog:
     async def _read(self, name: str, _: Reader) -> Entry:
         kept = self._entries.get(name)
         revision = await self._store.manifest_revision(name)
-        is_same = kept is not None and revision is not None and kept.revision == revision
-        if kept and is_same and (kept.is_complete or not await asyncio.to_thread(_has_learned, self._store, kept)):
+        if kept and revision and kept.revision == revision and not await asyncio.to_thread(self._has_learned, kept):
             return kept
         size, entry = await self._store.read_manifest(
-            name, lambda data: (len(data), _make_entry(self._store, name, data, revision, kept))
+            name, lambda data: (len(data), self._make_entry(name, data, revision, kept))
         )
         self._reads.read_bytes += size
         self._entries[name] = entry
         return entry
+
+    def _make_entry(self, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
+        """Parse a stored manifest, unless it is the one that is kept; runs in a thread."""
+        stored = payload_digest(data)
+        if kept and kept.stored == stored and not self._has_learned(kept):
+            return replace(kept, revision=revision)
+        manifest = self._store.parse_manifest(name, data)
+        known = self._store.with_digests(manifest)
+        public = known.public().encode()
+        own = _without_details(manifest)
+        chunks = (own if known is manifest else _without_details(known)).by_id | own.by_id
+        kept_bytes = _footprint(own.__dict__, chunks, public)
+        return Entry(own, chunks, public, payload_digest(public), revision, stored, kept_bytes)
+
+    def _has_learned(self, kept: Entry) -> bool:
+        """Whether more digests are known than when it was parsed; may read a file."""
+        return not self._store.with_digests(kept.manifest).by_id.keys() <= kept.chunks.keys()
 
     async def close(self) -> None:
         """Stop reading, and forget everything."""
@@ -162,12 +165,7 @@ class Catalog:
         self._entries.clear()
 
     async def chunk(self, request: Get, reader: Reader | None = None) -> Sequence[Location]:
-        """Return where the stored bytes that are asked for lie.
-
-        Raises:
-            RefusedError: the model's manifest does not list such bytes.
-            StorageError, ManifestError: the manifest cannot be read.
-        """
+        """Return where the stored bytes that are asked for lie."""
         manifest, chunk = await self.find(request.model, request.chunk, reader)
         form = chunk.form(request.form)
         if form is None:
@@ -182,12 +180,7 @@ class Catalog:
         return form.locations
 
     async def find(self, model: str, identity: str, reader: Reader | None = None) -> tuple[Manifest, Chunk]:
-        """Return the model's manifest, and the chunk that has this identity.
-
-        Raises:
-            RefusedError: the model has no such chunk.
-            StorageError, ManifestError: the manifest cannot be read.
-        """
+        """Return the model's manifest, and the chunk that has this identity."""
         entry = await self.entry(model, reader)
         chunk = entry.chunks.get(identity)
         if chunk is None:
@@ -195,31 +188,12 @@ class Catalog:
         return entry.manifest, chunk
 
     async def file(self, request: GetFile, reader: Reader | None = None) -> tuple[Location, str]:
-        """Return where a file of the model lies, and its digest.
-
-        Raises:
-            RefusedError: the model's manifest does not list it.
-            StorageError, ManifestError: the manifest cannot be read.
-        """
+        """Return where a file of the model lies, and its digest."""
         manifest = (await self.entry(request.model, reader)).manifest
         for file in manifest.files:
             if file.path == request.path:
                 return Location(file.object, 0, file.size), file.digest
         raise RefusedError(f"{manifest.name} has no file {request.path[:80]!a}", code="unknown-file")
-
-
-def _make_entry(store: Store, name: str, data: bytes, revision: str | None, kept: Entry | None) -> Entry:
-    """Parse a stored manifest, unless it is the one that is kept; runs in a thread."""
-    stored = payload_digest(data)
-    if kept is not None and kept.stored == stored and kept.is_complete:
-        return replace(kept, revision=revision)
-    manifest = store.parse_manifest(name, data)
-    known = store.with_digests(manifest)
-    public = known.public().encode()
-    own = _without_details(manifest)
-    chunks = (own if known is manifest else _without_details(known)).by_id | own.by_id
-    kept_bytes = _footprint(own.__dict__, chunks, public)
-    return Entry(own, chunks, public, payload_digest(public), revision, stored, kept_bytes, known.is_known)
 
 
 def _without_details(manifest: Manifest) -> Manifest:
@@ -241,17 +215,3 @@ def _footprint(*roots: Any) -> int:
             total += sys.getsizeof(one)
             rest.extend(gc.get_referents(one))
     return total
-
-
-def _has_learned(store: Store, kept: Entry) -> bool:
-    """Whether more digests are known than when it was parsed; reads a file."""
-    return not store.with_digests(kept.manifest).by_id.keys() <= kept.chunks.keys()
-
-
-def _own(model: str, names: Sequence[str]) -> str | None:
-    """The store's own copy of a name from the wire; None if it has no such model."""
-    return next((name for name in names if name == model), None)
-
-
-def _unknown(model: str) -> RefusedError:
-    return RefusedError(f"there is no model {model[:80]!a} here", code="unknown-model")

@@ -8,9 +8,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
@@ -24,6 +23,7 @@ from surfw.server.reception import ClientLog, FairConnection
 from surfw.server.sending import Document, Sender
 from surfw.server.served import ServedStore
 from surfw.storage.base import ChangedObjectError
+from surfw.threads import cancel_all
 from surfw.wire import (
     Begin,
     Cancel,
@@ -95,8 +95,7 @@ class Connection:
         except ConnectionClosed as exc:
             self._log.visits.write(f"{self._peer} is gone: {exc}")
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            await cancel_all([telling])
             await self._stop_answering()
 
     async def _close(self, code: int, reason: str) -> None:
@@ -105,10 +104,7 @@ class Connection:
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
     async def _stop_answering(self) -> None:
-        tasks = [request.task for request in self.open_requests.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_all(request.task for request in self.open_requests.values())
 
     def _take(self, message: Request | Cancel | Credit | None) -> None:
         match message:
@@ -142,7 +138,7 @@ class Connection:
     async def _answer(self, request: Request, reader: Reader) -> None:
         started = time.perf_counter()
         try:
-            await self._ANSWERS[type(request)](self, request, reader)
+            await self._send_answer(request, reader)
         except RefusedError as exc:
             self._log.refusals.write(f"{self._peer} is refused: {exc}")
             self._fail(request, exc.code, str(exc))
@@ -170,32 +166,36 @@ class Connection:
         if self._session.is_open(request.id):
             self._sender.send(Failed(request.id, code, printable(text)))
 
-    async def _send_models(self, request: ListModels, reader: Reader) -> None:
-        names = tuple(await self._served.catalog.models(reader))
+    async def _send_answer(self, request: Request, reader: Reader) -> None:
+        catalog = self._served.catalog
+        looking_up = Reader(reader.account)  # the same account pays, but the client hears no progress of it
+        match request:
+            case ListModels():
+                await self._send_models(request.id, await catalog.models(reader))
+            case GetManifest():
+                await self._send_document(request.id, await catalog.document(request.model, reader))
+            case GetDigests():
+                await self._send_document(request.id, await self._served.digests.document(request, reader))
+            case GetFile():
+                location, digest = await catalog.file(request, looking_up)
+                self._sender.send(Begin(request.id, location.stop, digest))
+                await self._send_stored(request.id, [location], 0, location.stop, reader)
+            case Get():
+                locations = await catalog.chunk(request, looking_up)
+                reader.fresh = request.fresh
+                await self._send_stored(
+                    request.id, locations, request.start, request.stop, reader, priority=request.priority
+                )
+
+    async def _send_models(self, number: int, names: Sequence[str]) -> None:
         if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
             raise RefusedError(f"{len(names)} models are more than one message can list", code="too-many")
         async with self._sender.turn(0, 0):
-            self._sender.send(Models(request.id, names))
+            self._sender.send(Models(number, tuple(names)))
 
-    async def _send_manifest(self, request: GetManifest, reader: Reader) -> None:
-        await self._send_document(request, await self._served.catalog.document(request.model, reader))
-
-    async def _send_digests(self, request: GetDigests, reader: Reader) -> None:
-        await self._send_document(request, await self._served.digests.document(request, reader))
-
-    async def _send_file(self, request: GetFile, reader: Reader) -> None:
-        location, digest = await self._served.catalog.file(request, _looking_up(reader))
-        self._sender.send(Begin(request.id, location.stop, digest))
-        await self._send_stored(request.id, [location], 0, location.stop, reader)
-
-    async def _send_chunk(self, request: Get, reader: Reader) -> None:
-        locations = await self._served.catalog.chunk(request, _looking_up(reader))
-        reader.fresh = request.fresh
-        await self._send_stored(request.id, locations, request.start, request.stop, reader, priority=request.priority)
-
-    async def _send_document(self, request: Request, document: Document) -> None:
-        self._sender.send(Begin(request.id, document.size, document.digest))
-        await self._sender.send_piece(request.id, 0, document)
+    async def _send_document(self, number: int, document: Document) -> None:
+        self._sender.send(Begin(number, document.size, document.digest))
+        await self._sender.send_piece(number, 0, document)
 
     async def _send_stored(
         self, number: int, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, priority: int = 0
@@ -207,16 +207,3 @@ class Connection:
             async for piece in pieces:
                 await self._sender.send_piece(number, start, piece, priority)
                 start += piece.size
-
-    _ANSWERS: ClassVar[Mapping[type[Request], Callable[["Connection", Any, Reader], Coroutine[Any, Any, None]]]] = {
-        ListModels: _send_models,
-        GetManifest: _send_manifest,
-        GetFile: _send_file,
-        GetDigests: _send_digests,
-        Get: _send_chunk,
-    }
-
-
-def _looking_up(reader: Reader) -> Reader:
-    """A reader for looking up what a request names: the same account pays, but the client hears no progress of it."""
-    return Reader(reader.account)

@@ -16,24 +16,23 @@ and one that wants much waits behind what it already had. Turns cannot be saved 
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
+
+from surfw.threads import cancel_all
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
+@dataclass(slots=True, eq=False)
 class Account:
     """What one client has paid in a queue, on that queue's scale."""
 
-    __slots__ = ("paid",)
-
-    def __init__(self, paid: float = 0.0) -> None:
-        """Start with what is paid already."""
-        self.paid = paid
+    paid: float = 0.0
 
 
 class FairQueue(Generic[Item]):
@@ -93,18 +92,15 @@ class Turns:
 
     async def turn(self, account: Account) -> None:
         """Wait for a turn; what the caller does before its next `await` is the step."""
-        step = self.ask(account)
-        if step is not None:
-            await step
+        await self.ask(account)
 
-    def ask(self, account: Account) -> asyncio.Future[None] | None:
-        """Ask for a turn: return a future that is done when it comes, or None if it came at once."""
-        loop = asyncio.get_running_loop()
-        step: asyncio.Future[None] = loop.create_future()
+    def ask(self, account: Account) -> asyncio.Future[None]:
+        """Return a future that is done when the turn comes, which may be at once."""
+        step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._steps.put(account, 1, step)
         if not self._taken:
             self._next()
-        return None if step.done() else step
+        return step
 
     def _next(self) -> None:
         step = self._steps.take()
@@ -148,18 +144,16 @@ class Reader:
         return self.read_bytes + sum(flight.reader.progress_bytes for flight in self.waits_for)
 
 
+@dataclass(slots=True, eq=False)
 class _Flight(Generic[Key, Value]):
     """Work for one key: for whom it reads, its outcome, how many wait for that, and its task, once it has begun."""
 
-    __slots__ = ("flights", "key", "outcome", "reader", "task", "waiters")
-
-    def __init__(self, flights: "SingleFlight[Key, Value]", key: Key, account: Account) -> None:
-        self.flights = flights
-        self.key = key
-        self.reader = Reader(account)
-        self.outcome: asyncio.Future[Value] = asyncio.get_running_loop().create_future()
-        self.waiters = 0
-        self.task: asyncio.Task[Value] | None = None
+    flights: "SingleFlight[Key, Value]"
+    key: Key
+    reader: Reader
+    outcome: asyncio.Future[Value]
+    waiters: int = 0
+    task: asyncio.Task[Value] | None = None
 
     @property
     def has_begun(self) -> bool:
@@ -176,15 +170,16 @@ class SingleFlight(Generic[Key, Value]):
         read_bytes: what was read so far, for anybody.
     """
 
-    def __init__(self, work: Callable[[Key, Reader], Awaitable[Value]], slots: int) -> None:
+    def __init__(self, work: Callable[[Key, Reader], Coroutine[Any, Any, Value]], slots: int) -> None:
         """Start with nothing to do."""
         self.read_bytes = 0
         self._work = work
-        self._free = slots
+        self._slots = slots
         self._flights: dict[Key, _Flight[Key, Value]] = {}
-        self._queue: FairQueue[_Flight[Key, Value]] = FairQueue(lambda flight: flight.has_begun)
-        self._tasks: dict[asyncio.Task[Value], _Flight[Key, Value]] = {}
-        self._anyone = Reader()
+        self._queue: FairQueue[_Flight[Key, Value]] = FairQueue(
+            lambda flight: flight.has_begun or flight.outcome.done()
+        )
+        self._begun: dict[asyncio.Task[Value], _Flight[Key, Value]] = {}
 
     def __contains__(self, key: object) -> bool:
         return key in self._flights
@@ -194,20 +189,18 @@ class SingleFlight(Generic[Key, Value]):
 
     def running(self) -> Iterator[tuple[Key, Reader]]:
         """The keys that are being worked on, each with the reader of its work."""
-        return ((flight.key, flight.reader) for task, flight in self._tasks.items() if not task.done())
+        return ((flight.key, flight.reader) for task, flight in self._begun.items() if not task.done())
 
     async def join(self, key: Key, reader: Reader | None = None, price: float = 1) -> Value:
         """Wait for the work for a key, and return what it returns, or raise what it raises.
 
-        Args:
-            key: what to do.
-            reader: who pays, and whose progress it is; None for the server itself.
-            price: what the work costs, if it begins at this reader's turn.
+        The reader sees its progress, and pays the price if the work begins at its turn; None is for the server's own.
         """
-        reader = reader or self._anyone
+        reader = reader or Reader()
         flight = self._flights.get(key)
         if flight is None:
-            flight = self._flights[key] = _Flight(self, key, reader.account)
+            outcome = asyncio.get_running_loop().create_future()
+            flight = self._flights[key] = _Flight(self, key, Reader(reader.account), outcome)
         flight.waiters += 1
         reader.waits_for.append(flight)
         reader.seen_bytes = self.read_bytes
@@ -223,9 +216,8 @@ class SingleFlight(Generic[Key, Value]):
             flight.waiters -= 1
             # It may have begun on another account; the queue must not keep it, and its outcome, until our turn comes.
             self._queue.drop(reader.account, flight)
-            if not flight.waiters and not flight.has_begun:
-                self._forget(flight)
-                flight.outcome.cancel()
+            if not flight.waiters:
+                self._drop(flight)
 
     def detach(self, key: Key) -> None:
         """Let nobody join the work for a key that has begun: the next request has it done again."""
@@ -235,19 +227,14 @@ class SingleFlight(Generic[Key, Value]):
 
     def _begin(self) -> None:
         """Begin what is queued, as far as there are slots."""
-        while self._free and (flight := self._queue.take()) is not None:
-            self._free -= 1
-            flight.task = asyncio.create_task(self._fly(flight), name=f"surfw {flight.key}")
-            self._tasks[flight.task] = flight
+        while len(self._begun) < self._slots and (flight := self._queue.take()) is not None:
+            flight.task = asyncio.create_task(self._work(flight.key, flight.reader), name=f"surfw {flight.key}")
+            self._begun[flight.task] = flight
             flight.task.add_done_callback(partial(self._finished, flight))
-
-    async def _fly(self, flight: _Flight[Key, Value]) -> Value:
-        return await self._work(flight.key, flight.reader)
 
     def _finished(self, flight: _Flight[Key, Value], task: asyncio.Task[Value]) -> None:
         self._forget(flight)
-        del self._tasks[task]
-        self._free += 1
+        del self._begun[task]
         if task.cancelled():
             flight.outcome.cancel()
         elif (exc := task.exception()) is not None:
@@ -262,14 +249,14 @@ class SingleFlight(Generic[Key, Value]):
         if self._flights.get(flight.key) is flight:
             del self._flights[flight.key]
 
+    def _drop(self, flight: _Flight[Key, Value]) -> None:
+        """Give up work that has not begun."""
+        if not flight.has_begun:
+            self._forget(flight)
+            flight.outcome.cancel()
+
     async def close(self) -> None:
         """Stop all work."""
         for flight in list(self._flights.values()):
-            if not flight.has_begun:
-                self._forget(flight)
-                flight.outcome.cancel()
-        self._queue = FairQueue(lambda flight: flight.has_begun)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            self._drop(flight)
+        await cancel_all(self._begun)

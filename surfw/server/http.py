@@ -8,13 +8,13 @@ looked at only every few seconds.
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import reduce
 from http import HTTPStatus
 from operator import getitem
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -23,9 +23,10 @@ from websockets.http11 import Request, Response
 
 from surfw.server.fairness import SingleFlight
 from surfw.server.reception import FairConnection, SparseLog
-from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
+from surfw.wire import PROTOCOL, admits, is_meant
 
-log = logging.getLogger("surfw.server")
+if TYPE_CHECKING:
+    from surfw.server.server import WeightServer
 
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
@@ -37,28 +38,15 @@ KEPT_SECONDS = 3.0
 _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
 """
+_PATHS = {"/livez", "/readyz", "/stats", "/metrics"}
 _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
-
-
-class Reporting(Protocol):
-    """A server that reports on itself."""
-
-    @property
-    def full(self) -> bool:
-        """Whether no more clients are taken."""
-
-    async def health(self) -> ServerHealth:
-        """Whether the server and its storage can be reached now."""
-
-    def stats(self) -> ServerStats:
-        """The counters."""
 
 
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, server: Reporting, token: str | None, names: Collection[str] = ()) -> None:
+    def __init__(self, server: "WeightServer", token: str | None, names: Collection[str]) -> None:
         """Report on a server that wants this token, if any, and may be called by these names."""
         self._server = server
         self._token = token
@@ -66,25 +54,16 @@ class HttpEndpoints:
         self._looks = SingleFlight(self._look, 1)
         self._ready = False
         self._looked = float("-inf")
-        self._refusals = SparseLog(log, level=logging.WARNING)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_StatsCollector(server))
-        self._endpoints: dict[str, Callable[[ServerConnection], Awaitable[Response]]] = {
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/stats": self._stats,
-            "/metrics": self._metrics,
-        }
+        self._refusals = SparseLog(logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
         """Return the answer to a request; None lets the WebSocket handshake go on."""
         await connection.turn()
         path = request.path.partition("?")[0]
-        endpoint = self._endpoints.get(path)
         if (refusal := self._refuse(connection, request, path)) is not None:
             return refusal
-        if endpoint is not None:
-            return await endpoint(connection)
+        if path in _PATHS:
+            return await self._answer(connection, path)
         if self._server.full:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
@@ -93,7 +72,7 @@ class HttpEndpoints:
         """Return the answer to a request that is for another server or an unknown path, or not allowed."""
         if not self._is_meant(connection, request):
             return connection.respond(HTTPStatus.MISDIRECTED_REQUEST, _MISDIRECTED)
-        if path not in self._endpoints and path != "/":
+        if path not in _PATHS and path != "/":
             return connection.respond(HTTPStatus.NOT_FOUND, f"There is nothing at this path.\n{_HELP}")
         if path == "/" and "Upgrade" not in request.headers:
             response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
@@ -127,13 +106,23 @@ class HttpEndpoints:
         self._refusals.write(f"{connection.remote_address} is refused: {'another token' if shown else 'no token'}")
         return False
 
-    async def _livez(self, connection: ServerConnection) -> Response:
-        return connection.respond(HTTPStatus.OK, "ok\n")
-
-    async def _readyz(self, connection: ServerConnection) -> Response:
-        if await self._is_ready():
-            return connection.respond(HTTPStatus.OK, "ok\n")
-        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+    async def _answer(self, connection: ServerConnection, path: str) -> Response:
+        match path:
+            case "/livez":
+                return connection.respond(HTTPStatus.OK, "ok\n")
+            case "/readyz":
+                if await self._is_ready():
+                    return connection.respond(HTTPStatus.OK, "ok\n")
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
+            case "/stats":
+                await self._is_ready()
+                kind, text = "application/json", json.dumps(self._server.stats()) + "\n"
+            case _:
+                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(self._server.stats())).decode()
+        response = connection.respond(HTTPStatus.OK, text)
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = kind
+        return response
 
     async def _is_ready(self) -> bool:
         """Whether the storage answered when it was last looked at, a few seconds ago at most."""
@@ -146,22 +135,9 @@ class HttpEndpoints:
         self._looked = time.monotonic()
 
     async def close(self) -> None:
-        """Stop looking at the storage."""
+        """Stop looking at the storage, and forget what was seen."""
         await self._looks.close()
-
-    async def _stats(self, connection: ServerConnection) -> Response:
-        await self._is_ready()
-        return _typed(connection.respond(HTTPStatus.OK, json.dumps(self._server.stats()) + "\n"), "application/json")
-
-    async def _metrics(self, connection: ServerConnection) -> Response:
-        text = generate_latest(self._registry).decode()
-        return _typed(connection.respond(HTTPStatus.OK, text), CONTENT_TYPE_LATEST)
-
-
-def _typed(response: Response, content_type: str) -> Response:
-    del response.headers["Content-Type"]
-    response.headers["Content-Type"] = content_type
-    return response
+        self._looked = float("-inf")
 
 
 _COUNTERS = {
@@ -186,19 +162,18 @@ _GAUGES = {
 }
 
 
+@dataclass(frozen=True)
 class _StatsCollector(Collector):
-    """The server's statistics as Prometheus metrics, made when they are asked for."""
+    """A server's statistics as Prometheus metrics."""
 
-    def __init__(self, server: Reporting) -> None:
-        self._server = server
+    stats: Any
 
     def collect(self) -> Iterator[Metric]:
-        stats: Any = self._server.stats()
         for kind, table in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
             for name, (text, *path) in table.items():
-                value = reduce(getitem, path, stats)
+                value = reduce(getitem, path, self.stats)
                 yield kind(f"surfw_{name}", text, value=len(value) if isinstance(value, list) else float(value))
         latency = GaugeMetricFamily("surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"])
-        for rank, seconds in stats["requests"]["latency_seconds"].items():
+        for rank, seconds in self.stats["requests"]["latency_seconds"].items():
             latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
         yield latency

@@ -49,7 +49,6 @@ class LateDigests:
 
         Raises:
             RefusedError: there is no such chunk, or the manifest has its digests.
-            StorageError: its bytes cannot be read, or were changed.
         """
         manifest, chunk = await self._catalog.find(request.model, request.chunk, Reader(reader.account))
         if chunk.forms[0].is_known or manifest.origin is None:
@@ -58,7 +57,12 @@ class LateDigests:
         digests = self._store.learned.get(wanted.manifest, chunk)
         if digests is None:
             digests = await self._reads.join(wanted, reader, chunk.forms[0].stored_bytes)
-        return _document(digests)
+
+        async def load() -> bytes:
+            return json.dumps(digests.document()).encode()
+
+        data = await load()
+        return Document(len(data), payload_digest(data), load)
 
     async def _read(self, wanted: _Wanted, reader: Reader) -> Digests:
         return await self._store.learned.learn(wanted.manifest, wanted.chunk, self._views(wanted.chunk, reader))
@@ -74,13 +78,3 @@ class LateDigests:
     async def close(self) -> None:
         """Stop reading."""
         await self._reads.close()
-
-
-def _document(digests: Digests) -> Document:
-    """Encode digests as they cross the wire, once for their size, and again for every run that is sent."""
-
-    async def load() -> bytes:
-        return json.dumps(digests.document()).encode()
-
-    data = json.dumps(digests.document()).encode()
-    return Document(len(data), payload_digest(data), load)

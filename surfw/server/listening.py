@@ -34,25 +34,15 @@ _HOST = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,252}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listening:
-    """An address to listen on.
-
-    Attributes:
-        host: anything but a loopback address needs a token and TLS, or `insecure`.
-        port: TCP port; 0 lets the system choose.
-        token: what clients have to show; None lets everybody in.
-        tls: certificates for `wss://`; None for `ws://`.
-        insecure: listen beyond loopback although clients, or what they read, are not protected.
-        allowed_hosts: names that the server may be called by, besides its `host`.
-        limits: sizes of messages, frames and windows.
-    """
+    """An address to listen on; `tls` is the `ssl` of `WeightServer`, where all of this is explained."""
 
     host: str
     port: int
-    token: str | None = field(default=None, repr=False)
-    tls: ssl.SSLContext | None = None
-    insecure: bool = False
-    allowed_hosts: Sequence[str] = ()
-    limits: WireLimits = field(default_factory=WireLimits)
+    token: str | None = field(repr=False)
+    tls: ssl.SSLContext | None
+    insecure: bool
+    allowed_hosts: Sequence[str]
+    limits: WireLimits
 
     def __post_init__(self) -> None:
         """Refuse what cannot be used on any machine.
@@ -103,8 +93,7 @@ class Listening:
         self._check_exposure()
         tls: dict[str, Any] = {}
         if self.tls is not None:
-            seconds = {"ssl_handshake_timeout": OPEN_SECONDS, "ssl_shutdown_timeout": _CLOSE_SECONDS}
-            tls = {"ssl": self.tls} | seconds
+            tls = {"ssl": self.tls, "ssl_handshake_timeout": OPEN_SECONDS, "ssl_shutdown_timeout": _CLOSE_SECONDS}
         try:
             return await serve(
                 serve_client,

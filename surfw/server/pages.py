@@ -25,9 +25,10 @@ from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
-from surfw.server.cache import Cache, ProvingCache
+from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
+from surfw.threads import cancel_all
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
 """What a server needs for its work, even if it is told to cache nothing."""
@@ -68,7 +69,7 @@ class Page:
 
 
 class PageCache:
-    """Pages of a storage, as read-only views.
+    """Pages of a storage, as read-only views. Asking for one that cannot be read raises `StorageError`.
 
     Attributes:
         cache: the pages that are cached.
@@ -79,7 +80,7 @@ class PageCache:
     def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
         """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self.cache: Cache[Page, memoryview] = ProvingCache(capacity_bytes, len)
+        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
@@ -96,24 +97,12 @@ class PageCache:
         """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
 
         From a storage that is far away, several pieces are read ahead. Close the generator to give those up.
-
-        Raises:
-            StorageError: a piece cannot be read.
         """
         pieces = plan_pieces(self, locations, start, stop, reader)
         return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
-        """Read the page unless it is cached, and count the use.
-
-        Args:
-            page: what to read.
-            reader: for whom; None for the server itself.
-            wanted_bytes: how much of the page is wanted.
-
-        Raises:
-            StorageError: it cannot be read.
-        """
+        """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
         if self.cache.get(page) is not None:
@@ -125,13 +114,7 @@ class PageCache:
     async def view(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> memoryview:
         """Return the page's bytes, for use until the next `await`: keeping them longer would exceed the budget.
 
-        Args:
-            page: what to look at; it is read again if it was evicted.
-            reader: for whom, as in `use`.
-            wanted_bytes: how many bytes are used now.
-
-        Raises:
-            StorageError: they cannot be read.
+        The page is read again if it was evicted since its `use`.
         """
         view = self.cache.get(page)
         if view is None:
@@ -147,7 +130,7 @@ class PageCache:
 
     async def _read(self, page: Page, reader: Reader) -> memoryview:
         reading_bytes = sum(other.size for other, _ in self.reads.running())
-        self.cache.trim(max(0, self.cache.capacity_bytes - reading_bytes))
+        self.cache.trim(self.cache.capacity_bytes - reading_bytes)
         buffer = _allocate(page.size)
         try:
             took = await self._fill(page, buffer, reader)
@@ -164,11 +147,7 @@ class PageCache:
         return view
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Read a page, in one go; or block by block, if the storage is so slow that clients need progress in between.
-
-        Returns:
-            The seconds that it took.
-        """
+        """Read a page, and return the seconds that took; block by block if clients need progress in between."""
         step = BLOCK_BYTES if self._is_slow else page.size
         started = time.monotonic()
         for at in range(0, page.size, step):
@@ -231,23 +210,18 @@ def plan_pieces(
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
 
 
+@dataclass
 class ReadAhead:
     """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
 
-    def __init__(self, pages: int) -> None:
-        """Start with so many permits."""
-        self._free = pages
+    free: int
 
     def take(self) -> bool:
         """Take a permit, if one is free."""
-        if self._free <= 0:
+        if self.free <= 0:
             return False
-        self._free -= 1
+        self.free -= 1
         return True
-
-    def give(self) -> None:
-        """Give a permit back."""
-        self._free += 1
 
 
 class _Usable(Protocol):
@@ -257,36 +231,27 @@ class _Usable(Protocol):
 Piece = TypeVar("Piece", bound=_Usable)
 
 
-async def use_ahead(
-    pieces: Iterator[Piece], ahead: ReadAhead | None = None, most: int = 1
-) -> AsyncGenerator[Piece, None]:
-    """Yield the pieces in order, each once it was used. By then, the use of the next ones has begun.
+async def use_ahead(pieces: Iterator[Piece], ahead: ReadAhead, most: int) -> AsyncGenerator[Piece, None]:
+    """Yield the pieces in order, each once it was used. By then, the use of at most `most` others has begun.
 
-    Close the generator to give up the uses that have begun.
-
-    Args:
-        pieces: what to use.
-        ahead: permits for more than one piece ahead, shared with others; None for one alone.
-        most: the most pieces ahead.
+    All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
     """
-    ahead = ahead or ReadAhead(0)
     begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
 
     def begin() -> None:
         # The first needs no permit, so that every answer gets on.
         while len(begun) < most and (not begun or ahead.take()):
             piece = next(pieces, None)
-            if piece is not None:
-                begun.append((piece, asyncio.create_task(piece.use())))
-                continue
-            if begun:
-                ahead.give()
-            return
+            if piece is None:
+                if begun:
+                    ahead.free += 1
+                return
+            begun.append((piece, asyncio.create_task(piece.use())))
 
     def drop() -> tuple[Piece, asyncio.Task[None]]:
         dropped = begun.popleft()
         if begun:
-            ahead.give()  # of the one that is the first now
+            ahead.free += 1  # of the one that is the first now
         return dropped
 
     try:
@@ -297,10 +262,7 @@ async def use_ahead(
             begin()
             yield piece
     finally:
-        given_up = [drop()[1] for _ in range(len(begun))]
-        for use in given_up:
-            use.cancel()
-        await asyncio.gather(*given_up, return_exceptions=True)
+        await cancel_all([drop()[1] for _ in range(len(begun))])
 
 
 def _allocate(size: int) -> memoryview:
@@ -309,12 +271,10 @@ def _allocate(size: int) -> memoryview:
     An allocator would keep freed memory, and scatter small objects over it. Huge pages make up for the cost of mapping:
     4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
     """
-    if size < MIB:
-        return memoryview(bytearray(size))
-    try:
-        mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # the system allows no more mappings; the allocator may still have memory
-        return memoryview(bytearray(size))
-    with suppress(OSError, AttributeError):  # a system without huge pages
-        mapped.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(mapped)
+    if size >= MIB:
+        with suppress(OSError):  # the system allows no more mappings; the allocator may still have memory
+            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with suppress(OSError, AttributeError):  # a system without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)
+            return memoryview(mapped)
+    return memoryview(bytearray(size))

@@ -18,6 +18,8 @@ from websockets.typing import Data
 
 from surfw.server.fairness import Account, Turns
 
+log = logging.getLogger("surfw.server")
+
 PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
 
@@ -61,23 +63,15 @@ class Newcomers:
 
 
 class FairConnection(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, with input that waits for its turn.
-
-    Attributes:
-        account: pays for turns of the loop.
-    """
+    """The library's server connection, with input that waits for its turn; `account` pays for turns of the loop."""
 
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
     ) -> None:
-        """Begin to receive, as one of the newcomers.
+        """Begin to receive, as one of the newcomers; what else is given is the library's.
 
-        Args:
-            arguments: the library's.
-            turns: those of the loop, shared by all connections.
-            newcomers: where it counts until it is open, shared by all connections.
-            most_unsent_bytes: while more than this waits to be sent, nothing is read.
-            options: the library's.
+        The turns of the loop and the newcomers are shared by all connections. While more than `most_unsent_bytes` wait
+        to be sent, nothing is read.
         """
         super().__init__(*arguments, **options | {"max_queue": None})  # the queue is at most a portion
         self.account = newcomers.account
@@ -175,7 +169,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         """Read the next portion in its turn, or, if too much is unsent, once the client has taken enough of it."""
         if self.transport.get_write_buffer_size() > self._most_unsent_bytes:
             self._waits_to_read = True
-        elif (turn := self._turns.ask(self.account)) is None:
+        elif (turn := self._turns.ask(self.account)).done():
             self._resume()
         else:
             turn.add_done_callback(self._resume)
@@ -188,9 +182,8 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
 class SparseLog:
     """Lines that clients can cause as often as they like: every ten seconds a few are written, the others counted."""
 
-    def __init__(self, log: logging.Logger, *, level: int = logging.INFO, most: int = 1) -> None:
+    def __init__(self, level: int, *, most: int = 1) -> None:
         """Write at most this many lines each time."""
-        self._log = log
         self._level = level
         self._most = self._left = most
         self._next = float("-inf")
@@ -212,20 +205,20 @@ class SparseLog:
         if not self._unwritten:
             return
         more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
-        self._log.log(self._level, "%s%s", self._last, more)
+        log.log(self._level, "%s%s", self._last, more)
         self._unwritten = 0
 
 
 class ClientLog:
     """What a server logs about its clients: one sparse log for each kind of line, shared by all clients."""
 
-    def __init__(self, log: logging.Logger) -> None:
-        """Write to this log."""
-        self.visits = SparseLog(log, most=20)
-        self.closings = SparseLog(log, level=logging.WARNING)
-        self.refusals = SparseLog(log)
-        self.failures = SparseLog(log, level=logging.WARNING)
-        self.changes = SparseLog(log, level=logging.ERROR)
+    def __init__(self) -> None:
+        """Start with nothing counted."""
+        self.visits = SparseLog(logging.INFO, most=20)
+        self.closings = SparseLog(logging.WARNING)
+        self.refusals = SparseLog(logging.INFO)
+        self.failures = SparseLog(logging.WARNING)
+        self.changes = SparseLog(logging.ERROR)
 
     def flush(self) -> None:
         """Write what was counted, of each kind."""

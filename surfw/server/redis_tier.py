@@ -6,6 +6,7 @@ next check finds it. The credentials in its URL are never shown.
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from surfw.config import display_url, printable
@@ -49,10 +50,10 @@ class RedisTier:
         self._reachable = None
         await self.check()
 
-    async def check(self) -> bool:
-        """Whether it answers now, within a second; logs when that has changed."""
+    async def check(self) -> None:
+        """Find out whether it answers now, within a second; log it if that has changed."""
         if self._client is None:
-            return False
+            return
         from redis.exceptions import RedisError
 
         reason = ""
@@ -69,7 +70,6 @@ class RedisTier:
                 log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
             else:
                 log.info("Redis at %s is reached", self.url)
-        return self._reachable
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""
@@ -88,19 +88,16 @@ def _make_client(url: str, shown: str) -> "Redis":
         raise ConfigurationError(
             f"Redis at {shown} needs the package 'redis', which is not installed; pip install \"surfw[redis]\""
         ) from exc
-    usable = url.startswith(_SCHEMES)
-    if usable:
-        try:
+    with suppress(ValueError, TypeError):
+        if url.startswith(_SCHEMES):
             client: Redis = Redis.from_url(
                 url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
             )
             # Making a connection, without connecting it, finds options that do not exist.
             client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        except (ValueError, TypeError):
-            usable = False
-    if not usable:  # raised here, so that no traceback shows what could not be parsed: it may be part of a password
-        raise ConfigurationError(
-            f"{shown} is not the URL of a Redis; expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix://PATH, "
-            "with a password that is percent-encoded"
-        )
-    return client
+            return client
+    # Raised here, so that no traceback shows what could not be parsed: it may be part of a password.
+    raise ConfigurationError(
+        f"{shown} is not the URL of a Redis; expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix://PATH, "
+        "with a password that is percent-encoded"
+    )

@@ -13,29 +13,18 @@ import heapq
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from websockets.asyncio.server import ServerConnection
 from websockets.protocol import State
 
 from surfw.metrics import Metrics
+from surfw.server.pages import StoredPiece
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
-
-
-class Piece(Protocol):
-    """Bytes that follow each other in an answer."""
-
-    @property
-    def size(self) -> int:
-        """How many bytes."""
-
-    async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of them, for use until the next `await`: no view may be kept across it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A piece that is a whole answer, such as a manifest. It holds no bytes while it waits to be sent.
+    """A whole answer, such as a manifest. It holds no bytes while it waits to be sent.
 
     Attributes:
         size: how many bytes.
@@ -48,7 +37,7 @@ class Document:
     load: Callable[[], Awaitable[bytes]]
 
     async def view(self, start: int, stop: int) -> memoryview:
-        """Bytes `start` to `stop` of it."""
+        """Return bytes `start` to `stop` of it, for use until the next `await`."""
         return memoryview(await self.load())[start:stop]
 
 
@@ -76,7 +65,7 @@ class Sender:
         if isinstance(message, Failed) and self._is_open() and self._websocket.transport.get_write_buffer_size():
             self._untaken += 1
 
-    async def send_piece(self, request_id: int, at: int, piece: Piece, priority: int = 0) -> None:
+    async def send_piece(self, request_id: int, at: int, piece: Document | StoredPiece, priority: int = 0) -> None:
         """Send a piece, which begins at byte `at` of the answer, in runs, each in its turn.
 
         Raises:
@@ -87,7 +76,7 @@ class Sender:
             async with self.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
                 sent += await self._send_run(request_id, at + sent, piece, sent)
 
-    async def _send_run(self, request_id: int, at: int, piece: Piece, sent: int) -> int:
+    async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int) -> int:
         """Send what may be sent now of a piece, and return how much that was.
 
         No view of it outlives this call. While a client keeps us waiting, none of its requests may hold one: even a

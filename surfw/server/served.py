@@ -32,7 +32,7 @@ _CHECK_SECONDS = 2
 
 
 class ServedStore:
-    """A store as a server reads it.
+    """A store as a server reads it. It is opened anew for each start, with an empty cache and counters at zero.
 
     Attributes:
         url: where it lies, as it may be shown.
@@ -40,24 +40,12 @@ class ServedStore:
         catalog: its models.
         pages: its bytes, through a cache.
         digests: those that are found out late.
-        closed: whether nothing is read any more.
     """
 
-    def __init__(
-        self,
-        source: StorageBackend | str | Path,
-        options: Mapping[str, Any],
-        cache_bytes: int,
-        *,
-        checkpoint: str = "",
-    ) -> None:
-        """Open the storage; nothing is read yet.
+    def __init__(self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int) -> None:
+        """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
-        Args:
-            source: the storage, which is not closed here; or the store's folder or URL, whose storage is.
-            options: for the storage at that URL, and for the origins of models that were not copied.
-            cache_bytes: budget of the cache.
-            checkpoint: the folder or URL of the checkpoint that a private store was made for; the options are its own.
+        The options are for the storage at that folder or URL, and for the origins of models that were not copied.
 
         Raises:
             ConfigurationError: the storage cannot be opened.
@@ -65,39 +53,41 @@ class ServedStore:
         self._source = source
         self._options = options
         self._cache_bytes = cache_bytes
-        backend = source
-        if isinstance(backend, str | Path):
-            backend = open_backend(backend, {} if checkpoint else options)
-        place = checkpoint or str(backend.url if isinstance(source, StorageBackend) else source)
-        self.store = Store(backend, PlacedOptions(place, options))
-        self.url = display_url(checkpoint) if checkpoint else self.store.url
+        self._open()
+
+    def _open(self, private: Path | None = None) -> None:
+        """Open the storage; or instead, the private store that was made for the checkpoint there."""
+        source = self._source
+        if isinstance(source, StorageBackend):
+            backend, place = source, str(source.url)
+        else:
+            backend, place = open_backend(private or source, {} if private else self._options), str(source)
+        self.store = Store(backend, PlacedOptions(place, self._options))
+        self.url = display_url(place) if private else self.store.url
         self.metrics = Metrics()
         self.catalog = Catalog(self.store)
-        self.pages = PageCache(self.store.objects, cache_bytes, self.metrics)
+        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics)
         self.digests = LateDigests(self.store, self.pages, self.catalog)
-        self.closed = False
+        self._closed = False
 
-    async def in_place(self) -> "ServedStore":
-        """Return itself; or, if a plain checkpoint lies at the place, close this, and return a store that serves that.
+    async def start(self) -> None:
+        """Open it again if it was closed, make a private store for a plain checkpoint, and look for models.
 
         Raises:
-            SurfwError: neither lies there, or the checkpoint cannot be served.
+            SurfwError: neither a store nor a checkpoint is there, or it cannot be read.
         """
-        if isinstance(self._source, StorageBackend) or not await is_checkpoint(self.store.backend):
-            return self
-        place = str(self._source)
-        private = await make_private_store(place, self._options)
-        await self.close()
-        log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
-        return ServedStore(private, self._options, self._cache_bytes, checkpoint=place)
+        if self._closed:
+            self._open()
+        if not isinstance(self._source, StorageBackend) and await is_checkpoint(self.store.backend):
+            place = str(self._source)
+            private = await make_private_store(place, self._options)
+            await self.close()
+            log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
+            self._open(private)
+        await self.look()
 
     async def look(self) -> None:
-        """Make sure that the store is there, and look for new models.
-
-        Raises:
-            NotAStoreError: the storage holds no store.
-            StorageError: the storage cannot be read.
-        """
+        """Make sure that the store is there and can be read, and look for new models."""
         await self.store.check()
         await self.catalog.models()
 
@@ -115,22 +105,17 @@ class ServedStore:
 
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
-        self.closed = True
+        self._closed = True
         await self.catalog.close()
         await self.digests.close()
         await self.pages.close()
-        await self.store.objects.close()
-        if isinstance(self._source, StorageBackend):
-            await self.store.let_go()
-        else:
-            await self.store.backend.close()
+        await self.store.close(owned=not isinstance(self._source, StorageBackend))
 
 
 async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
-    """Make a store whose one model is the checkpoint at a place, a folder or a storage URL, and return its folder.
+    """Make a store whose one model is the checkpoint at a folder or URL, and return its folder.
 
-    Raises:
-        SurfwError: what the child process raised, or that it ended early.
+    What the child process raises is raised here.
     """
     command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
     try:

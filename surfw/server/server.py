@@ -6,7 +6,6 @@ who may come, `catalog` for what can be named, `pages` and `sending` for what bo
 
 import asyncio
 import ctypes
-import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from ssl import SSLContext
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import psutil
 from websockets.asyncio.server import Server
@@ -33,8 +31,6 @@ from surfw.server.redis_tier import RedisTier
 from surfw.server.served import ServedStore
 from surfw.storage import StorageBackend
 from surfw.wire import ServerHealth, ServerStats
-
-log = logging.getLogger("surfw.server")
 
 _ADVANCED_CACHE_MB = 1000
 
@@ -81,7 +77,7 @@ class WeightServer:
         """
         source = _expect_source(storage_backend, model_path, storage_options)
         expect("cache_size_mb", cache_size_mb, int | float, "a number of MB from 0 on")
-        if not (cache_size_mb >= 0 and math.isfinite(cache_size_mb)):
+        if not 0 <= cache_size_mb < math.inf:
             raise ConfigurationError(f"cache_size_mb is {cache_size_mb}; expected a number of MB from 0 on")
         expect("clients", clients, int, "a whole number from 1 on")
         if clients < 1:
@@ -99,15 +95,14 @@ class WeightServer:
         self._clients = clients
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
-        self._client_log = ClientLog(log)
+        self._client_log = ClientLog()
         self._process = psutil.Process()
-        self._endpoints: HttpEndpoints | None = None
+        self._endpoints = HttpEndpoints(self, token, self._listening.names)
         self._websockets: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
-        self._open_store = partial(ServedStore, source, dict(storage_options or {}), int(cache_size_mb * MB))
-        self._served = self._open_store()
+        self._served = ServedStore(source, dict(storage_options or {}), int(cache_size_mb * MB))
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -126,13 +121,9 @@ class WeightServer:
         async with self._alone():
             if self._websockets is not None:
                 raise ConfigurationError(f"the server at {self.url} is started already; stop it before the next start")
-            if self._served.closed:
-                self._served = self._open_store()
             self._stopped = asyncio.Event()
             try:
-                self._served = await self._served.in_place()
                 await self._prepare()
-                self._endpoints = HttpEndpoints(self, self._listening.token, self._listening.names)
                 connection = partial(
                     FairConnection,
                     turns=Turns(),
@@ -175,13 +166,12 @@ class WeightServer:
 
     async def _prepare(self) -> None:
         """Make sure of what the server depends on, before it listens."""
-        await self._served.look()
+        await self._served.start()
         self._process.cpu_percent()
 
     async def _release(self) -> None:
         """Close what was opened for this start."""
-        if self._endpoints is not None:
-            await self._endpoints.close()
+        await self._endpoints.close()
         self._client_log.flush()
         await self._served.close()
 
@@ -190,9 +180,7 @@ class WeightServer:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         """Stop."""
         await self.stop()
 
@@ -259,6 +247,18 @@ class WeightServer:
         }
 
 
+class ServerOptions(TypedDict, total=False):
+    """How a server may be reached, and how it reads its storage; see `WeightServer`."""
+
+    token: str | None
+    ssl: SSLContext | None
+    insecure: bool
+    clients: int
+    allowed_hosts: Sequence[str]
+    limits: WireLimits | None
+    storage_options: Mapping[str, Any] | None
+
+
 class AdvancedWeightServer(WeightServer):
     """A `WeightServer` with a Redis. While Redis cannot be reached, it serves as one without."""
 
@@ -269,50 +269,25 @@ class AdvancedWeightServer(WeightServer):
         host: str = DEFAULT_HOST,
         port: int = DEFAULT_PORT,
         cache_size_mb: float = _ADVANCED_CACHE_MB,
-        *,
-        token: str | None = None,
-        ssl: SSLContext | None = None,
-        insecure: bool = False,
-        clients: int = DEFAULT_CLIENTS,
-        allowed_hosts: Sequence[str] = (),
-        limits: WireLimits | None = None,
-        storage_options: Mapping[str, Any] | None = None,
+        **options: Unpack[ServerOptions],
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
         Args:
             chunks_dir: the store's folder or URL, opened and closed by the server.
             redis_url: `redis://`, `rediss://` (with TLS) or `unix://`.
-            host: see `WeightServer`, as for all that follow.
+            host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
-            token: what clients have to show.
-            ssl: a server's context with its certificates.
-            insecure: listen beyond loopback without a token, or with a token in clear text.
-            clients: the most connections at a time.
-            allowed_hosts: names that the server may be called by.
-            limits: sizes of messages, frames and windows.
-            storage_options: for the storage that `chunks_dir` names.
+            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits` and `storage_options`, as for
+                `WeightServer`.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.
         """
         expect("redis_url", redis_url, str, "redis://…, rediss://… or unix://…")
         self._redis = RedisTier(redis_url)
-        super().__init__(
-            None,
-            chunks_dir,
-            host,
-            port,
-            cache_size_mb,
-            token=token,
-            ssl=ssl,
-            insecure=insecure,
-            clients=clients,
-            allowed_hosts=allowed_hosts,
-            limits=limits,
-            storage_options=storage_options,
-        )
+        super().__init__(None, chunks_dir, host, port, cache_size_mb, **options)
 
     async def _prepare(self) -> None:
         await super()._prepare()
@@ -335,19 +310,18 @@ class AdvancedWeightServer(WeightServer):
 def _expect_source(
     backend: StorageBackend | None, place: str | Path | None, options: Mapping[str, Any] | None
 ) -> StorageBackend | str | Path:
-    """What to serve, of the two ways to say so."""
-    if backend is None and place is None:
-        raise ConfigurationError("neither of storage_backend and model_path was given; a server serves one of them")
-    if backend is not None and place is not None:
-        raise ConfigurationError("both of storage_backend and model_path were given; a server serves one of them")
+    """Return what to serve, whichever of the two says so."""
+    if (backend is None) == (place is None):
+        which, were = ("neither", "was") if place is None else ("both", "were")
+        raise ConfigurationError(f"{which} of storage_backend and model_path {were} given; a server serves one of them")
     expect("storage_options", options, Mapping | None, "a mapping of names to values, or None")
-    if place is not None:
+    if backend is None:
+        assert place is not None
         expect("model_path", place, str | Path, "a store's folder or URL")
         return place
     if options:
         raise ConfigurationError("storage_options are for model_path; give them to the backend where it is made")
     expect("storage_backend", backend, StorageBackend, "a StorageBackend; name a folder or URL as model_path")
-    assert backend is not None, "one of the two was given"
     return backend
 
 

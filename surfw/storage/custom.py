@@ -24,7 +24,7 @@ from surfw.storage.base import (
     refuse_size,
 )
 from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
-from surfw.threads import to_its_end
+from surfw.threads import cancel_all, to_its_end
 
 
 def adapt_backend(backend: StorageBackend) -> StorageBackend:
@@ -272,10 +272,8 @@ class SharedLoads:
 
     async def close(self) -> None:
         """Stop loading, and drop everything."""
-        mine = [task for task in self._loading.values() if task.get_loop() is asyncio.get_running_loop()]
-        for task in mine:
-            task.cancel()
-        await asyncio.gather(*mine, return_exceptions=True)
+        loop = asyncio.get_running_loop()
+        await cancel_all(task for task in self._loading.values() if task.get_loop() is loop)
         self._loading.clear()
         self._kept.clear()
         self.kept_bytes = 0

@@ -81,9 +81,15 @@ class Store:
         self.url = display_url(self.backend.url)
         self._strays: set[str] = set()
 
-    async def let_go(self) -> None:
-        """Drop what was loaded for this store alone; the backend stays open."""
-        if isinstance(self.backend, AdaptedBackend) and self.backend is not self._given:
+    async def close(self, *, owned: bool) -> None:
+        """Close the storages of origins, and the backend if it is `owned`.
+
+        Of a backend that stays open, what was loaded for this store alone is dropped.
+        """
+        await self.objects.close()
+        if owned:
+            await self.backend.close()
+        elif isinstance(self.backend, AdaptedBackend) and self.backend is not self._given:
             await self.backend.let_go()
 
     async def check(self) -> None:

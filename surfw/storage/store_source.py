@@ -239,11 +239,7 @@ class StorageSource(ChunkSource):
     async def close(self) -> None:
         """Close the backend, if this owns it."""
         await in_thread(self._local.close)
-        await self.store.objects.close()
-        if self._owned:
-            await self.store.backend.close()
-        else:
-            await self.store.let_go()
+        await self.store.close(owned=self._owned)
 
 
 class _Verification:

@@ -372,7 +372,7 @@ def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None
     pieces = [Announced("a", seen), Announced("b", seen), Announced("c", seen, hangs=True), Announced("d", seen)]
 
     async def main() -> None:
-        async with contextlib.aclosing(use_ahead(iter(pieces))) as ready:
+        async with contextlib.aclosing(use_ahead(iter(pieces), ReadAhead(0), most=1)) as ready:
             async for piece in ready:
                 seen.append(f"send {bytes(await piece.view(0, 1)).decode()}")
                 await asyncio.sleep(0)
@@ -386,7 +386,7 @@ def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None
 
 def test_no_pieces_are_no_pieces() -> None:
     async def main() -> list[Announced]:
-        return [piece async for piece in use_ahead(iter(()))]
+        return [piece async for piece in use_ahead(iter(()), ReadAhead(0), most=1)]
 
     assert asyncio.run(main()) == []
 

@@ -196,11 +196,7 @@ class Housekeeping:
 
     async def close(self) -> None:
         """Close the storage, unless it is the caller's."""
-        await self._store.objects.close()
-        if self._owned:
-            await self._store.backend.close()
-        else:
-            await self._store.let_go()
+        await self._store.close(owned=self._owned)
 
     async def __aenter__(self) -> Self:
         """Nothing to do yet."""
