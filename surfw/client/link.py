@@ -127,7 +127,7 @@ class Link:
         if self.ended:
             self._slots.release()
             raise self._over()
-        request = make(self._session.next_id())
+        request = make(self._session.next_id)
         self._patience.asked(request, download.most_read_bytes if download else most_read(self.limits.control_bytes))
         pending = self._pending[request.id] = _Pending(self._loop.create_future(), download)
         self._send(self._session.send(request))

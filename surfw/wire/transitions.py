@@ -1,18 +1,15 @@
-"""Which message may come when: the tables that both sessions run on, and README's rules of order as data.
+"""Which message may come when in an answer: the tables that both sessions run on, and README's rules of order as data.
 
-A connection has a state on each side, and so has every answer. A message without an entry in the row of the current
-state breaks the protocol. `RunEnd` and `AnswerEnd` stand for events that are not messages.
+A message without an entry in the row of the current state breaks the protocol.
 """
 
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Self, get_args
+from typing import Self
 
 from surfw.wire.messages import (
     AnswerMessage,
     Begin,
-    ClientHello,
-    ClientMessage,
     Data,
     Failed,
     Get,
@@ -23,19 +20,7 @@ from surfw.wire.messages import (
     Models,
     Progress,
     Request,
-    ServerHello,
 )
-
-
-class ConnectionState(Enum):
-    """What one side has heard from the other."""
-
-    GREETING = auto()
-    """No hello has come yet. The server speaks first."""
-    OPEN = auto()
-    """Messages may come."""
-    RUN = auto()
-    """`data` came: the binary frames of the run follow, and nothing else before they are complete."""
 
 
 class AnswerState(Enum):
@@ -51,26 +36,7 @@ class AnswerState(Enum):
     """The answer is complete, or failed."""
 
 
-class RunEnd:
-    """The last byte of a run came, or a run of no bytes was announced."""
-
-
-class AnswerEnd:
-    """A run was announced that reaches the end of its answer."""
-
-
-_GREETING, _OPEN, _RUN = ConnectionState
 _NAMES, _DOCUMENT, _BYTES, _DONE = AnswerState
-
-CLIENT_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
-    _GREETING: {ServerHello: _OPEN},  # the client answers with its own hello
-    _OPEN: dict.fromkeys(get_args(AnswerMessage), _OPEN) | {Data: _RUN},
-    _RUN: {RunEnd: _OPEN},
-}
-SERVER_RECEIVES: dict[ConnectionState, dict[type, ConnectionState]] = {
-    _GREETING: {ClientHello: _OPEN},
-    _OPEN: {kind: _OPEN for kind in get_args(ClientMessage) if kind is not ClientHello},
-}
 
 ANSWER_STARTS: dict[type, AnswerState] = {
     ListModels: _NAMES,
@@ -83,9 +49,10 @@ ANSWER_STARTS: dict[type, AnswerState] = {
 ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
     _NAMES: {Models: _DONE, Progress: _NAMES, Failed: _DONE},
     _DOCUMENT: {Begin: _BYTES, Progress: _DOCUMENT, Failed: _DONE},
-    _BYTES: {Data: _BYTES, AnswerEnd: _DONE, Progress: _BYTES, Failed: _DONE},
+    _BYTES: {Data: _BYTES, Progress: _BYTES, Failed: _DONE},
     _DONE: {},
 }
+"""The `data` that reaches the end of the answer leads to `DONE` too."""
 
 
 @dataclass(slots=True)
@@ -125,7 +92,7 @@ class Exchange:
                     return False
                 self.at = message.stop
                 if self.at == self.stop:
-                    after = ANSWERS[self.state][AnswerEnd]
+                    after = AnswerState.DONE
             case Progress():
                 if message.bytes <= self.read_bytes:
                     return False
