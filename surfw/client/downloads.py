@@ -7,6 +7,7 @@ bytes in runs of blocks while the next ones arrive; `settle` waits until no thre
 import asyncio
 from collections import defaultdict
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
 from surfw.errors import ConnectionFailedError, IntegrityError
@@ -23,31 +24,25 @@ def most_read(size: int, parts: int = 1) -> int:
     return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
 
+@dataclass
 class DocumentDownload:
     """A manifest, a file or digests, held in memory. It is as long as the server says, within the session's limits.
 
     Attributes:
+        what: its name, for errors.
+        most_read_bytes: the most that a server reads from its storage to make it.
+        listed: its size and BLAKE3 by the manifest, if that lists it.
+        most_bytes: its greatest length, if that is known to be less than the session's limits.
         damage: for each attempt that was damaged, what came: a digest, or an announced size and digest.
     """
 
-    def __init__(
-        self, what: str, *, read_bytes: int, listed: tuple[int, str] | None = None, most_bytes: int | None = None
-    ) -> None:
-        """Name it for errors.
-
-        Args:
-            what: its name.
-            read_bytes: how much a server reads from its storage to make it.
-            listed: its size and BLAKE3 by the manifest, if that lists it.
-            most_bytes: its greatest length, if that is known to be less than the session's limits.
-        """
-        self.most_read_bytes = most_read(read_bytes)
-        self.damage: list[object] = []
-        self._what = what
-        self._listed = listed
-        self._most_bytes = most_bytes
-        self._digest = ""
-        self._data = bytearray()
+    what: str
+    most_read_bytes: int
+    listed: tuple[int, str] | None = None
+    most_bytes: int | None = None
+    damage: list[object] = field(default_factory=list)
+    _digest: str = ""
+    _data: bytearray = field(default_factory=bytearray)
 
     def begin(self, message: Begin) -> None:
         """Make room.
@@ -56,12 +51,12 @@ class DocumentDownload:
             IntegrityError: it is not the one that the manifest lists, or too long.
         """
         announced = (message.size, message.digest)
-        if self._listed not in {None, announced}:
+        if self.listed not in {None, announced}:
             self.damage.append(announced)
-            raise IntegrityError(f"{self._what} is not the one its manifest lists")
-        if self._most_bytes is not None and message.size > self._most_bytes:
+            raise IntegrityError(f"{self.what} is not the one its manifest lists")
+        if self.most_bytes is not None and message.size > self.most_bytes:
             self.damage.append(announced)
-            raise IntegrityError(f"{self._what} has {message.size} bytes, expected at most {self._most_bytes}")
+            raise IntegrityError(f"{self.what} has {message.size} bytes, expected at most {self.most_bytes}")
         self._digest = message.digest
         self._data = bytearray(message.size)
 
@@ -82,7 +77,7 @@ class DocumentDownload:
         digest = payload_digest(data)
         if digest != self._digest:
             self.damage.append(digest)
-            raise IntegrityError(f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it")
+            raise IntegrityError(f"{self.what} is damaged: its BLAKE3 is not the one that was announced with it")
         return data
 
 

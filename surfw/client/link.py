@@ -25,7 +25,6 @@ from surfw.wire import (
     ClientSession,
     Data,
     Failed,
-    ListModels,
     Models,
     Progress,
     Request,
@@ -106,23 +105,18 @@ class Link:
         called = response.headers.get_all("Server") if response else []  # a proxy may have added its own
         return any(one.startswith("surfw/") for one in called) or self._session.offered.startswith("surfw.")
 
-    async def models(self) -> tuple[str, ...]:
-        """The names of the server's models."""
-        answer = await self._ask(ListModels, None)
-        return answer.models if answer else ()
-
-    async def receive(self, make: Callable[[int], Request], download: Download) -> None:
+    async def receive(self, make: Callable[[int], Request], download: Download | None = None) -> Models | None:
         """Send the request that `make` makes for an id, and return when its answer is in the download.
 
         When this has ended, also by a failure or a cancellation, nothing is written through the download any more.
+
+        Returns:
+            The answer to `ListModels`, which needs no download.
 
         Raises:
             RefusedError: the server refused the request.
             ConnectionFailedError: the link has ended.
         """
-        await self._ask(make, download)
-
-    async def _ask(self, make: Callable[[int], Request], download: Download | None) -> Models | None:
         await self._slots.acquire()
         if self.ended:
             self._slots.release()

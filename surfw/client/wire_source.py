@@ -15,7 +15,7 @@ from ssl import SSLContext
 from typing import TypeVar
 
 from surfw.client.connect import Endpoint, open_link
-from surfw.client.downloads import ChunkDownload, DocumentDownload
+from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
@@ -23,7 +23,7 @@ from surfw.manifest import Digests, Manifest, count_blocks, parse_digests, parse
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.threads import together
-from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
+from surfw.wire import Get, GetDigests, GetFile, GetManifest, ListModels, Request
 
 logger = logging.getLogger("surfw.client")
 
@@ -76,11 +76,13 @@ class WireSource(ChunkSource):
 
     async def models(self) -> list[str]:
         """The names of the server's models, sorted."""
-        return sorted(await self._persistently(lambda link: link.models()))
+        answer = await self._persistently(lambda link: link.receive(ListModels))
+        return sorted(answer.models) if answer else []
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
-        document = DocumentDownload(f"the manifest of {model} from {self.url}", read_bytes=self._limits.manifest_bytes)
+        what = f"the manifest of {model} from {self.url}"
+        document = DocumentDownload(what, most_read(self._limits.manifest_bytes))
         try:
             data = await self._receive(lambda number: GetManifest(number, model), document)
         except RefusedError as exc:
@@ -96,7 +98,7 @@ class WireSource(ChunkSource):
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
         what = f"{path} of {manifest.name} from {self.url}"
-        document = DocumentDownload(what, read_bytes=entry.size, listed=(entry.size, entry.digest))
+        document = DocumentDownload(what, most_read(entry.size), listed=(entry.size, entry.digest))
         return await self._receive(lambda number: GetFile(number, manifest.name, path), document)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
@@ -166,7 +168,7 @@ class WireSource(ChunkSource):
                 what = f"what the server at {self.url} says of chunk {read.chunk.name}"
                 size = read.form.stored_bytes
                 most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
-                document = DocumentDownload(what, read_bytes=size, most_bytes=most_bytes)
+                document = DocumentDownload(what, most_read(size), most_bytes=most_bytes)
                 data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
         known = with_digests(read.chunk, self._digests[name])
