@@ -86,7 +86,7 @@ class ChunkDownload:
 
     Attributes:
         read: the range and its destination.
-        missing: the ranges that still have to arrive, the next one last. Empty once everything is verified.
+        missing: the blocks that still have to arrive. Empty once everything is verified.
         damage: the damaged blocks, with the BLAKE3 that each had each time.
         first_failure: the error that the first broken attempt ended with.
         reached_bytes: how far the broken attempts got, from the start of the range.
@@ -94,24 +94,31 @@ class ChunkDownload:
 
     def __init__(self, read: Read, verifiers: Executor | None) -> None:
         """Start with nothing. Without `verifiers` the bytes stay unverified, for measurements only."""
+        first = read.start // BLOCK_BYTES
         self.read = read
-        self.missing = [(read.start, read.stop)]
+        self.missing = set(range(first, max(-(-read.stop // BLOCK_BYTES), first + 1)))  # one for an empty range too
         self.damage: defaultdict[int, list[str]] = defaultdict(list)
         self.first_failure = ""
         self.reached_bytes = 0
         self.most_read_bytes = 0
         self._verifiers = verifiers
+        self._blocks = range(0)
         self._start = self._stop = self._at = self._checked = read.start
         self._checks: list[Future[dict[int, str]]] = []
         self._progressed = False
 
     def next_range(self) -> tuple[int, int, bool]:
         """Begin an attempt: the range to ask for, and whether to ask for it because it arrived damaged."""
-        start, stop = self._start, self._stop = self.missing[-1]
-        self._at = self._checked = start
+        first = last = min(self.missing)
+        fresh = first in self.damage
+        while last + 1 in self.missing and (last + 1 in self.damage) == fresh:
+            last += 1
+        self._blocks = range(first, last + 1)
+        self._start = self._at = self._checked = first * BLOCK_BYTES
+        self._stop = min((last + 1) * BLOCK_BYTES, self.read.stop)
         self._checks = []
-        self.most_read_bytes = most_read(stop - start, 1 + len(self.read.chunk.tensors))
-        return start, stop, start // BLOCK_BYTES in self.damage
+        self.most_read_bytes = most_read(self._stop - self._start, 1 + len(self.read.chunk.tensors))
+        return self._start, self._stop, fresh
 
     def place(self, offset: int, size: int) -> memoryview:
         """The part of the destination."""
@@ -143,16 +150,8 @@ class ChunkDownload:
         for block, seen in found.items():
             self.damage[block].append(seen)
         self._progressed |= self._checked - self._start > len(found) * BLOCK_BYTES
-        self.missing.pop()
-        if self._checked < self._stop:
-            self.missing.append((self._checked, self._stop))
-        above = 0
-        for block in sorted(found, reverse=True):
-            start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.read.stop)
-            if stop == above:
-                _, stop = self.missing.pop()
-            self.missing.append((start, stop))
-            above = start
+        whole = len(self._blocks) if self._checked == self._stop else (self._checked - self._start) // BLOCK_BYTES
+        self.missing.difference_update(block for block in self._blocks[:whole] if block not in found)
         return found
 
     async def settle(self) -> None:
