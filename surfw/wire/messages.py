@@ -9,7 +9,7 @@ come after `Data`, have no header of their own but that of WebSocket. Rules:
 - Texts are bounded and encodable; those that people see are printable.
 - Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
 
-A new message is a class here, a member of a union below the classes, and an entry in the tables of `transitions.py`.
+A new message is a class here, a member of a union below the classes, and an entry in the tables of `sessions.py`.
 """
 
 import json

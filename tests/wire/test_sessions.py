@@ -28,7 +28,7 @@ from surfw.wire import (
     ServerSession,
 )
 from surfw.wire import messages as m
-from surfw.wire import transitions as t
+from surfw.wire import sessions as t
 from surfw.wire.messages import PROTOCOL, encode
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
