@@ -59,7 +59,6 @@ class Link:
 
     Attributes:
         url: the address as it may be shown, with the one that a redirect led to.
-        limits: the client's side of the limits.
         greeted: done when hellos were exchanged; fails if the link ends before.
         shows_token: whether the token was sent; a redirect to another server takes it nowhere.
         ended: why the link has ended ("went away", for example), or None.
@@ -68,7 +67,6 @@ class Link:
     def __init__(self, url: str, limits: WireLimits, silence_seconds: float) -> None:
         """Make a link that is not connected yet; `open_link` connects it."""
         self.url = url
-        self.limits = limits
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.shows_token = True
         self.ended: str | None = None
@@ -122,7 +120,9 @@ class Link:
             self._slots.release()
             raise self._over()
         request = make(self._session.next_id)
-        self._patience.asked(request, download.most_read_bytes if download else most_read(self.limits.control_bytes))
+        self._patience.asked(
+            request, download.most_read_bytes if download else most_read(self._session.limits.control_bytes)
+        )
         pending = self._pending[request.id] = _Pending(self._loop.create_future(), download)
         self._send(self._session.send(request))
         if self._watch is None and not self.ended:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import json
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from surfw.client import read_stats
 from surfw.errors import ConfigurationError, ConnectionFailedError
 from tests.certificates import for_client, for_server, make_certificate
-from tests.peers import serving, tcp_server, until
+from tests.peers import Talk, serving, tcp_server, until
 from tests.stores import make_store
 
 
@@ -122,7 +122,7 @@ def test_other_answers_are_refused(tmp_path: Path, change: Callable[[Any], None]
     asyncio.run(main())
 
 
-def drip(*parts: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+def drip(*parts: bytes) -> Talk:
     """A server that sends the first part at once, and of the others a byte now and then, over and over."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -146,7 +146,7 @@ def drip(*parts: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter]
         drip(b"HTTP/1.1 200 OK\r\nServer: surfw/1\r\nConnection: close\r\n\r\n", b" "),
     ],
 )
-def test_an_answer_that_never_ends_is_given_up(talk: Any) -> None:
+def test_an_answer_that_never_ends_is_given_up(talk: Talk) -> None:
     async def main() -> None:
         async with tcp_server(talk) as url:
             async with asyncio.timeout(20):  # a guard against a hang
