@@ -10,10 +10,8 @@ from hypothesis import strategies as st
 from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import LocalProtocolError, RemoteProtocolError
 from surfw.wire import (
-    Arrival,
     Begin,
     Cancel,
-    ClientHello,
     ClientSession,
     Credit,
     Data,
@@ -29,7 +27,8 @@ from surfw.wire import (
 )
 from surfw.wire import messages as m
 from surfw.wire import sessions as t
-from surfw.wire.messages import PROTOCOL, encode
+from surfw.wire.messages import PROTOCOL, ClientHello, encode
+from surfw.wire.sessions import Arrival
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
 FRAME = 128 * KIB
