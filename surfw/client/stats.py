@@ -40,7 +40,7 @@ def read_stats(
     """
     endpoint = Endpoint(url if "://" in url else f"ws://{url}", token, ssl)
     try:
-        status, is_surfw, body = _get(endpoint, "/stats", timeout_seconds)
+        status, is_surfw, body = _get_stats(endpoint, timeout_seconds)
     except TimeoutError as exc:
         raise ConnectionFailedError(
             f"no surfw server at {endpoint.shown}: no complete answer within {timeout_seconds:g} seconds; {START_ONE}",
@@ -61,8 +61,8 @@ def read_stats(
     raise ConnectionFailedError(f"{endpoint.shown} answers, but is not a surfw server ({why})")
 
 
-def _get(endpoint: Endpoint, path: str, seconds: float) -> tuple[int, bool, bytes]:
-    """GET a path: the status, whether a surfw server answered, and the body.
+def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, bool, bytes]:
+    """The status, whether a surfw server answered, and the body.
 
     A thread asks: a socket's own timeout would begin anew with every byte.
 
@@ -81,7 +81,7 @@ def _get(endpoint: Endpoint, path: str, seconds: float) -> tuple[int, bool, byte
                 sockets.append(connection.sock)
                 if given_up.is_set():
                     return
-                connection.request("GET", path, headers=headers)
+                connection.request("GET", "/stats", headers=headers)
                 with connection.getresponse() as response:
                     is_surfw = response.headers.get("Server", "").startswith("surfw/")
                     answer.set_result((response.status, is_surfw, response.read(_MAX_BYTES)))

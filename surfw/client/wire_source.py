@@ -1,6 +1,6 @@
 """A server as a `ChunkSource`: bytes are received straight into their destination, and verified there.
 
-All retries of the client are decided here. `_persistently` connects again after a connection was lost; what arrived
+All retries of the client are decided here. `_persistently` connects, also after a connection was lost; what arrived
 damaged is asked for again, to be read fresh from the server's storage.
 """
 
