@@ -5,6 +5,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from ssl import SSLContext
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -93,10 +94,11 @@ async def pretending(
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
 @contextlib.asynccontextmanager
-async def tcp_server(
-    talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
-) -> AsyncIterator[str]:
+async def tcp_server(talk: Talk, ssl: SSLContext | None = None) -> AsyncIterator[str]:
     """A TCP server of any kind; its address as if it were a surfw server's."""
     writers: list[asyncio.StreamWriter] = []
 
@@ -104,15 +106,30 @@ async def tcp_server(
         writers.append(writer)
         await talk(reader, writer)
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=ssl)
     try:
-        yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        yield f"{'wss' if ssl else 'ws'}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for writer in writers:
             writer.close()
         await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         await server.wait_closed()
+
+
+async def pass_on(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes = b"") -> None:
+    """Act as a proxy for a connection, of which `head` was read already."""
+    there, to = await asyncio.open_connection("127.0.0.1", port)
+    to.write(head)
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(1 << 16):
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    await asyncio.gather(copy(reader, to), copy(there, writer))
 
 
 def whole(chunk: Chunk) -> tuple[Read, bytearray]:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,8 @@ import psutil
 
 from surfw.bench.result import Result, Row, describe_machine, rate_row, summarise_rates
 from surfw.client import WireSource, open_wire_source, read_stats
-from surfw.client.connect import Endpoint, open_link
-from surfw.config import GB, MB, WireLimits
+from surfw.config import GB, MB
 from surfw.manifest import Chunk, Form, Location, Manifest, TensorInfo, digest_blocks
-from surfw.retry import RetryPolicy
 from surfw.server import WeightServer
 from surfw.source import Read
 from surfw.storage import FilesystemBackend, Store
@@ -97,12 +94,9 @@ async def _measure(
     """The series of the raw socket, of surfw unverified and of surfw verified."""
     raw, unverified, verified = _Series(), _Series(), _Series()
     url = f"ws://127.0.0.1:{server.port}"
-    connect = partial(open_link, Endpoint(url), limits=WireLimits(), connect_seconds=5, silence_seconds=30)
     with socket.create_connection(("127.0.0.1", raw_server.port)) as connection:
-        async with (
-            await open_wire_source(url) as source,
-            WireSource(connect, RetryPolicy(), await connect(), unverified_for_measurement_only=True) as blind,
-        ):
+        async with await open_wire_source(url) as source, await open_wire_source(url) as blind:
+            blind.unverified_for_measurement_only = True
             manifest = await source.manifest(BENCH_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
             await _fetch(source, manifest, memory)

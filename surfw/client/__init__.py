@@ -1,7 +1,7 @@
 """A server's models, over the wire. Imports neither torch nor the server."""
 
 from surfw.client.connect import probe
-from surfw.client.stats import is_ready, read_stats
+from surfw.client.stats import read_stats
 from surfw.client.wire_source import WireSource, open_wire_source
 
-__all__ = ["WireSource", "is_ready", "open_wire_source", "probe", "read_stats"]
+__all__ = ["WireSource", "open_wire_source", "probe", "read_stats"]

@@ -29,7 +29,7 @@ _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token
 
 _UNREACHABLE = {errno.ENETUNREACH, errno.EHOSTUNREACH}
-_NEXT = "start one with 'surfw serve', or name another"
+START_ONE = "start one with 'surfw serve', or name another"
 _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED}
 """A proxy in front of a surfw server may answer with these."""
 
@@ -161,8 +161,11 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
             )
             _require_protocol(connection)
             await link.greeted
+    except TimeoutError as exc:
+        what = f"{link.url} answers, but said no hello" if link.heard else f"no surfw server at {link.url}: no answer"
+        raise _failed(f"{what} within {connect_seconds:g} seconds; {START_ONE}", transient=True) from exc
     except OSError as exc:
-        raise _explain_network(link, endpoint, connect_seconds, exc) from exc
+        raise explain_network(exc, link.url) from exc
     except (ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
         raise _explain(link, endpoint, exc) from exc
     finally:
@@ -215,9 +218,9 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
         case InvalidStatus():
             return _explain_status(link, endpoint, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
-            return _hung_up(link, endpoint)
+            return _hung_up(link.url, " (does it want wss://?)" if endpoint.url.startswith("ws:") else "")
         case ConnectionFailedError() if exc.transient:
-            return _failed(f"{exc} before it said hello; {_NEXT}", transient=True)
+            return _failed(f"{exc} before it said hello; {START_ONE}", transient=True)
         case _NotFollowed():
             return _failed(f"{link.url} redirects to {exc}; name the server's own address", absent=True)
     ended = link.ended if isinstance(exc, ConnectionFailedError) else None
@@ -230,9 +233,7 @@ def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> Surfw
     if link.is_surfw:
         return _explain_refusal(link, endpoint, response)
     if status in TRANSIENT_STATUSES:
-        return _failed(
-            f"{link.url} answers with status {status}, as proxies do whose server is away; {_NEXT}", transient=True
-        )
+        return explain_away(status, link.url)
     if status in _NOT_LET_IN:
         return _failed(
             f"{link.url} refuses the connection with status {status}, as proxies do; name an address that lets you in"
@@ -250,7 +251,7 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
             text = f"{server} wants a token, which redirects take nowhere else; name the server's own address"
             return RefusedError(text, code="no-token")
         case HTTPStatus.SERVICE_UNAVAILABLE:
-            return _failed(f"{server} takes no more clients; try again later, or {_NEXT}", transient=True)
+            return _failed(f"{server} takes no more clients; try again later, or {START_ONE}", transient=True)
         case HTTPStatus.NOT_FOUND:
             path = urlsplit(endpoint.shown).path or "/"
             return _failed(f"{server} refuses the path {path} with status {status}; expected ws://HOST:PORT")
@@ -258,39 +259,41 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
     return _failed(f"{server} refuses the connection with status {status}: {said or response.reason_phrase}")
 
 
-def _explain_network(link: Link, endpoint: Endpoint, seconds: float, exc: OSError) -> ConnectionFailedError:
-    """The error for a connection that the network did not give, or not in time."""
-    nobody = f"no surfw server at {link.url}"
+def explain_away(status: int, where: str) -> ConnectionFailedError:
+    """The error for one of `TRANSIENT_STATUSES` that no surfw server gave."""
+    text = f"{where} answers with status {status}, as proxies do whose server is away; {START_ONE}"
+    return _failed(text, transient=True)
+
+
+def explain_network(exc: Exception, where: str) -> ConnectionFailedError:
+    """The error for a connection that failed, but not by taking too long."""
+    nobody = f"no surfw server at {where}"
     match exc:
-        case TimeoutError():
-            what = f"{link.url} answers, but said no hello" if link.heard else f"{nobody}: no answer"
-            return _failed(f"{what} within {seconds:g} seconds; {_NEXT}", transient=True)
         case SSLCertVerificationError():
             return _failed(
-                f"the certificate of {link.url} is not trusted: {exc.verify_message}; trust whoever signed it, with "
+                f"the certificate of {where} is not trusted: {exc.verify_message}; trust the one who signed it, with "
                 "ssl= or SSL_CERT_FILE"
             )
         case SSLEOFError() | SSLZeroReturnError():
-            return _hung_up(link, endpoint)
+            return _hung_up(where)
         case SSLError():
             return _failed(
-                f"{link.url} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
+                f"{where} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
             )
         case ConnectionRefusedError():
-            return _failed(f"{nobody}: connection refused; {_NEXT}", transient=True, absent=True)
+            return _failed(f"{nobody}: connection refused; {START_ONE}", transient=True, absent=True)
     lost = isinstance(exc, ConnectionError)
-    return _failed(
-        f"{nobody}: {exc.strerror or exc}; {_NEXT}", transient=lost or exc.errno in _UNREACHABLE, absent=not lost
-    )
+    unreachable = isinstance(exc, OSError) and exc.errno in _UNREACHABLE
+    why = (isinstance(exc, OSError) and exc.strerror) or str(exc) or type(exc).__name__
+    return _failed(f"{nobody}: {why}; {START_ONE}", transient=lost or unreachable, absent=not lost)
 
 
-def _hung_up(link: Link, endpoint: Endpoint) -> ConnectionFailedError:
-    other = " (does it want wss://?)" if endpoint.url.startswith("ws:") else ""
-    return _failed(f"{link.url} hung up before it said hello{other}; {_NEXT}", transient=True)
+def _hung_up(where: str, hint: str = "") -> ConnectionFailedError:
+    return _failed(f"{where} hung up before it said hello{hint}; {START_ONE}", transient=True)
 
 
 def _not_surfw(link: Link, why: str) -> ConnectionFailedError:
     """The error for something else than a surfw server, or for one of another version."""
     if link.is_surfw:
         return _failed(f"the server at {link.url} cannot be used: {why}; run the same version of surfw on both sides")
-    return _failed(f"{link.url} answers, but is not a surfw server: {why}; {_NEXT}", absent=True)
+    return _failed(f"{link.url} answers, but is not a surfw server: {why}; {START_ONE}", absent=True)

@@ -56,7 +56,6 @@ class PlacingReader(StreamReader):
     """
 
     def __init__(self, receiver: Receiver) -> None:
-        """Make a reader that has received nothing."""
         super().__init__()
         self._receiver = receiver
         self.asking = False
@@ -94,25 +93,19 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
 
     Attributes:
         heard: when the last byte came, on the loop's clock, or None.
-        first: the first bytes that came, enough to recognise HTTP.
+        may_be_http: whether the first bytes, if any came, may begin an HTTP response.
     """
 
     def __init__(self, protocol: ClientProtocol, receiver: Receiver, **options: Any) -> None:
-        """Take over a protocol that has received nothing yet."""
         super().__init__(protocol, **options)
         self.heard: float | None = None
-        self.first = b""
+        self.may_be_http = True
         self._receiver = receiver
         self._error: RemoteProtocolError | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.reader = protocol.reader = PlacingReader(receiver)
         protocol.parser = protocol.parse()  # the one it has reads from its first reader
         next(protocol.parser)
-
-    @property
-    def may_be_http(self) -> bool:
-        """Whether the first bytes, if any came, may begin an HTTP response."""
-        return _HTTP.startswith(self.first)
 
     def send_now(self, text: str) -> None:
         """Write a message, if the connection is still open."""
@@ -140,7 +133,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """`nbytes` were written there."""
         if self.heard is None:
-            self.first = bytes(self._scratch[: min(nbytes, len(_HTTP))])
+            self.may_be_http = _HTTP.startswith(bytes(self._scratch[: min(nbytes, len(_HTTP))]))
         self.heard = self.loop.time()
         reader = self.reader
         if reader.target is None:

@@ -7,6 +7,7 @@ bytes in runs of blocks while the next ones arrive; `settle` waits until no thre
 import asyncio
 from collections import defaultdict
 from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
 from surfw.errors import ConnectionFailedError, IntegrityError
@@ -23,31 +24,25 @@ def most_read(size: int, parts: int = 1) -> int:
     return (size + 2 * parts * PAGE_BYTES) * (1 + DAMAGE_RETRIES)
 
 
+@dataclass
 class DocumentDownload:
     """A manifest, a file or digests, held in memory. It is as long as the server says, within the session's limits.
 
     Attributes:
+        what: its name, for errors.
+        most_read_bytes: the most that a server reads from its storage to make it.
+        listed: its size and BLAKE3 by the manifest, if that lists it.
+        most_bytes: its greatest length, if that is known to be less than the session's limits.
         damage: for each attempt that was damaged, what came: a digest, or an announced size and digest.
     """
 
-    def __init__(
-        self, what: str, *, read_bytes: int, listed: tuple[int, str] | None = None, most_bytes: int | None = None
-    ) -> None:
-        """Name it for errors.
-
-        Args:
-            what: its name.
-            read_bytes: how much a server reads from its storage to make it.
-            listed: its size and BLAKE3 by the manifest, if that lists it.
-            most_bytes: its greatest length, if that is known to be less than the session's limits.
-        """
-        self.most_read_bytes = most_read(read_bytes)
-        self.damage: list[object] = []
-        self._what = what
-        self._listed = listed
-        self._most_bytes = most_bytes
-        self._digest = ""
-        self._data = bytearray()
+    what: str
+    most_read_bytes: int
+    listed: tuple[int, str] | None = None
+    most_bytes: int | None = None
+    damage: list[object] = field(default_factory=list)
+    _digest: str = ""
+    _data: bytearray = field(default_factory=bytearray)
 
     def begin(self, message: Begin) -> None:
         """Make room.
@@ -56,12 +51,12 @@ class DocumentDownload:
             IntegrityError: it is not the one that the manifest lists, or too long.
         """
         announced = (message.size, message.digest)
-        if self._listed not in {None, announced}:
+        if self.listed not in {None, announced}:
             self.damage.append(announced)
-            raise IntegrityError(f"{self._what} is not the one its manifest lists")
-        if self._most_bytes is not None and message.size > self._most_bytes:
+            raise IntegrityError(f"{self.what} is not the one its manifest lists")
+        if self.most_bytes is not None and message.size > self.most_bytes:
             self.damage.append(announced)
-            raise IntegrityError(f"{self._what} has {message.size} bytes, expected at most {self._most_bytes}")
+            raise IntegrityError(f"{self.what} has {message.size} bytes, expected at most {self.most_bytes}")
         self._digest = message.digest
         self._data = bytearray(message.size)
 
@@ -82,7 +77,7 @@ class DocumentDownload:
         digest = payload_digest(data)
         if digest != self._digest:
             self.damage.append(digest)
-            raise IntegrityError(f"{self._what} is damaged: its BLAKE3 is not the one that was announced with it")
+            raise IntegrityError(f"{self.what} is damaged: its BLAKE3 is not the one that was announced with it")
         return data
 
 
@@ -91,7 +86,7 @@ class ChunkDownload:
 
     Attributes:
         read: the range and its destination.
-        missing: the ranges that still have to arrive, the next one last. Empty once everything is verified.
+        missing: the blocks that still have to arrive. Empty once everything is verified.
         damage: the damaged blocks, with the BLAKE3 that each had each time.
         first_failure: the error that the first broken attempt ended with.
         reached_bytes: how far the broken attempts got, from the start of the range.
@@ -99,24 +94,31 @@ class ChunkDownload:
 
     def __init__(self, read: Read, verifiers: Executor | None) -> None:
         """Start with nothing. Without `verifiers` the bytes stay unverified, for measurements only."""
+        first = read.start // BLOCK_BYTES
         self.read = read
-        self.missing = [(read.start, read.stop)]
+        self.missing = set(range(first, max(-(-read.stop // BLOCK_BYTES), first + 1)))  # one for an empty range too
         self.damage: defaultdict[int, list[str]] = defaultdict(list)
         self.first_failure = ""
         self.reached_bytes = 0
         self.most_read_bytes = 0
         self._verifiers = verifiers
+        self._blocks = range(0)
         self._start = self._stop = self._at = self._checked = read.start
         self._checks: list[Future[dict[int, str]]] = []
         self._progressed = False
 
     def next_range(self) -> tuple[int, int, bool]:
         """Begin an attempt: the range to ask for, and whether to ask for it because it arrived damaged."""
-        start, stop = self._start, self._stop = self.missing[-1]
-        self._at = self._checked = start
+        first = last = min(self.missing)
+        fresh = first in self.damage
+        while last + 1 in self.missing and (last + 1 in self.damage) == fresh:
+            last += 1
+        self._blocks = range(first, last + 1)
+        self._start = self._at = self._checked = first * BLOCK_BYTES
+        self._stop = min((last + 1) * BLOCK_BYTES, self.read.stop)
         self._checks = []
-        self.most_read_bytes = most_read(stop - start, 1 + len(self.read.chunk.tensors))
-        return start, stop, start // BLOCK_BYTES in self.damage
+        self.most_read_bytes = most_read(self._stop - self._start, 1 + len(self.read.chunk.tensors))
+        return self._start, self._stop, fresh
 
     def place(self, offset: int, size: int) -> memoryview:
         """The part of the destination."""
@@ -148,16 +150,8 @@ class ChunkDownload:
         for block, seen in found.items():
             self.damage[block].append(seen)
         self._progressed |= self._checked - self._start > len(found) * BLOCK_BYTES
-        self.missing.pop()
-        if self._checked < self._stop:
-            self.missing.append((self._checked, self._stop))
-        above = 0
-        for block in sorted(found, reverse=True):
-            start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, self.read.stop)
-            if stop == above:
-                _, stop = self.missing.pop()
-            self.missing.append((start, stop))
-            above = start
+        whole = len(self._blocks) if self._checked == self._stop else (self._checked - self._start) // BLOCK_BYTES
+        self.missing.difference_update(block for block in self._blocks[:whole] if block not in found)
         return found
 
     async def settle(self) -> None:

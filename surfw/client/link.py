@@ -25,7 +25,6 @@ from surfw.wire import (
     ClientSession,
     Data,
     Failed,
-    ListModels,
     Models,
     Progress,
     Request,
@@ -60,7 +59,6 @@ class Link:
 
     Attributes:
         url: the address as it may be shown, with the one that a redirect led to.
-        limits: the client's side of the limits.
         greeted: done when hellos were exchanged; fails if the link ends before.
         shows_token: whether the token was sent; a redirect to another server takes it nowhere.
         ended: why the link has ended ("went away", for example), or None.
@@ -69,7 +67,6 @@ class Link:
     def __init__(self, url: str, limits: WireLimits, silence_seconds: float) -> None:
         """Make a link that is not connected yet; `open_link` connects it."""
         self.url = url
-        self.limits = limits
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.shows_token = True
         self.ended: str | None = None
@@ -106,29 +103,26 @@ class Link:
         called = response.headers.get_all("Server") if response else []  # a proxy may have added its own
         return any(one.startswith("surfw/") for one in called) or self._session.offered.startswith("surfw.")
 
-    async def models(self) -> tuple[str, ...]:
-        """The names of the server's models."""
-        answer = await self._ask(ListModels, None)
-        return answer.models if answer else ()
-
-    async def receive(self, make: Callable[[int], Request], download: Download) -> None:
+    async def receive(self, make: Callable[[int], Request], download: Download | None = None) -> Models | None:
         """Send the request that `make` makes for an id, and return when its answer is in the download.
 
         When this has ended, also by a failure or a cancellation, nothing is written through the download any more.
+
+        Returns:
+            The answer to `ListModels`, which needs no download.
 
         Raises:
             RefusedError: the server refused the request.
             ConnectionFailedError: the link has ended.
         """
-        await self._ask(make, download)
-
-    async def _ask(self, make: Callable[[int], Request], download: Download | None) -> Models | None:
         await self._slots.acquire()
         if self.ended:
             self._slots.release()
             raise self._over()
-        request = make(self._session.next_id())
-        self._patience.asked(request, download.most_read_bytes if download else most_read(self.limits.control_bytes))
+        request = make(self._session.next_id)
+        self._patience.asked(
+            request, download.most_read_bytes if download else most_read(self._session.limits.control_bytes)
+        )
         pending = self._pending[request.id] = _Pending(self._loop.create_future(), download)
         self._send(self._session.send(request))
         if self._watch is None and not self.ended:

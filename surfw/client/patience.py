@@ -37,7 +37,6 @@ class Patience:
     """Decides for one connection how long to wait. `clock` gives the time, in seconds."""
 
     def __init__(self, silence_seconds: float, clock: Callable[[], float]) -> None:
-        """Begin without open requests."""
         self.silence_seconds = silence_seconds
         self._clock = clock
         self._waits: dict[int, _Wait] = {}

@@ -1,13 +1,13 @@
 """A server as a `ChunkSource`: bytes are received straight into their destination, and verified there.
 
-All retries of the client are decided here. `_persistently` connects again after a connection was lost; what arrived
+All retries of the client are decided here. `_persistently` connects, also after a connection was lost; what arrived
 damaged is asked for again, to be read fresh from the server's storage.
 """
 
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from ssl import SSLContext
 from typing import TypeVar
 
 from surfw.client.connect import Endpoint, open_link
-from surfw.client.downloads import ChunkDownload, DocumentDownload
+from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
@@ -23,7 +23,7 @@ from surfw.manifest import Digests, Manifest, count_blocks, parse_digests, parse
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.threads import together
-from surfw.wire import Get, GetDigests, GetFile, GetManifest, Request
+from surfw.wire import Get, GetDigests, GetFile, GetManifest, ListModels, Request
 
 logger = logging.getLogger("surfw.client")
 
@@ -43,48 +43,46 @@ class WireSource(ChunkSource):
     A lost connection is made again, as often as the retry policy says. A chunk then continues after its verified
     blocks; if there were any since the last failure, its attempts are counted anew. Blocks that arrive damaged are
     fetched again by themselves, up to `DAMAGE_RETRIES` times.
+
+    Attributes:
+        fetched_bytes: stored bytes delivered so far.
+        refetched_blocks: blocks, manifests and files that arrived damaged and were fetched again.
+        buffered_bytes: the window: what a server may have sent that has not been taken in.
+        unverified_for_measurement_only: leaves bytes unverified; only `bench wire` sets it.
     """
 
-    def __init__(
-        self, connect: Connect, retry: RetryPolicy, link: Link, *, unverified_for_measurement_only: bool = False
-    ) -> None:
-        """Take over a link; see `open_wire_source`. Only `bench wire` leaves bytes unverified."""
-        self.url = link.url
+    fetched_bytes = 0
+    refetched_blocks = 0
+    buffered_bytes = 0
+    unverified_for_measurement_only = False
+
+    def __init__(self, url: str, connect: Connect, retry: RetryPolicy, limits: WireLimits) -> None:
+        """Make a source that is not connected yet; `open_wire_source` connects it."""
+        self.url = url
+        self.buffered_bytes = limits.window_bytes
         self._connect = connect
         self._retry = retry
-        self._link = link
+        self._link: Link | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
-        self._fetched_bytes = 0
-        self._refetched_blocks = 0
-        self._limits = link.limits
+        self._limits = limits
         self._digests: dict[tuple[str, str], Digests] = {}
         self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
-        self._verify = not unverified_for_measurement_only
 
-    @property
-    def fetched_bytes(self) -> int:
-        """Stored bytes delivered so far."""
-        return self._fetched_bytes
-
-    @property
-    def refetched_blocks(self) -> int:
-        """Blocks, manifests and files that arrived damaged and were fetched again."""
-        return self._refetched_blocks
-
-    @property
-    def buffered_bytes(self) -> int:
-        """The window: what a server may have sent that has not been taken in."""
-        return self._limits.window_bytes
+    async def connect(self) -> None:
+        """Connect for the first time, with the attempts that the retry policy allows."""
+        await self._persistently(lambda link: link.greeted)
 
     async def models(self) -> list[str]:
         """The names of the server's models, sorted."""
-        return sorted(await self._persistently(lambda link: link.models()))
+        answer = await self._persistently(lambda link: link.receive(ListModels))
+        return sorted(answer.models) if answer else []
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
-        document = DocumentDownload(f"the manifest of {model} from {self.url}", read_bytes=self._limits.manifest_bytes)
+        what = f"the manifest of {model} from {self.url}"
+        document = DocumentDownload(what, most_read(self._limits.manifest_bytes))
         try:
             data = await self._receive(lambda number: GetManifest(number, model), document)
         except RefusedError as exc:
@@ -100,7 +98,7 @@ class WireSource(ChunkSource):
         """A tokenizer file of the model, verified."""
         entry = manifest.file(path)
         what = f"{path} of {manifest.name} from {self.url}"
-        document = DocumentDownload(what, read_bytes=entry.size, listed=(entry.size, entry.digest))
+        document = DocumentDownload(what, most_read(entry.size), listed=(entry.size, entry.digest))
         return await self._receive(lambda number: GetFile(number, manifest.name, path), document)
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
@@ -110,7 +108,7 @@ class WireSource(ChunkSource):
     async def _fetch(self, model: str, read: Read, priority: int) -> None:
         if not read.form.is_known:
             read = await self._with_digests(model, read)
-        download = ChunkDownload(read, self._verifiers if self._verify else None)
+        download = ChunkDownload(read, None if self.unverified_for_measurement_only else self._verifiers)
         size = read.stop - read.start
 
         async def attempt(link: Link) -> None:
@@ -127,7 +125,7 @@ class WireSource(ChunkSource):
                 "see what became of it, and run it again",
                 transient=exc.transient,
             ) from exc
-        self._fetched_bytes += size
+        self.fetched_bytes += size
 
     async def _receive_range(self, link: Link, model: str, download: ChunkDownload, priority: int) -> None:
         """Receive the next range of a download. When this has ended, no thread touches the destination any more."""
@@ -160,7 +158,7 @@ class WireSource(ChunkSource):
                 raise IntegrityError(f"{what}; {locate_damage(download.damage[block], stored=_SERVED)}")
         if found:
             logger.warning("%s; fetching %s again", what, count(len(found), "block"))
-        self._refetched_blocks += len(found)
+        self.refetched_blocks += len(found)
 
     async def _with_digests(self, model: str, read: Read) -> Read:
         """The read with the digests that its manifest lacks. The server is asked for those of a chunk once."""
@@ -170,7 +168,7 @@ class WireSource(ChunkSource):
                 what = f"what the server at {self.url} says of chunk {read.chunk.name}"
                 size = read.form.stored_bytes
                 most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
-                document = DocumentDownload(what, read_bytes=size, most_bytes=most_bytes)
+                document = DocumentDownload(what, most_read(size), most_bytes=most_bytes)
                 data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
         known = with_digests(read.chunk, self._digests[name])
@@ -195,7 +193,7 @@ class WireSource(ChunkSource):
                 if len(document.damage) > DAMAGE_RETRIES:
                     raise IntegrityError(f"{exc}; {locate_damage(document.damage, stored=_SERVED)}") from exc
                 logger.warning("%s; fetching it again", exc)
-                self._refetched_blocks += 1
+                self.refetched_blocks += 1
 
     async def _persistently(
         self, attempt: Callable[[Link], Awaitable[T]], failed: Callable[[ConnectionFailedError], bool] = lambda _: False
@@ -211,13 +209,19 @@ class WireSource(ChunkSource):
             except ConnectionFailedError as exc:
                 if failed(exc):
                     delays = self._retry.delays()
-                if self._closed or not await wait_before_retry(exc, delays):
+                delay = next(delays, None) if exc.transient and not self._closed else None
+                if delay is None:
                     raise
+                logger.info("%s; trying again in %.2f seconds", exc, delay)
+                await asyncio.sleep(delay)
 
     async def _connected(self) -> Link:
-        """The link, or a new one if it has ended."""
+        """The link, or a new one if there is none yet, or it has ended."""
         async with self._connecting:
-            if self._link.ended and not self._closed:
+            if self._link is None:
+                self._link = await self._connect()
+                self.url = self._link.url
+            elif self._link.ended and not self._closed:
                 self._link = await self._connect()
                 logger.info("connected to %s again", self.url)
             return self._link
@@ -225,18 +229,9 @@ class WireSource(ChunkSource):
     async def close(self) -> None:
         """Close the connection, and end the threads."""
         self._closed = True
-        await self._link.close()
+        if self._link:
+            await self._link.close()
         self._verifiers.shutdown()
-
-
-async def wait_before_retry(error: ConnectionFailedError, delays: Iterator[float]) -> bool:
-    """Wait before the next attempt; False if the policy allows none, or none would help."""
-    delay = next(delays, None) if error.transient else None
-    if delay is None:
-        return False
-    logger.info("%s; trying again in %.2f seconds", error, delay)
-    await asyncio.sleep(delay)
-    return True
 
 
 async def open_wire_source(
@@ -266,18 +261,14 @@ async def open_wire_source(
         RefusedError: the server wants a token, or another one.
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
-    retry = retry or RetryPolicy()
+    limits = limits or WireLimits()
     connect = partial(
         open_link,
         Endpoint(url, token, ssl),
-        limits=limits or WireLimits(),
+        limits=limits,
         connect_seconds=connect_timeout,
         silence_seconds=silence_timeout,
     )
-    delays = retry.delays()
-    while True:
-        try:
-            return WireSource(connect, retry, await connect())
-        except ConnectionFailedError as exc:
-            if not await wait_before_retry(exc, delays):
-                raise
+    source = WireSource(url, connect, retry or RetryPolicy(), limits)
+    await source.connect()
+    return source

@@ -10,7 +10,6 @@ from surfw.wire.messages import (
     PROTOCOL,
     Begin,
     Cancel,
-    ClientHello,
     Credit,
     Data,
     Failed,
@@ -26,14 +25,12 @@ from surfw.wire.messages import (
     binary_header,
 )
 from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
-from surfw.wire.sessions import Arrival, ClientSession, ServerSession
+from surfw.wire.sessions import ClientSession, ServerSession
 
 __all__ = [
     "PROTOCOL",
-    "Arrival",
     "Begin",
     "Cancel",
-    "ClientHello",
     "ClientSession",
     "Credit",
     "Data",

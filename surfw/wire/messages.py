@@ -9,10 +9,12 @@ come after `Data`, have no header of their own but that of WebSocket. Rules:
 - Texts are bounded and encodable; those that people see are printable.
 - Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
 
-A new message is a class here, a member of a union below the classes, and an entry in the tables of `transitions.py`.
+A new message is a class here, a member of a union below the classes, and an entry in the tables of `sessions.py`.
 """
 
 import json
+import re
+import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields
@@ -28,23 +30,26 @@ MAX_PRIORITY = 1 << 31
 _NAME_LENGTH = 256
 _TEXT_LENGTH = 4096
 
+_SHORT = reprlib.Repr()
+"""Values as text for a close reason, which has little room."""
+_SHORT.maxlevel = 1
+_SHORT.maxstring = 40
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON can carry lone surrogates, but UTF-8 cannot."""
+
 _FINAL_BINARY = 0x82
 """The first byte of an unfragmented binary frame: RFC 6455, section 5.2."""
 
 
-class _UnexpectedValueError(Exception):
-    """A field has a value that it may not have."""
-
-    def __init__(self, value: object, expected: str) -> None:
-        super().__init__(value, expected)
-        self.value = value
-        self.expected = expected
+def _unexpected(value: object, expected: str) -> RemoteProtocolError:
+    return RemoteProtocolError(f"{_SHORT.repr(value)}, expected {expected}")
 
 
 def _integer(low: int, high: int) -> Callable[[object], int]:
     def check(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise _UnexpectedValueError(value, f"an integer from {low} to {high}")
+            raise _unexpected(value, f"an integer from {low} to {high}")
         return value
 
     return check
@@ -54,10 +59,10 @@ def _text(longest: int, *, shown: bool = False) -> Callable[[object], str]:
     """Texts that are `shown` to people must not control their terminals."""
 
     def check(value: object) -> str:
-        if not isinstance(value, str) or len(value) > longest or not _is_encodable(value):
-            raise _UnexpectedValueError(value, f"a text of at most {longest} characters")
+        if not isinstance(value, str) or len(value) > longest or _SURROGATE.search(value):
+            raise _unexpected(value, f"a text of at most {longest} characters")
         if shown and not value.isprintable():
-            raise _UnexpectedValueError(value, "a text of printable characters")
+            raise _unexpected(value, "a text of printable characters")
         return value
 
     return check
@@ -65,13 +70,13 @@ def _text(longest: int, *, shown: bool = False) -> Callable[[object], str]:
 
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise _UnexpectedValueError(value, "a list of texts")
+        raise _unexpected(value, "a list of texts")
     return tuple(map(_text(_NAME_LENGTH, shown=True), value))
 
 
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
-        raise _UnexpectedValueError(value, "true or false")
+        raise _unexpected(value, "true or false")
     return value
 
 
@@ -297,40 +302,16 @@ def _parse(text: str, declared: dict[str, tuple[type, list[_FieldCheck]]]) -> An
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as exc:
-        raise RemoteProtocolError(f"a message is not JSON: {_short(text)}") from exc
+        raise RemoteProtocolError(f"a message is not JSON: {_SHORT.repr(text)}") from exc
     if not isinstance(document, dict):
-        raise RemoteProtocolError(f"a message is not a JSON object: {_short(text)}")
+        raise RemoteProtocolError(f"a message is not a JSON object: {_SHORT.repr(text)}")
     message, field = "message", "type"  # what an error names
     try:
         message = _TYPE(document.get(field))
-        if message not in declared:
-            raise RemoteProtocolError(f"unknown message type {message!a}")
-        kind, checks = declared[message]
-        return kind(*[check(document.get(field := name, default)) for name, default, check in checks])
-    except _UnexpectedValueError as exc:
-        raise RemoteProtocolError(
-            f"{message}: field {field!r} is {_short(exc.value)}, expected {exc.expected}"
-        ) from None
-
-
-def _is_encodable(value: str) -> bool:
-    """Whether the text is free of lone surrogates, which JSON can carry and UTF-8 cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _short(value: object) -> str:
-    """A value as text for a close reason, which has little room."""
-    match value:
-        case str():
-            return ascii(value[:40]) + ("…" if len(value) > 40 else "")
-        case None | bool() | float():
-            return repr(value)
-        case int():
-            return repr(value) if abs(value) <= MAX_SIZE else "a huge integer"
-        case list():
-            return "a list"
-    return "an object"
+        kind, checks = declared.get(message, (None, []))
+        values = [check(document.get(field := name, default)) for name, default, check in checks]
+    except RemoteProtocolError as exc:
+        raise RemoteProtocolError(f"{message}: field {field!r} is {exc}") from None
+    if kind is None:
+        raise RemoteProtocolError(f"unknown message type {message!a}")
+    return kind(*values)

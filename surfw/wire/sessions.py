@@ -1,12 +1,14 @@
 """The two sides of a session, sans-I/O: text and sizes go in, messages and places come out.
 
-The tables in `transitions.py` say which message may come when. The sessions add everything that is counted: ids, open
-requests, frames, and the window. A session that has raised `RemoteProtocolError` is over.
+The first message of each side is its hello, which comes only once. `ANSWERS` is the table of what may come in an
+answer, on which both sides run; a message without an entry in the row of the current state breaks the protocol. The
+sessions add everything that is counted: ids, open requests, frames, and the window. A session that has raised
+`RemoteProtocolError` is over.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from enum import Enum, auto
+from typing import ClassVar, Self
 
 from surfw.config import MAX_FRAME_BYTES, MIN_FRAME_BYTES, WireLimits
 from surfw.errors import LocalProtocolError, RemoteProtocolError
@@ -19,7 +21,13 @@ from surfw.wire.messages import (
     ClientMessage,
     Credit,
     Data,
+    Failed,
+    Get,
+    GetDigests,
+    GetFile,
     GetManifest,
+    ListModels,
+    Models,
     Progress,
     Request,
     ServerHello,
@@ -28,16 +36,90 @@ from surfw.wire.messages import (
     parse_client_message,
     parse_server_message,
 )
-from surfw.wire.transitions import (
-    CLIENT_RECEIVES,
-    SERVER_RECEIVES,
-    AnswerState,
-    ConnectionState,
-    Exchange,
-    RunEnd,
-)
 
 _SHOWN = 40
+
+
+class AnswerState(Enum):
+    """How far the answer to a request has come: on the server by what was sent, on the client by what was received."""
+
+    NAMES = auto()
+    """`models` is the whole answer."""
+    DOCUMENT = auto()
+    """`begin` comes first, with the size of the answer."""
+    BYTES = auto()
+    """Runs of `data` follow, in order and without gaps."""
+    DONE = auto()
+    """The answer is complete, or failed."""
+
+
+_NAMES, _DOCUMENT, _BYTES, _DONE = AnswerState
+
+ANSWER_STARTS: dict[type, AnswerState] = {
+    ListModels: _NAMES,
+    GetManifest: _DOCUMENT,
+    GetFile: _DOCUMENT,
+    GetDigests: _DOCUMENT,
+    Get: _BYTES,
+}
+# A cancelled request has no state of its own: runs, and the end of its answer, may have crossed the cancel.
+ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
+    _NAMES: {Models: _DONE, Progress: _NAMES, Failed: _DONE},
+    _DOCUMENT: {Begin: _BYTES, Progress: _DOCUMENT, Failed: _DONE},
+    _BYTES: {Data: _BYTES, Progress: _BYTES, Failed: _DONE},
+    _DONE: {},
+}
+"""The `data` that reaches the end of the answer leads to `DONE` too."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A request and how far its answer has come.
+
+    Attributes:
+        request: what was asked for.
+        state: what may come next; see `ANSWERS`.
+        at: the next byte of the answer to announce.
+        stop: the end of the answer, which is known in the state `BYTES`.
+        read_bytes: the count of the last `progress`.
+    """
+
+    request: Request
+    state: AnswerState
+    at: int = 0
+    stop: int = 0
+    read_bytes: int = 0
+
+    @classmethod
+    def to(cls, request: Request) -> Self:
+        """The exchange that begins with a request."""
+        state = ANSWER_STARTS[type(request)]
+        return cls(request, state, request.start, request.stop) if isinstance(request, Get) else cls(request, state)
+
+    def take(self, message: AnswerMessage) -> bool:
+        """Advance by one message of the answer; False, without any change, if it may not come now."""
+        after = ANSWERS[self.state].get(type(message))
+        if after is None:
+            return False
+        match message:
+            case Begin():
+                self.stop = message.size
+            case Data():
+                if not self._continues(message):
+                    return False
+                self.at = message.stop
+                if self.at == self.stop:
+                    after = AnswerState.DONE
+            case Progress():
+                if message.bytes <= self.read_bytes:
+                    return False
+                self.read_bytes = message.bytes
+        self.state = after
+        return True
+
+    def _continues(self, run: Data) -> bool:
+        """Whether the run starts where the last one ended. It has bytes, unless the answer has none at all."""
+        return run.start == self.at and (run.start < run.stop <= self.stop or run.start == run.stop == self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +133,14 @@ class Arrival:
 
 
 class _Session:
-    """What both sides keep: the state of the connection, and the exchanges that are not complete."""
+    """What both sides keep: whether the peer said hello, and the exchanges that are not complete."""
 
-    _receives: ClassVar[Mapping[ConnectionState, Mapping[type, ConnectionState]]]
     _no_hello: ClassVar[tuple[str, int]]
     """The complaint about a peer that does not begin with its hello, and the close code."""
 
     def __init__(self, limits: WireLimits) -> None:
         self.limits = limits
-        self._state = ConnectionState.GREETING
+        self._greeted = False
         self._exchanges: dict[int, Exchange] = {}
 
     def is_open(self, request_id: int) -> bool:
@@ -70,15 +151,20 @@ class _Session:
         if len(text) > self.limits.control_bytes:
             raise RemoteProtocolError(f"a message is longer than {self.limits.control_bytes} bytes", close_code=1009)
 
-    def _go_on(self, received: ClientMessage | ServerMessage) -> None:
-        """Change the state of the connection by a message from the peer."""
-        after = self._receives[self._state].get(type(received))
-        if after is None and self._state is ConnectionState.GREETING:
-            text, code = self._no_hello
+    def _check_hello(self, received: ClientMessage | ServerMessage) -> None:
+        if isinstance(received, ClientHello | ServerHello) == self._greeted:
+            text, code = ("a second hello", 1002) if self._greeted else self._no_hello
             raise RemoteProtocolError(text, close_code=code)
-        if after is None:
-            raise RemoteProtocolError(f"a second {received.type}")
-        self._state = after
+        self._greeted = True
+
+    def _advance(self, message: AnswerMessage, wrong: type[LocalProtocolError | RemoteProtocolError]) -> Exchange:
+        """Advance the exchange that a message of an answer belongs to; raise `wrong` if it may not come now."""
+        exchange = self._exchanges.get(message.id)
+        if exchange is None:
+            raise wrong(f"{message.type} for id {message.id}, which is not open")
+        if not exchange.take(message):
+            raise wrong(f"{message.type} is out of order, for id {message.id}")
+        return exchange
 
 
 class ClientSession(_Session):
@@ -87,9 +173,9 @@ class ClientSession(_Session):
     Attributes:
         requests: how many requests may be open at a time, by both sides' limits; 0 before the server's hello.
         offered: the protocol that the server's hello names, even if it is not ours; "" before.
+        next_id: the id for the next request.
     """
 
-    _receives = CLIENT_RECEIVES
     _no_hello = (f"the first message of a server is hello for {PROTOCOL}", 1002)
 
     def __init__(self, limits: WireLimits, *, client: str) -> None:
@@ -97,21 +183,17 @@ class ClientSession(_Session):
         super().__init__(limits)
         self.requests = 0
         self.offered = ""
+        self.next_id = 0
         self._client = client
         self._frame_bytes = 0
         self._window_bytes = 0
         self._uncredited_bytes = 0
-        self._next_id = 0
-        self._run: Data | None = None  # there is one in the state RUN, and only then
+        self._run: Data | None = None  # whose binary frames follow, and nothing else before they are complete
         self._run_at = 0
 
     def hello(self) -> str:
         """The answer to the server's hello."""
         return encode(ClientHello(self._client, self.limits.window_bytes, progress=True))
-
-    def next_id(self) -> int:
-        """The id for the next request."""
-        return self._next_id
 
     def receive(self, text: str) -> ServerMessage:
         """Take one text message from the server.
@@ -123,7 +205,7 @@ class ClientSession(_Session):
         if self._run is not None:
             raise RemoteProtocolError(f"a message within a run of {self._run.stop - self._run.start} bytes")
         message = parse_server_message(text)
-        self._go_on(message)
+        self._check_hello(message)
         match message:
             case ServerHello():
                 self._greet(message)
@@ -146,11 +228,7 @@ class ClientSession(_Session):
         self.requests = min(message.requests, self.limits.requests_in_flight)
 
     def _take(self, message: AnswerMessage) -> None:
-        exchange = self._exchanges.get(message.id)
-        if exchange is None:
-            raise RemoteProtocolError(f"{message.type} for id {message.id}, which is not open")
-        if not exchange.take(message):
-            raise RemoteProtocolError(f"{message.type} is out of order")
+        exchange = self._advance(message, RemoteProtocolError)
         if isinstance(message, Begin):
             manifest = isinstance(exchange.request, GetManifest)
             most = self.limits.manifest_bytes if manifest else self.limits.file_bytes
@@ -170,7 +248,7 @@ class ClientSession(_Session):
 
     def _end_run(self, run: Data) -> bool:
         """The run is complete; return whether its answer is."""
-        self._state, self._run = self._receives[self._state][RunEnd], None
+        self._run = None
         done = self._exchanges[run.id].state is AnswerState.DONE
         if done:
             del self._exchanges[run.id]
@@ -220,12 +298,12 @@ class ClientSession(_Session):
             if message.id not in self._exchanges:
                 raise LocalProtocolError(f"cancel of id {message.id}, which is not open")
             return encode(message)
-        if message.id != self._next_id or len(self._exchanges) >= self.requests:
+        if message.id != self.next_id or len(self._exchanges) >= self.requests:
             raise LocalProtocolError(
                 f"{message.type} with id {message.id}, {len(self._exchanges)} requests open; "
-                f"expected id {self._next_id}, and fewer than {self.requests} open"
+                f"expected id {self.next_id}, and fewer than {self.requests} open"
             )
-        self._next_id += 1
+        self.next_id += 1
         self._exchanges[message.id] = Exchange.to(message)
         return encode(message)
 
@@ -238,7 +316,6 @@ class ServerSession(_Session):
         takes_progress: whether the client takes `progress`.
     """
 
-    _receives = SERVER_RECEIVES
     _no_hello = ("the first message of a client is hello", 1008)
 
     def __init__(self, limits: WireLimits, *, server: str) -> None:
@@ -267,7 +344,7 @@ class ServerSession(_Session):
             raise RemoteProtocolError("a client sends no binary messages", close_code=1003)
         self._check_length(message)
         parsed = parse_client_message(message)
-        self._go_on(parsed)
+        self._check_hello(parsed)
         match parsed:
             case ClientHello():
                 self._greet(parsed)
@@ -311,21 +388,11 @@ class ServerSession(_Session):
         """
         if isinstance(message, ServerHello):
             raise LocalProtocolError("a second hello")
-        exchange = self._exchanges.get(message.id)
-        if exchange is None:
-            raise LocalProtocolError(f"{message.type} for id {message.id}, which is not open")
-        if not self._may_send(message) or not exchange.take(message):
-            raise LocalProtocolError(f"{message.type} is out of order: {message}")
-        if isinstance(message, Data):
-            self.credit_bytes -= message.stop - message.start
+        length = message.stop - message.start if isinstance(message, Data) else 0
+        if length > self.credit_bytes or (isinstance(message, Progress) and not self.takes_progress):
+            raise LocalProtocolError(f"the client does not take {message}")
+        exchange = self._advance(message, LocalProtocolError)
+        self.credit_bytes -= length
         if exchange.state is AnswerState.DONE:
             del self._exchanges[message.id]
         return encode(message)
-
-    def _may_send(self, message: AnswerMessage) -> bool:
-        match message:
-            case Data():
-                return message.stop - message.start <= self.credit_bytes
-            case Progress():
-                return self.takes_progress
-        return True

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from pathlib import Path
 
@@ -16,25 +15,11 @@ from surfw.errors import ConnectionFailedError, RefusedError
 from surfw.retry import TRANSIENT_STATUSES, RetryPolicy
 from surfw.wire import ServerSession
 from tests.certificates import for_client, for_server, make_certificate
-from tests.peers import pretending, serving, tcp_server
+from tests.peers import Talk, pass_on, pretending, serving, tcp_server
 from tests.stores import make_store
 
 AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0)
 ONCE = RetryPolicy(attempts=1)
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-async def passes_on(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
-    """Act as a proxy for the rest of a connection."""
-    there, to = await asyncio.open_connection("127.0.0.1", port)
-    to.write(head)
-
-    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-        while data := await source.read(1 << 16):
-            target.write(data)
-        target.close()
-
-    await asyncio.gather(copy(reader, to), copy(there, writer))
 
 
 def answers(status: int, *headers: str) -> bytes:
@@ -64,7 +49,7 @@ def test_a_proxy_whose_server_is_away_is_tried_again(tmp_path: Path, said: bytes
             writer.write(said)
             writer.close()
         else:
-            await passes_on(ports[0], reader, writer, head)
+            await pass_on(ports[0], reader, writer, head)
 
     async def main() -> None:
         async with serving(tmp_path) as server, tcp_server(talk) as url:
@@ -224,12 +209,9 @@ def test_a_redirect_does_not_lead_away_from_tls(tmp_path: Path, scheme: str) -> 
     async def main() -> None:
         async with serving(tmp_path / "store") as plain:
             to = plain.url.replace("ws", scheme, 1)
-            server = await asyncio.start_server(redirecting(to), "127.0.0.1", 0, ssl=for_server(certificate))
-            url = f"wss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            with pytest.raises(ConnectionFailedError, match=rf"{url} redirects to {to}, where there is no TLS"):
-                await open_wire_source(url, ssl=for_client(certificate), retry=ONCE)
+            async with tcp_server(redirecting(to), for_server(certificate)) as url:
+                with pytest.raises(ConnectionFailedError, match=rf"{url} redirects to {to}, where there is no TLS"):
+                    await open_wire_source(url, ssl=for_client(certificate), retry=ONCE)
             assert plain.stats()["clients"] == 0
-            server.close()
-            await server.wait_closed()
 
     asyncio.run(main())

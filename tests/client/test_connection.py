@@ -22,7 +22,7 @@ from surfw.client.link import Link
 from surfw.config import KIB, MAX_FRAME_BYTES, MIB, WireLimits
 from surfw.errors import ConnectionFailedError, SurfwError
 from surfw.retry import RetryPolicy
-from surfw.wire import PROTOCOL, Begin, Get, ServerSession
+from surfw.wire import PROTOCOL, Begin, Get, ListModels, ServerSession
 from tests.peers import tcp_server
 
 pytestmark = pytest.mark.timeout(60)  # a refused message once made the client spin for ever
@@ -207,7 +207,7 @@ def test_a_refused_message_ends_in_one_error_whatever_follows(name: str, kind: s
         assert memory == seen
         memory.clear()  # fails if anything else still holds on to it
         with pytest.raises(ConnectionFailedError, match="broke the protocol"):
-            await link.models()
+            await link.receive(ListModels)
 
     asyncio.run(main())
 

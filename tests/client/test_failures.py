@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 import socket
-from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +18,11 @@ from surfw.config import DAMAGE_RETRIES, KIB, MIB
 from surfw.errors import ConfigurationError, ConnectionFailedError, IntegrityError, ManifestError
 from surfw.manifest import payload_digest
 from surfw.retry import RetryPolicy
-from tests.peers import pretending, serving, tcp_server, until, whole
+from tests.peers import Talk, pretending, serving, tcp_server, until, whole
 from tests.servers import serve
 from tests.stores import make_store
 
 QUICK = 0.3
-
-Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 open_wire_source = partial(open_and_retry, retry=RetryPolicy(attempts=1))
 

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +23,35 @@ from tests.servers import serve
 from tests.stores import make_store, payload
 
 AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0)
-
-
 Talk = Callable[[ServerConnection], Awaitable[None]]
 
 
-async def requests(websocket: ServerConnection, asked: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """What the client asks for, which is also kept in `asked`."""
-    async for message in websocket:
-        request = json.loads(message)
-        if request["type"] != "credit":
-            asked.append(request)
-            yield request
+def sends(data: bytes, *lengths: int, flips: Sequence[int] = ()) -> tuple[list[dict[str, Any]], Talk]:
+    """A server that hangs up after so many bytes of its first, second, … answers; and what it was asked for.
 
-
-async def send(websocket: ServerConnection, request: dict[str, Any], body: bytes | bytearray) -> None:
-    """The beginning of the answer to a request, in runs of a frame."""
-    for at in range(0, len(body), 512 * KIB):
-        part, start = body[at : at + 512 * KIB], request["start"] + at
-        run = {"type": "data", "id": request["id"], "start": start, "stop": start + len(part)}
-        await websocket.send(json.dumps(run))
-        await websocket.send(bytes(part))
-
-
-def sends(data: bytes, *lengths: int) -> tuple[list[dict[str, Any]], Talk]:
-    """A server that hangs up after so many bytes of its first, second, … answers; and what it was asked for."""
+    At each of the places `flips`, it damages a byte in its first, second, … answer that has it.
+    """
     asked: list[dict[str, Any]] = []
-    left = list(lengths)
+    left, damage = list(lengths), list(flips)
 
     async def answer(websocket: ServerConnection) -> None:
-        async for request in requests(websocket, asked):
-            body = data[request["start"] : request["stop"]]
+        async for message in websocket:
+            request = json.loads(message)
+            if request["type"] == "credit":
+                continue
+            asked.append(request)
+            start, stop = request["start"], request["stop"]
+            body = bytearray(data[start:stop])
+            for at in set(damage):
+                if start <= at < stop:
+                    damage.remove(at)
+                    body[at - start] ^= 1 + len(damage)
             length = left.pop(0) if left else len(body)
-            await send(websocket, request, body[:length])
+            for at in range(0, length, 512 * KIB):
+                part = body[at : min(at + 512 * KIB, length)]
+                run = {"type": "data", "id": request["id"], "start": start + at, "stop": start + at + len(part)}
+                await websocket.send(json.dumps(run))
+                await websocket.send(bytes(part))
             if length < len(body):
                 await until(lambda: websocket.transport.get_write_buffer_size() == 0)
                 await websocket.close(1001, "the server is stopping")
@@ -84,28 +80,10 @@ def test_a_chunk_continues_after_its_verified_blocks(tmp_path: Path) -> None:
     assert starts[3] == 12 * MIB
 
 
-def damaging(data: bytes, *flips: int) -> tuple[list[dict[str, Any]], Talk]:
-    """A server that damages a byte in its first, second, … answer that has it, at each of these places."""
-    asked: list[dict[str, Any]] = []
-    left = list(flips)
-
-    async def answer(websocket: ServerConnection) -> None:
-        async for request in requests(websocket, asked):
-            start, stop = request["start"], request["stop"]
-            body = bytearray(data[start:stop])
-            for at in set(left):
-                if start <= at < stop:
-                    left.remove(at)
-                    body[at - start] ^= 1 + len(left)
-            await send(websocket, request, body)
-
-    return asked, answer
-
-
 def test_a_damaged_block_is_fetched_again_alone_and_fresh(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[9 * MIB + 100])
     data = payload(tmp_path, manifest.chunks[0])
-    asked, answer = damaging(data, 3 * MIB, 4 * MIB + 7, 4 * MIB + 7, 9 * MIB + 50)
+    asked, answer = sends(data, flips=[3 * MIB, 4 * MIB + 7, 4 * MIB + 7, 9 * MIB + 50])
 
     async def main() -> None:
         async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
@@ -127,19 +105,7 @@ def test_a_damaged_block_is_fetched_again_alone_and_fresh(tmp_path: Path) -> Non
 def test_blocks_verified_after_a_damaged_one_are_not_fetched_again(tmp_path: Path) -> None:
     manifest = make_store(tmp_path, sizes=[20 * MIB])
     data = payload(tmp_path, manifest.chunks[0])
-    damaged = bytearray(data)
-    damaged[2 * MIB + 5] ^= 1
-    asked: list[dict[str, Any]] = []
-
-    async def answer(websocket: ServerConnection) -> None:
-        async for request in requests(websocket, asked):
-            if len(asked) > 1:
-                await send(websocket, request, data[request["start"] : request["stop"]])
-                continue
-            await send(websocket, request, damaged[: 9 * MIB])
-            await until(lambda: websocket.transport.get_write_buffer_size() == 0)
-            await websocket.close(1001, "the server is stopping")
-            return
+    asked, answer = sends(data, 9 * MIB, flips=[2 * MIB + 5])
 
     async def main() -> None:
         async with pretending(answer) as url, await open_wire_source(url, retry=AT_ONCE) as source:
@@ -161,7 +127,7 @@ def test_blocks_verified_after_a_damaged_one_are_not_fetched_again(tmp_path: Pat
             r"chunk the model again: it was the same 3 times, so the damage lies in the server's storage",
         ),
         (
-            lambda data: damaging(data, 5, 5, 5),
+            lambda data: sends(data, flips=[5, 5, 5]),
             r"it differed between 3 reads, so it is damaged on the way; check the network",
         ),
     ],

@@ -1,22 +1,21 @@
-"""A server's statistics and health over HTTP."""
+"""A server's statistics over HTTP."""
 
 import asyncio
 import contextlib
 import copy
 import itertools
 import json
-import shutil
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from surfw.client import is_ready, read_stats
+from surfw.client import read_stats
 from surfw.errors import ConfigurationError, ConnectionFailedError
 from tests.certificates import for_client, for_server, make_certificate
-from tests.peers import serving, tcp_server, until
+from tests.peers import Talk, serving, tcp_server, until
 from tests.stores import make_store
 
 
@@ -32,7 +31,6 @@ def test_stats_are_those_of_the_server(tmp_path: Path) -> None:
                 assert stats["models"] == ["a"]
                 assert stats.keys() == own.keys()
                 assert (stats["cache"], stats["storage"]) == (own["cache"], own["storage"])
-                assert await asyncio.to_thread(is_ready, server.url, ssl=client)
 
     asyncio.run(main())
 
@@ -49,27 +47,23 @@ def test_a_host_and_a_port_are_enough(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_server_is_not_ready_while_its_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("surfw.server.http.KEPT_SECONDS", 0)
-    make_store(tmp_path / "store")
+def test_a_server_that_has_stopped(tmp_path: Path) -> None:
+    make_store(tmp_path)
 
     async def main() -> None:
-        async with serving(tmp_path / "store", token="t") as server:
-            assert await asyncio.to_thread(is_ready, server.url)
-            shutil.move(tmp_path / "store", tmp_path / "elsewhere")
-            assert not await asyncio.to_thread(is_ready, server.url)
-        with pytest.raises(ConnectionFailedError, match="no surfw server at"):
-            await asyncio.to_thread(is_ready, server.url)
+        async with serving(tmp_path) as server:
+            url = server.url
+        with pytest.raises(ConnectionFailedError, match=r"no surfw server at .*: connection refused; start one"):
+            await asyncio.to_thread(read_stats, url)
 
     asyncio.run(main())
 
 
 @pytest.mark.parametrize("url", ["", "ftp://host", "ws://host:99999", "ws://user:secret@host:port", "ws://["])
 def test_a_malformed_address(url: str) -> None:
-    for ask in (read_stats, is_ready):
-        with pytest.raises(ConfigurationError, match="is not the address of a server") as caught:
-            ask(url)
-        assert "secret" not in str(caught.value)
+    with pytest.raises(ConfigurationError, match="is not the address of a server") as caught:
+        read_stats(url)
+    assert "secret" not in str(caught.value)
 
 
 def remove(*path: str) -> Callable[[Any], None]:
@@ -100,10 +94,11 @@ def remove(*path: str) -> Callable[[Any], None]:
 def test_other_answers_are_refused(tmp_path: Path, change: Callable[[Any], None]) -> None:
     make_store(tmp_path)
     said: list[bytes] = []
+    status = [200]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said[0]) + said[0])
+        writer.write(b"HTTP/1.1 %d Whatever\r\nContent-Length: %d\r\n\r\n" % (status[0], len(said[0])) + said[0])
         await writer.drain()
 
     async def main() -> None:
@@ -120,13 +115,14 @@ def test_other_answers_are_refused(tmp_path: Path, change: Callable[[Any], None]
             said[:] = [b"hello"]
             with pytest.raises(ConnectionFailedError, match=r"not a surfw server .*its statistics are not JSON"):
                 await asyncio.to_thread(read_stats, url)
-            with pytest.raises(ConnectionFailedError, match=r"not a surfw server \(status 200 for GET /readyz\)"):
-                await asyncio.to_thread(is_ready, url)
+            status[0] = 404
+            with pytest.raises(ConnectionFailedError, match=r"not a surfw server \(status 404 for GET /stats\)"):
+                await asyncio.to_thread(read_stats, url)
 
     asyncio.run(main())
 
 
-def drip(*parts: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+def drip(*parts: bytes) -> Talk:
     """A server that sends the first part at once, and of the others a byte now and then, over and over."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -150,13 +146,12 @@ def drip(*parts: bytes) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter]
         drip(b"HTTP/1.1 200 OK\r\nServer: surfw/1\r\nConnection: close\r\n\r\n", b" "),
     ],
 )
-@pytest.mark.parametrize("ask", [read_stats, is_ready])
-def test_an_answer_that_never_ends_is_given_up(talk: Any, ask: Callable[..., object]) -> None:
+def test_an_answer_that_never_ends_is_given_up(talk: Talk) -> None:
     async def main() -> None:
         async with tcp_server(talk) as url:
             async with asyncio.timeout(20):  # a guard against a hang
                 with pytest.raises(ConnectionFailedError, match=r"no complete answer within 0\.3 seconds"):
-                    await asyncio.to_thread(ask, url, timeout_seconds=0.3)
+                    await asyncio.to_thread(read_stats, url, timeout_seconds=0.3)
             await until(lambda: all(thread.name != "surfw-ask" for thread in threading.enumerate()))
 
     asyncio.run(main())

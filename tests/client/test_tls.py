@@ -1,8 +1,7 @@
 """`wss://` works: bytes are received in place over TLS as over plain TCP."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from surfw.client import open_wire_source, probe
 from surfw.errors import ConfigurationError, ConnectionFailedError
 from tests.certificates import for_client, for_server, make_certificate
-from tests.peers import serving, whole
+from tests.peers import pass_on, serving, tcp_server, whole
 from tests.stores import make_store, payload
 
 
@@ -19,37 +18,13 @@ def certificate(tmp_path: Path) -> Path:
     return make_certificate(tmp_path)
 
 
-@contextlib.asynccontextmanager
-async def terminating_tls(port: int, certificate: Path) -> AsyncIterator[str]:
-    """The address of a TLS server that forwards to a port, as a reverse proxy does."""
-    context = for_server(certificate)
-    tasks = set()
-
-    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
-        tasks.update(asyncio.create_task(copy(*ends)) for ends in ((reader, inner_writer), (inner_reader, writer)))
-
-    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=context)
-    try:
-        yield f"wss://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-        await asyncio.gather(*tasks)
-
-
 def test_a_chunk_arrives_through_tls(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_store(tmp_path / "store", sizes=[9_000_001])
     read, memory = whole(manifest.chunks[0])
+    tls = for_server(certificate)
 
     async def main() -> None:
-        async with serving(tmp_path / "store") as server, terminating_tls(server.port, certificate) as url:
+        async with serving(tmp_path / "store") as server, tcp_server(partial(pass_on, server.port), tls) as url:
             with pytest.raises(ConnectionFailedError, match="is not trusted: self-signed certificate; trust"):
                 await open_wire_source(url)
             monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from websockets.asyncio.client import connect
@@ -58,6 +59,9 @@ def test_without_it_there_is_no_websocket(tmp_path: Path) -> None:
             with pytest.raises(RefusedError, match="refuses the token"):
                 await asyncio.to_thread(read_stats, server.url, token="x")
             assert server.stats()["requests"]["total"] == 0
+            ready = await asyncio.to_thread(urlopen, server.url.replace("ws", "http", 1) + "/readyz", timeout=10)
+            with ready:
+                assert ready.status == 200  # whether it is ready is no secret
 
     asyncio.run(main())
 

@@ -1,6 +1,7 @@
 """Messages of every kind, and texts that are not messages."""
 
 import json
+from typing import get_args
 
 from hypothesis import strategies as st
 
@@ -30,20 +31,7 @@ SERVER_MESSAGES = st.one_of(
 )
 NAMES = ["type", "id", "model", "chunk", "form", "start", "stop", "bytes", "window_bytes", "client", "path", "priority"]
 FLAGS = ["progress", "fresh"]
-TYPES = [
-    "hello",
-    "models",
-    "manifest",
-    "file",
-    "digests",
-    "get",
-    "cancel",
-    "credit",
-    "begin",
-    "data",
-    "progress",
-    "error",
-]
+TYPES = sorted({kind.type for kind in get_args(m.ClientMessage) + get_args(m.ServerMessage)})
 ODD = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(TYPES),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES + FLAGS), inner, max_size=4),
