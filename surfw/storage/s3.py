@@ -120,7 +120,11 @@ class S3Backend(FsspecBackend):
         _check_choice("sse", sse, get_args(Encryption))
         if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
             raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
-        encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
+        settings = {
+            "ServerSideEncryption": sse,
+            "SSEKMSKeyId": sse_kms_key_id,
+            "RequestPayer": "requester" if requester_pays else None,  # s3fs before 2026.9 sends it only with reads
+        }
         self._addressing_style = addressing_style
         self.bucket, self.endpoint_url = bucket_name, endpoint_url
         self.prefix = prefix.strip("/")
@@ -140,7 +144,7 @@ class S3Backend(FsspecBackend):
             token=aws_session_token,
             endpoint_url=endpoint_url,
             client_kwargs=({"region_name": region_name} if region_name else {}) | options.pop("client_kwargs", {}),
-            s3_additional_kwargs={name: value for name, value in encryption.items() if value is not None}
+            s3_additional_kwargs={name: value for name, value in settings.items() if value is not None}
             | options.pop("s3_additional_kwargs", {}),
             requester_pays=requester_pays,
             anon=anonymous,
