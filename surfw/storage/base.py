@@ -226,11 +226,7 @@ class StorageBackend(ABC):
             StorageError: as in `read_into`.
             Exception: what a check raises.
         """
-        await self._read_as(self, reads)
-
-    async def _read_as(self, storage: "StorageBackend", reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations by ranges of the size and number that are right for a storage."""
-        pieces = [piece for read in reads for piece in cut(read, storage.range_bytes)]
+        pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
         if len(pieces) == 1:
             await self._read_piece(pieces[0])
             return
@@ -240,7 +236,7 @@ class StorageBackend(ABC):
             for piece in left:
                 await self._read_piece(piece)
 
-        await together(take() for _ in range(min(len(pieces), storage.parallel_reads)))
+        await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
 
     async def _read_piece(self, piece: ObjectRead) -> None:
         if len(piece.parts) == 1:

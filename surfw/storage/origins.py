@@ -10,22 +10,21 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 """
 
 import asyncio
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
-from surfw.manifest import Manifest, Origin
+from surfw.manifest import Form, Manifest, Origin
 from surfw.storage.backends import open_backend, scheme_of
 from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
-from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
+from surfw.storage.ranges import ObjectRange, ObjectRead, Pin
 from surfw.storage_options import identify_place
 
 _MOUNT, _ANY = "origins/", "any"
@@ -35,11 +34,12 @@ _FROM_AFAR = {"s3", "http", "https", "hf"}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where an object is: its storage, its key there, and the revision that it has to have, if it is pinned."""
+    """Where an object is: its storage and its key there; revision and size that it has to have, if it is pinned."""
 
     backend: StorageBackend
     key: str
     revision: str | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ class PlacedOptions:
         return self.options if same_host and scheme == own_scheme else {}
 
 
-class Objects(StorageBackend):
-    """A store's own objects and those of its manifests' origins, in one space of keys. Read-only."""
+class Objects:
+    """A store's own objects and those of its manifests' origins, in one space of keys, to be read."""
 
     def __init__(self, own: StorageBackend, marker: str, options: PlacedOptions | None = None) -> None:
         """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
@@ -80,7 +80,7 @@ class Objects(StorageBackend):
         self._mounting = threading.Lock()
 
     @property
-    def parallel_reads(self) -> int:  # type: ignore[override]
+    def parallel_reads(self) -> int:
         """How many reads are worth having under way: as many as for the storage that gains most from it."""
         return max(backend.parallel_reads for backend in self._backends())
 
@@ -118,20 +118,13 @@ class Objects(StorageBackend):
         with self._mounting:
             if origin.key not in self._mounted:
                 self._mounted = {**self._mounted, origin.key: _Mounted(origin, self._open(origin.url))}
-        chunks = tuple(
-            replace(
-                chunk,
-                forms=tuple(
-                    replace(
-                        form,
-                        locations=tuple(replace(at, object=_name(origin, at.object)) for at in form.locations),
-                    )
-                    for form in chunk.forms
-                ),
-            )
-            for chunk in manifest.chunks
-        )
-        files = tuple(replace(file, object=_name(origin, file.object)) for file in manifest.files)
+
+        def place(form: Form) -> Form:
+            return replace(form, locations=tuple(replace(at, object=mount + at.object) for at in form.locations))
+
+        mount = f"{_MOUNT}{origin.key}/"
+        chunks = tuple(replace(chunk, forms=tuple(map(place, chunk.forms))) for chunk in manifest.chunks)
+        files = tuple(replace(file, object=mount + file.object) for file in manifest.files)
         return replace(manifest, chunks=chunks, files=files)
 
     def _open(self, url: str) -> StorageBackend:
@@ -160,29 +153,30 @@ class Objects(StorageBackend):
         pin = mounted.origin.pins.get(name) if mounted else None
         if mounted is None or pin is None:
             raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
-        return Found(mounted.backend, name, pin.revision)
+        return Found(mounted.backend, name, pin.revision, pin.size)
 
-    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
         found = self.find(key)
+        pinned = {} if found.revision is None else {"revision": found.revision}  # some custom backends know none
         with _explaining(found):
-            await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
+            await found.backend.read_into(found.key, start, destination, **pinned)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations of reads of one model. Its bytes are in one storage, which decides about ranges."""
+        """Fill the destinations of reads of one model, as `StorageBackend.read_all`. Its bytes are in one storage."""
         if first := next((part for read in reads for part in read.parts), None):
-            await self._read_as(self.find(first.key).backend, reads)
+            found = self.find(first.key)
+            with _explaining(found):
+                await found.backend.read_all([replace(read, parts=self._find_parts(read)) for read in reads])
 
-    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
-        """Fill the destination with one range of an object, if it is unchanged."""
-        found = self.find(part.key)
-        pin = part.pin if found.revision is None else Pin(found.revision)
-        with _explaining(found):
-            await found.backend.read_range(ObjectRange(found.key, part.start, part.length, pin), destination, check)
-
-    async def load(self, key: str) -> bytes:
-        """The whole object."""
-        return await self.load_capped(key, sys.maxsize)
+    def _find_parts(self, read: ObjectRead) -> list[ObjectRange]:
+        """The ranges of a read as their storage names and pins them."""
+        parts = []
+        for part in read.parts:
+            found = self.find(part.key)
+            pin = part.pin if found.revision is None else Pin(found.revision)
+            parts.append(ObjectRange(found.key, part.start, part.length, pin))
+        return parts
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
         """The whole object, if it is no larger."""
@@ -200,49 +194,21 @@ class Objects(StorageBackend):
         found = self.find(key)
         found.backend.forget(found.key)
 
-    async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object."""
-        memory = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
-
     async def size(self, key: str) -> int:
         """The object's length; for a pinned one, the length that was pinned."""
         found = self.find(key)
-        if found.revision is None:
-            return await found.backend.size(found.key)
-        mount = key.removeprefix(_MOUNT).partition("/")[0]
-        return self._mounted[mount].origin.pins[found.key].size
+        return await found.backend.size(found.key) if found.size is None else found.size
 
     def local_path(self, key: str) -> Path | None:
         """The object's file, if it is on this machine."""
         found = self.find(key)
         return found.backend.local_path(found.key)
 
-    async def exists(self, key: str) -> bool:
-        """Whether the object exists."""
-        found = self.find(key)
-        return await found.backend.exists(found.key)
-
-    async def list(self, prefix: str = "") -> list[str]:
-        """The keys of the store's own objects."""
-        return await self._own.list(prefix)
-
-    async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Refuse: objects are only read here."""
-        raise StorageError(f"{key} in {self.url} cannot be written here: objects of manifests are only read")
-
     async def close(self) -> None:
         """Close the origins; the store's own backend stays open."""
         with self._mounting:
             mounted, self._mounted = list(self._mounted.values()), {}
         await asyncio.gather(*(one.backend.close() for one in mounted))
-
-
-def _pin(found: Found, revision: str | None) -> dict[str, str]:
-    """The argument for the pinned revision; left out if there is none, since some custom backends do not take it."""
-    pinned = found.revision or revision
-    return {} if pinned is None else {"revision": pinned}
 
 
 @contextmanager
@@ -277,10 +243,6 @@ def is_local_url(url: str) -> bool:
 
 def _host_of(url: str) -> str:
     return url.partition("://")[2].partition("/")[0]
-
-
-def _name(origin: Origin, name: str) -> str:
-    return f"{_MOUNT}{origin.key}/{name}"
 
 
 def private_store(place: str, options: Mapping[str, Any]) -> Path:
