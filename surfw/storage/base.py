@@ -204,6 +204,12 @@ class StorageBackend(ABC):
         if revision is not None:
             await self.expect_revision(key, revision)
 
+    async def _load_through_read_into(self, key: str, start: int, stop: int) -> bytes:
+        """A `load_range` for those that have a `read_into` of their own."""
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
     @property
     def range_bytes(self) -> int:
         """Return the size of the largest range that is read at a time."""

@@ -77,9 +77,7 @@ class FilesystemBackend(FsspecBackend):
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file."""
-        data = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(data))
-        return bytes(data)
+        return await self._load_through_read_into(key, start, stop)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Read straight into the destination, in a thread."""

@@ -232,9 +232,7 @@ class FsspecBackend(StorageBackend):
         if self._far is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
-        memory = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
+        return await self._load_through_read_into(key, start, stop)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
