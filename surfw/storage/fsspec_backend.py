@@ -366,13 +366,13 @@ class FsspecBackend(StorageBackend):
         facts: Mapping[str, Any] = self._ask("info", path)
         return facts
 
-    def _ask(self, what: str, path: str, *, rounds: int = 1) -> Any:
+    def _ask(self, what: str, path: str, *, rounds: int = 1, **options: Any) -> Any:
         """Call a method of the file system; an asynchronous one may take `rounds` times `silence_timeout`."""
         if self._far is None:
-            return getattr(self.fs, what)(path)
+            return getattr(self.fs, what)(path, **options)
         most = self.silence_timeout * rounds
         try:
-            return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most)
+            return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most, **options)
         except fsspec.asyn.FSTimeoutError as exc:
             one = exc.__cause__ is not None  # of the requests was silent for too long
             waited = f"was silent for {self.silence_timeout:g}" if one else f"did not answer within {most:g}"
@@ -384,19 +384,26 @@ class FsspecBackend(StorageBackend):
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix; other links of a web page are left out."""
         folder = check_prefix(prefix).rpartition("/")[0]
+        # by itself fsspec takes a page that cannot be read, such as that of a silent server, for an empty folder
+        options = {"on_error": _unless_missing} if self._read_only else {}
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
             try:
                 with self._translate(f"listing {self.url}"):
                     self.fs.invalidate_cache()  # changes of others have to be seen
-                    paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS)
+                    paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS, **options)
             except NotFoundError:
                 return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
             return sorted(key for key in keys if key.startswith(prefix) and (not self._read_only or is_key(key)))
 
         return await asyncio.to_thread(find)
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _revision_of(info: Mapping[str, Any]) -> str | None:
