@@ -112,7 +112,6 @@ class FsspecBackend(StorageBackend):
         reader = self._range_reader(connections)
         self._far: FarReads | None = None
         if reader is not None:
-            reader.limit_waits(self.silence_timeout)
             self._far = FarReads(reader, RANGE_RETRIES)
             self.parallel_reads, self.reads_in_place = connections, reader.streams
         self._read_only = reader is not None and reader.read_only
@@ -125,36 +124,30 @@ class FsspecBackend(StorageBackend):
         if "http" in ((protocol,) if isinstance(protocol, str) else protocol):
             from surfw.storage.http_ranges import HttpRanges
 
-            return HttpRanges(self.fs, connections)
-        return _CatRanges(self.fs, connections)
+            return HttpRanges(self.fs, connections, self.silence_timeout)
+        return _CatRanges(self.fs, connections, self.silence_timeout)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
+        """Return the file system for the address, and the path in it."""
         try:
-            with translate_errors(f"storage {self.url}"):
-                fs, root = self._find(**options)
-                return fs, str(root)
-        except (ValueError, TypeError) as exc:
-            reason = str(exc).replace(self._address, self.url)
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}{self._advice(exc)}") from exc
-
-    def _find(self, **options: Any) -> tuple[Any, str]:
-        try:
-            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **{"skip_instance_cache": True} | options)
+            fs, root = fsspec.core.url_to_fs(self._address, **{"skip_instance_cache": True} | options)
         except ImportError as exc:
             name = getattr(exc.__cause__, "name", None) or exc.name or "the package that it names"
             raise ConfigurationError(
                 f"storage {self.url} needs a package that is not installed ({exc}); run: pip install {name}"
             ) from exc
-        return found
-
-    def _advice(self, exc: Exception) -> str:
-        """The advice for a URL whose scheme no file system has."""
-        if not str(exc).startswith("Protocol not known"):
-            return ""
-        return (
-            "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or of a "
-            "package with an entry point 'surfw.storage'"
-        )
+        except OSError:
+            with translate_errors(f"storage {self.url}"):
+                raise
+        except (ValueError, TypeError) as exc:
+            reason = str(exc).replace(self._address, self.url)
+            if reason.startswith("Protocol not known"):
+                reason += (
+                    "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or "
+                    "of a package with an entry point 'surfw.storage'"
+                )
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
+        return fs, str(root)
 
     def spool(self) -> Path:
         """A local folder for files on their way into this storage; options may make one URL several places."""
@@ -280,7 +273,7 @@ class FsspecBackend(StorageBackend):
 
         def write(path: str) -> None:
             if isinstance(data, bytes):
-                self._put_bytes(data, path)
+                self.fs.pipe_file(path, data, **self._upload_options(len(data)))
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
                 shutil.copyfileobj(data, whole, PIECE_BYTES)
@@ -300,11 +293,13 @@ class FsspecBackend(StorageBackend):
         self._expect_writable(key)
         await self._call(key, move)
 
-    def _put_bytes(self, data: bytes, path: str) -> None:
-        self.fs.pipe_file(path, data)
-
     def _put_file(self, local: str, path: str) -> None:
-        self.fs.put_file(local, path)
+        self.fs.put_file(local, path, **self._upload_options(Path(local).stat().st_size))
+
+    def _upload_options(self, size: int) -> Mapping[str, Any]:
+        """What the file system is told about an upload of `size` bytes."""
+        del size
+        return {}
 
     def _expect_writable(self, key: str) -> None:
         if self._read_only:
@@ -422,9 +417,9 @@ class _CatRanges(RangeReader):
     streams = False
     tells_revision = False
 
-    def __init__(self, fs: Any, connections: int) -> None:
+    def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
         """Name the file system; nothing is contacted."""
-        super().__init__(connections)
+        super().__init__(connections, silence_timeout)
         self._fs = fs
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
@@ -434,7 +429,7 @@ class _CatRanges(RangeReader):
         fs, start, stop = self._fs, into.start, into.stop
         try:
             async with self._slots:
-                into.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
+                into.patience.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
                 data = await fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -32,7 +31,7 @@ _ATTEMPTS, _ROUNDS = 2, 3
 """How often botocore tries a request, and how often s3fs calls botocore: a silent endpoint fails in half a minute."""
 
 _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
-"""The size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
+"""The least size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
@@ -177,14 +176,10 @@ class S3Backend(FsspecBackend):
     def _range_reader(self, connections: int) -> RangeReader:
         from surfw.storage.s3_ranges import S3Ranges
 
-        return S3Ranges(self.fs, connections)
+        return S3Ranges(self.fs, connections, self.silence_timeout)
 
-    def _put_bytes(self, data: bytes, path: str) -> None:
-        self.fs.pipe_file(path, data, chunksize=_part_bytes(len(data)), max_concurrency=_PARTS)
-
-    def _put_file(self, local: str, path: str) -> None:
-        size = Path(local).stat().st_size
-        self.fs.put_file(local, path, chunksize=_part_bytes(size), max_concurrency=_PARTS)
+    def _upload_options(self, size: int) -> Mapping[str, Any]:
+        return {"chunksize": max(_PART_BYTES, -(-size // _MOST_PARTS)), "max_concurrency": _PARTS}
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
@@ -222,11 +217,6 @@ class S3Backend(FsspecBackend):
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
-
-
-def _part_bytes(size: int) -> int:
-    """The size of the parts of an upload; larger for a very large object."""
-    return max(_PART_BYTES, -(-size // _MOST_PARTS))
 
 
 def _check_bucket(name: str, prefix: str) -> None:

@@ -54,9 +54,9 @@ _UNSAFE = (boto.SSLError, boto.ProxyConnectionError)
 class S3Ranges(RangeReader):
     """Ranges of objects in one bucket; paths begin with the bucket's name."""
 
-    def __init__(self, fs: Any, connections: int) -> None:
+    def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
         """Name the file system; nothing is contacted."""
-        super().__init__(connections)
+        super().__init__(connections, silence_timeout)
         self._fs = fs
         self._threads = DaemonThreads(connections, "surfw-s3")
         self._client: Any = None
@@ -105,7 +105,7 @@ class _Get:
     def run(self) -> None:
         """Do it, unless it is given up before there is a response."""
         into = self._into
-        into.begin()
+        into.patience.begin()
         try:
             found = self._ask()
         except boto.ClientError as exc:
@@ -159,8 +159,8 @@ def _read(stream: urllib3.HTTPResponse, memory: memoryview, into: Destination) -
             raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(memory))
         done += count
         most = _STREAM_BYTES if time.monotonic() - start < _SLOW_SECONDS else PROGRESS_BYTES
-        into.came(count)
-        into.arrived(done)
+        into.patience.arrived(count)
+        into.check_first(done)
 
 
 def _response(found: Mapping[str, Any]) -> RangeResponse:
