@@ -111,7 +111,7 @@ class Objects:
         if origin is None:
             if not manifest.is_known:
                 raise ManifestError(
-                    f"the manifest from {where} lacks digests, and names no origin; chunk the model again"
+                    f"the manifest from {where} lacks digests, and names no origin", advice="chunk the model again"
                 )
             return manifest
         self._refuse(origin, where)
