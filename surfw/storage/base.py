@@ -164,7 +164,9 @@ class StorageBackend(ABC):
             NotFoundError: the object does not exist.
             StorageError: it is larger, or could not be read.
         """
-        return expect_at_most(await self.load(key), most_bytes, key, self.url)
+        data = await self.load(key)
+        refuse_size(len(data), most_bytes, f"{key} in {self.url}")
+        return data
 
     def forget(self, key: str) -> None:
         """Drop anything that is cached of an object, which may be damaged: the next read asks the storage."""
@@ -323,16 +325,6 @@ class ChangedObjectError(StorageError):
 def spool_folder(place: str) -> Path:
     """Return a local folder for files on their way to a place; each place has its own."""
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
-
-
-def expect_at_most(data: Data, most_bytes: int, key: str, url: str) -> Data:
-    """Return the data, which may have at most `most_bytes`.
-
-    Raises:
-        StorageError: they have more.
-    """
-    refuse_size(len(data), most_bytes, f"{key} in {url}")
-    return data
 
 
 def refuse_size(size: int, most_bytes: int, name: str) -> None:

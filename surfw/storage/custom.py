@@ -19,7 +19,6 @@ from surfw.storage.base import (
     StorageBackend,
     check_key,
     check_prefix,
-    expect_at_most,
     expect_length,
     refuse_size,
 )
@@ -107,11 +106,13 @@ class AdaptedBackend(StorageBackend):
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
         """The whole object, if it is no larger; without a `size` of the backend, that is known once it is loaded."""
-        if self._own("load_capped"):
-            return expect_at_most(await self._ask_bytes("load_capped", key, most_bytes), most_bytes, key, self.url)
-        if self._own("size"):
-            refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
-        return await super().load_capped(key, most_bytes)
+        if not self._own("load_capped"):
+            if self._own("size"):
+                refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
+            return await super().load_capped(key, most_bytes)
+        data = await self._ask_bytes("load_capped", key, most_bytes)
+        refuse_size(len(data), most_bytes, f"{key} in {self.url}")
+        return data
 
     def forget(self, key: str) -> None:
         """The next range asks the custom backend again."""

@@ -24,7 +24,6 @@ from surfw.storage.base import (
     StorageBackend,
     check_key,
     check_prefix,
-    expect_at_most,
     expect_length,
     is_key,
     refuse_size,
@@ -205,7 +204,8 @@ class FsspecBackend(StorageBackend):
             if most_bytes < sys.maxsize:
                 refuse_size(await self.size(key), most_bytes, self._name(key))
             data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
-            return expect_at_most(data, most_bytes, key, self.url)
+            refuse_size(len(data), most_bytes, self._name(key))
+            return data
         for _ in range(_RESTARTS):
             with suppress(ChangedObjectError):  # the beginning and the rest were of two revisions: start again
                 return await self._load_far(self._far, key, most_bytes)

@@ -22,10 +22,10 @@ from blake3 import blake3
 from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Form, Manifest, Origin
-from surfw.storage.backends import open_backend, scheme_of
+from surfw.storage.backends import open_backend
 from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
 from surfw.storage.ranges import ObjectRange, ObjectRead, Pin
-from surfw.storage_options import identify_place
+from surfw.storage_options import identify_place, scheme_of
 
 _MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
@@ -132,7 +132,7 @@ class Objects:
 
     def _refuse(self, origin: Origin, where: str) -> None:
         """Raise ManifestError if no manifest, or no manifest of a store on another machine, may name such an origin."""
-        if may_be_origin(origin.url) and (self._is_local or not is_local_url(origin.url)):
+        if self._is_local if is_local_url(origin.url) else scheme_of(origin.url) in _FROM_AFAR:
             return
         whose = "no manifest may say" if self._is_local else "a store that is not on this machine may not say"
         raise ManifestError(
@@ -229,11 +229,6 @@ def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
         "run surfw chunk --in-place again"
     )
     return ChangedObjectError(exc.name, exc.expected, exc.seen, advice)
-
-
-def may_be_origin(url: str) -> bool:
-    """Return whether a manifest may point there: an address must not make this machine do just anything."""
-    return is_local_url(url) or scheme_of(url) in _FROM_AFAR
 
 
 def is_local_url(url: str) -> bool:
