@@ -158,12 +158,7 @@ class FsspecBackend(StorageBackend):
 
     async def _call(self, key: str, function: Callable[[str], T]) -> T:
         path = self.path(key)
-
-        def call() -> T:
-            with self._translate(f"{key} in {self.url}"):
-                return function(path)
-
-        return await asyncio.to_thread(call)
+        return await asyncio.to_thread(self._translate(self._name(key))(function), path)
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:

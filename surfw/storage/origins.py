@@ -12,7 +12,7 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,6 @@ class Found:
     key: str
     revision: str | None = None
     size: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Mounted:
-    origin: Origin
-    backend: StorageBackend
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,9 @@ class Objects:
         self._own = own
         self._is_local = own.local_path(marker) is not None
         self._options = options or PlacedOptions(own.url, {})
-        self._mounted: Mapping[str, _Mounted] = {}  # replaced as a whole: other threads may be iterating over it
+        self._mounted: Mapping[
+            str, tuple[Origin, StorageBackend]
+        ] = {}  # replaced as a whole: other threads may be iterating over it
         self._mounting = threading.Lock()
 
     @property
@@ -95,10 +91,10 @@ class Objects:
     @property
     def has_local_origin(self) -> bool:
         """Whether an origin is a folder, in whose shards tensors begin at any byte."""
-        return any(is_local_url(one.origin.url) for one in self._mounted.values())
+        return any(is_local_url(origin.url) for origin, _ in self._mounted.values())
 
     def _backends(self) -> list[StorageBackend]:
-        return [self._own, *(one.backend for one in self._mounted.values())]
+        return [self._own, *(backend for _, backend in self._mounted.values())]
 
     def mount(self, manifest: Manifest, *, where: str) -> Manifest:
         """Return the manifest with its objects named as they are here; without an origin, as it is.
@@ -117,7 +113,9 @@ class Objects:
         self._refuse(origin, where)
         with self._mounting:
             if origin.key not in self._mounted:
-                self._mounted = {**self._mounted, origin.key: _Mounted(origin, self._open(origin.url))}
+                options = self._options.for_url(origin.url)
+                backend = open_backend(origin.url, options, silence_timeout=self._own.silence_timeout)
+                self._mounted = {**self._mounted, origin.key: (origin, backend)}
 
         def place(form: Form) -> Form:
             return replace(form, locations=tuple(replace(at, object=mount + at.object) for at in form.locations))
@@ -126,9 +124,6 @@ class Objects:
         chunks = tuple(replace(chunk, forms=tuple(map(place, chunk.forms))) for chunk in manifest.chunks)
         files = tuple(replace(file, object=mount + file.object) for file in manifest.files)
         return replace(manifest, chunks=chunks, files=files)
-
-    def _open(self, url: str) -> StorageBackend:
-        return open_backend(url, self._options.for_url(url), silence_timeout=self._own.silence_timeout)
 
     def _refuse(self, origin: Origin, where: str) -> None:
         """Raise ManifestError if no manifest, or no manifest of a store on another machine, may name such an origin."""
@@ -149,11 +144,11 @@ class Objects:
         if not key.startswith(_MOUNT):
             return Found(self._own, key)
         mount, _, name = key.removeprefix(_MOUNT).partition("/")
-        mounted = self._mounted.get(mount)
-        pin = mounted.origin.pins.get(name) if mounted else None
-        if mounted is None or pin is None:
-            raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
-        return Found(mounted.backend, name, pin.revision, pin.size)
+        with suppress(KeyError):
+            origin, backend = self._mounted[mount]
+            pin = origin.pins[name]
+            return Found(backend, name, pin.revision, pin.size)
+        raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
 
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
@@ -208,7 +203,7 @@ class Objects:
         """Close the origins; the store's own backend stays open."""
         with self._mounting:
             mounted, self._mounted = list(self._mounted.values()), {}
-        await asyncio.gather(*(one.backend.close() for one in mounted))
+        await asyncio.gather(*(backend.close() for _, backend in mounted))
 
 
 @contextmanager

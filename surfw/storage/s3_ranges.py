@@ -22,6 +22,7 @@ from s3fs.errors import translate_boto_error
 
 from surfw.config import PROGRESS_BYTES
 from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
+from surfw.storage.s3_errors import code_of
 from surfw.threads import DaemonThreads, to_its_end
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -109,7 +110,7 @@ class _Get:
         try:
             found = self._ask()
         except boto.ClientError as exc:
-            if _code(exc) not in {"InvalidRange", "416"}:
+            if code_of(exc) not in {"InvalidRange", "416"}:
                 raise
             into.accept(RangeResponse(None, into.start, 0, None if into.start else 0))  # empty, or one that ends before
             return
@@ -176,7 +177,7 @@ def _classified(endpoint: str | None) -> Iterator[None]:
     try:
         yield
     except boto.ClientError as exc:
-        code, status = _code(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code, status = code_of(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in {"PreconditionFailed", "412"}:
             raise PinLostError from exc
         translated = translate_boto_error(exc)
@@ -189,7 +190,3 @@ def _classified(endpoint: str | None) -> Iterator[None]:
         known = isinstance(exc, boto.BotoCoreError) and not isinstance(exc, boto.IncompleteReadError)
         lost = exc if known else boto.ConnectionClosedError(endpoint_url=endpoint or "S3", error=exc)
         raise TransientError from lost
-
-
-def _code(exc: boto.ClientError) -> str:
-    return str(exc.response.get("Error", {}).get("Code", ""))
