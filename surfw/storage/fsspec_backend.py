@@ -174,12 +174,7 @@ class FsspecBackend(StorageBackend):
         except SurfwError:
             raise
         except Exception as exc:  # noqa: BLE001 - every one is translated
-            await asyncio.to_thread(self._tell, exc, key)
-
-    def _tell(self, exc: Exception, key: str) -> NoReturn:
-        with self._translate(self._name(key)):
-            raise exc
-        raise AssertionError  # never reached: the translation raises
+            await asyncio.to_thread(self._translate(self._name(key))(_raise), exc)
 
     def _name(self, key: str) -> str:
         return f"{key} in {self.url}"
@@ -323,18 +318,13 @@ class FsspecBackend(StorageBackend):
             try:
                 self._ask("rm_file", path)
             except NotImplementedError as exc:
-                raise self._no_removal() from exc
+                raise StorageError(
+                    f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that "
+                    "it shows"
+                ) from exc
 
-        check_key(key)
-        if self._read_only:
-            raise self._no_removal()
         with suppress(NotFoundError):
             await self._call(key, remove)
-
-    def _no_removal(self) -> StorageError:
-        return StorageError(
-            f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that it shows"
-        )
 
     async def size(self, key: str) -> int:
         """The object's length."""
@@ -389,6 +379,10 @@ class FsspecBackend(StorageBackend):
             return sorted(key for key in keys if key.startswith(prefix) and (not self._read_only or is_key(key)))
 
         return await asyncio.to_thread(find)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _unless_missing(error: OSError) -> None:

@@ -154,14 +154,14 @@ class Objects:
         """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
         found = self.find(key)
         pinned = {} if found.revision is None else {"revision": found.revision}  # some custom backends know none
-        with _explaining(found):
+        with explain_change(is_pinned=found.revision is not None):
             await found.backend.read_into(found.key, start, destination, **pinned)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
         """Fill the destinations of reads of one model, as `StorageBackend.read_all`. Its bytes are in one storage."""
         if first := next((part for read in reads for part in read.parts), None):
             found = self.find(first.key)
-            with _explaining(found):
+            with explain_change(is_pinned=found.revision is not None):
                 await found.backend.read_all([replace(read, parts=self._find_parts(read)) for read in reads])
 
     def _find_parts(self, read: ObjectRead) -> list[ObjectRange]:
@@ -207,23 +207,18 @@ class Objects:
 
 
 @contextmanager
-def _explaining(found: Found) -> Iterator[None]:
-    """Explain changes of pinned objects."""
+def explain_change(*, is_pinned: bool = True) -> Iterator[None]:
+    """Say what to do about a changed object, if a manifest pins it."""
     try:
         yield
     except ChangedObjectError as exc:
-        if found.revision is None:
+        if not is_pinned:
             raise
-        raise explain_change(exc) from exc
-
-
-def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
-    """Return the error for a changed object of an origin, with what to do."""
-    advice = (
-        ": it belongs to a model that is served in place, and none of its weights is used; start the server again, or "
-        "run surfw chunk --in-place again"
-    )
-    return ChangedObjectError(exc.name, exc.expected, exc.seen, advice)
+        advice = (
+            ": it belongs to a model that is served in place, and none of its weights is used; start the server again, "
+            "or run surfw chunk --in-place again"
+        )
+        raise ChangedObjectError(exc.name, exc.expected, exc.seen, advice) from exc
 
 
 def is_local_url(url: str) -> bool:

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import fsspec
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
-from surfw.errors import ConfigurationError, StorageError, SurfwError
-from surfw.storage.base import check_prefix
+from surfw.errors import ConfigurationError
+from surfw.storage.base import is_key
 from surfw.storage.far_reads import CONNECTIONS, RangeReader
 from surfw.storage.fsspec_backend import FsspecBackend
 from surfw.storage.s3_errors import code_of, explain_botocore, explain_code
@@ -127,13 +127,11 @@ class S3Backend(FsspecBackend):
         self._addressing_style = addressing_style
         self.bucket, self.endpoint_url = bucket_name, endpoint_url
         self.prefix = prefix.strip("/")
-        try:
-            check_prefix(self.prefix)
-        except StorageError as exc:
+        if self.prefix and not is_key(self.prefix):
             shown = display_url(f"s3://{bucket_name}/{prefix}").removeprefix(f"s3://{bucket_name}/")
             raise ConfigurationError(
                 f"s3://{bucket_name}: prefix {shown[:80]!r} is refused; write one such as models/mine"
-            ) from exc
+            )
         url = f"s3://{bucket_name}/{self.prefix}".rstrip("/")
         _check_options(url, options)
         super().__init__(
@@ -188,14 +186,10 @@ class S3Backend(FsspecBackend):
             try:
                 yield
             except Exception as exc:
-                if error := self._explain(exc):
+                error = explain_botocore(exc, self.url, self.endpoint_url)
+                if error := error or explain_code(self._code(exc), self.url, self.bucket):
                     raise error from exc
                 raise
-
-    def _explain(self, exc: BaseException) -> SurfwError | None:
-        """The translated error, or None for errors that all storages have in common."""
-        known = explain_botocore(exc, self.url, self.endpoint_url)
-        return known or explain_code(self._code(exc), self.url, self.bucket)
 
     def _code(self, exc: BaseException) -> str:
         """S3's code for the error. A response to HEAD has no body with the code, so a listing is asked for it."""
