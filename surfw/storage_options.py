@@ -54,7 +54,7 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
     """Storage options from the command line: `KEY=VALUE`, where `true` and `false` are switches.
 
     Raises:
-        ConfigurationError: one is none, or would be a secret in sight of others.
+        ConfigurationError: one is not of this form, or would show a secret to others.
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -141,10 +141,10 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def connections_of(max_concurrency: object) -> int:
-    """The number of connections that the option of this name says, as a number or in digits.
+    """The number of connections, which the option gives as a number or in digits.
 
     Raises:
-        ConfigurationError: it says none.
+        ConfigurationError: it is anything else.
     """
     given = max_concurrency
     if isinstance(given, str) and given.isdecimal() and len(given) < 4:
@@ -157,10 +157,10 @@ def connections_of(max_concurrency: object) -> int:
 
 
 def seconds_of(silence_timeout: object) -> float:
-    """The seconds that the option of this name says, as a number or in digits.
+    """The seconds, which the option gives as a number or in digits.
 
     Raises:
-        ConfigurationError: it says none.
+        ConfigurationError: it is anything else.
     """
     given = silence_timeout
     with suppress(ValueError):

@@ -316,7 +316,7 @@ class ChangedObjectError(StorageError):
         seen: its revision now.
     """
 
-    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it anew from its beginning") -> None:
+    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it again from its beginning") -> None:
         """Name the object and both revisions; `advice` says what to do."""
         self.name, self.expected, self.seen = name, expected, seen
         super().__init__(f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}{advice}")
