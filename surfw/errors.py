@@ -175,7 +175,16 @@ def _some(names: Sequence[str]) -> str:
 
 
 class ManifestError(ModelError):
-    """A manifest is malformed, or disagrees with the model it describes."""
+    """A manifest is malformed, or disagrees with the model it describes.
+
+    Attributes:
+        complaint: what is wrong, without advice.
+    """
+
+    def __init__(self, complaint: str, *, advice: str = "") -> None:
+        """Say what is wrong, and what to do about it."""
+        super().__init__(f"{complaint}; {advice}" if advice else complaint)
+        self.complaint = complaint
 
 
 class UninitializedWeightsWarning(UserWarning):

@@ -54,7 +54,7 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
     """Storage options from the command line: `KEY=VALUE`, where `true` and `false` are switches.
 
     Raises:
-        ConfigurationError: one is none, or would be a secret in sight of others.
+        ConfigurationError: one is not of this form, or would show a secret to others.
     """
     found: dict[str, Any] = {}
     for text in given:
@@ -72,6 +72,12 @@ def parse_options(given: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def scheme_of(url: str) -> str:
+    """The scheme of an address in small letters; empty for a folder."""
+    scheme, mark, _ = url.partition("://")
+    return scheme.lower() if mark else ""
+
+
 def is_options(given: object) -> bool:
     """Whether something can be storage options: names with values."""
     return isinstance(given, Mapping) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in given)
@@ -79,11 +85,10 @@ def is_options(given: object) -> bool:
 
 def shown_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options as they may be shown."""
-    return {name: _shown(value) if name in _HARMLESS else "***" for name, value in given.items()}
-
-
-def _shown(value: Any) -> Any:
-    return display_url(value) if isinstance(value, str) else value
+    return {
+        name: (display_url(value) if isinstance(value, str) else value) if name in _HARMLESS else "***"
+        for name, value in given.items()
+    }
 
 
 def identify_place(url: str, options: Mapping[str, Any]) -> str:
@@ -91,8 +96,8 @@ def identify_place(url: str, options: Mapping[str, Any]) -> str:
 
     Secrets are left out, so that new credentials are no new place, and so is what only tunes.
     """
-    scheme = url.partition("://")[0].lower() if "://" in url else ""
-    if not scheme or scheme == "file":
+    scheme = scheme_of(url)
+    if scheme in {"", "file"}:
         return url  # folders take no options
     said = {S3_WORDS.get(name, name) if scheme == "s3" else name: value for name, value in options.items()}
     for name, variables in _FROM_ENVIRONMENT.get(scheme, {}).items():
@@ -135,22 +140,11 @@ def s3_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def fsspec_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `FsspecBackend` for storage options.
-
-    Raises:
-        ConfigurationError: an option cannot be one.
-    """
-    if "url" in options:
-        raise ConfigurationError("storage option url is the address itself; leave it out")
-    return dict(options)
-
-
 def connections_of(max_concurrency: object) -> int:
-    """The number of connections that the option of this name says, as a number or in digits.
+    """The number of connections, which the option gives as a number or in digits.
 
     Raises:
-        ConfigurationError: it says none.
+        ConfigurationError: it is anything else.
     """
     given = max_concurrency
     if isinstance(given, str) and given.isdecimal() and len(given) < 4:
@@ -163,10 +157,10 @@ def connections_of(max_concurrency: object) -> int:
 
 
 def seconds_of(silence_timeout: object) -> float:
-    """The seconds that the option of this name says, as a number or in digits.
+    """The seconds, which the option gives as a number or in digits.
 
     Raises:
-        ConfigurationError: it says none.
+        ConfigurationError: it is anything else.
     """
     given = silence_timeout
     with suppress(ValueError):

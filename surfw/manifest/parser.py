@@ -108,7 +108,7 @@ def parse_stored_manifest(data: bytes, *, where: str) -> Manifest:
             seen = f"the digest of its bytes is {payload_digest(document)}, and its first line has another"
         else:
             seen = f"it begins with {begin!a}, expected {_DIGEST_LINE!a}"
-        raise ManifestError(f"the manifest from {where} is damaged: {seen}; chunk the model again")
+        raise ManifestError(f"the manifest from {where} is damaged: {seen}", advice="chunk the model again")
     return parse_manifest(document, where=where)
 
 

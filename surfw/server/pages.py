@@ -28,6 +28,7 @@ from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.storage import StorageBackend
+from surfw.storage.origins import Objects
 from surfw.threads import cancel_all
 
 MIN_CACHE_BYTES = 4 * PAGE_BYTES
@@ -77,7 +78,7 @@ class PageCache:
         reads: the pages that are being read, or are queued.
     """
 
-    def __init__(self, backend: StorageBackend, capacity_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, backend: StorageBackend | Objects, capacity_bytes: int, metrics: Metrics) -> None:
         """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
         self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
 from surfw.storage.s3 import S3Backend
-from surfw.storage_options import fsspec_arguments, s3_arguments
+from surfw.storage_options import s3_arguments
 
 ENTRY_POINTS = "surfw.storage"
 
@@ -66,39 +66,36 @@ def open_backend(
         bucket, _, prefix = rest.partition("/")
         return S3Backend(bucket, prefix, **patience | s3_arguments(given))
     if offered := entry_points(group=ENTRY_POINTS, name=scheme):
-        return _call(_load_entry_point(next(iter(offered)), text), text, given)
+        entry = next(iter(offered))
+        with _opening(text, f"the entry point {entry.name} = {entry.value} fails with ", "; install its package again"):
+            found = entry.load()
+        return _call(found, text, given)
     if is_server_url(text):
         raise ConfigurationError(
             f"{display_url(text)} is the address of a server, and not a storage; give it to surfw infer --source, or "
             "name a folder, or a URL such as s3://bucket/prefix"
         )
     if _DOTTED.fullmatch(scheme):
-        return _call(_import(scheme, text), text, given)
+        module, _, name = scheme.rpartition(".")
+        with _opening(text, f"{scheme} cannot be imported (", "); install its package, or correct the path"):
+            found = getattr(importlib.import_module(module), name)
+        return _call(found, text, given)
+    if "url" in given:
+        raise ConfigurationError("storage option url is the address itself; leave it out")
     kind = HubBackend if scheme == "hf" else FsspecBackend
-    return kind(text, **patience | fsspec_arguments(given))
+    return kind(text, **patience | given)
 
 
-def _load_entry_point(offered: EntryPoint, url: str) -> Callable[..., Any]:
+@contextmanager
+def _opening(url: str, before: str, after: str) -> Iterator[None]:
+    """Say that the storage cannot be opened; the failure is named between `before` and `after`."""
     try:
-        found: Callable[..., Any] = offered.load()
+        yield
+    except SurfwError:
+        raise
     except Exception as exc:
-        raise ConfigurationError(
-            f"storage {display_url(url)} cannot be opened: the entry point {offered.name} = {offered.value} fails with "
-            f"{_say(exc)}; install its package again"
-        ) from exc
-    return found
-
-
-def _import(path: str, url: str) -> Callable[..., Any]:
-    module, _, name = path.rpartition(".")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as exc:
-        raise ConfigurationError(
-            f"storage {display_url(url)} cannot be opened: {path} cannot be imported ({_say(exc)}); "
-            "install its package, or correct the path"
-        ) from exc
-    return found
+        said = f"{type(exc).__name__}: {display_text(' '.join(str(exc).split()))[:200]}"
+        raise ConfigurationError(f"storage {display_url(url)} cannot be opened: {before}{said}{after}") from exc
 
 
 def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> StorageBackend:
@@ -108,26 +105,16 @@ def _call(opener: Callable[..., Any], url: str, options: Mapping[str, Any]) -> S
             f"storage {shown} cannot be opened: its scheme names {type(opener).__name__} object, expected a class or a "
             "function that takes the URL"
         )
-    try:
+    call = f"{getattr(opener, '__name__', 'it')}(url, **options)"
+    how = f"; it is called with the URL and the storage options, as in {call}"
+    with _opening(url, "its backend fails with ", how):
         backend = opener(url, **options)
-    except SurfwError:
-        raise
-    except Exception as exc:
-        name = getattr(opener, "__name__", "it")
-        raise ConfigurationError(
-            f"storage {shown} cannot be opened: its backend fails with {_say(exc)}; it is called with the URL and the "
-            f"storage options, as in {name}(url, **options)"
-        ) from exc
     if not isinstance(backend, StorageBackend):
         raise ConfigurationError(
             f"storage {shown} cannot be opened: its scheme gives {type(backend).__name__} object, expected a "
             "StorageBackend; name a class that is one, or a function that makes one"
         )
     return backend
-
-
-def _say(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {display_text(' '.join(str(exc).split()))[:200]}"
 
 
 def read_address(text: str) -> str:
@@ -155,12 +142,6 @@ def _meant(text: str) -> str | None:
     if (almost := _ALMOST.fullmatch(text)) and (almost[2] == ":/" or almost[1].lower() in _USUAL):
         return f"{almost[1].lower()}://{almost[3]}"
     return None
-
-
-def scheme_of(url: str) -> str:
-    """Return the scheme in small letters; empty for a folder."""
-    scheme, mark, _ = url.partition("://")
-    return scheme.lower() if mark else ""
 
 
 class HubBackend(FsspecBackend):

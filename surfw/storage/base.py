@@ -164,7 +164,9 @@ class StorageBackend(ABC):
             NotFoundError: the object does not exist.
             StorageError: it is larger, or could not be read.
         """
-        return expect_at_most(await self.load(key), most_bytes, key, self.url)
+        data = await self.load(key)
+        refuse_size(len(data), most_bytes, f"{key} in {self.url}")
+        return data
 
     def forget(self, key: str) -> None:
         """Drop anything that is cached of an object, which may be damaged: the next read asks the storage."""
@@ -204,6 +206,12 @@ class StorageBackend(ABC):
         if revision is not None:
             await self.expect_revision(key, revision)
 
+    async def _load_through_read_into(self, key: str, start: int, stop: int) -> bytes:
+        """A `load_range` for those that have a `read_into` of their own."""
+        memory = bytearray(stop - start)
+        await self.read_into(key, start, memoryview(memory))
+        return bytes(memory)
+
     @property
     def range_bytes(self) -> int:
         """Return the size of the largest range that is read at a time."""
@@ -226,11 +234,7 @@ class StorageBackend(ABC):
             StorageError: as in `read_into`.
             Exception: what a check raises.
         """
-        await self._read_as(self, reads)
-
-    async def _read_as(self, storage: "StorageBackend", reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations by ranges of the size and number that are right for a storage."""
-        pieces = [piece for read in reads for piece in cut(read, storage.range_bytes)]
+        pieces = [piece for read in reads for piece in cut(read, self.range_bytes)]
         if len(pieces) == 1:
             await self._read_piece(pieces[0])
             return
@@ -240,7 +244,7 @@ class StorageBackend(ABC):
             for piece in left:
                 await self._read_piece(piece)
 
-        await together(take() for _ in range(min(len(pieces), storage.parallel_reads)))
+        await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
 
     async def _read_piece(self, piece: ObjectRead) -> None:
         if len(piece.parts) == 1:
@@ -312,7 +316,7 @@ class ChangedObjectError(StorageError):
         seen: its revision now.
     """
 
-    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it anew from its beginning") -> None:
+    def __init__(self, name: str, expected: str, seen: str, advice: str = "; read it again from its beginning") -> None:
         """Name the object and both revisions; `advice` says what to do."""
         self.name, self.expected, self.seen = name, expected, seen
         super().__init__(f"{name} was changed: its revision is {seen[:80]} now, expected {expected[:80]}{advice}")
@@ -321,16 +325,6 @@ class ChangedObjectError(StorageError):
 def spool_folder(place: str) -> Path:
     """Return a local folder for files on their way to a place; each place has its own."""
     return surfw_home() / "partial" / blake3(place.encode()).hexdigest()[:16]
-
-
-def expect_at_most(data: Data, most_bytes: int, key: str, url: str) -> Data:
-    """Return the data, which may have at most `most_bytes`.
-
-    Raises:
-        StorageError: they have more.
-    """
-    refuse_size(len(data), most_bytes, f"{key} in {url}")
-    return data
 
 
 def refuse_size(size: int, most_bytes: int, name: str) -> None:

@@ -8,7 +8,7 @@ only load whole objects loads each once for all its ranges (see `SharedLoads`).
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,6 @@ from surfw.storage.base import (
     StorageBackend,
     check_key,
     check_prefix,
-    expect_at_most,
     expect_length,
     refuse_size,
 )
@@ -65,21 +64,21 @@ class AdaptedBackend(StorageBackend):
         return f"{type(self.inner).__name__}.{method}({about})"
 
     @contextmanager
-    def _reading(self, method: str, key: str) -> Iterator[None]:
-        """Check the key, and translate errors; a `KeyError` means that the object does not exist."""
-        with self._translate(method, check_key(key)):
-            try:
-                yield
-            except KeyError as exc:
-                raise NotFoundError(f"{key} in {self.url}: not found") from exc
-
-    @contextmanager
     def _translate(self, method: str, about: str = "") -> Iterator[None]:
         """Translate foreign exceptions; surfw's own pass."""
         with translate_all_errors(f"{self._call(method, about)} in {self.url}"):
             yield
 
-    def _asynchronous(self, method: str, given: object) -> Awaitable[Any]:
+    @contextmanager
+    def _changing(self, method: str, key: str) -> Iterator[None]:
+        """Check the key, translate errors, and drop what was loaded of the object in any case."""
+        with self._translate(method, check_key(key)):
+            try:
+                yield
+            finally:
+                self._shared.forget(key)
+
+    def _expect_awaitable(self, method: str, given: object) -> Awaitable[Any]:
         if not isawaitable(given):
             name = f"{type(self.inner).__name__}.{method}"
             raise StorageError(
@@ -87,27 +86,33 @@ class AdaptedBackend(StorageBackend):
             )
         return given
 
-    def _bytes(self, data: object, method: str, key: str) -> bytes:
-        if isinstance(data, bytes):
-            return data
-        if isinstance(data, bytearray | memoryview):
-            return bytes(data)
-        raise StorageError(f"{self._call(method, key)} gave {type(data).__name__}, expected bytes")
+    async def _ask(self, method: str, key: str, *arguments: Any) -> Any:
+        """Call a method about one object; a `KeyError` means that it does not exist."""
+        with self._translate(method, check_key(key)):
+            try:
+                return await self._expect_awaitable(method, getattr(self.inner, method)(key, *arguments))
+            except KeyError as exc:
+                raise NotFoundError(f"{key} in {self.url}: not found") from exc
+
+    async def _ask_bytes(self, method: str, key: str, *arguments: Any) -> bytes:
+        data = await self._ask(method, key, *arguments)
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise StorageError(f"{self._call(method, key)} gave {type(data).__name__}, expected bytes")
+        return bytes(data)
 
     async def load(self, key: str) -> bytes:
         """The whole object."""
-        with self._reading("load", key):
-            return self._bytes(await self._asynchronous("load", self.inner.load(key)), "load", key)
+        return await self._ask_bytes("load", key)
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
         """The whole object, if it is no larger; without a `size` of the backend, that is known once it is loaded."""
-        if self._own("load_capped"):
-            with self._reading("load_capped", key):
-                data = self._bytes(await self.inner.load_capped(key, most_bytes), "load_capped", key)
-            return expect_at_most(data, most_bytes, key, self.url)
-        if self._own("size"):
-            refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
-        return expect_at_most(await self.load(key), most_bytes, key, self.url)
+        if not self._own("load_capped"):
+            if self._own("size"):
+                refuse_size(await self.size(key), most_bytes, f"{key} in {self.url}")
+            return await super().load_capped(key, most_bytes)
+        data = await self._ask_bytes("load_capped", key, most_bytes)
+        refuse_size(len(data), most_bytes, f"{key} in {self.url}")
+        return data
 
     def forget(self, key: str) -> None:
         """The next range asks the custom backend again."""
@@ -117,24 +122,19 @@ class AdaptedBackend(StorageBackend):
 
     async def save(self, key: str, data: bytes | BinaryIO) -> None:
         """Write an object."""
-        with self._translate("save", check_key(key)):
-            try:
-                await self._asynchronous("save", self.inner.save(key, data))
-            finally:
-                self._shared.forget(key)
+        with self._changing("save", key):
+            await self._expect_awaitable("save", self.inner.save(key, data))
 
     async def exists(self, key: str) -> bool:
         """Whether the object exists."""
-        try:
-            with self._reading("exists", key):
-                return bool(await self._asynchronous("exists", self.inner.exists(key)))
-        except NotFoundError:
-            return False
+        with suppress(NotFoundError):
+            return bool(await self._ask("exists", key))
+        return False
 
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix, sorted."""
         with self._translate("list", check_prefix(prefix)):
-            found: object = await self._asynchronous("list", self.inner.list(prefix))
+            found: object = await self._expect_awaitable("list", self.inner.list(prefix))
         if isinstance(found, str | bytes) or not isinstance(found, Collection):
             raise StorageError(f"{self._call('list', prefix)} gave {type(found).__name__}, expected a list of keys")
         for key in found:
@@ -147,36 +147,29 @@ class AdaptedBackend(StorageBackend):
 
     async def remove(self, key: str) -> None:
         """Remove an object; one that does not exist is no error."""
-        try:
-            with self._reading("remove", key):
-                await self._asynchronous("remove", self.inner.remove(key))
-        except NotFoundError:
-            return
-        finally:
-            self._shared.forget(check_key(key))
+        with suppress(NotFoundError), self._changing("remove", key), suppress(KeyError):
+            await self._expect_awaitable("remove", self.inner.remove(key))
 
     async def size(self, key: str) -> int:
         """The object's length in bytes."""
-        with self._reading("size", key):
-            return int(await self.inner.size(key)) if self._own("size") else len(await self._shared.get(key))
+        if not self._own("size"):
+            return len(await self._shared.get(check_key(key)))
+        with self._translate("size", key):
+            return int(await self._ask("size", key))
 
     async def revision(self, key: str) -> str | None:
         """A string that changes whenever the object does; None if the custom backend has no such thing."""
-        with self._reading("revision", key):
-            told: object = await self.inner.revision(key)
+        told: object = await self._ask("revision", key)
         if told is not None and not isinstance(told, str):
             raise StorageError(f"{self._call('revision', key)} gave {type(told).__name__}, expected a text or None")
         return told
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of an object."""
-        if self._own("load_range"):
-            with self._reading("load_range", key):
-                data = self._bytes(await self.inner.load_range(key, start, stop), "load_range", key)
-            return expect_length(data, stop - start, key, self.url)
-        memory = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
+        if not self._own("load_range"):
+            return await self._load_through_read_into(key, start, stop)
+        data = await self._ask_bytes("load_range", key, start, stop)
+        return expect_length(data, stop - start, key, self.url)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on; what was loaded of other revisions is dropped."""
@@ -185,8 +178,7 @@ class AdaptedBackend(StorageBackend):
             self._shared.forget(key)
             self._pinned[key] = revision
         if self._own("read_into"):
-            with self._reading("read_into", key):
-                await to_its_end(self.inner.read_into(key, start, destination))
+            await to_its_end(self._ask("read_into", key, start, destination))
         elif self._own("load_range"):
             destination[:] = await self.load_range(key, start, stop)
         else:
@@ -214,14 +206,8 @@ class AdaptedBackend(StorageBackend):
 
     async def adopt(self, key: str, path: Path) -> None:
         """Move a finished local file into the storage."""
-        with self._translate("adopt", check_key(key)):
-            if not self._own("adopt"):
-                await super().adopt(key, path)
-                return
-            try:
-                await self.inner.adopt(key, path)
-            finally:
-                self._shared.forget(key)
+        with self._changing("adopt", key):
+            await (self.inner.adopt(key, path) if self._own("adopt") else super().adopt(key, path))
 
     async def let_go(self) -> None:
         """Stop loading and drop what was loaded; the custom backend stays open."""
@@ -288,7 +274,6 @@ class SharedLoads:
 
     async def _run(self, key: str) -> bytes:
         task = asyncio.current_task()
-        current = False
         try:
             data = await self._load(key)
         finally:

@@ -15,7 +15,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from surfw.config import MIB, surfw_home
 from surfw.files import open_regular
@@ -94,17 +94,12 @@ class _DigestLog:
                 return self.known
             whole = added[: added.rfind(b"\n") + 1]  # another process may be writing the rest
             for line in whole.splitlines():
-                self._take(line, sizes)
+                with suppress(ValueError, KeyError, TypeError, RecursionError):
+                    entry = decode_line(line)
+                    chunk = entry["chunk"]
+                    self.known[chunk] = read_digests(entry, sizes[chunk])
             self._read_bytes += len(whole)
             return self.known
-
-    def _take(self, line: bytes, sizes: Mapping[str, int]) -> None:
-        try:
-            entry = decode_line(line)
-            chunk = entry["chunk"]
-            self.known[chunk] = read_digests(entry, sizes[chunk])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return
 
     def add(self, chunk: str, digests: Digests) -> None:
         """Keep the digests of a chunk, instead of any that were kept before."""

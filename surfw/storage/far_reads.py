@@ -76,6 +76,7 @@ class Destination:
         start: the first byte of the range. After a failure it moves behind what was verified.
         memory: the bytes to fill, from the first to the last.
         pin: the revision that the response has to have.
+        patience: has to know when the request is made, and how many bytes come.
     """
 
     def __init__(
@@ -94,10 +95,6 @@ class Destination:
     def stop(self) -> int:
         """The byte behind the last one of the range."""
         return self.start + len(self.memory)
-
-    def begin(self, blocks: int = 1) -> None:
-        """Note that the request is made now; before, it waited for a connection. See `Patience.begin`."""
-        self.patience.begin(blocks)
 
     def accept(self, response: RangeResponse) -> memoryview:
         """Return the memory for the bytes of a response. May be called in a thread.
@@ -122,11 +119,7 @@ class Destination:
         if response.length and response.revision != expected:
             raise ChangedObjectError(self.name, str(expected), str(response.revision))
 
-    def came(self, count: int) -> None:
-        """Note that `count` more bytes came."""
-        self.patience.arrived(count)
-
-    def arrived(self, count: int) -> None:
+    def check_first(self, count: int) -> None:
         """Verify the whole blocks among the first `count` bytes. Call it in a thread: hashing takes its time.
 
         Raises:
@@ -146,7 +139,7 @@ class Destination:
     async def verify(self) -> None:
         """Verify the rest, once all bytes have arrived."""
         if self._check is not None and self._verified < len(self.memory):
-            await in_thread(self.arrived, len(self.memory))
+            await in_thread(self.check_first, len(self.memory))
 
 
 class _Beginning(Destination):
@@ -190,30 +183,27 @@ class RangeReader(ABC):
         streams: whether bytes are written to the destination as they arrive, and not held in memory first.
         tells_revision: whether responses have a revision.
         read_only: whether the file system cannot be written to.
-        silence_timeout: seconds without progress after which a read is given up.
+        silence_timeout: seconds without progress after which a read is given up; a single request may be silent for
+            half of that.
     """
 
     loop: asyncio.AbstractEventLoop | None = None
     streams = True
     tells_revision = True
     read_only = False
-    silence_timeout: float = DEFAULT_SILENCE_SECONDS
 
-    def __init__(self, connections: int) -> None:
+    def __init__(self, connections: int, silence_timeout: float = DEFAULT_SILENCE_SECONDS) -> None:
         """Set how many ranges may be under way. Nothing is contacted."""
         self.range_bytes = most_range_bytes(connections, streamed=self.streams)
-
-    def limit_waits(self, silence_timeout: float) -> None:
-        """Set how long, in seconds, a read may make no progress; a single request may be silent for half of that."""
         self.silence_timeout = silence_timeout
 
     @abstractmethod
     async def get(self, path: str, into: Destination) -> None:
         """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
 
-        It calls `begin` when the request is made, `came` for bytes as they come, and `arrived` when the first bytes of
-        the memory are final; blocks for which it does not are verified later. `accept`, `came` and `arrived` may be
-        called in a thread. Once this has ended, also by a cancellation, nothing is written any more.
+        It calls `patience.begin` when the request is made, `patience.arrived` for bytes as they come, and `check_first`
+        when the first bytes of the memory are final; other blocks are verified later. All may be called in a thread.
+        Once this has ended, also by a cancellation, nothing is written any more.
 
         Raises:
             TransientError: from a failure after which another try may succeed.

@@ -64,12 +64,8 @@ class FilesystemBackend(FsspecBackend):
         return None
 
     async def _load(self, key: str, most_bytes: int) -> bytes:
-        def load() -> bytes:
-            with translate_errors(self._name(key)):
-                return read_regular(path, most_bytes)
-
-        path = self._path(key)
-        return await asyncio.to_thread(load)
+        read = translate_errors(self._name(key))(read_regular)
+        return await asyncio.to_thread(read, self._path(key), most_bytes)
 
     def spool(self) -> Path:
         """A folder on the same file system, so that adopting a file is a rename."""
@@ -77,9 +73,7 @@ class FilesystemBackend(FsspecBackend):
 
     async def load_range(self, key: str, start: int, stop: int) -> bytes:
         """Bytes `start` to `stop` of a file."""
-        data = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(data))
-        return bytes(data)
+        return await self._load_through_read_into(key, start, stop)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Read straight into the destination, in a thread."""
@@ -104,12 +98,8 @@ class FilesystemBackend(FsspecBackend):
 
     async def adopt(self, key: str, path: Path) -> None:
         """Rename a file of the spool, already synced by its writer, to its place."""
-
-        def move() -> None:
-            with translate_errors(f"writing {key} to {self.url}"):
-                _move(path, self._path(key))
-
-        await asyncio.to_thread(move)
+        move = translate_errors(f"writing {key} to {self.url}")(_move)
+        await asyncio.to_thread(move, path, self._path(key))
 
     async def remove(self, key: str) -> None:
         """Remove a file, for good once this returns; processes keep what they have open or mapped. Its folder stays."""

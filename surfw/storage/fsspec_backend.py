@@ -24,7 +24,6 @@ from surfw.storage.base import (
     StorageBackend,
     check_key,
     check_prefix,
-    expect_at_most,
     expect_length,
     is_key,
     refuse_size,
@@ -112,7 +111,6 @@ class FsspecBackend(StorageBackend):
         reader = self._range_reader(connections)
         self._far: FarReads | None = None
         if reader is not None:
-            reader.limit_waits(self.silence_timeout)
             self._far = FarReads(reader, RANGE_RETRIES)
             self.parallel_reads, self.reads_in_place = connections, reader.streams
         self._read_only = reader is not None and reader.read_only
@@ -125,36 +123,30 @@ class FsspecBackend(StorageBackend):
         if "http" in ((protocol,) if isinstance(protocol, str) else protocol):
             from surfw.storage.http_ranges import HttpRanges
 
-            return HttpRanges(self.fs, connections)
-        return _CatRanges(self.fs, connections)
+            return HttpRanges(self.fs, connections, self.silence_timeout)
+        return _CatRanges(self.fs, connections, self.silence_timeout)
 
     def _open(self, **options: Any) -> tuple[Any, str]:
+        """Return the file system for the address, and the path in it."""
         try:
-            with translate_errors(f"storage {self.url}"):
-                fs, root = self._find(**options)
-                return fs, str(root)
-        except (ValueError, TypeError) as exc:
-            reason = str(exc).replace(self._address, self.url)
-            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}{self._advice(exc)}") from exc
-
-    def _find(self, **options: Any) -> tuple[Any, str]:
-        try:
-            found: tuple[Any, str] = fsspec.core.url_to_fs(self._address, **{"skip_instance_cache": True} | options)
+            fs, root = fsspec.core.url_to_fs(self._address, **{"skip_instance_cache": True} | options)
         except ImportError as exc:
             name = getattr(exc.__cause__, "name", None) or exc.name or "the package that it names"
             raise ConfigurationError(
                 f"storage {self.url} needs a package that is not installed ({exc}); run: pip install {name}"
             ) from exc
-        return found
-
-    def _advice(self, exc: Exception) -> str:
-        """The advice for a URL whose scheme no file system has."""
-        if not str(exc).startswith("Protocol not known"):
-            return ""
-        return (
-            "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or of a "
-            "package with an entry point 'surfw.storage'"
-        )
+        except OSError:
+            with translate_errors(f"storage {self.url}"):
+                raise
+        except (ValueError, TypeError) as exc:
+            reason = str(exc).replace(self._address, self.url)
+            if reason.startswith("Protocol not known"):
+                reason += (
+                    "; name a folder, or a URL such as s3://bucket/prefix, http://…, one of fsspec's other systems, or "
+                    "of a package with an entry point 'surfw.storage'"
+                )
+            raise ConfigurationError(f"storage {self.url} cannot be opened: {reason}") from exc
+        return fs, str(root)
 
     def spool(self) -> Path:
         """A local folder for files on their way into this storage; options may make one URL several places."""
@@ -166,12 +158,7 @@ class FsspecBackend(StorageBackend):
 
     async def _call(self, key: str, function: Callable[[str], T]) -> T:
         path = self.path(key)
-
-        def call() -> T:
-            with self._translate(f"{key} in {self.url}"):
-                return function(path)
-
-        return await asyncio.to_thread(call)
+        return await asyncio.to_thread(self._translate(self._name(key))(function), path)
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
@@ -187,12 +174,7 @@ class FsspecBackend(StorageBackend):
         except SurfwError:
             raise
         except Exception as exc:  # noqa: BLE001 - every one is translated
-            await asyncio.to_thread(self._tell, exc, key)
-
-    def _tell(self, exc: Exception, key: str) -> NoReturn:
-        with self._translate(self._name(key)):
-            raise exc
-        raise AssertionError  # never reached: the translation raises
+            await asyncio.to_thread(self._translate(self._name(key))(_raise), exc)
 
     def _name(self, key: str) -> str:
         return f"{key} in {self.url}"
@@ -212,7 +194,8 @@ class FsspecBackend(StorageBackend):
             if most_bytes < sys.maxsize:
                 refuse_size(await self.size(key), most_bytes, self._name(key))
             data = bytes(await self._call(key, lambda path: self._ask("cat_file", path, rounds=_ROUNDS)))
-            return expect_at_most(data, most_bytes, key, self.url)
+            refuse_size(len(data), most_bytes, self._name(key))
+            return data
         for _ in range(_RESTARTS):
             with suppress(ChangedObjectError):  # the beginning and the rest were of two revisions: start again
                 return await self._load_far(self._far, key, most_bytes)
@@ -232,9 +215,7 @@ class FsspecBackend(StorageBackend):
         if self._far is None:
             data = await self._call(key, lambda path: bytes(self.fs.cat_file(path, start=start, end=stop)))
             return expect_length(data, stop - start, key, self.url)
-        memory = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
+        return await self._load_through_read_into(key, start, stop)
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         """Fill `destination` with the object's bytes from `start` on, in parallel ranges of one revision."""
@@ -282,7 +263,7 @@ class FsspecBackend(StorageBackend):
 
         def write(path: str) -> None:
             if isinstance(data, bytes):
-                self._put_bytes(data, path)
+                self.fs.pipe_file(path, data, **self._upload_options(len(data)))
                 return
             with tempfile.NamedTemporaryFile(prefix="surfw-") as whole:  # a stream that breaks leaves no half object
                 shutil.copyfileobj(data, whole, PIECE_BYTES)
@@ -302,11 +283,13 @@ class FsspecBackend(StorageBackend):
         self._expect_writable(key)
         await self._call(key, move)
 
-    def _put_bytes(self, data: bytes, path: str) -> None:
-        self.fs.pipe_file(path, data)
-
     def _put_file(self, local: str, path: str) -> None:
-        self.fs.put_file(local, path)
+        self.fs.put_file(local, path, **self._upload_options(Path(local).stat().st_size))
+
+    def _upload_options(self, size: int) -> Mapping[str, Any]:
+        """What the file system is told about an upload of `size` bytes."""
+        del size
+        return {}
 
     def _expect_writable(self, key: str) -> None:
         if self._read_only:
@@ -335,18 +318,13 @@ class FsspecBackend(StorageBackend):
             try:
                 self._ask("rm_file", path)
             except NotImplementedError as exc:
-                raise self._no_removal() from exc
+                raise StorageError(
+                    f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that "
+                    "it shows"
+                ) from exc
 
-        check_key(key)
-        if self._read_only:
-            raise self._no_removal()
         with suppress(NotFoundError):
             await self._call(key, remove)
-
-    def _no_removal(self) -> StorageError:
-        return StorageError(
-            f"{self.url} can only be read, and nothing be removed there; do that in the folder or bucket that it shows"
-        )
 
     async def size(self, key: str) -> int:
         """The object's length."""
@@ -368,13 +346,13 @@ class FsspecBackend(StorageBackend):
         facts: Mapping[str, Any] = self._ask("info", path)
         return facts
 
-    def _ask(self, what: str, path: str, *, rounds: int = 1) -> Any:
+    def _ask(self, what: str, path: str, *, rounds: int = 1, **options: Any) -> Any:
         """Call a method of the file system; an asynchronous one may take `rounds` times `silence_timeout`."""
         if self._far is None:
-            return getattr(self.fs, what)(path)
+            return getattr(self.fs, what)(path, **options)
         most = self.silence_timeout * rounds
         try:
-            return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most)
+            return fsspec.asyn.sync(self.fs.loop, getattr(self.fs, f"_{what}"), path, timeout=most, **options)
         except fsspec.asyn.FSTimeoutError as exc:
             one = exc.__cause__ is not None  # of the requests was silent for too long
             waited = f"was silent for {self.silence_timeout:g}" if one else f"did not answer within {most:g}"
@@ -386,19 +364,30 @@ class FsspecBackend(StorageBackend):
     async def list(self, prefix: str = "") -> list[str]:
         """The keys that start with the prefix; other links of a web page are left out."""
         folder = check_prefix(prefix).rpartition("/")[0]
+        # by itself fsspec takes a page that cannot be read, such as that of a silent server, for an empty folder
+        options = {"on_error": _unless_missing} if self._read_only else {}
 
         def find() -> list[str]:
             root = self.root.rstrip("/")
             try:
                 with self._translate(f"listing {self.url}"):
                     self.fs.invalidate_cache()  # changes of others have to be seen
-                    paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS)
+                    paths = self._ask("find", f"{root}/{folder}" if folder else root, rounds=_ROUNDS, **options)
             except NotFoundError:
                 return []
             keys = (path.removeprefix(root).lstrip("/") for path in paths)
             return sorted(key for key in keys if key.startswith(prefix) and (not self._read_only or is_key(key)))
 
         return await asyncio.to_thread(find)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _revision_of(info: Mapping[str, Any]) -> str | None:
@@ -417,9 +406,9 @@ class _CatRanges(RangeReader):
     streams = False
     tells_revision = False
 
-    def __init__(self, fs: Any, connections: int) -> None:
+    def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
         """Name the file system; nothing is contacted."""
-        super().__init__(connections)
+        super().__init__(connections, silence_timeout)
         self._fs = fs
         self.loop = fs.loop
         self._slots = asyncio.Semaphore(connections)
@@ -429,7 +418,7 @@ class _CatRanges(RangeReader):
         fs, start, stop = self._fs, into.start, into.stop
         try:
             async with self._slots:
-                into.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
+                into.patience.begin(blocks=-(-(stop - start) // BLOCK_BYTES))  # the response shows no progress
                 data = await fs._cat_file(path, start=start, end=stop)  # noqa: SLF001 - fsspec's own systems call it
         except (ConnectionError, TimeoutError) as exc:
             raise TransientError from exc

@@ -36,26 +36,21 @@ class HttpRanges(RangeReader):
 
     read_only = True
 
-    def __init__(self, fs: Any, connections: int) -> None:
+    def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
         """Name the file system; nothing is contacted."""
-        super().__init__(connections)
+        super().__init__(connections, silence_timeout)
         self._fs = fs
         fs.kwargs.pop("max_concurrency", None)  # fsspec would pass it on to each request
         tells_headers = any(
             given.get(name) for given in (fs.kwargs, fs.client_kwargs) for name in ("headers", "cookies", "auth")
         )
-        fs.client_kwargs = fs.client_kwargs | {"response_class": _KeptResponse if tells_headers else _Response}
-        self.loop = fs.loop
-        self._slots = asyncio.Semaphore(connections)
-        self.limit_waits(self.silence_timeout)
-
-    def limit_waits(self, silence_timeout: float) -> None:
-        """Set how long a read may make no progress; a request without a byte for half of that is tried again."""
-        super().limit_waits(silence_timeout)
         half = silence_timeout / 2
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=min(_CONNECT_SECONDS, half), sock_read=half)
         whole = aiohttp.ClientTimeout(total=None, sock_connect=silence_timeout, sock_read=silence_timeout)
-        self._fs.client_kwargs = {"timeout": whole} | self._fs.client_kwargs  # for fsspec's own requests: listings
+        fs.client_kwargs = {"timeout": whole} | fs.client_kwargs  # for fsspec's own requests: listings
+        fs.client_kwargs["response_class"] = _KeptResponse if tells_headers else _Response
+        self.loop = fs.loop
+        self._slots = asyncio.Semaphore(connections)
 
     async def get(self, path: str, into: Destination) -> None:
         """Read into place."""
@@ -64,7 +59,7 @@ class HttpRanges(RangeReader):
         if pinned is not None and pinned.startswith('"'):
             asked["If-Match"] = pinned
         async with self._slots:
-            into.begin()
+            into.patience.begin()
             async with self._request(path, asked) as found:
                 if found.status == 416:
                     into.accept(RangeResponse(None, start, 0, None if start else 0))  # empty, or it ends before
@@ -178,9 +173,9 @@ async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destina
                 raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
             memory[done : done + len(piece)] = piece
             done += len(piece)
-            into.came(len(piece))
+            into.patience.arrived(len(piece))
     except (aiohttp.ClientError, TimeoutError):
-        await in_thread(into.arrived, done)  # verified blocks need not come again
+        await in_thread(into.check_first, done)  # verified blocks need not come again
         raise
 
 

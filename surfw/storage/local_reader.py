@@ -63,8 +63,10 @@ class LocalReader:
         self._checks = ThreadPoolExecutor(1, thread_name_prefix="surfw-verify")
         self._bounces = _Bounces()
 
-    async def read(self, ranges: Sequence[FileRange], destination: memoryview, check: Check, *, urgent: bool) -> None:
-        """Fill the destination with ranges of files, one after the other, and verify it piece by piece.
+    async def read(
+        self, ranges: Sequence[FileRange], destination: memoryview, check: Check | None, *, urgent: bool
+    ) -> None:
+        """Fill the destination with ranges of files, one after the other; with `check`, verify it piece by piece.
 
         Once this has ended, also by a failure or a cancellation, nothing is written to the destination any more.
 
@@ -91,7 +93,7 @@ class LocalReader:
             except BaseException:
                 stop.set()
                 raise
-            return self._checks.submit(check, at, piece)
+            return None if check is None else self._checks.submit(check, at, piece)
 
         readers = self._urgent if urgent else self._ahead
         jobs = [_submit(readers, read_piece, index * PIECE_BYTES, parts) for index, parts in enumerate(pieces)]
@@ -311,9 +313,12 @@ class _File:
         with translate_errors(f"reading {self._path}"):
             done = 0
             if self._direct and len(destination) >= _SMALL_BYTES:
-                in_place = in_place and start % mmap.PAGESIZE == 0
                 try:
-                    done = self._fill_directly(start, destination) if in_place else self._bounce(start, destination)
+                    if in_place and start % mmap.PAGESIZE == 0:
+                        whole_pages = len(destination) - len(destination) % mmap.PAGESIZE
+                        done = self._fill(self._direct, start, destination[:whole_pages])
+                    else:
+                        done = self._bounce(start, destination)
                 except OSError as exc:
                     if exc.errno not in _NO_DIRECT:
                         raise
@@ -323,9 +328,6 @@ class _File:
                 raise StorageError(
                     f"{self._path} ends at byte {start + done}, expected {start + len(destination)} bytes"
                 )
-
-    def _fill_directly(self, start: int, destination: memoryview) -> int:
-        return self._fill(self._direct, start, destination[: len(destination) - len(destination) % mmap.PAGESIZE])
 
     def _bounce(self, start: int, destination: memoryview) -> int:
         """Read whole pages around the range into this thread's buffer, copy, and return how many bytes there were."""

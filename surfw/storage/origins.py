@@ -10,23 +10,22 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 """
 
 import asyncio
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from blake3 import blake3
 
 from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
-from surfw.manifest import Manifest, Origin
-from surfw.storage.backends import open_backend, scheme_of
+from surfw.manifest import Form, Manifest, Origin
+from surfw.storage.backends import open_backend
 from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
-from surfw.storage.ranges import Check, ObjectRange, ObjectRead, Pin
-from surfw.storage_options import identify_place
+from surfw.storage.ranges import ObjectRange, ObjectRead, Pin
+from surfw.storage_options import identify_place, scheme_of
 
 _MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
@@ -35,17 +34,12 @@ _FROM_AFAR = {"s3", "http", "https", "hf"}
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where an object is: its storage, its key there, and the revision that it has to have, if it is pinned."""
+    """Where an object is: its storage and its key there; revision and size that it has to have, if it is pinned."""
 
     backend: StorageBackend
     key: str
     revision: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Mounted:
-    origin: Origin
-    backend: StorageBackend
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +61,8 @@ class PlacedOptions:
         return self.options if same_host and scheme == own_scheme else {}
 
 
-class Objects(StorageBackend):
-    """A store's own objects and those of its manifests' origins, in one space of keys. Read-only."""
+class Objects:
+    """A store's own objects and those of its manifests' origins, in one space of keys, to be read."""
 
     def __init__(self, own: StorageBackend, marker: str, options: PlacedOptions | None = None) -> None:
         """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
@@ -76,11 +70,13 @@ class Objects(StorageBackend):
         self._own = own
         self._is_local = own.local_path(marker) is not None
         self._options = options or PlacedOptions(own.url, {})
-        self._mounted: Mapping[str, _Mounted] = {}  # replaced as a whole: other threads may be iterating over it
+        self._mounted: Mapping[
+            str, tuple[Origin, StorageBackend]
+        ] = {}  # replaced as a whole: other threads may be iterating over it
         self._mounting = threading.Lock()
 
     @property
-    def parallel_reads(self) -> int:  # type: ignore[override]
+    def parallel_reads(self) -> int:
         """How many reads are worth having under way: as many as for the storage that gains most from it."""
         return max(backend.parallel_reads for backend in self._backends())
 
@@ -95,10 +91,10 @@ class Objects(StorageBackend):
     @property
     def has_local_origin(self) -> bool:
         """Whether an origin is a folder, in whose shards tensors begin at any byte."""
-        return any(is_local_url(one.origin.url) for one in self._mounted.values())
+        return any(is_local_url(origin.url) for origin, _ in self._mounted.values())
 
     def _backends(self) -> list[StorageBackend]:
-        return [self._own, *(one.backend for one in self._mounted.values())]
+        return [self._own, *(backend for _, backend in self._mounted.values())]
 
     def mount(self, manifest: Manifest, *, where: str) -> Manifest:
         """Return the manifest with its objects named as they are here; without an origin, as it is.
@@ -111,35 +107,27 @@ class Objects(StorageBackend):
         if origin is None:
             if not manifest.is_known:
                 raise ManifestError(
-                    f"the manifest from {where} lacks digests, and names no origin; chunk the model again"
+                    f"the manifest from {where} lacks digests, and names no origin", advice="chunk the model again"
                 )
             return manifest
         self._refuse(origin, where)
         with self._mounting:
             if origin.key not in self._mounted:
-                self._mounted = {**self._mounted, origin.key: _Mounted(origin, self._open(origin.url))}
-        chunks = tuple(
-            replace(
-                chunk,
-                forms=tuple(
-                    replace(
-                        form,
-                        locations=tuple(replace(at, object=_name(origin, at.object)) for at in form.locations),
-                    )
-                    for form in chunk.forms
-                ),
-            )
-            for chunk in manifest.chunks
-        )
-        files = tuple(replace(file, object=_name(origin, file.object)) for file in manifest.files)
-        return replace(manifest, chunks=chunks, files=files)
+                options = self._options.for_url(origin.url)
+                backend = open_backend(origin.url, options, silence_timeout=self._own.silence_timeout)
+                self._mounted = {**self._mounted, origin.key: (origin, backend)}
 
-    def _open(self, url: str) -> StorageBackend:
-        return open_backend(url, self._options.for_url(url), silence_timeout=self._own.silence_timeout)
+        def place(form: Form) -> Form:
+            return replace(form, locations=tuple(replace(at, object=mount + at.object) for at in form.locations))
+
+        mount = f"{_MOUNT}{origin.key}/"
+        chunks = tuple(replace(chunk, forms=tuple(map(place, chunk.forms))) for chunk in manifest.chunks)
+        files = tuple(replace(file, object=mount + file.object) for file in manifest.files)
+        return replace(manifest, chunks=chunks, files=files)
 
     def _refuse(self, origin: Origin, where: str) -> None:
         """Raise ManifestError if no manifest, or no manifest of a store on another machine, may name such an origin."""
-        if may_be_origin(origin.url) and (self._is_local or not is_local_url(origin.url)):
+        if self._is_local if is_local_url(origin.url) else scheme_of(origin.url) in _FROM_AFAR:
             return
         whose = "no manifest may say" if self._is_local else "a store that is not on this machine may not say"
         raise ManifestError(
@@ -156,33 +144,34 @@ class Objects(StorageBackend):
         if not key.startswith(_MOUNT):
             return Found(self._own, key)
         mount, _, name = key.removeprefix(_MOUNT).partition("/")
-        mounted = self._mounted.get(mount)
-        pin = mounted.origin.pins.get(name) if mounted else None
-        if mounted is None or pin is None:
-            raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
-        return Found(mounted.backend, name, pin.revision)
+        with suppress(KeyError):
+            origin, backend = self._mounted[mount]
+            pin = origin.pins[name]
+            return Found(backend, name, pin.revision, pin.size)
+        raise StorageError(f"{key[:200]} in {self.url} belongs to no origin; chunk the model again")
 
-    async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
+    async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         """Fill `destination` with the object's bytes from `start` on, if it is unchanged."""
         found = self.find(key)
-        with _explaining(found):
-            await found.backend.read_into(found.key, start, destination, **_pin(found, revision))
+        pinned = {} if found.revision is None else {"revision": found.revision}  # some custom backends know none
+        with explain_change(is_pinned=found.revision is not None):
+            await found.backend.read_into(found.key, start, destination, **pinned)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations of reads of one model. Its bytes are in one storage, which decides about ranges."""
+        """Fill the destinations of reads of one model, as `StorageBackend.read_all`. Its bytes are in one storage."""
         if first := next((part for read in reads for part in read.parts), None):
-            await self._read_as(self.find(first.key).backend, reads)
+            found = self.find(first.key)
+            with explain_change(is_pinned=found.revision is not None):
+                await found.backend.read_all([replace(read, parts=self._find_parts(read)) for read in reads])
 
-    async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
-        """Fill the destination with one range of an object, if it is unchanged."""
-        found = self.find(part.key)
-        pin = part.pin if found.revision is None else Pin(found.revision)
-        with _explaining(found):
-            await found.backend.read_range(ObjectRange(found.key, part.start, part.length, pin), destination, check)
-
-    async def load(self, key: str) -> bytes:
-        """The whole object."""
-        return await self.load_capped(key, sys.maxsize)
+    def _find_parts(self, read: ObjectRead) -> list[ObjectRange]:
+        """The ranges of a read as their storage names and pins them."""
+        parts = []
+        for part in read.parts:
+            found = self.find(part.key)
+            pin = part.pin if found.revision is None else Pin(found.revision)
+            parts.append(ObjectRange(found.key, part.start, part.length, pin))
+        return parts
 
     async def load_capped(self, key: str, most_bytes: int) -> bytes:
         """The whole object, if it is no larger."""
@@ -200,74 +189,36 @@ class Objects(StorageBackend):
         found = self.find(key)
         found.backend.forget(found.key)
 
-    async def load_range(self, key: str, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop` of an object."""
-        memory = bytearray(stop - start)
-        await self.read_into(key, start, memoryview(memory))
-        return bytes(memory)
-
     async def size(self, key: str) -> int:
         """The object's length; for a pinned one, the length that was pinned."""
         found = self.find(key)
-        if found.revision is None:
-            return await found.backend.size(found.key)
-        mount = key.removeprefix(_MOUNT).partition("/")[0]
-        return self._mounted[mount].origin.pins[found.key].size
+        return await found.backend.size(found.key) if found.size is None else found.size
 
     def local_path(self, key: str) -> Path | None:
         """The object's file, if it is on this machine."""
         found = self.find(key)
         return found.backend.local_path(found.key)
 
-    async def exists(self, key: str) -> bool:
-        """Whether the object exists."""
-        found = self.find(key)
-        return await found.backend.exists(found.key)
-
-    async def list(self, prefix: str = "") -> list[str]:
-        """The keys of the store's own objects."""
-        return await self._own.list(prefix)
-
-    async def save(self, key: str, data: bytes | BinaryIO) -> None:
-        """Refuse: objects are only read here."""
-        raise StorageError(f"{key} in {self.url} cannot be written here: objects of manifests are only read")
-
     async def close(self) -> None:
         """Close the origins; the store's own backend stays open."""
         with self._mounting:
             mounted, self._mounted = list(self._mounted.values()), {}
-        await asyncio.gather(*(one.backend.close() for one in mounted))
-
-
-def _pin(found: Found, revision: str | None) -> dict[str, str]:
-    """The argument for the pinned revision; left out if there is none, since some custom backends do not take it."""
-    pinned = found.revision or revision
-    return {} if pinned is None else {"revision": pinned}
+        await asyncio.gather(*(backend.close() for _, backend in mounted))
 
 
 @contextmanager
-def _explaining(found: Found) -> Iterator[None]:
-    """Explain changes of pinned objects."""
+def explain_change(*, is_pinned: bool = True) -> Iterator[None]:
+    """Say what to do about a changed object, if a manifest pins it."""
     try:
         yield
     except ChangedObjectError as exc:
-        if found.revision is None:
+        if not is_pinned:
             raise
-        raise explain_change(exc) from exc
-
-
-def explain_change(exc: ChangedObjectError) -> ChangedObjectError:
-    """Return the error for a changed object of an origin, with what to do."""
-    advice = (
-        ": it belongs to a model that is served in place, and none of its weights is used; start the server again, or "
-        "run surfw chunk --in-place again"
-    )
-    return ChangedObjectError(exc.name, exc.expected, exc.seen, advice)
-
-
-def may_be_origin(url: str) -> bool:
-    """Return whether a manifest may point there: an address must not make this machine do just anything."""
-    return is_local_url(url) or scheme_of(url) in _FROM_AFAR
+        advice = (
+            ": it belongs to a model that is served in place, and none of its weights is used; start the server again, "
+            "or run surfw chunk --in-place again"
+        )
+        raise ChangedObjectError(exc.name, exc.expected, exc.seen, advice) from exc
 
 
 def is_local_url(url: str) -> bool:
@@ -277,10 +228,6 @@ def is_local_url(url: str) -> bool:
 
 def _host_of(url: str) -> str:
     return url.partition("://")[2].partition("/")[0]
-
-
-def _name(origin: Origin, name: str) -> str:
-    return f"{_MOUNT}{origin.key}/{name}"
 
 
 def private_store(place: str, options: Mapping[str, Any]) -> Path:

@@ -13,15 +13,14 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import fsspec
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, MIB, display_url, expect
-from surfw.errors import ConfigurationError, StorageError, SurfwError
-from surfw.storage.base import check_prefix
+from surfw.errors import ConfigurationError
+from surfw.storage.base import is_key
 from surfw.storage.far_reads import CONNECTIONS, RangeReader
 from surfw.storage.fsspec_backend import FsspecBackend
 from surfw.storage.s3_errors import code_of, explain_botocore, explain_code
@@ -32,7 +31,7 @@ _ATTEMPTS, _ROUNDS = 2, 3
 """How often botocore tries a request, and how often s3fs calls botocore: a silent endpoint fails in half a minute."""
 
 _PART_BYTES, _PARTS, _MOST_PARTS = 16 * MIB, 4, 10_000
-"""The size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
+"""The least size of an upload's parts, how many are under way at a time, and how many S3 accepts for one object."""
 
 AddressingStyle = Literal["auto", "path", "virtual"]
 Encryption = Literal["AES256", "aws:kms", "aws:kms:dsse"]
@@ -120,17 +119,19 @@ class S3Backend(FsspecBackend):
         _check_choice("sse", sse, get_args(Encryption))
         if sse_kms_key_id is not None and sse not in {"aws:kms", "aws:kms:dsse"}:
             raise ConfigurationError(f"sse_kms_key_id is for SSE-KMS, but sse is {sse!r}; give sse='aws:kms' with it")
-        encryption = {"ServerSideEncryption": sse, "SSEKMSKeyId": sse_kms_key_id}
+        settings = {
+            "ServerSideEncryption": sse,
+            "SSEKMSKeyId": sse_kms_key_id,
+            "RequestPayer": "requester" if requester_pays else None,  # s3fs before 2026.9 sends it only with reads
+        }
         self._addressing_style = addressing_style
         self.bucket, self.endpoint_url = bucket_name, endpoint_url
         self.prefix = prefix.strip("/")
-        try:
-            check_prefix(self.prefix)
-        except StorageError as exc:
+        if self.prefix and not is_key(self.prefix):
             shown = display_url(f"s3://{bucket_name}/{prefix}").removeprefix(f"s3://{bucket_name}/")
             raise ConfigurationError(
                 f"s3://{bucket_name}: prefix {shown[:80]!r} is refused; write one such as models/mine"
-            ) from exc
+            )
         url = f"s3://{bucket_name}/{self.prefix}".rstrip("/")
         _check_options(url, options)
         super().__init__(
@@ -140,7 +141,7 @@ class S3Backend(FsspecBackend):
             token=aws_session_token,
             endpoint_url=endpoint_url,
             client_kwargs=({"region_name": region_name} if region_name else {}) | options.pop("client_kwargs", {}),
-            s3_additional_kwargs={name: value for name, value in encryption.items() if value is not None}
+            s3_additional_kwargs={name: value for name, value in settings.items() if value is not None}
             | options.pop("s3_additional_kwargs", {}),
             requester_pays=requester_pays,
             anon=anonymous,
@@ -173,14 +174,10 @@ class S3Backend(FsspecBackend):
     def _range_reader(self, connections: int) -> RangeReader:
         from surfw.storage.s3_ranges import S3Ranges
 
-        return S3Ranges(self.fs, connections)
+        return S3Ranges(self.fs, connections, self.silence_timeout)
 
-    def _put_bytes(self, data: bytes, path: str) -> None:
-        self.fs.pipe_file(path, data, chunksize=_part_bytes(len(data)), max_concurrency=_PARTS)
-
-    def _put_file(self, local: str, path: str) -> None:
-        size = Path(local).stat().st_size
-        self.fs.put_file(local, path, chunksize=_part_bytes(size), max_concurrency=_PARTS)
+    def _upload_options(self, size: int) -> Mapping[str, Any]:
+        return {"chunksize": max(_PART_BYTES, -(-size // _MOST_PARTS)), "max_concurrency": _PARTS}
 
     @contextmanager
     def _translate(self, what: str) -> Iterator[None]:
@@ -189,14 +186,10 @@ class S3Backend(FsspecBackend):
             try:
                 yield
             except Exception as exc:
-                if error := self._explain(exc):
+                error = explain_botocore(exc, self.url, self.endpoint_url)
+                if error := error or explain_code(self._code(exc), self.url, self.bucket):
                     raise error from exc
                 raise
-
-    def _explain(self, exc: BaseException) -> SurfwError | None:
-        """The translated error, or None for errors that all storages have in common."""
-        known = explain_botocore(exc, self.url, self.endpoint_url)
-        return known or explain_code(self._code(exc), self.url, self.bucket)
 
     def _code(self, exc: BaseException) -> str:
         """S3's code for the error. A response to HEAD has no body with the code, so a listing is asked for it."""
@@ -218,11 +211,6 @@ class S3Backend(FsspecBackend):
         creator = getattr(self.fs, "_s3creator", None)  # s3fs has no public name for what its close_session takes
         if creator is not None:
             await asyncio.to_thread(self.fs.close_session, self.fs.loop, creator)
-
-
-def _part_bytes(size: int) -> int:
-    """The size of the parts of an upload; larger for a very large object."""
-    return max(_PART_BYTES, -(-size // _MOST_PARTS))
 
 
 def _check_bucket(name: str, prefix: str) -> None:

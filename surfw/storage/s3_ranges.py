@@ -22,6 +22,7 @@ from s3fs.errors import translate_boto_error
 
 from surfw.config import PROGRESS_BYTES
 from surfw.storage.far_reads import Destination, PinLostError, RangeReader, RangeResponse, TransientError
+from surfw.storage.s3_errors import code_of
 from surfw.threads import DaemonThreads, to_its_end
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
@@ -54,9 +55,9 @@ _UNSAFE = (boto.SSLError, boto.ProxyConnectionError)
 class S3Ranges(RangeReader):
     """Ranges of objects in one bucket; paths begin with the bucket's name."""
 
-    def __init__(self, fs: Any, connections: int) -> None:
+    def __init__(self, fs: Any, connections: int, silence_timeout: float) -> None:
         """Name the file system; nothing is contacted."""
-        super().__init__(connections)
+        super().__init__(connections, silence_timeout)
         self._fs = fs
         self._threads = DaemonThreads(connections, "surfw-s3")
         self._client: Any = None
@@ -105,11 +106,11 @@ class _Get:
     def run(self) -> None:
         """Do it, unless it is given up before there is a response."""
         into = self._into
-        into.begin()
+        into.patience.begin()
         try:
             found = self._ask()
         except boto.ClientError as exc:
-            if _code(exc) not in {"InvalidRange", "416"}:
+            if code_of(exc) not in {"InvalidRange", "416"}:
                 raise
             into.accept(RangeResponse(None, into.start, 0, None if into.start else 0))  # empty, or one that ends before
             return
@@ -159,8 +160,8 @@ def _read(stream: urllib3.HTTPResponse, memory: memoryview, into: Destination) -
             raise boto.IncompleteReadError(actual_bytes=done, expected_bytes=len(memory))
         done += count
         most = _STREAM_BYTES if time.monotonic() - start < _SLOW_SECONDS else PROGRESS_BYTES
-        into.came(count)
-        into.arrived(done)
+        into.patience.arrived(count)
+        into.check_first(done)
 
 
 def _response(found: Mapping[str, Any]) -> RangeResponse:
@@ -176,7 +177,7 @@ def _classified(endpoint: str | None) -> Iterator[None]:
     try:
         yield
     except boto.ClientError as exc:
-        code, status = _code(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code, status = code_of(exc), int(exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code in {"PreconditionFailed", "412"}:
             raise PinLostError from exc
         translated = translate_boto_error(exc)
@@ -189,7 +190,3 @@ def _classified(endpoint: str | None) -> Iterator[None]:
         known = isinstance(exc, boto.BotoCoreError) and not isinstance(exc, boto.IncompleteReadError)
         lost = exc if known else boto.ConnectionClosedError(endpoint_url=endpoint or "S3", error=exc)
         raise TransientError from lost
-
-
-def _code(exc: boto.ClientError) -> str:
-    return str(exc.response.get("Error", {}).get("Code", ""))

@@ -233,10 +233,12 @@ class Store:
             except (IntegrityError, ManifestError) as exc:
                 seen.append(await asyncio.to_thread(payload_digest, data))
                 if len(seen) > DAMAGE_RETRIES:
-                    if isinstance(exc, ManifestError) and len(set(seen)) == 1:
+                    where = locate_damage(seen, stored=self.url)
+                    if isinstance(exc, IntegrityError):
+                        raise IntegrityError(f"{exc}; {where}") from exc
+                    if len(set(seen)) == 1:
                         raise  # it is stored like this, and the parser knows best what that means
-                    what = str(exc).removesuffix("; chunk the model again")
-                    raise type(exc)(f"{what}; {locate_damage(seen, stored=self.url)}") from exc
+                    raise ManifestError(exc.complaint, advice=where) from exc
             self.reloads += 1
             forget()
 

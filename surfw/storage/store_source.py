@@ -200,18 +200,12 @@ class StorageSource(ChunkSource):
             if not read.form.locations:
                 raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
             if files := self._files(read.form, read.start, read.stop):
-                await self._read_files(files, read, check or _accept, urgent=urgent)
+                with explain_change(), _naming(read.chunk, self.url):
+                    await self._local.read(files, read.destination, check, urgent=urgent)
             else:
                 parts = [ObjectRange(*part) for part in segments(read.form.locations, read.start, read.stop)]
                 far.append(ObjectRead(parts, read.destination, check))
         await self.store.objects.read_all(far)
-
-    async def _read_files(self, files: Sequence[FileRange], read: Read, check: Check, *, urgent: bool) -> None:
-        try:
-            with _naming(read.chunk, self.url):
-                await self._local.read(files, read.destination, check, urgent=urgent)
-        except ChangedObjectError as exc:
-            raise explain_change(exc) from exc
 
     async def _mend(self, read: Read, damaged: Mapping[int, str], *, urgent: bool) -> None:
         """Read damaged blocks again; `damaged` has the digest that each of them had.
@@ -269,10 +263,6 @@ def _naming(chunk: Chunk, where: str) -> Iterator[None]:
         raise kind(
             f"chunk {chunk.name} in {where} cannot be read: {exc}; put its file back, or chunk the model again"
         ) from exc
-
-
-def _accept(at: int, piece: memoryview) -> None:
-    """Accept bytes without digests, of which the digests are about to be computed."""
 
 
 async def open_storage_source(

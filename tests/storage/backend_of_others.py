@@ -1,4 +1,4 @@
-"""A package of others, which a dotted path or an entry point names."""
+"""A third-party package, which a dotted path or an entry point names."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""A backend of others over a dictionary with one object, as it is and as surfw sees it."""
+"""A custom backend over a dictionary with one object, as it is and as surfw sees it."""
 
 import pytest
 

@@ -80,6 +80,20 @@ async def read_all(
     return into
 
 
+def expect_verified(reader: LocalReader, ranges: list[FileRange], want: bytes, *, skip: int = 0, urgent: bool) -> None:
+    """Read the ranges, which have to be these bytes, with every piece verified once."""
+    into, seen = memory(len(want), skip=skip) if want else memoryview(bytearray()), dict[int, bytes]()
+
+    def check(at: int, piece: memoryview) -> None:
+        assert at not in seen
+        seen[at] = bytes(piece)
+
+    asyncio.run(reader.read(ranges, into, check, urgent=urgent))
+    assert bytes(into) == want
+    assert sorted(seen) == list(range(0, len(want), PIECE_BYTES))
+    assert b"".join(seen[at] for at in sorted(seen)) == want
+
+
 def near(*places: int) -> st.SearchStrategy[int]:
     """A place, or one close to it."""
     return st.builds(lambda place, by: max(0, place + by), st.sampled_from(places), st.integers(-2, 2))
@@ -99,16 +113,9 @@ def test_any_range_has_its_bytes_and_every_piece_is_verified_once(
     start: int, size: int, skip: int, urgent: bool, file: Path, data: bytes, reader: LocalReader
 ) -> None:
     size = min(size, SIZE - start)
-    into, seen = memory(size, skip=skip) if size else memoryview(bytearray()), dict[int, bytes]()
-
-    def check(at: int, piece: memoryview) -> None:
-        assert at not in seen
-        seen[at] = bytes(piece)
-
-    asyncio.run(reader.read([FileRange(file, start, start + size)], into, check, urgent=urgent))
-    assert bytes(into) == data[start : start + size]
-    assert sorted(seen) == list(range(0, size, PIECE_BYTES))
-    assert b"".join(seen[at] for at in sorted(seen)) == bytes(into)
+    expect_verified(
+        reader, [FileRange(file, start, start + size)], data[start : start + size], skip=skip, urgent=urgent
+    )
 
 
 @pytest.mark.skipif(not DIRECT, reason="this system has no O_DIRECT")
@@ -152,15 +159,7 @@ def test_ranges_from_anywhere_lie_one_behind_the_other(
     """As the tensors of a chunk lie in the shards of a checkpoint."""
     ranges = [FileRange(file, start, min(start + size, SIZE)) for start, size in places]
     want = b"".join(data[one.start : one.stop] for one in ranges)
-    into, seen = memory(len(want)) if want else memoryview(bytearray()), dict[int, bytes]()
-
-    def check(at: int, piece: memoryview) -> None:
-        seen[at] = bytes(piece)
-
-    asyncio.run(reader.read(ranges, into, check, urgent=urgent))
-    assert bytes(into) == want
-    assert sorted(seen) == list(range(0, len(want), PIECE_BYTES))
-    assert b"".join(seen[at] for at in sorted(seen)) == want
+    expect_verified(reader, ranges, want, urgent=urgent)
 
 
 def test_a_pinned_file_that_changes_while_it_is_read_is_an_error(file: Path, reader: LocalReader) -> None:
@@ -426,13 +425,21 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_store(tmp_path / "store", sizes=(STORED, 100))
 
 
-def view_of(source: StorageSource, manifest: Manifest, index: int = 0) -> memoryview | None:
+def flip(file: Path, at: int) -> None:
+    """Change a bit of a file, or change it back."""
+    with file.open("r+b") as opened:
+        opened.seek(at)
+        old = opened.read(1)[0]
+        opened.seek(at)
+        opened.write(bytes([old ^ 1]))
+
+
+def view_of(source: StorageSource, manifest: Manifest, index: int = 0) -> View | None:
     chunk = manifest.chunks[index]
 
-    async def main() -> memoryview | None:
+    async def main() -> View | None:
         try:
-            view = await source.view(manifest, chunk, chunk.forms[0])
-            return None if view is None else view.memory
+            return await source.view(manifest, chunk, chunk.forms[0])
         finally:
             await source.close()
 
@@ -443,18 +450,14 @@ def test_a_view_of_a_store_is_verified(manifest: Manifest, tmp_path: Path) -> No
     source = StorageSource(FilesystemBackend(tmp_path / "store"))
     view = view_of(source, manifest)
     assert view is not None
-    assert bytes(view) == payload(tmp_path / "store", manifest.chunks[0])
+    assert bytes(view.memory) == payload(tmp_path / "store", manifest.chunks[0])
     assert source.fetched_bytes == STORED
 
 
 @pytest.mark.parametrize("block", [0, 7, 8, 9])
 def test_a_view_of_what_is_damaged_is_refused(block: int, manifest: Manifest, tmp_path: Path) -> None:
     at = manifest.chunks[0].forms[0].locations[0]
-    with (tmp_path / "store" / at.object).open("r+b") as blob:
-        blob.seek(at.start + block * MIB)
-        old = blob.read(1)[0]
-        blob.seek(-1, os.SEEK_CUR)
-        blob.write(bytes([old ^ 1]))
+    flip(tmp_path / "store" / at.object, at.start + block * MIB)
     source = StorageSource(FilesystemBackend(tmp_path / "store"))
     with pytest.raises(IntegrityError, match=rf"is damaged: block {block} has BLAKE3"):
         view_of(source, manifest)
@@ -481,37 +484,23 @@ def test_there_is_no_view_where_there_is_no_file_or_where_it_begins_between_page
 def changing(manifest: Manifest, tmp_path: Path) -> tuple[StorageSource, View, Path]:
     """A view that is in use, and its file."""
     source = StorageSource(FilesystemBackend(tmp_path / "store"))
-    chunk = manifest.chunks[0]
-
-    async def main() -> View | None:
-        try:
-            return await source.view(manifest, chunk, chunk.forms[0])
-        finally:
-            await source.close()
-
-    view = asyncio.run(main())
+    view = view_of(source, manifest)
     assert view is not None
     view.expect_unchanged()
-    return source, view, tmp_path / "store" / chunk.forms[0].locations[0].object
+    return source, view, tmp_path / "store" / manifest.chunks[0].forms[0].locations[0].object
 
 
 @pytest.mark.parametrize("hides", [False, True])
 def test_a_file_that_is_changed_while_it_is_in_use_is_an_error(hides: bool, manifest: Manifest, tmp_path: Path) -> None:
     source, view, file = changing(manifest, tmp_path)
     before = file.stat()
-    with file.open("r+b") as blob:
-        blob.seek(5 * MIB)
-        old = blob.read(1)
-        blob.seek(5 * MIB)
-        blob.write(bytes([old[0] ^ 1]))
+    flip(file, 5 * MIB)
     if hides:
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     for _ in range(2):
         with pytest.raises(IntegrityError, match=rf"^chunk layers\.0 was changed in {source.url} while it was in use"):
             view.expect_unchanged()
-    with file.open("r+b") as blob:
-        blob.seek(5 * MIB)
-        blob.write(old)
+    flip(file, 5 * MIB)
     view.expect_unchanged()
 
 

@@ -194,7 +194,9 @@ def test_options_of_s3_in_surfws_words() -> None:
     assert (backend.endpoint_url, fs.client_kwargs, fs.max_concurrency) == (
         "http://localhost:9", {"region_name": "eu-central-1"}, 3,
     )  # fmt: skip
-    assert fs.s3_additional_kwargs == {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "k"}
+    assert fs.s3_additional_kwargs == {
+        "ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "k", "RequestPayer": "requester",
+    }  # fmt: skip
     assert fs.req_kw == {"RequestPayer": "requester"}
     assert fs.config_kwargs["s3"] == {"addressing_style": "virtual"}
     assert fs.kwargs["profile"] == "mine"

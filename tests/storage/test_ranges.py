@@ -46,7 +46,7 @@ def test_every_byte_is_in_one_range_of_a_good_size(start: int, length: int, most
     blocks = [-(-size // BLOCK_BYTES) for size in sizes]
     assert max(blocks) - min(blocks) <= 1
     assert not any(size % BLOCK_BYTES for size in sizes[:-1]), "blocks are verified whole"
-    assert min(sizes) >= most // 2 - BLOCK_BYTES or sizes == [length]
+    assert min(sizes) >= most // 2 // BLOCK_BYTES * BLOCK_BYTES or sizes == [length]
     assert len(sizes) == 1 or (len(sizes) - 1) * most < length
     assert [(piece.destination.start, piece.destination.stop) for piece in pieces] == [  # type: ignore[attr-defined]
         (begin - start, stop - start) for begin, stop in ranges

@@ -132,7 +132,14 @@ def test_files_are_verified(source: StorageSource, manifest: Manifest, tmp_path:
         asyncio.run(source.file(manifest, "vocab.txt"))
 
 
-class SlowBackend(FilesystemBackend):
+class PathlessBackend(FilesystemBackend):
+    """A folder whose files are not known as such, as if it were far away."""
+
+    def local_path(self, key: str) -> None:
+        return None
+
+
+class SlowBackend(PathlessBackend):
     """Reads only when the test says so, as a disk that takes its time."""
 
     def __init__(self, path: Path) -> None:
@@ -140,9 +147,6 @@ class SlowBackend(FilesystemBackend):
         self.reading = threading.Event()
         self.go_on = threading.Event()
         self.read_to_the_end = False
-
-    def local_path(self, key: str) -> None:
-        return None
 
     async def read_into(self, key: str, start: int, destination: memoryview) -> None:
         def read() -> None:
@@ -174,7 +178,7 @@ def test_a_cancelled_fetch_ends_when_nothing_is_written_any_more(manifest: Manif
     assert asyncio.run(cancel())
 
 
-class FarBackend(FilesystemBackend):
+class FarBackend(PathlessBackend):
     """Far away: several reads at a time are worth it. Each waits until there are as many as may be."""
 
     def __init__(self, path: Path) -> None:
@@ -184,9 +188,6 @@ class FarBackend(FilesystemBackend):
         self.together = asyncio.Barrier(2)
         self.failing: int | None = None
         self.given_up = 0
-
-    def local_path(self, key: str) -> None:
-        return None
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         try:
@@ -209,15 +210,12 @@ def test_pieces_from_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
     assert (source.fetched_bytes, source.buffered_bytes) == (FAR, 4 * BLOCK_BYTES)
 
 
-class JoinedBackend(FilesystemBackend):
+class JoinedBackend(PathlessBackend):
     """Far away; while its first bytes are read, it is joined by one that is best read in smaller pieces."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.parallel_reads, self.reads_in_place = 2, True
-
-    def local_path(self, key: str) -> None:
-        return None
 
     async def read_into(self, key: str, start: int, destination: memoryview, *, revision: str | None = None) -> None:
         self.parallel_reads, self.reads_in_place = 100, False
