@@ -16,7 +16,7 @@ import torch
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
+from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
 from surfw.runtime.loader import Loader, as_parameter
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread
@@ -53,7 +53,7 @@ class HostTier:
         self._metrics = metrics
         self._contents: dict[str, Contents] = {}
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
-        self._pool = BufferPool()
+        self._spare: list[Buffer] = []  # the ring's empty buffers, all of its size
         self._plan = plan
         loader.in_pieces = plan.in_pieces
 
@@ -64,16 +64,16 @@ class HostTier:
     def adopt(self, plan: ResidencyPlan) -> None:
         """Make slots for another plan from now on."""
         if plan.ring_bytes != self._plan.ring_bytes:
-            self._pool.clear()
+            self._spare.clear()
         self._plan = plan
         self._loader.in_pieces = plan.in_pieces
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
-        buffer: Buffer | None = None
-        if slot.in_ring:
-            buffer = self._pool.take(slot.size_bytes)
-        elif not self._plan.everything_fits:
+        buffer = self._spare.pop() if slot.in_ring and self._spare else None
+        if buffer is not None and buffer.capacity_bytes < slot.size_bytes:
+            buffer = None  # gone before there is a larger one
+        if buffer is None and (slot.in_ring or not self._plan.everything_fits):
             buffer = Buffer(slot.size_bytes)
         contents = Contents(self._manifest.by_name[slot.name], slot.size_bytes, buffer)
         contents.load = self._io.submit(self._fill(contents, priority))
@@ -112,21 +112,22 @@ class HostTier:
         for tensor in contents.tensors.values():
             torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
         contents.tensors.clear()
+        buffer, ring_bytes = contents.buffer, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
-        elif slot.in_ring and isinstance(contents.buffer, Buffer) and self._fits_ring(contents.buffer):
-            self._pool.give_back(contents.buffer)
+        elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
+            self._spare.append(buffer)  # those of an earlier ring go
 
     def keep_spare(self, most: int) -> None:
         """Let go of the ring's empty buffers that are more than so many."""
-        self._pool.keep(most)
+        del self._spare[most:]
 
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
         loads = list(self.loads().values())
         self._contents.clear()
         self._in_flight.clear()
-        self._pool.clear()
+        self._spare.clear()
         for load in loads:
             load.cancel()
 
@@ -137,17 +138,13 @@ class HostTier:
     @property
     def spare_bytes(self) -> int:
         """Memory of the ring's empty buffers."""
-        return self._pool.size_bytes
+        return sum(buffer.capacity_bytes for buffer in self._spare)
 
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         filled = (one for one in self._contents.values() if one.load.done())
         return sum(one.size_bytes for one in filled if isinstance(one.buffer, Buffer))
-
-    def _fits_ring(self, buffer: Buffer) -> bool:
-        """Whether it is one of this plan's ring, not of an earlier one."""
-        return buffer.capacity_bytes == buffer_capacity(self._plan.ring_bytes)
 
     async def _fill(self, contents: Contents, priority: int) -> None:
         """Map the chunk if it has no buffer and can be mapped; else fetch it into a buffer."""
