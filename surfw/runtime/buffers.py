@@ -7,7 +7,7 @@ within the same buffer. Alignment is not only speed: some kernels give other bit
 """
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from surfw.config import ALIGNMENT
@@ -60,12 +60,3 @@ class Buffer:
                 if mapped_bytes > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
         self.view = memoryview(self._map)[: self.capacity_bytes]
-
-
-class MappedBuffer:
-    """Memory that is a file's: filled already, and shared with all who map the file."""
-
-    def __init__(self, view: memoryview, expect_unchanged: Callable[[], None] = lambda: None) -> None:
-        """Take a page-aligned view, which may be written to, and what looks whether the file changed since."""
-        self.view = view
-        self.expect_unchanged = expect_unchanged

@@ -16,11 +16,12 @@ import torch
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity
+from surfw.runtime.buffers import Buffer, buffer_capacity
 from surfw.runtime.loader import Loader, as_parameter
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread
 from surfw.runtime.slots import Slot
+from surfw.source import View
 
 
 @dataclass(slots=True, eq=False)
@@ -29,15 +30,13 @@ class Contents:
 
     Attributes:
         chunk: the chunk that it holds or receives.
-        size_bytes: the memory it takes.
-        buffer: that memory; None while the chunk is being mapped.
+        memory: of its own, or mapped; None while the chunk is being mapped.
         load: done when the chunk is there, or could not be loaded.
         tensors: parameters over the memory, made at the first use.
     """
 
     chunk: Chunk
-    size_bytes: int
-    buffer: Buffer | MappedBuffer | None
+    memory: Buffer | View | None
     load: Future[None] = field(default_factory=Future)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -55,7 +54,6 @@ class HostTier:
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
         self._spare: list[Buffer] = []  # the ring's empty buffers, all of its size
         self._plan = plan
-        loader.in_pieces = plan.in_pieces
 
     def __getitem__(self, name: str) -> Contents:
         """The contents of the slot of a chunk."""
@@ -66,7 +64,6 @@ class HostTier:
         if plan.ring_bytes != self._plan.ring_bytes:
             self._spare.clear()
         self._plan = plan
-        self._loader.in_pieces = plan.in_pieces
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
@@ -75,8 +72,8 @@ class HostTier:
             buffer = None  # gone before there is a larger one
         if buffer is None and (slot.in_ring or not self._plan.everything_fits):
             buffer = Buffer(slot.size_bytes)
-        contents = Contents(self._manifest.by_name[slot.name], slot.size_bytes, buffer)
-        contents.load = self._io.submit(self._fill(contents, priority))
+        contents = Contents(self._manifest.by_name[slot.name], buffer)
+        contents.load = self._io.submit(self._fill(contents, slot.size_bytes, priority))
         self._contents[slot.name] = contents
         self._in_flight[slot.name] = contents.load
 
@@ -97,11 +94,11 @@ class HostTier:
         if contents.load.cancelled():
             raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
         contents.load.result()
-        if isinstance(contents.buffer, MappedBuffer):
-            contents.buffer.expect_unchanged()
+        if isinstance(contents.memory, View):
+            contents.memory.expect_unchanged()
         if not contents.tensors:
-            assert contents.buffer is not None, f"{contents.chunk.name} is loaded and has no memory"
-            views = self._loader.tensors(contents.chunk, contents.buffer)
+            assert contents.memory is not None, f"{contents.chunk.name} is loaded and has no memory"
+            views = self._loader.tensors(contents.chunk, contents.memory)
             contents.tensors = {name: as_parameter(view) for name, view in views.items()}
         return contents.tensors
 
@@ -112,7 +109,7 @@ class HostTier:
         for tensor in contents.tensors.values():
             torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
         contents.tensors.clear()
-        buffer, ring_bytes = contents.buffer, buffer_capacity(self._plan.ring_bytes)
+        buffer, ring_bytes = contents.memory, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
         elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
@@ -143,19 +140,19 @@ class HostTier:
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
-        filled = (one for one in self._contents.values() if one.load.done())
-        return sum(one.size_bytes for one in filled if isinstance(one.buffer, Buffer))
+        filled = (one.memory for one in self._contents.values() if one.load.done())
+        return sum(memory.capacity_bytes for memory in filled if isinstance(memory, Buffer))
 
-    async def _fill(self, contents: Contents, priority: int) -> None:
-        """Map the chunk if it has no buffer and can be mapped; else fetch it into a buffer."""
+    async def _fill(self, contents: Contents, size_bytes: int, priority: int) -> None:
+        """Map the chunk if it has no memory and can be mapped; else fetch it."""
         start = time.perf_counter()
-        stored_bytes = None
-        if contents.buffer is None:
-            contents.buffer = mapped = await self._loader.map(contents.chunk)
-            stored_bytes = contents.chunk.payload_bytes if mapped else None
-        if stored_bytes is None:
-            buffer = contents.buffer if isinstance(contents.buffer, Buffer) else Buffer(contents.size_bytes)
-            contents.buffer = buffer
-            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority)
+        if contents.memory is None:
+            contents.memory = await self._loader.map(contents.chunk)
+        if isinstance(contents.memory, View):
+            stored_bytes = contents.chunk.payload_bytes
+        else:
+            contents.memory = buffer = contents.memory or Buffer(size_bytes)
+            in_pieces = self._plan.in_pieces
+            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority, in_pieces=in_pieces)
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)

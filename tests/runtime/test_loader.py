@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from surfw.errors import IntegrityError, ManifestError
 from surfw.manifest import DTYPE_BITS, Chunk, Form, Manifest
-from surfw.runtime.buffers import Buffer, MappedBuffer
+from surfw.runtime.buffers import Buffer
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.run import IoThread
 from surfw.skeleton.dtypes import torch_dtype
@@ -138,13 +138,13 @@ def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
     running = most = 0
 
     class Counting(Loader):
-        async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
+        async def _read(self, *arguments: Any, **options: Any) -> int:
             nonlocal running, most
             running += 1
             most = max(most, running)
             await asyncio.sleep(0)
             try:
-                return await super()._read(chunk, buffer, priority)
+                return await super()._read(*arguments, **options)
             finally:
                 running -= 1
 
@@ -194,14 +194,14 @@ def test_only_mapped_tensors_that_lie_elsewhere_are_copied() -> None:
     assert [info.offset for info in chunk.tensors] == [0, 64, 70, 102, 128]
     loader, buffer = mapped(chunk, payload)
     found = loader.tensors(chunk, buffer)
-    buffer.view[:] = bytes(len(payload))
+    buffer.memory[:] = bytes(len(payload))
     zeros = [not any(raw(tensor)) for tensor in found.values()]
     assert zeros == [True, True, False, False, True], "those that are views have changed"
 
 
 def test_what_cannot_be_used_as_it_is_stored_is_not_mapped() -> None:
     chunk, payload = toy_chunk("c", [("F32", (16,)), ("F32", (16,))])
-    assert isinstance(mapped(chunk, payload)[1], MappedBuffer)
+    assert isinstance(mapped(chunk, payload)[1], View)
     assert mapped(chunk, payload, {"c.t1": torch.bfloat16})[1] is None
     packed = replace(chunk, forms=(replace(chunk.forms[0], codec="lossless"),))
     manifest = toy_manifest([packed])
