@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -51,6 +51,12 @@ class _Absent(torch.Tensor):
 
     _surfw_load: Load
     _surfw_apply: Apply | None
+
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
+        """Take the facts from a tensor on the meta device."""
+        absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
+        absent._surfw_load, absent._surfw_apply = load, apply
+        return absent
 
     @classmethod
     def __torch_function__(
@@ -87,30 +93,12 @@ class _Absent(torch.Tensor):
         return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
 
 
-A = TypeVar("A", bound="_Absent")
-
-
 class AbsentParameter(_Absent, torch.nn.Parameter):
     """Stands for a parameter."""
-
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load, apply)
 
 
 class AbsentBuffer(_Absent):
     """Stands for a buffer that is part of the checkpoint."""
-
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load, apply)
-
-
-def _make(cls: type[A], like: torch.Tensor, load: Load, apply: Apply | None) -> A:
-    absent: A = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
-    absent._surfw_load = load  # noqa: SLF001 - ours
-    absent._surfw_apply = apply  # noqa: SLF001 - ours
-    return absent
 
 
 def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
