@@ -52,21 +52,6 @@ class MemoryLimit:
     in_use_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    """A hierarchy of control groups, or a part of one, that can be seen below a folder."""
-
-    shown: PurePosixPath
-    folder: Path
-
-    def inside(self, group: PurePosixPath) -> PurePosixPath | None:
-        """Where a group lies below the folder; None if this is not a place that shows it."""
-        if not group.is_relative_to(self.shown):
-            return None
-        inside = group.relative_to(self.shown)
-        return None if ".." in inside.parts else inside
-
-
 def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     """The limit of the machine, and those of this process's control groups, from its own to the outermost to be seen.
 
@@ -104,11 +89,11 @@ def _group_limits(root: Path, version: int) -> Iterator[MemoryLimit]:
     if group is None:
         return
     mounts = list(_mounts(root, version))
-    shown = [mount for mount in mounts if mount.inside(group) is not None] or mounts[:1]
-    for mount in shown:
-        own = mount.inside(group) or PurePosixPath()
+    inside = [(folder, group.relative_to(shown)) for shown, folder in mounts if group.is_relative_to(shown)]
+    shown = [(folder, own) for folder, own in inside if ".." not in own.parts]
+    for folder, own in shown or [(folder, PurePosixPath()) for _, folder in mounts[:1]]:
         for level in (own, *own.parents):
-            found = read(mount.folder / level)
+            found = read(folder / level)
             if found is not None:
                 yield found
 
@@ -123,8 +108,8 @@ def _own_group(root: Path, version: int) -> PurePosixPath | None:
     return None
 
 
-def _mounts(root: Path, version: int) -> Iterator[_Mount]:
-    """Where the hierarchy is mounted, of `/proc/self/mountinfo` (proc_pid_mountinfo(5) has its format)."""
+def _mounts(root: Path, version: int) -> Iterator[tuple[PurePosixPath, Path]]:
+    """The mounted groups, and where; from `/proc/self/mountinfo` (proc_pid_mountinfo(5) has its format)."""
     try:
         lines = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -135,7 +120,7 @@ def _mounts(root: Path, version: int) -> Iterator[_Mount]:
         is_it = kind == "cgroup2" if version == 2 else kind == "cgroup" and "memory" in options.split(",")
         if is_it:
             shown, folder = (_unescape(field) for field in place.split(" ")[3:5])
-            yield _Mount(PurePosixPath(shown), root / folder.lstrip("/"))
+            yield PurePosixPath(shown), root / folder.lstrip("/")
 
 
 def _read_v1(folder: Path) -> MemoryLimit | None:
@@ -262,12 +247,6 @@ def headroom_bytes(limit_bytes: int) -> int:
     return max(HEADROOM_BYTES, int(limit_bytes * HEADROOM_SHARE))
 
 
-def anonymous_bytes(root: Path = Path("/")) -> int:
-    """The process's own resident memory that is no page cache: its heaps, buffers and stacks."""
-    found = _status_bytes("RssAnon", root)
-    return rss_bytes() if found is None else found
-
-
 def rss_bytes() -> int:
     """The process's own resident memory now, the code of its libraries included."""
     return int(psutil.Process().memory_info().rss)
@@ -278,18 +257,9 @@ def peak_rss_bytes(root: Path = Path("/")) -> int:
 
     On Linux, `ru_maxrss` starts from that of the process which started this one; `VmHWM` does not.
     """
-    found = _status_bytes("VmHWM", root)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+    found = _read_table(root / "proc/self/status").get("VmHWM")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if found is None else found) * 1024
 
 
 def _spare_bytes(limit: MemoryLimit) -> int:
     return limit.limit_bytes - limit.in_use_bytes - headroom_bytes(limit.limit_bytes)
-
-
-def _status_bytes(name: str, root: Path) -> int | None:
-    """A size of `/proc/self/status`; None if it is not there."""
-    with suppress(OSError):
-        for line in (root / "proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
