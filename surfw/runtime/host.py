@@ -42,7 +42,11 @@ class Contents:
 
 
 class HostTier:
-    """Contents of slots in host memory. Not thread-safe: the engine has the lock."""
+    """Contents of slots in host memory. Not thread-safe: the engine has the lock.
+
+    Attributes:
+        spare: the ring's empty buffers, all of its size.
+    """
 
     def __init__(self, manifest: Manifest, loader: Loader, io: IoThread, metrics: Metrics, plan: ResidencyPlan) -> None:
         """Start empty: `loader` fills buffers, working in the thread `io`."""
@@ -52,7 +56,7 @@ class HostTier:
         self._metrics = metrics
         self._contents: dict[str, Contents] = {}
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
-        self._spare: list[Buffer] = []  # the ring's empty buffers, all of its size
+        self.spare: list[Buffer] = []
         self._plan = plan
 
     def __getitem__(self, name: str) -> Contents:
@@ -62,12 +66,12 @@ class HostTier:
     def adopt(self, plan: ResidencyPlan) -> None:
         """Make slots for another plan from now on."""
         if plan.ring_bytes != self._plan.ring_bytes:
-            self._spare.clear()
+            self.spare.clear()
         self._plan = plan
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
-        buffer = self._spare.pop() if slot.in_ring and self._spare else None
+        buffer = self.spare.pop() if slot.in_ring and self.spare else None
         if buffer is not None and buffer.capacity_bytes < slot.size_bytes:
             buffer = None  # gone before there is a larger one
         if buffer is None and (slot.in_ring or not self._plan.everything_fits):
@@ -113,29 +117,24 @@ class HostTier:
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
         elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
-            self._spare.append(buffer)  # those of an earlier ring go
+            self.spare.append(buffer)  # those of an earlier ring go
 
     def keep_spare(self, most: int) -> None:
         """Let go of the ring's empty buffers that are more than so many."""
-        del self._spare[most:]
+        del self.spare[most:]
 
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
         loads = list(self.loads().values())
         self._contents.clear()
         self._in_flight.clear()
-        self._spare.clear()
+        self.spare.clear()
         for load in loads:
             load.cancel()
 
     def loads(self) -> dict[str, Future[None]]:
         """The loads of all chunks that have a slot, which have ended or will."""
         return {name: contents.load for name, contents in self._contents.items()}
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory of the ring's empty buffers."""
-        return sum(buffer.capacity_bytes for buffer in self._spare)
 
     @property
     def anonymous_bytes(self) -> int:

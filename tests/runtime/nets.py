@@ -33,7 +33,7 @@ class Streamed:
 
     def users(self) -> int:
         """How many times chunks are held at the moment."""
-        return sum(self.engine.users().values())
+        return sum(slot.users for slot in self.engine.table)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

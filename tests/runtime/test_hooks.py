@@ -237,7 +237,7 @@ def test_whoever_reads_weights_outside_of_a_forward_gets_copies_and_pins_nothing
     with caplog.at_level(logging.WARNING, "surfw"), streamed(Net) as net:
         expected = raw(net.resident(X))
         assert raw(net.model(X)) == expected
-        wait(net.engine.loads().values())  # what was fetched ahead has come
+        wait(net.engine.host.loads().values())  # what was fetched ahead has come
         plan, held = net.engine.plan, net.engine.resident()
         for (name, there), (_, here) in zip(net.resident.named_parameters(), net.model.named_parameters(), strict=True):
             for read in (torch.detach, torch.clone, lambda one: one.data, copy.copy, copy.deepcopy, torch.sum):
