@@ -133,6 +133,13 @@ def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_mem
         assert parts.reads == []  # it was kept
 
 
+def test_a_long_prompt_after_a_short_one_has_a_scratch_buffer_that_is_large_enough() -> None:
+    with parts_of(table(13, 256 * KIB)) as parts:
+        reader = parts.reader(scratch_bytes=4 * MIB, keep_bytes=4 * MIB)
+        for ids in (torch.tensor([1]), torch.arange(13), torch.tensor([12])):
+            assert torch.equal(reader.lookup("t0", ids), parts.tensors[0][ids])
+
+
 def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
     with parts_of(table(9, 256 * KIB)) as parts:
         whole = parts.chunk
