@@ -336,17 +336,14 @@ class StreamingHooks:
                     f"{place.slot.name} of {self._name} has been taken out of its module, as a parametrization or "
                     "pruning does; a streamed weight cannot be moved: undo that, or load the model with transformers"
                 )
-            if any(held is absent for absent in self._absent_of(place.stored)):
+            tied = (one.absent for unit in self._places for one in unit if one.stored == place.stored)
+            if any(held is absent for absent in tied):
                 place.put(held)  # tied again, to what it is tied to anyway
                 continue
             places.remove(place)
             logger.warning(
                 "%s: %s has been replaced; what was put there is used from now on", self._name, place.slot.name
             )
-
-    def _absent_of(self, stored: str) -> Iterator[torch.Tensor]:
-        """All that stands for the stored tensor of that name."""
-        return (place.absent for places in self._places for place in places if place.stored == stored)
 
 
 def _shares_memory(output: Any, places: Sequence[_Place]) -> bool:

@@ -228,13 +228,10 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
         return _everything(needs, limit)
-    made = _plan_budget(needs, limit, limit.budget_bytes)
-    if made is None and (gentle := needs.in_pieces()) is not needs:
-        made = _plan_budget(gentle, limit, limit.budget_bytes)
-        made = made and replace(made, in_pieces=True)
-    if made is None:
-        raise _too_small(needs, limit, limit.budget_bytes)
-    return made
+    for tried in (needs, needs.in_pieces()):
+        if (made := _plan_budget(tried, limit, limit.budget_bytes)) is not None:
+            return replace(made, in_pieces=tried is not needs)
+    raise _too_small(needs, limit, limit.budget_bytes)
 
 
 def least_bytes(needs: Needs) -> int:

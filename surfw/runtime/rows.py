@@ -280,31 +280,29 @@ class TableUnit:
     """A unit that can run while its tables are not in memory. All names are those of the manifest's tensors.
 
     Attributes:
-        path: the unit's.
         chunks: the chunks that its tensors lie in.
         looked_up: tables of embeddings, which rows are read of.
         others: its other tensors, which are read alone and stay.
     """
 
-    path: str
     chunks: tuple[str, ...]
     looked_up: tuple[str, ...]
     others: tuple[str, ...]
 
 
 class StreamedTables:
-    """The tables of one model, read while it runs."""
+    """The tables of one model, read while it runs.
 
-    def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, by_rows: Callable[[str], bool]) -> None:
-        """Serve these units with rows from a reader; `by_rows` tells of a unit's path whether it reads rows now."""
+    Attributes:
+        row_wise: tells of a module's path whether it now runs without its tables in memory.
+    """
+
+    def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, row_wise: Callable[[str], bool]) -> None:
+        """Serve these units with rows from a reader."""
         self._units = units
         self._rows = rows
-        self._by_rows = by_rows
+        self.row_wise = row_wise
         self._others: dict[str, torch.Tensor] = {}
-
-    def row_wise(self, path: str) -> bool:
-        """Whether the unit now runs without its tables in memory."""
-        return path in self._units and self._by_rows(path)
 
     def others(self, path: str) -> Mapping[str, torch.Tensor]:
         """The unit's tensors that are no tables; read once.
@@ -373,7 +371,7 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
         if tables and in_parts and sum(size[name] for name in others) < sum(size[name] for name in tables):
             chunks = dict.fromkeys(chunk_of[name].name for name in names.values())
             looked_up = dict.fromkeys(name for name in names.values() if name in tables)
-            found[unit.path] = TableUnit(unit.path, tuple(chunks), tuple(looked_up), tuple(others))
+            found[unit.path] = TableUnit(tuple(chunks), tuple(looked_up), tuple(others))
     return found
 
 

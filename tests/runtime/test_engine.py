@@ -692,7 +692,7 @@ def test_what_cannot_be_kept_is_refused_and_the_engine_still_works() -> None:
 
 def test_a_table_that_rows_are_not_enough_of_has_a_place_in_the_plan_or_none_at_all() -> None:
     manifest, source = toy_model([3 * PAGE, 100, 100, 100])
-    table = {"c0": TableUnit("c0", ("c0",), ("c0.t0",), ())}
+    table = {"c0": TableUnit(("c0",), ("c0.t0",), ())}
     for budget, fits in ((3, False), (5, True)):
         with running(manifest, source, budget_bytes=budget * PAGE, tables=table) as engine:
             use(engine, ["c1", "c2", "c3"])
