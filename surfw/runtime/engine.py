@@ -45,9 +45,8 @@ class Engine:
     """Chunks of one model, in and out of memory. Used by one forward pass at a time; the rest from any thread.
 
     Attributes:
-        manifest: the model.
-        metrics: counts hits, prefetched chunks and stalls.
-        limit: how much may be kept.
+        manifest, metrics: as given.
+        limit: what may be kept now.
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
@@ -75,10 +74,10 @@ class Engine:
             limit: what may be kept.
             loader: brings chunks into buffers.
             io: the thread it works in.
-            metrics: counts hits, prefetched chunks and stalls.
-            phases: what is known of the order in which modules run; default: the manifest's, as a cycle.
+            metrics: counts.
+            phases: the order in which modules run, as far as it is known; default: the manifest's, as a cycle.
             tables: modules that can run while their tables are not in memory.
-            rows_bytes: memory for the blocks of tables that are being read, and as much for those used last.
+            rows_bytes: memory for blocks of tables that are being read, and as much for those used last.
             prefetch: whether chunks are ever fetched ahead of their use.
 
         Raises:
@@ -398,11 +397,7 @@ class Engine:
             self._obey(self.table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
 
     def _sync(self) -> None:
-        """Tell the table which loads have ended.
-
-        Asked for under the lock before each decision: if loads told it themselves, their thread would have to wait for
-        the lock.
-        """
+        """Tell the table, before it decides, which loads have ended: if they did so, they would wait for the lock."""
         for name, failed in self.host.collect():
             self.table.ended(name, failed=failed)
 

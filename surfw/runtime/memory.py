@@ -3,9 +3,9 @@
 The default budget is the smallest spare memory over the machine, this process's control groups and their ancestors
 (the limit, less the memory in use, less a headroom), less what open models of this process may still come to take.
 
-Limits are read from text files below a root, so that a folder can stand for a machine. Page cache never counts as in
-use, as the kernel drops it before it refuses memory; tmpfs and shared memory do, though the kernel counts them as
-cache. Swap does not count as memory.
+All is read from `proc` and what it names, below a root, so that a folder can stand for a machine. Page cache never
+counts as in use, as the kernel drops it before it refuses memory; tmpfs and shared memory do, though the kernel counts
+them as cache. Swap does not count as memory.
 """
 
 import re
@@ -53,20 +53,15 @@ class MemoryLimit:
 
 
 def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """The limit of the machine, and those of this process's control groups, from its own to the outermost to be seen.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
+    """The limit of the machine, and those of this process's control groups, from its own to the outermost one seen."""
     return [_machine_limit(root), *_group_limits(root, 1), *_group_limits(root, 2)]
 
 
 def _machine_limit(root: Path) -> MemoryLimit:
     """The whole memory, of which what is not available is in use.
 
-    `MemAvailable` is the kernel's estimate of what can be taken without swapping: what is free, and caches that can be
-    dropped, less what it keeps for itself. A sum of what is in use would be too small, as drivers and balloons take
-    pages that stand in no other line.
+    `MemAvailable` is the kernel's estimate of what can be taken without swapping. A sum of what is in use would be too
+    small, as drivers and balloons take pages that stand in no other line.
     """
     place = root / "proc/meminfo"
     found = _read_table(place)
@@ -182,9 +177,8 @@ class MemoryClaim:
 
         Args:
             peak_bytes: tells the most memory it may take by its present plan, weights that are mapped from a file
-                included: they are page cache, which the kernel can take back, and the model is slow without.
-            held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use; it does
-                not count page cache.
+                included: without them in the page cache, the model is slow.
+            held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use.
         """
         self._peak_bytes = peak_bytes
         self._held_bytes = held_bytes
@@ -223,11 +217,7 @@ class DefaultBudget:
 
 
 def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
-    """What weights may take by default.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
+    """What weights may take by default."""
     limit, claimed = min(read_limits(root), key=_spare_bytes), claimed_bytes()
     open_models = f", {format_size(claimed)} may still be taken by other open models" if claimed else ""
     return DefaultBudget(
@@ -241,8 +231,7 @@ def headroom_bytes(limit_bytes: int) -> int:
     """What of a limit weights leave alone: 192 MiB, or 5 % where that is more.
 
     It is for the code of torch and transformers (116 MB of page cache that is in use all the time), for activations,
-    for what the allocator keeps, and for what others under the same limit take meanwhile. A KV cache that may become
-    large is not in it; see `surfw.runtime.kv_cache`.
+    for what the allocator keeps, and for what others take meanwhile. KV caches are not in it; see `kv_cache`.
     """
     return max(HEADROOM_BYTES, int(limit_bytes * HEADROOM_SHARE))
 

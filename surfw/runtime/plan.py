@@ -383,7 +383,7 @@ def floating_victims(
         held: the floating chunks that are kept, with their sizes.
         size: the chunk's size.
         free: memory for floating chunks that is not taken.
-        next_use: how soon each chunk is needed again; a chunk that is not in it is never needed again.
+        next_use: how soon each chunk is needed again, if ever.
 
     Returns:
         The chunks to evict, the last needed first; None if it does not stay.

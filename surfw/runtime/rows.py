@@ -59,11 +59,11 @@ class RowReader:
         """Read nothing yet.
 
         Args:
-            source: where they come from.
+            source: of the model.
             manifest: the model.
             io: the thread that reads work in.
             metrics: counts what is read, and how long was waited.
-            run: tells the run that waits, which may be interrupted.
+            run: tells which run waits.
             dtypes: the dtypes of the tensors that do not get the stored one.
             scratch_bytes: the most that is read at a time, at least one block.
             keep_bytes: how much of the blocks used last stays in memory; 0 keeps none.

@@ -213,29 +213,6 @@ def test_an_interrupted_run_ends_and_memory_still_written_to_is_not_used_again()
         gate.open("c")
 
 
-def test_a_closed_source_is_a_clear_error() -> None:
-    with parts_of(table(40, 256)) as parts:
-        parts.io.close()
-        with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
-            parts.reader().lookup("t0", torch.tensor([1]))
-
-
-def test_a_source_that_is_closed_meanwhile_is_a_clear_error() -> None:
-    gate = Gate()
-    with parts_of(table(40, 256)) as parts:
-        parts.source.gate = gate
-
-        def close() -> None:
-            gate.wait_for("c")
-            parts.io.close()
-
-        thread = threading.Thread(target=close)
-        thread.start()
-        with pytest.raises(ModelClosedError, match="the source of toy was closed while it was read"):
-            parts.reader().lookup("t0", torch.tensor([1]))
-        thread.join()
-
-
 ranges = st.lists(st.tuples(st.integers(0, 5 * MIB), st.integers(1, 3 * MIB)), max_size=8).map(
     lambda pairs: sorted((start, start + length) for start, length in pairs)
 )
