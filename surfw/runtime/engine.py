@@ -256,7 +256,7 @@ class Engine:
         """Forget every chunk that is not in use, and give its memory back."""
         with self._lock:
             self._obey(self.table.clear())
-            self.host.keep_spare(0)
+            self.host.spare.clear()
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
@@ -319,7 +319,7 @@ class Engine:
         """
         with self._lock:
             self._replan(self._needs, Limit(cache_layers=cache_layers, policy=self.limit.policy))
-            self.host.keep_spare(0)
+            self.host.spare.clear()
 
     # What is in memory.
 
@@ -388,7 +388,7 @@ class Engine:
         self.host.adopt(plan)
         self._sync()
         self._obey(self.table.adopt(plan))
-        self.host.keep_spare(self.table.spare_ring_slots)
+        del self.host.spare[self.table.spare_ring_slots :]
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is memory."""
@@ -414,4 +414,4 @@ class Engine:
                 self.table.forget(decision.load[index:])
                 raise
         if decision.evict:
-            self.host.keep_spare(self.table.spare_ring_slots)
+            del self.host.spare[self.table.spare_ring_slots :]

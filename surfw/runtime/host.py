@@ -119,10 +119,6 @@ class HostTier:
         elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
             self.spare.append(buffer)  # those of an earlier ring go
 
-    def keep_spare(self, most: int) -> None:
-        """Let go of the ring's empty buffers that are more than so many."""
-        del self.spare[most:]
-
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
         loads = list(self.loads().values())

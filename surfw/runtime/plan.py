@@ -125,11 +125,6 @@ class Limit:
     policy: Policy = "auto"
     reason: str = ""
 
-    def __post_init__(self) -> None:
-        """Refuse a number of layers that nothing can run with."""
-        if self.cache_layers is not None:
-            check_cache_layers(self.cache_layers)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidencyPlan:
@@ -225,6 +220,7 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
     if limit.cache_layers is not None:
+        check_cache_layers(limit.cache_layers)
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
         return _everything(needs, limit)

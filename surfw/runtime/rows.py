@@ -32,7 +32,6 @@ from surfw.runtime.loader import as_parameter
 from surfw.runtime.run import IoThread, Run
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import torch_dtype
-from surfw.skeleton.units import Slot
 from surfw.source import ChunkSource, Read
 
 _DEMAND = 0
@@ -362,8 +361,8 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
     found = {}
     for unit in (unit for unit in skeleton.units if unit.kind == "part"):
         names = {slot: name for slot in unit.slots if (name := manifest.ties.get(slot.name, slot.name)) in stored}
-        embeddings = {name for slot, name in names.items() if _is_embedding(slot)}
-        only = embeddings - {name for slot, name in names.items() if not _is_embedding(slot)}
+        embeddings = {slot for slot in names if isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"}
+        only = {names[slot] for slot in embeddings} - {names[slot] for slot in names if slot not in embeddings}
         tables = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
         others = dict.fromkeys(name for name in names.values() if name not in tables)
         size = {name: stored[name].nbytes for name in names.values()}
@@ -373,7 +372,3 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
             looked_up = dict.fromkeys(name for name in names.values() if name in tables)
             found[unit.path] = TableUnit(tuple(chunks), tuple(looked_up), tuple(others))
     return found
-
-
-def _is_embedding(slot: Slot) -> bool:
-    return isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"
