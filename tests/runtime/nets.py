@@ -18,7 +18,7 @@ from surfw.runtime.run import IoThread
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import safetensors_dtype
 from surfw.skeleton.units import find_units
-from tests.toys import ToySource, toy_manifest, toy_needs
+from tests.toys import ToySource, toy_model_of, toy_needs
 
 
 @dataclass
@@ -58,8 +58,7 @@ def describe(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[Manifest
         chunk_of(unit.path, unit.kind, {slot.name: state[slot.name] for slot in unit.slots})
         for unit in find_units(model)
     ]
-    manifest = toy_manifest([chunk for chunk, _ in made])
-    return manifest, ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    return toy_model_of(made)
 
 
 def skeleton_of(model: Any) -> Skeleton:

@@ -13,7 +13,7 @@ from surfw.metrics import Metrics
 from surfw.runtime.rows import RowReader
 from surfw.runtime.run import IoThread, Run
 from tests.runtime.nets import chunk_of
-from tests.toys import ToySource, toy_manifest
+from tests.toys import ToySource, toy_manifest, toy_model_of
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Parts:
 @contextmanager
 def parts_of(*tensors: torch.Tensor, codec: str = "none") -> Iterator[Parts]:
     """A chunk with these tensors."""
-    chunk, payload = chunk_of("c", "part", {f"t{index}": tensor for index, tensor in enumerate(tensors)}, codec=codec)
-    source = ToySource({"toy": toy_manifest([chunk])}, {chunk.id: payload})
+    made = chunk, _ = chunk_of("c", "part", {f"t{index}": one for index, one in enumerate(tensors)}, codec=codec)
+    _, source = toy_model_of([made])
     io, metrics, run = IoThread(), Metrics(), Run()
     parts = Parts(chunk, list(tensors), source, io, metrics, run)
     source.before_fetch = lambda read: parts.reads.append((read.start, read.stop))

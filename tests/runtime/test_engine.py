@@ -23,7 +23,7 @@ from surfw.runtime.rows import TableUnit
 from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases
 from surfw.source import Read
-from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model, toy_needs
+from tests.toys import Gate, ToySource, toy_chunk, toy_model, toy_model_of, toy_needs
 
 PAGE = 4096
 
@@ -104,9 +104,8 @@ class GateOpensWhenStalled(Metrics):
 
 def test_a_module_gets_the_values_of_its_chunks() -> None:
     made = [toy_chunk("a", [("U8", (5,)), ("I32", (2, 2))]), toy_chunk("b", [("U8", (3,))])]
-    chunks, payloads = [chunk for chunk, _ in made], {chunk.id: payload for chunk, payload in made}
-    manifest = toy_manifest(chunks, order=[Use("one", ("a",)), Use("both", ("a", "b"))])
-    with running(manifest, ToySource({"toy": manifest}, payloads)) as engine:
+    manifest, source = toy_model_of(made, order=[Use("one", ("a",)), Use("both", ("a", "b"))])
+    with running(manifest, source) as engine:
         one, both = engine.acquire("one"), engine.acquire("both")
         assert set(one) == {"a.t0", "a.t1"}
         assert set(both) == {"a.t0", "a.t1", "b.t0"}
@@ -203,8 +202,7 @@ def test_chunks_that_recur_share_the_room_by_beladys_rule() -> None:
         for turn in range(2)
         for name in (f"c{pair[0]}", f"c{pair[1]}")
     ]
-    manifest = toy_manifest([chunk for chunk, _ in made], order=order)
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=order)
     modules = [use.module for use in order]
     with running(manifest, source, budget_bytes=4 * PAGE) as engine:
         assert engine.plan.floating == set(names)
@@ -397,10 +395,7 @@ def test_what_failed_ahead_of_time_is_loaded_again_when_it_is_needed() -> None:
 
 def test_a_module_that_fails_to_get_one_chunk_holds_none() -> None:
     made = [toy_chunk(name, [("U8", (50,))]) for name in "abcd"]
-    manifest = toy_manifest(
-        [chunk for chunk, _ in made], order=[Use("ab", ("a", "b")), Use("c", ("c",)), Use("d", ("d",))]
-    )
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=[Use("ab", ("a", "b")), Use("c", ("c",)), Use("d", ("d",))])
     source.before_fetch = fail_once("b")
     with running(manifest, source, cache_layers=1) as engine:
         with pytest.raises(StorageError, match="b could not be read"):
@@ -665,10 +660,8 @@ def test_buffers_of_an_earlier_plan_are_not_kept_for_a_later_one() -> None:
 
 def test_a_chunk_that_is_needed_with_another_one_does_not_make_way_for_it() -> None:
     made = [toy_chunk(f"c{index}", [("U8", (100,))], seed=index) for index in range(8)]
-    chunks = [chunk for chunk, _ in made]
     order = [Use("ab", ("c0", "c1")), *(Use(f"m{index}", (f"c{index}",)) for index in range(2, 8))]
-    manifest = toy_manifest(chunks, order=order)
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=order)
     with running(manifest, source, budget_bytes=5 * PAGE) as engine:
         for schedule in (["ab", "m2", "m3"], ["ab", *(f"m{index}" for index in range(2, 8))], ["m4", "ab", "m5"]):
             for _ in range(3):
@@ -709,8 +702,7 @@ def test_a_table_that_rows_are_not_enough_of_has_a_place_in_the_plan_or_none_at_
 
 def test_a_backward_pass_through_weights_that_are_gone_fails() -> None:
     made = [toy_chunk(f"c{index}", [("F32", (4,))], seed=index) for index in range(6)]
-    manifest = toy_manifest([chunk for chunk, _ in made])
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made)
     with running(manifest, source, budget_bytes=2 * PAGE) as engine:
         given = torch.ones(4, requires_grad=True)
         seen = (given * engine.acquire("c0")["c0.t0"]).sum()
