@@ -343,5 +343,7 @@ class SlotTable:
         surplus = max(0, len(ring) - self.plan.ring_buffers)
         for slot in [one for one in ring if one.is_idle][:surplus]:
             self._evict(slot, decision)
+        ring = self._ring()  # what is in use, or loading, may still be too much
+        fits &= len(ring) <= self.plan.ring_buffers and all(one.size_bytes <= self.plan.ring_bytes for one in ring)
         self._is_settled = fits and self.is_complete
         return decision
