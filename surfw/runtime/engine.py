@@ -353,7 +353,7 @@ class Engine:
                 self._run.check()
                 self._sync()
                 decision = self.table.make_ready(names)
-                self._obey(decision, is_needed=True)
+                self._obey(decision, _DEMAND)
                 if decision.cancel is None:
                     slots = self.table.hold(names)
                     try:
@@ -401,15 +401,15 @@ class Engine:
         for name, failed in self.host.collect():
             self.table.ended(name, failed=failed)
 
-    def _obey(self, decision: Decision, *, is_needed: bool = False) -> None:
+    def _obey(self, decision: Decision, priority: int | None = None) -> None:
         """Carry out a decision; what is fetched ahead comes after what is needed now, and in the order of asking."""
         for slot in decision.evict:
             self.host.evict(slot)
         for index, slot in enumerate(decision.load):
-            if not is_needed:
+            if priority is None:
                 self._asked = self._asked % _LAST_PRIORITY + 1
             try:
-                self.host.load(slot, _DEMAND if is_needed else self._asked)
+                self.host.load(slot, self._asked if priority is None else priority)
             except BaseException:
                 self.table.forget(decision.load[index:])
                 raise
