@@ -130,8 +130,16 @@ def _set(happening: "Future[None]") -> None:
 
 def toy_model(sizes: Sequence[int], *, kind: str = "layer") -> tuple[Manifest, ToySource]:
     """A model with one chunk of one `U8` tensor for each size, named `c0`, `c1`, …"""
-    made = [toy_chunk(f"c{index}", [("U8", (size,))], kind=kind, seed=index) for index, size in enumerate(sizes)]
-    manifest = toy_manifest([chunk for chunk, _ in made])
+    return toy_model_of(
+        [toy_chunk(f"c{index}", [("U8", (size,))], kind=kind, seed=index) for index, size in enumerate(sizes)]
+    )
+
+
+def toy_model_of(
+    made: Sequence[tuple[Chunk, bytes]], *, order: Sequence[Use] | None = None
+) -> tuple[Manifest, ToySource]:
+    """A model of these chunks, and a source that has their payloads."""
+    manifest = toy_manifest([chunk for chunk, _ in made], order=order)
     return manifest, ToySource({manifest.name: manifest}, {chunk.id: payload for chunk, payload in made})
 
 

@@ -1,13 +1,13 @@
 """Memory for chunks: buffers of private anonymous pages, and where the tensors of a chunk lie in them. Without torch.
 
-Buffers use huge pages where there are any, and are reused by the next chunk. In a buffer every tensor lies at a
+Buffers use huge pages where there are any. In a buffer every tensor lies at a
 multiple of 64 bytes. Stored payloads have no gaps: their tensors are ordered so that the aligned ones come first and
 stay where they are; the few others are moved apart after the payload has been verified, from the last to the first,
 within the same buffer. Alignment is not only speed: some kernels give other bits for weights at odd addresses.
 """
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 from surfw.config import ALIGNMENT
@@ -60,48 +60,3 @@ class Buffer:
                 if mapped_bytes > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
         self.view = memoryview(self._map)[: self.capacity_bytes]
-
-
-class MappedBuffer:
-    """Memory that is a file's: filled already, and shared with all who map the file."""
-
-    def __init__(self, view: memoryview, expect_unchanged: Callable[[], None] = lambda: None) -> None:
-        """Take a page-aligned view, which may be written to, and what looks whether the file changed since."""
-        self.view = view
-        self.expect_unchanged = expect_unchanged
-
-
-class BufferPool:
-    """Buffers between uses. There are never more than were out at once."""
-
-    def __init__(self) -> None:
-        """Start with none."""
-        self._free: list[Buffer] = []
-
-    def take(self, size_bytes: int) -> Buffer:
-        """A buffer of at least this size: the smallest free one that fits, else a new one instead of a free one."""
-        fitting = [buffer for buffer in self._free if buffer.capacity_bytes >= size_bytes]
-        if fitting:
-            chosen = min(fitting, key=lambda buffer: buffer.capacity_bytes)
-            self._free.remove(chosen)
-            return chosen
-        if self._free:
-            self._free.remove(min(self._free, key=lambda buffer: buffer.capacity_bytes))
-        return Buffer(size_bytes)
-
-    def give_back(self, buffer: Buffer) -> None:
-        """Keep a buffer for the next that needs one."""
-        self._free.append(buffer)
-
-    def keep(self, most: int) -> None:
-        """Let go of free buffers that are more than so many."""
-        del self._free[most:]
-
-    def clear(self) -> None:
-        """Let go of all free buffers."""
-        self._free.clear()
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory of the free buffers."""
-        return sum(buffer.capacity_bytes for buffer in self._free)

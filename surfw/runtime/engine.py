@@ -14,10 +14,11 @@ is not used for another chunk; a failed load is reported to the one who needs th
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -44,9 +45,10 @@ class Engine:
     """Chunks of one model, in and out of memory. Used by one forward pass at a time; the rest from any thread.
 
     Attributes:
-        manifest: the model.
-        metrics: counts hits, prefetched chunks and stalls.
-        limit: how much may be kept.
+        manifest, metrics: as given.
+        limit: what may be kept now.
+        table: which chunk is in which slot.
+        host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
     """
 
@@ -72,10 +74,10 @@ class Engine:
             limit: what may be kept.
             loader: brings chunks into buffers.
             io: the thread it works in.
-            metrics: counts hits, prefetched chunks and stalls.
-            phases: what is known of the order in which modules run; default: the manifest's, as a cycle.
+            metrics: counts.
+            phases: the order in which modules run, as far as it is known; default: the manifest's, as a cycle.
             tables: modules that can run while their tables are not in memory.
-            rows_bytes: memory for the blocks of tables that are being read, and as much for those used last.
+            rows_bytes: memory for blocks of tables that are being read, and as much for those used last.
             prefetch: whether chunks are ever fetched ahead of their use.
 
         Raises:
@@ -84,15 +86,13 @@ class Engine:
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
-        self._loader = loader
-        self._io = io
         self._units = tables or {}
         self._schedule = Schedule(manifest.order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
         plan = plan_residency(self._needs, limit)
-        self._table = SlotTable(needs.sizes, plan)
-        self._host = HostTier(manifest, loader, io, metrics, plan)
+        self.table = SlotTable(needs.sizes, plan)
+        self.host = HostTier(manifest, loader, io, metrics, plan)
         self._lock = threading.RLock()
         self._closed = False
         self._run = Run()
@@ -100,8 +100,9 @@ class Engine:
         self._ahead = prefetch
         self._asked = _DEMAND
         self._home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
-        self.rows = self._reader(lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
-        self._outside = self._reader(Run, scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
+        reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
+        self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
+        self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
 
     # What a run asks for.
@@ -133,13 +134,13 @@ class Engine:
                 self.metrics.add(slot.count_use(was_ready=was_ready))
                 if not was_ready:
                     self._wait(contents.load)
-                tensors |= self._host.tensors(contents)
+                tensors |= self.host.tensors(contents)
                 if not was_ready:
                     with self._lock:
                         self._prefetch(names)  # what was waited for is no longer in flight
         except BaseException:
             with self._lock:
-                self._table.let_go(names)
+                self.table.let_go(names)
             raise
         return tensors
 
@@ -152,7 +153,7 @@ class Engine:
             self._sync()
             floats = not self.plan.floating.isdisjoint(names)
             next_use = self._schedule.next_uses(self._needs) if floats else {}
-            self._obey(self._table.release(names, next_use))
+            self._obey(self.table.release(names, next_use))
             self._prefetch(names if self.plan.policy == "lru" else ())
 
     def observe(self, module: str) -> None:
@@ -175,7 +176,7 @@ class Engine:
             if self.plan.tables.isdisjoint(unit.chunks):
                 return False
             self._sync()
-            return not self._table.is_ready(unit.chunks)
+            return not self.table.is_ready(unit.chunks)
 
     def pin(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors of a module whose weights are used outside of its own forward; they stay from now on."""
@@ -203,7 +204,7 @@ class Engine:
             for name in sorted(forced):
                 logger.warning(
                     "%s uses weights of %s outside of its forward; they stay in memory (%s)",
-                    self.manifest.name, module, format_size(self._table[name].size_bytes),
+                    self.manifest.name, module, format_size(self.table[name].size_bytes),
                 )  # fmt: skip
 
     def runs_here(self) -> bool:
@@ -213,7 +214,7 @@ class Engine:
     def release_all(self) -> None:
         """Nothing runs: all that was acquired may be evicted."""
         with self._lock:
-            self._table.release_all()
+            self.table.release_all()
 
     # What others ask for, meanwhile or between runs.
 
@@ -229,8 +230,8 @@ class Engine:
         with self._lock:
             self._sync()
             chunk = self._home[name]
-            if self._table.is_ready([chunk]):
-                return self._host.tensors(self._host[chunk])[name].detach().clone()
+            if self.table.is_ready([chunk]):
+                return self.host.tensors(self.host[chunk])[name].detach().clone()
         with self._reading:
             return self._outside.tensor(name)
 
@@ -248,28 +249,28 @@ class Engine:
         with self._lock:
             if not self._closed:
                 self._sync()
-                self._obey(self._table.fetch(names))
-            return [(name, self._host[name].load) for name in names if name in self._table]
+                self._obey(self.table.fetch(names))
+            return [(name, self.host[name].load) for name in names if name in self.table]
 
     def clear(self) -> None:
         """Forget every chunk that is not in use, and give its memory back."""
         with self._lock:
-            self._obey(self._table.clear())
-            self._host.keep_spare(0)
+            self._obey(self.table.clear())
+            self.host.spare.clear()
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
         with self._lock:
             self._closed = True
-            self._table.forget(list(self._table))
-            self._host.close()
+            self.table.forget(list(self.table))
+            self.host.close()
 
     # The plan.
 
     @property
     def plan(self) -> ResidencyPlan:
         """What is kept, and what passes through."""
-        return self._table.plan
+        return self.table.plan
 
     def plan_with(self, limit: Limit) -> ResidencyPlan:
         """The plan that there would be with another limit; nothing changes.
@@ -318,7 +319,7 @@ class Engine:
         """
         with self._lock:
             self._replan(self._needs, Limit(cache_layers=cache_layers, policy=self.limit.policy))
-            self._host.keep_spare(0)
+            self.host.spare.clear()
 
     # What is in memory.
 
@@ -326,35 +327,19 @@ class Engine:
         """Names of the chunks in memory, least recently used first."""
         with self._lock:
             self._sync()
-            return [slot.name for slot in self._table if slot.state is SlotState.READY]
+            return [slot.name for slot in self.table if slot.state is SlotState.READY]
 
     @property
     def resident_bytes(self) -> int:
         """Memory of all buffers that hold a chunk or receive one."""
         with self._lock:
-            return sum(slot.size_bytes for slot in self._table)
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory of the ring's buffers that are empty at the moment."""
-        with self._lock:
-            return self._host.spare_bytes
+            return sum(slot.size_bytes for slot in self.table)
 
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         with self._lock:
-            return self._host.anonymous_bytes
-
-    def loads(self) -> dict[str, Future[None]]:
-        """The loads of the chunks that are in memory or on their way, which have ended or will."""
-        with self._lock:
-            return self._host.loads()
-
-    def users(self) -> dict[str, int]:
-        """How many modules hold each chunk that is in use."""
-        with self._lock:
-            return {slot.name: slot.users for slot in self._table if slot.users}
+            return self.host.anonymous_bytes
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Contents, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
@@ -367,17 +352,17 @@ class Engine:
             with self._lock:
                 self._run.check()
                 self._sync()
-                decision = self._table.make_ready(names)
+                decision = self.table.make_ready(names)
                 self._obey(decision, _DEMAND)
                 if decision.cancel is None:
-                    slots = self._table.hold(names)
+                    slots = self.table.hold(names)
                     try:
                         self._prefetch(names)
                     except BaseException:
-                        self._table.let_go(names)
+                        self.table.let_go(names)
                         raise
-                    return [(one, self._host[one.name], one.state is not SlotState.LOADING) for one in slots]
-                guess = self._host[decision.cancel.name].load
+                    return [(one, self.host[one.name], one.state is not SlotState.LOADING) for one in slots]
+                guess = self.host[decision.cancel.name].load
                 guess.cancel()
             self._wait(guess)
 
@@ -400,47 +385,33 @@ class Engine:
         needs = self._schedule.apply_to(needs)
         plan = plan_residency(needs, limit)
         self._needs, self.limit, self._planned_version = needs, limit, self._schedule.version
-        self._host.adopt(plan)
+        self.host.adopt(plan)
         self._sync()
-        self._obey(self._table.adopt(plan))
-        self._host.keep_spare(self._table.spare_ring_slots)
+        self._obey(self.table.adopt(plan))
+        del self.host.spare[self.table.spare_ring_slots :]
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is memory."""
-        if self._ahead and not self._table.is_complete:
+        if self._ahead and not self.table.is_complete:
             self._sync()
-            self._obey(self._table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
+            self._obey(self.table.prefetch(self._schedule.upcoming_chunks(self.plan.tables), in_use))
 
     def _sync(self) -> None:
-        """Tell the table which loads have ended.
-
-        Asked for under the lock before each decision: if loads told it themselves, their thread would have to wait for
-        the lock.
-        """
-        for name, failed in self._host.collect():
-            self._table.ended(name, failed=failed)
+        """Tell the table, before it decides, which loads have ended: if they did so, they would wait for the lock."""
+        for name, failed in self.host.collect():
+            self.table.ended(name, failed=failed)
 
     def _obey(self, decision: Decision, priority: int | None = None) -> None:
-        """Carry out a decision; what is fetched ahead has a lower priority the later it is asked for."""
+        """Carry out a decision; what is fetched ahead comes after what is needed now, and in the order of asking."""
         for slot in decision.evict:
-            self._host.evict(slot)
+            self.host.evict(slot)
         for index, slot in enumerate(decision.load):
+            if priority is None:
+                self._asked = self._asked % _LAST_PRIORITY + 1
             try:
-                self._host.load(slot, self._next_priority() if priority is None else priority)
+                self.host.load(slot, self._asked if priority is None else priority)
             except BaseException:
-                self._table.forget(decision.load[index:])
+                self.table.forget(decision.load[index:])
                 raise
         if decision.evict:
-            self._host.keep_spare(self._table.spare_ring_slots)
-
-    def _next_priority(self) -> int:
-        """What is asked for ahead comes after what is needed now, and in the order of asking."""
-        self._asked = self._asked % _LAST_PRIORITY + 1
-        return self._asked
-
-    def _reader(self, run: Callable[[], Run], *, scratch_bytes: int, keep_bytes: int) -> RowReader:
-        loader = self._loader
-        return RowReader(
-            loader.source, self.manifest, self._io, self.metrics,
-            run=run, dtypes=loader.dtypes, scratch_bytes=scratch_bytes, keep_bytes=keep_bytes,
-        )  # fmt: skip
+            del self.host.spare[self.table.spare_ring_slots :]

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -51,6 +51,12 @@ class _Absent(torch.Tensor):
 
     _surfw_load: Load
     _surfw_apply: Apply | None
+
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
+        """Take the facts from a tensor on the meta device."""
+        absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
+        absent._surfw_load, absent._surfw_apply = load, apply
+        return absent
 
     @classmethod
     def __torch_function__(
@@ -87,30 +93,12 @@ class _Absent(torch.Tensor):
         return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
 
 
-A = TypeVar("A", bound="_Absent")
-
-
 class AbsentParameter(_Absent, torch.nn.Parameter):
     """Stands for a parameter."""
-
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load, apply)
 
 
 class AbsentBuffer(_Absent):
     """Stands for a buffer that is part of the checkpoint."""
-
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
-        return _make(cls, like, load, apply)
-
-
-def _make(cls: type[A], like: torch.Tensor, load: Load, apply: Apply | None) -> A:
-    absent: A = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
-    absent._surfw_load = load  # noqa: SLF001 - ours
-    absent._surfw_apply = apply  # noqa: SLF001 - ours
-    return absent
 
 
 def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -348,17 +336,14 @@ class StreamingHooks:
                     f"{place.slot.name} of {self._name} has been taken out of its module, as a parametrization or "
                     "pruning does; a streamed weight cannot be moved: undo that, or load the model with transformers"
                 )
-            if any(held is absent for absent in self._absent_of(place.stored)):
+            tied = (one.absent for unit in self._places for one in unit if one.stored == place.stored)
+            if any(held is absent for absent in tied):
                 place.put(held)  # tied again, to what it is tied to anyway
                 continue
             places.remove(place)
             logger.warning(
                 "%s: %s has been replaced; what was put there is used from now on", self._name, place.slot.name
             )
-
-    def _absent_of(self, stored: str) -> Iterator[torch.Tensor]:
-        """All that stands for the stored tensor of that name."""
-        return (place.absent for places in self._places for place in places if place.stored == stored)
 
 
 def _shares_memory(output: Any, places: Sequence[_Place]) -> bool:

@@ -16,11 +16,12 @@ import torch
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
-from surfw.runtime.buffers import Buffer, BufferPool, MappedBuffer, buffer_capacity
+from surfw.runtime.buffers import Buffer, buffer_capacity
 from surfw.runtime.loader import Loader, as_parameter
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread
 from surfw.runtime.slots import Slot
+from surfw.source import View
 
 
 @dataclass(slots=True, eq=False)
@@ -29,21 +30,23 @@ class Contents:
 
     Attributes:
         chunk: the chunk that it holds or receives.
-        size_bytes: the memory it takes.
-        buffer: that memory; None while the chunk is being mapped.
+        memory: of its own, or mapped; None while the chunk is being mapped.
         load: done when the chunk is there, or could not be loaded.
         tensors: parameters over the memory, made at the first use.
     """
 
     chunk: Chunk
-    size_bytes: int
-    buffer: Buffer | MappedBuffer | None
+    memory: Buffer | View | None
     load: Future[None] = field(default_factory=Future)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class HostTier:
-    """Contents of slots in host memory. Not thread-safe: the engine has the lock."""
+    """Contents of slots in host memory. Not thread-safe: the engine has the lock.
+
+    Attributes:
+        spare: the ring's empty buffers, all of its size.
+    """
 
     def __init__(self, manifest: Manifest, loader: Loader, io: IoThread, metrics: Metrics, plan: ResidencyPlan) -> None:
         """Start empty: `loader` fills buffers, working in the thread `io`."""
@@ -53,9 +56,8 @@ class HostTier:
         self._metrics = metrics
         self._contents: dict[str, Contents] = {}
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
-        self._pool = BufferPool()
+        self.spare: list[Buffer] = []
         self._plan = plan
-        loader.in_pieces = plan.in_pieces
 
     def __getitem__(self, name: str) -> Contents:
         """The contents of the slot of a chunk."""
@@ -64,19 +66,18 @@ class HostTier:
     def adopt(self, plan: ResidencyPlan) -> None:
         """Make slots for another plan from now on."""
         if plan.ring_bytes != self._plan.ring_bytes:
-            self._pool.clear()
+            self.spare.clear()
         self._plan = plan
-        self._loader.in_pieces = plan.in_pieces
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to load a chunk: through the ring, or into memory of its own, or mapped where everything stays."""
-        buffer: Buffer | None = None
-        if slot.in_ring:
-            buffer = self._pool.take(slot.size_bytes)
-        elif not self._plan.everything_fits:
+        buffer = self.spare.pop() if slot.in_ring and self.spare else None
+        if buffer is not None and buffer.capacity_bytes < slot.size_bytes:
+            buffer = None  # gone before there is a larger one
+        if buffer is None and (slot.in_ring or not self._plan.everything_fits):
             buffer = Buffer(slot.size_bytes)
-        contents = Contents(self._manifest.by_name[slot.name], slot.size_bytes, buffer)
-        contents.load = self._io.submit(self._fill(contents, priority))
+        contents = Contents(self._manifest.by_name[slot.name], buffer)
+        contents.load = self._io.submit(self._fill(contents, slot.size_bytes, priority))
         self._contents[slot.name] = contents
         self._in_flight[slot.name] = contents.load
 
@@ -97,11 +98,11 @@ class HostTier:
         if contents.load.cancelled():
             raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
         contents.load.result()
-        if isinstance(contents.buffer, MappedBuffer):
-            contents.buffer.expect_unchanged()
+        if isinstance(contents.memory, View):
+            contents.memory.expect_unchanged()
         if not contents.tensors:
-            assert contents.buffer is not None, f"{contents.chunk.name} is loaded and has no memory"
-            views = self._loader.tensors(contents.chunk, contents.buffer)
+            assert contents.memory is not None, f"{contents.chunk.name} is loaded and has no memory"
+            views = self._loader.tensors(contents.chunk, contents.memory)
             contents.tensors = {name: as_parameter(view) for name, view in views.items()}
         return contents.tensors
 
@@ -112,21 +113,18 @@ class HostTier:
         for tensor in contents.tensors.values():
             torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
         contents.tensors.clear()
+        buffer, ring_bytes = contents.memory, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
-        elif slot.in_ring and isinstance(contents.buffer, Buffer) and self._fits_ring(contents.buffer):
-            self._pool.give_back(contents.buffer)
-
-    def keep_spare(self, most: int) -> None:
-        """Let go of the ring's empty buffers that are more than so many."""
-        self._pool.keep(most)
+        elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
+            self.spare.append(buffer)  # those of an earlier ring go
 
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
         loads = list(self.loads().values())
         self._contents.clear()
         self._in_flight.clear()
-        self._pool.clear()
+        self.spare.clear()
         for load in loads:
             load.cancel()
 
@@ -135,30 +133,21 @@ class HostTier:
         return {name: contents.load for name, contents in self._contents.items()}
 
     @property
-    def spare_bytes(self) -> int:
-        """Memory of the ring's empty buffers."""
-        return self._pool.size_bytes
-
-    @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
-        filled = (one for one in self._contents.values() if one.load.done())
-        return sum(one.size_bytes for one in filled if isinstance(one.buffer, Buffer))
+        filled = (one.memory for one in self._contents.values() if one.load.done())
+        return sum(memory.capacity_bytes for memory in filled if isinstance(memory, Buffer))
 
-    def _fits_ring(self, buffer: Buffer) -> bool:
-        """Whether it is one of this plan's ring, not of an earlier one."""
-        return buffer.capacity_bytes == buffer_capacity(self._plan.ring_bytes)
-
-    async def _fill(self, contents: Contents, priority: int) -> None:
-        """Map the chunk if it has no buffer and can be mapped; else fetch it into a buffer."""
+    async def _fill(self, contents: Contents, size_bytes: int, priority: int) -> None:
+        """Map the chunk if it has no memory and can be mapped; else fetch it."""
         start = time.perf_counter()
-        stored_bytes = None
-        if contents.buffer is None:
-            contents.buffer = mapped = await self._loader.map(contents.chunk)
-            stored_bytes = contents.chunk.payload_bytes if mapped else None
-        if stored_bytes is None:
-            buffer = contents.buffer if isinstance(contents.buffer, Buffer) else Buffer(contents.size_bytes)
-            contents.buffer = buffer
-            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority)
+        if contents.memory is None:
+            contents.memory = await self._loader.map(contents.chunk)
+        if isinstance(contents.memory, View):
+            stored_bytes = contents.chunk.payload_bytes
+        else:
+            contents.memory = buffer = contents.memory or Buffer(size_bytes)
+            in_pieces = self._plan.in_pieces
+            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority, in_pieces=in_pieces)
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)

@@ -14,9 +14,9 @@ import torch
 from surfw.codec import choose_form
 from surfw.config import ALIGNMENT, BLOCK_BYTES
 from surfw.manifest import Chunk, Manifest
-from surfw.runtime.buffers import Buffer, MappedBuffer, buffer_capacity, plan_layout, spread
+from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.skeleton.dtypes import torch_dtype
-from surfw.source import ChunkSource, Read
+from surfw.source import ChunkSource, Read, View
 from surfw.threads import in_thread
 
 
@@ -25,7 +25,6 @@ class Loader:
 
     Attributes:
         dtypes: the dtypes of the tensors that do not have the stored one in the model.
-        in_pieces: whether no more than a block is asked of the source at a time, so that it never holds much; slower.
     """
 
     def __init__(
@@ -35,12 +34,17 @@ class Loader:
         self.source = source
         self.manifest = manifest
         self.dtypes = dtypes or {}
-        self.in_pieces = False
         self._scratch_turn = asyncio.Semaphore(1)
         self._piece_turn = asyncio.Semaphore(1)
 
-    async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int) -> int:
+    async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False) -> int:
         """Fill the buffer with the chunk's tensors.
+
+        Args:
+            chunk: one of the model's.
+            buffer: at least `buffer_bytes` large.
+            priority: the source's; lower ones go first.
+            in_pieces: ask for no more than a block of any chunk at a time, so that the source never holds much; slower.
 
         Returns:
             How many stored bytes were fetched for it.
@@ -50,14 +54,14 @@ class Loader:
             StorageError, WireError: they could not be read.
         """
         if not _casts(chunk, self.dtypes):
-            return await self._read(chunk, buffer, priority)
+            return await self._read(chunk, buffer, priority, in_pieces=in_pieces)
         async with self._scratch_turn:
-            scratch = Buffer(_stored_bytes(chunk))
-            count = await self._read(chunk, scratch, priority)
+            scratch = Buffer(buffer_bytes(chunk, {}))
+            count = await self._read(chunk, scratch, priority, in_pieces=in_pieces)
             await in_thread(self._cast, chunk, scratch, buffer)
         return count
 
-    async def map(self, chunk: Chunk) -> MappedBuffer | None:
+    async def map(self, chunk: Chunk) -> View | None:
         """The chunk's tensors where they are stored, if they can be used there as they are.
 
         Raises:
@@ -66,59 +70,43 @@ class Loader:
         """
         if _casts(chunk, self.dtypes) or choose_form(chunk).codec != "none":
             return None
-        view = await self.source.view(self.manifest, chunk, choose_form(chunk))
-        return MappedBuffer(view.memory, view.expect_unchanged) if view is not None else None
+        return await self.source.view(self.manifest, chunk, choose_form(chunk))
 
-    async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
+    def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
+        """Views over filled memory, by tensor name; they keep it alive.
+
+        Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
+        """
+        if isinstance(memory, View):
+            return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
+        return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
+
+    async def _read(self, chunk: Chunk, buffer: Buffer, priority: int, *, in_pieces: bool) -> int:
         """The chunk's stored tensors into a buffer, each at its place there."""
         form = choose_form(chunk)
-        step = BLOCK_BYTES if self.in_pieces else max(1, form.stored_bytes)
+        step = BLOCK_BYTES if in_pieces else max(1, form.stored_bytes)
         for start in range(0, form.stored_bytes, step):
             stop = min(start + step, form.stored_bytes)
-            async with self._piece_turn if self.in_pieces else nullcontext():
+            async with self._piece_turn if in_pieces else nullcontext():
                 read = Read(chunk, form, start, stop, buffer.view[start:stop])
                 await self.source.fetch(self.manifest, [read], priority=priority)
-        spread(buffer.view, [tensor.nbytes for tensor in chunk.tensors])
+        spread(buffer.view, _sizes(chunk, {}))
         return form.stored_bytes
 
-    def tensors(self, chunk: Chunk, buffer: Buffer | MappedBuffer) -> dict[str, torch.Tensor]:
-        """Views over a filled buffer, by tensor name; they keep its memory alive.
-
-        Of a mapped one, the few tensors that do not lie at multiples of 64 bytes are copied.
-        """
-        if isinstance(buffer, MappedBuffer):
-            return _mapped_views(chunk, buffer)
-        return _views(chunk, buffer, _targets(chunk, self.dtypes))
-
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
-        stored_dtypes = [torch_dtype(tensor.dtype) for tensor in chunk.tensors]
-        cast = _views(chunk, buffer, _targets(chunk, self.dtypes))
-        for name, tensor in _views(chunk, stored, stored_dtypes).items():
+        cast = self.tensors(chunk, buffer)
+        for name, tensor in _views(chunk, stored.view, plan_layout(_sizes(chunk, {}))[0], {}).items():
             cast[name].copy_(tensor)
 
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How large a buffer the chunk's tensors need, with these dtypes instead of the stored ones."""
-    stored = (torch_dtype(tensor.dtype).itemsize for tensor in chunk.tensors)
-    triples = zip(chunk.tensors, stored, _targets(chunk, dtypes), strict=True)
-    return plan_layout([tensor.nbytes // size * target.itemsize for tensor, size, target in triples])[1]
+    return plan_layout(_sizes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """Memory that loading the chunk takes besides its buffer: what it is cast from. One chunk is cast at a time."""
-    return buffer_capacity(_stored_bytes(chunk)) if _casts(chunk, dtypes) else 0
-
-
-def _stored_bytes(chunk: Chunk) -> int:
-    return plan_layout([tensor.nbytes for tensor in chunk.tensors])[1]
-
-
-def _targets(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[torch.dtype]:
-    return [dtypes.get(tensor.name, torch_dtype(tensor.dtype)) for tensor in chunk.tensors]
-
-
-def _casts(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> bool:
-    return any(tensor.name in dtypes for tensor in chunk.tensors)
+    return buffer_capacity(buffer_bytes(chunk, {})) if _casts(chunk, dtypes) else 0
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
@@ -130,22 +118,26 @@ def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(values, requires_grad=values.is_floating_point() or values.is_complex())
 
 
-def _views(chunk: Chunk, buffer: Buffer, dtypes: Sequence[torch.dtype]) -> dict[str, torch.Tensor]:
-    shapes = [tensor.shape for tensor in chunk.tensors]
-    sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
-    flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
-    places = zip(chunk.tensors, dtypes, sizes, plan_layout(sizes)[0], strict=True)
-    return {
-        info.name: flat[at : at + size].view(dtype).view(info.shape) if size else torch.empty(info.shape, dtype=dtype)
-        for info, dtype, size, at in places
-    }
+def _casts(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> bool:
+    return any(tensor.name in dtypes for tensor in chunk.tensors)
 
 
-def _mapped_views(chunk: Chunk, buffer: MappedBuffer) -> dict[str, torch.Tensor]:
-    flat = torch.frombuffer(buffer.view, dtype=torch.uint8)
+def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
+    """The bytes of each tensor, with these dtypes instead of the stored ones."""
+    return [
+        tensor.nbytes // (stored := torch_dtype(tensor.dtype)).itemsize * dtypes.get(tensor.name, stored).itemsize
+        for tensor in chunk.tensors
+    ]
+
+
+def _views(
+    chunk: Chunk, memory: memoryview, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
     found = {}
-    for info in chunk.tensors:
-        stored = flat[info.offset : info.offset + info.nbytes]
-        placed = stored.clone() if info.offset % ALIGNMENT else stored
-        found[info.name] = placed.view(torch_dtype(info.dtype)).view(info.shape)
+    for info, size, place in zip(chunk.tensors, _sizes(chunk, dtypes), places, strict=True):
+        values = flat[place : place + size]
+        placed = values.clone() if place % ALIGNMENT else values
+        found[info.name] = placed.view(dtypes.get(info.name, torch_dtype(info.dtype))).view(info.shape)
     return found

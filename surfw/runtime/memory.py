@@ -3,9 +3,9 @@
 The default budget is the smallest spare memory over the machine, this process's control groups and their ancestors
 (the limit, less the memory in use, less a headroom), less what open models of this process may still come to take.
 
-Limits are read from text files below a root, so that a folder can stand for a machine. Page cache never counts as in
-use, as the kernel drops it before it refuses memory; tmpfs and shared memory do, though the kernel counts them as
-cache. Swap does not count as memory.
+All is read from `proc` and what it names, below a root, so that a folder can stand for a machine. Page cache never
+counts as in use, as the kernel drops it before it refuses memory; tmpfs and shared memory do, though the kernel counts
+them as cache. Swap does not count as memory.
 """
 
 import re
@@ -52,36 +52,16 @@ class MemoryLimit:
     in_use_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
-    """A hierarchy of control groups, or a part of one, that can be seen below a folder."""
-
-    shown: PurePosixPath
-    folder: Path
-
-    def inside(self, group: PurePosixPath) -> PurePosixPath | None:
-        """Where a group lies below the folder; None if this is not a place that shows it."""
-        if not group.is_relative_to(self.shown):
-            return None
-        inside = group.relative_to(self.shown)
-        return None if ".." in inside.parts else inside
-
-
 def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """The limit of the machine, and those of this process's control groups, from its own to the outermost to be seen.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
+    """The limit of the machine, and those of this process's control groups, from its own to the outermost one seen."""
     return [_machine_limit(root), *_group_limits(root, 1), *_group_limits(root, 2)]
 
 
 def _machine_limit(root: Path) -> MemoryLimit:
     """The whole memory, of which what is not available is in use.
 
-    `MemAvailable` is the kernel's estimate of what can be taken without swapping: what is free, and caches that can be
-    dropped, less what it keeps for itself. A sum of what is in use would be too small, as drivers and balloons take
-    pages that stand in no other line.
+    `MemAvailable` is the kernel's estimate of what can be taken without swapping. A sum of what is in use would be too
+    small, as drivers and balloons take pages that stand in no other line.
     """
     place = root / "proc/meminfo"
     found = _read_table(place)
@@ -104,11 +84,11 @@ def _group_limits(root: Path, version: int) -> Iterator[MemoryLimit]:
     if group is None:
         return
     mounts = list(_mounts(root, version))
-    shown = [mount for mount in mounts if mount.inside(group) is not None] or mounts[:1]
-    for mount in shown:
-        own = mount.inside(group) or PurePosixPath()
+    inside = [(folder, group.relative_to(shown)) for shown, folder in mounts if group.is_relative_to(shown)]
+    shown = [(folder, own) for folder, own in inside if ".." not in own.parts]
+    for folder, own in shown or [(folder, PurePosixPath()) for _, folder in mounts[:1]]:
         for level in (own, *own.parents):
-            found = read(mount.folder / level)
+            found = read(folder / level)
             if found is not None:
                 yield found
 
@@ -123,8 +103,8 @@ def _own_group(root: Path, version: int) -> PurePosixPath | None:
     return None
 
 
-def _mounts(root: Path, version: int) -> Iterator[_Mount]:
-    """Where the hierarchy is mounted, of `/proc/self/mountinfo` (proc_pid_mountinfo(5) has its format)."""
+def _mounts(root: Path, version: int) -> Iterator[tuple[PurePosixPath, Path]]:
+    """The mounted groups, and where; from `/proc/self/mountinfo` (proc_pid_mountinfo(5) has its format)."""
     try:
         lines = (root / "proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -135,7 +115,7 @@ def _mounts(root: Path, version: int) -> Iterator[_Mount]:
         is_it = kind == "cgroup2" if version == 2 else kind == "cgroup" and "memory" in options.split(",")
         if is_it:
             shown, folder = (_unescape(field) for field in place.split(" ")[3:5])
-            yield _Mount(PurePosixPath(shown), root / folder.lstrip("/"))
+            yield PurePosixPath(shown), root / folder.lstrip("/")
 
 
 def _read_v1(folder: Path) -> MemoryLimit | None:
@@ -197,9 +177,8 @@ class MemoryClaim:
 
         Args:
             peak_bytes: tells the most memory it may take by its present plan, weights that are mapped from a file
-                included: they are page cache, which the kernel can take back, and the model is slow without.
-            held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use; it does
-                not count page cache.
+                included: without them in the page cache, the model is slow.
+            held_bytes: tells what it holds of that in anonymous memory now, which the kernel counts as in use.
         """
         self._peak_bytes = peak_bytes
         self._held_bytes = held_bytes
@@ -238,11 +217,7 @@ class DefaultBudget:
 
 
 def find_default_budget(root: Path = Path("/")) -> DefaultBudget:
-    """What weights may take by default.
-
-    Args:
-        root: the folder that holds `proc` and what `proc` names.
-    """
+    """What weights may take by default."""
     limit, claimed = min(read_limits(root), key=_spare_bytes), claimed_bytes()
     open_models = f", {format_size(claimed)} may still be taken by other open models" if claimed else ""
     return DefaultBudget(
@@ -256,16 +231,9 @@ def headroom_bytes(limit_bytes: int) -> int:
     """What of a limit weights leave alone: 192 MiB, or 5 % where that is more.
 
     It is for the code of torch and transformers (116 MB of page cache that is in use all the time), for activations,
-    for what the allocator keeps, and for what others under the same limit take meanwhile. A KV cache that may become
-    large is not in it; see `surfw.runtime.kv_cache`.
+    for what the allocator keeps, and for what others take meanwhile. KV caches are not in it; see `kv_cache`.
     """
     return max(HEADROOM_BYTES, int(limit_bytes * HEADROOM_SHARE))
-
-
-def anonymous_bytes(root: Path = Path("/")) -> int:
-    """The process's own resident memory that is no page cache: its heaps, buffers and stacks."""
-    found = _status_bytes("RssAnon", root)
-    return rss_bytes() if found is None else found
 
 
 def rss_bytes() -> int:
@@ -278,18 +246,9 @@ def peak_rss_bytes(root: Path = Path("/")) -> int:
 
     On Linux, `ru_maxrss` starts from that of the process which started this one; `VmHWM` does not.
     """
-    found = _status_bytes("VmHWM", root)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found
+    found = _read_table(root / "proc/self/status").get("VmHWM")
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if found is None else found) * 1024
 
 
 def _spare_bytes(limit: MemoryLimit) -> int:
     return limit.limit_bytes - limit.in_use_bytes - headroom_bytes(limit.limit_bytes)
-
-
-def _status_bytes(name: str, root: Path) -> int | None:
-    """A size of `/proc/self/status`; None if it is not there."""
-    with suppress(OSError):
-        for line in (root / "proc/self/status").read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None

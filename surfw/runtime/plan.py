@@ -125,11 +125,6 @@ class Limit:
     policy: Policy = "auto"
     reason: str = ""
 
-    def __post_init__(self) -> None:
-        """Refuse a number of layers that nothing can run with."""
-        if self.cache_layers is not None:
-            check_cache_layers(self.cache_layers)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResidencyPlan:
@@ -225,16 +220,14 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
     if limit.cache_layers is not None:
+        check_cache_layers(limit.cache_layers)
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
         return _everything(needs, limit)
-    made = _plan_budget(needs, limit, limit.budget_bytes)
-    if made is None and (gentle := needs.in_pieces()) is not needs:
-        made = _plan_budget(gentle, limit, limit.budget_bytes)
-        made = made and replace(made, in_pieces=True)
-    if made is None:
-        raise _too_small(needs, limit, limit.budget_bytes)
-    return made
+    for tried in (needs, needs.in_pieces()):
+        if (made := _plan_budget(tried, limit, limit.budget_bytes)) is not None:
+            return replace(made, in_pieces=tried is not needs)
+    raise _too_small(needs, limit, limit.budget_bytes)
 
 
 def least_bytes(needs: Needs) -> int:
@@ -386,7 +379,7 @@ def floating_victims(
         held: the floating chunks that are kept, with their sizes.
         size: the chunk's size.
         free: memory for floating chunks that is not taken.
-        next_use: how soon each chunk is needed again; a chunk that is not in it is never needed again.
+        next_use: how soon each chunk is needed again, if ever.
 
     Returns:
         The chunks to evict, the last needed first; None if it does not stay.

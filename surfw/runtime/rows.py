@@ -12,9 +12,9 @@ pass at a time.
 """
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,10 +29,9 @@ from surfw.manifest import Chunk, Form, Manifest, TensorInfo
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.loader import as_parameter
-from surfw.runtime.run import IoThread, Job, Run
+from surfw.runtime.run import IoThread, Run
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import torch_dtype
-from surfw.skeleton.units import Slot
 from surfw.source import ChunkSource, Read
 
 _DEMAND = 0
@@ -59,11 +58,11 @@ class RowReader:
         """Read nothing yet.
 
         Args:
-            source: where they come from.
+            source: of the model.
             manifest: the model.
             io: the thread that reads work in.
             metrics: counts what is read, and how long was waited.
-            run: tells the run that waits, which may be interrupted.
+            run: tells which run waits.
             dtypes: the dtypes of the tensors that do not get the stored one.
             scratch_bytes: the most that is read at a time, at least one block.
             keep_bytes: how much of the blocks used last stays in memory; 0 keeps none.
@@ -136,12 +135,7 @@ class RowReader:
     def _pieces(self, chunk: Chunk, ranges: Sequence[Range]) -> Iterator[memoryview]:
         """The bytes of each range; valid until the next one is asked for."""
         groups = list(plan_groups([one for one in ranges if one[0] < one[1]], self._scratch_blocks))
-        most = max((len(blocks) for _, blocks in groups), default=0)
-        bring = (
-            self._bring_ahead if len(groups) > 1 and most <= self._scratch_blocks <= self._keep_blocks else self._bring
-        )
-        brought = bring(chunk, [blocks for _, blocks in groups])
-        with closing(brought):
+        with closing(self._bring(chunk, [blocks for _, blocks in groups])) as brought:
             for scratch, (group, blocks) in zip(brought, groups, strict=True):
                 places = {block: place * BLOCK_BYTES for place, block in enumerate(blocks)}
                 for start, stop in group:
@@ -149,81 +143,70 @@ class RowReader:
                     yield scratch[place : place + stop - start]
 
     def _bring(self, chunk: Chunk, groups: Sequence[Sequence[int]]) -> Generator[memoryview, None, None]:
-        """The blocks of each group, side by side in the scratch buffer."""
-        for blocks in groups:
-            if self._scratch is None or self._scratch.capacity_bytes < len(blocks) * BLOCK_BYTES:
-                self._scratch = Buffer(len(blocks) * BLOCK_BYTES)
-            places = self._places(chunk, blocks, self._scratch.view)
-            missing = {block: into for block, into in places.items() if not self._recall(chunk, block, into)}
-            if missing:
-                try:
-                    self._wait(self._start(chunk, missing, blocks, self._scratch.view))
-                except BaseException:
-                    self._scratch = None  # it may still be written to
-                    raise
-                self._keep(chunk, missing)
-            yield self._scratch.view
+        """The blocks of each group, side by side in the scratch buffer.
 
-    def _bring_ahead(self, chunk: Chunk, groups: Sequence[Sequence[int]]) -> Generator[memoryview, None, None]:
-        """As `_bring`, and the next group is under way while one is waited for, and used.
-
-        It lies in the memory of the blocks used last, of which so many groups would leave nothing anyway.
+        Where there are several groups, the next one is under way while one is waited for, and used: in the memory of
+        the blocks used last, of which so many groups would leave nothing anyway.
         """
-        self._kept.clear()
-        buffers = [
-            self._scratch or Buffer(self._scratch_blocks * BLOCK_BYTES),
-            Buffer(self._scratch_blocks * BLOCK_BYTES),
-        ]
+        if not groups:
+            return
+        most = max(map(len, groups))
+        is_ahead = len(groups) > 1 and most <= self._scratch_blocks <= self._keep_blocks
+        if is_ahead:
+            self._kept.clear()
+        if self._scratch is not None and self._scratch.capacity_bytes < most * BLOCK_BYTES:
+            self._scratch = None  # before there is a larger one
+        buffers = [self._scratch or Buffer(most * BLOCK_BYTES)]
+        buffers += [Buffer(most * BLOCK_BYTES)] if is_ahead else []
         self._scratch = None  # until the end: it may still be written to
-        places = [self._places(chunk, blocks, buffers[at % 2].view) for at, blocks in enumerate(groups)]
-
-        def start(at: int) -> Job[None]:
-            return self._start(chunk, places[at], groups[at], buffers[at % 2].view)
-
-        under_way = [start(0)]
+        under_way: deque[tuple[dict[int, memoryview], Future[None]]] = deque()
+        begun = 0
         try:
             for at in range(len(groups)):
-                under_way += [start(at + 1)] if at + 1 < len(groups) else []
-                self._wait(under_way.pop(0))
-                yield buffers[at % 2].view
+                while begun < min(at + len(buffers), len(groups)):
+                    under_way.append(self._start(chunk, groups[begun], buffers[begun % len(buffers)].view))
+                    begun += 1
+                missing, job = under_way.popleft()
+                self._wait(job)
+                if not is_ahead:
+                    self._keep(chunk, missing)
+                yield buffers[at % len(buffers)].view
         finally:
-            for job in under_way:
+            for _, job in under_way:
                 job.cancel()
-        last = (len(groups) - 1) % 2
-        self._scratch = buffers.pop(last)
+        self._scratch = buffers[at % len(buffers)]
         buffers.clear()  # before there is anything in its place
-        places[:-1] = []
-        self._keep(chunk, places[-1])
-
-    def _places(self, chunk: Chunk, blocks: Sequence[int], scratch: memoryview) -> dict[int, memoryview]:
-        """Where each block goes."""
-        ends = plain_form(chunk).stored_bytes
-        return {
-            block: scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, ends - block * BLOCK_BYTES)]
-            for place, block in enumerate(blocks)
-        }
-
-    def _recall(self, chunk: Chunk, block: int, into: memoryview) -> bool:
-        """Fill in a block that was kept; whether it was."""
-        kept = self._kept.get((chunk.name, block))
-        if kept:
-            self._kept.move_to_end((chunk.name, block))
-            into[:] = kept
-        return bool(kept)
+        if is_ahead:
+            self._keep(chunk, missing)
 
     def _start(
-        self, chunk: Chunk, missing: Mapping[int, memoryview], blocks: Sequence[int], scratch: memoryview
-    ) -> Job[None]:
-        """Start to read the missing blocks of a group, each run of neighbours at once, all in one fetch."""
-        form = plain_form(chunk)
+        self, chunk: Chunk, blocks: Sequence[int], scratch: memoryview
+    ) -> tuple[dict[int, memoryview], Future[None]]:
+        """Fill in the blocks of a group that were kept, and start to read the others, all in one fetch.
+
+        Returns:
+            Where the others go, and what reads them: each run of neighbours at once.
+        """
+        form, missing = plain_form(chunk), {}
+        for place, block in enumerate(blocks):
+            into = scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, form.stored_bytes - block * BLOCK_BYTES)]
+            if kept := self._kept.get((chunk.name, block)):
+                self._kept.move_to_end((chunk.name, block))
+                into[:] = kept
+            else:
+                missing[block] = into
         reads = []
         for first, last in plan_runs(list(missing)):
             at, start = blocks.index(first) * BLOCK_BYTES, first * BLOCK_BYTES
             length = (last - first) * BLOCK_BYTES + missing[last].nbytes
             reads.append(Read(chunk, form, start, start + length, scratch[at : at + length]))
-        return self._io.submit(self._fetch(reads))
+        if reads:
+            return missing, self._io.submit(self._fetch(reads))
+        done = Future[None]()
+        done.set_result(None)
+        return missing, done
 
-    def _wait(self, job: Job[None]) -> None:
+    def _wait(self, job: Future[None]) -> None:
         """Wait for what was started; if the run is interrupted, or the wait is, it is cancelled."""
         run = self._run()
         try:
@@ -296,31 +279,29 @@ class TableUnit:
     """A unit that can run while its tables are not in memory. All names are those of the manifest's tensors.
 
     Attributes:
-        path: the unit's.
         chunks: the chunks that its tensors lie in.
         looked_up: tables of embeddings, which rows are read of.
         others: its other tensors, which are read alone and stay.
     """
 
-    path: str
     chunks: tuple[str, ...]
     looked_up: tuple[str, ...]
     others: tuple[str, ...]
 
 
 class StreamedTables:
-    """The tables of one model, read while it runs."""
+    """The tables of one model, read while it runs.
 
-    def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, by_rows: Callable[[str], bool]) -> None:
-        """Serve these units with rows from a reader; `by_rows` tells of a unit's path whether it reads rows now."""
+    Attributes:
+        row_wise: tells of a module's path whether it now runs without its tables in memory.
+    """
+
+    def __init__(self, units: Mapping[str, TableUnit], rows: RowReader, row_wise: Callable[[str], bool]) -> None:
+        """Serve these units with rows from a reader."""
         self._units = units
         self._rows = rows
-        self._by_rows = by_rows
+        self.row_wise = row_wise
         self._others: dict[str, torch.Tensor] = {}
-
-    def row_wise(self, path: str) -> bool:
-        """Whether the unit now runs without its tables in memory."""
-        return path in self._units and self._by_rows(path)
 
     def others(self, path: str) -> Mapping[str, torch.Tensor]:
         """The unit's tensors that are no tables; read once.
@@ -380,8 +361,8 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
     found = {}
     for unit in (unit for unit in skeleton.units if unit.kind == "part"):
         names = {slot: name for slot in unit.slots if (name := manifest.ties.get(slot.name, slot.name)) in stored}
-        embeddings = {name for slot, name in names.items() if _is_embedding(slot)}
-        only = embeddings - {name for slot, name in names.items() if not _is_embedding(slot)}
+        embeddings = {slot for slot in names if isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"}
+        only = {names[slot] for slot in embeddings} - {names[slot] for slot in names if slot not in embeddings}
         tables = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
         others = dict.fromkeys(name for name in names.values() if name not in tables)
         size = {name: stored[name].nbytes for name in names.values()}
@@ -389,9 +370,5 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
         if tables and in_parts and sum(size[name] for name in others) < sum(size[name] for name in tables):
             chunks = dict.fromkeys(chunk_of[name].name for name in names.values())
             looked_up = dict.fromkeys(name for name in names.values() if name in tables)
-            found[unit.path] = TableUnit(unit.path, tuple(chunks), tuple(looked_up), tuple(others))
+            found[unit.path] = TableUnit(tuple(chunks), tuple(looked_up), tuple(others))
     return found
-
-
-def _is_embedding(slot: Slot) -> bool:
-    return isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"

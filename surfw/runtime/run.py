@@ -7,7 +7,7 @@ Models are not asynchronous; sources are. Coroutines run on an `IoThread`, and a
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, InvalidStateError, ThreadPoolExecutor, wait
 from contextlib import suppress
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
@@ -32,13 +32,11 @@ class Run:
     def __init__(self) -> None:
         """Begin; nothing has interrupted it."""
         self._stop: Future[None] = Future()
-        self._lock = threading.Lock()
 
     def interrupt(self, error: Exception) -> None:
         """Make the run end with this error; the first one counts."""
-        with self._lock:
-            if not self._stop.done():
-                self._stop.set_exception(error)
+        with suppress(InvalidStateError):
+            self._stop.set_exception(error)
 
     def check(self) -> None:
         """Go on, unless the run was interrupted.
@@ -73,33 +71,27 @@ class Job(Future[T]):
     the memory that the coroutine writes to is still its own.
     """
 
+    _task: asyncio.Task[T]
+
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Name the loop; nothing runs yet."""
+        """Name the loop, on which `begin` comes before all else."""
         super().__init__()
         self._loop = loop
-        self._task: asyncio.Task[T] | None = None
-        self._unwanted = False
+        self._is_unwanted = False
 
     def cancel(self) -> bool:
         """Ask the coroutine to end; False if it has ended."""
         if self.done():
             return False
-        if self._unwanted:
-            return True
-        self._unwanted = True
-        self._loop.call_soon_threadsafe(self._cancel_task)
+        if not self._is_unwanted:
+            self._is_unwanted = True
+            self._loop.call_soon_threadsafe(lambda: self._task.cancel())  # noqa: PLW0108 - the task comes only then
         return True
 
     def begin(self, work: Coroutine[Any, Any, T]) -> None:
         """Start the coroutine; called on the loop."""
         self._task = self._loop.create_task(work)
         self._task.add_done_callback(self._end)
-        if self._unwanted:
-            self._task.cancel()
-
-    def _cancel_task(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
 
     def _end(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
@@ -172,7 +164,7 @@ async def _end_others() -> None:
     await asyncio.get_running_loop().shutdown_default_executor()
 
 
-async def run_in_executor(executor: Executor, work: Callable[[], T]) -> T:
+async def run_in_executor(executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     """Do the work in a thread of the executor, as a run of its own.
 
     When this is cancelled, the run is interrupted, or never begins; this ends only when the thread has let go of it.

@@ -174,7 +174,7 @@ class SlotTable:
                 return decision
             self._evict(victim, decision)
         for name in through_ring:
-            self._load_in_ring(name, decision)
+            self._load(name, decision, in_ring=True)
         return decision
 
     def hold(self, names: Iterable[str]) -> list[Slot]:
@@ -272,11 +272,8 @@ class SlotTable:
             excess = self._sizes[name] + self._excess_bytes()
             if excess > 0 and not self._evict_unpinned(excess, decision, needed):
                 return False
-        self._load(Slot(name, self._sizes[name], in_ring=False), decision)
+        self._load(name, decision, in_ring=False)
         return True
-
-    def _load_in_ring(self, name: str, decision: Decision) -> None:
-        self._load(Slot(name, max(self._sizes[name], self.plan.ring_bytes), in_ring=True), decision)
 
     def _load_ahead(self, name: str, sooner: Collection[str], decision: Decision) -> bool:
         """Load a chunk, evicting one from the ring that is not needed sooner; False if there is no slot for it."""
@@ -288,11 +285,12 @@ class SlotTable:
             if victim is None:
                 return False
             self._evict(victim, decision)
-        self._load_in_ring(name, decision)
+        self._load(name, decision, in_ring=True)
         return True
 
-    def _load(self, slot: Slot, decision: Decision) -> None:
-        self._slots[slot.name] = slot
+    def _load(self, name: str, decision: Decision, *, in_ring: bool) -> None:
+        size_bytes = max(self._sizes[name], self.plan.ring_bytes) if in_ring else self._sizes[name]
+        self._slots[name] = slot = Slot(name, size_bytes, in_ring)
         decision.load.append(slot)
 
     def _evict(self, slot: Slot, decision: Decision) -> None:
@@ -345,5 +343,7 @@ class SlotTable:
         surplus = max(0, len(ring) - self.plan.ring_buffers)
         for slot in [one for one in ring if one.is_idle][:surplus]:
             self._evict(slot, decision)
+        ring = self._ring()  # what is in use, or loading, may still be too much
+        fits &= len(ring) <= self.plan.ring_buffers and all(one.size_bytes <= self.plan.ring_bytes for one in ring)
         self._is_settled = fits and self.is_complete
         return decision

@@ -1,6 +1,6 @@
 """Plain torch modules streamed from memory: the engine and the hooks without a store or transformers' models."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks
+from surfw.manifest import Chunk, Form, Manifest, TensorInfo, digest_blocks
 from surfw.metrics import Metrics
 from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
@@ -17,8 +17,8 @@ from surfw.runtime.plan import Limit
 from surfw.runtime.run import IoThread
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import safetensors_dtype
-from surfw.skeleton.units import Unit, find_units
-from tests.toys import ToySource, toy_manifest, toy_needs
+from surfw.skeleton.units import find_units
+from tests.toys import ToySource, toy_model_of, toy_needs
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Streamed:
 
     def users(self) -> int:
         """How many times chunks are held at the moment."""
-        return sum(self.engine.users().values())
+        return sum(slot.users for slot in self.engine.table)
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -41,23 +41,24 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def chunk_of(unit: Unit, state: dict[str, torch.Tensor]) -> tuple[Chunk, bytes]:
-    """The chunk of a unit, with the values of a state dict."""
+def chunk_of(name: str, kind: str, tensors: Mapping[str, torch.Tensor], *, codec: str = "none") -> tuple[Chunk, bytes]:
+    """A chunk of these tensors, and its payload."""
     infos, payload = [], b""
-    for slot in unit.slots:
-        tensor = state[slot.name]
-        infos.append(TensorInfo(slot.name, safetensors_dtype(tensor.dtype), tuple(tensor.shape), len(payload)))
+    for each, tensor in tensors.items():
+        infos.append(TensorInfo(each, safetensors_dtype(tensor.dtype), tuple(tensor.shape), len(payload)))
         payload += raw(tensor)
-    digest, blocks = digest_blocks(iter([payload[i : i + (1 << 20)] for i in range(0, len(payload), 1 << 20)]))
-    form = Form("none", len(payload), digest, blocks)
-    return Chunk(unit.path, unit.kind, digest, len(payload), tuple(infos), (form,)), payload
+    digest, blocks = digest_blocks([payload])
+    form = Form(codec, len(payload), digest, blocks)
+    return Chunk(name, kind, digest, len(payload), tuple(infos), (form,)), payload
 
 
 def describe(model: nn.Module, state: dict[str, torch.Tensor]) -> tuple[Manifest, ToySource]:
     """A manifest with a chunk for each unit, and a source that has them."""
-    made = [chunk_of(unit, state) for unit in find_units(model)]
-    manifest = toy_manifest([chunk for chunk, _ in made], order=[Use(chunk.name, (chunk.name,)) for chunk, _ in made])
-    return manifest, ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    made = [
+        chunk_of(unit.path, unit.kind, {slot.name: state[slot.name] for slot in unit.slots})
+        for unit in find_units(model)
+    ]
+    return toy_model_of(made)
 
 
 def skeleton_of(model: Any) -> Skeleton:

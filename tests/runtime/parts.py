@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from surfw.config import BLOCK_BYTES
-from surfw.manifest import Chunk, Form, TensorInfo, digest_blocks
+from surfw.manifest import Chunk
 from surfw.metrics import Metrics
 from surfw.runtime.rows import RowReader
 from surfw.runtime.run import IoThread, Run
-from surfw.skeleton.dtypes import safetensors_dtype
-from tests.runtime.nets import raw
-from tests.toys import ToySource, toy_manifest
+from tests.runtime.nets import chunk_of
+from tests.toys import ToySource, toy_manifest, toy_model_of
 
 
 @dataclass
@@ -44,15 +43,8 @@ class Parts:
 @contextmanager
 def parts_of(*tensors: torch.Tensor, codec: str = "none") -> Iterator[Parts]:
     """A chunk with these tensors."""
-    infos, payload = [], b""
-    for index, tensor in enumerate(tensors):
-        infos.append(TensorInfo(f"t{index}", safetensors_dtype(tensor.dtype), tuple(tensor.shape), len(payload)))
-        payload += raw(tensor)
-    digest, digests = digest_blocks([payload])
-    form = Form(codec, len(payload), digest, digests)
-    chunk = Chunk("c", "part", digest, len(payload), tuple(infos), (form,))
-    manifest = toy_manifest([chunk])
-    source = ToySource({"toy": manifest}, {chunk.id: payload})
+    made = chunk, _ = chunk_of("c", "part", {f"t{index}": one for index, one in enumerate(tensors)}, codec=codec)
+    _, source = toy_model_of([made])
     io, metrics, run = IoThread(), Metrics(), Run()
     parts = Parts(chunk, list(tensors), source, io, metrics, run)
     source.before_fetch = lambda read: parts.reads.append((read.start, read.stop))

@@ -110,7 +110,7 @@ def row_wise(
     tables = StreamedTables(
         units,
         RowReader(source, manifest, io, metrics, run=lambda: run, dtypes=dtypes, keep_bytes=keep_bytes),
-        lambda _: True,
+        units.__contains__,
     )
     hooks = StreamingHooks(skeleton, manifest, engine, tables)
     opened = RowWise(resident, skeleton.model, manifest, engine, units, tables, hooks, source, metrics)

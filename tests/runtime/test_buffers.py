@@ -1,13 +1,15 @@
-"""Memory for chunks: aligned to pages, large enough, used again."""
+"""Memory for chunks: aligned and large enough, every tensor at a multiple of 64, every byte where it belongs."""
 
 import ctypes
 import mmap
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surfw.runtime.buffers import Buffer, BufferPool
+from surfw.config import ALIGNMENT
+from surfw.runtime.buffers import Buffer, plan_layout, spread
 
 HUGE = 2 << 20
 
@@ -31,46 +33,41 @@ def test_a_buffer_has_whole_pages_of_writable_zeros(size: int, capacity: int) ->
     assert buffer.view[0] == 0
 
 
-def test_the_smallest_free_buffer_that_fits_is_taken() -> None:
-    pool = BufferPool()
-    large, small = Buffer(3 * mmap.PAGESIZE), Buffer(1)
-    pool.give_back(large)
-    pool.give_back(small)
-    assert pool.take(10) is small
-    assert pool.take(10) is large
-    assert pool.take(10) not in (small, large)
+sizes = st.lists(st.integers(0, 300) | st.sampled_from([0, 1, 63, 64, 65, 128]), max_size=12)
 
 
-def test_a_buffer_that_is_too_small_makes_way_for_the_new_one() -> None:
-    pool = BufferPool()
-    small = Buffer(1)
-    pool.give_back(small)
-    assert pool.take(mmap.PAGESIZE + 1).capacity_bytes == 2 * mmap.PAGESIZE
-    assert pool.take(1) is not small
+@given(sizes)
+def test_places_are_aligned_in_order_and_apart(sizes: list[int]) -> None:
+    places, end = plan_layout(sizes)
+    assert len(places) == len(sizes)
+    assert all(place % ALIGNMENT == 0 for place in places)
+    ends = [place + size for place, size in zip(places, sizes, strict=True)]
+    assert all(before <= place for before, place in zip(ends, places[1:], strict=False))
+    assert end == (ends[-1] if ends else 0)
+    assert end <= sum(sizes) + (ALIGNMENT - 1) * len(sizes)
 
 
-def test_cleared_buffers_are_gone() -> None:
-    pool = BufferPool()
-    buffer = Buffer(1)
-    pool.give_back(buffer)
-    pool.clear()
-    assert pool.take(1) is not buffer
+@given(sizes)
+def test_spreading_preserves_every_byte(sizes: list[int]) -> None:
+    stored = bytes(index % 251 for index in range(sum(sizes)))
+    places, end = plan_layout(sizes)
+    memory = bytearray(max(end, len(stored)))
+    memory[: len(stored)] = stored
+    spread(memoryview(memory), sizes)
+    starts = accumulate(sizes, initial=0)
+    for place, size, (start, stop) in zip(places, sizes, pairwise(starts), strict=True):
+        assert memory[place : place + size] == stored[start:stop]
 
 
-@given(st.lists(st.integers(1, 5) | st.none(), max_size=30))
-def test_there_are_never_more_buffers_than_were_out_at_once(steps: list[int | None]) -> None:
-    pool = BufferPool()
-    out: list[Buffer] = []
-    seen: dict[int, Buffer] = {}
-    most = 0
-    for pages in steps:
-        if pages is None:
-            if out:
-                pool.give_back(out.pop())
-        else:
-            out.append(pool.take(pages * mmap.PAGESIZE))
-            assert out[-1].capacity_bytes >= pages * mmap.PAGESIZE
-            seen[id(out[-1])] = out[-1]
-        most = max(most, len(out))
-        assert len({id(buffer) for buffer in out}) == len(out)
-        assert len(out) + len(pool._free) <= most
+@pytest.mark.parametrize(
+    ("sizes", "places", "end"),
+    [([], [], 0), ([64, 128, 3], [0, 64, 192], 195), ([3, 64], [0, 64], 128), ([1, 0, 1], [0, 64, 64], 65)],
+)
+def test_places_of_examples(sizes: list[int], places: list[int], end: int) -> None:
+    assert plan_layout(sizes) == (places, end)
+
+
+def test_aligned_tensors_stay_where_they_are() -> None:
+    memory = bytearray(range(200))
+    spread(memoryview(memory), [64, 128, 8])
+    assert memory == bytearray(range(200))

@@ -23,7 +23,7 @@ from surfw.runtime.rows import TableUnit
 from surfw.runtime.run import IoThread, Run
 from surfw.runtime.schedule import Phases
 from surfw.source import Read
-from tests.toys import Gate, ToySource, toy_chunk, toy_manifest, toy_model, toy_needs
+from tests.toys import Gate, ToySource, toy_chunk, toy_model, toy_model_of, toy_needs
 
 PAGE = 4096
 
@@ -57,7 +57,7 @@ def running(
 
 def settle(engine: Engine) -> list[str]:
     """Wait for everything in flight; what is in memory then."""
-    for load in engine.loads().values():
+    for load in engine.host.loads().values():
         load.exception()
     return engine.resident()
 
@@ -73,6 +73,16 @@ def use(engine: Engine, modules: Sequence[str]) -> None:
 
 def counts(engine: Engine) -> dict[str, int]:
     return {name: engine.metrics.count(name) for name in ("hits", "prefetched", "stalls")}
+
+
+def users(engine: Engine) -> dict[str, int]:
+    """How many modules hold each chunk that is in use."""
+    return {slot.name: slot.users for slot in engine.table if slot.users}
+
+
+def spare_bytes(engine: Engine) -> int:
+    """Memory of the ring's empty buffers."""
+    return sum(buffer.capacity_bytes for buffer in engine.host.spare)
 
 
 def data(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
@@ -94,9 +104,8 @@ class GateOpensWhenStalled(Metrics):
 
 def test_a_module_gets_the_values_of_its_chunks() -> None:
     made = [toy_chunk("a", [("U8", (5,)), ("I32", (2, 2))]), toy_chunk("b", [("U8", (3,))])]
-    chunks, payloads = [chunk for chunk, _ in made], {chunk.id: payload for chunk, payload in made}
-    manifest = toy_manifest(chunks, order=[Use("one", ("a",)), Use("both", ("a", "b"))])
-    with running(manifest, ToySource({"toy": manifest}, payloads)) as engine:
+    manifest, source = toy_model_of(made, order=[Use("one", ("a",)), Use("both", ("a", "b"))])
+    with running(manifest, source) as engine:
         one, both = engine.acquire("one"), engine.acquire("both")
         assert set(one) == {"a.t0", "a.t1"}
         assert set(both) == {"a.t0", "a.t1", "b.t0"}
@@ -193,8 +202,7 @@ def test_chunks_that_recur_share_the_room_by_beladys_rule() -> None:
         for turn in range(2)
         for name in (f"c{pair[0]}", f"c{pair[1]}")
     ]
-    manifest = toy_manifest([chunk for chunk, _ in made], order=order)
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=order)
     modules = [use.module for use in order]
     with running(manifest, source, budget_bytes=4 * PAGE) as engine:
         assert engine.plan.floating == set(names)
@@ -338,7 +346,7 @@ def test_a_wrong_guess_is_cancelled_and_its_buffer_used_again_only_when_nothing_
     with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
         engine.acquire("c0")
         source.gate.wait_for("c1")  # fetched ahead, into the other buffer
-        guess = engine.loads()["c1"]
+        guess = engine.host.loads()["c1"]
         metrics.waits.clear()
         found: list[dict[str, bytes]] = []
         other = threading.Thread(target=lambda: found.append(data(engine.acquire("c2"))))
@@ -387,15 +395,12 @@ def test_what_failed_ahead_of_time_is_loaded_again_when_it_is_needed() -> None:
 
 def test_a_module_that_fails_to_get_one_chunk_holds_none() -> None:
     made = [toy_chunk(name, [("U8", (50,))]) for name in "abcd"]
-    manifest = toy_manifest(
-        [chunk for chunk, _ in made], order=[Use("ab", ("a", "b")), Use("c", ("c",)), Use("d", ("d",))]
-    )
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=[Use("ab", ("a", "b")), Use("c", ("c",)), Use("d", ("d",))])
     source.before_fetch = fail_once("b")
     with running(manifest, source, cache_layers=1) as engine:
         with pytest.raises(StorageError, match="b could not be read"):
             engine.acquire("ab")
-        assert engine.users() == {}
+        assert users(engine) == {}
         use(engine, ["c", "d", "ab", "c"])
         assert engine.resident_bytes == 2 * PAGE
 
@@ -430,7 +435,7 @@ def test_closing_cancels_what_is_in_flight_and_lets_go_of_all_memory() -> None:
     with running(manifest, source) as engine:
         engine.warm()
         source.gate.wait_for("c0")
-        load = engine.loads()["c0"]
+        load = engine.host.loads()["c0"]
         engine.close()
         with pytest.raises(CancelledError):
             load.result(60)
@@ -494,7 +499,7 @@ def test_the_invariants_hold_on_any_schedule(
                 settle(engine)
             driver.check()
         assert driver.held == {}
-        assert engine.users() == {}
+        assert users(engine) == {}
         assert sum(counts(engine).values()) <= 2 * len(steps)
 
 
@@ -619,7 +624,7 @@ def test_an_interrupt_ends_a_wait_and_leaves_an_engine_that_works() -> None:
         for name in ("c0", "c1", "c2"):
             source.gate.open(name)
         assert data(engine.acquire("c0")) == {"c0.t0": source.payloads[manifest.by_name["c0"].id]}
-        assert sum(engine.users().values()) == 1
+        assert sum(users(engine).values()) == 1
 
 
 def test_closing_the_thread_below_ends_a_wait() -> None:
@@ -637,7 +642,7 @@ def test_closing_the_thread_below_ends_a_wait() -> None:
         thread = threading.Thread(target=work)
         thread.start()
         assert metrics.waits.wait(60)
-        engine._io.close()
+        engine.host._io.close()
         thread.join(60)
         assert [str(error) for error in errors] == [f"the source of {manifest.name} was closed while it was read"]
 
@@ -650,16 +655,13 @@ def test_buffers_of_an_earlier_plan_are_not_kept_for_a_later_one() -> None:
         for reserved in (100, 25):
             engine.reserve(reserved * PAGE)
             use(engine, names * 2)
-            held = engine.spare_bytes
-            assert engine.resident_bytes + held + reserved * PAGE <= 200 * PAGE
+            assert engine.resident_bytes + spare_bytes(engine) + reserved * PAGE <= 200 * PAGE
 
 
 def test_a_chunk_that_is_needed_with_another_one_does_not_make_way_for_it() -> None:
     made = [toy_chunk(f"c{index}", [("U8", (100,))], seed=index) for index in range(8)]
-    chunks = [chunk for chunk, _ in made]
     order = [Use("ab", ("c0", "c1")), *(Use(f"m{index}", (f"c{index}",)) for index in range(2, 8))]
-    manifest = toy_manifest(chunks, order=order)
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made, order=order)
     with running(manifest, source, budget_bytes=5 * PAGE) as engine:
         for schedule in (["ab", "m2", "m3"], ["ab", *(f"m{index}" for index in range(2, 8))], ["m4", "ab", "m5"]):
             for _ in range(3):
@@ -683,7 +685,7 @@ def test_what_cannot_be_kept_is_refused_and_the_engine_still_works() -> None:
 
 def test_a_table_that_rows_are_not_enough_of_has_a_place_in_the_plan_or_none_at_all() -> None:
     manifest, source = toy_model([3 * PAGE, 100, 100, 100])
-    table = {"c0": TableUnit("c0", ("c0",), ("c0.t0",), ())}
+    table = {"c0": TableUnit(("c0",), ("c0.t0",), ())}
     for budget, fits in ((3, False), (5, True)):
         with running(manifest, source, budget_bytes=budget * PAGE, tables=table) as engine:
             use(engine, ["c1", "c2", "c3"])
@@ -700,8 +702,7 @@ def test_a_table_that_rows_are_not_enough_of_has_a_place_in_the_plan_or_none_at_
 
 def test_a_backward_pass_through_weights_that_are_gone_fails() -> None:
     made = [toy_chunk(f"c{index}", [("F32", (4,))], seed=index) for index in range(6)]
-    manifest = toy_manifest([chunk for chunk, _ in made])
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made)
     with running(manifest, source, budget_bytes=2 * PAGE) as engine:
         given = torch.ones(4, requires_grad=True)
         seen = (given * engine.acquire("c0")["c0.t0"]).sum()
@@ -733,9 +734,8 @@ def test_whatever_is_reserved_all_buffers_fit_beside_it(
                 engine.reserve(reserved * PAGE)
             for name in cycle * 2:
                 use(engine, [name])
-                free = engine.spare_bytes
                 room = budget * PAGE - engine.limit.reserved_bytes
-                assert engine.resident_bytes + free <= room, engine.plan
+                assert engine.resident_bytes + spare_bytes(engine) <= room, engine.plan
                 assert engine.plan.peak_bytes <= room
 
 

@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 
 from surfw.errors import IntegrityError, ManifestError
 from surfw.manifest import DTYPE_BITS, Chunk, Form, Manifest
-from surfw.runtime.buffers import Buffer, MappedBuffer
+from surfw.runtime.buffers import Buffer
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.run import IoThread
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import View
-from tests.toys import ToySource, damage, toy_chunk, toy_manifest
+from tests.toys import ToySource, damage, toy_chunk, toy_manifest, toy_model_of
 
 
 def load(chunk: Chunk, payload: bytes, dtypes: Mapping[str, torch.dtype] | None = None) -> dict[str, torch.Tensor]:
-    manifest = toy_manifest([chunk])
-    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, dtypes)
+    manifest, source = toy_model_of([(chunk, payload)])
+    loader = Loader(source, manifest, dtypes)
     buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
     asyncio.run(loader.load(chunk, buffer, priority=0))
     return loader.tensors(chunk, buffer)
@@ -55,9 +55,9 @@ def test_tensors_have_their_bytes_shapes_and_dtypes_at_multiples_of_64(
 
 
 def test_tensors_are_views_of_the_buffer() -> None:
-    chunk, payload = toy_chunk("c", [("U8", (100,))])
-    manifest = toy_manifest([chunk])
-    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest)
+    made = chunk, _ = toy_chunk("c", [("U8", (100,))])
+    manifest, source = toy_model_of([made])
+    loader = Loader(source, manifest)
     buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
     asyncio.run(loader.load(chunk, buffer, priority=0))
     tensor = loader.tensors(chunk, buffer)["c.t0"]
@@ -78,11 +78,9 @@ def test_another_dtype_is_cast_as_torch_casts(target: torch.dtype) -> None:
 
 def test_a_buffer_is_as_large_as_the_dtypes_in_memory_need() -> None:
     chunk, _ = toy_chunk("c", [("F32", (100,)), ("F32", (3,))])
-    manifest = toy_manifest([chunk])
-    source = ToySource({"toy": manifest}, {})
-    assert buffer_bytes(chunk, Loader(source, manifest).dtypes) == 448 + 12
-    assert buffer_bytes(chunk, Loader(source, manifest, {"c.t0": torch.float64}).dtypes) == 832 + 12
-    assert buffer_bytes(chunk, Loader(source, manifest, {"c.t0": torch.bfloat16}).dtypes) == 256 + 12
+    assert buffer_bytes(chunk, {}) == 448 + 12
+    assert buffer_bytes(chunk, {"c.t0": torch.float64}) == 832 + 12
+    assert buffer_bytes(chunk, {"c.t0": torch.bfloat16}) == 256 + 12
 
 
 def test_a_chunk_without_bytes_is_not_asked_for() -> None:
@@ -114,9 +112,9 @@ def test_a_load_that_is_cancelled_ends_only_when_its_cast_no_longer_writes(monke
         wrote.append(1)
 
     monkeypatch.setattr(Loader, "_cast", slow)
-    chunk, payload = toy_chunk("c", [("F32", (100,))])
-    manifest = toy_manifest([chunk])
-    loader = Loader(ToySource({"toy": manifest}, {chunk.id: payload}), manifest, {"c.t0": torch.bfloat16})
+    made = chunk, _ = toy_chunk("c", [("F32", (100,))])
+    manifest, source = toy_model_of([made])
+    loader = Loader(source, manifest, {"c.t0": torch.bfloat16})
     io = IoThread()
     job = io.submit(loader.load(chunk, Buffer(buffer_bytes(chunk, loader.dtypes)), priority=0))
     assert began.wait(60)
@@ -133,25 +131,24 @@ def test_a_load_that_is_cancelled_ends_only_when_its_cast_no_longer_writes(monke
 
 def test_one_chunk_at_a_time_is_cast_in_memory_that_is_told() -> None:
     made = [toy_chunk(f"c{i}", [("F32", (2000 * (i + 1),))], seed=i) for i in range(3)]
-    manifest = toy_manifest([chunk for chunk, _ in made])
-    source = ToySource({"toy": manifest}, {chunk.id: payload for chunk, payload in made})
+    manifest, source = toy_model_of(made)
     running = most = 0
 
     class Counting(Loader):
-        async def _read(self, chunk: Chunk, buffer: Buffer, priority: int) -> int:
+        async def _read(self, *arguments: Any, **options: Any) -> int:
             nonlocal running, most
             running += 1
             most = max(most, running)
             await asyncio.sleep(0)
             try:
-                return await super()._read(chunk, buffer, priority)
+                return await super()._read(*arguments, **options)
             finally:
                 running -= 1
 
     loader = Counting(source, manifest, {f"c{i}.t0": torch.float16 for i in range(3)})
     taken = [scratch_bytes(chunk, loader.dtypes) for chunk, _ in made]
     assert taken == [8192, 16384, 24576]  # values of 4 bytes, in pages
-    assert scratch_bytes(made[0][0], Loader(source, manifest).dtypes) == 0
+    assert scratch_bytes(made[0][0], {}) == 0
 
     async def main() -> None:
         loads = (loader.load(chunk, Buffer(buffer_bytes(chunk, loader.dtypes)), priority=0) for chunk, _ in made)
@@ -194,14 +191,14 @@ def test_only_mapped_tensors_that_lie_elsewhere_are_copied() -> None:
     assert [info.offset for info in chunk.tensors] == [0, 64, 70, 102, 128]
     loader, buffer = mapped(chunk, payload)
     found = loader.tensors(chunk, buffer)
-    buffer.view[:] = bytes(len(payload))
+    buffer.memory[:] = bytes(len(payload))
     zeros = [not any(raw(tensor)) for tensor in found.values()]
     assert zeros == [True, True, False, False, True], "those that are views have changed"
 
 
 def test_what_cannot_be_used_as_it_is_stored_is_not_mapped() -> None:
     chunk, payload = toy_chunk("c", [("F32", (16,)), ("F32", (16,))])
-    assert isinstance(mapped(chunk, payload)[1], MappedBuffer)
+    assert isinstance(mapped(chunk, payload)[1], View)
     assert mapped(chunk, payload, {"c.t1": torch.bfloat16})[1] is None
     packed = replace(chunk, forms=(replace(chunk.forms[0], codec="lossless"),))
     manifest = toy_manifest([packed])

@@ -1,9 +1,9 @@
-"""Rows of a table are those of the whole table, wherever blocks end; what is read is what holds them."""
+"""Rows of a table are those of the whole table, wherever blocks end; what is read is what holds them, and verified."""
 
 import asyncio
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import embedding
 
 from surfw.config import BLOCK_BYTES, MIB
-from surfw.errors import IntegrityError, ModelClosedError, ModelError
+from surfw.errors import IntegrityError, ManifestError, ModelClosedError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.rows import plan_groups, plan_runs
+from surfw.runtime.rows import plain_form, plan_groups, plan_runs
 from surfw.source import Read
 from tests.runtime.nets import raw
 from tests.runtime.parts import Parts, parts_of
@@ -133,6 +133,13 @@ def test_a_group_is_under_way_while_the_one_before_is_waited_for_in_the_same_mem
         assert parts.reads == []  # it was kept
 
 
+def test_a_long_prompt_after_a_short_one_has_a_scratch_buffer_that_is_large_enough() -> None:
+    with parts_of(table(13, 256 * KIB)) as parts:
+        reader = parts.reader(scratch_bytes=4 * MIB, keep_bytes=4 * MIB)
+        for ids in (torch.tensor([1]), torch.arange(13), torch.tensor([12])):
+            assert torch.equal(reader.lookup("t0", ids), parts.tensors[0][ids])
+
+
 def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
     with parts_of(table(9, 256 * KIB)) as parts:
         whole = parts.chunk
@@ -206,29 +213,6 @@ def test_an_interrupted_run_ends_and_memory_still_written_to_is_not_used_again()
         gate.open("c")
 
 
-def test_a_closed_source_is_a_clear_error() -> None:
-    with parts_of(table(40, 256)) as parts:
-        parts.io.close()
-        with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
-            parts.reader().lookup("t0", torch.tensor([1]))
-
-
-def test_a_source_that_is_closed_meanwhile_is_a_clear_error() -> None:
-    gate = Gate()
-    with parts_of(table(40, 256)) as parts:
-        parts.source.gate = gate
-
-        def close() -> None:
-            gate.wait_for("c")
-            parts.io.close()
-
-        thread = threading.Thread(target=close)
-        thread.start()
-        with pytest.raises(ModelClosedError, match="the source of toy was closed while it was read"):
-            parts.reader().lookup("t0", torch.tensor([1]))
-        thread.join()
-
-
 ranges = st.lists(st.tuples(st.integers(0, 5 * MIB), st.integers(1, 3 * MIB)), max_size=8).map(
     lambda pairs: sorted((start, start + length) for start, length in pairs)
 )
@@ -249,3 +233,104 @@ def test_runs_are_neighbours_and_nothing_else(blocks: list[int]) -> None:
     runs = list(plan_runs(blocks))
     assert [block for first, last in runs for block in range(first, last + 1)] == blocks
     assert all(second[0] > first[1] + 1 for first, second in pairwise(runs))
+
+
+WIDTH = 4
+SIZE = 3 * MIB + 100
+TABLE = (torch.arange(SIZE) * 7919 >> 5).to(torch.uint8).reshape(-1, WIDTH)
+
+
+def after_fetches(parts: Parts, ended: Callable[[BaseException | None], None]) -> None:
+    """Tell how each fetch of the source ended, just before it does."""
+    fetch = parts.source.fetch
+
+    async def watched(manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        try:
+            await fetch(manifest, reads, priority=priority)
+        except BaseException as exc:
+            ended(exc)
+            raise
+        ended(None)
+
+    parts.source.fetch = watched  # type: ignore[method-assign]
+
+
+def test_runs_arrive_in_one_fetch_and_are_counted() -> None:
+    with parts_of(TABLE) as parts:
+        fetches: list[BaseException | None] = []
+        after_fetches(parts, fetches.append)
+        ids = torch.tensor([3 * MIB + 96, 4, 2 * MIB]) // WIDTH
+        assert torch.equal(parts.reader().lookup("t0", ids), embedding(ids, TABLE))
+        assert parts.blocks_read() == [[0], [2, 3]]
+        assert fetches == [None]
+        assert parts.metrics.count("fetched_bytes") == 2 * MIB + 100
+        assert parts.metrics.latency("fetch").count == 1
+
+
+def test_a_run_that_is_not_whole_blocks_is_refused() -> None:
+    with parts_of(TABLE) as parts, pytest.raises(ValueError, match="range 0-5 of chunk c is not made of whole blocks"):
+        Read(parts.chunk, plain_form(parts.chunk), 0, 5, memoryview(bytearray(5)))
+
+
+def test_damage_is_reported_to_who_waits_and_not_counted() -> None:
+    with parts_of(TABLE) as parts:
+        with pytest.raises(IntegrityError, match="chunk c from toys is damaged: block 0 has BLAKE3"):
+            parts.reader(chunk=damage(parts.chunk)).lookup("t0", torch.tensor([0]))
+        assert parts.metrics.count("fetched_bytes") == 0
+
+
+def test_waiting_is_a_stall_and_ends_when_the_run_is_interrupted() -> None:
+    gate, ends = Gate(), threading.Semaphore(0)
+    with parts_of(TABLE) as parts:
+        parts.source.gate = gate
+        ended: list[BaseException | None] = []
+        after_fetches(parts, lambda exc: (ended.append(exc), ends.release())[1])
+
+        def interrupt() -> None:
+            gate.wait_for("c")
+            parts.run.interrupt(ModelError("no longer wanted"))
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(ModelError, match="no longer wanted"):
+            parts.reader().lookup("t0", torch.tensor([0]))
+        thread.join()
+        assert ends.acquire(timeout=60)
+        assert [type(exc) for exc in ended] == [asyncio.CancelledError]
+        assert "stall" in parts.metrics.snapshot()["seconds"]
+        assert parts.metrics.count("fetched_bytes") == 0
+
+
+def test_an_interrupted_run_does_not_even_take_what_is_there() -> None:
+    with parts_of(TABLE) as parts:
+        after_fetches(parts, lambda _: parts.run.interrupt(ModelError("no longer wanted")))
+        with pytest.raises(ModelError, match="no longer wanted"):
+            parts.reader().lookup("t0", torch.tensor([0]))
+        assert parts.blocks_read() == [[0]]
+
+
+def test_a_source_that_is_closed_is_a_clear_error() -> None:
+    gate = Gate()
+    with parts_of(TABLE) as parts:
+        parts.source.gate = gate
+
+        def close() -> None:
+            gate.wait_for("c")
+            parts.io.close()
+
+        thread = threading.Thread(target=close)
+        thread.start()
+        with pytest.raises(ModelClosedError, match="the source of toy was closed while it was read"):
+            parts.reader().lookup("t0", torch.tensor([0]))
+        thread.join()
+        with pytest.raises(ModelClosedError, match="the client has been closed; open it again"):
+            parts.reader().lookup("t0", torch.tensor([0]))
+
+
+def test_a_chunk_that_is_stored_otherwise_has_no_parts() -> None:
+    error = "chunk c is stored as lossless, expected none: its parts cannot be read alone"
+    with parts_of(TABLE, codec="lossless") as parts:
+        with pytest.raises(ManifestError, match=error):
+            plain_form(parts.chunk)
+        with pytest.raises(ManifestError, match=error):
+            parts.reader().lookup("t0", torch.tensor([0]))

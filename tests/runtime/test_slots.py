@@ -178,6 +178,16 @@ def test_a_plan_with_less_memory_evicts_what_is_idle_at_once_and_the_rest_after_
     assert not table["f"].in_ring
 
 
+def test_a_chunk_that_was_on_its_way_to_a_ring_goes_where_the_plan_has_none() -> None:
+    table = table_of()
+    table.prefetch("a")
+    for _ in range(2):
+        table.adopt(plan_of(SIZES, "abcdef", ring=0))
+        arrive(table, table.prefetch("bcdef"))
+    table.ended("a", failed=False)
+    assert names(table.release("", {})) == ("a", "")
+
+
 def test_what_a_plan_pins_takes_the_memory_of_what_it_does_not_pin_any_more() -> None:
     table = table_of(pinned="ab", ring=1)
     run(table, "abc")
