@@ -13,8 +13,10 @@ checkpoints and the blobs of a store are parsed here, and only the caller knows 
 """
 
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeGuard
 
 from surfw.config import quote
@@ -117,13 +119,13 @@ def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
         tensor.name: {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": [tensor.offset, tensor.offset + nbytes(tensor.dtype, tensor.shape)],
+            "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
         }
         for tensor in tensors
     }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = -(-(8 + len(text)) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT - 8
-    return padded.to_bytes(8, "little") + text.ljust(padded)
+    padded = len(text) + -(PREFIX_BYTES + len(text)) % HEADER_ALIGNMENT
+    return padded.to_bytes(PREFIX_BYTES, "little") + text.ljust(padded)
 
 
 def _decode(header: bytes) -> dict[str, Any]:
@@ -167,7 +169,8 @@ def _tensor(name: str, entry: Any, payload_start: int) -> HeaderTensor:
         raise HeaderError(f"{what} has shape {quote(shape)}, expected integers from 0")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise HeaderError(f"{what} has data_offsets {quote(offsets)}, expected [begin, end] with 0 <= begin <= end")
-    if _overflows(shape):
+    counts = accumulate((max(size, 1) for size in shape), operator.mul)  # a dimension of 0 does not excuse the others
+    if any(count >= _MAX_ELEMENTS for count in counts):
         raise HeaderError(f"{what} has shape {quote(shape)}, more elements than 64 bits can count")
     begin, end = offsets
     if end - begin != nbytes(dtype, shape):
@@ -178,16 +181,6 @@ def _tensor(name: str, entry: Any, payload_start: int) -> HeaderTensor:
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether a value is a list of integers from 0; JSON's true and false do not count."""
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
-
-
-def _overflows(shape: list[int]) -> bool:
-    """Whether there are more elements than 64 bits count; a dimension of 0 does not excuse the others."""
-    count = 1
-    for size in shape:
-        count *= max(size, 1)
-        if count >= _MAX_ELEMENTS:
-            return True
-    return False
 
 
 def _truncated(expected_bytes: int, file_bytes: int) -> TruncatedFileError:

@@ -8,10 +8,10 @@ here.
 import glob
 import logging
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surfw.checkpoint.layout import (
     CONFIG_FILE,
@@ -25,6 +25,9 @@ from surfw.checkpoint.layout import (
 from surfw.config import display_url
 from surfw.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
 logger = logging.getLogger("surfw.checkpoint")
 
 _ANSWER_SECONDS = 10
@@ -33,17 +36,10 @@ _ANSWER_SECONDS = 10
 def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
     """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
-    Args:
-        repo_id: `org/name`.
-        revision: branch, tag or commit.
-        show_progress: let the hub library draw its bars on stderr, in a terminal.
-
-    Raises:
-        CheckpointError: the model cannot be reached, or is damaged.
-        UnsupportedModelError: it is of a kind that surfw cannot chunk.
+    See `open_checkpoint` for the arguments and errors.
     """
     try:
-        names = _list_files(repo_id, revision)
+        names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
         return _find_cached(repo_id, revision, exc)
     entry = find_weights(names, f"hub model {repo_id}")
@@ -67,55 +63,43 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
     Raises:
         CheckpointError: the model cannot be reached, or has no such revision.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import constants
 
     try:
-        found = HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS).sha
+        found = _ask(repo_id, revision).sha
     except Exception as exc:
         raise CheckpointError(
-            f"hub model {repo_id} cannot be reached at {hub_address()} ({_reason(exc, revision)}); check the name and "
-            "the network, or name another hub in HF_ENDPOINT"
+            f"hub model {repo_id} cannot be reached at {display_url(constants.ENDPOINT)} ({_reason(exc, revision)}); "
+            "check the name and the network, or name another hub in HF_ENDPOINT"
         ) from exc
     if not found:
         raise CheckpointError(f"the hub does not say which commit of {repo_id} it has")
     return found
 
 
-def hub_address() -> str:
-    """The address of the hub that is used."""
-    from huggingface_hub import constants
-
-    return display_url(constants.ENDPOINT)
-
-
-def _list_files(repo_id: str, revision: str | None) -> set[str]:
-    """What the repository holds: one request, which fails at once where there is no hub."""
+def _ask(repo_id: str, revision: str | None) -> "ModelInfo":
+    """What the hub says of a repository: one request, which fails at once where there is no hub."""
     from huggingface_hub import HfApi
 
-    found = HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS)
-    return {file.rfilename for file in found.siblings or ()}
+    return HfApi().model_info(repo_id, revision=revision, timeout=_ANSWER_SECONDS)
 
 
 def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_progress: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
-    class NoBar(tqdm):
-        """Counts without drawing, even if the environment asks for bars."""
-
-        def __init__(self, *args: Any, **settings: Any) -> None:
-            super().__init__(*args, **settings | {"disable": True})  # type: ignore[no-untyped-call]
-
     class Bar(tqdm):
-        """Draws on the real stderr, past rich's proxy; the names of files it shows have been checked."""
+        """Draws on the real stderr, past rich's proxy, or not at all, even if the environment asks for bars."""
 
         def __init__(self, *args: Any, **settings: Any) -> None:
-            file = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-            super().__init__(*args, **settings | {"file": file})  # type: ignore[no-untyped-call]
+            settings["file"] = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+            if not show_progress:
+                settings["disable"] = True
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
-    bar = Bar if show_progress else NoBar
+    patterns = [glob.escape(name) for name in sorted(names)]
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_exactly(names), tqdm_class=bar))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, tqdm_class=Bar))
     except Exception as exc:
         raise CheckpointError(
             f"hub model {repo_id} could not be downloaded ({_reason(exc, revision)}); "
@@ -137,11 +121,6 @@ def _find_cached(repo_id: str, revision: str | None, cause: Exception) -> Path:
         ) from cause
     logger.warning("%s: using the copy in %s, because the hub could not be asked (%s)", repo_id, folder, reason)
     return Path(folder)
-
-
-def _exactly(names: Iterable[str]) -> list[str]:
-    """Patterns that match these names and nothing else."""
-    return [glob.escape(name) for name in sorted(names)]
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -83,17 +83,17 @@ def find_weights(names: Collection[str], where: str) -> str:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`.
+def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
+    """The folder's `config.json`; `where` names a folder of copies in errors.
 
     Raises:
         CheckpointError: it is missing, or not a JSON object of reasonable size.
         UnsupportedModelError: it describes weights that surfw cannot chunk.
     """
-    path = folder / CONFIG_FILE
-    if not path.exists():
-        raise no_checkpoint(str(folder))
-    config = read_json(path, _CONFIG_BYTES)
+    if not (folder / CONFIG_FILE).exists():
+        raise no_checkpoint(where or str(folder))
+    path = f"{where or folder}/{CONFIG_FILE}"
+    config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
     if quantised := config.get("quantization_config") or config.get("compression_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise UnsupportedModelError(
@@ -108,13 +108,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_generation_config(folder: Path) -> dict[str, Any] | None:
+def read_generation_config(folder: Path, where: str | None = None) -> dict[str, Any] | None:
     """The folder's `generation_config.json`, if there is one."""
     path = folder / GENERATION_FILE
-    return read_json(path, _CONFIG_BYTES) if path.exists() else None
+    return read_json(path, _CONFIG_BYTES, f"{where or folder}/{path.name}") if path.exists() else None
 
 
-def read_weights(folder: Path, name: str) -> Weights:
+def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
     """The shards behind one of `WEIGHTS_FILES`.
 
     Raises:
@@ -122,8 +122,8 @@ def read_weights(folder: Path, name: str) -> Weights:
     """
     if not name.endswith(".index.json"):
         return Weights((name,), {})
-    path = folder / name
-    promised = read_json(path, _INDEX_BYTES).get("weight_map")
+    path = f"{where or folder}/{name}"
+    promised = read_json(folder / name, _INDEX_BYTES, path).get("weight_map")
     if not isinstance(promised, dict) or not promised:
         raise CheckpointError(
             f"{path} is no index of shards: expected 'weight_map', an object from tensor to file name"
@@ -138,49 +138,51 @@ def read_weights(folder: Path, name: str) -> Weights:
     return Weights(tuple(sorted(set(promised.values()))), promised)
 
 
-def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
-    """Read a JSON object from a file of at most `limit_bytes`.
+def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `limit_bytes`; `where` names it in errors if it is a copy.
 
     Raises:
         CheckpointError: the file is larger, cannot be read, or holds something else.
     """
-    text = read_small(path, limit_bytes)
+    where = where or str(path)
+    text = read_small(path, limit_bytes, where)
     try:
         document = json.loads(text.decode())
     except RecursionError as exc:
-        raise CheckpointError(f"{path} is not JSON that can be read: it is nested too deeply") from exc
+        raise CheckpointError(f"{where} is not JSON that can be read: it is nested too deeply") from exc
     except ValueError as exc:
-        raise CheckpointError(f"{path} is not JSON ({exc}); download it again") from exc
+        raise CheckpointError(f"{where} is not JSON ({exc}); download it again") from exc
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path} is not a JSON object but {quote(document)}; download it again")
-    _refuse_depth(path, document)
+        raise CheckpointError(f"{where} is not a JSON object but {quote(document)}; download it again")
+    _refuse_depth(document, where)
     return document
 
 
-def read_small(path: Path, limit_bytes: int) -> bytes:
+def read_small(path: Path, limit_bytes: int, where: str | None = None) -> bytes:
     """Read a regular file of at most `limit_bytes`.
 
     Raises:
         CheckpointError: the file is larger, or cannot be read.
     """
-    with translate_errors(path):
+    where = where or str(path)
+    with translate_errors(where):
         try:
             return read_regular(path, limit_bytes)
         except OSError as exc:
             if exc.errno != errno.EFBIG:
                 raise
             raise CheckpointError(
-                f"{path} has more than {limit_bytes} bytes, which no file of this kind needs"
+                f"{where} has more than {limit_bytes} bytes, which no file of this kind needs"
             ) from exc
 
 
-def _refuse_depth(path: Path, document: Any) -> None:
-    """Raises: CheckpointError, if going through the document would exceed the depth that the rest of surfw bears."""
+def _refuse_depth(document: Any, where: str) -> None:
+    """Raises: CheckpointError, if the document is nested more deeply than the rest of surfw can read."""
     level, depth = [document], 0
     while level:
         depth += 1
         if depth > MAX_JSON_DEPTH:
-            raise CheckpointError(f"{path} is nested too deeply: expected at most {MAX_JSON_DEPTH} levels")
+            raise CheckpointError(f"{where} is nested too deeply: expected at most {MAX_JSON_DEPTH} levels")
         inside = (value.values() if isinstance(value, dict) else value for value in level)
         level = [one for values in inside for one in values if isinstance(one, dict | list)]
 

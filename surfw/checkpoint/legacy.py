@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 
-from surfw.checkpoint.shard import SourceTensor, check_regular, check_unchanged, identify, translate_errors
+from surfw.checkpoint.shard import SourceTensor, check_unchanged, identify, open_weights, translate_errors
 from surfw.config import MIB, format_size, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
-from surfw.files import open_regular
 
 logger = logging.getLogger("surfw.checkpoint")
 
@@ -46,9 +45,8 @@ class LegacyShard:
             UnsupportedModelError: it needs code to be run, or has tensors of kinds that surfw does not read.
         """
         self.path = path
-        check_regular(path)
-        self.identity = identify(path)
-        with translate_errors(path), os.fdopen(open_regular(path), "rb") as file:
+        with translate_errors(path), os.fdopen(open_weights(path), "rb") as file:
+            self.identity = identify(path, file.fileno())
             self._mapped = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
         if not self._mapped:
             logger.warning(

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from surfw.checkpoint.layout import (
@@ -22,6 +21,7 @@ from surfw.checkpoint.layout import (
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
 from surfw.config import quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from surfw.manifest import Pin
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class Checkpoint:
         generation_config: `generation_config.json`, if there is one.
         files: the tokenizer's files, by name.
         shards: the files of weights, in transformers' order.
+        url: where it lies: a folder, or the address of a remote storage, of which `path` has copies of small files.
+        pins: of a remote one, size and revision of its objects when they were opened, by name.
+        release: closes what else was opened for it.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Checkpoint:
     generation_config: dict[str, Any] | None
     files: Mapping[str, Path]
     shards: tuple[Shard, ...] = field(repr=False)
+    url: str
+    pins: Mapping[str, Pin] | None = None
+    release: Callable[[], object] = lambda: None
 
     @cached_property
     def tensors(self) -> dict[str, SourceTensor]:
@@ -54,13 +60,7 @@ class Checkpoint:
         return {shard.path: shard for shard in self.shards}
 
     def read_into(self, name: str, destination: memoryview, start: int, stop: int) -> None:
-        """Fill `destination` with the bytes `start` to `stop` of a tensor, as they are when it is contiguous.
-
-        Args:
-            name: of one of `tensors`.
-            destination: writable, of `stop - start` bytes, format `B`.
-            start: first byte, counted from the tensor's.
-            stop: the byte after the last.
+        """Fill `destination`, a view of bytes, with the bytes `start` to `stop` of the contiguous tensor.
 
         Raises:
             CheckpointError: the shard changed since it was opened, or cannot be read.
@@ -80,13 +80,12 @@ class Checkpoint:
         """Close every shard."""
         for shard in self.shards:
             shard.close()
+        self.release()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -120,50 +119,6 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     return open_directory(folder)
 
 
-def open_directory(
-    folder: Path,
-    *,
-    name: str | None = None,
-    names: Collection[str] | None = None,
-    open_shard: Callable[[Path], Shard] | None = None,
-) -> Checkpoint:
-    """Open the checkpoint in a local directory.
-
-    Args:
-        folder: the directory.
-        name: default: the directory's.
-        names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
-        open_shard: opens a file of weights; default: the one in the directory.
-
-    Raises:
-        CheckpointError: it is damaged or incomplete.
-        UnsupportedModelError: it is of a kind that surfw cannot chunk.
-    """
-    if names is None:
-        with translate_errors(folder):
-            names = {path.name for path in folder.iterdir() if path.is_file()}
-    entry = find_weights(names, str(folder))
-    config = read_config(folder)
-    weights = read_weights(folder, entry)
-    with ExitStack() as opened:
-        shards = []
-        for file in weights.shards:
-            shard = (open_shard or _open_shard)(folder / file)
-            opened.callback(shard.close)
-            shards.append(shard)
-        checkpoint = Checkpoint(
-            name=name or folder.resolve().name,
-            path=folder,
-            config=config,
-            generation_config=read_generation_config(folder),
-            files={file: folder / file for file in TOKENIZER_FILES if file in names},
-            shards=tuple(shards),
-        )
-        _check_promises(checkpoint, weights.promised, entry)
-        opened.pop_all()
-    return checkpoint
-
-
 def _open_shard(path: Path) -> Shard:
     if path.suffix == ".safetensors":
         return SafetensorsShard(path)
@@ -172,16 +127,63 @@ def _open_shard(path: Path) -> Shard:
     return LegacyShard(path)
 
 
-def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], index: str) -> None:
+def open_directory(
+    folder: Path,
+    *,
+    name: str | None = None,
+    names: Collection[str] | None = None,
+    open_shard: Callable[[Path], Shard] = _open_shard,
+    where: str | None = None,
+) -> Checkpoint:
+    """Open the checkpoint in a local directory.
+
+    Args:
+        folder: the directory.
+        name: default: the directory's.
+        names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
+        open_shard: opens a file of weights; default: the one in the directory.
+        where: names the directory in errors, if it only has copies of the files.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete.
+        UnsupportedModelError: it is of a kind that surfw cannot chunk.
+    """
+    if names is None:
+        with translate_errors(folder):
+            names = {path.name for path in folder.iterdir() if path.is_file()}
+    where = where or str(folder)
+    entry = find_weights(names, where)
+    config = read_config(folder, where)
+    weights = read_weights(folder, entry, where)
+    with ExitStack() as opened:
+        shards = []
+        for file in weights.shards:
+            shards.append(open_shard(folder / file))
+            opened.callback(shards[-1].close)
+        checkpoint = Checkpoint(
+            name=name or folder.resolve().name,
+            path=folder,
+            config=config,
+            generation_config=read_generation_config(folder, where),
+            files={file: folder / file for file in TOKENIZER_FILES if file in names},
+            shards=tuple(shards),
+            url=str(folder.absolute()),
+        )
+        _check_promises(checkpoint, weights.promised, where, entry)
+        opened.pop_all()
+    return checkpoint
+
+
+def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:
     holds = {(tensor.name, shard.path.name) for shard in checkpoint.shards for tensor in shard.tensors}
     for tensor, file in promised.items():
         if (tensor, file) not in holds:
             raise CheckpointError(
-                f"{checkpoint.path / index} places tensor {quote(tensor)} in {file}, which does not hold it; "
+                f"{where}/{index} places tensor {quote(tensor)} in {file}, which does not hold it; "
                 "the files are of different downloads, download the checkpoint again"
             )
     if not checkpoint.tensors:
-        raise UnsupportedModelError(f"{checkpoint.path} has no tensors in {index}; expected the weights of a model")
+        raise UnsupportedModelError(f"{where} has no tensors in {index}; expected the weights of a model")
 
 
 def _local_directory(model: str) -> Path | None:

@@ -6,7 +6,7 @@ A file that changes after it was opened is noticed at the next read.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -85,9 +85,7 @@ class SafetensorsShard:
             UnsupportedModelError: a tensor has a type that surfw does not read.
         """
         self.path = path
-        check_regular(path)
-        with translate_errors(path):
-            self._fd = open_regular(path)
+        self._fd = open_weights(path)
         try:
             self.identity = identify(path, self._fd)
             self.tensors = read_tensors(path, self.identity.size_bytes, self._fill, where=str(path))
@@ -97,8 +95,7 @@ class SafetensorsShard:
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
         """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
-        if tensor.start is None:
-            raise ValueError(f"tensor {tensor.name} is not of a safetensors file")
+        assert tensor.start is not None, "it is of this file"
         check_unchanged(self.path, self._fd, self.identity)
         self._fill(tensor.start + start, destination)
 
@@ -124,13 +121,7 @@ class SafetensorsShard:
 def read_tensors(
     path: Path, file_bytes: int, read: Callable[[int, memoryview], object], *, where: str
 ) -> tuple[SourceTensor, ...]:
-    """The tensors of a safetensors file, in the order of their names, as transformers sees them.
-
-    Args:
-        path: the file.
-        file_bytes: its size.
-        read: fills memory with its bytes from a position on.
-        where: names it in errors.
+    """The tensors of a safetensors file; `read` fills memory with its bytes from a position on.
 
     Raises:
         CheckpointError: a rule of the format is broken; the text says which.
@@ -175,26 +166,28 @@ def check_unchanged(path: Path, fd: int | None, then: Identity) -> None:
         )
 
 
-def check_regular(path: Path) -> None:
-    """Make sure that the path is a regular file with weights in it.
+def open_weights(path: Path) -> int:
+    """A descriptor of a regular file with weights in it.
 
     Raises:
         CheckpointError: it is missing, not a regular file, or the pointer that git leaves where LFS is not installed.
     """
-    with translate_errors(path):
+    with translate_errors(path), ExitStack() as opened:
         if not path.is_file():
             seen = "is no regular file" if path.exists() else "is missing"
             raise CheckpointError(f"{path} {seen}; the checkpoint is incomplete, download it again")
-        with os.fdopen(open_regular(path), "rb") as file:
-            stand_in = file.read(24) == b"version https://git-lfs."
-    if stand_in:
-        raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it")
+        fd = open_regular(path)
+        opened.callback(os.close, fd)
+        if os.pread(fd, 24, 0) == b"version https://git-lfs.":
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it")
+        opened.pop_all()
+    return fd
 
 
 @contextmanager
-def translate_errors(path: Path) -> Iterator[None]:
+def translate_errors(where: Path | str) -> Iterator[None]:
     """Turn the operating system's errors about a file into `CheckpointError`."""
     try:
         yield
     except OSError as exc:
-        raise CheckpointError(f"{path} cannot be read: {exc.strerror or exc}") from exc
+        raise CheckpointError(f"{where} cannot be read: {exc.strerror or exc}") from exc

@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.layout import read_small
-from surfw.checkpoint.shard import SafetensorsShard, check_unchanged
+from surfw.checkpoint.shard import check_unchanged
 from surfw.chunking.plan import PlannedChunk
 from surfw.chunking.prepare import PreparedModel, prepare_model
-from surfw.chunking.remote import RemoteCheckpoint, plain_name
+from surfw.chunking.remote import plain_name
 from surfw.chunking.write import Progress
-from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, OnMissing, display_url
+from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
 from surfw.errors import CheckpointError, ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import Chunk, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
 from surfw.storage import StorageBackend, Store, open_backend
@@ -55,13 +56,10 @@ async def build_manifest(prepared: PreparedModel) -> Manifest:
         UnsupportedModelError: a tensor is not a range of the checkpoint.
         CheckpointError: the checkpoint changed since it was opened, or its storage does not tell when it changes.
     """
-    places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
-    pins = await _pins(prepared, {at.object for chunk in places for at in chunk})
     checkpoint = prepared.checkpoint
-    url = checkpoint.url if isinstance(checkpoint, RemoteCheckpoint) else str(checkpoint.path.absolute())
+    places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
+    origin = Origin(checkpoint.url, await _pins(checkpoint, {at.object for chunk in places for at in chunk}))
     files = [await asyncio.to_thread(_file, path) for _, path in sorted(checkpoint.files.items())]
-    await asyncio.to_thread(_check_unchanged, prepared)
-    origin = Origin(url, pins)
     chunks = [_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)]
     return prepared.manifest(chunks, files, origin)
 
@@ -73,11 +71,7 @@ def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin)
 
 
 def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
-    """Where a chunk's payload lies, in order; neighbours are one range.
-
-    Raises:
-        UnsupportedModelError: a tensor is not in the checkpoint as it is used.
-    """
+    """Where a chunk's payload lies, in order; neighbours are one range."""
     found: list[Location] = []
     for tensor in chunk.tensors:
         recipe = prepared.loading.recipes[tensor.info.name]
@@ -106,30 +100,19 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     return found
 
 
-async def _pins(prepared: PreparedModel, shards: set[str]) -> Mapping[str, Pin]:
-    checkpoint = prepared.checkpoint
+async def _pins(checkpoint: Checkpoint, shards: set[str]) -> Mapping[str, Pin]:
     names = sorted(shards | set(checkpoint.files))
-    if isinstance(checkpoint, RemoteCheckpoint):
+    if checkpoint.pins is not None:
         return {name: checkpoint.pins[name] for name in names}
-    backend = open_backend(str(checkpoint.path.absolute()))
-    pins = {}
+    backend, pins = open_backend(checkpoint.url), {}
     for name in names:
         revision = await backend.revision(name)
         if revision is None:
             raise CheckpointError(f"{checkpoint.path / name} vanished while it was read; download it again")
         pins[name] = Pin(await backend.size(name), revision)
+    for shard in checkpoint.shards:  # it may have changed after its header was read and before it was pinned
+        await asyncio.to_thread(check_unchanged, shard.path, None, shard.identity)
     return pins
-
-
-def _check_unchanged(prepared: PreparedModel) -> None:
-    """Raises: CheckpointError, if a shard changed after its header was read and before it was pinned."""
-    for shard in prepared.checkpoint.shards:
-        if isinstance(shard, SafetensorsShard):
-            check_unchanged(shard.path, None, shard.identity)
-
-
-def _folder_name(place: str) -> str:
-    return Path(place).expanduser().resolve().name
 
 
 def _file(path: Path) -> ModelFile:
@@ -167,8 +150,6 @@ async def publish_place(
     place: str,
     options: Mapping[str, Any] | None = None,
     *,
-    on_missing: OnMissing = "error",
-    model_class: Any = None,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> Path:
     """Make the checkpoint in a folder or under a storage URL the one model of a private store, without digests.
@@ -180,15 +161,11 @@ async def publish_place(
         SurfwError: it cannot be served in place.
     """
     folder = private_store(place, options or {})
-    name = None if "://" in place else plain_name(await asyncio.to_thread(_folder_name, place))
+    name = None
+    if "://" not in place:
+        name = plain_name(await asyncio.to_thread(lambda: Path(place).expanduser().resolve().name))
     prepared = await asyncio.to_thread(
-        prepare_model,
-        place,
-        name=name,
-        on_missing=on_missing,
-        model_class=model_class,
-        storage_options=options,
-        silence_timeout=silence_timeout,
+        prepare_model, place, name=name, storage_options=options, silence_timeout=silence_timeout
     )
     try:
         manifest = await build_manifest(prepared)

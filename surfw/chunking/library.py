@@ -4,13 +4,13 @@ import asyncio
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.write import Progress, write_model
 from surfw.config import OnMissing, display_url, expect
 from surfw.errors import ConfigurationError
-from surfw.manifest import Manifest
 from surfw.storage import StorageBackend, open_backend
 from surfw.threads import refuse_event_loop
 
@@ -92,16 +92,17 @@ class ModelChunker:
             raise ConfigurationError("storage_options are for output_dir; give them to the backend where it is made")
         self._storage_options = dict(storage_options or {})
         self._backend = storage_backend
-        self._output_dir = DEFAULT_OUTPUT_DIR if output_dir is None else output_dir
+        self._output_dir = os.fspath(DEFAULT_OUTPUT_DIR if output_dir is None else output_dir)
         self._progress = progress or (lambda *_: None)
-        self._model = os.fspath(model_name)
-        self._options: dict[str, Any] = {
-            "name": name,
-            "revision": revision,
-            "dtype": dtype,
-            "model_class": model_class,
-            "on_missing": on_missing,
-        }
+        self._prepare = partial(
+            prepare_model,
+            os.fspath(model_name),
+            name=name,
+            revision=revision,
+            dtype=dtype,
+            model_class=model_class,
+            on_missing=on_missing,
+        )
 
     async def chunk_model(self) -> ModelInfo:
         """Chunk the model; computing and reading happen in threads, so that the event loop stays free.
@@ -113,16 +114,25 @@ class ModelChunker:
             UnsupportedModelError: surfw cannot run it.
             StorageError: the storage cannot take it.
         """
-        with await self._prepare() as prepared:
-            if self._backend is not None:
-                manifest = await write_model(prepared, self._backend, progress=self._progress)
-                return _describe(manifest, self._backend)
-            place = os.fspath(self._output_dir)
-            backend = open_backend(place, self._storage_options)
+        with await self._prepare_in_thread() as prepared:
+            backend = self._backend
+            if backend is None:
+                backend = open_backend(self._output_dir, self._storage_options)
             try:
-                return _describe(await write_model(prepared, backend, progress=self._progress), backend)
+                manifest = await write_model(prepared, backend, progress=self._progress)
             finally:
-                await backend.close()
+                if self._backend is None:
+                    await backend.close()
+        return ModelInfo(
+            name=manifest.name,
+            class_name=manifest.class_name,
+            dtype=manifest.dtype,
+            layers=manifest.layer_count,
+            chunks=len(manifest.chunks),
+            payload_bytes=manifest.payload_bytes,
+            digest=manifest.digest,
+            store=display_url(backend.url),
+        )
 
     def chunk_model_sync(self) -> ModelInfo:
         """Chunk the model, where no event loop runs.
@@ -133,9 +143,9 @@ class ModelChunker:
         refuse_event_loop("chunking a model", "'await chunker.chunk_model()'")
         return asyncio.run(self.chunk_model())
 
-    async def _prepare(self) -> PreparedModel:
+    async def _prepare_in_thread(self) -> PreparedModel:
         """Open and plan in a thread; if this is cancelled, close what the thread has opened."""
-        preparing = asyncio.ensure_future(asyncio.to_thread(prepare_model, self._model, **self._options))
+        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare))
         try:
             return await asyncio.shield(preparing)
         except asyncio.CancelledError:
@@ -143,16 +153,3 @@ class ModelChunker:
             if isinstance(outcome, PreparedModel):
                 outcome.close()
             raise
-
-
-def _describe(manifest: Manifest, backend: StorageBackend) -> ModelInfo:
-    return ModelInfo(
-        name=manifest.name,
-        class_name=manifest.class_name,
-        dtype=manifest.dtype,
-        layers=manifest.layer_count,
-        chunks=len(manifest.chunks),
-        payload_bytes=manifest.payload_bytes,
-        digest=manifest.digest,
-        store=display_url(backend.url),
-    )

@@ -7,7 +7,6 @@ of 64 by themselves, and only the few small ones at the end have to be moved apa
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from surfw.config import ALIGNMENT
 from surfw.manifest import Chunk, Form, TensorInfo, Use
@@ -45,13 +44,6 @@ class PlannedChunk:
         return Chunk(self.name, self.kind, chunk_id, self.payload_bytes, infos, (form,))
 
 
-class TensorBytes(Protocol):
-    """Where a writer gets the bytes of planned chunks."""
-
-    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
-        """Fill `destination` with the chunk's payload from byte `start` on; called with rising `start`."""
-
-
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
     """All chunks of a model, and the order in which its modules run."""
@@ -84,16 +76,12 @@ def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor]
     """
     units = list(units)
     home = {name: unit.path for unit in units for name in unit.tensors}
-    chunks = []
+    chunks, order = [], []
     for unit in units:
-        own = [tensors[name] for name in unit.tensors if name in tensors]
-        if own:
+        if own := [tensors[name] for name in unit.tensors if name in tensors]:
             chunks.append(PlannedChunk(unit.path, unit.kind, _arrange(own)))
-    order = []
-    for unit in units:
         stored = (ties.get(name, name) for name in unit.tensors)
-        needed = dict.fromkeys(home[name] for name in stored if name in tensors)
-        if needed:
+        if needed := dict.fromkeys(home[name] for name in stored if name in tensors):
             order.append(Use(unit.path, tuple(needed)))
     return ChunkPlan(tuple(chunks), tuple(order))
 

@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
-from surfw.checkpoint import Checkpoint, open_checkpoint
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, TensorBytes, UnitFacts, plan_chunks
+from surfw.checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
@@ -86,13 +85,7 @@ class PreparedModel:
     def manifest(
         self, chunks: Sequence[Chunk], files: Sequence[ModelFile] = (), origin: Origin | None = None
     ) -> Manifest:
-        """The model's manifest.
-
-        Args:
-            chunks: those of the plan, with the places where their bytes lie.
-            files: the tokenizer's, with the places where they lie.
-            origin: the checkpoint, if the model is not copied.
-        """
+        """The model's manifest, with the places where chunks and tokenizer files lie; `origin` if nothing is copied."""
         return Manifest(
             name=self.name,
             class_name=self.class_name,
@@ -106,20 +99,14 @@ class PreparedModel:
             origin=origin,
         )
 
-    def payloads(self) -> TensorBytes:
-        """The chunks' bytes, for a writer."""
-        return _PayloadReader(self)
-
     def close(self) -> None:
         """Close the checkpoint."""
         self.checkpoint.close()
 
     def __enter__(self) -> Self:
-        """Enter the context."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        """Close."""
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -142,12 +129,11 @@ def prepare_model(
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
-        model_class: the caller's own subclass of transformers' `PreTrainedModel`; default: the one that the
-            configuration names in its `architectures`, else the base model of its type.
-        on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class, with a warning.
-            Such a model runs only where this is asked for again.
+        model_class: default: the one that the configuration names in its `architectures`, else the base model of its
+            type.
+        on_missing: with `uninitialized`, a model that lacks weights runs only where this is asked for again.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
-        storage_options: for a storage URL.
+        storage_options: for a storage URL in `model`.
         silence_timeout: seconds without progress after which a remote storage is given up.
 
     Raises:
@@ -163,29 +149,21 @@ def prepare_model(
         from surfw.skeleton.build import check_model_class
 
         check_model_class(model_class)
+    address = read_address(model)
+    if is_local_url(address):
+        checkpoint = open_checkpoint(address.removeprefix("file://"), revision=revision, show_progress=show_progress)
+    elif revision is None:
+        checkpoint = open_remote_checkpoint(address, storage_options, silence_timeout=silence_timeout)
+    else:
+        raise ConfigurationError(
+            f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
+        )
     with ExitStack() as opened:
-        opening = _open(model, revision, storage_options, silence_timeout, show_progress=show_progress)
-        checkpoint = opened.enter_context(opening)
+        opened.enter_context(checkpoint)
         name = check_model_name(name or checkpoint.name)
         prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model)
         opened.pop_all()
     return prepared
-
-
-def _open(
-    model: str,
-    revision: str | None,
-    options: Mapping[str, Any] | None,
-    silence_timeout: float,
-    *,
-    show_progress: bool,
-) -> Checkpoint:
-    model = read_address(model)
-    if is_local_url(model):
-        return open_checkpoint(model.removeprefix("file://"), revision=revision, show_progress=show_progress)
-    if revision is not None:
-        raise ConfigurationError(f"revision {revision!r} is for hub models, but {display_url(model)} is a storage URL")
-    return open_remote_checkpoint(model, options, silence_timeout=silence_timeout)
 
 
 def _plan_model(
@@ -227,11 +205,7 @@ def _plan_model(
 
 
 def _sanitise(checkpoint: Checkpoint, name: str, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The checkpoint's configuration and its settings for `generate()`, without what surfw never does for a file.
-
-    Raises:
-        UnsupportedModelError: they ask for code from elsewhere, or for sizes that no model has.
-    """
+    """The checkpoint's configuration and its settings for `generate()`, without what surfw never does for a file."""
     generation = checkpoint.generation_config
     refuse_kernels(checkpoint.config, where=where)
     refuse_absurd_sizes(checkpoint.config, where=where)
@@ -246,26 +220,23 @@ def _sanitise(checkpoint: Checkpoint, name: str, where: str) -> tuple[dict[str, 
 
 
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
-    if missing and on_missing == "error":
+    if not missing:
+        return
+    seen = f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}"
+    if on_missing == "error":
         raise CheckpointError(
-            f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}; surfw never makes weights "
-            "up. Check the architectures in config.json, save the model again with save_pretrained, or chunk it "
-            "without them: --on-missing uninitialized (on_missing='uninitialized')"
+            f"{seen}; surfw never makes weights up. Check the architectures in config.json, save the model again with "
+            "save_pretrained, or chunk it without them: --on-missing uninitialized (on_missing='uninitialized')"
         )
-    if missing:
-        warnings.warn(
-            f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}; it is chunked without them",
-            UninitializedWeightsWarning,
-            stacklevel=2,
-        )
+    warnings.warn(f"{seen}; it is chunked without them", UninitializedWeightsWarning, stacklevel=2)
 
 
-class _PayloadReader:
+class PayloadReader:
     """The payloads of chunks: source bytes as they are, or what transformers converts them to."""
 
     def __init__(self, prepared: PreparedModel) -> None:
-        self.prepared = prepared
-        self.checkpoint = prepared.checkpoint
+        self._prepared = prepared
+        self._checkpoint = prepared.checkpoint
         self._converted: dict[str, memoryview] = {}
 
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
@@ -278,7 +249,7 @@ class _PayloadReader:
                 continue
             into = destination[low - start : high - start]
             if tensor.copy_of is not None:
-                self.checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
+                self._checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
             else:
                 into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
                 if high == end:
@@ -288,25 +259,25 @@ class _PayloadReader:
         if name not in self._converted:
             from surfw.skeleton.loading import convert_bytes
 
-            recipe = self.prepared.loading.recipes[name]
-            self._converted |= convert_bytes(recipe, self._read_source, self.prepared.facts)
+            recipe = self._prepared.loading.recipes[name]
+            self._converted |= convert_bytes(recipe, self._read_source, self._prepared.facts)
         return self._converted[name]
 
     def _read_source(self, name: str, destination: memoryview) -> None:
-        self.checkpoint.read_into(name, destination, 0, len(destination))
+        self._checkpoint.read_into(name, destination, 0, len(destination))
 
 
 def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return _digest_tensor(checkpoint, one, a.nbytes) == _digest_tensor(checkpoint, other, b.nbytes)
+    return _digest(checkpoint, a) == _digest(checkpoint, b)
 
 
-def _digest_tensor(checkpoint: Checkpoint, name: str, size: int) -> bytes:
-    whole, buffer = blake3(), memoryview(bytearray(min(size, PIECE_BYTES)))
-    for start in range(0, size, PIECE_BYTES):
-        piece = buffer[: min(PIECE_BYTES, size - start)]
-        checkpoint.read_into(name, piece, start, start + len(piece))
+def _digest(checkpoint: Checkpoint, tensor: SourceTensor) -> bytes:
+    whole, buffer = blake3(), memoryview(bytearray(min(tensor.nbytes, PIECE_BYTES)))
+    for start in range(0, tensor.nbytes, PIECE_BYTES):
+        piece = buffer[: tensor.nbytes - start]
+        checkpoint.read_into(tensor.name, piece, start, start + len(piece))
         whole.update(piece)
     return whole.digest()

@@ -7,17 +7,17 @@ an event loop.
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHTS_FILES
 from surfw.checkpoint.reader import open_directory
-from surfw.checkpoint.shard import Identity, Shard, SourceTensor, read_tensors
+from surfw.checkpoint.shard import Identity, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin, check_model_name, payload_digest
@@ -30,28 +30,9 @@ T = TypeVar("T")
 _SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 
 
-@dataclass(frozen=True)
-class RemoteCheckpoint(Checkpoint):
-    """A checkpoint whose shards are in a remote storage.
-
-    Attributes:
-        url: its address.
-        pins: size and revision of its objects when they were opened, by name.
-        release: closes what was opened for it.
-    """
-
-    url: str
-    pins: Mapping[str, Pin]
-    release: Callable[[], object]
-
-    def close(self) -> None:
-        """Close the storage, and remove the copies of small files."""
-        self.release()
-
-
 def open_remote_checkpoint(
     url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
-) -> RemoteCheckpoint:
+) -> Checkpoint:
     """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
 
     Raises:
@@ -65,29 +46,20 @@ def open_remote_checkpoint(
             f"{display_url(url)} holds secrets, which would come into the manifest; put them into the environment or a "
             "settings file (storage_options)"
         )
-    name, url = _name_of(url), _commit_of(read_address(url))
+    name, url = plain_name(url.partition("://")[2].rstrip("/").rpartition("/")[2]), _commit_of(read_address(url))
     opened = _Opened(adapt_backend(open_backend(url, options, silence_timeout=silence_timeout)))
     try:
-        names = opened.run(opened.fetch_small())
-        with _named_by_address(opened):
-            found = open_directory(
-                opened.folder, name=name, names=names, open_shard=lambda path: RemoteShard(path, opened)
-            )
+        found = open_directory(
+            opened.folder,
+            name=name,
+            names=opened.run(opened.fetch_small()),
+            open_shard=partial(_RemoteShard, opened=opened),
+            where=opened.backend.url,
+        )
     except BaseException:
         opened.close()
         raise
-    fields = {name: getattr(found, name) for name in Checkpoint.__dataclass_fields__}
-    return RemoteCheckpoint(**fields, url=url.rstrip("/"), pins=opened.pins, release=opened.close)
-
-
-@contextmanager
-def _named_by_address(opened: "_Opened") -> Iterator[None]:
-    """Errors about copies of small files name the files themselves."""
-    try:
-        yield
-    except (CheckpointError, UnsupportedModelError) as exc:
-        text = str(exc).replace(str(opened.folder), opened.backend.url)
-        raise type(exc)(text) from exc
+    return replace(found, url=url.rstrip("/"), pins=opened.pins, release=opened.close)
 
 
 class _Opened:
@@ -119,13 +91,9 @@ class _Opened:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
     async def fetch_small(self) -> set[str]:
-        """Copy the small files; returns which files of a checkpoint there are.
-
-        Raises:
-            CheckpointError: there is no checkpoint, or a file is absurdly large.
-        """
+        """Copy the small files; returns which files of a checkpoint there are."""
+        url = self.backend.url
         if not await self.backend.exists(CONFIG_FILE):
-            url = self.backend.url
             if await self.backend.exists(MARKER):
                 raise CheckpointError(
                     f"{url} is a surfw store, not a checkpoint: it is chunked already; give it to --store or --source"
@@ -140,9 +108,7 @@ class _Opened:
             if name in _SMALL or name.endswith(".json"):
                 pin = await self.pin(name)
                 if pin.size > FILE_BYTES:
-                    raise CheckpointError(
-                        f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {FILE_BYTES}"
-                    )
+                    raise CheckpointError(f"{name} in {url} has {pin.size} bytes, expected at most {FILE_BYTES}")
                 memory = bytearray(pin.size)
                 await self.read(name, 0, memoryview(memory))
                 (self.folder / name).write_bytes(memory)
@@ -154,16 +120,10 @@ class _Opened:
         self._temporary.cleanup()
 
 
-class RemoteShard:
+class _RemoteShard:
     """A safetensors file in a remote storage; its tensors are in the order of their names, as in `SafetensorsShard`."""
 
     def __init__(self, path: Path, opened: _Opened) -> None:
-        """Read its header.
-
-        Raises:
-            CheckpointError: it is damaged.
-            UnsupportedModelError: it is not a safetensors file.
-        """
         where = f"{path.name} in {opened.backend.url}"
         if path.suffix != ".safetensors":
             raise UnsupportedModelError(
@@ -176,28 +136,19 @@ class RemoteShard:
         self.tensors = read_tensors(path, pin.size, self._fill, where=where)
 
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
-        """Fill `destination` with the tensor's bytes from byte `start` of the tensor on."""
-        if tensor.start is None:
-            raise ValueError(f"tensor {tensor.name} is not of a safetensors file")
+        assert tensor.start is not None, "it is of this file"
         self._fill(tensor.start + start, destination)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing of its own is open."""
 
     def _fill(self, position: int, destination: memoryview) -> None:
         if destination.nbytes:
             self._opened.run(self._opened.read(self.path.name, position, destination))
 
 
-_: type[Shard] = RemoteShard
-
-
 def _commit_of(url: str) -> str:
-    """The address, with the current commit if it is on the hub, where branches move.
-
-    Raises:
-        CheckpointError: the hub does not say.
-    """
+    """The address, with the current commit if it is on the hub, where branches move."""
     scheme, _, rest = url.partition("://")
     if scheme != "hf":
         return url
@@ -208,12 +159,6 @@ def _commit_of(url: str) -> str:
 
     commit = resolve_commit(f"{owner}/{model}", revision.replace("%2F", "/") or None)
     return f"hf://{owner}/{model}@{commit}{slash}{folder}"
-
-
-def _name_of(url: str) -> str:
-    """A name for the model, from the last part of its address."""
-    last = url.partition("://")[2].rstrip("/").rpartition("/")[2]
-    return plain_name(last)
 
 
 def plain_name(text: str) -> str:

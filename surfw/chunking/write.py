@@ -16,21 +16,22 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
 
 from surfw.checkpoint.layout import read_small
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, TensorBytes
-from surfw.chunking.prepare import PreparedModel
+from surfw.chunking.plan import ChunkPlan, PlannedChunk
+from surfw.chunking.prepare import PayloadReader, PreparedModel
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES
 from surfw.errors import NotFoundError, StorageError
 from surfw.files import read_regular
 from surfw.manifest import (
     Chunk,
     Digester,
+    Digests,
     Form,
     Location,
     Manifest,
@@ -38,6 +39,7 @@ from surfw.manifest import (
     decode_line,
     encode_line,
     payload_digest,
+    read_digests,
 )
 from surfw.safetensors_header import encode_header
 from surfw.storage.base import StorageBackend
@@ -45,6 +47,7 @@ from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.housekeeping.leases import WriteLease
 from surfw.storage.store import Store, blob_key, objects_of
+from surfw.threads import to_its_end
 
 _BUFFERS = 3
 _LOOK_SECONDS = 0.05
@@ -57,76 +60,55 @@ Progress = Callable[[int, str], None]
 async def write_model(
     prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None
 ) -> Manifest:
-    """Write a prepared model into a store, and publish it.
-
-    Args:
-        prepared: what to write.
-        backend: where; an empty place becomes a store.
-        progress: called as bytes are done.
+    """Write a prepared model into a store, and publish it. An empty place becomes a store.
 
     Raises:
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
     """
     store = Store(backend)
     await store.create()
-    writer = ChunkWriter(store.backend, prepared.payloads(), model=prepared.name, key=prepared.key, progress=progress)
+    source = PayloadReader(prepared)
+    writer = ChunkWriter(store.backend, source, model=prepared.name, key=prepared.key, progress=progress)
     with writer.locked():
         try:
             async with writer.lease.renewed():
-                return await _write(prepared, store, writer)
+                chunks = await writer.write(prepared.plan)
+                files = [await writer.write_file(path) for _, path in sorted(prepared.checkpoint.files.items())]
+                manifest = prepared.manifest(chunks, files)
+                await writer.publish(store, manifest)
+                return manifest
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
 
 
-async def _write(prepared: PreparedModel, store: Store, writer: "ChunkWriter") -> Manifest:
-    chunks = await writer.write(prepared.plan)
-    files = [await _write_tokenizer_file(prepared, writer, path) for path in sorted(prepared.checkpoint.files)]
-    manifest = prepared.manifest(chunks, files)
-    await writer.publish(store, manifest)
-    return manifest
-
-
-async def _write_tokenizer_file(prepared: PreparedModel, writer: "ChunkWriter", path: str) -> ModelFile:
-    file = prepared.checkpoint.files[path]
-    data = await asyncio.to_thread(read_small, file, FILE_BYTES)
-    digest = payload_digest(data)
-    key = blob_key(digest, file.suffix or ".bin")
-    await writer.lease.hold([key])
-    await writer.backend.save(key, data)
-    return ModelFile(path, len(data), digest, key)
-
-
 class ChunkWriter:
-    """Writes the chunks of one plan into one storage."""
+    """Writes the chunks of one plan into one storage; everything is to be called under `locked`."""
 
     def __init__(
-        self, backend: StorageBackend, source: TensorBytes, *, model: str, key: str, progress: Progress
+        self, backend: StorageBackend, source: PayloadReader, *, model: str, key: str, progress: Progress
     ) -> None:
-        """Name the parts; `key` identifies plan and source, so that only the same work is resumed."""
+        """`key` identifies plan and source, so that only the same work is resumed."""
         self.backend = backend
         self.source = source
         self.progress = progress
         self.folder = backend.spool() / key
         self.lease = WriteLease(backend, model, self.folder)
+        self._journal = self.folder / "journal.jsonl"
         self._stop = threading.Event()
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
-        """Write the chunks that are not in the storage yet, and return all of them; call it under `locked`.
-
-        Raises:
-            StorageError: the storage failed; what was finished is kept for the next run.
-        """
+        """Write the chunks that are not in the storage yet, and return all of them."""
         forms = self._read_journal()
         await self.lease.hold(form.locations[0].object for form in forms.values())
         finishing: asyncio.Task[None] | None = None
         try:
             for index, planned in enumerate(plan.chunks):
-                done = forms.get(planned.name)
-                if done is not None and await self._stored(done):
+                if planned.name in forms and await self._is_stored(forms[planned.name]):
                     self.progress(planned.payload_bytes, planned.name)
                     continue
                 scratch = self.folder / f"{index:06d}.tmp"
-                form = await self._in_thread(planned, scratch)
+                writing = asyncio.to_thread(self._write_file, planned, scratch)
+                form = await to_its_end(writing, on_cancel=self._stop.set)
                 if finishing:
                     await finishing
                 finishing = asyncio.create_task(self._finish(planned.name, form, scratch, forms))
@@ -141,6 +123,15 @@ class ChunkWriter:
             for scratch in self.folder.glob("*.tmp"):
                 scratch.unlink(missing_ok=True)
         return [planned.chunk(forms[planned.name].digest, forms[planned.name]) for planned in plan.chunks]
+
+    async def write_file(self, file: Path) -> ModelFile:
+        """Write a tokenizer file."""
+        data = await asyncio.to_thread(read_small, file, FILE_BYTES)
+        digest = payload_digest(data)
+        key = blob_key(digest, file.suffix or ".bin")
+        await self.lease.hold([key])
+        await self.backend.save(key, data)
+        return ModelFile(file.name, len(data), digest, key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -159,7 +150,7 @@ class ChunkWriter:
             os.close(fd)
 
     async def publish(self, store: Store, manifest: Manifest) -> None:
-        """Make the model visible, and remove the journal; call it under `locked`.
+        """Make the model visible, and remove the journal.
 
         Raises:
             StorageError: a blob vanished since it was written, or the manifest cannot be written.
@@ -170,19 +161,10 @@ class ChunkWriter:
         self.forget()
 
     def forget(self) -> None:
-        """Remove the journal: the model is published. Call it under `locked`."""
+        """Remove the journal: the model is published."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):  # others are at work there
             self.folder.parent.rmdir()
-
-    async def _in_thread(self, planned: PlannedChunk, scratch: Path) -> Form:
-        work = asyncio.ensure_future(asyncio.to_thread(self._write_file, planned, scratch))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            self._stop.set()
-            await asyncio.gather(work, return_exceptions=True)
-            raise
 
     def _write_file(self, planned: PlannedChunk, scratch: Path) -> Form:
         """Stream a chunk into a file; the hash of one piece is computed while the next is read and written."""
@@ -217,10 +199,7 @@ class ChunkWriter:
     async def _place(self, form: Form) -> Form:
         """Where the payload will lie: behind our header, or behind that of an equal payload that is already stored."""
         (ours,) = form.locations
-        try:
-            size = await self.backend.size(ours.object)
-        except NotFoundError:
-            return form
+        size = await self._size(ours.object)
         there = Location(ours.object, size - form.stored_bytes, size)
         if there == ours or there.start <= 0:
             return form
@@ -233,13 +212,9 @@ class ChunkWriter:
         """Make a chunk's file durable, put it in its place, and note in `forms` and in the journal that it is done."""
 
         def sync() -> None:
-            with translate_errors(f"writing chunk {name} to {self.backend.url}"):
-                fd = os.open(scratch, os.O_RDONLY)
-                try:
-                    os.fsync(fd)
-                    forget_pages(fd)
-                finally:
-                    os.close(fd)
+            with translate_errors(f"writing chunk {name} to {self.backend.url}"), scratch.open("rb") as file:
+                os.fsync(file.fileno())
+                forget_pages(file.fileno())
 
         if self.backend.local_path(form.locations[0].object):  # else the file is only a step of an upload
             await asyncio.to_thread(sync)
@@ -249,8 +224,9 @@ class ChunkWriter:
             if placed == form:
                 await self.backend.adopt(form.locations[0].object, scratch)
             # else an equal payload is there already, behind another header, and stays; `write` removes ours
-        entry = {"chunk": name, "digest": form.digest, "bytes": form.stored_bytes, "start": placed.locations[0].start}
-        self._note(encode_line(entry | {"blocks": form.blocks.hex()}))
+        entry = {"chunk": name, "bytes": form.stored_bytes, "start": placed.locations[0].start}
+        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
+            journal.write(encode_line(entry | Digests(form.digest, form.blocks).document()))
         forms[name] = placed
 
     @asynccontextmanager
@@ -271,56 +247,45 @@ class ChunkWriter:
             file.unlink(missing_ok=True)  # before it is unlocked, so that a waiting writer makes a new one
             os.close(fd)
 
-    def _note(self, line: bytes) -> None:
-        """Add a line to the journal."""
-        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
-            journal.write(line)
-
-    @property
-    def _journal(self) -> Path:
-        return self.folder / "journal.jsonl"
-
     def _read_journal(self) -> dict[str, Form]:
         """The chunks that an earlier run finished; lines that are cut off or damaged do not count."""
         done: dict[str, Form] = {}
-        if not self._journal.exists():
-            return done
         with translate_errors(f"reading the journal in {self.folder}"):
-            written = read_regular(self._journal, _JOURNAL_BYTES)
+            written = read_regular(self._journal, _JOURNAL_BYTES) if self._journal.exists() else b""
         for line in written.splitlines():
             try:
                 entry = decode_line(line)
-                size, start, digest = entry["bytes"], entry["start"], entry["digest"]
-                location = Location(blob_key(digest, ".safetensors"), start, start + size)
-                done[entry["chunk"]] = Form("none", size, digest, bytes.fromhex(entry["blocks"]), (location,))
+                size, start = entry["bytes"], entry["start"]
+                digests = read_digests(entry, size)
+                location = Location(blob_key(digests.digest, ".safetensors"), start, start + size)
+                done[entry["chunk"]] = Form("none", size, *digests, (location,))
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return done
 
-    async def _stored(self, form: Form) -> bool:
+    async def _is_stored(self, form: Form) -> bool:
         """Whether a chunk of the journal is still in the storage, in full length."""
-        location = form.locations[0]
-        try:
-            return await self.backend.size(location.object) == location.stop
-        except NotFoundError:
-            return False
+        return await self._size(form.locations[0].object) == form.locations[0].stop
+
+    async def _size(self, key: str) -> int:
+        """The length of an object; 0 if it does not exist."""
+        with suppress(NotFoundError):
+            return await self.backend.size(key)
+        return 0
 
 
 def _lock(file: Path) -> int | None:
     """The descriptor of the locked file; None if another writer has locked it."""
-    while True:
-        fd = create_file(file)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        if os.fstat(fd).st_nlink:
-            return fd
-        os.close(fd)  # the writer that had it has just removed it, so it locks nobody out: make a new one
+    with suppress(BlockingIOError):
+        while True:
+            with ExitStack() as opened:
+                fd = create_file(file)
+                opened.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(fd).st_nlink:  # else another writer has just removed it, and it locks nobody out
+                    opened.pop_all()
+                    return fd
+    return None
 
 
 def _write_all(fd: int, data: memoryview) -> None:

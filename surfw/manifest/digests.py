@@ -90,7 +90,6 @@ class Digester:
     """Digests bytes that come in order, in parts of any length."""
 
     def __init__(self) -> None:
-        """Start with no bytes."""
         self._whole, self._block = blake3(), blake3()
         self._blocks = bytearray()
         self._left_bytes = BLOCK_BYTES  # of the block that has begun

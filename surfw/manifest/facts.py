@@ -1,6 +1,7 @@
 """What a manifest holds, as values: tensors, chunks and their forms, files, ties, and the execution order."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -38,10 +39,7 @@ class TensorInfo:
 
 def nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of this safetensors dtype and shape."""
-    count = 1
-    for size in shape:
-        count *= size
-    return count * DTYPE_BITS[dtype] // 8
+    return math.prod(shape) * DTYPE_BITS[dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,16 +169,14 @@ class _Parser:
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
-        files = tuple(self.file(file) for file in self.items(document["files"], "files"))
-        ties = {self.text(name, "a tie"): self.text(to, "a tie") for name, to in document["ties"].items()}
         manifest = Manifest(
             name=check_model_name(self.text(document["name"], "name")),
             class_name=self.text(document["class"], "class"),
             dtype=self.text(document["dtype"], "dtype"),
             config=self.settings(document["config"], "config"),
             generation_config=self.settings(generation, "generation_config"),
-            files=files,
-            ties=ties,
+            files=tuple(self.file(file) for file in self.items(document["files"], "files")),
+            ties={self.text(name, "a tie"): self.text(to, "a tie") for name, to in document["ties"].items()},
             chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
             order=tuple(self.use(use) for use in self.items(document["order"], "order")),
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
@@ -236,10 +234,8 @@ class _Parser:
         size = self.size(document["stored_bytes"], f"stored_bytes of chunk {chunk}")
         digest, blocks = "", b""
         if not self.in_place or "digest" in document:
-            digest, blocks = (
-                self.digest(document["digest"], f"the digest of {chunk}"),
-                bytes.fromhex(document["blocks"]),
-            )
+            digest = self.digest(document["digest"], f"the digest of {chunk}")
+            blocks = bytes.fromhex(document["blocks"])
             expected = count_blocks(size)
             self.require(len(blocks) == 32 * expected, f"chunk {chunk} does not list {expected} block digests")
         locations = tuple(
@@ -273,16 +269,17 @@ class _Parser:
     def consistent(self, manifest: Manifest) -> None:
         if manifest.origin is not None:
             self.within_origin(manifest, manifest.origin.pins)
-        names = [chunk.name for chunk in manifest.chunks]
-        self.require(len(set(names)) == len(names), "two chunks have the same name")
         together = sum(file.size for file in manifest.files)
         self.require(together <= _MAX_FILES_BYTES, f"its tokenizer files have {together} bytes")
+        chunks = self.unique([chunk.name for chunk in manifest.chunks], "two chunks have the same name")
         tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
-        self.require(len(set(tensors)) == len(tensors), "two tensors have the same name")
-        paths = [file.path for file in manifest.files]
-        self.require(len(set(paths)) == len(paths), "two files have the same path")
-        known = set(tensors)
+        known = self.unique(tensors, "two tensors have the same name")
+        self.unique([file.path for file in manifest.files], "two files have the same path")
         for name, to in manifest.ties.items():
             self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")
         used = {name for use in manifest.order for name in use.chunks}
-        self.require(used <= set(names), "the execution order names a chunk that is not there")
+        self.require(used <= chunks, "the execution order names a chunk that is not there")
+
+    def unique(self, names: list[str], complaint: str) -> set[str]:
+        self.require(len(set(names)) == len(names), complaint)
+        return set(names)

@@ -69,12 +69,11 @@ def run(writer: ChunkWriter, plan: ChunkPlan) -> list[Chunk]:
         return asyncio.run(writer.write(plan))
 
 
-def make(backend: StorageBackend, source: Payloads, progress: list[int] | None = None) -> ChunkWriter:
-    def note(count: int, _: str) -> None:
-        if progress is not None:
-            progress.append(count)
-
-    return ChunkWriter(backend, source, model="toy", key="k", progress=note)
+def make(
+    backend: StorageBackend, source: Payloads, progress: list[int] | None = None, *, key: str = "k"
+) -> ChunkWriter:
+    done = [] if progress is None else progress
+    return ChunkWriter(backend, source, model="toy", key=key, progress=lambda count, _: done.append(count))
 
 
 @pytest.fixture
@@ -269,21 +268,17 @@ def test_a_lock_that_a_finished_writer_removed_locks_nobody_out(
 def test_equal_payloads_behind_headers_of_other_lengths_are_stored_once(backend: FilesystemBackend) -> None:
     chunk, payload = toy_chunk("layers.0", [("U8", (6000,))])
     renamed, _ = toy_chunk("x" * 5000, [("U8", (6000,))], seed=0)
-    same = {renamed.name: payload}
     (short,) = run(make(backend, Payloads([(chunk, payload)])), planned([(chunk, payload)]))
     before = marks(backend.base)
     source = Payloads([(renamed, payload)])
-    source.payloads = same
-    writer = ChunkWriter(backend, source, model="toy", key="other", progress=lambda *_: None)
-    (long,) = run(writer, planned([(renamed, payload)]))
+    (long,) = run(make(backend, source, key="other"), planned([(renamed, payload)]))
     assert len(encode_header(renamed.tensors)) == 8192
     assert long.id == short.id
     assert long.forms[0].locations == short.forms[0].locations
     assert marks(backend.base) == before
     assert stored(backend, long) == stored(backend, short) == payload
     again = Payloads([(renamed, payload)])
-    writer = ChunkWriter(backend, again, model="toy", key="other", progress=lambda *_: None)
-    assert run(writer, planned([(renamed, payload)])) == [long]
+    assert run(make(backend, again, key="other"), planned([(renamed, payload)])) == [long]
     assert again.reads == []  # it was noted as done
 
 
@@ -298,8 +293,7 @@ def test_two_models_with_equal_payloads_written_at_once_both_stay_readable(backe
 
     def write(name: str) -> None:
         chunk, _ = toy_chunk(name, [("U8", (6000,))])
-        source = Together([(chunk, PAYLOAD)])
-        writer = ChunkWriter(backend, source, model="toy", key=f"key-{len(name)}", progress=lambda *_: None)
+        writer = make(backend, Together([(chunk, PAYLOAD)]), key=f"key-{len(name)}")
         found[name] = run(writer, planned([(chunk, PAYLOAD)]))[0]
 
     threads = [threading.Thread(target=write, args=(name,)) for name in ("short", "long" * 1500)]
@@ -335,14 +329,10 @@ class Far(DictBackend):
 def writing(backend: StorageBackend, name: str, key: str) -> threading.Thread:
     """Write a chunk of this name, whose payload is always the same, in a thread."""
     chunk, _ = toy_chunk(name, [("U8", (6000,))])
-    writer = make_named(backend, Payloads([(chunk, PAYLOAD)]), key)
+    writer = make(adapt_backend(backend), Payloads([(chunk, PAYLOAD)]), key=key)
     thread = threading.Thread(target=run, args=(writer, planned([(chunk, PAYLOAD)])), daemon=True)
     thread.start()
     return thread
-
-
-def make_named(backend: StorageBackend, source: Payloads, key: str) -> ChunkWriter:
-    return ChunkWriter(adapt_backend(backend), source, model="toy", key=key, progress=lambda *_: None)
 
 
 @pytest.fixture
@@ -375,7 +365,7 @@ def test_equal_payloads_wait_for_each_other_and_ctrl_c_does_not(home: Path) -> N
     held = writing(backend, "short", "a")
     assert backend.begun.wait(60)
     chunk, _ = toy_chunk("longer" * 1500, [("U8", (6000,))])
-    writer = make_named(backend, Payloads([(chunk, PAYLOAD)]), "b")
+    writer = make(adapt_backend(backend), Payloads([(chunk, PAYLOAD)]), key="b")
 
     async def give_up() -> None:
         work = asyncio.create_task(writer.write(planned([(chunk, PAYLOAD)])))

@@ -446,8 +446,6 @@ def test_a_lease_is_renewed_while_it_is_needed_and_never_after(monkeypatch: pyte
 
 
 def test_leftovers_of_killed_runs_go_after_a_week_unless_someone_is_at_work(tmp_path: Path) -> None:
-    import os
-
     make_store(tmp_path, "a", [10])
     backend = FilesystemBackend(tmp_path)
     spool = backend.spool()

@@ -10,13 +10,12 @@ from itertools import cycle
 from pathlib import Path
 
 from surfw.bench.comparison import Bandwidth, Comparison
-from surfw.config import MIB
+from surfw.config import PIECE_BYTES
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
 
-_PIECE_BYTES = 8 * MIB
 _READERS = 2
 _SECONDS = 3.0
 
@@ -86,7 +85,7 @@ def _read(path: Path, view: memoryview, readers: ThreadPoolExecutor, *, direct: 
     try:
         if not direct:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        starts = range(0, os.fstat(fd).st_size, _PIECE_BYTES)
-        return sum(readers.map(lambda at: os.preadv(fd, [view[at : at + _PIECE_BYTES]], at), starts))
+        starts = range(0, os.fstat(fd).st_size, PIECE_BYTES)
+        return sum(readers.map(lambda at: os.preadv(fd, [view[at : at + PIECE_BYTES]], at), starts))
     finally:
         os.close(fd)

@@ -8,14 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Self
 
 from surfw.config import display_url, expect
 from surfw.manifest import Manifest
 from surfw.storage.backends import open_backend
 from surfw.storage.base import StorageBackend
-from surfw.storage.housekeeping.leases import LeaseRecord
 from surfw.storage.housekeeping.prune import Pruned, Removed, Steps, prune, remove_model, survey
 from surfw.storage.housekeeping.verify import Damage, Verified, verify
 from surfw.storage.origins import PlacedOptions
@@ -146,7 +144,18 @@ class Housekeeping:
         return StoreContents(
             store=self._store.url,
             models=tuple(_describe(one, objects, uses) for one, objects in zip(seen.manifests, needs, strict=True)),
-            unfinished=tuple(_unfinished(lease) for lease in seen.leases if lease.holds),
+            unfinished=tuple(
+                UnfinishedModel(
+                    name=lease.model,
+                    host=lease.host,
+                    pid=lease.pid,
+                    at_work=lease.at_work,
+                    idle_seconds=max(0.0, lease.age_seconds),
+                    blobs=len(lease.objects),
+                )
+                for lease in seen.leases
+                if lease.holds
+            ),
             stored_bytes=sum(together.values()),
             unneeded_blobs=None if seen.unclear else len(seen.unneeded),
             unneeded_bytes=None if seen.unclear else sum(seen.unneeded.values()),
@@ -199,13 +208,9 @@ class Housekeeping:
         await self._store.close(owned=self._owned)
 
     async def __aenter__(self) -> Self:
-        """Nothing to do yet."""
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        """Close."""
+    async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
 
@@ -220,15 +225,4 @@ def _describe(manifest: Manifest, objects: dict[str, int], uses: Counter[str]) -
         stored_bytes=sum(objects.values()),
         shared_bytes=sum(size for key, size in objects.items() if uses[key] > 1),
         origin=None if manifest.origin is None else display_url(manifest.origin.url),
-    )
-
-
-def _unfinished(lease: LeaseRecord) -> UnfinishedModel:
-    return UnfinishedModel(
-        name=lease.model,
-        host=lease.host,
-        pid=lease.pid,
-        at_work=lease.at_work,
-        idle_seconds=max(0.0, lease.age_seconds),
-        blobs=len(lease.objects),
     )

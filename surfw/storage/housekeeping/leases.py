@@ -38,7 +38,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,8 @@ RENEW_SECONDS = 60
 TRUSTED_SECONDS = 5 * 60
 SILENT_SECONDS = 30 * 60
 ABANDONED_SECONDS = 7 * 24 * 3600
-AT_ONCE = 16
-"""How many small requests housekeeping sends at a time."""
 
+_AT_ONCE = 16
 _FORMAT, _VERSION = "surfw.notice", 1
 _MAX_BYTES = 64 << 20
 _LOOK_SECONDS = 1.0
@@ -70,12 +69,9 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, kw_only=True)
 class LeaseRecord:
-    """A lease as it was read: what some process said of itself.
+    """A lease as it was read: what some process on some host said of itself.
 
     Attributes:
-        key: its key in the store.
-        host: the name of the process's machine.
-        pid: the process.
         kernel: identifies the running kernel and the process's namespace; empty if unknown.
         renewed: when it was last written, in seconds since 1970.
         model: the model that is being written; empty for a pruner.
@@ -122,15 +118,26 @@ async def read_leases(backend: StorageBackend, prefix: str = LEASES) -> list[Lea
     found = []
     for key in await backend.list(prefix):
         with suppress(NotFoundError):  # released since it was listed
-            found.append(_parse(key, await backend.load_capped(key, _MAX_BYTES), backend.url))
+            data = await backend.load_capped(key, _MAX_BYTES)
+            try:
+                found.append(_parse(key, data))
+            except (ValueError, KeyError, TypeError, RecursionError, ManifestError) as exc:
+                raise StorageError(
+                    f"{key} in {backend.url} is not understood ({type(exc).__name__}: {str(exc)[:200]}); a newer surfw "
+                    "may be at work there. Use that, or remove the object if nothing writes into this store"
+                ) from exc
     return found
+
+
+def in_batches(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The keys of objects, as many as housekeeping asks for at a time."""
+    return (keys[start : start + _AT_ONCE] for start in range(0, len(keys), _AT_ONCE))
 
 
 class Lease:
     """A lease of this process."""
 
     def __init__(self, backend: StorageBackend, key: str, *, model: str = "") -> None:
-        """Name its parts; nothing is written yet."""
         self.backend = backend
         self.key = key
         self._model = model
@@ -156,13 +163,14 @@ class Lease:
     @asynccontextmanager
     async def renewed(self) -> AsyncIterator[None]:
         """Renew it every minute during the context, from its first write until it is released."""
-        stop = asyncio.Event()
-        renewing = asyncio.create_task(self._renew(stop), name=f"surfw renew {self.key}")
+        renewing = asyncio.create_task(self._renew(), name=f"surfw renew {self.key}")
         try:
             yield
         finally:
-            stop.set()
-            await to_its_end(renewing)
+            renewing.cancel()
+            await to_its_end(asyncio.wait([renewing]))
+            if not renewing.cancelled():
+                renewing.result()  # raises what ended it early
 
     async def _write(self) -> None:
         async with self._writing:
@@ -181,12 +189,9 @@ class Lease:
                 logger.info("%s cannot be removed, and is overwritten: %s", self.key, exc)
                 await self.backend.save(self.key, self._encode())
 
-    async def _renew(self, stop: asyncio.Event) -> None:
+    async def _renew(self) -> None:
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_SECONDS):
-                    await stop.wait()
-                    return
+            await asyncio.sleep(RENEW_SECONDS)
             if self._written > -math.inf:
                 try:
                     await self.write()
@@ -206,7 +211,6 @@ class PruneLease(Lease):
     """The lease of a pruner."""
 
     def __init__(self, backend: StorageBackend) -> None:
-        """Name the storage."""
         super().__init__(backend, f"{PRUNES}{uuid.uuid4().hex}.json")
 
     @asynccontextmanager
@@ -229,7 +233,7 @@ class WriteLease(Lease):
     """The lease of a writer. One whose writer failed or was killed stays, for the run that resumes the work."""
 
     def __init__(self, backend: StorageBackend, model: str, folder: Path) -> None:
-        """Name the model, and the local folder of its unfinished work; nothing is read or written yet."""
+        """`folder` is the local one of the model's unfinished work."""
         super().__init__(backend, "", model=model)
         self._folder = folder
         self._held: set[str] = set()
@@ -242,7 +246,7 @@ class WriteLease(Lease):
         """
         added = set(objects) - self._held
         if added:
-            await self._hold(added)
+            await self._write_unpruned(added)
             self._held |= added
 
     async def confirm(self, objects: Collection[str]) -> None:
@@ -252,39 +256,31 @@ class WriteLease(Lease):
             StorageError: one is gone, because the lease was given up, or this process slept for a week.
         """
         while True:
-            await self._hold(objects)
-            await self._expect(sorted(objects))
+            await self._write_unpruned(objects)
+            for part in in_batches(sorted(objects)):
+                there = await asyncio.gather(*map(self.backend.exists, part))
+                if not all(there):
+                    raise StorageError(
+                        f"{part[there.index(False)]} vanished from {self.backend.url} while {self._model} was written; "
+                        "run the same command again"
+                    )
             if self.is_trusted:
                 return
 
-    async def _hold(self, objects: Iterable[str]) -> None:
-        """End with a lease that was written while nobody was pruning: every later pruner sees such a lease."""
+    async def _write_unpruned(self, objects: Iterable[str]) -> None:
+        """Write the lease, until it was written while nobody pruned: every later pruner sees such a lease."""
         self._objects.update(objects)
         if not self.key:
             self.key = f"{LEASES}{await asyncio.to_thread(self._name)}.json"
-        await self.write()
-        while await self._wait():
+        waited = True
+        while waited:
             await self.write()
-
-    async def _wait(self) -> bool:
-        """Wait until nobody prunes; whether anybody did."""
-        waited = False
-        while found := [one for one in await read_leases(self.backend, PRUNES) if one.at_work]:
-            if not waited:
-                logger.warning("waiting for 'surfw chunk --prune' (%s) in %s", found[0], self.backend.url)
-            waited = True
-            await asyncio.sleep(_LOOK_SECONDS)
-        return waited
-
-    async def _expect(self, objects: list[str]) -> None:
-        for start in range(0, len(objects), AT_ONCE):
-            part = objects[start : start + AT_ONCE]
-            there = await asyncio.gather(*(self.backend.exists(key) for key in part))
-            if not all(there):
-                raise StorageError(
-                    f"{part[there.index(False)]} vanished from {self.backend.url} while {self._model} was written; "
-                    "run the same command again"
-                )
+            waited = False
+            while found := [one for one in await read_leases(self.backend, PRUNES) if one.at_work]:
+                if not waited:
+                    logger.warning("waiting for 'surfw chunk --prune' (%s) in %s", found[0], self.backend.url)
+                waited = True
+                await asyncio.sleep(_LOOK_SECONDS)
 
     def _name(self) -> str:
         """The name of the lease of an earlier run, or a new one."""
@@ -297,17 +293,8 @@ class WriteLease(Lease):
         return known
 
 
-def _parse(key: str, data: bytes, url: str) -> LeaseRecord:
-    try:
-        return _read(key, json.loads(data))
-    except (ValueError, KeyError, TypeError, RecursionError, ManifestError) as exc:
-        raise StorageError(
-            f"{key} in {url} is not understood ({type(exc).__name__}: {str(exc)[:200]}); a newer surfw may be at work "
-            "there. Use that, or remove the object if nothing writes into this store"
-        ) from exc
-
-
-def _read(key: str, document: Any) -> LeaseRecord:
+def _parse(key: str, data: bytes) -> LeaseRecord:
+    document = json.loads(data)
     if (document["format"], document["version"]) != (_FORMAT, _VERSION):
         raise ValueError(f"expected the format {_FORMAT!r}, version {_VERSION}")
     model, objects = _text(document["model"]), document["objects"]

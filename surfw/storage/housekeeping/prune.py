@@ -6,7 +6,6 @@ whose keys are not part of a store's layout are listed, and stay. `leases` has t
 
 import asyncio
 import fcntl
-import os
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from surfw.errors import ManifestError, NotFoundError, StorageError, UnknownMode
 from surfw.manifest import Manifest, check_model_name
 from surfw.storage.base import StorageBackend
 from surfw.storage.fsspec_backend import translate_errors
-from surfw.storage.housekeeping.leases import ABANDONED_SECONDS, AT_ONCE, LeaseRecord, PruneLease, read_leases
+from surfw.storage.housekeeping.leases import ABANDONED_SECONDS, LeaseRecord, PruneLease, in_batches, read_leases
 from surfw.storage.store import MODELS, PRUNES, Store, belongs, is_blob, manifest_key, objects_of
 from surfw.threads import to_its_end
 
@@ -87,21 +86,13 @@ class Survey:
     unclear: Mapping[str, StorageError]
 
     def expect_clear(self) -> None:
-        """Make sure that it is known what is needed.
-
-        Raises:
-            StorageError: it is not.
-        """
+        """Raises: StorageError, if it is not known what is needed."""
         for error in self.unclear.values():
             raise error
 
 
 async def survey(store: Store) -> Survey:
-    """Look through a store. The leases are read before the manifests, as the protocol has it.
-
-    Raises:
-        StorageError: the storage does not answer.
-    """
+    """Look through a store. The leases are read before the manifests, as the protocol has it."""
     unclear: dict[str, StorageError] = {}
     leases, manifests = list[LeaseRecord](), list[Manifest]()
     try:
@@ -122,13 +113,14 @@ async def survey(store: Store) -> Survey:
             unclear[seen].__cause__ = exc
     keys = await store.backend.list()
     left_alone = [key for key in keys if not belongs(key)]
-    for key in [] if unclear else [key for key in left_alone if key.startswith(MODELS)]:
-        if not await store.backend.exists(key):
-            error = StorageError(
-                f"{unknown}: {key} leads to nothing, and models may be missing there; nothing is removed. Mend the "
-                "link, or move it away"
-            )
-            unclear[str(error)] = error
+    if not unclear:
+        for key in left_alone:
+            if key.startswith(MODELS) and not await store.backend.exists(key):
+                error = StorageError(
+                    f"{unknown}: {key} leads to nothing, and models may be missing there; nothing is removed. Mend the "
+                    "link, or move it away"
+                )
+                unclear[str(error)] = error
     needed = {key for lease in leases if lease.holds for key in lease.objects}
     needed.update(key for manifest in manifests for key in objects_of(manifest))
     unneeded = [key for key in keys if is_blob(key) and key not in needed and not unclear]
@@ -140,23 +132,16 @@ async def _sizes(backend: StorageBackend, keys: Sequence[str]) -> dict[str, int]
     """The length of each object in bytes; 0 for one that is gone."""
 
     async def size(key: str) -> int:
-        try:
+        with suppress(NotFoundError):
             return await backend.size(key)
-        except NotFoundError:
-            return 0
+        return 0
 
-    found: list[int] = []
-    for start in range(0, len(keys), AT_ONCE):
-        found += await asyncio.gather(*(size(key) for key in keys[start : start + AT_ONCE]))
+    found = [one for part in in_batches(keys) for one in await asyncio.gather(*map(size, part))]
     return dict(zip(keys, found, strict=True))
 
 
 async def prune(store: Store, *, dry_run: bool, progress: Steps) -> Pruned:
-    """Remove the blobs that nobody needs, and what killed runs left on this machine.
-
-    Raises:
-        StorageError: it is unknown what is needed, or something cannot be removed.
-    """
+    """Remove the blobs that nobody needs, and what killed runs left on this machine; see `Housekeeping.prune`."""
     await store.check()
     if dry_run:
         seen = await survey(store)
@@ -182,9 +167,8 @@ async def prune(store: Store, *, dry_run: bool, progress: Steps) -> Pruned:
 
 
 async def _remove_blobs(lease: PruneLease, sizes: Mapping[str, int], progress: Steps) -> None:
-    keys, done, total = list(sizes), 0, sum(sizes.values())
-    for start in range(0, len(keys), AT_ONCE):
-        part = keys[start : start + AT_ONCE]
+    done, total = 0, sum(sizes.values())
+    for part in in_batches(list(sizes)):
         progress(done, total, part[0])
         await _remove_all(lease, part)
         done += sum(sizes[key] for key in part)
@@ -198,21 +182,13 @@ async def _remove_all(lease: PruneLease, keys: Sequence[str]) -> None:
             f"pruning {lease.backend.url} was interrupted for so long that writers do not wait for it; start again"
         )
 
-    async def remove() -> list[BaseException | None]:
-        return await asyncio.gather(*(lease.backend.remove(key) for key in keys), return_exceptions=True)
-
-    for failure in await to_its_end(remove()):
+    for failure in await to_its_end(asyncio.gather(*map(lease.backend.remove, keys), return_exceptions=True)):
         if failure is not None:
             raise failure
 
 
 async def remove_model(store: Store, model: str) -> Removed:
-    """Remove a model, and give up unfinished work on it. A server that serves it notices within seconds.
-
-    Raises:
-        UnknownModelError: there is neither.
-        StorageError: it is being written, or cannot be removed.
-    """
+    """See `Housekeeping.remove`."""
     key = manifest_key(check_model_name(model))
     await store.check()
     lease = PruneLease(store.backend)
@@ -232,11 +208,7 @@ async def remove_model(store: Store, model: str) -> Removed:
 
 
 def _remove_leftovers(spool: Path, *, dry_run: bool) -> int:
-    """Remove what killed runs left in a storage's spool and nobody resumed for a week; returns its size in bytes.
-
-    Raises:
-        StorageError: it cannot be removed.
-    """
+    """Remove what killed runs left in a storage's spool and nobody resumed for a week; returns its size in bytes."""
     freed = 0
     with translate_errors(f"looking for leftovers in {spool}"):
         for path in sorted(spool.iterdir()) if spool.is_dir() else ():
@@ -262,20 +234,15 @@ def _claimed(path: Path) -> Iterator[bool]:
 
     A folder of unfinished work belongs to the process that holds the lock in it (see `chunking.write`).
     """
-    if path.is_symlink():
+    if path.is_symlink() or not (_SCRATCH if path.is_file() else _WORK).fullmatch(path.name):
         yield False
     elif path.is_file():
-        yield bool(_SCRATCH.fullmatch(path.name))
-    elif not _WORK.fullmatch(path.name):
-        yield False
+        yield True
     else:
-        fd = os.open(path / "lock", os.O_RDWR | os.O_CLOEXEC)
-        try:
+        with (path / "lock").open("r+b", buffering=0) as lock:
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
             else:
                 yield True
-        finally:
-            os.close(fd)

@@ -19,7 +19,7 @@ from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, HeaderError
 from surfw.source import find_damage, locate_damage, read_again
 from surfw.storage.housekeeping.prune import Steps
 from surfw.storage.store import Store, segments
-from surfw.threads import to_its_end
+from surfw.threads import in_thread, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,45 +61,22 @@ class Verified:
     undigested: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Part:
-    """Stored bytes to be read, and what they should be.
+    """A chunk or a tokenizer file to be read: of models that share it, the first is named.
 
-    Attributes:
-        model: the model; of those that share the bytes, the first.
-        name: the chunk, or the tokenizer file.
-        form: where they lie, and their digests; a file has none of blocks.
-        is_file: whether they are a whole object, and not a range of one.
-        has_header: whether a safetensors header stands before them.
+    A file has no digests of blocks, and is a whole object, not a range of one.
     """
 
     model: str
     name: str
     form: Form
     is_file: bool = False
-    has_header: bool = False
-
-
-@dataclass
-class _Reading:
-    """How many bytes were read, of how many."""
-
-    total: int
-    progress: Steps
-    done: int = 0
-
-    def add(self, count: int, name: str) -> None:
-        self.done += count
-        self.progress(self.done, self.total, name)
+    has_header: bool = False  # of safetensors, before the payload
 
 
 async def verify(store: Store, model: str | None, *, progress: Steps) -> Verified:
-    """Read all of one model, or of all models there are.
-
-    Raises:
-        UnknownModelError: there is no such model.
-        StorageError: the storage does not answer.
-    """
+    """See `Housekeeping.verify`."""
     await store.check()
     names = await store.models() if model is None else [model]
     parts: dict[Form, _Part] = {}
@@ -119,11 +96,15 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             undigested.append(name)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault(part.form, part)
-    reading = _Reading(sum(form.stored_bytes for form in parts), progress)
+    done, total = 0, sum(form.stored_bytes for form in parts)
     for form, part in parts.items():
-        before = reading.done
-        complaint = await _verify(store, part, reading)
-        reading.add(before + form.stored_bytes - reading.done, part.name)
+
+        def tell(read_bytes: int, before: int = done, name: str = part.name) -> None:
+            progress(before + read_bytes, total, name)
+
+        complaint = await _verify(store, part, tell)
+        tell(form.stored_bytes)
+        done += form.stored_bytes
         if complaint:
             objects = tuple(dict.fromkeys(at.object for at in form.locations))
             damage.append(Damage(model=part.model, part=part.name, objects=objects, complaint=complaint))
@@ -131,7 +112,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         store=store.url,
         models=tuple(names),
         parts=len(parts),
-        read_bytes=reading.total,
+        read_bytes=total,
         damage=tuple(damage),
         undigested=tuple(undigested),
     )
@@ -154,31 +135,27 @@ def _parts_of(manifest: Manifest) -> Iterator[_Part]:
         yield _Part(manifest.name, file.path, form, is_file=True)
 
 
-async def _verify(store: Store, part: _Part, reading: _Reading) -> str:
-    """What is wrong with a part; empty if nothing is."""
-    form, begun = part.form, reading.done
+async def _verify(store: Store, part: _Part, tell: Callable[[int], object]) -> str:
+    """What is wrong with a part; empty if nothing is. `tell` is called with the bytes of it that were read."""
+    form, read = part.form, partial(_read_through, store, part, tell)
     if form.stored_bytes and not form.locations:
         return "its manifest does not say where it lies"
-
-    async def read() -> str:
-        reading.done = begun
-        return await _read_through(store, part, reading)
 
     try:
         for location in form.locations:
             size = await store.objects.size(location.object)
             if size < location.stop or (part.is_file and size != location.stop):
                 return f"{location.object} has {size} bytes, expected {location.stop}"
-        # A damaged block is read again by itself; a file has no digests of blocks, and is read again as a whole.
+        # A damaged block is read again by itself, but a file as a whole.
         complaint = await (_retried(store, form, read) if part.is_file else read())
-        if not complaint and part.has_header:
-            complaint = await _retried(store, form, partial(_read_header, store, form.locations[0]))
+        if complaint or not part.has_header:
+            return complaint
+        return await _retried(store, form, partial(_read_header, store, form.locations[0]))
     except NotFoundError:
         return "it is missing"
     except StorageError as exc:
         await store.check()  # an error of its own, if the storage does not answer
         return f"it cannot be read: {exc}"
-    return complaint
 
 
 async def _retried(store: Store, form: Form, read: Callable[[], Awaitable[str]]) -> str:
@@ -214,44 +191,30 @@ async def _read_header(store: Store, at: Location) -> str:
     return ""
 
 
-async def _read_through(store: Store, part: _Part, reading: _Reading) -> str:
+async def _read_through(store: Store, part: _Part, tell: Callable[[int], object]) -> str:
     """What is wrong with the stored bytes; empty if nothing is."""
     form = part.form
     buffers = [memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES))) for _ in range(2)]
     whole, damaged = blake3(), list[int]()
-    checking: asyncio.Future[dict[int, str]] | None = None
-    before = 0, buffers[0]
 
-    def check(start: int, piece: memoryview) -> dict[int, str]:
-        """The damaged blocks of a piece, and the digests they have; a piece without any is digested."""
-        found = find_damage(form, start // BLOCK_BYTES, piece) if form.blocks else {}
-        if not found:
-            whole.update(piece)
-        return found
-
-    async def finish() -> None:
-        """Wait for the check of the piece before, and read its damaged blocks again."""
-        start, piece = before
-        bad = await checking if checking else {}
+    async def check(start: int, piece: memoryview) -> None:
+        """Digest a piece; its damaged blocks are read again before."""
+        bad = await in_thread(find_damage, form, start // BLOCK_BYTES, piece) if form.blocks else {}
         for block, digest in bad.items():
-            low = block * BLOCK_BYTES
-            again = partial(_read_block, store, form, block, piece[low - start : low - start + BLOCK_BYTES])
+            low = block * BLOCK_BYTES - start
+            again = partial(_read_block, store, form, block, piece[low : low + BLOCK_BYTES])
             if not await read_again(again, [digest]):
                 damaged.append(block)
-        if bad and not damaged:
-            await asyncio.to_thread(whole.update, piece)
+        if not damaged:
+            await in_thread(whole.update, piece)
 
-    try:
-        for index, start in enumerate(range(0, form.stored_bytes, PIECE_BYTES)):
-            piece = buffers[index % 2][: min(PIECE_BYTES, form.stored_bytes - start)]
-            await _read(store, form, start, piece)
-            await finish()
-            before, checking = (start, piece), asyncio.ensure_future(asyncio.to_thread(check, start, piece))
-            reading.add(len(piece), part.name)
-        await finish()
-    finally:
-        if checking:
-            await to_its_end(checking)
+    before = 0, buffers[0][:0]
+    for index, start in enumerate(range(0, form.stored_bytes, PIECE_BYTES)):
+        piece = buffers[index % 2][: min(PIECE_BYTES, form.stored_bytes - start)]
+        await together([_read(store, form, start, piece), check(*before)])
+        before = start, piece
+        tell(start + len(piece))
+    await check(*before)
     if damaged:
         blocks = count_blocks(form.stored_bytes)
         return f"block {damaged[0]} is damaged ({len(damaged)} of {blocks} blocks are)"
