@@ -77,8 +77,7 @@ def _said(limited_by: str, origin: SettingOrigin) -> str:
 
 
 def _kept(one: "Explanation") -> str:
-    others = one.pinned - one.kept_layers
-    beside = f" and {count(others, 'other part')}" if others else ""
+    beside = f" and {count(one.other_parts, 'other part')}" if one.other_parts else ""
     if not (one.ring_buffers or one.by_rows):
         return f"everything: {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
     return f"{one.kept_layers} of {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}"
