@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ LEAST_BYTES = 128 * MB
 
 _ENTER = 'echo $$ > "$0" && exec "$@"'
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
-_MOUNTS = Path("/proc/self/mountinfo")
 _REMOVALS = 50
 _REMOVAL_SECONDS = 0.1
 
@@ -43,13 +43,12 @@ _V1 = _Controls(
 _V2 = _Controls("memory.max", "memory.swap.max", False, "memory.peak", "memory.events")
 
 
+@dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A group with a cap; it exists as long as the context of `memory_group`."""
+    """A group with a cap; its folder exists as long as the context of `memory_group`."""
 
-    def __init__(self, path: Path, controls: _Controls) -> None:
-        """Name the group's folder and its files."""
-        self.path = path
-        self._controls = controls
+    path: Path
+    controls: _Controls
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         """Return the command line that runs these arguments in the group from the start."""
@@ -58,21 +57,21 @@ class MemoryGroup:
     @property
     def peak_bytes(self) -> int | None:
         """The most memory that was used, page cache included; None if the kernel does not tell."""
-        with suppress(OSError, ValueError):
-            return int((self.path / self._controls.peak).read_text())
+        with suppress(OSError):
+            return int((self.path / self.controls.peak).read_text())
         return None
 
     @property
     def kills(self) -> int:
         """How many processes were killed because the cap left no memory."""
-        lines = (self.path / self._controls.events).read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        events = dict(line.split() for line in (self.path / self.controls.events).read_text().splitlines())
+        return int(events.get("oom_kill", 0))
 
     def limit(self, cap_bytes: int) -> None:
         """Set the cap."""
-        (self.path / self._controls.limit).write_text(str(cap_bytes))
+        (self.path / self.controls.limit).write_text(str(cap_bytes))
         with suppress(OSError):  # a kernel that does not count swap
-            (self.path / self._controls.swap).write_text(str(cap_bytes if self._controls.swap_counts_memory else 0))
+            (self.path / self.controls.swap).write_text(str(cap_bytes if self.controls.swap_counts_memory else 0))
 
     def remove(self) -> None:
         """Kill what still runs in the group, and remove it.
@@ -101,7 +100,7 @@ def memory_group(cap_bytes: int) -> Iterator[MemoryGroup]:
     if cap_bytes < LEAST_BYTES:
         raise ConfigurationError(
             f"a cap of {format_size(cap_bytes)} is too small, expected {format_size(LEAST_BYTES)} or more: no "
-            "contender can start in less"
+            "peer can start in less"
         )
     root, controls = _find_controller()
     group = MemoryGroup(root / f"surfw-bench-{uuid.uuid4().hex}", controls)
@@ -134,21 +133,16 @@ def drop_page_cache() -> bool:
 
 def _find_controller() -> tuple[Path, _Controls]:
     """Return the mount below which groups can be made, and the names of its files."""
-    for line in _MOUNTS.read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, kind = line.partition(" - ")
-        place = Path(mount.split()[4])
+        folder = Path(mount.split()[4])
         system, _, options = kind.split(maxsplit=2)
         if system == "cgroup" and "memory" in options.split(","):
-            return place, _V1
-        if system == "cgroup2" and "memory" in _words(place / "cgroup.subtree_control"):
-            return place, _V2
+            return folder, _V1
+        with suppress(OSError):
+            if system == "cgroup2" and "memory" in (folder / "cgroup.subtree_control").read_text().split():
+                return folder, _V2
     raise _no_cap("no control group hierarchy with a memory controller is mounted")
-
-
-def _words(path: Path) -> list[str]:
-    with suppress(OSError):
-        return path.read_text().split()
-    return []
 
 
 def _no_cap(reason: str) -> ConfigurationError:

@@ -12,16 +12,6 @@ from surfw.bench.peers import PEERS
 from surfw.config import parse_size
 from surfw.errors import ConfigurationError
 
-PATIENCE_SECONDS = 1800.0
-_GGUF_ADVICE = (
-    "llama.cpp needs the model as a GGUF file (gguf, --gguf FILE); llama.cpp's own converter makes one: "
-    "convert_hf_to_gguf.py MODEL_DIR --outtype bf16 --outfile FILE"
-)
-_AIRLLM_ADVICE = (
-    "airllm writes into the checkpoint that it is given: name a copy of it, with room for a second one (airllm_dir, "
-    "--airllm-dir COPY)"
-)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
@@ -59,7 +49,7 @@ class Comparison:
     prompt_tokens: int = 16
     new_tokens: int = 16
     rounds: int = 3
-    patience_seconds: float = PATIENCE_SECONDS
+    patience_seconds: float = 1800.0
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -79,8 +69,8 @@ class Comparison:
         if unknown := sorted(set(self.against or ()) - PEERS.keys()):
             raise ConfigurationError(f"{unknown[0]!r:.80} is no peer; there are {', '.join(PEERS)}")
         for name in self.against or ():
-            if lack := self.lacks(name):
-                raise ConfigurationError(lack)
+            if missing := PEERS[name].missing(self):
+                raise ConfigurationError(missing)
         self._check_places()
         if self.memory_budget is not None:
             parse_size(self.memory_budget)
@@ -92,18 +82,10 @@ class Comparison:
         for what, path in (("gguf file", self.gguf), ("airllm_dir", self.airllm_dir), ("folder", self.folder)):
             if path is not None and not Path(path).exists():
                 raise ConfigurationError(f"the {what} {path} is not there; name one that is")
-        if self.airllm_dir is not None and Path(self.airllm_dir).resolve() == Path(self.model_dir).resolve():
-            raise ConfigurationError(_AIRLLM_ADVICE)
+        if self.airllm_dir is not None and Path(self.airllm_dir).samefile(self.model_dir):
+            raise ConfigurationError(PEERS["airllm"].advice)
         if self.store is not None and self.source is not None:
             raise ConfigurationError("store and source exclude each other; give one of them")
-
-    def lacks(self, name: str) -> str | None:
-        """Return what a peer needs and was not given, or None if it has everything."""
-        if name == "llama.cpp" and self.gguf is None:
-            return _GGUF_ADVICE
-        if name == "airllm" and self.airllm_dir is None:
-            return _AIRLLM_ADVICE
-        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,10 +7,8 @@ hellos are exchanged; it tries again at once where it is refused.
 
 import asyncio
 import itertools
-import multiprocessing
 import os
 import random
-import signal
 import tempfile
 import threading
 import time
@@ -21,7 +19,7 @@ from typing import Any
 
 from surfw.bench.raw_peer import RawPeer, http_request, message, ping
 from surfw.bench.result import Result, Row, describe_machine
-from surfw.bench.wire import BENCH_MODEL, fetch_chunk, peer, serve_store, write_store
+from surfw.bench.wire import BENCH_MODEL, fetch_chunk, fetch_chunks, peer, serve_store, spawned, write_store
 from surfw.client import WireSource, open_wire_source
 from surfw.config import GB, MB
 from surfw.manifest import Manifest
@@ -45,8 +43,8 @@ Flood = Callable[[int, Sequence[Get], random.Random], None]
 
 @contextmanager
 def _open(port: int) -> Iterator[RawPeer]:
-    with RawPeer(port).shake_hands() as opened:
-        opened.greet()
+    with RawPeer(port) as opened:
+        opened.shake_hands().greet()
         yield opened
 
 
@@ -169,8 +167,7 @@ async def _measure(port: int, manifest: Manifest, seconds: float, floods: Sequen
     memory = [memoryview(bytearray(size)) for size in GOOD_SIZES]
     rows = []
     async with await open_wire_source(f"ws://127.0.0.1:{port}") as source:
-        for index, destination in enumerate(memory):
-            await fetch_chunk(source, manifest, index, destination)
+        await fetch_chunks(source, manifest, memory)
         for name in floods:
             alone = await _rate(source, manifest, memory, seconds)
             with _flooding(port, name, manifest):
@@ -198,20 +195,12 @@ def _connect_again_and_again(port: int, seconds: float) -> float:
     """The longest that a new client took, in seconds."""
     ends, slowest = time.perf_counter() + seconds, 0.0
     while (started := time.perf_counter()) < ends:
-        while not _connect(port) and time.perf_counter() < started + _PATIENCE_SECONDS:
-            pass
+        while time.perf_counter() < started + _PATIENCE_SECONDS:
+            with suppress(OSError), _open(port):
+                break
         slowest = max(slowest, time.perf_counter() - started)
         time.sleep(_PAUSE_SECONDS)
     return slowest
-
-
-def _connect(port: int) -> bool:
-    try:
-        with RawPeer(port).shake_hands() as newcomer:
-            newcomer.greet()
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager
@@ -222,19 +211,13 @@ def _flooding(port: int, name: str, manifest: Manifest) -> Iterator[None]:
         {"model": manifest.name, "chunk": chunk.id, "form": "none", "start": 0, "stop": chunk.payload_bytes}
         for chunk in (good if name in _AT_THE_GOOD else other)
     ]
-    process = multiprocessing.get_context("spawn").Process(target=_flood, args=(port, name, gets), daemon=True)
-    process.start()
-    time.sleep(1)  # until all of them are at it
-    try:
+    with spawned(_flood, port, name, gets):
+        time.sleep(1)  # until all of them are at it
         yield
-    finally:
-        process.kill()
-        process.join()
 
 
 def _flood(port: int, name: str, gets: Sequence[Get]) -> None:
     """Run the flooders; in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(_NICE)
 
     def run(seed: int) -> None:

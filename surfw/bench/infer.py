@@ -55,7 +55,7 @@ def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Who runs, surfw first, and a remark for each peer that does not."""
     names, absent = [SURFW], []
     for name in PEERS if comparison.against is None else dict.fromkeys(comparison.against):
-        reason = PEERS[name].installed() or comparison.lacks(name)
+        reason = PEERS[name].installed() or PEERS[name].missing(comparison)
         if reason is None:
             names.append(name)
         else:

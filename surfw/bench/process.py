@@ -89,10 +89,11 @@ def _run(command: list[str], patience_seconds: float, kind: type[T]) -> Outcome[
         found = json.loads(lines[-1])
         failed = found.get("failed")
         return Outcome(failed=str(failed)[:_SHOWN]) if failed else Outcome(found=kind(**found))
-    return Outcome(failed=_describe_end(process.returncode, err))
+    return Outcome(failed=describe_end(process.returncode, err))
 
 
-def _describe_end(returncode: int, err: str) -> str:
+def describe_end(returncode: int, err: str) -> str:
+    """Say how a process failed: by its exit code or signal, and the last line it wrote to stderr."""
     last = next((line.strip() for line in reversed(err.splitlines()) if line.strip()), "it said nothing")
     if returncode < 0:
         return f"was ended by {signal.Signals(-returncode).name}; its last words: {last[:_SHOWN]}"

@@ -6,40 +6,37 @@ import struct
 from typing import Any, Self
 
 _TEXT, _BINARY, _CLOSE, _PING = 0x1, 0x2, 0x8, 0x9
-_SMALL, _MEDIUM = 126, 1 << 16
+_SMALL = 126
 _SECONDS = 30.0
-
-
-def text_frame(payload: bytes, opcode: int = _TEXT) -> bytes:
-    """A masked frame, as a client has to send it; its mask is 0, which leaves the payload as it is."""
-    size = len(payload)
-    if size < _SMALL:
-        header = struct.pack("!BB", 0x80 | opcode, 0x80 | size)
-    elif size < _MEDIUM:
-        header = struct.pack("!BBH", 0x80 | opcode, 0x80 | 126, size)
-    else:
-        header = struct.pack("!BBQ", 0x80 | opcode, 0x80 | 127, size)
-    return header + bytes(4) + payload
+_HANDSHAKE = (
+    "GET / HTTP/1.1\r\nHost: 127.0.0.1:{}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Key: c3VyZncgaXMgYSB0ZXN0IQ==\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Protocol: surfw.v1\r\n\r\n"
+)
 
 
 def message(kind: str, **fields: Any) -> bytes:
-    """A message, ready to be sent."""
-    return text_frame(json.dumps({"type": kind, **fields}).encode())
+    """A message of less than 64 KiB, ready to be sent."""
+    return _frame(_TEXT, json.dumps({"type": kind, **fields}).encode())
 
 
 def ping(payload: bytes = b"") -> bytes:
     """A frame that wants an answer with the same payload."""
-    return text_frame(payload, _PING)
+    return _frame(_PING, payload)
+
+
+def _frame(opcode: int, payload: bytes) -> bytes:
+    """A masked frame, as a client has to send it; its mask is 0, which leaves the payload as it is."""
+    size = len(payload)
+    length = struct.pack("!B", 0x80 | size) if size < _SMALL else struct.pack("!BH", 0x80 | _SMALL, size)
+    return bytes([0x80 | opcode]) + length + bytes(4) + payload
 
 
 def http_request(port: int, path: str) -> bytes:
     """Return the answer of a server on this machine to a plain HTTP request."""
-    with socket.create_connection(("127.0.0.1", port), _SECONDS) as connection:
+    with socket.create_connection(("127.0.0.1", port), _SECONDS) as connection, connection.makefile("rb") as answer:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-        answer = bytearray()
-        while received := connection.recv(1 << 16):
-            answer += received
-    return bytes(answer)
+        return answer.read()
 
 
 class RawPeer:
@@ -55,35 +52,23 @@ class RawPeer:
         if receive_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
         self.socket.settimeout(_SECONDS)
+        self._port = port
+        self._received = self.socket.makefile("rb")
         try:
             self.socket.connect(("127.0.0.1", port))
         except OSError:
-            self.socket.close()
-            raise
-        self._buffer = bytearray()
-        self._port = port
-
-    def shake_hands(self) -> Self:
-        """Open the WebSocket; if that fails, hang up."""
-        try:
-            self._shake_hands()
-        except OSError:
             self.close()
             raise
-        return self
 
-    def _shake_hands(self) -> None:
-        key = "c3VyZncgaXMgYSB0ZXN0IQ=="
-        self.socket.sendall(
-            f"GET / HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n"
-            "Sec-WebSocket-Protocol: surfw.v1\r\n\r\n".encode()
-        )
-        while (end := self._buffer.find(b"\r\n\r\n")) < 0:
-            self._fill()
-        answer, self._buffer = bytes(self._buffer[:end]), self._buffer[end + 4 :]
-        if b" 101 " not in answer.splitlines()[0]:
-            raise ConnectionRefusedError(answer.decode(errors="replace"))
+    def shake_hands(self) -> Self:
+        """Open the WebSocket."""
+        self.send(_HANDSHAKE.format(self._port).encode())
+        status = self._received.readline()
+        if b" 101 " not in status:
+            raise ConnectionRefusedError(status.decode(errors="replace"))
+        while self._received.readline().strip():
+            pass
+        return self
 
     def greet(self, window_bytes: int = 8 << 20) -> dict[str, Any]:
         """Exchange hellos; return the server's."""
@@ -98,12 +83,15 @@ class RawPeer:
     def hear(self) -> dict[str, Any] | bytes:
         """The next message: a text one decoded, or the bytes of a binary one."""
         while True:
-            opcode, payload = self._frame()
-            if opcode == _TEXT:
+            opcode, size = self._read(2)
+            if size >= _SMALL:
+                size = int.from_bytes(self._read(2 if size == _SMALL else 8))
+            payload = self._read(size)
+            if opcode & 0xF == _TEXT:
                 return dict(json.loads(payload))
-            if opcode == _BINARY:
+            if opcode & 0xF == _BINARY:
                 return payload
-            if opcode == _CLOSE:
+            if opcode & 0xF == _CLOSE:
                 raise ConnectionResetError(f"closed: {payload[2:].decode(errors='replace')}")
 
     def hear_text(self) -> dict[str, Any]:
@@ -112,29 +100,15 @@ class RawPeer:
             pass
         return heard
 
-    def _frame(self) -> tuple[int, bytes]:
-        opcode, size = self._exactly(2)
-        if size == _SMALL:
-            (size,) = struct.unpack("!H", self._exactly(2))
-        elif size > _SMALL:
-            (size,) = struct.unpack("!Q", self._exactly(8))
-        return opcode & 0xF, self._exactly(size)
-
-    def _exactly(self, size: int) -> bytes:
-        while len(self._buffer) < size:
-            self._fill()
-        taken = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return taken
-
-    def _fill(self) -> None:
-        received = self.socket.recv(1 << 20)
-        if not received:
+    def _read(self, size: int) -> bytes:
+        payload = self._received.read(size)
+        if len(payload) < size:
             raise ConnectionResetError("the server hung up")
-        self._buffer += received
+        return payload
 
     def close(self) -> None:
         """Hang up."""
+        self._received.close()
         self.socket.close()
 
     def __enter__(self) -> Self:

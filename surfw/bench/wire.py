@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ class _Peer:
 
     def cpu_seconds(self) -> float:
         """The CPU time it has used."""
-        times = self.process.cpu_times()
-        return float(times.user + times.system)
+        return float(sum(self.process.cpu_times()[:2]))  # user and system
 
     def cache_misses(self) -> int:
         """Pages a surfw server had to read so far."""
@@ -99,23 +99,24 @@ async def _measure(
             blind.unverified_for_measurement_only = True
             manifest = await source.manifest(BENCH_MODEL)
             memory = [memoryview(bytearray(b"\1") * size) for size in sizes]
-            await _fetch(source, manifest, memory)
+            await fetch_chunks(source, manifest, memory)
             misses = await asyncio.to_thread(server.cache_misses)
             for _ in range(rounds):
                 with raw.measure(raw_server):
                     _receive_raw(connection, memory)
                 with unverified.measure(server):
-                    await _fetch(blind, manifest, memory)
+                    await fetch_chunks(blind, manifest, memory)
                 with verified.measure(server):
-                    await _fetch(source, manifest, memory)
+                    await fetch_chunks(source, manifest, memory)
             if await asyncio.to_thread(server.cache_misses) != misses:
                 raise RuntimeError("the server's cache did not hold the chunks; nothing was measured")
     return raw, unverified, verified
 
 
-async def _fetch(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:
-    for index in range(len(manifest.chunks)):
-        await fetch_chunk(source, manifest, index, memory[index])
+async def fetch_chunks(source: WireSource, manifest: Manifest, memory: Sequence[memoryview]) -> None:
+    """Fetch the first chunks, one after the other, each into its memory."""
+    for index, destination in enumerate(memory):
+        await fetch_chunk(source, manifest, index, destination)
 
 
 async def fetch_chunk(source: WireSource, manifest: Manifest, index: int, destination: memoryview) -> None:
@@ -166,22 +167,33 @@ async def write_store(place: Path, sizes: Sequence[int]) -> Manifest:
 @contextmanager
 def peer(function: Callable[..., None], *arguments: Any) -> Iterator[_Peer]:
     """Run a server function in a process of its own, until the end of the body."""
-    processes = multiprocessing.get_context("spawn")
-    port, ready = processes.Pipe(duplex=False)
-    process = processes.Process(target=function, args=(*arguments, ready), daemon=True)
-    process.start()
-    try:
+    port, ready = multiprocessing.Pipe(duplex=False)
+    with port, spawned(function, *arguments, ready) as process:
         ready.close()
         yield _Peer(psutil.Process(process.pid), port.recv())
+
+
+@contextmanager
+def spawned(function: Callable[..., None], *arguments: Any) -> Iterator[BaseProcess]:
+    """Run a function in a process of its own, which Ctrl-C leaves alone, and kill it after the body."""
+    process = multiprocessing.get_context("spawn").Process(
+        target=_run_uninterrupted, args=(function, *arguments), daemon=True
+    )
+    process.start()
+    try:
+        yield process
     finally:
-        process.terminate()
+        process.kill()
         process.join()
-        port.close()
+
+
+def _run_uninterrupted(function: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    function(*arguments)
 
 
 def serve_store(place: str, cache_mb: float, ready: Connection) -> None:
     """A server with a cache of this size; runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:
         async with WeightServer(model_path=place, port=0, cache_size_mb=cache_mb) as server:
@@ -193,7 +205,6 @@ def serve_store(place: str, cache_mb: float, ready: Connection) -> None:
 
 def _serve_raw(place: str, manifest: Manifest, ready: Connection) -> None:
     """A TCP socket that sends the chunk whose number it receives; runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     payloads = [(Path(place) / chunk.forms[0].locations[0].object).read_bytes() for chunk in manifest.chunks]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready.send(listener.getsockname()[1])

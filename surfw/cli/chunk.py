@@ -101,13 +101,7 @@ def chunk(
 def _only_task(
     tasks: Mapping[str, bool], *, model: str | None, dry_run: bool, chunking: Mapping[str, bool]
 ) -> str | None:
-    """The one task that was asked for instead of chunking; None for chunking.
-
-    Args:
-        tasks: the options that chunk nothing, and whether each was given.
-        model: the argument MODEL.
-        dry_run: whether `--dry-run` was given.
-        chunking: the options that are for chunking alone, and whether each was given.
+    """Return the one task that was asked for; None for chunking, which has options of its own.
 
     Raises:
         BadParameter: options that exclude each other were given.

@@ -1,6 +1,6 @@
 """What `--explain` shows: a model's memory and limits, in rows of a name and a text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, s
     if one.shared_bytes:
         rows.append(("shared by layers that recur", format_size(one.shared_bytes)))
     if one.by_rows:
-        rows.append(("read by rows", _names(one.by_rows)))
+        rows.append(("read by rows", render.list_names(one.by_rows, _SHOWN_NAMES)))
     beside = f"{format_size(one.overhead_bytes)}, and {format_size(one.reserved_bytes)} for the KV cache"
     rows += [
         ("beside the weights", beside),
@@ -77,8 +77,7 @@ def _said(limited_by: str, origin: SettingOrigin) -> str:
 
 
 def _kept(one: "Explanation") -> str:
-    others = one.pinned - one.kept_layers
-    beside = f" and {count(others, 'other part')}" if others else ""
+    beside = f" and {count(one.other_parts, 'other part')}" if one.other_parts else ""
     if not (one.ring_buffers or one.by_rows):
         return f"everything: {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}; nothing is streamed"
     return f"{one.kept_layers} of {count(one.layers, 'layer')}{beside}, {format_size(one.pinned_bytes)}"
@@ -129,8 +128,3 @@ def _speed(per_second: float, one: "Explanation") -> str:
 
 def _rate(bytes_per_second: float) -> str:
     return f"{bytes_per_second / GB:.2f} GB/s" if bytes_per_second >= GB / 10 else f"{format_size(bytes_per_second)}/s"
-
-
-def _names(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -12,7 +12,6 @@ from surfw.settings import Settings
 from surfw.storage.housekeeping import Housekeeping, Pruned, Removed, Steps, StoreContents, StoredModel, Verified
 
 T = TypeVar("T")
-_SHOWN_NAMES = 10
 
 
 def list_models(settings: Settings, *, json: bool) -> None:
@@ -74,7 +73,8 @@ def _show_contents(contents: StoreContents) -> None:
         size = format_size(contents.unneeded_bytes or 0)
         render.say(f"{count(contents.unneeded_blobs, 'blob')} of no model, {size}: --prune removes them")
     if contents.left_alone:
-        render.say(f"{count(len(contents.left_alone), 'object')} not surfw's: {_some(contents.left_alone)}")
+        names = render.list_names(contents.left_alone)
+        render.say(f"{count(len(contents.left_alone), 'object')} not surfw's: {names}")
     for complaint in contents.complaints:
         render.say(f"not understood, so that nothing can be pruned: {complaint}")
 
@@ -111,7 +111,7 @@ def _show_pruned(pruned: Pruned) -> None:
         size = format_size(pruned.leftover_bytes)
         render.say(f"{size} of unfinished work on this machine, older than a week, {verb}")
     if pruned.left_alone:
-        render.say(f"left alone, because they are not surfw's: {_some(pruned.left_alone)}")
+        render.say(f"left alone, because they are not surfw's: {render.list_names(pruned.left_alone)}")
 
 
 def _show_verified(verified: Verified) -> None:
@@ -127,8 +127,3 @@ def _show_verified(verified: Verified) -> None:
         f"{format_size(verified.read_bytes)} read in {verified.store}: "
         f"{f'{len(verified.damage)} damaged' if verified.damage else 'all as it should be'}"
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return ", ".join(names[:_SHOWN_NAMES]) + more

@@ -3,8 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +16,7 @@ from surfw.settings import Settings
 if TYPE_CHECKING:
     from surfw.cli.infer_view import LiveView, PlainView
     from surfw.cli.sources import ChosenSource
-    from surfw.models.inference import InferenceRequest, InferenceResult
+    from surfw.models.inference import InferenceRequest
     from surfw.models.streaming import StreamingModel
 
 EXAMPLES = """\b
@@ -92,49 +91,6 @@ def infer(
     _run(make_request, configuration, view, explain=explain, json=json)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a run came to.
-
-    Attributes:
-        model: the model's name.
-        source: where its weights came from, without credentials.
-        result: the text, or what an encoder gives.
-        load_seconds: from the first import to the open model.
-        statistics: of the model.
-        peak_rss_bytes: the most memory that the process used.
-    """
-
-    model: str
-    source: str
-    result: "InferenceResult"
-    load_seconds: float
-    statistics: Mapping[str, Any]
-    peak_rss_bytes: int
-
-    def facts(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        result, statistics = self.result, self.statistics
-        facts = {
-            "model": self.model,
-            "source": self.source,
-            "text": result.text,
-            "token_ids": result.token_ids,
-            "prompt_tokens": result.prompt_tokens,
-            "new_tokens": len(result.token_ids),
-            "load_seconds": self.load_seconds,
-            "ttft_seconds": result.ttft_seconds,
-            "tpot_seconds": result.tpot_seconds,
-            "tokens_per_second": result.tokens_per_second,
-            "cache": statistics["cache"],
-            "time": statistics["time"],
-            "plan": statistics["plan"],
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }
-        encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        return facts | {name: value for name, value in encoder.items() if value is not None}
-
-
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
@@ -145,6 +101,7 @@ def _run(
 ) -> None:
     """Run a request, which is made once torch is imported; without one, explain what would limit it."""
     from surfw.cli import explain_view, render
+    from surfw.cli.infer_view import Report
     from surfw.cli.sources import choose_source
 
     settings, origins = configuration.settings, configuration.origins

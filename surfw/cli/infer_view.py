@@ -5,6 +5,7 @@ from __future__ import annotations  # what comes from torch's rooms is named in 
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -16,14 +17,57 @@ from surfw.cli import explain_view, render
 from surfw.config import count, format_size, is_server_url
 
 if TYPE_CHECKING:
-    from surfw.cli.infer import Report
     from surfw.models.explain import Explanation
     from surfw.models.inference import InferenceResult
+    from surfw.models.statistics import PlanFacts, RunTimes, Statistics
     from surfw.models.streaming import StreamingModel
     from surfw.settings import SettingOrigin
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run came to.
+
+    Attributes:
+        model: the model's name.
+        source: where its weights came from, without credentials.
+        result: the text, or what an encoder gives.
+        load_seconds: from the first import to the open model.
+        statistics: of the model.
+        peak_rss_bytes: the most memory that the process used.
+    """
+
+    model: str
+    source: str
+    result: InferenceResult
+    load_seconds: float
+    statistics: Statistics
+    peak_rss_bytes: int
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        result, statistics = self.result, self.statistics
+        facts = {
+            "model": self.model,
+            "source": self.source,
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": len(result.token_ids),
+            "load_seconds": self.load_seconds,
+            "ttft_seconds": result.ttft_seconds,
+            "tpot_seconds": result.tpot_seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "cache": statistics["cache"],
+            "time": statistics["time"],
+            "plan": statistics["plan"],
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+        encoder = {"embedding": result.embedding, "predictions": result.predictions}
+        return facts | {name: value for name, value in encoder.items() if value is not None}
 
 
 class PlainView:
@@ -128,9 +172,9 @@ class LiveView:
         render.err.print(Text(f"surfw: {summary(report)}"), style="dim", soft_wrap=True)
 
 
-def weights_table(statistics: Mapping[str, Any]) -> Table:
+def weights_table(statistics: Statistics) -> Table:
     """Make the table of the weights' counters."""
-    cache, time, latency = (statistics[part] for part in ("cache", "time", "fetch_latency_seconds"))
+    cache, time, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
     return render.pair_table(
         "",
         [
@@ -147,7 +191,7 @@ def weights_table(statistics: Mapping[str, Any]) -> Table:
     )
 
 
-def _memory_used(statistics: Mapping[str, Any]) -> str:
+def _memory_used(statistics: Statistics) -> str:
     """Format the memory that weights take, and their budget."""
     used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
     if plan is None or plan["budget_bytes"] is None:
@@ -167,30 +211,32 @@ def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: 
 def summary(report: Report) -> str:
     """Say in a line what the run took, and why it was not faster."""
     result, cache, time = report.result, report.statistics["cache"], report.statistics["time"]
-    spent = time["stall_seconds"] + time["compute_seconds"]
     if result.tokens_per_second is not None and result.ttft_seconds is not None:
         parts = [f"{count(len(result.token_ids), 'token')} at {result.tokens_per_second:.2f} tokens/s"]
         parts.append(f"TTFT {render.seconds(result.ttft_seconds)}")
     else:
+        spent = time["stall_seconds"] + time["compute_seconds"]
         parts = [f"{count(result.prompt_tokens, 'token')} in {render.seconds(spent)}"]
     parts.append(f"{count(cache['hits'], 'hit')}, {cache['prefetched']} prefetched, {count(cache['stalls'], 'stall')}")
     parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
     if cache["refetched_blocks"]:
         parts.append(f"{count(cache['refetched_blocks'], 'damaged block')} fetched again")
-    parts.append(bottleneck(report.source, time["stall_seconds"], spent, report.statistics["plan"]))
+    parts.append(bottleneck(report.source, time, report.statistics["plan"]))
     return "; ".join(parts)
 
 
-def bottleneck(source: str, stall_seconds: float, spent_seconds: float, plan: Mapping[str, Any]) -> str:
+def bottleneck(source: str, time: RunTimes, plan: PlanFacts | None) -> str:
     """Say why the run was not faster, and what to do about it."""
-    share = stall_seconds / spent_seconds if spent_seconds else 0.0
-    on = "the link" if is_server_url(source) else "storage"
+    from surfw.models.statistics import stall_share
+
+    share = stall_share(time)
+    stalled = f"stalled {share:.0%} on {'the link' if is_server_url(source) else 'storage'}"
     if share < _MOSTLY:
-        return f"stalled {share:.0%} on {on}, computing the rest of the time"
-    if not plan["streamed"]:
-        return f"stalled {share:.0%} on {on}, until all weights were there"
+        return f"{stalled}, computing the rest of the time"
+    if plan is None or not plan["streamed"]:
+        return f"{stalled}, until all weights were there"
     more = "more memory" if plan["limited_by"] == "default" else "more memory (--memory-budget)"
-    return f"stalled {share:.0%} on {on}: {more} keeps more layers, or bring the weights closer"
+    return f"{stalled}: {more} keeps more layers, or bring the weights closer"
 
 
 def encoder_text(result: InferenceResult) -> str | None:

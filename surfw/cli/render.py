@@ -112,6 +112,12 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
+def list_names(names: Sequence[str], most: int = 10) -> str:
+    """List the first names, and say how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 def seconds(value: float) -> str:
     """Format a time: `1.20 s`, `34.0 ms`."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.1f} ms"

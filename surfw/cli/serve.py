@@ -4,7 +4,7 @@ import contextlib
 import logging
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,8 @@ from surfw.settings import Settings
 
 if TYPE_CHECKING:
     import asyncio
+
+    from surfw.server import WeightServer
 
 EXAMPLES = """\b
 Examples:
@@ -28,16 +30,7 @@ logger = logging.getLogger("surfw.server")
 
 
 @options.with_settings(
-    "store",
-    "storage_options",
-    "host",
-    "port",
-    "cache_mb",
-    "insecure",
-    "clients",
-    "allowed_host",
-    "token_file",
-    "live",
+    "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "allowed_host", "token_file", "live"
 )
 def serve(
     *,
@@ -80,33 +73,27 @@ def _log_lines() -> None:
     logger.propagate = False
 
 
-def _make_server(settings: Settings, place: str) -> Any:
-    """Make the server that these settings describe."""
-    from surfw.server import WeightServer
-
-    return WeightServer(
-        model_path=place,
-        storage_options=settings.storage_options,
-        host=settings.host,
-        port=settings.port,
-        cache_size_mb=settings.cache_mb,
-        token=settings.token,
-        insecure=settings.insecure,
-        clients=settings.clients,
-        allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
-    )
-
-
 async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> bool:
     """Serve until a signal ends it; return False if the signal came before the server was up."""
     import asyncio
 
     from surfw.cli import render
     from surfw.config import display_url
+    from surfw.server import WeightServer
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        server = _make_server(settings, place)
+        server = WeightServer(
+            model_path=place,
+            storage_options=settings.storage_options,
+            host=settings.host,
+            port=settings.port,
+            cache_size_mb=settings.cache_mb,
+            token=settings.token,
+            insecure=settings.insecure,
+            clients=settings.clients,
+            allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
+        )
         starting = asyncio.ensure_future(stack.enter_async_context(server))
 
         def end() -> None:
@@ -138,7 +125,7 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
     return True
 
 
-async def _live_table(server: Any, stop: "asyncio.Event") -> None:
+async def _live_table(server: "WeightServer", stop: "asyncio.Event") -> None:
     import asyncio
 
     from rich.console import Group

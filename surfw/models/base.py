@@ -33,7 +33,14 @@ from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
-from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
+from surfw.models.statistics import (
+    CacheInfo,
+    InferenceStats,
+    Statistics,
+    cache_info,
+    full_statistics,
+    inference_stats,
+)
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
 from surfw.skeleton.default_dtype import runs
@@ -323,7 +330,7 @@ class StreamingBaseModel:
         """How long the runs so far took."""
         return inference_stats(self.metrics)
 
-    def statistics(self) -> dict[str, Any]:
+    def statistics(self) -> Statistics:
         """All statistics, in the form that `surfw infer --json` prints."""
         return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
 

@@ -82,6 +82,11 @@ class Explanation:
     more_ceiling: float | None
 
     @property
+    def other_parts(self) -> int:
+        """How many of the chunks that stay in memory are no layers."""
+        return self.pinned - self.kept_layers
+
+    @property
     def ceiling(self) -> float | None:
         """The most units per second that reading and computing allow; None if neither is known."""
         return _smaller(self.reading_ceiling, self.computing_ceiling)

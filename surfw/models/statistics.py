@@ -1,10 +1,10 @@
 """How long a model's runs took and what is kept in memory, as plain data."""
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
-from surfw.models.assembly import ModelParts
+from surfw.models.assembly import LimitedBy, ModelParts
 
 
 class CacheInfo(TypedDict):
@@ -39,6 +39,47 @@ class InferenceStats(TypedDict):
     compute_seconds: float
 
 
+class CacheCounts(TypedDict):
+    """What was found in memory, as `CacheInfo` has it, and what is there, in bytes."""
+
+    hits: int
+    misses: int
+    prefetched: int
+    stalls: int
+    hit_rate: float
+    resident_bytes: int
+    fetched_bytes: int
+    refetched_blocks: int
+    kv_cache_bytes: int
+
+
+class RunTimes(TypedDict):
+    """How long all runs waited for weights, and the rest of their time."""
+
+    stall_seconds: float
+    compute_seconds: float
+
+
+class PlanFacts(TypedDict):
+    """The facts of the plan that decide how fast a run is."""
+
+    limited_by: LimitedBy
+    budget_bytes: int | None
+    reserved_bytes: int
+    pinned: int
+    streamed: int
+    bytes_per_pass: int
+
+
+class Statistics(TypedDict):
+    """All statistics; `plan` is None for a model that is not open."""
+
+    cache: CacheCounts
+    time: RunTimes
+    fetch_latency_seconds: dict[str, float]
+    plan: PlanFacts | None
+
+
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
     """What is kept in memory: nothing, for a model that is not open."""
     hits, misses = _counts(metrics)
@@ -65,7 +106,7 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> dict[str, Any]:
+def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> Statistics:
     """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
@@ -86,8 +127,13 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
     }
 
 
-def _plan_facts(parts: ModelParts) -> dict[str, Any]:
-    """The facts of the plan that decide how fast a run is."""
+def stall_share(time: RunTimes) -> float:
+    """The part of the time of all runs that they waited for weights."""
+    seconds = time["stall_seconds"] + time["compute_seconds"]
+    return time["stall_seconds"] / seconds if seconds else 0.0
+
+
+def _plan_facts(parts: ModelParts) -> PlanFacts:
     plan = parts.engine.plan
     return {
         "limited_by": parts.limited_by,

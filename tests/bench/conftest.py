@@ -1,4 +1,4 @@
-"""Contenders that these tests start begin with their imports done."""
+"""Peers that these tests start begin with their imports done."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ def _start(command: list[str], *, stdin: int, stdout: int, stderr: int, **_: Any
 
 
 @pytest.fixture(autouse=True)
-def _warm_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+def _warm_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the command `surfw bench`, which is another process, and those under a cap start as they always do."""
     parts = {"Popen": _start, "PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
     monkeypatch.setattr(process, "subprocess", SimpleNamespace(**parts))

@@ -1,4 +1,4 @@
-"""Contenders run in processes of their own, on the same work; what cannot be compared is said."""
+"""Peers run in processes of their own, on the same work; what cannot be compared is said."""
 
 import json
 import shutil
@@ -147,7 +147,7 @@ def test_airllm_generates_the_same_few(checkpoint: Path, store: Path, tmp_path: 
     assert "airllm generated 4 tokens, not 5, because it is slow" in found.notes
 
 
-def test_the_cap_holds_for_every_contender_and_who_is_killed_stops_nobody(checkpoint: Path, store: Path) -> None:
+def test_the_cap_holds_for_every_peer_and_who_is_killed_stops_nobody(checkpoint: Path, store: Path) -> None:
     try:
         with memory_group(LEAST_BYTES):
             pass
@@ -231,7 +231,7 @@ def test_an_interrupted_run_leaves_nothing(
         env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert running.stderr is not None
-    assert any("round 1 of 3: surfw" in line for line in running.stderr), "it is about to start a contender, or has"
+    assert any("round 1 of 3: surfw" in line for line in running.stderr), "it is about to start a peer, or has"
     children = psutil.Process(running.pid).children(recursive=True)
     running.send_signal(number)
     running.communicate(timeout=60)

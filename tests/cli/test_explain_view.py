@@ -101,9 +101,10 @@ def test_every_row_is_printed(is_terminal: bool) -> None:
 
 def test_a_run_that_waited_says_what_would_help() -> None:
     plan = {"streamed": 15, "limited_by": "default"}
-    assert bottleneck("/s", 1, 10, plan) == "stalled 10% on storage, computing the rest of the time"
-    assert bottleneck("/s", 9, 10, plan).endswith(": more memory keeps more layers, or bring the weights closer")
-    assert "more memory (--memory-budget) keeps" in bottleneck("ws://h:1", 9, 10, plan | {"limited_by": "cache_layers"})
-    assert (
-        bottleneck("ws://h:1", 9, 10, plan | {"streamed": 0}) == "stalled 90% on the link, until all weights were there"
-    )
+    little, mostly = ({"stall_seconds": stall, "compute_seconds": 10 - stall} for stall in (1, 9))
+    assert bottleneck("/s", little, plan) == "stalled 10% on storage, computing the rest of the time"
+    assert bottleneck("/s", mostly, plan).endswith(": more memory keeps more layers, or bring the weights closer")
+    by_layers = plan | {"limited_by": "cache_layers"}
+    assert "more memory (--memory-budget) keeps" in bottleneck("ws://h:1", mostly, by_layers)
+    fits = plan | {"streamed": 0}
+    assert bottleneck("ws://h:1", mostly, fits) == "stalled 90% on the link, until all weights were there"

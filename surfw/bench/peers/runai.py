@@ -10,8 +10,8 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
+from surfw.bench.process import describe_end
 from surfw.errors import SurfwError
 from surfw.storage import S3Backend
 
@@ -41,10 +41,8 @@ def stream_objects(objects: list[str], backend: S3Backend) -> float:
     )
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-        raise SurfwError(f"Run:ai Model Streamer failed with exit code {done.returncode}; its last words: {last[:300]}")
-    found: dict[str, Any] = json.loads(lines[-1])
-    return float(found["seconds"])
+        raise SurfwError(f"Run:ai Model Streamer {describe_end(done.returncode, done.stderr)}")
+    return float(json.loads(lines[-1])["seconds"])
 
 
 def _environment(backend: S3Backend) -> dict[str, str]:

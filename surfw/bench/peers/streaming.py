@@ -22,5 +22,5 @@ def measure_streaming(work: Comparison, **options: Any) -> Measurement:
         options["token"] = Settings.load().token
     with StreamingModel.open(work.source, work.model, memory_budget=work.memory_budget, **options) as model:
         return measure_generation(
-            model.generate, work, fetched_bytes=lambda: int(model.statistics()["cache"]["fetched_bytes"])
+            model.generate, work, fetched_bytes=lambda: model.statistics()["cache"]["fetched_bytes"]
         )
