@@ -29,7 +29,7 @@ from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
+from surfw.runtime.plan import Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
@@ -123,12 +123,15 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    has_budget = settings.budget_bytes is not None
+    limit, has_budget = settings.limit, settings.limit.budget_bytes is not None
     with deciding:
+        if limit.budget_bytes is None and limit.cache_layers is None:
+            found = find_default_budget()
+            limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
         engine = Engine(
             manifest,
             model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
-            _limit(settings),
+            limit,
             Loader(client.source, manifest, dtypes),
             io=client.io,
             metrics=metrics,
@@ -138,8 +141,13 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             prefetch=settings.prefetch,
         )
         claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
-    if engine.plan.policy == "lru" and engine.plan.streamed:
-        _warn_of_lru(engine)
+    plan = engine.plan
+    if plan.policy == "lru" and plan.streamed:
+        logger.warning(
+            "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy "
+            "'auto' keeps a part of them",
+            manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
+        )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
     parts = ModelParts(
@@ -157,24 +165,6 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     )
     engine.warm()
     return parts
-
-
-def _limit(settings: OpenSettings) -> Limit:
-    if settings.cache_size is not None:
-        return Limit(cache_layers=settings.cache_size, policy=settings.policy)
-    if settings.budget_bytes is not None:
-        return Limit(budget_bytes=settings.budget_bytes, policy=settings.policy)
-    found = find_default_budget()
-    return Limit(budget_bytes=found.budget_bytes, policy=settings.policy, reason=found.reason)
-
-
-def _warn_of_lru(engine: Engine) -> None:
-    plan = engine.plan
-    logger.warning(
-        "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy 'auto' "
-        "keeps a part of them",
-        engine.manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
-    )  # fmt: skip
 
 
 def model_needs(

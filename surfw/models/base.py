@@ -34,7 +34,7 @@ from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
-from surfw.runtime.plan import ResidencyPlan
+from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
 from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
@@ -110,12 +110,10 @@ class StreamingBaseModel:
         expect("model", model, str | None, "a model's name or None")
         check_device(device)
         self._settings = OpenSettings(
-            cache_size=cache_size,
-            budget_bytes=budget_bytes(memory_budget),
+            limit=Limit(cache_layers=cache_size, budget_bytes=budget_bytes(memory_budget), policy=policy),
             prefetch=prefetch,
             dtype=dtype,
             on_missing=on_missing,
-            policy=policy,
             model_class=self.model_class,
         )
         self._owns_client = not isinstance(source, WeightClient)
@@ -131,7 +129,7 @@ class StreamingBaseModel:
         self._state = threading.Lock()  # guards what follows; never held for long
         self._current: tuple[Run, int] | None = None  # what holds `_busy`, and its thread
         self._parts: ModelParts | None = None
-        self._compute: ThreadPoolExecutor | None = None
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         self._closing = threading.Event()
         self._closed = False
 
@@ -345,12 +343,13 @@ class StreamingBaseModel:
         Setting it takes effect at once, also while the model runs: what is too much is evicted, or, where it is in use
         just now, after its use.
         """
-        return self._parts.engine.plan.slots if self._parts else self._settings.cache_size or 0
+        return self._parts.engine.plan.slots if self._parts else self._settings.limit.cache_layers or 0
 
     @cache_size.setter
     def cache_size(self, layers: int) -> None:
         with self._state:
-            self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
+            limit = replace(self._settings.limit, cache_layers=layers, budget_bytes=None)
+            self._settings = replace(self._settings, limit=limit)
             if self._parts is not None:
                 self._parts.engine.resize(layers)
 
@@ -368,7 +367,7 @@ class StreamingBaseModel:
         """
         with self._state:
             self._closing.set()
-            current, compute = self._current, self._compute
+            current = self._current
         is_within = False
         if current is not None:
             run, thread = current
@@ -377,8 +376,7 @@ class StreamingBaseModel:
         if not is_within:
             with runs.holding(self._busy):
                 self._take_apart()
-        if compute is not None:
-            compute.shutdown(wait=not is_within and current_run.get() is None)
+        self._compute.shutdown(wait=not is_within and current_run.get() is None)
 
     async def close_async(self) -> None:
         """As `close`, without blocking the event loop."""
@@ -480,8 +478,8 @@ class StreamingBaseModel:
                     current_run.reset(outer)
                 with self._state:
                     self._parts = parts
-                    if (size := self._settings.cache_size) is not None and size != settings.cache_size:
-                        parts.engine.resize(size)  # it was set meanwhile
+                    if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
+                        parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
 
     def _open_here(self) -> ModelParts:
@@ -540,9 +538,6 @@ class StreamingBaseModel:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
-        with self._state:
-            if self._closing.is_set():
-                raise self._closed_error()
-            if self._compute is None:
-                self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
+        if self._closing.is_set():
+            raise self._closed_error()
         return await run_in_executor(self._compute, work)
