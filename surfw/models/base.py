@@ -32,7 +32,7 @@ from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
-from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
+from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device, expect_number
 from surfw.models.statistics import CacheInfo, InferenceStats, cache_info, full_statistics, inference_stats
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
@@ -118,7 +118,7 @@ class StreamingBaseModel:
         )
         self._owns_client = not isinstance(source, WeightClient)
         given = sorted(name for name, value in connection.items() if value is not None)
-        if given and not self._owns_client:
+        if given and isinstance(source, WeightClient):
             raise ConfigurationError(f"{given[0]} belongs to the WeightClient; give it there")
         if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
             raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
@@ -258,7 +258,17 @@ class StreamingBaseModel:
             SurfwError: one could not be loaded.
         """
         parts = await self._open_async()
-        return await self._fetch(parts, list(range(len(parts.layers)) if layers is None else layers))
+        if self._closing.is_set():
+            raise self._closed_error()
+        arrived = []
+        for name, load in parts.engine.fetch(parts.layer_names(range(len(parts.layers)) if layers is None else layers)):
+            await wait_until_done(load)  # a caller that stops waiting stops no fetch
+            if not load.cancelled():
+                load.result()
+                arrived.append(name)
+            elif self._closing.is_set():
+                raise self._closed_error("was closed while its layers were fetched")
+        return arrived
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
         """Bring the layers after one into memory; after the last one comes the first, as in decoding.
@@ -282,7 +292,7 @@ class StreamingBaseModel:
                 f"{count} layers, counted from 0"
             )
         following = range(current_layer + 1, current_layer + 1 + min(prefetch_count, count - 1))
-        return await self._fetch(parts, [index % count for index in following])
+        return await self.warmup(index % count for index in following)
 
     def explain(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
         """Measure how fast weights arrive and the model computes, and say what limits it and what more memory brings.
@@ -300,10 +310,8 @@ class StreamingBaseModel:
             SurfwError: weights could not be read.
         """
         refuse_event_loop("measuring a model", "'await model.explain_async()'")
-        for name, count, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0)):
-            expect(name, count, int, f"a number, {least} or more")
-            if count < least:
-                raise ConfigurationError(f"{name} is {count}, expected a number, {least} or more")
+        expect_number("prompt_tokens", prompt_tokens, 1)
+        expect_number("new_tokens", new_tokens, 0)
         parts = self._open()
         if new_tokens and parts.model.can_generate():
             parts.kv.reserve_for(prompt_tokens, new_tokens)
@@ -423,11 +431,7 @@ class StreamingBaseModel:
 
     @contextmanager
     def _holding(self, run: Run) -> Iterator[None]:
-        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that.
-
-        Raises:
-            ModelClosedError: it is closed.
-        """
+        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that."""
         with runs.holding(self._busy, run.check):
             with self._state:
                 if self._closing.is_set():
@@ -453,12 +457,7 @@ class StreamingBaseModel:
                     self._parts.close()
 
     def _open(self) -> ModelParts:
-        """The parts of the open model; the first call opens it.
-
-        Raises:
-            ModelClosedError: it is closed.
-            SurfwError: it cannot be opened.
-        """
+        """The parts of the open model; the first call opens it. Those of a closed one are refused."""
         if self._closing.is_set():
             raise self._closed_error()
         if self._parts is not None:
@@ -496,12 +495,7 @@ class StreamingBaseModel:
             refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
     def _find_manifest(self) -> Manifest:
-        """The manifest of the model that is wanted: by its name, in full or a unique last part, or the only one.
-
-        Raises:
-            UnknownModelError: the source has no such model.
-            UnsupportedModelError: this class is not for such a model.
-        """
+        """The manifest of the model that is wanted, if this class is for such a model."""
         name = self._client.run(lambda source: source.resolve(self._wanted))
         manifest = self._client.run(lambda source: source.manifest(name))
         found = manifest.config.get("model_type")
@@ -511,20 +505,6 @@ class StreamingBaseModel:
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
         return manifest
-
-    async def _fetch(self, parts: ModelParts, indices: list[int]) -> list[str]:
-        """Have layers fetched, and wait for them; a caller that stops waiting stops no fetch."""
-        if self._closing.is_set():
-            raise self._closed_error()
-        arrived = []
-        for name, load in parts.engine.fetch(parts.layer_names(indices)):
-            await wait_until_done(load)
-            if not load.cancelled():
-                load.result()
-                arrived.append(name)
-            elif self._closing.is_set():
-                raise self._closed_error("was closed while its layers were fetched")
-        return arrived
 
     def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"

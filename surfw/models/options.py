@@ -1,8 +1,10 @@
 """What models are opened with: the keywords, and the checks that they go through."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ssl import SSLContext
+from types import UnionType
 from typing import Any, TypedDict
 
 import torch
@@ -63,6 +65,14 @@ class OpenSettings:
         check_model_class(self.model_class)
         check_on_missing(self.on_missing)
         check_policy(self.limit.policy)
+
+
+def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, kind: type | UnionType = int) -> None:
+    """Raise ConfigurationError unless an argument is of this kind, and a finite number within these bounds or None."""
+    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+    expect(name, value, kind, f"a number, {bounds}")
+    if value is not None and not (least <= value <= most and value < math.inf):
+        raise ConfigurationError(f"{name} is {value}, expected a number, {bounds}")
 
 
 def check_device(device: str | torch.device) -> None:
