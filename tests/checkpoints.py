@@ -1,9 +1,12 @@
 """Small seeded checkpoints for tests that need one on the disk."""
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -49,6 +52,12 @@ def save_bert(path: Path, *, seed: int = 0) -> Path:
         tokenizer_object=tokenizer, pad_token="[PAD]", mask_token="[MASK]", unk_token="[UNK]"
     ).save_pretrained(path)
     return path
+
+
+def resident(checkpoints: Path, name: str, **options: Any) -> Any:
+    """The model of a saved checkpoint, as its own class of transformers loads it, in memory of its own."""
+    (cls,) = json.loads((checkpoints / name / "config.json").read_text())["architectures"]
+    return copy.deepcopy(getattr(transformers, cls).from_pretrained(checkpoints / name, **options))
 
 
 def _tokenizer(special: list[str]) -> Any:

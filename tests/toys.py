@@ -123,6 +123,18 @@ class Gate:
         _set(self._happening(self._opened, name))
 
 
+class Pause:
+    """A call that stops its thread until the test lets it go on."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *_: object) -> bool:
+        self.reached.set()
+        assert self.go_on.wait(60)
+        return True
+
+
 def _set(happening: "Future[None]") -> None:
     if not happening.done():
         happening.set_result(None)

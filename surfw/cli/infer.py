@@ -113,22 +113,25 @@ def _run(
             if make_request is None:
                 _explain_only(streaming, configuration, display_url(chosen.url), json=json)
                 return
-            from surfw.models.inference import answer, count_prompt_tokens
+            from surfw.models.inference import answer, encode_prompt
             from surfw.runtime.memory import peak_rss_bytes
 
             request = make_request()
             tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
             load_seconds = time.perf_counter() - start
-            explained = {}
+            explained, inputs = {}, None
             if explain:
                 view.note("measuring")
-                prompt_tokens = count_prompt_tokens(streaming, tokenizer, request)
+                inputs = encode_prompt(streaming, tokenizer, request)
+                prompt_tokens = inputs["input_ids"].shape[1]
                 found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
                 explained = {"explain": explain_view.facts(found, origins)}
                 if not json:
                     view.explain(found, origins)
             with view.running(streaming):
-                result = answer(streaming, tokenizer, request, on_text=view.on_text, on_token=view.on_token)
+                result = answer(
+                    streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token
+                )
             report = Report(
                 model=streaming.manifest.name,
                 source=display_url(chosen.url),

@@ -29,7 +29,7 @@ from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes
+from surfw.runtime.plan import Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
@@ -53,16 +53,9 @@ class ModelParts:
     """What an open model is made of.
 
     Attributes:
-        client: what its weights come through.
-        manifest: what the source says of it.
         model: transformers' own model, in evaluation mode, its weights absent.
         layers: names of the chunks that are layers, in the order they run.
-        engine: brings and keeps weights, by its plan.
-        tables: looks up rows of tables that are not in memory.
-        hooks: put weights in place and take them away.
-        kv: the part of the budget that the KV cache has.
         claim: what the other models of the process know of its memory.
-        has_budget: whether it was opened with a budget.
         base_bytes: resident memory of the process before the first of the model's weights came.
     """
 
@@ -75,22 +68,16 @@ class ModelParts:
     hooks: StreamingHooks
     kv: KvReserve
     claim: MemoryClaim
-    has_budget: bool
     base_bytes: int
 
     @property
     def limited_by(self) -> LimitedBy:
         """What limits the weights in memory: a setting, or the memory there was."""
-        if self.engine.limit.cache_layers is not None:
-            return "cache_layers"
-        return "memory_budget" if self.has_budget else "default"
+        limit = self.engine.limit
+        return "cache_layers" if limit.cache_layers is not None else "default" if limit.reason else "memory_budget"
 
     def layer_names(self, indices: Iterable[int]) -> list[str]:
-        """The names of layers that are counted from 0 in the order they run, each once.
-
-        Raises:
-            ConfigurationError: there is no such layer.
-        """
+        """The names of layers that are counted from 0 in the order they run, each once."""
         names = []
         for index in indices:
             expect("a layer", index, int, "its number, counted from 0")
@@ -123,12 +110,15 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    has_budget = settings.budget_bytes is not None
+    limit = settings.limit
     with deciding:
+        if limit.budget_bytes is None and limit.cache_layers is None:
+            found = find_default_budget()
+            limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
         engine = Engine(
             manifest,
             model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
-            _limit(settings),
+            limit,
             Loader(client.source, manifest, dtypes),
             io=client.io,
             metrics=metrics,
@@ -138,8 +128,13 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             prefetch=settings.prefetch,
         )
         claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
-    if engine.plan.policy == "lru" and engine.plan.streamed:
-        _warn_of_lru(engine)
+    plan = engine.plan
+    if plan.policy == "lru" and plan.streamed:
+        logger.warning(
+            "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy "
+            "'auto' keeps a part of them",
+            manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
+        )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
     parts = ModelParts(
@@ -149,32 +144,13 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
         engine=engine,
         tables=tables,
-        kv=KvReserve(skeleton.model, engine, is_exact=has_budget),
+        kv=KvReserve(skeleton.model, engine),
         hooks=StreamingHooks(skeleton, manifest, engine, tables),
         claim=claim,
-        has_budget=has_budget,
         base_bytes=rss_bytes(),
     )
     engine.warm()
     return parts
-
-
-def _limit(settings: OpenSettings) -> Limit:
-    if settings.cache_size is not None:
-        return Limit(cache_layers=settings.cache_size, policy=settings.policy)
-    if settings.budget_bytes is not None:
-        return Limit(budget_bytes=settings.budget_bytes, policy=settings.policy)
-    found = find_default_budget()
-    return Limit(budget_bytes=found.budget_bytes, policy=settings.policy, reason=found.reason)
-
-
-def _warn_of_lru(engine: Engine) -> None:
-    plan = engine.plan
-    logger.warning(
-        "%s: an LRU cache of %d chunks is smaller than one pass, which uses %d: it will never hit; the policy 'auto' "
-        "keeps a part of them",
-        engine.manifest.name, plan.slots, len(plan.sizes) - len(plan.fixed),
-    )  # fmt: skip
 
 
 def model_needs(
@@ -188,7 +164,7 @@ def model_needs(
 
     Args:
         manifest: the model.
-        dtypes: the tensors that have another dtype in the model than in their chunk.
+        dtypes: as of `cast_dtypes`.
         tables: its units that can run without their tables in memory.
         buffered_bytes: what its source holds at most besides the memory it fills.
     """
@@ -228,11 +204,7 @@ def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
 
 
 def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
-    """What a model that is still to be chunked will need, in the dtype it is chunked in.
-
-    Returns:
-        The smallest budget for weights that can run it, and what each token adds to that for the KV cache, in bytes.
-    """
+    """The least budget in bytes of a model that is still to be chunked, and what each token adds for the KV cache."""
     name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
     manifest = prepared.manifest([one.chunk("", Form("none", one.payload_bytes, "", b"")) for one in planned])
     config = read_config(dict(prepared.config), where=name)

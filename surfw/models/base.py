@@ -32,7 +32,7 @@ from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
 from surfw.models.explain import Explanation, explain
 from surfw.models.kv_reserve import generation_size
-from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device
+from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device, expect_number
 from surfw.models.statistics import (
     CacheInfo,
     InferenceStats,
@@ -41,7 +41,7 @@ from surfw.models.statistics import (
     full_statistics,
     inference_stats,
 )
-from surfw.runtime.plan import ResidencyPlan
+from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, run_in_executor, wait_until_done
 from surfw.skeleton.default_dtype import runs
 from surfw.threads import refuse_event_loop
@@ -117,17 +117,15 @@ class StreamingBaseModel:
         expect("model", model, str | None, "a model's name or None")
         check_device(device)
         self._settings = OpenSettings(
-            cache_size=cache_size,
-            budget_bytes=budget_bytes(memory_budget),
+            limit=Limit(cache_layers=cache_size, budget_bytes=budget_bytes(memory_budget), policy=policy),
             prefetch=prefetch,
             dtype=dtype,
             on_missing=on_missing,
-            policy=policy,
             model_class=self.model_class,
         )
         self._owns_client = not isinstance(source, WeightClient)
         given = sorted(name for name, value in connection.items() if value is not None)
-        if given and not self._owns_client:
+        if given and isinstance(source, WeightClient):
             raise ConfigurationError(f"{given[0]} belongs to the WeightClient; give it there")
         if unknown := sorted(set(connection) - set(ConnectionOptions.__annotations__)):
             raise TypeError(f"{type(self).__name__} takes no argument {unknown[0]!r}")
@@ -138,7 +136,7 @@ class StreamingBaseModel:
         self._state = threading.Lock()  # guards what follows; never held for long
         self._current: tuple[Run, int] | None = None  # what holds `_busy`, and its thread
         self._parts: ModelParts | None = None
-        self._compute: ThreadPoolExecutor | None = None
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
         self._closing = threading.Event()
         self._closed = False
 
@@ -267,7 +265,17 @@ class StreamingBaseModel:
             SurfwError: one could not be loaded.
         """
         parts = await self._open_async()
-        return await self._fetch(parts, list(range(len(parts.layers)) if layers is None else layers))
+        if self._closing.is_set():
+            raise self._closed_error()
+        arrived = []
+        for name, load in parts.engine.fetch(parts.layer_names(range(len(parts.layers)) if layers is None else layers)):
+            await wait_until_done(load)  # a caller that stops waiting stops no fetch
+            if not load.cancelled():
+                load.result()
+                arrived.append(name)
+            elif self._closing.is_set():
+                raise self._closed_error("was closed while its layers were fetched")
+        return arrived
 
     async def prefetch_next_layers(self, current_layer: int, prefetch_count: int = 1) -> list[str]:
         """Bring the layers after one into memory; after the last one comes the first, as in decoding.
@@ -291,7 +299,7 @@ class StreamingBaseModel:
                 f"{count} layers, counted from 0"
             )
         following = range(current_layer + 1, current_layer + 1 + min(prefetch_count, count - 1))
-        return await self._fetch(parts, [index % count for index in following])
+        return await self.warmup(index % count for index in following)
 
     def explain(self, *, prompt_tokens: int = 1, new_tokens: int = 0) -> Explanation:
         """Measure how fast weights arrive and the model computes, and say what limits it and what more memory brings.
@@ -309,10 +317,8 @@ class StreamingBaseModel:
             SurfwError: weights could not be read.
         """
         refuse_event_loop("measuring a model", "'await model.explain_async()'")
-        for name, count, least in (("prompt_tokens", prompt_tokens, 1), ("new_tokens", new_tokens, 0)):
-            expect(name, count, int, f"a number, {least} or more")
-            if count < least:
-                raise ConfigurationError(f"{name} is {count}, expected a number, {least} or more")
+        expect_number("prompt_tokens", prompt_tokens, 1)
+        expect_number("new_tokens", new_tokens, 0)
         parts = self._open()
         if new_tokens and parts.model.can_generate():
             parts.kv.reserve_for(prompt_tokens, new_tokens)
@@ -352,12 +358,13 @@ class StreamingBaseModel:
         Setting it takes effect at once, also while the model runs: what is too much is evicted, or, where it is in use
         just now, after its use.
         """
-        return self._parts.engine.plan.slots if self._parts else self._settings.cache_size or 0
+        return self._parts.engine.plan.slots if self._parts else self._settings.limit.cache_layers or 0
 
     @cache_size.setter
     def cache_size(self, layers: int) -> None:
         with self._state:
-            self._settings = replace(self._settings, cache_size=layers, budget_bytes=None)
+            limit = replace(self._settings.limit, cache_layers=layers, budget_bytes=None)
+            self._settings = replace(self._settings, limit=limit)
             if self._parts is not None:
                 self._parts.engine.resize(layers)
 
@@ -375,7 +382,7 @@ class StreamingBaseModel:
         """
         with self._state:
             self._closing.set()
-            current, compute = self._current, self._compute
+            current = self._current
         is_within = False
         if current is not None:
             run, thread = current
@@ -384,8 +391,7 @@ class StreamingBaseModel:
         if not is_within:
             with runs.holding(self._busy):
                 self._take_apart()
-        if compute is not None:
-            compute.shutdown(wait=not is_within and current_run.get() is None)
+        self._compute.shutdown(wait=not is_within and current_run.get() is None)
 
     async def close_async(self) -> None:
         """As `close`, without blocking the event loop."""
@@ -432,11 +438,7 @@ class StreamingBaseModel:
 
     @contextmanager
     def _holding(self, run: Run) -> Iterator[None]:
-        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that.
-
-        Raises:
-            ModelClosedError: it is closed.
-        """
+        """Have the model to oneself, for a run or its opening; `run.interrupt` or `close` ends that."""
         with runs.holding(self._busy, run.check):
             with self._state:
                 if self._closing.is_set():
@@ -462,12 +464,7 @@ class StreamingBaseModel:
                     self._parts.close()
 
     def _open(self) -> ModelParts:
-        """The parts of the open model; the first call opens it.
-
-        Raises:
-            ModelClosedError: it is closed.
-            SurfwError: it cannot be opened.
-        """
+        """The parts of the open model; the first call opens it. Those of a closed one are refused."""
         if self._closing.is_set():
             raise self._closed_error()
         if self._parts is not None:
@@ -487,8 +484,8 @@ class StreamingBaseModel:
                     current_run.reset(outer)
                 with self._state:
                     self._parts = parts
-                    if (size := self._settings.cache_size) is not None and size != settings.cache_size:
-                        parts.engine.resize(size)  # it was set meanwhile
+                    if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
+                        parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
 
     def _open_here(self) -> ModelParts:
@@ -505,12 +502,7 @@ class StreamingBaseModel:
             refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
     def _find_manifest(self) -> Manifest:
-        """The manifest of the model that is wanted: by its name, in full or a unique last part, or the only one.
-
-        Raises:
-            UnknownModelError: the source has no such model.
-            UnsupportedModelError: this class is not for such a model.
-        """
+        """The manifest of the model that is wanted, if this class is for such a model."""
         name = self._client.run(lambda source: source.resolve(self._wanted))
         manifest = self._client.run(lambda source: source.manifest(name))
         found = manifest.config.get("model_type")
@@ -520,20 +512,6 @@ class StreamingBaseModel:
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
         return manifest
-
-    async def _fetch(self, parts: ModelParts, indices: list[int]) -> list[str]:
-        """Have layers fetched, and wait for them; a caller that stops waiting stops no fetch."""
-        if self._closing.is_set():
-            raise self._closed_error()
-        arrived = []
-        for name, load in parts.engine.fetch(parts.layer_names(indices)):
-            await wait_until_done(load)
-            if not load.cancelled():
-                load.result()
-                arrived.append(name)
-            elif self._closing.is_set():
-                raise self._closed_error("was closed while its layers were fetched")
-        return arrived
 
     def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"
@@ -547,9 +525,6 @@ class StreamingBaseModel:
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """Do the work in the model's own thread; when this is cancelled, interrupt it and wait for its end."""
-        with self._state:
-            if self._closing.is_set():
-                raise self._closed_error()
-            if self._compute is None:
-                self._compute = ThreadPoolExecutor(1, thread_name_prefix="surfw-compute")
+        if self._closing.is_set():
+            raise self._closed_error()
         return await run_in_executor(self._compute, work)

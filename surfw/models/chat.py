@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,9 @@ def _render(template: str, messages: Sequence[Mapping[str, str]], variables: Map
         end = threading.Timer(_SECONDS, process.kill)
         end.start()
         try:
-            try:
+            with suppress(BrokenPipeError):  # it has ended: its output or its exit code says why
                 process.stdin.write(json.dumps(work, default=str).encode())
                 process.stdin.close()
-            except BrokenPipeError:
-                pass  # it has ended: its output or its exit code says why
             said = process.stdout.read(_TEXT_BYTES + 2)
         finally:
             process.kill()

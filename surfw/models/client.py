@@ -24,9 +24,6 @@ from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
 
-OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
-"""Opens a source; the coroutine runs on the client's event loop."""
-
 
 class SourceThread:
     """A source, opened at its first use, and the thread with its event loop. Usable from any thread.
@@ -35,8 +32,8 @@ class SourceThread:
         url: where the weights come from, for people.
     """
 
-    def __init__(self, url: str, open_source: OpenSource) -> None:
-        """Note how to open the source; it is not opened yet."""
+    def __init__(self, url: str, open_source: Callable[[], Coroutine[Any, Any, ChunkSource]]) -> None:
+        """Note how to open the source, on the event loop; it is not opened yet."""
         self.url = url
         self._open_source = open_source
         self._lock = threading.Lock()
@@ -163,7 +160,8 @@ class WeightClient(SourceThread):
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
         )
-        super().__init__(*_locate(source, connect, storage_options, silence_timeout))
+        open_place = connect if is_server else partial(_open_store, storage_options, silence_timeout)
+        super().__init__(*_locate(source, open_place))
 
     def models(self) -> list[str]:
         """The names of the models that the source has, sorted.
@@ -208,11 +206,8 @@ Source = str | os.PathLike[str] | StorageBackend | WeightClient
 
 
 def _locate(
-    source: object,
-    connect: Callable[[str], Coroutine[Any, Any, ChunkSource]],
-    options: Mapping[str, Any] | None,
-    silence_timeout: float,
-) -> tuple[str, OpenSource]:
+    source: object, open_place: Callable[[str], Coroutine[Any, Any, ChunkSource]]
+) -> tuple[str, Callable[[], Coroutine[Any, Any, ChunkSource]]]:
     """Where a source is, for people, and how to open it; a function that opens one is taken as it is."""
     if isinstance(source, StorageBackend):
         return display_url(source.url), partial(open_storage_source, source, owned=False)
@@ -220,9 +215,7 @@ def _locate(
         place = os.fspath(source)
         if not place:
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
-        is_server = is_server_url(place)
-        opener = partial(connect, place) if is_server else partial(_open_place, place, options, silence_timeout)
-        return display_url(place), opener
+        return display_url(place), partial(open_place, place)
     if callable(source) and not isinstance(source, type):
         return "a source of your own", source
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
@@ -231,7 +224,7 @@ def _locate(
     )
 
 
-async def _open_place(place: str, options: Mapping[str, Any] | None, silence_timeout: float) -> ChunkSource:
+async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float, place: str) -> ChunkSource:
     """A source over a store; or over a plain checkpoint, which is read from where it is."""
     backend = open_backend(place, options, silence_timeout=silence_timeout)
     is_plain = await is_checkpoint(backend)

@@ -4,12 +4,13 @@ The plan says what is read in a pass; a measurement says how fast. The ceiling i
 per pass, and cannot be above what computing alone allows. Nothing is rendered here.
 """
 
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Literal
 
 from surfw.config import GB, Policy, is_server_url
 from surfw.models.assembly import LimitedBy, ModelParts
-from surfw.models.measure import Computing, RunModel, measure_computing, measure_reading, settle
+from surfw.models.measure import READ_SECONDS, Computing, RunModel, measure_computing, measure_reading
 from surfw.runtime.plan import Limit, ResidencyPlan
 
 
@@ -92,13 +93,8 @@ class Explanation:
         return _smaller(self.reading_ceiling, self.computing_ceiling)
 
 
-def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Explanation:
-    """Measure a model, and explain it. The measurement leaves the statistics as they were.
-
-    Args:
-        parts: the model's.
-        run: runs the model without fetching ahead.
-        prompt_tokens: how many tokens a pass has where the model does not generate.
+def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanation:
+    """Measure a model, and explain it; see `measure_computing`. The statistics stay as they were.
 
     Raises:
         SurfwError: weights could not be read.
@@ -107,7 +103,7 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int = 1) -> Expl
     with parts.engine.metrics.off_the_record():
         computing = measure_computing(parts, run, prompt_tokens)
         parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
-        settle(parts)
+        wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)  # so that nothing else is read
         bytes_per_second = measure_reading(parts)
     return explain_plan(parts, computing, bytes_per_second)
 
@@ -116,12 +112,13 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
     """The explanation of a model's plan, with these measurements."""
     engine, manifest = parts.engine, parts.manifest
     plan, limit = engine.plan, engine.limit
-    stored = _stored_share(parts)
-    is_read = bool(plan.bytes_per_pass)
+    # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in.
+    stored = sum(manifest.by_name[name].payload_bytes for name in plan.sizes) / max(1, sum(plan.sizes.values()))
+    speed = bytes_per_second / stored if bytes_per_second and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
-    by_reading = _ceiling(plan, bytes_per_second, stored)
-    more = engine.plan_with(_one_gb_more(plan, limit)) if is_read else None
-    by_reading_more = _ceiling(more, bytes_per_second, stored) if more else None
+    by_reading = plan.ceiling(speed) if speed else None
+    more = engine.plan_with(_one_gb_more(plan, limit)) if plan.bytes_per_pass else None
+    by_reading_more = more.ceiling(speed) if more and speed else None
     reads = by_reading is not None and (by_computing is None or by_reading < by_computing)
     return Explanation(
         model=manifest.name,
@@ -154,16 +151,6 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
         more_bytes_per_pass=round(more.bytes_per_pass * stored) if more else None,
         more_ceiling=_smaller(by_reading_more, by_computing) if more else None,
     )
-
-
-def _stored_share(parts: ModelParts) -> float:
-    """Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in."""
-    sizes = parts.engine.plan.sizes
-    return sum(parts.manifest.by_name[name].payload_bytes for name in sizes) / max(1, sum(sizes.values()))
-
-
-def _ceiling(plan: ResidencyPlan, bytes_per_second: float | None, stored: float) -> float | None:
-    return plan.ceiling(bytes_per_second / stored) if bytes_per_second and stored else None
 
 
 def _one_gb_more(plan: ResidencyPlan, limit: Limit) -> Limit:

@@ -75,15 +75,12 @@ def open_skeleton(
         where=where,
     )
     for name, slot in skeleton.slots.items():
-        stored = tensors.get(manifest.ties.get(name, name))
-        if stored is not None:
+        if stored := tensors.get(manifest.ties.get(name, name)):
             _check_fit(name, stored, slot.tensor, cls.__name__, where)
     loaded = set(tensors) | set(manifest.ties)
-    missing = [slot for name, slot in skeleton.slots.items() if name not in loaded and not slot.is_buffer]
-    if missing:
+    if missing := [slot for name, slot in skeleton.slots.items() if name not in loaded and not slot.is_buffer]:
         _report_missing(missing, cls.__name__, on_missing, where)
-    unknown = loaded - set(skeleton.slots)
-    if unknown:
+    if unknown := loaded - set(skeleton.slots):
         raise ManifestError(f"{where}: {cls.__name__} has no place for {min(unknown)}; chunk the model again")
     _check_order(manifest, skeleton)
     fill_rest(skeleton, loaded, where=where)
@@ -94,11 +91,7 @@ def open_skeleton(
 
 
 def _sanitise(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration and generation settings of a manifest, without what no file may choose.
-
-    Raises:
-        UnsupportedModelError: a value is one that no model has.
-    """
+    """The configuration and generation settings of a manifest, without what no file may choose."""
     where, generation = manifest.name, manifest.generation_config or {}
     refuse_absurd_sizes(manifest.config, where=where)
     refuse_endless_numbers(manifest.config, where=where)
@@ -152,7 +145,7 @@ def _report_missing(missing: Sequence[Slot], cls: str, on_missing: OnMissing, wh
 
 
 def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
-    """Give parameters that transformers keeps in another dtype than the model's that dtype, still without values."""
+    """Give parameters, still without values, the dtypes that transformers keeps them in."""
     wanted = target_dtypes(skeleton)
     for name, slot in skeleton.slots.items():
         dtype = wanted(manifest.ties.get(name, name))

@@ -7,19 +7,17 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from surfw.config import expect
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
-
-P = ParamSpec("P")
+from surfw.models.options import expect_number
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
@@ -77,11 +75,11 @@ class InferenceRequest:
         Raises:
             ConfigurationError: a value has the wrong type, or is out of bounds.
         """
-        _expect_number("max_new_tokens", self.max_new_tokens, int, 1)
-        _expect_number("temperature", self.temperature, int | float, 0)
-        _expect_number("top_p", self.top_p, int | float, 0, 1)
-        _expect_number("top_k", self.top_k, int, 1)
-        _expect_number("seed", self.seed, int, 0, 2**63 - 1)
+        expect_number("max_new_tokens", self.max_new_tokens, 1)
+        expect_number("temperature", self.temperature, 0, kind=int | float | None)
+        expect_number("top_p", self.top_p, 0, 1, kind=int | float | None)
+        expect_number("top_k", self.top_k, 1, kind=int | None)
+        expect_number("seed", self.seed, 0, 2**63 - 1, kind=int | None)
         if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
             raise ConfigurationError(f"stop is {self.stop!a:.80}, expected a list of texts that are not empty")
 
@@ -91,15 +89,6 @@ class InferenceRequest:
         return bool(self.temperature) or (
             self.temperature is None and (self.top_p is not None or self.top_k is not None)
         )
-
-
-def _expect_number(name: str, value: Any, kind: Any, least: int, most: float = float("inf")) -> None:
-    if value is None and name != "max_new_tokens":
-        return
-    bounds = f"{least} or more" if most == float("inf") else f"from {least} to {most}"
-    expect(name, value, kind, f"a number, {bounds}")
-    if not least <= value <= most or value == float("inf"):
-        raise ConfigurationError(f"{name} is {value}, expected a number, {bounds}")
 
 
 @dataclass(kw_only=True)
@@ -159,6 +148,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase | None,
     request: InferenceRequest,
     *,
+    inputs: dict[str, torch.Tensor] | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
 ) -> InferenceResult:
@@ -168,6 +158,7 @@ def answer(
         model: an open model.
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
+        inputs: what `encode_prompt` made of it, if that is known already.
         on_text: called with the text as it comes.
         on_token: called with each new token id, and the seconds since the start.
 
@@ -175,20 +166,16 @@ def answer(
         ConfigurationError: the request does not fit the model.
         SurfwError: weights could not be read.
     """
-    if model.model.main_input_name != "input_ids":
-        raise UnsupportedModelError(
-            f"{model.manifest.name} takes {model.model.main_input_name}, not text; "
-            "use it from Python, as a StreamingModel"
-        )
-    inputs = _encode(model, tokenizer, request)
+    if inputs is None:
+        inputs = encode_prompt(model, tokenizer, request)
     callers_own: list[Exception] = []
 
-    def noting(function: Callable[P, None]) -> Callable[P, None]:
+    def noting(function: Callable[..., None]) -> Callable[..., None]:
         """The caller's function; what it raises is not the model's, and is passed on as it is."""
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        def call(*args: object) -> None:
             try:
-                function(*args, **kwargs)
+                function(*args)
             except Exception as exc:
                 callers_own.append(exc)
                 raise
@@ -200,11 +187,11 @@ def answer(
             return _run_encoder(model, tokenizer, inputs)
         return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
     except (ValueError, IndexError, RuntimeError) as exc:
-        is_callers = any(exc is one for one in callers_own)
-        complaint = None if is_callers else _complaint(model, request, inputs["input_ids"].shape[1], exc)
-        if complaint is None:
+        if any(exc is one for one in callers_own):
             raise
-        raise ConfigurationError(complaint) from exc
+        if complaint := _complaint(model, request, inputs["input_ids"].shape[1], exc):
+            raise ConfigurationError(complaint) from exc
+        raise
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
@@ -212,12 +199,12 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     name, generates = model.manifest.name, model.model.can_generate()
     if isinstance(exc, ValueError):
         return f"{name} cannot generate like this: {exc}" if generates else None
-    config = model.model.config.get_text_config(decoder=True)
+    most = model.model.config.get_text_config(decoder=True).vocab_size - 1
     for setting in _INDEXED if generates else ():
         tokens = getattr(model.model.generation_config, setting, None)
         for token in tokens if isinstance(tokens, list) else [tokens]:
-            if token is not None and not 0 <= token < config.vocab_size:
-                return f"{name} has the generation setting {setting} = {token}, expected 0 to {config.vocab_size - 1}"
+            if token is not None and not 0 <= token <= most:
+                return f"{name} has the generation setting {setting} = {token}, expected 0 to {most}"
     new_tokens = request.max_new_tokens if generates else 0
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
@@ -228,21 +215,20 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     )
 
 
-def count_prompt_tokens(
+def encode_prompt(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
-) -> int:
-    """The number of tokens in the prompt of a request, chat template included.
+) -> dict[str, torch.Tensor]:
+    """The model's inputs, chat template included, as tensors of shape (1, tokens) and dtype int64.
 
     Raises:
         ConfigurationError: the request does not fit the model.
+        UnsupportedModelError: the model takes no text.
     """
-    return int(_encode(model, tokenizer, request)["input_ids"].shape[1])
-
-
-def _encode(
-    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
-) -> dict[str, torch.Tensor]:
-    """The model's inputs, as tensors of shape (1, tokens) and dtype int64."""
+    if model.model.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{model.manifest.name} takes {model.model.main_input_name}, not text; "
+            "use it from Python, as a StreamingModel"
+        )
     vocabulary = model.model.config.get_text_config().vocab_size
     if request.prompt_ids is not None:
         _check_ids(request.prompt_ids, vocabulary, model.manifest.name)
@@ -272,11 +258,11 @@ def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
     if not ids:
         raise ConfigurationError("the prompt is empty; give at least one token")
-    unknown = next((one for one in ids if not 0 <= one < vocabulary), None)
-    if unknown is not None:
-        raise ConfigurationError(
-            f"token id {unknown} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
-        )
+    for one in ids:
+        if not 0 <= one < vocabulary:
+            raise ConfigurationError(
+                f"token id {one} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
+            )
 
 
 def _generate(
@@ -304,12 +290,11 @@ def _generate(
         if request.seed is not None:
             torch.manual_seed(request.seed)
         try:
-            tokens: list[int] = model.generate(generation_config=config, streamer=clock, **inputs, **stopping)[
-                0
-            ].tolist()
+            tokens = model.generate(generation_config=config, streamer=clock, **inputs, **stopping)[0]
         finally:
             model.generation_config = own
-        return tokens[1 if model.config.is_encoder_decoder else prompt_tokens :]
+        new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
+        return new
 
     new = streaming.run(generate)
     took = time.perf_counter() - clock.start
@@ -357,8 +342,7 @@ def _run_encoder(
     output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
     took = time.perf_counter() - start
     result = InferenceResult(prompt_tokens=prompt_tokens, ttft_seconds=took)
-    logits = getattr(output, "logits", None)
-    if logits is not None and logits_wanted:
+    if logits_wanted and (logits := getattr(output, "logits", None)) is not None:
         result.predictions = _predictions(model, tokenizer, inputs["input_ids"], logits.float())
     if result.predictions is None:
         states = getattr(output, "last_hidden_state", None)

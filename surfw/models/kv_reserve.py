@@ -31,18 +31,10 @@ class KvReserve:
         held_bytes: what the cache took after the last forward that had one.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, *, is_exact: bool) -> None:
-        """Watch the model's forwards.
-
-        Args:
-            model: the model.
-            engine: keeps weights out of the reserve.
-            is_exact: the budget was given by the user, so a generation that does not fit is refused. With a budget that
-                surfw found out, it only costs a warning: most generations end sooner than they might.
-        """
+    def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
+        """Watch the model's forwards; the engine keeps weights out of the reserve."""
         self.held_bytes = 0
         self._engine = engine
-        self._is_exact = is_exact
         self._has_warned = False
         self._cost = kv_cost(model.config, model.dtype)
         self._hook = model.register_forward_hook(self._measure)
@@ -50,19 +42,20 @@ class KvReserve:
     def reserve_for(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
         """Reserve what the cache of a generation takes, instead of what was reserved before.
 
+        A default budget that is too small for it only costs a warning: most generations end sooner than they might.
+
         Raises:
-            ConfigurationError: the budget that was given is too small for it.
+            ConfigurationError: the budget was given, and is too small for it.
         """
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
-        self._reserve(size_bytes, size_bytes, or_fail=self._is_exact)
+        self._reserve(size_bytes, size_bytes, or_fail=not self._engine.limit.reason)
 
     def close(self) -> None:
         """Watch no more."""
         self._hook.remove()
 
     def _measure(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        cache = output_cache(output)
-        if cache is not None:
+        if (cache := output_cache(output)) is not None:
             self.held_bytes = cache_bytes(cache)
             if self.held_bytes > self._engine.limit.reserved_bytes:
                 steps = -(-self.held_bytes // _STEP_BYTES) + 1

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from transformers import PreTrainedModel
 
 from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES, MB, MIB
-from surfw.manifest import Chunk, Manifest
+from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.assembly import ModelParts
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.run import Run, current_run
@@ -65,70 +64,47 @@ class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that take
     """The time for a pass is over."""
 
 
-def settle(parts: ModelParts) -> None:
-    """Wait a little for layers in flight, so that nothing else is read while reading is measured."""
-    wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)
-
-
 def measure_reading(parts: ModelParts) -> float | None:
-    """Read chunks that the plan does not keep, each at most once, for a while.
-
-    Returns:
-        Stored bytes per second; None if nothing is streamed.
-
-    Raises:
-        SurfwError: a chunk could not be read.
-    """
+    """Stored bytes per second, from reading streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = parts.engine.plan, parts.manifest
-    chunks = [chunk for chunk in manifest.chunks if chunk.name in plan.streamed]
-    if not any(choose_form(chunk).stored_bytes for chunk in chunks):
-        return None
-    return parts.client.run(lambda source: _read_for_a_while(source, manifest, chunks))
+    streamed = ((chunk, choose_form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
+    forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
+    return parts.client.run(lambda source: _read_for_a_while(source, manifest, forms)) if forms else None
 
 
-async def _read_for_a_while(source: ChunkSource, manifest: Manifest, chunks: Sequence[Chunk]) -> float:
+async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequence[tuple[Chunk, Form]]) -> float:
     """Two reads at a time, as in a run; pieces grow while they arrive quickly."""
-    forms = {chunk.name: choose_form(chunk) for chunk in chunks}
-    left = deque((chunk, 0) for chunk in chunks if forms[chunk.name].stored_bytes)  # and where to go on in each
+    left = deque((chunk, form, 0) for chunk, form in forms)  # and where to go on in each
     allowed = READ_BYTES
-    largest = min(_LARGEST_PIECE, max(form.stored_bytes for form in forms.values()))
+    largest = min(_LARGEST_PIECE, max(form.stored_bytes for _, form in forms))
     views = [Buffer(largest).view for _ in range(_READERS)]
     for view in views:
         view[:] = bytes(len(view))  # touched once, so that the pages are there
     began = time.perf_counter()
 
-    async def read(view: memoryview) -> int:
+    async def read(view: memoryview) -> None:
         nonlocal allowed
-        done, length = 0, BLOCK_BYTES
+        length = BLOCK_BYTES
         while left and allowed > 0 and (now := time.perf_counter()) - began < READ_SECONDS:
-            chunk, start = left.popleft()
-            form = forms[chunk.name]
+            chunk, form, start = left.popleft()
             stop = min(start + length, form.stored_bytes)
             if stop < form.stored_bytes:
-                left.appendleft((chunk, stop))
+                left.appendleft((chunk, form, stop))
             allowed -= stop - start
             await source.fetch(manifest, [Read(chunk, form, start, stop, view[: stop - start])])
-            done += stop - start
             if time.perf_counter() - now < _QUICK_SECONDS:
                 length = min(2 * length, _LARGEST_PIECE)
-        return done
 
-    done = sum(await asyncio.gather(*map(read, views)))
-    return done / (time.perf_counter() - began)
+    await asyncio.gather(*map(read, views))
+    return (READ_BYTES - allowed) / (time.perf_counter() - began)
 
 
 def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:
     """Run passes that read nothing ahead, and add up the least time that each module with weights took.
 
     A pass of a model that generates has one token, as in decoding; other models get the whole prompt. If not even the
-    first pass ends in time, the result is scaled up from the part that ran.
-
-    Returns:
-        None for a model that takes no token ids, and where not even one layer ran in time.
-
-    Raises:
-        SurfwError: weights could not be read.
-        ModelClosedError: the model was closed meanwhile.
+    first pass ends in time, the result is scaled up from the part that ran. None for a model that takes no token ids,
+    and where not even one layer ran in time.
     """
     if parts.model.main_input_name != "input_ids":
         return None
@@ -162,7 +138,6 @@ class _Stopwatch:
     """Times the modules that have weights and contain no others with weights; waiting is left out."""
 
     def __init__(self, parts: ModelParts) -> None:
-        """Attach to the modules."""
         uses = {use.module: use.chunks for use in parts.manifest.order}
         inner = [name for name in uses if name and not any(other.startswith(f"{name}.") for other in uses)]
         size = {chunk.name: chunk.payload_bytes for chunk in parts.manifest.chunks}
@@ -188,7 +163,7 @@ class _Stopwatch:
         self._took.clear()
 
     def result(self) -> Computing | None:
-        """The result: of the passes that have ended, or else of the one that was interrupted."""
+        """Of the passes that have ended, or else of the one that was interrupted."""
         seconds = sum(self._least[name] for name in self._recurring)
         share = 1.0
         if not self._recurring:
@@ -197,7 +172,6 @@ class _Stopwatch:
         return Computing(seconds=seconds / share, share=share) if seconds and share else None
 
     def close(self) -> None:
-        """Detach."""
         for hook in self._hooks:
             hook.remove()
 
@@ -219,7 +193,8 @@ def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable
     tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
     ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
     options: dict[str, Any] = {}
-    if model.can_generate() and _takes(model, "use_cache"):
+    arguments = inspect.signature(model.forward).parameters.values()
+    if model.can_generate() and any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in arguments):
         options["use_cache"] = False
     if model.config.is_encoder_decoder:
         options["decoder_input_ids"] = ids
@@ -237,8 +212,3 @@ def _harmless_id(config: Any) -> int:
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     return min(end if isinstance(end, int) else 1, int(config.vocab_size) - 1)
-
-
-def _takes(model: Any, name: str) -> bool:
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())

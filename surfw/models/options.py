@@ -1,8 +1,10 @@
 """What models are opened with: the keywords, and the checks that they go through."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ssl import SSLContext
+from types import UnionType
 from typing import Any, TypedDict
 
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 from surfw.config import OnMissing, Policy, check_on_missing, check_policy, expect, is_size, parse_size
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
-from surfw.runtime.plan import check_cache_layers
+from surfw.runtime.plan import Limit
 from surfw.skeleton.build import check_model_class
 
 
@@ -45,36 +47,36 @@ class OpenOptions(ModelOptions, total=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenSettings:
-    """The checked settings that a model is opened with; see `StreamingBaseModel` for what each means."""
+    """The checked settings that a model is opened with; see `StreamingBaseModel` for what each means.
 
-    cache_size: int | None
-    budget_bytes: int | None
+    Attributes:
+        limit: of the weights in memory; one with neither bytes nor layers stands for the default.
+    """
+
+    limit: Limit
     prefetch: bool
     dtype: str | None
     on_missing: OnMissing
-    policy: Policy
     model_class: type[PreTrainedModel] | None
 
     def __post_init__(self) -> None:
-        """Check them.
-
-        Raises:
-            ConfigurationError: one cannot be used.
-        """
-        if self.cache_size is not None:
-            check_cache_layers(self.cache_size)
+        """Raise ConfigurationError for one that cannot be used."""
         expect("dtype", self.dtype, str | None, "a dtype's name or None")
         check_model_class(self.model_class)
         check_on_missing(self.on_missing)
-        check_policy(self.policy)
+        check_policy(self.limit.policy)
+
+
+def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, kind: type | UnionType = int) -> None:
+    """Raise ConfigurationError unless an argument is of this kind, and a finite number within these bounds or None."""
+    bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+    expect(name, value, kind, f"a number, {bounds}")
+    if value is not None and not (least <= value <= most and value < math.inf):
+        raise ConfigurationError(f"{name} is {value}, expected a number, {bounds}")
 
 
 def check_device(device: str | torch.device) -> None:
-    """Make sure that surfw computes there.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
+    """Raise ConfigurationError unless surfw computes there."""
     try:
         kind = torch.device(device).type
     except (RuntimeError, TypeError) as exc:

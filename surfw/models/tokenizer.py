@@ -45,7 +45,7 @@ def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> Pre
 
 
 def _sanitise(data: bytes, path: str) -> bytes:
-    """The tokenizer's settings, without requests for foreign code and without paths."""
+    """The tokenizer's settings, without requests for foreign code, and without paths: its files are in its folder."""
     try:
         document: Any = json.loads(data)
     except (ValueError, RecursionError):
@@ -55,9 +55,5 @@ def _sanitise(data: bytes, path: str) -> bytes:
     clean, dropped = sanitise_config(document)
     for line in dropped:
         logger.warning("%s: ignored, because surfw runs no code from elsewhere: %s", path, line)
-    named = [
-        key for key in clean if _PATH_KEY.fullmatch(key)
-    ]  # the files are in this folder, and nowhere else on this machine
-    for key in named:
-        del clean[key]
-    return json.dumps(clean).encode() if dropped or named else data
+    kept = {key: value for key, value in clean.items() if not _PATH_KEY.fullmatch(key)}
+    return json.dumps(kept).encode() if dropped or len(kept) < len(clean) else data

@@ -5,6 +5,7 @@ a configuration cannot ask for more than the checkpoint or manifest holds.
 """
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.skeleton.default_dtype import runs
-from surfw.skeleton.guards import Guard, RealLinspace, foreign_errors, guarded, no_hub
+from surfw.skeleton.guards import RealLinspace, foreign_errors, guarded, no_hub
 from surfw.skeleton.sanitise import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
 
@@ -56,12 +57,8 @@ class Skeleton:
     def inherent_ties(self) -> dict[str, str]:
         """Slots that hold the very same parameter as an earlier one, without transformers' tying."""
         first: dict[int, str] = {}
-        ties = {}
-        for name, slot in self.slots.items():
-            original = first.setdefault(id(slot.tensor), name)
-            if original != name:
-                ties[name] = original
-        return ties
+        original = {name: first.setdefault(id(slot.tensor), name) for name, slot in self.slots.items()}
+        return {name: one for name, one in original.items() if one != name}
 
 
 def read_config(
@@ -113,13 +110,8 @@ def _refuse_implementations(config: PreTrainedConfig, allowed: set[str], where: 
 
 
 def check_model_class(model_class: object) -> None:
-    """Make sure that a caller's own model class, if given, is one.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    is_class = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-    if model_class is not None and not is_class:
+    """Raise ConfigurationError if a model class of the caller's own is given, and is not one."""
+    if model_class is not None and not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ConfigurationError(
             f"model_class is {getattr(model_class, '__name__', model_class)!a:.80}, expected a subclass of "
             "transformers.PreTrainedModel"
@@ -127,11 +119,7 @@ def check_model_class(model_class: object) -> None:
 
 
 def resolve_class(name: str | None, config: PreTrainedConfig, *, where: str) -> type[PreTrainedModel]:
-    """The class to build: transformers' of that name, or one the user registered; without a name, the base model.
-
-    Raises:
-        UnsupportedModelError: there is no such class.
-    """
+    """The class to build: transformers' of that name, or one the user registered; without a name, the base model."""
     found: Any = None
     with foreign_errors(f"class {name} of {where}"):
         if name is None:
@@ -172,7 +160,7 @@ def build_skeleton(
     Args:
         config: its configuration; changed by transformers while building.
         cls: its class.
-        dtype: the default dtype of its parameters.
+        dtype: the default of its parameters.
         tensor_count: how many tensors the checkpoint or manifest has; many more are refused.
         accepts: whether a parameter of this shape can be right; the first wrong one ends the building.
         check: called while it waits for other threads; raises when the model is no longer wanted.
@@ -185,7 +173,7 @@ def build_skeleton(
     with ExitStack() as stack:
         stack.enter_context(runs.holding(_BUILDING, check))
         stack.enter_context(runs.building(dtype, check, where=where))
-        stack.enter_context(guarded(Guard(tensor_count, accepts, where)))
+        stack.enter_context(guarded(tensor_count, accepts, where))
         stack.enter_context(foreign_errors(f"model {where} ({cls.__name__})"))
         stack.enter_context(no_hub())
         stack.enter_context(torch.device("meta"))
@@ -219,14 +207,13 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
             slot.put(nn.Parameter(_unmade(slot.tensor), requires_grad=False))
         else:
             slot.tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001 - transformers' own mark
-    missing = [(s.module, s.leaf) for s in skeleton.slots.values() if s.is_buffer and s.name not in loaded]
-    computed = [
+    places = [(s.module, s.leaf) for s in skeleton.slots.values() if s.is_buffer and s.name not in loaded]
+    places += [
         (module, leaf)
         for module in model.modules()
         for leaf in module._non_persistent_buffers_set  # noqa: SLF001 - torch's registries
         if module._buffers.get(leaf) is not None  # noqa: SLF001 - torch's registries
     ]
-    places = missing + computed
     size = sum(getattr(module, leaf).nbytes for module, leaf in places)
     if size > _MAX_BUFFER_BYTES:
         raise UnsupportedModelError(f"{where} wants {size} bytes of buffers, expected at most {_MAX_BUFFER_BYTES}")
@@ -245,15 +232,17 @@ def fill_rest(skeleton: Skeleton, loaded: set[str], *, where: str) -> None:
 
 def _unmade(like: torch.Tensor) -> torch.Tensor:
     """Memory for a buffer, filled with what no real buffer holds, so that one that is never computed is noticed."""
-    buffer = torch.zeros_like(like, device="cpu")
-    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
-        return buffer.fill_(torch.nan)
-    return buffer if buffer.dtype is torch.bool else buffer.fill_(torch.iinfo(buffer.dtype).max)
+    return torch.full_like(like, _unmade_value(like.dtype), device="cpu")
 
 
 def _is_unmade(buffer: torch.Tensor) -> bool:
     if buffer.numel() == 0 or buffer.dtype is torch.bool:
         return False
-    if buffer.dtype.is_floating_point or buffer.dtype.is_complex:
-        return bool(buffer.isnan().all())
-    return bool((buffer == torch.iinfo(buffer.dtype).max).all())
+    value = _unmade_value(buffer.dtype)
+    return bool((buffer.isnan() if math.isnan(value) else buffer == value).all())
+
+
+def _unmade_value(dtype: torch.dtype) -> float:
+    if dtype is torch.bool:
+        return False
+    return math.nan if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).max

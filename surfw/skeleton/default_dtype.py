@@ -94,16 +94,15 @@ class Runs:
 
     @contextmanager
     def _marked(self, *, computes: bool) -> Iterator[None]:
-        me = threading.get_ident()
-        before = me in self._computing
+        before = threading.get_ident() in self._computing
         try:
-            self._mark(me, computes=computes)
+            self._mark(computes=computes)
             yield
         finally:
-            self._mark(me, computes=before)
+            self._mark(computes=before)
 
-    def _mark(self, me: int, *, computes: bool) -> None:
-        if computes is (me in self._computing):
+    def _mark(self, *, computes: bool) -> None:
+        if computes is ((me := threading.get_ident()) in self._computing):
             return
         with self._changed:
             if not computes:

@@ -32,11 +32,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """A dtype a model can compute with, from its name.
-
-    Raises:
-        ConfigurationError: there is no such one.
-    """
+    """A dtype a model can compute with, from its name."""
     check_dtype(name)
     found: torch.dtype = getattr(torch, DTYPES[name])
     return found

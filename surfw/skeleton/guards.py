@@ -25,15 +25,10 @@ _UNTIED_TRIES = 6000
 
 
 class _ThisThread(threading.local):
-    """What is true in this thread alone.
+    """What is true in this thread alone."""
 
-    Attributes:
-        guard: watches the class that is being built.
-        offline: how many `no_hub` contexts the thread is in.
-    """
-
-    guard: "Guard | None" = None
-    offline = 0
+    guard: "_Guard | None" = None  # watches the class that is being built
+    offline = 0  # how many `no_hub` contexts the thread is in
 
 
 _this_thread = _ThisThread()
@@ -81,7 +76,7 @@ class RealLinspace(TorchFunctionMode):
         return func(*args, **({"device": "cpu"} | kwargs if func is torch.linspace else kwargs))
 
 
-class Guard:
+class _Guard:
     """Stops a build that registers too many modules or parameters, or parameters of unexpected shapes."""
 
     def __init__(self, tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> None:
@@ -90,7 +85,6 @@ class Guard:
         self._parameters = self._modules = 0
 
     def on_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        """Count a parameter, and look at its shape."""
         self._parameters += 1
         if self._parameters > self._most_parameters:
             raise self._too_many(self._most_parameters, "parameters")
@@ -102,7 +96,6 @@ class Guard:
             )
 
     def on_module(self) -> None:
-        """Count a module."""
         self._modules += 1
         if self._modules > _MODULES_PER_TENSOR * self._most_parameters:
             raise self._too_many(_MODULES_PER_TENSOR * self._most_parameters, "modules")
@@ -115,9 +108,9 @@ class Guard:
 
 
 @contextmanager
-def guarded(guard: Guard) -> Iterator[None]:
-    """Let a guard watch what this thread builds, and leave its weights untied."""
-    _this_thread.guard = guard
+def guarded(tensor_count: int, accepts: Callable[[tuple[int, ...]], bool], where: str) -> Iterator[None]:
+    """Watch what this thread builds, and leave its weights untied; see `build_skeleton`."""
+    _this_thread.guard = _Guard(tensor_count, accepts, where)
     try:
         yield
     finally:
@@ -166,12 +159,7 @@ _pretrained.tie_weights = _tie_weights_elsewhere()
 
 @contextmanager
 def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Turn whatever transformers raises over foreign files into an error of surfw's.
-
-    Args:
-        what: what transformers makes of them.
-        advice: ends the error's text.
-    """
+    """Turn whatever transformers raises over foreign files, of which it makes `what`, into an error of surfw's."""
     try:
         yield
     except SurfwError:

@@ -46,24 +46,11 @@ class Recipe:
     converter: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]] | None = None
     joined: tuple[str, ...] = ()
 
-    def convert(self, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The target tensors, contiguous; `read` returns a source tensor by its name."""
-        if self.converter is None:
-            ((name, (dtype, _)),) = self.targets.items()
-            return {name: read(self.sources[0]).to(dtype).contiguous()}
-        return {name: tensor.contiguous() for name, tensor in self.converter(read).items()}
-
 
 def convert_bytes(
     recipe: Recipe, read: Callable[[str, memoryview], None], sources: SourceFacts
 ) -> dict[str, memoryview]:
-    """The bytes of a recipe's targets.
-
-    Args:
-        recipe: what to make.
-        read: fills memory with a source tensor's bytes.
-        sources: dtypes and shapes of the source tensors.
-    """
+    """The bytes of a recipe's targets; `read` fills memory with a source tensor's bytes."""
 
     def read_tensor(name: str) -> torch.Tensor:
         dtype, shape = sources[name]
@@ -72,8 +59,11 @@ def convert_bytes(
             read(name, _bytes_of(tensor))
         return tensor
 
-    made = recipe.convert(read_tensor)
-    return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
+    if recipe.converter is not None:
+        made = recipe.converter(read_tensor)
+        return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
+    ((name, (dtype, _)),) = recipe.targets.items()
+    return {name: _bytes_of(read_tensor(recipe.sources[0]).to(dtype))}
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -98,12 +88,12 @@ class Loading:
     missing: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Group:
-    """Source tensors that transformers would collect for one target."""
+    """Source tensors that transformers would collect for one target: (pattern, name), in loading order."""
 
     converter: WeightConverter | None
-    collected: list[tuple[str, str]] = field(default_factory=list)  # (pattern, source name), in loading order
+    collected: list[tuple[str, str]] = field(default_factory=list)
 
 
 def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str, str], bool], *, where: str) -> Loading:

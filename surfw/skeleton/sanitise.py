@@ -119,11 +119,7 @@ def _untag_float(value: Any) -> float | None:
 
 
 def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse a configuration that asks for a kernel from a repository, however deep.
-
-    Raises:
-        UnsupportedModelError: it does; the text names the key and what to change.
-    """
+    """Refuse a configuration that asks for a kernel from a repository, however deep."""
     for key, value in _walk(config):
         named = sorted(set(_texts(value)) - IMPLEMENTATIONS - _UNUSED) if _IMPLEMENTATION_KEY.fullmatch(key) else []
         if named or (key in {"use_kernels", "kernel_config"} and value):
@@ -135,12 +131,7 @@ def refuse_kernels(config: Mapping[str, Any], *, where: str) -> None:
 
 
 def refuse_absurd_sizes(config: Mapping[str, Any], *, where: str) -> None:
-    """Refuse numbers that no model has, before anything is built from them.
-
-    Raises:
-        UnsupportedModelError: a number of layers or experts over 10,000, of labels over 100,000, or any integer over
-            2^40.
-    """
+    """Refuse numbers that no model has: layers or experts over 10,000, labels over 100,000, any integer over 2^40."""
     for key, value in _walk(config):
         if isinstance(value, bool) or not isinstance(value, int):
             continue
@@ -156,9 +147,6 @@ def refuse_endless_numbers(config: Mapping[str, Any], *, where: str) -> None:
 
     An infinite bound sets none, as in Mamba-2's `time_step_limit`: it is accepted where the key speaks of a limit, a
     maximum, a minimum, a clip or a threshold. An infinite epsilon, scale or frequency makes every result the same.
-
-    Raises:
-        UnsupportedModelError: there is one; the text names the key.
     """
     for key, value in _walk(config):
         if not isinstance(value, float) or math.isfinite(value):
@@ -220,36 +208,28 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value > 0
-
-
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool) or (_is_whole(value) and value in {0, 1})
 
 
-def _is_list(value: Any, of: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(of, value))
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
-def _are_tokens(value: Any) -> bool:
-    return _is_whole(value) or _is_list(value, _is_whole)
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
-def _is_output(value: Any) -> bool:
-    return _is_flag(value) or _is_list(value, _is_whole)
+def _either(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: any(fits(value) for fits in kinds)
 
 
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, str) or _is_list(value, lambda one: isinstance(one, str))
+def _pair_of(first: Callable[[Any], bool], second: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) == 2 and first(value[0]) and second(value[1])
 
 
-def _is_bias(value: Any) -> bool:
-    return _is_list(
-        value,
-        lambda one: isinstance(one, list) and len(one) == 2 and _is_list(one[0], _is_whole) and _is_number(one[1]),
-    )
-
+_are_whole = _list_of(_is_whole)
+_are_layers = _either(_is_flag, _are_whole)
 
 _KINDS: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
     ("a number", _is_number, (
@@ -262,33 +242,32 @@ _KINDS: list[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = [
         "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size", "num_beams", "num_return_sequences",
         "target_lookbehind", "top_k",
     )),
-    ("a whole number above 0", _is_count, (
+    ("a whole number above 0", lambda value: _is_whole(value) and value > 0, (
         "num_assistant_tokens", "prefill_chunk_size", "prompt_lookup_num_tokens",
     )),
     ("true or false", _is_flag, (
         "_from_model_config", "disable_compile", "do_sample", "output_attentions", "output_logits", "output_scores",
         "remove_invalid_values", "renormalize_logits", "return_dict_in_generate", "use_cache",
     )),
-    ("true, false or layers", _is_output, ("output_hidden_states",)),
+    ("true, false or layers", _are_layers, ("output_hidden_states",)),
     ("true, false or 'never'", lambda value: _is_flag(value) or value == "never", ("early_stopping",)),
     ("a token id", _is_whole, ("pad_token_id",)),
-    ("a token id, or a list of them", _are_tokens, (
+    ("a token id, or a list of them", _either(_is_whole, _are_whole), (
         "bos_token_id", "decoder_start_token_id", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id",
     )),
-    ("a list of token ids", lambda value: _is_list(value, _is_whole), ("begin_suppress_tokens", "suppress_tokens")),
-    ("lists of token ids", lambda value: _is_list(value, lambda one: _is_list(one, _is_whole)), ("bad_words_ids",)),
-    ("a text, or a list of them", _are_texts, ("stop_strings",)),
-    ("two numbers", lambda value: _is_list(value, _is_number) and len(value) == 2,
-     ("exponential_decay_length_penalty",)),
-    ("lists of token ids and a number", _is_bias, ("sequence_bias",)),
+    ("a list of token ids", _are_whole, ("begin_suppress_tokens", "suppress_tokens")),
+    ("lists of token ids", _list_of(_are_whole), ("bad_words_ids",)),
+    ("a text, or a list of them", _either(_is_text, _list_of(_is_text)), ("stop_strings",)),
+    ("two numbers", _pair_of(_is_number, _is_number), ("exponential_decay_length_penalty",)),
+    ("lists of token ids and a number", _list_of(_pair_of(_are_whole, _is_number)), ("sequence_bias",)),
     ("an object", lambda value: isinstance(value, dict), ("watermarking_config",)),
-    ("a text", lambda value: isinstance(value, str), ("num_assistant_tokens_schedule",)),
+    ("a text", _is_text, ("num_assistant_tokens_schedule",)),
 ]  # fmt: skip
 _RULES = {name: (kind, fits) for kind, fits, names in _KINDS for name in names}
 
 _SHARED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "chunk_size_feed_forward": ("a whole number", _is_whole),
-    "output_hidden_states": ("true, false or layers", lambda value: value is None or _is_output(value)),
+    "output_hidden_states": ("true, false or layers", lambda value: value is None or _are_layers(value)),
 }
 _NOT_FROM_A_CONFIGURATION = {"cache_implementation", "compile_config", "continuous_batching_config", "use_return_dict"}
 
@@ -337,16 +316,10 @@ def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) 
 
 
 def check_generation(settings: Mapping[str, Any], *, where: str) -> None:
-    """Make sure that settings have the types that transformers computes with; names it does not know may hold anything.
-
-    Raises:
-        UnsupportedModelError: one is not; the text names it.
-    """
+    """Refuse settings of types that transformers does not compute with; names it does not know may hold anything."""
     for key, value in settings.items():
-        if value is None or key not in _RULES:
-            continue
-        kind, fits = _RULES[key]
-        if not fits(value):
+        kind, fits = _RULES.get(key, ("", lambda _: True))
+        if value is not None and not fits(value):
             raise UnsupportedModelError(
                 f"{where} has the generation setting {key} = {value!a:.80}, expected {kind}; correct it in its "
                 "generation_config.json or config.json, and chunk it again"

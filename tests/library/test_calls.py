@@ -1,8 +1,6 @@
 """Every call that the documentation promises, as it is written there, against a real server in another process."""
 
 import asyncio
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +26,13 @@ from surfw import (
     WeightServer,
 )
 from surfw.manifest import parse_stored_manifest
+from tests.checkpoints import resident
 from tests.library.conftest import run
 from tests.peers import until
 from tests.servers import Served
 
 IDS = torch.tensor([[5, 9, 77, 3, 120]])
 MASK = torch.ones_like(IDS)
-
-
-def resident(checkpoints: Path, name: str, **options: Any) -> Any:
-    (cls,) = json.loads((checkpoints / name / "config.json").read_text())["architectures"]
-    return copy.deepcopy(getattr(transformers, cls).from_pretrained(checkpoints / name, **options))
 
 
 def logits(checkpoints: Path, name: str, **inputs: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from surfw.storage import FilesystemBackend
 from tests.library.conftest import run
 from tests.library.test_calls import IDS, MASK, logits, resident
 from tests.servers import Served
-from tests.toys import Gate
+from tests.toys import Gate, Pause
 
 LOOP_SECONDS = 0.05
 
@@ -219,25 +219,20 @@ def test_a_hook_may_close_the_model_it_runs_in(server: Served) -> None:
 
 
 def test_a_task_that_is_cancelled_ends_its_forward(server: Served, checkpoints: Path) -> None:
-    inside, go_on, after = threading.Event(), threading.Event(), []
+    pause, after = Pause(), []
 
     async def main() -> None:
         async with StreamingModel(server.url, "llama", cache_size=1) as model:
-
-            def pause() -> None:
-                inside.set()
-                assert go_on.wait(60)
-
             handles = [at_layer(model, 2, pause), at_layer(model, 4, lambda: after.append(1))]
             forward = asyncio.create_task(model.forward_async(input_ids=IDS))
             waiting = asyncio.create_task(model.forward_async(input_ids=IDS))
-            assert await asyncio.to_thread(inside.wait, 60)
+            assert await asyncio.to_thread(pause.reached.wait, 60)
             waiting.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await waiting
             forward.cancel()
             await asyncio.sleep(0)
-            go_on.set()
+            pause.go_on.set()
             with pytest.raises(asyncio.CancelledError):
                 await forward
             assert after == []
@@ -410,47 +405,37 @@ class Held(FilesystemBackend):
 
 
 def test_layers_are_fetched_while_the_model_runs(server: Served) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+    pause = Pause()
 
     async def main() -> None:
         async with StreamingModel(server.url, "llama") as model:
-
-            def pause() -> None:
-                inside.set()
-                assert go_on.wait(60)
-
             at_layer(model, 0, pause)
             forward = asyncio.create_task(model.forward_async(input_ids=IDS))
-            assert await asyncio.to_thread(inside.wait, 60)
+            assert await asyncio.to_thread(pause.reached.wait, 60)
             assert await model.prefetch_next_layers(current_layer=2, prefetch_count=2) == model.layers[3:5]
             assert await model.warmup([5]) == model.layers[5:]
             assert not forward.done()
-            go_on.set()
+            pause.go_on.set()
             await forward
 
     run(main)
 
 
 def test_a_run_that_waits_for_its_turn_can_be_cancelled(server: Served) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+    pause = Pause()
 
     async def main() -> None:
         async with StreamingModel(server.url, "llama") as model:
-
-            def pause() -> None:
-                inside.set()
-                assert go_on.wait(60)
-
             at_layer(model, 0, pause)
             other = asyncio.create_task(asyncio.to_thread(model, input_ids=IDS))
-            assert await asyncio.to_thread(inside.wait, 60)
+            assert await asyncio.to_thread(pause.reached.wait, 60)
             queued = asyncio.create_task(model.forward_async(input_ids=IDS))
             await asyncio.sleep(0)
             queued.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await queued
             assert not other.done()
-            go_on.set()
+            pause.go_on.set()
             await other
 
     run(main)

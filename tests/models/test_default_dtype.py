@@ -20,6 +20,7 @@ from surfw.skeleton.default_dtype import runs
 from tests.models.test_streaming import IDS, opener
 from tests.skeleton.models import skeleton_of
 from tests.skeleton.test_guards import Other
+from tests.toys import Pause
 
 LLAMA = "llama"
 
@@ -113,22 +114,16 @@ def test_a_layer_makes_its_tensors_as_if_nobody_built(store: Path, monkeypatch: 
 
 
 def test_a_run_does_not_begin_while_another_model_is_built(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+    pause = Pause()
     order: list[str] = []
-
-    def while_building() -> None:
-        inside.set()
-        assert go_on.wait(60)
-        order.append("built")
-
-    monkeypatch.setattr(Watched, "while_building", while_building)
+    monkeypatch.setattr(Watched, "while_building", lambda: pause() and order.append("built"))
     with opened(store) as [model]:
         at_layer(model, 0, lambda: order.append("layer"))
         build = Other(lambda: StreamingWatched.open(opener(store), LLAMA, dtype="bfloat16").close())
-        assert inside.wait(60)
+        assert pause.reached.wait(60)
         run = Other(lambda: model.run(lambda inner: (order.append("work"), inner(input_ids=IDS))))
         until(lambda: model._current)
-        go_on.set()
+        pause.go_on.set()
         build.end()
         run.end()
     assert order == ["built", "work", "layer"]

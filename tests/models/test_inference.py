@@ -1,14 +1,12 @@
 """One prompt through a model: the tokens are transformers', the times the clock's, and mistakes are explained."""
 
 import copy
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from surfw.errors import ConfigurationError
@@ -16,6 +14,7 @@ from surfw.models import StreamingModel, inference
 from surfw.models.inference import InferenceRequest, InferenceResult, TokenClock, answer
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
+from tests.checkpoints import resident
 
 PROMPT = "Weights arrive while"
 
@@ -44,12 +43,6 @@ def tokenizer(llama: StreamingModel) -> PreTrainedTokenizerBase:
     found = llama.tokenizer
     assert found is not None
     return found
-
-
-def resident(checkpoints: Path, name: str) -> Any:
-    folder = checkpoints / name
-    (cls,) = json.loads((folder / "config.json").read_text())["architectures"]
-    return copy.deepcopy(getattr(transformers, cls).from_pretrained(folder))
 
 
 def greedy(checkpoints: Path, name: str, ids: list[int], count: int, **options: Any) -> list[int]:

@@ -1,7 +1,6 @@
 """A streaming model is the resident one, with its weights on the way; it fails cleanly and closes completely."""
 
 import contextlib
-import copy
 import json
 import logging
 import re
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from surfw.errors import (
     ConfigurationError,
@@ -27,18 +25,13 @@ from surfw.runtime.hooks import AbsentParameter
 from surfw.source import ChunkSource
 from surfw.storage import FilesystemBackend, open_backend
 from surfw.storage.store_source import StorageSource, open_storage_source
+from tests.checkpoints import resident
 
 IDS = torch.tensor([[5, 9, 77, 3, 120]])
 
 
 def opener(store: Path) -> Callable[[], Any]:
     return lambda: open_storage_source(open_backend(store))
-
-
-def resident(checkpoints: Path, name: str, **options: Any) -> Any:
-    folder = checkpoints / name
-    (cls,) = json.loads((folder / "config.json").read_text())["architectures"]
-    return copy.deepcopy(getattr(transformers, cls).from_pretrained(folder, **options))
 
 
 def logits(model: Any, name: str) -> torch.Tensor:

@@ -6,7 +6,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -16,10 +15,7 @@ from surfw.errors import IntegrityError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.storage import FilesystemBackend, open_backend
 from surfw.storage.store_source import open_storage_source
-
-
-def opener(store: Path) -> Callable[[], Any]:
-    return lambda: open_storage_source(open_backend(store))
+from tests.models.test_streaming import opener
 
 
 def changed(checkpoints: Path, tmp_path: Path, file: str, change: Callable[[str], str]) -> Path:

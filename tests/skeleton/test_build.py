@@ -18,6 +18,7 @@ from surfw.skeleton import build
 from surfw.skeleton.build import build_skeleton, fill_rest, read_config, resolve_class
 from tests.exactness.families import FAMILIES
 from tests.skeleton.models import settings_of, skeleton_of
+from tests.toys import Pause
 
 
 class ToyConfig(PreTrainedConfig):
@@ -195,13 +196,8 @@ def test_modules_without_parameters_are_counted_too() -> None:
 
 def test_models_are_built_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guard and the defaults of torch hold for the whole process: another thread has to wait."""
-    inside, go_on = threading.Event(), threading.Event()
+    slow = Pause()
     accepted: list[str] = []
-
-    def slow(_: tuple[int, ...]) -> bool:
-        inside.set()
-        assert go_on.wait(60)
-        return True
 
     def build_slowly() -> None:
         skeleton_of("llama", accepts=slow)
@@ -213,9 +209,9 @@ def test_models_are_built_one_after_another(monkeypatch: pytest.MonkeyPatch) -> 
 
     first, second = threading.Thread(target=build_slowly), threading.Thread(target=build_next)
     first.start()
-    assert inside.wait(60)
+    assert slow.reached.wait(60)
     second.start()
-    go_on.set()
+    slow.go_on.set()
     first.join()
     second.join()
     assert accepted == ["first", "second"]

@@ -16,6 +16,7 @@ from surfw.errors import SurfwError
 from surfw.skeleton import guards
 from surfw.skeleton.build import read_config
 from tests.skeleton.models import settings_of, skeleton_of
+from tests.toys import Pause
 
 
 class Other:
@@ -43,20 +44,14 @@ class Other:
 @contextmanager
 def building() -> Iterator[None]:
     """Another thread is in the middle of building a model, until the end."""
-    inside, go_on = threading.Event(), threading.Event()
+    pause = Pause()
     shapes = {tuple(slot.tensor.shape) for slot in skeleton_of("llama-tied").slots.values()}
-
-    def accepts(shape: tuple[int, ...]) -> bool:
-        inside.set()
-        assert go_on.wait(60)
-        return shape in shapes
-
-    other = Other(lambda: skeleton_of("llama-tied", dtype=torch.float32, accepts=accepts))
+    other = Other(lambda: skeleton_of("llama-tied", accepts=lambda shape: pause() and shape in shapes))
     try:
-        assert inside.wait(60)
+        assert pause.reached.wait(60)
         yield
     finally:
-        go_on.set()
+        pause.go_on.set()
         other.end()
 
 
@@ -86,19 +81,18 @@ def test_others_build_what_they_like_meanwhile(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_whoever_registers_a_parameter_meanwhile_goes_on_with_it() -> None:
-    reached, go_on = threading.Event(), threading.Event()
+    pause = Pause()
 
-    def pause(*_: object) -> None:
+    def pause_others(*_: object) -> None:
         if threading.current_thread() is not threading.main_thread():
-            reached.set()
-            assert go_on.wait(60)
+            pause()
 
-    hooks = [torch_module.register_module_parameter_registration_hook(hook) for hook in (pause, lambda *_: None)]
+    hooks = [torch_module.register_module_parameter_registration_hook(hook) for hook in (pause_others, lambda *_: None)]
     try:
         other = Other(lambda: nn.Linear(2, 2))
-        assert reached.wait(60)
+        assert pause.reached.wait(60)
         skeleton_of("llama")
-        go_on.set()
+        pause.go_on.set()
         other.end()
     finally:
         for hook in hooks:
