@@ -3,19 +3,21 @@
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surfw.cli import options
-from surfw.config import display_url
+from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
     from surfw.cli.infer_view import LiveView, PlainView
     from surfw.cli.sources import ChosenSource
+    from surfw.models.client import WeightClient
     from surfw.models.inference import InferenceRequest
     from surfw.models.streaming import StreamingModel
 
@@ -109,7 +111,7 @@ def _run(
         view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
         chosen.check_folder()
         start = time.perf_counter()
-        with _open_model(chosen, settings) as streaming:
+        with _connect(chosen, settings, explain=explain) as client, _open_model(client, settings) as streaming:
             if make_request is None:
                 _explain_only(streaming, configuration, display_url(chosen.url), json=json)
                 return
@@ -160,23 +162,42 @@ def _explain_only(
         explain_view.show(found, configuration.origins, render.out)
 
 
-def _open_model(chosen: "ChosenSource", settings: Settings) -> "StreamingModel":
-    """Open the model at a source, as the settings say."""
+@contextmanager
+def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
+    """Connect to the source without torch, and have the model read while torch is imported.
+
+    Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
+    """
+    from surfw.models.read_ahead import ReadAheadClient
+
+    budget = None if settings.memory_budget is None else parse_size(settings.memory_budget)
+    is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
+    with ReadAheadClient(
+        chosen.url,
+        settings.model,
+        memory_bytes=0 if is_streamed else budget,
+        token=settings.token if chosen.is_server else None,
+        storage_options=None if chosen.is_server else settings.storage_options,
+        retry=settings.retry,
+        connect_timeout=settings.connect_timeout,
+        silence_timeout=settings.silence_timeout,
+    ) as client:
+        client.begin()
+        yield client
+
+
+def _open_model(client: "WeightClient", settings: Settings) -> "StreamingModel":
+    """Open the model, as the settings say."""
     from surfw.models.streaming import StreamingModel
 
     return StreamingModel.open(
-        chosen.url,
+        client,
         settings.model,
         cache_size=settings.cache_layers,
         memory_budget=settings.memory_budget,
         policy=settings.policy,
         dtype=settings.dtype,
         on_missing=settings.on_missing,
-        token=settings.token if chosen.is_server else None,
-        storage_options=None if chosen.is_server else settings.storage_options,
-        retry=settings.retry,
-        connect_timeout=settings.connect_timeout,
-        silence_timeout=settings.silence_timeout,
     )
 
 

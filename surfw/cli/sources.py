@@ -116,6 +116,8 @@ def _serve_demo() -> Iterator[str]:
         assert server.stdin is not None, "a pipe was asked for"
         assert server.stdout is not None, "a pipe was asked for"
         try:
+            import surfw.skeleton.dtypes  # noqa: F401 - imports torch, which infer needs anyway, while the server starts
+
             line = server.stdout.readline()
             if not line:
                 raise WireError(

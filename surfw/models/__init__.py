@@ -1,26 +1,9 @@
-"""Models for people: a streaming model is transformers' own model over a source of weights."""
+"""Models for people: a streaming model is transformers' own model over a source of weights.
 
-from surfw.models.base import StreamingBaseModel
-from surfw.models.client import WeightClient
-from surfw.models.explain import Explanation
-from surfw.models.statistics import CacheInfo, InferenceStats
-from surfw.models.streaming import (
-    StreamingBertModel,
-    StreamingGPTModel,
-    StreamingLlamaModel,
-    StreamingModel,
-    StreamingT5Model,
-)
+The public names are those of the stub beside this file. Each is loaded at its first use: a source of weights can be
+opened before torch is imported.
+"""
 
-__all__ = [
-    "CacheInfo",
-    "Explanation",
-    "InferenceStats",
-    "StreamingBaseModel",
-    "StreamingBertModel",
-    "StreamingGPTModel",
-    "StreamingLlamaModel",
-    "StreamingModel",
-    "StreamingT5Model",
-    "WeightClient",
-]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from surfw.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 _POLL_SECONDS = 0.05
 """How often a thread that waits for others checks whether its work is still wanted."""
@@ -61,14 +63,16 @@ class Runs:
             yield
 
     @contextmanager
-    def building(self, dtype: torch.dtype, check: Callable[[], object], *, where: str) -> Iterator[None]:
+    def building(self, dtype: "torch.dtype", check: Callable[[], object], *, where: str) -> Iterator[None]:
         """Make the runs of other threads wait, if this is not the default dtype now; one thread at a time.
 
         Raises:
             ModelError: they neither reach their next layer nor end.
             Exception: what `check` raised.
         """
-        if dtype == torch.get_default_dtype():
+        from torch import get_default_dtype  # here, so that sources are opened without torch, as runs of a kind
+
+        if dtype == get_default_dtype():
             yield
             return
         me, until = threading.get_ident(), time.monotonic() + _LAYER_SECONDS

@@ -1,5 +1,6 @@
 """Help is quick, imports little, and the repository shows it as it is."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from surfw.storage import FilesystemBackend, Store
 from tests import regenerate
 from tests.cli.run import environment, surfw
 
@@ -27,6 +29,19 @@ def test_help_imports_neither_torch_nor_transformers(command: list[str]) -> None
     shown, _, heavy = done.stdout.strip().rpartition("\n")
     assert json.loads(heavy) == []
     assert "Usage:" in shown
+
+
+def test_sources_of_weights_are_opened_without_torch(tmp_path: Path) -> None:
+    asyncio.run(Store(FilesystemBackend(tmp_path)).create())
+    code = (
+        "import sys\n"
+        "from surfw.models import WeightClient\n"
+        "with WeightClient(sys.argv[1]) as client:\n"
+        "    assert client.models() == [], client.models()\n"
+        "print(*(name for name in ('torch', 'transformers', 'numpy', 's3fs') if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 def test_every_command_shows_an_example(tmp_path: Path) -> None:
@@ -59,6 +74,7 @@ def test_usage_lines_name_arguments_in_one_way() -> None:
 
 
 def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
+    asyncio.run(Store(FilesystemBackend(tmp_path / "store")).create())
     (tmp_path / "my-model").mkdir()
     (tmp_path / "my-model" / "config.json").write_text("{}")
     (tmp_path / "my-model" / "model-00001-of-00002.safetensors").touch()
@@ -68,6 +84,7 @@ def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_pat
         "infer --prompt a --on-missing ignore": "Invalid value for '--on-missing': 'ignore' is not one of",
         "infer --prompt a --dtype bfloat61": "dtype is 'bfloat61', expected one of float32",
         "infer --prompt a --source ./nosuch": "(named with --source)\nsurfw: error: there is no folder ",
+        "infer --prompt a --source ./store --model nosuch": "/store holds no model yet; put one there with ",
         "chunk ./my-model --name ../x": "model name '../x' cannot be used",
         "chunk ./my-model --dtype bfloat61": "dtype 'bfloat61' is not one of float32",
         "chunk ./my-model --in-place --store memory://x": "a remote store, which cannot point at local files",

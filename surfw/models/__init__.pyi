@@ -1,0 +1,10 @@
+from .base import StreamingBaseModel as StreamingBaseModel
+from .client import WeightClient as WeightClient
+from .explain import Explanation as Explanation
+from .statistics import CacheInfo as CacheInfo
+from .statistics import InferenceStats as InferenceStats
+from .streaming import StreamingBertModel as StreamingBertModel
+from .streaming import StreamingGPTModel as StreamingGPTModel
+from .streaming import StreamingLlamaModel as StreamingLlamaModel
+from .streaming import StreamingModel as StreamingModel
+from .streaming import StreamingT5Model as StreamingT5Model

@@ -1,0 +1,195 @@
+"""What is read of a model while torch and transformers are being imported, which takes seconds. Without torch.
+
+`ReadAheadClient` opens its source and reads the manifest, so that whatever is wrong there is said before anything is
+imported. Then it reads on: the files of the tokenizer, and, where the whole model will fit, its chunks, in the order
+they run. `ReadAhead` is the source with what was read; it hands each chunk out once, as a view.
+
+Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take `most_bytes` at most.
+Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
+is kept: whoever has weights fetched does not want them as views.
+"""
+
+import asyncio
+import os
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from surfw.codec import choose_form
+from surfw.manifest import Chunk, Form, Manifest
+from surfw.models.client import WeightClient
+from surfw.runtime.buffers import Buffer
+from surfw.runtime.memory import find_default_budget
+from surfw.source import ChunkSource, Read, View
+from surfw.storage import StorageBackend
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from surfw.models.options import ConnectionOptions
+
+T = TypeVar("T")
+
+_MODEL_SHARE = 2
+"""A model has its chunks read ahead if it takes at most this part of the memory: then it will surely fit as a whole."""
+
+_KEPT_SHARE = 8
+"""What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
+
+
+class ReadAhead(ChunkSource):
+    """A source, and what was read ahead of one of its models."""
+
+    def __init__(self, source: ChunkSource, manifest: Manifest, wanted: str | None) -> None:
+        """Nothing is read yet.
+
+        Args:
+            source: where weights come from; closed with this.
+            manifest: of the model.
+            wanted: the name it was asked for by.
+        """
+        self.url = source.url
+        self._source = source
+        self._manifest = manifest
+        self._wanted = wanted
+        self._files: dict[str, asyncio.Task[bytes]] = {}
+        self._chunks: dict[str, asyncio.Task[View | None]] = {}
+        self._free_bytes = 0
+
+    async def begin(self, *, memory_bytes: int) -> None:
+        """Begin to read the model's files, and its chunks if they fit well into the memory."""
+        for file in self._manifest.files:
+            self._files[file.path] = _start(self._source.file(self._manifest, file.path))
+        if sum(chunk.payload_bytes for chunk in self._manifest.chunks) > memory_bytes // _MODEL_SHARE:
+            return
+        self._free_bytes = memory_bytes // _KEPT_SHARE
+        used = dict.fromkeys(name for use in self._manifest.order for name in use.chunks)
+        for priority, name in enumerate(used, 1):
+            chunk = self._manifest.by_name[name]
+            self._chunks[name] = _start(self._read(chunk, choose_form(chunk), priority))
+
+    async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
+        """The stored bytes of a chunk; None if there is no memory for them."""
+        view = await self._source.view(self._manifest, chunk, form)
+        if view is not None or form.stored_bytes > self._free_bytes:
+            return view
+        self._free_bytes -= form.stored_bytes
+        memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
+        await self._source.fetch(self._manifest, [Read(chunk, form, 0, form.stored_bytes, memory)], priority=priority)
+        return View(memory, lambda: None)
+
+    async def models(self) -> list[str]:
+        """The names of all models."""
+        return await self._source.models()
+
+    async def resolve(self, name: str | None) -> str:
+        """The full name of a model."""
+        return self._manifest.name if name == self._wanted else await self._source.resolve(name)
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of a model."""
+        return self._manifest if model == self._manifest.name else await self._source.manifest(model)
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file, which may have been read."""
+        task = self._files.pop(path, None) if manifest is self._manifest else None
+        return await (task or self._source.file(manifest, path))
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
+        """The form's bytes, which may have been read."""
+        task = self._chunks.pop(chunk.name, None) if manifest is self._manifest else None
+        return await (task or self._source.view(manifest, chunk, form))
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination; what is kept of chunks is not wanted, then."""
+        await self._let_go()
+        await self._source.fetch(manifest, reads, priority=priority)
+
+    async def _let_go(self) -> None:
+        tasks = list(self._chunks.values())
+        self._chunks.clear()
+        await _cancel(tasks)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that fetching takes besides the destinations."""
+        return self._source.buffered_bytes
+
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
+        return self._source.refetched_blocks
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes delivered so far."""
+        return self._source.fetched_bytes
+
+    async def close(self) -> None:
+        """Stop reading, and close the source."""
+        files = list(self._files.values())
+        self._files.clear()
+        await _cancel(files)
+        await self._let_go()
+        await self._source.close()
+
+
+class ReadAheadClient(WeightClient):
+    """A client for one model, of which much is read before the model is opened; otherwise as any `WeightClient`."""
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | StorageBackend,
+        model: str | None,
+        *,
+        memory_bytes: int | None,
+        **connection: "Unpack[ConnectionOptions]",
+    ) -> None:
+        """Note where the weights are; nothing is contacted before `begin`.
+
+        Args:
+            source: as of `WeightClient`.
+            model: its name there, in full or a unique last part; None for the only one.
+            memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
+            **connection: as of `WeightClient`.
+        """
+        super().__init__(source, **connection)
+        open_source = self._open_source
+
+        async def open_ahead() -> ChunkSource:
+            opened = await open_source()
+            try:
+                return ReadAhead(opened, await opened.manifest(await opened.resolve(model)), model)
+            except BaseException:
+                await opened.close()
+                raise
+
+        self._open_source = open_ahead
+        self._memory_bytes = memory_bytes
+
+    def begin(self) -> None:
+        """Open the source, read the manifest, and begin to read the rest.
+
+        Raises:
+            SurfwError: the source cannot be reached, or has no such model.
+        """
+        memory = find_default_budget().budget_bytes if self._memory_bytes is None else self._memory_bytes
+
+        async def begin(source: ChunkSource) -> None:
+            assert isinstance(source, ReadAhead), "this is what it opens"
+            await source.begin(memory_bytes=memory)
+
+        self.run(begin)
+
+
+def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    """Begin to work ahead; a failure is raised to whoever wants the result, and forgotten if nobody does."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+    return task
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel work, and wait until nothing of it runs."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

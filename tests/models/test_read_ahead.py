@@ -1,0 +1,195 @@
+"""What is read while torch is imported: handed out once, bounded, and let go where it is not wanted."""
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from surfw.codec import choose_form
+from surfw.config import MIB
+from surfw.errors import IntegrityError, ModelClosedError, UnknownModelError
+from surfw.manifest import Chunk, Form, Manifest
+from surfw.models.read_ahead import ReadAhead, ReadAheadClient
+from surfw.source import ChunkSource, Read, View
+from surfw.storage import FilesystemBackend
+from surfw.storage.store_source import open_storage_source
+from tests.stores import TOKENIZER, make_store
+
+PLENTY = 1 << 40
+
+
+class Counting(ChunkSource):
+    """A source that notes what is asked of it; one that is far away maps nothing, and may answer to nothing."""
+
+    def __init__(self, source: ChunkSource, *, is_far: bool = False, answers: bool = True) -> None:
+        self.url = source.url
+        self.source = source
+        self.is_far = is_far
+        self.answers = answers
+        self.asked: list[str] = []
+        self.running = 0
+        self.begun = asyncio.Semaphore(0)
+
+    async def models(self) -> list[str]:
+        return await self.source.models()
+
+    async def manifest(self, model: str) -> Manifest:
+        self.asked.append("manifest")
+        return await self.source.manifest(model)
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        self.asked.append(path)
+        return await self.source.file(manifest, path)
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
+        self.asked.append(f"view {chunk.name}")
+        return None if self.is_far else await self.source.view(manifest, chunk, form)
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        self.asked += [f"fetch {read.chunk.name} {priority}" for read in reads]
+        self.running += 1
+        self.begun.release()
+        try:
+            if not self.answers:
+                await asyncio.Event().wait()
+            await self.source.fetch(manifest, reads, priority=priority)
+        finally:
+            self.running -= 1
+
+    async def close(self) -> None:
+        assert self.running == 0, "nothing is read from a closed source"
+        self.asked.append("close")
+        await self.source.close()
+
+
+async def open_ahead(store: Path, manifest: Manifest, **options: bool) -> tuple[Counting, ReadAhead]:
+    counting = Counting(await open_storage_source(FilesystemBackend(store)), **options)
+    return counting, ReadAhead(counting, manifest, None)
+
+
+async def view(source: ChunkSource, manifest: Manifest, index: int) -> View | None:
+    chunk = manifest.chunks[index]
+    return await source.view(manifest, chunk, choose_form(chunk))
+
+
+async def settle(source: ReadAhead) -> None:
+    await asyncio.wait([*source._files.values(), *source._chunks.values()])
+
+
+@pytest.mark.parametrize("is_far", [False, True])
+def test_what_was_read_is_handed_out_once(is_far: bool, tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+
+    async def run() -> None:
+        counting, ahead = await open_ahead(tmp_path, manifest, is_far=is_far)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await settle(ahead)
+            fetches = [f"fetch layers.{index} {index + 1}" for index in range(2)] if is_far else []
+            assert sorted(counting.asked) == sorted([*TOKENIZER, "view layers.0", "view layers.1", *fetches])
+            counting.asked.clear()
+            assert await ahead.resolve(None) == manifest.name
+            assert await ahead.manifest(manifest.name) is manifest
+            for path, data in TOKENIZER.items():
+                assert await ahead.file(manifest, path) == data
+            for index, chunk in enumerate(manifest.chunks):
+                found, form = await view(ahead, manifest, index), choose_form(chunk)
+                assert found is not None
+                found.expect_unchanged()
+                stored = memoryview(bytearray(form.stored_bytes))
+                await counting.source.fetch(manifest, [Read(chunk, form, 0, form.stored_bytes, stored)])
+                assert found.memory == stored
+            assert counting.asked == [], "all of it was there"
+            assert (await view(ahead, manifest, 0) is None) is is_far
+            assert counting.asked == ["view layers.0"], "a second view is another one"
+
+    asyncio.run(run())
+
+
+def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB] * 4)
+
+    async def chunks_read(memory_bytes: int, *, is_far: bool) -> list[bool]:
+        _, ahead = await open_ahead(tmp_path, manifest, is_far=is_far)
+        async with ahead:
+            await ahead.begin(memory_bytes=memory_bytes)
+            await settle(ahead)
+            return [(task := ahead._chunks.get(f"layers.{index}")) and task.result() is not None for index in range(4)]
+
+    assert asyncio.run(chunks_read(8 * MIB, is_far=False)) == [True] * 4, "page cache"
+    assert asyncio.run(chunks_read(8 * MIB, is_far=True)) == [True, False, False, False], "an eighth of the memory"
+    assert asyncio.run(chunks_read(24 * MIB, is_far=True)) == [True, True, True, False]
+    assert asyncio.run(chunks_read(8 * MIB - 1, is_far=False)) == [None] * 4, "it may not fit"
+    assert asyncio.run(chunks_read(0, is_far=False)) == [None] * 4
+
+
+def test_a_fetch_lets_go_of_what_is_kept(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+
+    async def run() -> None:
+        counting, ahead = await open_ahead(tmp_path, manifest, is_far=True, answers=False)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            for _ in manifest.chunks:
+                await counting.begun.acquire()
+            counting.answers = True
+            chunk, data = manifest.chunks[0], memoryview(bytearray(MIB))
+            await ahead.fetch(manifest, [Read(chunk, choose_form(chunk), 0, MIB, data)])
+            assert counting.running == 0
+            assert not ahead._chunks
+            assert any(data)
+
+    asyncio.run(run())
+
+
+def test_damage_is_reported_to_the_one_who_asks(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path)
+    blob = next(path for path in (tmp_path / "blobs").rglob("*") if path.is_file() and path.stat().st_size > 5_000_000)
+    damaged = bytearray(blob.read_bytes())
+    damaged[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(damaged)
+
+    async def run() -> None:
+        _, ahead = await open_ahead(tmp_path, manifest)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            await settle(ahead)
+            assert await view(ahead, manifest, 0) is not None
+            with pytest.raises(IntegrityError, match=r"chunk layers\.1 from .* is damaged"):
+                await view(ahead, manifest, 1)
+
+    asyncio.run(run())
+
+
+def test_an_interrupted_import_closes_the_source(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    opened: list[Counting] = []
+    client = ReadAheadClient(FilesystemBackend(tmp_path), "model", memory_bytes=PLENTY)
+    open_ahead = client._open_source
+
+    async def open_hanging() -> ChunkSource:
+        ahead = await open_ahead()
+        assert isinstance(ahead, ReadAhead)
+        ahead._source = Counting(ahead._source, is_far=True, answers=False)
+        opened.append(ahead._source)
+        return ahead
+
+    def infer() -> None:
+        with client:
+            client.begin()
+            raise KeyboardInterrupt  # while torch is imported
+
+    client._open_source = open_hanging
+    with pytest.raises(KeyboardInterrupt):
+        infer()
+    assert opened[0].asked[-1] == "close"
+    with pytest.raises(ModelClosedError):
+        client.models()
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    with ReadAheadClient(tmp_path, "nosuch", memory_bytes=None) as client, pytest.raises(UnknownModelError):
+        client.begin()
