@@ -4,9 +4,9 @@ A key is a relative path of plain parts (`blobs/ab/abcd.safetensors`). `check_ke
 before it touches anything, in surfw's own backends or before a custom one (see `custom`), so a key such as `../x` or
 `/etc/passwd` reaches no storage.
 
-Stored bytes are read by `read_all`. It cuts reads into ranges (see `ranges`), keeps up to `parallel_reads` of them
-under way, and verifies them. A range is read by `read_range`: surfw's far storages have their own, with retries (see
-`far_reads`); everywhere else it is a `read_into`.
+Stored bytes are read by `RangedBackend.read_all`. It cuts reads into ranges (see `ranges`), keeps up to
+`parallel_reads` of them under way, and verifies them. A range is read by `read_range`: surfw's far storages have their
+own, with retries (see `far_reads`); everywhere else it is a `read_into`.
 """
 
 import asyncio
@@ -212,6 +212,46 @@ class StorageBackend(ABC):
         await self.read_into(key, start, memoryview(memory))
         return bytes(memory)
 
+    async def expect_revision(self, key: str, revision: str) -> None:
+        """Check, after a read, that the object still has this revision.
+
+        Raises:
+            ChangedObjectError: it has another.
+        """
+        seen = await self.revision(key)
+        if seen != revision:
+            raise ChangedObjectError(f"{key} in {self.url}", revision, str(seen))
+
+    async def find_foreign_key(self, known: str) -> str | None:
+        """Return a key that does not start with `known`, if there is one: then the place is used for something else."""
+        return next((key for key in await self.list() if not key.startswith(known)), None)
+
+    def local_path(self, key: str) -> Path | None:
+        """Return the object's file, where objects are local files; None elsewhere.
+
+        It is read or mapped directly, so a backend that changes bytes on their way must return None.
+        """
+        check_key(key)
+        return None
+
+    def spool(self) -> Path:
+        """Return a local folder for files on their way into the storage; each storage has its own."""
+        return spool_folder(self.url)
+
+    async def adopt(self, key: str, path: Path) -> None:
+        """Move a finished local file into the storage."""
+        with path.open("rb") as file:
+            await self.save(key, file)
+        await asyncio.to_thread(path.unlink)
+
+    async def close(self) -> None:
+        """Release connections, threads and files."""
+        return
+
+
+class RangedBackend(StorageBackend):
+    """What surfw's own backends, and its adapter of all others, add: many reads at once, cut into ranges."""
+
     @property
     def range_bytes(self) -> int:
         """Return the size of the largest range that is read at a time."""
@@ -269,42 +309,6 @@ class StorageBackend(ABC):
         await (reading if self.reads_in_place else to_its_end(reading))
         if check is not None:
             await in_thread(check, 0, destination)
-
-    async def expect_revision(self, key: str, revision: str) -> None:
-        """Check, after a read, that the object still has this revision.
-
-        Raises:
-            ChangedObjectError: it has another.
-        """
-        seen = await self.revision(key)
-        if seen != revision:
-            raise ChangedObjectError(f"{key} in {self.url}", revision, str(seen))
-
-    async def find_foreign_key(self, known: str) -> str | None:
-        """Return a key that does not start with `known`, if there is one: then the place is used for something else."""
-        return next((key for key in await self.list() if not key.startswith(known)), None)
-
-    def local_path(self, key: str) -> Path | None:
-        """Return the object's file, where objects are local files; None elsewhere.
-
-        It is read or mapped directly, so a backend that changes bytes on their way must return None.
-        """
-        check_key(key)
-        return None
-
-    def spool(self) -> Path:
-        """Return a local folder for files on their way into the storage; each storage has its own."""
-        return spool_folder(self.url)
-
-    async def adopt(self, key: str, path: Path) -> None:
-        """Move a finished local file into the storage."""
-        with path.open("rb") as file:
-            await self.save(key, file)
-        await asyncio.to_thread(path.unlink)
-
-    async def close(self) -> None:
-        """Release connections, threads and files."""
-        return
 
 
 class ChangedObjectError(StorageError):

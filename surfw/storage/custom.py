@@ -16,23 +16,24 @@ from typing import Any, BinaryIO
 from surfw.config import SHARED_LOADS_BYTES
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
 from surfw.storage.base import (
+    RangedBackend,
     StorageBackend,
     check_key,
     check_prefix,
     expect_length,
     refuse_size,
 )
-from surfw.storage.fsspec_backend import FsspecBackend, translate_all_errors
+from surfw.storage.fsspec_backend import translate_all_errors
 from surfw.threads import cancel_all, to_its_end
 
 
-def adapt_backend(backend: StorageBackend) -> StorageBackend:
+def adapt_backend(backend: StorageBackend) -> RangedBackend:
     """Return a backend that keeps surfw's rules: one of surfw's own as it is, any other behind an adapter.
 
     Raises:
         ConfigurationError: it is not a backend.
     """
-    if isinstance(backend, FsspecBackend | AdaptedBackend):
+    if isinstance(backend, RangedBackend):
         return backend
     _expect_backend(backend)
     return AdaptedBackend(backend)
@@ -44,7 +45,7 @@ def _expect_backend(given: object) -> None:
         raise ConfigurationError(f"{seen} is no storage backend; give an instance of a subclass of StorageBackend")
 
 
-class AdaptedBackend(StorageBackend):
+class AdaptedBackend(RangedBackend):
     """A custom backend, held to the rules. It is made by `adapt_backend`."""
 
     def __init__(self, inner: StorageBackend) -> None:

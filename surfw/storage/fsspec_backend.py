@@ -21,7 +21,7 @@ from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, PIECE_BYTES, disp
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
 from surfw.storage.base import (
     ChangedObjectError,
-    StorageBackend,
+    RangedBackend,
     check_key,
     check_prefix,
     expect_length,
@@ -86,7 +86,7 @@ def translate_all_errors(what: str) -> Iterator[None]:
         raise StorageError(f"{what}: {type(exc).__name__}: {text}") from exc
 
 
-class FsspecBackend(StorageBackend):
+class FsspecBackend(RangedBackend):
     """Objects under a URL of any scheme fsspec knows, such as `s3://bucket/prefix` or `memory://name`."""
 
     def __init__(self, /, url: str, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS, **options: Any) -> None:

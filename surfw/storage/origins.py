@@ -23,7 +23,8 @@ from surfw.config import surfw_home
 from surfw.errors import ManifestError, StorageError
 from surfw.manifest import Form, Manifest, Origin
 from surfw.storage.backends import open_backend
-from surfw.storage.base import ChangedObjectError, StorageBackend, refuse_size
+from surfw.storage.base import ChangedObjectError, RangedBackend, refuse_size
+from surfw.storage.custom import adapt_backend
 from surfw.storage.ranges import ObjectRange, ObjectRead, Pin
 from surfw.storage_options import identify_place, scheme_of
 
@@ -36,7 +37,7 @@ _FROM_AFAR = {"s3", "http", "https", "hf"}
 class Found:
     """Where an object is: its storage and its key there; revision and size that it has to have, if it is pinned."""
 
-    backend: StorageBackend
+    backend: RangedBackend
     key: str
     revision: str | None = None
     size: int | None = None
@@ -64,14 +65,14 @@ class PlacedOptions:
 class Objects:
     """A store's own objects and those of its manifests' origins, in one space of keys, to be read."""
 
-    def __init__(self, own: StorageBackend, marker: str, options: PlacedOptions | None = None) -> None:
+    def __init__(self, own: RangedBackend, marker: str, options: PlacedOptions | None = None) -> None:
         """Name the store's backend, its marker, and the storage options of origins; nothing is opened yet."""
         self.url = own.url
         self._own = own
         self._is_local = own.local_path(marker) is not None
         self._options = options or PlacedOptions(own.url, {})
         self._mounted: Mapping[
-            str, tuple[Origin, StorageBackend]
+            str, tuple[Origin, RangedBackend]
         ] = {}  # replaced as a whole: other threads may be iterating over it
         self._mounting = threading.Lock()
 
@@ -93,7 +94,7 @@ class Objects:
         """Whether an origin is a folder, in whose shards tensors begin at any byte."""
         return any(is_local_url(origin.url) for origin, _ in self._mounted.values())
 
-    def _backends(self) -> list[StorageBackend]:
+    def _backends(self) -> list[RangedBackend]:
         return [self._own, *(backend for _, backend in self._mounted.values())]
 
     def mount(self, manifest: Manifest, *, where: str) -> Manifest:
@@ -114,7 +115,7 @@ class Objects:
         with self._mounting:
             if origin.key not in self._mounted:
                 options = self._options.for_url(origin.url)
-                backend = open_backend(origin.url, options, silence_timeout=self._own.silence_timeout)
+                backend = adapt_backend(open_backend(origin.url, options, silence_timeout=self._own.silence_timeout))
                 self._mounted = {**self._mounted, origin.key: (origin, backend)}
 
         def place(form: Form) -> Form:
@@ -158,7 +159,7 @@ class Objects:
             await found.backend.read_into(found.key, start, destination, **pinned)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
-        """Fill the destinations of reads of one model, as `StorageBackend.read_all`. Its bytes are in one storage."""
+        """Fill the destinations of reads of one model, as `RangedBackend.read_all`. Its bytes are in one storage."""
         if first := next((part for read in reads for part in read.parts), None):
             found = self.find(first.key)
             with explain_change(is_pinned=found.revision is not None):

@@ -1,6 +1,6 @@
 """A read of stored bytes, and how it is cut into ranges. Pure: nothing is read here.
 
-This is the only place that decides how large a range is. `StorageBackend.read_all` cuts with it, and keeps as many
+This is the only place that decides how large a range is. `RangedBackend.read_all` cuts with it, and keeps as many
 ranges under way as are worth it; a backend reads one range at a time (`read_range`).
 """
 

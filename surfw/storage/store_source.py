@@ -1,6 +1,6 @@
 """A storage as a `ChunkSource`: no server between. Blocks are verified as they arrive, or while others are read.
 
-Local files are read by `local_reader`, everything else by `StorageBackend.read_all`. Blocks that arrive damaged are
+Local files are read by `local_reader`, everything else by `RangedBackend.read_all`. Blocks that arrive damaged are
 noted, and read again when all others are there. Chunks of a model that was not copied may lack digests: all bytes of
 such a chunk are read once to compute them (see `digests`), and from then on it is verified as any other.
 """
