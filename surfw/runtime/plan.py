@@ -117,6 +117,9 @@ class Limit:
         reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
         policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
         reason: what a default budget is limited by; empty for a budget that the user gave.
+
+    Raises:
+        ConfigurationError: fewer than one chunk is to be kept.
     """
 
     budget_bytes: int | None = None
@@ -124,6 +127,14 @@ class Limit:
     reserved_bytes: int = 0
     policy: Policy = "auto"
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a cache that cannot hold the chunk that runs."""
+        layers: object = self.cache_layers
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 1):
+            raise ConfigurationError(
+                f"a cache of {layers} layers is too small; at least 1 has to be kept while it runs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +231,6 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
     if limit.cache_layers is not None:
-        check_cache_layers(limit.cache_layers)
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
         return _everything(needs, limit)
@@ -241,18 +251,6 @@ def least_bytes(needs: Needs) -> int:
         stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
         least = min(least, overhead + stays + needs.ring_buffers * ring_bytes)
     return least
-
-
-def check_cache_layers(cache_layers: int) -> None:
-    """Make sure that at least one layer is to be kept.
-
-    Raises:
-        ConfigurationError: it is not so.
-    """
-    if isinstance(cache_layers, bool) or not isinstance(cache_layers, int) or cache_layers < 1:
-        raise ConfigurationError(
-            f"a cache of {cache_layers} layers is too small; at least 1 has to be kept while it runs"
-        )
 
 
 def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:

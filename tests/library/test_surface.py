@@ -21,6 +21,7 @@ READ_ONLY = {
     "Manifest",  # what a model's manifest holds stands in the README's store format
     "Metrics",
     "ResidencyPlan",
+    "Statistics",  # a dictionary, whose keys the README documents
 }
 """What public calls give and nobody constructs: it is read by its documented attributes."""
 

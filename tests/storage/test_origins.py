@@ -13,7 +13,8 @@ from surfw.chunking import in_place
 from surfw.config import MIB
 from surfw.errors import NotFoundError
 from surfw.manifest import Manifest, Origin, Pin
-from surfw.storage import FilesystemBackend, S3Backend, StorageBackend, open_backend, origins
+from surfw.storage import FilesystemBackend, S3Backend, open_backend, origins
+from surfw.storage.base import RangedBackend
 from surfw.storage.origins import Objects
 from surfw.storage.ranges import ObjectRange, ObjectRead
 from surfw.storage.store import MARKER
@@ -110,7 +111,7 @@ def test_an_origin_is_mounted_while_another_thread_goes_through_them(
     )
 
 
-class Noting(StorageBackend):
+class Noting(RangedBackend):
     """Zeros, read at so many places at a time; it notes the sizes of its ranges."""
 
     def __init__(self, parallel_reads: int, *, in_place: bool) -> None:
