@@ -34,6 +34,9 @@ from surfw.wire import ServerHealth, ServerStats
 
 _ADVANCED_CACHE_MB = 1000
 
+_ACCEPT_STEPS = 3
+"""More than the turns of the event loop that it takes to make a connection of what was accepted."""
+
 
 class WeightServer:
     """Serves a store; use it as an async context manager, or `start` and `stop` it, as often as you like."""
@@ -142,11 +145,21 @@ class WeightServer:
         async with self._alone():
             if self._websockets is None:
                 return
+            await self._stop_accepting(self._websockets)
             self._websockets.close(code=1001, reason="the server is stopping")
             await self._websockets.wait_closed()
             await self._release()
             self._websockets = None
             self._stopped.set()
+
+    @staticmethod
+    async def _stop_accepting(listening: Server) -> None:
+        """Accept no more, and wait for what was accepted just now: asyncio would leave its socket open for good."""
+        loop = asyncio.get_running_loop()
+        for one in listening.sockets:
+            loop.remove_reader(one.fileno())
+        for _ in range(_ACCEPT_STEPS):
+            await asyncio.sleep(0)
 
     async def serve_forever(self) -> None:
         """Wait until the server is stopped. If it is not started, start it, and stop it if the wait is cancelled.

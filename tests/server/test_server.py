@@ -1,6 +1,9 @@
 """A server starts or says why not, serves what the store holds now, and stops without leaving anything behind."""
 
 import asyncio
+import contextlib
+import gc
+import socket
 import ssl
 import threading
 from pathlib import Path
@@ -402,3 +405,23 @@ def test_the_credentials_of_a_storage_are_shown_nowhere(tmp_path: Path, caplog: 
     asyncio.run(main())
     assert shown in caplog.text
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("steps", range(5))
+def test_connections_that_are_accepted_while_it_stops_are_closed(tmp_path: Path, steps: int) -> None:
+    make_store(tmp_path)
+
+    async def main() -> None:
+        server = WeightServer(FilesystemBackend(tmp_path), port=0)
+        await server.start()
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(5)]
+        for _ in range(steps):  # so far the loop has got with them
+            await asyncio.sleep(0)
+        await server.stop()
+        for client in clients:
+            with client, contextlib.suppress(ConnectionResetError):
+                client.settimeout(10)
+                assert await asyncio.to_thread(client.recv, 1) == b""
+
+    asyncio.run(main())
+    gc.collect()  # a transport that is left open complains
