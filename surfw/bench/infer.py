@@ -9,7 +9,6 @@ import asyncio
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,14 +38,13 @@ def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = 
     """
     comparison.check()
     names, absent = _choose(comparison)
-    with ExitStack() as stack:
+    # One folder for all that is removed afterwards: an interruption while a peer's folder is made leaves nothing.
+    with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=comparison.folder) as folder:
         source, model = comparison.source, comparison.model or Path(comparison.model_dir).resolve().name
         if source is None:
-            source = comparison.store or stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=comparison.folder)
-            )
+            source = comparison.store or str(Path(folder) / "store")
             model = asyncio.run(_chunk(comparison.model_dir, model, source, on_progress))
-        work = replace(comparison, source=source, model=model)
+        work = replace(comparison, source=source, model=model, folder=folder)
         outcomes, bandwidths = _run_rounds(work, names, on_progress)
     return _conclude(comparison, model, outcomes, bandwidths, absent)
 
