@@ -21,6 +21,7 @@ from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
 from surfw.source import ChunkSource, Read, View
 from surfw.storage import StorageBackend
+from surfw.threads import cancel_all
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -107,7 +108,7 @@ class ReadAhead(ChunkSource):
     async def _let_go(self) -> None:
         tasks = list(self._chunks.values())
         self._chunks.clear()
-        await _cancel(tasks)
+        await cancel_all(tasks)
 
     @property
     def buffered_bytes(self) -> int:
@@ -128,7 +129,7 @@ class ReadAhead(ChunkSource):
         """Stop reading, and close the source."""
         files = list(self._files.values())
         self._files.clear()
-        await _cancel(files)
+        await cancel_all(files)
         await self._let_go()
         await self._source.close()
 
@@ -186,10 +187,3 @@ def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     task = asyncio.create_task(work)
     task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
     return task
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel work, and wait until nothing of it runs."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
