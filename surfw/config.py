@@ -203,7 +203,7 @@ def quote(name: object) -> str:
 
 
 def escape_json(text: str) -> str:
-    """JSON with escapes in place of the characters that JSON allows in its strings, and that could steer a terminal."""
+    """JSON with escapes for the characters that JSON allows in its strings, and that could steer a terminal."""
     return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

@@ -31,7 +31,7 @@ class Setting:
         least: the smallest number; None for any.
         most: the largest number; None for any.
         choices: the only texts; empty for any.
-        metavar: what help shows in place of the type.
+        metavar: what help shows instead of the type.
         form: what a value has to be, in words, where not every one of its type will do; such as `a size such as 1.5GB`.
         has_form: whether a text or a table is that; None for any.
     """
