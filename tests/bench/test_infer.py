@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -41,9 +43,20 @@ def store(checkpoint: Path) -> Path:
     return checkpoint.parent / "store"
 
 
+@pytest.fixture
+def warm_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers begin where their imports end."""
+
+    def start(command: Sequence[str], *, stdin: int, stdout: int, stderr: int, **_: object) -> warm.Process:
+        return warm.start(command, stdin=stdin, stdout=stdout, stderr=stderr)
+
+    theirs = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr("surfw.bench.process.subprocess", theirs)
+
+
 def compare(checkpoint: Path, *against: str, **options: object) -> InferResult:
-    """One round of a few tokens."""
-    given: dict[str, object] = {"rounds": 1, "new_tokens": TOKENS} | options
+    """One round of a few tokens; reads of the store, which take some seconds, are not measured unless it is asked for."""
+    given: dict[str, object] = {"rounds": 1, "new_tokens": TOKENS, "bandwidth_bytes": 100_000_000} | options
     return bench_infer(Comparison(model_dir=str(checkpoint), against=against, **given))  # type: ignore[arg-type]
 
 
@@ -109,10 +122,11 @@ def test_what_people_see(checkpoint: Path, store: Path, tmp_path: Path) -> None:
     assert "transformers" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("warm_peers")
 def test_a_server_is_read_instead_of_a_store_and_its_link_is_the_ceiling(checkpoint: Path, store: Path) -> None:
     with serve(store) as served:
         found = compare(checkpoint, "resident", source=served.url, bandwidth_bytes=10_000_000, memory_budget="900kB")
-        unknown = compare(checkpoint, source=served.url, memory_budget="900kB")
+        unknown = compare(checkpoint, source=served.url, bandwidth_bytes=None, memory_budget="900kB")
         assert served.stats()["bytes_sent"] > 0
     (ours, resident), (unlimited,) = found.rows, unknown.rows
     assert ours.token_ids == resident.token_ids
@@ -157,7 +171,7 @@ def test_the_cap_holds_for_every_peer_and_who_is_killed_stops_nobody(checkpoint:
     assert [row.failed for row in roomy.rows] == [None, None]
     assert all(0 < (row.peak_group_bytes or 0) <= 1_000_000_000 for row in roomy.rows)
     assert "every process could have 1.0 GB, its page cache included" in roomy.notes
-    tight = compare(checkpoint, "resident", cap_bytes=LEAST_BYTES, store=str(store), rounds=2)
+    tight = compare(checkpoint, "resident", cap_bytes=LEAST_BYTES, store=str(store), rounds=2, bandwidth_bytes=None)
     killed = "was killed: a cap of 128.0 MB is too small for it"
     assert [(row.name, row.value, row.failed) for row in tight.rows] == [
         ("surfw", None, killed), ("resident", None, killed),
@@ -166,6 +180,7 @@ def test_the_cap_holds_for_every_peer_and_who_is_killed_stops_nobody(checkpoint:
     assert (tight.bandwidth_bytes_per_second or 0) > 0, "the reads need less"
 
 
+@pytest.mark.usefixtures("warm_peers")
 def test_a_peer_that_is_not_installed_is_named(
     checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,11 +192,12 @@ def test_a_peer_that_is_not_installed_is_named(
     assert any(note.startswith("not compared with accelerate: ") for note in found.notes)
 
 
+@pytest.mark.usefixtures("warm_peers")
 def test_without_names_all_run_that_can_and_the_others_are_named(
     checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    given = {"rounds": 1, "new_tokens": 2, "memory_budget": "650kB"}
+    given = {"rounds": 1, "new_tokens": 2, "memory_budget": "650kB", "bandwidth_bytes": 100_000_000}
     found = bench_infer(Comparison(model_dir=str(checkpoint), store=str(store), **given))  # type: ignore[arg-type]
     assert [row.name for row in found.rows] == ["surfw", "resident", "lru"]
     ours, _, lru = found.rows
@@ -191,6 +207,7 @@ def test_without_names_all_run_that_can_and_the_others_are_named(
     assert absent == {f"not compared with {name}" for name in ("accelerate", "airllm", "llama.cpp")}
 
 
+@pytest.mark.usefixtures("warm_peers")
 def test_a_model_that_fails_in_its_process_says_why_in_its_row(tmp_path: Path) -> None:
     found = compare(save_bert(tmp_path / "bert"), "resident", new_tokens=2)
     assert "does not generate" in (found.rows[0].failed or "")
@@ -227,7 +244,8 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     (tmp_path / "work").mkdir()
     running = warm.start(
-        [SURFW, "bench", "infer", str(checkpoint), "--against", "resident", "--dir", str(tmp_path / "work")],
+        [SURFW, "bench", "infer", str(checkpoint), "--against", "resident", "--dir", str(tmp_path / "work"),
+         "--bandwidth", "100MB"],
         env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert running.stderr is not None

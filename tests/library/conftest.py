@@ -46,7 +46,7 @@ def server(store: Path) -> Iterator[Served]:
 
 
 def leftovers() -> list[str]:
-    """Threads, sockets and buffers of surfw that are still there."""
+    """Threads, sockets, and buffers of surfw that are still there; of buffers, those made since `gc.freeze`."""
     gc.collect()
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")]
     sockets = [link for fd in Path("/proc/self/fd").iterdir() if (link := _target(fd)).startswith("socket:")]
@@ -65,6 +65,7 @@ def _target(link: Path) -> str:
 def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, no thread, socket or buffer of surfw is left after it that was not there before."""
     before = leftovers()
+    gc.freeze()  # what is there already, millions of objects of torch, is not looked at again: a second per test
     yield
     left = sorted(set(leftovers()) - set(before))
     if "s3" in request.fixturenames:  # whose own client keeps its connections

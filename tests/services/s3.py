@@ -1,6 +1,8 @@
 """An S3 server for the tests: the gateway of `ceph`, with fresh buckets and two accounts."""
 
+import fcntl
 import functools
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,10 +52,25 @@ class S3Service:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
-    """A real S3 server with its data in memory; tests share it, so take a bucket of your own."""
+    """A real S3 server with its data in memory. All tests share it, in all processes: take a bucket of your own."""
     from tests.conftest import require
 
     if absent := missing(*PROGRAMS, "setpriv"):
         require(f"{absent[0]} is not installed; apt-get install ceph-mon ceph-osd radosgw")
-    with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
-        yield S3Service(endpoint)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
+            yield S3Service(endpoint)
+        return
+    shared = tmp_path_factory.getbasetemp().parent / "ceph.endpoint"
+    with shared.with_suffix(".lock").open("w") as users:
+        fcntl.flock(users, fcntl.LOCK_EX)
+        if shared.exists():
+            fcntl.flock(users, fcntl.LOCK_SH)  # held as long as this process may use the server
+            yield S3Service(shared.read_text())
+            return
+        with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
+            shared.write_text(endpoint)
+            fcntl.flock(users, fcntl.LOCK_SH)
+            yield S3Service(endpoint)
+            fcntl.flock(users, fcntl.LOCK_EX)  # the others have ended
+            shared.unlink()
