@@ -30,11 +30,8 @@ from surfw.config import (
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Chunk, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
-    refuse_absurd_sizes,
-    refuse_endless_numbers,
     refuse_kernels,
-    sanitise_config,
-    sanitise_outputs,
+    sanitise,
     tag_floats,
 )
 from surfw.storage.backends import read_address
@@ -170,7 +167,11 @@ def _plan_model(
     checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
 ) -> PreparedModel:
     """Decide what of a checkpoint goes where."""
-    clean, generation = _sanitise(checkpoint, name, where)
+    refuse_kernels(checkpoint.config, where=where)
+    clean, generation, code, unfit = sanitise(checkpoint.config, checkpoint.generation_config, where=where)
+    for lines, why in ((code, "surfw runs no code that comes with a model"), (unfit, "no file may choose it")):
+        for line in lines:
+            logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
     from surfw.skeleton.loading import plan_loading
@@ -201,22 +202,8 @@ def _plan_model(
         raise UnsupportedModelError(
             f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
         )
+    clean, generation = tag_floats(clean), tag_floats(generation)
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
-
-
-def _sanitise(checkpoint: Checkpoint, name: str, where: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The checkpoint's configuration and its settings for `generate()`, without what surfw never does for a file."""
-    generation = checkpoint.generation_config
-    refuse_kernels(checkpoint.config, where=where)
-    refuse_absurd_sizes(checkpoint.config, where=where)
-    refuse_endless_numbers(checkpoint.config, where=where)
-    refuse_endless_numbers(generation or {}, where=where)
-    clean, code = sanitise_config(checkpoint.config)
-    clean, unfit = sanitise_outputs(clean, where=where)
-    reasons = [(line, "surfw runs no code that comes with a model") for line in code]
-    for line, why in [*reasons, *((line, "no file may choose it") for line in unfit)]:
-        logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
-    return tag_floats(clean), None if generation is None else tag_floats(sanitise_config(generation)[0])
 
 
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:

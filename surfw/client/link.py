@@ -1,7 +1,7 @@
 """The link to a server: sends requests, and hands the bytes of each answer to its download.
 
 A link belongs to the event loop it was opened in. Once it has ended, every request fails with the same error. It ends
-too when the server makes no progress for too long, as `Patience` decides.
+too when the server makes no progress for too long, as `ServerPatience` decides.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from websockets.frames import CloseCode
 from surfw import __version__
 from surfw.client.connection import WireConnection
 from surfw.client.downloads import DocumentDownload, Download, most_read
-from surfw.client.patience import Patience
+from surfw.client.patience import ServerPatience
 from surfw.config import MAX_FRAME_BYTES, PROGRESS_BYTES, WireLimits, format_size, printable
 from surfw.errors import ConnectionFailedError, IntegrityError, RefusedError, RemoteProtocolError
 from surfw.wire import (
@@ -74,7 +74,7 @@ class Link:
         self._session = ClientSession(limits, client=f"surfw/{__version__}")
         self._connection: WireConnection | None = None
         self._loop = asyncio.get_running_loop()
-        self._patience = Patience(silence_seconds, self._loop.time)
+        self._patience = ServerPatience(silence_seconds, self._loop.time)
         self._watch: asyncio.TimerHandle | None = None
         self._pending: dict[int, _Pending] = {}
         self._slots = asyncio.Semaphore(0)

@@ -16,7 +16,7 @@ from surfw.wire import Get, Request
 
 @dataclass(slots=True)
 class _Wait:
-    """What `Patience` knows of an open request.
+    """What `ServerPatience` knows of an open request.
 
     Attributes:
         priority: lower numbers are more urgent.
@@ -33,7 +33,7 @@ class _Wait:
     overtaken: int = 0
 
 
-class Patience:
+class ServerPatience:
     """Decides for one connection how long to wait. `clock` gives the time, in seconds."""
 
     def __init__(self, silence_seconds: float, clock: Callable[[], float]) -> None:

@@ -192,6 +192,16 @@ class Manifest:
         """The chunks by their identity; of chunks with equal payloads, one."""
         return {chunk.id: chunk for chunk in self.chunks}
 
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of all chunks by their name."""
+        return {tensor.name: tensor for chunk in self.chunks for tensor in chunk.tensors}
+
+    @cached_property
+    def home(self) -> dict[str, Chunk]:
+        """The chunks by the names of their tensors."""
+        return {tensor.name: chunk for chunk in self.chunks for tensor in chunk.tensors}
+
     @property
     def payload_bytes(self) -> int:
         """Bytes of all tensors."""

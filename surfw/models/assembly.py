@@ -174,8 +174,6 @@ def model_needs(
         {chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes)) for chunk in manifest.chunks},
         manifest.order,
     )
-    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
-    size = {tensor.name: tensor.nbytes for chunk in manifest.chunks for tensor in chunk.tensors}
     looked_up = {name for unit in tables.values() for name in unit.looked_up}
     others = {name for unit in tables.values() for name in unit.others}
     return replace(
@@ -183,8 +181,8 @@ def model_needs(
         overhead_bytes=buffered_bytes,
         in_flight_bytes=IN_FLIGHT_BYTES,
         scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
-        tables=frozenset(home[name] for name in looked_up) - known.fixed,
-        table_bytes=2 * ROWS_BYTES + sum(size[name] for name in others),
+        tables=frozenset(manifest.home[name].name for name in looked_up) - known.fixed,
+        table_bytes=2 * ROWS_BYTES + sum(manifest.tensors[name].nbytes for name in others),
     )
 
 

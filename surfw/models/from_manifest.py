@@ -24,11 +24,8 @@ from surfw.skeleton.guards import foreign_errors
 from surfw.skeleton.loading import target_dtypes
 from surfw.skeleton.sanitise import (
     check_generation,
-    refuse_absurd_sizes,
-    refuse_endless_numbers,
-    sanitise_config,
+    sanitise,
     sanitise_generation,
-    sanitise_outputs,
     untag_floats,
 )
 from surfw.skeleton.units import Slot
@@ -60,10 +57,13 @@ def open_skeleton(
         ManifestError: configuration and chunks do not belong together.
     """
     where = manifest.name
-    settings, generation = _sanitise(manifest)
+    settings, generation, code, unfit = sanitise(manifest.config, manifest.generation_config, where=where)
+    for lines, why in ((code, "surfw runs no code from elsewhere"), (unfit, "no file may choose it")):
+        for line in lines:
+            logger.warning("%s: ignored in its configuration, because %s: %s", where, why, line)
     config = read_config(settings, where=where, model_class=model_class)
     cls = model_class or resolve_class(manifest.class_name, config, where=where)
-    tensors = {tensor.name: tensor for chunk in manifest.chunks for tensor in chunk.tensors}
+    tensors = manifest.tensors
     shapes = {tensor.shape for tensor in tensors.values()}
     skeleton = build_skeleton(
         config,
@@ -86,24 +86,8 @@ def open_skeleton(
     fill_rest(skeleton, loaded, where=where)
     _set_dtypes(skeleton, manifest)
     if skeleton.model.can_generate():
-        _configure_generation(skeleton.model, untag_floats(generation), manifest, untag_floats(settings))
+        _configure_generation(skeleton.model, untag_floats(generation or {}), manifest, untag_floats(settings))
     return skeleton
-
-
-def _sanitise(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration and generation settings of a manifest, without what no file may choose."""
-    where, generation = manifest.name, manifest.generation_config or {}
-    refuse_absurd_sizes(manifest.config, where=where)
-    refuse_endless_numbers(manifest.config, where=where)
-    refuse_endless_numbers(generation, where=where)
-    config, dropped = sanitise_config(manifest.config)
-    generation, dropped_generation = sanitise_config(generation)
-    for line in dropped + dropped_generation:
-        logger.warning("%s: ignored in its configuration, because surfw runs no code from elsewhere: %s", where, line)
-    config, unfit = sanitise_outputs(config, where=where)
-    for line in unfit:
-        logger.warning("%s: ignored in its configuration, because no file may choose it: %s", where, line)
-    return config, generation
 
 
 def _check_fit(name: str, stored: TensorInfo, place: torch.Tensor, cls: str, where: str) -> None:
@@ -156,19 +140,17 @@ def _set_dtypes(skeleton: Skeleton, manifest: Manifest) -> None:
 def cast_dtypes(manifest: Manifest, skeleton: Skeleton) -> dict[str, torch.dtype]:
     """The tensors that have another dtype in the model than in their chunk, and that dtype."""
     wanted = target_dtypes(skeleton)
-    infos = (tensor for chunk in manifest.chunks for tensor in chunk.tensors)
-    found = {info.name: (torch_dtype(info.dtype), wanted(info.name)) for info in infos}
+    found = {name: (torch_dtype(info.dtype), wanted(name)) for name, info in manifest.tensors.items()}
     return {name: to for name, (stored, to) in found.items() if stored != to}
 
 
 def _check_order(manifest: Manifest, skeleton: Skeleton) -> None:
     """Make sure that every unit's use names the chunks that hold its tensors."""
-    home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
     uses = {use.module: set(use.chunks) for use in manifest.order}
     twice = [module for module, count in Counter(use.module for use in manifest.order).items() if count > 1]
     for unit in skeleton.units:
         names = (manifest.ties.get(slot.name, slot.name) for slot in unit.slots)
-        needed = {home[name] for name in names if name in home}
+        needed = {manifest.home[name].name for name in names if name in manifest.home}
         if needed and (unit.path not in uses or not needed <= uses[unit.path] or unit.path in twice):
             raise ManifestError(f"{manifest.name}: the execution order does not fit {unit.path}; chunk the model again")
 

@@ -32,7 +32,7 @@ def open_tokenizer(manifest: Manifest, read_file: Callable[[str], bytes]) -> Pre
     with tempfile.TemporaryDirectory(prefix="surfw-tokenizer-") as folder:
         for file in manifest.files:
             if file.path not in TOKENIZER_FILES:
-                logger.warning("%s: ignored, because no tokenizer has such a file", file.path)
+                logger.warning("%s: ignored, because surfw knows no tokenizer with such a file", file.path)
                 continue
             data = read_file(file.path)
             (Path(folder) / file.path).write_bytes(

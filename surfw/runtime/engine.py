@@ -99,7 +99,6 @@ class Engine:
         self._runner: int | None = None  # the thread that has a run
         self._ahead = prefetch
         self._asked = _DEMAND
-        self._home = {tensor.name: chunk.name for chunk in manifest.chunks for tensor in chunk.tensors}
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
@@ -229,7 +228,7 @@ class Engine:
         """
         with self._lock:
             self._sync()
-            chunk = self._home[name]
+            chunk = self.manifest.home[name].name
             if self.table.is_ready([chunk]):
                 return self.host.tensors(self.host[chunk])[name].detach().clone()
         with self._reading:

@@ -363,5 +363,4 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def _provided(manifest: Manifest) -> set[str]:
     """Names of all tensors that chunks and ties provide."""
-    stored = {tensor.name for chunk in manifest.chunks for tensor in chunk.tensors}
-    return stored | set(manifest.ties)
+    return set(manifest.tensors) | set(manifest.ties)

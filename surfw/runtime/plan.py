@@ -10,7 +10,7 @@ everywhere; the others pass through a ring of buffers.
 Chunks that run several times in a cycle go first: each place they have saves more than one read. Where not even those
 fit, they share memory by Belady's rule, see `floating_victims`.
 
-`slots` keeps to a plan, and decides nothing of this itself.
+A plan says what may stay. By it, `slots` decides at each use which chunk is loaded, and what is evicted for it.
 """
 
 from collections import Counter

@@ -73,7 +73,6 @@ class RowReader:
         self._metrics = metrics
         self._run = run
         self._dtypes = dtypes or {}
-        self._homes = {info.name: (chunk, info) for chunk in manifest.chunks for info in chunk.tensors}
         self._scratch_blocks = max(1, scratch_bytes // BLOCK_BYTES)
         self._keep_blocks = keep_bytes // BLOCK_BYTES
         self._scratch: Buffer | None = None
@@ -98,7 +97,7 @@ class RowReader:
             IndexError: an id is not one of a row, with torch's own text.
             SurfwError: a block could not be read, or the run was interrupted.
         """
-        chunk, info = self._homes[name]
+        chunk, info = self._manifest.home[name], self._manifest.tensors[name]
         different, places = torch.unique(ids, return_inverse=True)
         if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < info.shape[0]:
             raise IndexError("index out of range in self")
@@ -114,7 +113,7 @@ class RowReader:
         Raises:
             SurfwError: a block could not be read, or the run was interrupted.
         """
-        chunk, info = self._homes[name]
+        chunk, info = self._manifest.home[name], self._manifest.tensors[name]
         return self._assemble(chunk, info, [(info.offset, info.offset + info.nbytes)]).view(info.shape)
 
     def clear(self) -> None:
@@ -356,9 +355,7 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
     of nothing else. The unit's other tensors must be smaller than its tables, and all have to be in chunks that are
     stored as they are: no part of others can be read alone.
     """
-    chunk_of = {info.name: chunk for chunk in manifest.chunks for info in chunk.tensors}
-    stored = {info.name: info for chunk in manifest.chunks for info in chunk.tensors}
-    found = {}
+    home, stored, found = manifest.home, manifest.tensors, {}
     for unit in (unit for unit in skeleton.units if unit.kind == "part"):
         names = {slot: name for slot in unit.slots if (name := manifest.ties.get(slot.name, slot.name)) in stored}
         embeddings = {slot for slot in names if isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"}
@@ -366,9 +363,9 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
         tables = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
         others = dict.fromkeys(name for name in names.values() if name not in tables)
         size = {name: stored[name].nbytes for name in names.values()}
-        in_parts = all(chunk_of[name].form("none") for name in names.values())
+        in_parts = all(home[name].form("none") for name in names.values())
         if tables and in_parts and sum(size[name] for name in others) < sum(size[name] for name in tables):
-            chunks = dict.fromkeys(chunk_of[name].name for name in names.values())
+            chunks = dict.fromkeys(home[name].name for name in names.values())
             looked_up = dict.fromkeys(name for name in names.values() if name in tables)
             found[unit.path] = TableUnit(tuple(chunks), tuple(looked_up), tuple(others))
     return found

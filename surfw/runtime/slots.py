@@ -1,18 +1,19 @@
 """Which chunk is in which slot of a tier of memory, and what has to happen next. Pure: no threads, devices or I/O.
 
 A `SlotTable` keeps to a `ResidencyPlan`. It knows names and sizes in bytes, never what a slot is made of. Its methods
-note what they decide and return it as a `Decision`: what to evict, what to load, what to wait for. A driver carries
+note what they decide and return it as a `Decision`: what to evict, what to load, what to wait for. The engine carries
 that out, and reports with `ended` how each load ended. A slot goes from loading to ready or failed; a chunk without a
 slot is not in this tier.
 
 Pinned chunks have memory of their own and stay. The others pass through the ring: a few slots of one size, which are
-used again and again. What comes next is fetched ahead as far as the ring has slots that nobody uses; what was guessed
-wrong makes way. Floating chunks leave the ring after a use, where the plan's memory for them is better spent on them.
+used again and again. Chunks that are needed next are loaded early, into slots of the ring that are not in use; one that
+was loaded early by mistake is evicted. Floating chunks run several times in a pass, and there is memory for some of
+them: after a use, one moves out of the ring if it is needed sooner than those it replaces (`plan.floating_victims`).
 
 Invariants, after any sequence of calls:
 
 - at most `plan.ring_buffers` slots are in the ring, loading ones included, unless more are in use at once;
-- the other slots take no more than the plan's pinned chunks and its memory for floating ones;
+- the other slots take no more than the plan's pinned chunks and its `floating_bytes`;
 - a chunk in use is never evicted, and a loading one only by `clear`;
 - a failed load leaves nothing behind: its slot goes as soon as its chunk is asked for again, or the slot is needed.
 
@@ -52,7 +53,7 @@ class Slot:
         in_ring: whether it is one of the ring; if not, the chunk has memory of its own.
         state: how far its chunk is.
         users: how many modules use the chunk at the moment.
-        is_known: whether the chunk was used before, or asked for on its own; if not, it was fetched for its next use.
+        is_known: whether the chunk was used, or loaded by `fetch`; if not, it was loaded early, for its next use.
     """
 
     name: str
@@ -265,7 +266,7 @@ class SlotTable:
         return decision
 
     def _load_pinned(self, name: str, decision: Decision, needed: Collection[str] = ()) -> bool:
-        """Load a chunk into memory of its own, if it is to have some; what is not pinned any more makes way for it."""
+        """Load a chunk into memory of its own, if the plan pins it; what is not pinned any more is evicted for it."""
         if name not in self.plan.fixed:
             if name not in self.plan.pinned:
                 return False
@@ -330,7 +331,7 @@ class SlotTable:
         if victims is None:
             return
         for victim in (self._slots[one] for one in victims):
-            victim.in_ring = True  # its memory takes the place of the slot that leaves the ring
+            victim.in_ring = True  # its buffer joins the ring, in exchange for that of `slot`
             self._evict(victim, decision)
         slot.in_ring = False
 

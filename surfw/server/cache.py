@@ -1,4 +1,4 @@
-"""Caches: mappings with a budget in bytes. No I/O, no locks. What is evicted is decided here."""
+"""The server's caches: mappings with a budget in bytes. No I/O, no locks. What is evicted is decided here."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping

@@ -13,7 +13,7 @@ Knows neither torch nor transformers.
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from surfw.errors import UnsupportedModelError
 
@@ -43,6 +43,32 @@ _MAX_LABELS = 100_000
 _MAX_INTEGER = 1 << 40
 _MAX_DEPTH = 24
 """How deep a configuration may be nested; published ones stay far below it."""
+
+
+class Sanitised(NamedTuple):
+    """A configuration and generation settings that may be used, and lines about what was taken out of them."""
+
+    config: dict[str, Any]
+    generation: dict[str, Any] | None
+    code: list[str]  # what asked for foreign code
+    unfit: list[str]  # what no file may choose
+
+
+def sanitise(config: Mapping[str, Any], generation: Mapping[str, Any] | None, *, where: str) -> Sanitised:
+    """A model's configuration and generation settings without what surfw never does for a file.
+
+    Raises:
+        UnsupportedModelError: what is left has sizes or numbers that no model has, or settings of another kind.
+    """
+    refuse_absurd_sizes(config, where=where)
+    refuse_endless_numbers(config, where=where)
+    refuse_endless_numbers(generation or {}, where=where)
+    clean, code = sanitise_config(config)
+    clean, unfit = sanitise_outputs(clean, where=where)
+    if generation is None:
+        return Sanitised(clean, None, code, unfit)
+    settings, code_of_generation = sanitise_config(generation)
+    return Sanitised(clean, settings, code + code_of_generation, unfit)
 
 
 def sanitise_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,8 +6,8 @@ Each kind of file system supplies a `RangeReader`: one method that requests a ra
 - All ranges with one `Pin` are of one revision of the object: the pinned one, or else that of the first response. A
   change in between is an error, never a mixture.
 - The number of connections of a file system bounds how many ranges are under way, over all reads of all objects.
-- After a transient failure a range is requested again, without its blocks that were verified; anything else that
-  arrived is overwritten. Any other failure ends the read at once.
+- After a transient failure only the blocks that are not verified yet are requested again; what had arrived of them is
+  overwritten. Any other failure ends the read at once.
 - Once a read has ended, also by a failure or a cancellation, nothing is written to its destination any more.
 - No wait is endless: see `patience`.
 
@@ -25,7 +25,7 @@ from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS
 from surfw.errors import StorageError
 from surfw.retry import RetryPolicy
 from surfw.storage.base import ChangedObjectError, refuse_size
-from surfw.storage.patience import Activity, Patience, SilenceError
+from surfw.storage.patience import Activity, ReadPatience, SilenceError
 from surfw.storage.ranges import Check, Pin, most_range_bytes, shifted
 from surfw.threads import in_thread, on_loop
 
@@ -80,7 +80,7 @@ class Destination:
     """
 
     def __init__(
-        self, name: str, start: int, memory: memoryview, pin: Pin, patience: Patience, *, check: Check | None = None
+        self, name: str, start: int, memory: memoryview, pin: Pin, patience: ReadPatience, *, check: Check | None = None
     ) -> None:
         """Nothing has arrived. `name` is what errors call the object."""
         self.name = name
@@ -145,7 +145,7 @@ class Destination:
 class _Beginning(Destination):
     """The first range of an object of unknown size; its response says how much memory the whole object takes."""
 
-    def __init__(self, name: str, pin: Pin, patience: Patience, range_bytes: int, most_bytes: int) -> None:
+    def __init__(self, name: str, pin: Pin, patience: ReadPatience, range_bytes: int, most_bytes: int) -> None:
         super().__init__(name, 0, memoryview(b""), pin, patience)
         self.whole = bytearray()
         self._range_bytes = range_bytes
@@ -176,7 +176,7 @@ class _Beginning(Destination):
 
 
 class RangeReader(ABC):
-    """One kind of file system, as `FarReads` needs it. It bounds by itself how many ranges are under way.
+    """One kind of file system, as `FarReads` needs it. The reader limits how many ranges are under way.
 
     Attributes:
         loop: the event loop that it is called on; None for any.
@@ -201,8 +201,9 @@ class RangeReader(ABC):
     async def get(self, path: str, into: Destination) -> None:
         """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
 
-        It calls `patience.begin` when the request is made, `patience.arrived` for bytes as they come, and `check_first`
-        when the first bytes of the memory are final; other blocks are verified later. All may be called in a thread.
+        It calls `patience.begin` when the request is made, and `patience.arrived` for bytes as they come. It may call
+        `check_first` once the first bytes of the memory will not change any more; `FarReads` verifies the rest in the
+        end. All may be called in a thread.
         Once this has ended, also by a cancellation, nothing is written any more.
 
         Raises:
@@ -258,8 +259,8 @@ class FarReads:
         self._reached = self._reached or found is not None
         return found
 
-    def _patience(self) -> Patience:
-        return Patience(self.reader.silence_timeout, self._activity)
+    def _patience(self) -> ReadPatience:
+        return ReadPatience(self.reader.silence_timeout, self._activity)
 
     async def _on_loop(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await (work() if self.reader.loop is None else on_loop(self.reader.loop, work))
@@ -277,7 +278,7 @@ class FarReads:
             raise ChangedObjectError(into.name, str(into.pin.revision), "another") from exc
         await into.verify()
 
-    async def _retry(self, name: str, patience: Patience, work: Callable[[], Awaitable[T]]) -> T:
+    async def _retry(self, name: str, patience: ReadPatience, work: Callable[[], Awaitable[T]]) -> T:
         """Do the work, and again after transient failures, while there is patience; the last failure is raised."""
         failure: BaseException | None = None
 

@@ -239,7 +239,7 @@ class FsspecBackend(RangedBackend):
         return super().range_bytes if self._far is None else self._far.reader.range_bytes
 
     async def read_range(self, part: ObjectRange, destination: memoryview, check: Check | None = None) -> None:
-        """Fill the destination with one range, and verify it; one of S3's as it arrives."""
+        """Fill the destination with one range, and verify it; one of S3's or HTTP's as it arrives."""
         if self._far is None:
             await super().read_range(part, destination, check)
             return

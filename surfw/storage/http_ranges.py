@@ -27,7 +27,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _BUFFER_BYTES = MIB
 _CONNECT_SECONDS = 5
-_PAGE_BYTES = 16 * MIB
+_LISTING_BYTES = 16 * MIB
 """The largest page with a folder's listing."""
 
 
@@ -154,7 +154,7 @@ class _Response(aiohttp.ClientResponse):
         data = bytearray()
         async for piece in self.content.iter_any():
             data += piece
-            refuse_size(len(data), _PAGE_BYTES, f"the listing of {self.url.path}")
+            refuse_size(len(data), _LISTING_BYTES, f"the listing of {self.url.path}")
         return data.decode(encoding or "utf-8", errors)
 
 

@@ -24,7 +24,7 @@ class Activity:
         self.last = float("-inf")
 
 
-class Patience:
+class ReadPatience:
     """The patience of one read. Progress may be reported from any thread."""
 
     def __init__(self, seconds: float, activity: Activity) -> None:

@@ -1,7 +1,9 @@
 """A read of stored bytes, and how it is cut into ranges. Pure: nothing is read here.
 
-This is the only place that decides how large a range is. `RangedBackend.read_all` cuts with it, and keeps as many
-ranges under way as are worth it; a backend reads one range at a time (`read_range`).
+`most_range_bytes` decides how large a range is when a chunker or a model reads a store that is far away. A server reads
+less at a time: pages (`config.PAGE_BYTES`). A storage that takes one read at a time is read in pieces
+(`config.PIECE_BYTES`). `RangedBackend.read_all` cuts a read, and keeps as many ranges under way as are worth it; a
+backend reads one range at a time (`read_range`).
 """
 
 import threading
@@ -93,11 +95,11 @@ def cut(read: ObjectRead, most_bytes: int) -> Iterator[ObjectRead]:
 
 
 def most_range_bytes(connections: int, *, streamed: bool) -> int:
-    """Return the size of the largest range for a number of connections: 8 to 32 MiB, whole blocks.
+    """Return the size of the largest range for a number of connections, in whole blocks.
 
-    A request costs both ends some 2 ms of processor time: from a gateway on the same two cores, over 4 connections, 2.2
-    GB came at 0.86 GB/s in ranges of 16 MiB, and at 0.92 in 32. With more connections ranges are smaller, so that the
-    bytes of a layer or two keep all of them busy: together they have 128 MiB (64 if held), until each has only 8.
+    All ranges under way share 128 MiB (64 if they are held), so that the bytes of a layer or two keep all connections
+    busy. Each has at least 8 MiB, because a request costs both ends some 2 ms of processor time, and at most 32 (16 if
+    held). Measured from a gateway on the same two cores, over 4 connections: 0.86 GB/s in ranges of 16 MiB, 0.92 in 32.
 
     Args:
         connections: how many ranges are read at a time.

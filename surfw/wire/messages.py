@@ -9,7 +9,9 @@ come after `Data`, have no header of their own but that of WebSocket. Rules:
 - Texts are bounded and encodable; those that people see are printable.
 - Sizes and ids are from 0 to 2^53, which every JSON implementation keeps exactly.
 
-A new message is a class here, a member of a union below the classes, and an entry in the tables of `sessions.py`.
+A new message is a class here, a member of a union below the classes, and, if it is a request or belongs to an answer,
+an entry in the tables of `sessions.py`. A new field is a line here with a default that is not None, which older peers
+leave out; who sends and who reads it are in `client/wire_source.py` and `server/connection.py`.
 """
 
 import json

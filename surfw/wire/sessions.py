@@ -1,7 +1,8 @@
 """The two sides of a session, sans-I/O: text and sizes go in, messages and places come out.
 
-The first message of each side is its hello, which comes only once. `ANSWERS` is the table of what may come in an
-answer, on which both sides run; a message without an entry in the row of the current state breaks the protocol. The
+The first message of each side is its hello, which comes only once. Both sides run on two tables: `ANSWER_STARTS` has
+the first state of the answer to each request, `ANSWERS` the messages that may come in a state, and the state after
+each; any other message breaks the protocol. `cancel` and `credit`, which belong to no answer, are not in them. The
 sessions add everything that is counted: ids, open requests, frames, and the window. A session that has raised
 `RemoteProtocolError` is over.
 """
@@ -69,7 +70,7 @@ ANSWERS: dict[AnswerState, dict[type, AnswerState]] = {
     _BYTES: {Data: _BYTES, Progress: _BYTES, Failed: _DONE},
     _DONE: {},
 }
-"""The `data` that reaches the end of the answer leads to `DONE` too."""
+"""Not in the table: the `data` whose `stop` is the end of the answer leads to `DONE` (see `Exchange.take`)."""
 
 
 @dataclass(slots=True)
@@ -234,7 +235,7 @@ class ClientSession(_Session):
             most = self.limits.manifest_bytes if manifest else self.limits.file_bytes
             if message.size > most:
                 raise RemoteProtocolError(f"begin: {message.size} bytes, more than the {most} taken", close_code=1009)
-        if exchange.state is AnswerState.DONE and not isinstance(message, Data):  # whose bytes are still to come
+        if exchange.state is AnswerState.DONE and not isinstance(message, Data):  # its bytes follow
             del self._exchanges[message.id]
 
     def _announced(self, run: Data) -> None:

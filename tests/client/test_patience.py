@@ -12,7 +12,7 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
-from surfw.client.patience import Patience
+from surfw.client.patience import ServerPatience
 from surfw.client.wire_source import WireSource
 from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import ConnectionFailedError
@@ -276,11 +276,11 @@ def test_ranges_of_nothing_are_answers_too(tmp_path: Path) -> None:
 
 
 class Decisions:
-    """A `Patience` of ten seconds, and its clock."""
+    """A `ServerPatience` of ten seconds, and its clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.patience = Patience(10, lambda: self.now)
+        self.patience = ServerPatience(10, lambda: self.now)
 
     def ask(self, number: int, priority: int = 0) -> None:
         self.patience.asked(Get(number, "m", "c", "none", 0, MIB, priority), 8 * MIB)

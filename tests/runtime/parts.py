@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from surfw.config import BLOCK_BYTES
-from surfw.manifest import Chunk
+from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.rows import RowReader
 from surfw.runtime.run import IoThread, Run
@@ -28,10 +28,9 @@ class Parts:
     run: Run
     reads: list[tuple[int, int]] = field(default_factory=list)
 
-    def reader(self, *, chunk: Chunk | None = None, **options: Any) -> RowReader:
-        """What reads rows for the run; of another chunk, if one is given."""
-        manifest = toy_manifest([chunk or self.chunk])
-        return RowReader(self.source, manifest, self.io, self.metrics, run=lambda: self.run, **options)
+    def reader(self, manifest: Manifest | None = None, **options: Any) -> RowReader:
+        """What reads rows for the run; by another manifest, if one is given."""
+        return RowReader(self.source, manifest or toy_manifest([self.chunk]), self.io, self.metrics, run=lambda: self.run, **options)
 
     def blocks_read(self) -> list[list[int]]:
         """The blocks of every read so far, and forget them."""

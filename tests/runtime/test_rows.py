@@ -20,7 +20,7 @@ from surfw.runtime.rows import plain_form, plan_groups, plan_runs
 from surfw.source import Read
 from tests.runtime.nets import raw
 from tests.runtime.parts import Parts, parts_of
-from tests.toys import Gate, damage
+from tests.toys import Gate, damage, toy_manifest
 
 KIB = 1024
 
@@ -142,13 +142,13 @@ def test_a_long_prompt_after_a_short_one_has_a_scratch_buffer_that_is_large_enou
 
 def test_damage_in_many_groups_leaves_nothing_under_way() -> None:
     with parts_of(table(9, 256 * KIB)) as parts:
-        whole = parts.chunk
-        reader = parts.reader(scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
-        reader._homes["t0"] = (damage(whole), whole.tensors[0])
+        whole, manifest = parts.chunk, toy_manifest([parts.chunk])
+        reader = parts.reader(manifest, scratch_bytes=2 * MIB, keep_bytes=2 * MIB)
+        manifest.home["t0"] = damage(whole)
         with pytest.raises(IntegrityError, match="chunk c from toys is damaged"):
             reader.lookup("t0", torch.arange(9))
         assert (reader._scratch, len(reader._kept)) == (None, 0)
-        reader._homes["t0"] = (whole, whole.tensors[0])
+        manifest.home["t0"] = whole
         assert torch.equal(reader.lookup("t0", torch.arange(9)), parts.tensors[0])
 
 
@@ -184,12 +184,12 @@ def test_blocks_used_last_stay() -> None:
 
 def test_damage_is_reported_and_nothing_damaged_stays() -> None:
     with parts_of(table(40, 256)) as parts:
-        whole = parts.chunk
-        reader = parts.reader()
-        reader._homes["t0"] = (damage(whole), whole.tensors[0])
+        whole, manifest = parts.chunk, toy_manifest([parts.chunk])
+        reader = parts.reader(manifest)
+        manifest.home["t0"] = damage(whole)
         with pytest.raises(IntegrityError, match="chunk c from toys is damaged: block 0 has BLAKE3"):
             reader.lookup("t0", torch.tensor([1]))
-        reader._homes["t0"] = (whole, whole.tensors[0])
+        manifest.home["t0"] = whole
         assert torch.equal(reader.lookup("t0", torch.tensor([1])), parts.tensors[0][1:2])
         assert len(parts.blocks_read()) == 2
 
@@ -275,7 +275,7 @@ def test_a_run_that_is_not_whole_blocks_is_refused() -> None:
 def test_damage_is_reported_to_who_waits_and_not_counted() -> None:
     with parts_of(TABLE) as parts:
         with pytest.raises(IntegrityError, match="chunk c from toys is damaged: block 0 has BLAKE3"):
-            parts.reader(chunk=damage(parts.chunk)).lookup("t0", torch.tensor([0]))
+            parts.reader(toy_manifest([damage(parts.chunk)])).lookup("t0", torch.tensor([0]))
         assert parts.metrics.count("fetched_bytes") == 0
 
 

@@ -14,7 +14,7 @@ from surfw.config import MIB, PROGRESS_BYTES
 from surfw.errors import ConfigurationError, StorageError, SurfwError
 from surfw.models import WeightClient
 from surfw.storage import FsspecBackend, S3Backend, StorageBackend, open_backend
-from surfw.storage.patience import Activity, Patience, SilenceError
+from surfw.storage.patience import Activity, ReadPatience, SilenceError
 from tests.storage.test_far_reads import Told
 
 pytestmark = pytest.mark.timeout(60)
@@ -178,7 +178,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_only_progress_resets_patience(clock: Clock) -> None:
-    patience = Patience(30, Activity())
+    patience = ReadPatience(30, Activity())
     patience.begin()
     clock.now += 20
     patience.arrived(PROGRESS_BYTES - 1)
@@ -192,7 +192,7 @@ def test_only_progress_resets_patience(clock: Clock) -> None:
 
 def test_who_waits_for_a_turn_has_patience_as_long_as_others_get_on(clock: Clock) -> None:
     activity = Activity()
-    first, second = Patience(30, activity), Patience(30, activity)
+    first, second = ReadPatience(30, activity), ReadPatience(30, activity)
     first.begin()
     for _ in range(10):
         clock.now += 29
@@ -205,7 +205,7 @@ def test_who_waits_for_a_turn_has_patience_as_long_as_others_get_on(clock: Clock
 
 
 def test_tries_and_pauses_count_and_turns_do_not(clock: Clock) -> None:
-    patience = Patience(30, Activity())
+    patience = ReadPatience(30, Activity())
     patience.begin()
     clock.now += 10
     patience.queue()
@@ -226,7 +226,7 @@ def test_what_is_given_up_has_ended() -> None:
             ended = True
 
     async def main() -> None:
-        await Patience(0.01, Activity()).hold(work(), "x in y")
+        await ReadPatience(0.01, Activity()).hold(work(), "x in y")
 
     with pytest.raises(
         SilenceError, match=r"^x in y: the storage made no progress for 0\.01 seconds \(0 bytes arrived\); check"
