@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are CPUs: tests often wait, for processes, servers and time limits."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where xdist gives them out, the longest files come first."""
     if hasattr(config, "workerinput"):

@@ -26,7 +26,9 @@ T = TypeVar("T")
 
 
 class SourceThread:
-    """A source, opened at its first use, and the thread with its event loop. Usable from any thread.
+    """A source, opened at its first use, and the thread with its event loop: what the package uses of `WeightClient`.
+
+    Usable from any thread.
 
     Attributes:
         url: where the weights come from, for people.

@@ -1,5 +1,6 @@
 """An S3 server for the tests: the gateway of `ceph`, with fresh buckets and two accounts."""
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -61,16 +62,17 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
         with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
             yield S3Service(endpoint)
         return
+    # The first process starts the server, and stops it once no other uses it. `users` is locked by all who do.
     shared = tmp_path_factory.getbasetemp().parent / "ceph.endpoint"
-    with shared.with_suffix(".lock").open("w") as users:
-        fcntl.flock(users, fcntl.LOCK_EX)
-        if shared.exists():
-            fcntl.flock(users, fcntl.LOCK_SH)  # held as long as this process may use the server
-            yield S3Service(shared.read_text())
-            return
-        with ceph_gateway(tmp_path_factory.mktemp("ceph")) as endpoint:
-            shared.write_text(endpoint)
+    with shared.with_suffix(".start").open("w") as starting, shared.with_suffix(".users").open("w") as users:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            is_first = not shared.exists()
+            if is_first:
+                shared.write_text(stack.enter_context(ceph_gateway(tmp_path_factory.mktemp("ceph"))))
             fcntl.flock(users, fcntl.LOCK_SH)
-            yield S3Service(endpoint)
-            fcntl.flock(users, fcntl.LOCK_EX)  # the others have ended
-            shared.unlink()
+            fcntl.flock(starting, fcntl.LOCK_UN)
+            yield S3Service(shared.read_text())
+            if is_first:
+                fcntl.flock(users, fcntl.LOCK_EX)
+                shared.unlink()
