@@ -94,16 +94,18 @@ async def read_again(read: Callable[[], Awaitable[str | None]], seen: list[str])
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Stored bytes in mapped memory.
+    """Stored bytes in memory that is not the caller's: in most cases a mapped file.
 
     Attributes:
         memory: the bytes.
         expect_unchanged: call it before the bytes are used again. It is cheap, and raises `IntegrityError` or
             `StorageError` if the file shows that they are no longer what was verified.
+        is_mapped: whether it is a mapped file, whose memory the system can take back.
     """
 
     memory: memoryview
     expect_unchanged: Callable[[], None]
+    is_mapped: bool = True
 
 
 class ChunkSource(ABC):

@@ -57,7 +57,7 @@ async def cancel_all(tasks: Iterable["asyncio.Future[Any]"]) -> None:
     ending = list(tasks)
     for task in ending:
         task.cancel()
-    await asyncio.gather(*ending, return_exceptions=True)
+    await to_its_end(asyncio.gather(*ending, return_exceptions=True))
 
 
 class DaemonThreads:

@@ -137,8 +137,9 @@ class Link:
         self._watch = None
         if self.ended or not self._pending:
             return
+        now = self._loop.time()  # not later: a request that is due by then is stalled, and not the whole link
         due, stalled = self._patience.stalls(self._session.requests)
-        if self._loop.time() >= due:
+        if now >= due:
             self._end(self._stalled(), transient=True)
             return
         for pending in (self._pending[request_id] for request_id in stalled):

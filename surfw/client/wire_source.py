@@ -224,6 +224,8 @@ class WireSource(ChunkSource):
             elif self._link.ended and not self._closed:
                 self._link = await self._connect()
                 logger.info("connected to %s again", self.url)
+            if self._closed:  # meanwhile: nobody else closes a new link
+                await self._link.close()
             return self._link
 
     async def close(self) -> None:

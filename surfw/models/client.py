@@ -219,7 +219,12 @@ def _locate(
             raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
         return display_url(place), partial(open_place, place)
     if callable(source) and not isinstance(source, type):
-        return "a source of your own", source
+
+        async def opened() -> ChunkSource:
+            found: ChunkSource = await source()
+            return found
+
+        return "a source of your own", opened
     kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
     raise ConfigurationError(
         f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {kind}"

@@ -4,7 +4,8 @@
 imported. Then it reads on: the files of the tokenizer, and, where the whole model will fit, its chunks, in the order
 they run. `ReadAhead` is the source with what was read; it hands each chunk out once, as a view.
 
-Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take `most_bytes` at most.
+Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
+memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early.
 Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
 is kept: whoever has weights fetched does not want them as views.
 """
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _MODEL_SHARE = 2
 """A model has its chunks read ahead if it takes at most this part of the memory: then it will surely fit as a whole."""
 
+_AT_A_TIME = 2
 _KEPT_SHARE = 8
 """What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
 
@@ -55,6 +57,7 @@ class ReadAhead(ChunkSource):
         self._files: dict[str, asyncio.Task[bytes]] = {}
         self._chunks: dict[str, asyncio.Task[View | None]] = {}
         self._free_bytes = 0
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
 
     async def begin(self, *, memory_bytes: int) -> None:
         """Begin to read the model's files, and its chunks if they fit well into the memory."""
@@ -70,13 +73,15 @@ class ReadAhead(ChunkSource):
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
-        view = await self._source.view(self._manifest, chunk, form)
-        if view is not None or form.stored_bytes > self._free_bytes:
-            return view
-        self._free_bytes -= form.stored_bytes
-        memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
-        await self._source.fetch(self._manifest, [Read(chunk, form, 0, form.stored_bytes, memory)], priority=priority)
-        return View(memory, lambda: None)
+        async with self._turns:
+            view = await self._source.view(self._manifest, chunk, form)
+            if view is not None or form.stored_bytes > self._free_bytes:
+                return view
+            self._free_bytes -= form.stored_bytes
+            memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
+            read = Read(chunk, form, 0, form.stored_bytes, memory)
+            await self._source.fetch(self._manifest, [read], priority=priority)
+            return View(memory, lambda: None, is_mapped=False)
 
     async def models(self) -> list[str]:
         """The names of all models."""

@@ -353,7 +353,10 @@ class Engine:
                 self._sync()
                 decision = self.table.make_ready(names)
                 self._obey(decision, _DEMAND)
-                if decision.cancel is None:
+                if decision.cancel is not None:
+                    ending = self.host[decision.cancel.name].load
+                    ending.cancel()
+                elif not (loads := [load for name in names if (load := self.host[name].load).is_ending]):
                     slots = self.table.hold(names)
                     try:
                         self._prefetch(names)
@@ -361,9 +364,9 @@ class Engine:
                         self.table.let_go(names)
                         raise
                     return [(one, self.host[one.name], one.state is not SlotState.LOADING) for one in slots]
-                guess = self.host[decision.cancel.name].load
-                guess.cancel()
-            self._wait(guess)
+                else:
+                    ending = loads[0]  # cancelled by a run that was interrupted before this load had ended
+            self._wait(ending)
 
     def _wait(self, load: Future[None]) -> None:
         with self.metrics.span("stall"):

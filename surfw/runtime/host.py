@@ -19,7 +19,7 @@ from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, buffer_capacity
 from surfw.runtime.loader import Loader, as_parameter
 from surfw.runtime.plan import ResidencyPlan
-from surfw.runtime.run import IoThread
+from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
 from surfw.source import View
 
@@ -37,7 +37,7 @@ class Contents:
 
     chunk: Chunk
     memory: Buffer | View | None
-    load: Future[None] = field(default_factory=Future)
+    load: Job[None] = field(init=False)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -135,8 +135,9 @@ class HostTier:
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
-        filled = (one.memory for one in self._contents.values() if one.load.done())
-        return sum(memory.capacity_bytes for memory in filled if isinstance(memory, Buffer))
+        filled = [one.memory for one in self._contents.values() if one.load.done()]
+        views = sum(one.memory.nbytes for one in filled if isinstance(one, View) and not one.is_mapped)
+        return views + sum(one.capacity_bytes for one in filled if isinstance(one, Buffer))
 
     async def _fill(self, contents: Contents, size_bytes: int, priority: int) -> None:
         """Map the chunk if it has no memory and can be mapped; else fetch it."""

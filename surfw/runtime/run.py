@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from surfw.errors import ModelClosedError, ModelError
 from surfw.skeleton.default_dtype import runs
-from surfw.threads import cancel_all
+from surfw.threads import cancel_all, to_its_end
 
 T = TypeVar("T")
 _WORKERS = 8
@@ -78,6 +78,11 @@ class Job(Future[T]):
         super().__init__()
         self._loop = loop
         self._is_unwanted = False
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was asked to end, and has not yet."""
+        return self._is_unwanted and not self.done()
 
     def cancel(self) -> bool:
         """Ask the coroutine to end; False if it has ended."""
@@ -177,7 +182,7 @@ async def run_in_executor(executor: ThreadPoolExecutor, work: Callable[[], T]) -
     except asyncio.CancelledError:
         if not future.cancel():
             run.interrupt(ModelError("the run was cancelled"))
-            await wait_until_done(future)
+            await to_its_end(wait_until_done(future))
         raise
     return future.result()
 

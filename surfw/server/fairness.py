@@ -173,6 +173,7 @@ class SingleFlight(Generic[Key, Value]):
     def __init__(self, work: Callable[[Key, Reader], Coroutine[Any, Any, Value]], slots: int) -> None:
         """Start with nothing to do."""
         self.read_bytes = 0
+        self._own = Account()
         self._work = work
         self._slots = slots
         self._flights: dict[Key, _Flight[Key, Value]] = {}
@@ -196,7 +197,7 @@ class SingleFlight(Generic[Key, Value]):
 
         The reader sees its progress, and pays the price if the work begins at its turn; None is for the server's own.
         """
-        reader = reader or Reader()
+        reader = reader or Reader(self._own)
         flight = self._flights.get(key)
         if flight is None:
             outcome = asyncio.get_running_loop().create_future()

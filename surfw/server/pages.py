@@ -90,7 +90,7 @@ class PageCache:
         self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._is_slow = False
         # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
-        self._read_ahead = ReadAhead(capacity_bytes // (4 * PAGE_BYTES))
+        self._read_ahead = Permits(capacity_bytes // (4 * PAGE_BYTES))
 
     def read(
         self, locations: Sequence[Location], start: int, stop: int, reader: Reader
@@ -212,7 +212,7 @@ def plan_pieces(
 
 
 @dataclass
-class ReadAhead:
+class Permits:
     """Permits for pages that are read ahead, shared by all answers. The next page of each answer needs none."""
 
     free: int
@@ -232,7 +232,7 @@ class _Usable(Protocol):
 Piece = TypeVar("Piece", bound=_Usable)
 
 
-async def use_ahead(pieces: Iterator[Piece], ahead: ReadAhead, most: int) -> AsyncGenerator[Piece, None]:
+async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> AsyncGenerator[Piece, None]:
     """Yield the pieces in order, each once it was used. By then, the use of at most `most` others has begun.
 
     All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.

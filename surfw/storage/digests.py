@@ -70,7 +70,8 @@ class LearnedDigests:
 
     def _log(self, manifest: Manifest) -> "_DigestLog":
         assert manifest.origin is not None, "only what was not copied lacks digests"
-        return self._logs.setdefault((manifest.origin.key, manifest.name), _DigestLog(manifest.origin.key))
+        key = manifest.origin.key, manifest.name
+        return self._logs.get(key) or self._logs.setdefault(key, _DigestLog(manifest.origin.key))
 
 
 class _DigestLog:

@@ -119,7 +119,8 @@ class LocalReader:
             Exception: what `check` raised.
         """
         starts = range(0, len(view), PIECE_BYTES)
-        await _results([_submit(self._checks, check, at, view[at : at + PIECE_BYTES]) for at in starts])
+        jobs = [_submit(self._checks, check, at, view[at : at + PIECE_BYTES]) for at in starts]
+        await _results(jobs, on_cancel=lambda: [job.cancel() for job in jobs])
 
     def close(self) -> None:
         """End the threads; queued reads are given up."""

@@ -55,7 +55,7 @@ def warm_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(checkpoint: Path, *against: str, **options: object) -> InferResult:
-    """One round of a few tokens; reads of the store, which take some seconds, are not measured unless it is asked for."""
+    """One round of a few tokens, with a bandwidth that is given: reads of the store, which measure it, take seconds."""
     given: dict[str, object] = {"rounds": 1, "new_tokens": TOKENS, "bandwidth_bytes": 100_000_000} | options
     return bench_infer(Comparison(model_dir=str(checkpoint), against=against, **given))  # type: ignore[arg-type]
 

@@ -13,7 +13,8 @@ import pytest
 from websockets.asyncio.server import ServerConnection
 
 from surfw.client import open_wire_source
-from surfw.config import KIB, MIB
+from surfw.client.wire_source import WireSource
+from surfw.config import KIB, MIB, WireLimits
 from surfw.errors import ConnectionFailedError, IntegrityError
 from surfw.retry import RetryPolicy
 from surfw.server import WeightServer
@@ -216,6 +217,32 @@ def test_closing_ends_the_attempts(tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert len(asked) < 10
+
+
+def test_a_connection_that_is_made_while_the_source_is_closed_is_closed_too() -> None:
+    class FakeLink:
+        url, ended, greeted = "ws://somewhere", False, asyncio.sleep(0)
+
+        async def close(self) -> None:
+            self.ended = True
+
+    async def main() -> None:
+        asked, answers, link = asyncio.Event(), asyncio.Event(), FakeLink()
+
+        async def connect() -> Any:
+            asked.set()
+            await answers.wait()
+            return link
+
+        source = WireSource("ws://somewhere", connect, AT_ONCE, WireLimits())
+        connecting = asyncio.create_task(source.connect())
+        await asked.wait()
+        await source.close()
+        answers.set()
+        await connecting
+        assert link.ended
+
+    asyncio.run(main())
 
 
 def test_what_breaks_the_protocol_is_not_tried_again(tmp_path: Path) -> None:

@@ -245,6 +245,11 @@ def test_what_is_no_source(source: Any, message: str) -> None:
         StreamingModel.open(source)
 
 
+def test_a_source_of_ones_own_is_opened_by_a_coroutine_function() -> None:
+    with pytest.raises(TypeError, match="await"):
+        StreamingModel.open(lambda: 5)  # type: ignore[arg-type]
+
+
 def test_a_token_is_for_servers(store: Path) -> None:
     with pytest.raises(ConfigurationError, match="token and ssl are for servers"):
         StreamingModel.open(store, token="secret")

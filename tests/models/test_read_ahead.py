@@ -124,6 +124,23 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
     assert asyncio.run(chunks_read(0, is_far=False)) == [None] * 4
 
 
+def test_chunks_are_read_in_their_order_two_at_a_time(tmp_path: Path) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB] * 4)
+
+    async def run() -> None:
+        counting, ahead = await open_ahead(tmp_path, manifest, is_far=True, answers=False)
+        async with ahead:
+            await ahead.begin(memory_bytes=PLENTY)
+            for _ in range(2):
+                await counting.begun.acquire()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            asked = [one for one in counting.asked if one.startswith("fetch")]
+            assert asked == ["fetch layers.0 1", "fetch layers.1 2"]
+
+    asyncio.run(run())
+
+
 def test_a_fetch_lets_go_of_what_is_kept(tmp_path: Path) -> None:
     manifest = make_store(tmp_path)
 

@@ -30,7 +30,9 @@ class Parts:
 
     def reader(self, manifest: Manifest | None = None, **options: Any) -> RowReader:
         """What reads rows for the run; by another manifest, if one is given."""
-        return RowReader(self.source, manifest or toy_manifest([self.chunk]), self.io, self.metrics, run=lambda: self.run, **options)
+        return RowReader(
+            self.source, manifest or toy_manifest([self.chunk]), self.io, self.metrics, run=lambda: self.run, **options
+        )
 
     def blocks_read(self) -> list[list[int]]:
         """The blocks of every read so far, and forget them."""

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -359,6 +360,38 @@ def test_a_wrong_guess_is_cancelled_and_its_buffer_used_again_only_when_nothing_
         assert guess.cancelled()
         assert source.reads == ["c0", "c1", "c2"]
         assert found == [{"c2.t0": source.payloads[manifest.by_name["c2"].id]}]
+
+
+def test_a_load_that_an_interrupted_run_gave_up_is_made_again_for_the_next_run() -> None:
+    manifest, source = toy_model([100] * 3)
+    source.gate, metrics = Gate(stubborn=True), Stalled()
+    for name in ("c0", "c2"):
+        source.gate.open(name)
+    with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
+        run, found = Run(), []
+
+        def first() -> None:
+            with suppress(StorageError), engine.running(run):
+                engine.acquire("c0")
+                source.gate.wait_for("c1")  # fetched ahead
+                metrics.waits.clear()
+                engine.acquire("c2")  # gives c1 up, and waits for its end
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        source.gate.wait_for("c1")
+        while not engine.host.loads()["c1"].is_ending:
+            time.sleep(0.001)
+        run.interrupt(StorageError("enough"))
+        thread.join(60)
+        metrics.waits.clear()
+        thread = threading.Thread(target=lambda: found.append(data(engine.acquire("c1"))))
+        thread.start()
+        assert metrics.waits.wait(60)
+        source.gate.open("c1")
+        thread.join(60)
+        assert found == [{"c1.t0": source.payloads[manifest.by_name["c1"].id]}]
+        assert source.reads.count("c1") == 2
 
 
 def fail_once(name: str) -> Callable[[Read], None]:

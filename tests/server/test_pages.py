@@ -14,7 +14,7 @@ from surfw.errors import StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.fairness import Reader
-from surfw.server.pages import MIN_CACHE_BYTES, Page, PageCache, ReadAhead, StoredPiece, plan_pieces, use_ahead
+from surfw.server.pages import MIN_CACHE_BYTES, Page, PageCache, Permits, StoredPiece, plan_pieces, use_ahead
 from surfw.storage import FilesystemBackend
 from tests.peers import until
 from tests.server.backends import GatedBackend
@@ -372,7 +372,7 @@ def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None
     pieces = [Announced("a", seen), Announced("b", seen), Announced("c", seen, hangs=True), Announced("d", seen)]
 
     async def main() -> None:
-        async with contextlib.aclosing(use_ahead(iter(pieces), ReadAhead(0), most=1)) as ready:
+        async with contextlib.aclosing(use_ahead(iter(pieces), Permits(0), most=1)) as ready:
             async for piece in ready:
                 seen.append(f"send {bytes(await piece.view(0, 1)).decode()}")
                 await asyncio.sleep(0)
@@ -386,14 +386,14 @@ def test_the_next_piece_is_used_ahead_and_given_up_when_nobody_goes_on() -> None
 
 def test_no_pieces_are_no_pieces() -> None:
     async def main() -> list[Announced]:
-        return [piece async for piece in use_ahead(iter(()), ReadAhead(0), most=1)]
+        return [piece async for piece in use_ahead(iter(()), Permits(0), most=1)]
 
     assert asyncio.run(main()) == []
 
 
 def test_several_pieces_are_used_ahead_as_far_as_there_are_permits() -> None:
     seen: list[str] = []
-    ahead = ReadAhead(3)
+    ahead = Permits(3)
 
     async def main() -> None:
         first = use_ahead(iter([Announced(name, seen, hangs=name > "a") for name in "abcdefg"]), ahead, most=3)
@@ -418,7 +418,7 @@ def test_a_piece_that_fails_gives_its_permits_back() -> None:
             raise StorageError("gone")
 
     async def main() -> None:
-        ahead = ReadAhead(2)
+        ahead = Permits(2)
         pieces: list[Announced] = [Announced("a", []), Failing("b", []), Announced("c", [], hangs=True)]
         ready = use_ahead(iter(pieces), ahead, most=3)
         assert await anext(ready) is pieces[0]

@@ -293,6 +293,27 @@ def test_a_read_that_somebody_waits_for_overtakes_those_made_ahead(
     assert sorted(held.ended) == list(range(0, SIZE, PIECE_BYTES))
 
 
+def test_verification_that_is_cancelled_ends_with_the_piece_that_is_at_work(reader: LocalReader) -> None:
+    begun, go_on, pieces = threading.Event(), threading.Event(), []
+
+    def check(at: int, _: memoryview) -> None:
+        pieces.append(at)
+        begun.set()
+        assert go_on.wait(60)
+
+    async def main() -> None:
+        checking = asyncio.create_task(reader.check(memory(4 * PIECE_BYTES), check))
+        await asyncio.to_thread(begun.wait, 60)
+        checking.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await checking
+
+    asyncio.run(main())
+    assert pieces == [0]
+
+
 @pytest.mark.parametrize(("urgent", "readers"), [(False, 2), (True, 1)])
 def test_a_cancelled_read_ends_when_nothing_is_written_any_more_and_begins_no_other_piece(
     urgent: bool, readers: int, held: Held, data: bytes, reader: LocalReader
