@@ -61,6 +61,14 @@ def _target(link: Path) -> str:
         return ""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _thaw() -> Iterator[None]:
+    """What `_nothing_is_left` has frozen can be collected again."""
+    yield
+    gc.unfreeze()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, no thread, socket or buffer of surfw is left after it that was not there before."""

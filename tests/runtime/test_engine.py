@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -368,20 +367,20 @@ def test_a_load_that_an_interrupted_run_gave_up_is_made_again_for_the_next_run()
     for name in ("c0", "c2"):
         source.gate.open(name)
     with running(manifest, source, cache_layers=1, metrics=metrics) as engine:
-        run, found = Run(), []
+        run, found, is_next = Run(), [], threading.Event()
 
         def first() -> None:
             with suppress(StorageError), engine.running(run):
                 engine.acquire("c0")
                 source.gate.wait_for("c1")  # fetched ahead
                 metrics.waits.clear()
+                is_next.set()
                 engine.acquire("c2")  # gives c1 up, and waits for its end
 
         thread = threading.Thread(target=first)
         thread.start()
-        source.gate.wait_for("c1")
-        while not engine.host.loads()["c1"].is_ending:
-            time.sleep(0.001)
+        assert is_next.wait(60)
+        assert metrics.waits.wait(60)
         run.interrupt(StorageError("enough"))
         thread.join(60)
         metrics.waits.clear()

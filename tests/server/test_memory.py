@@ -70,7 +70,7 @@ def test_many_slow_clients_with_small_windows(stored: tuple[Path, Manifest], ser
     assert peak_bytes(process) < most
     for client in clients:
         client.close()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while served.stats()["clients"] or process.memory_info().rss >= (CACHE_MB + 96) * MB:
         assert time.monotonic() < deadline, "what the clients took is not given back"
         time.sleep(0.1)
