@@ -1,4 +1,4 @@
-# The public names of surfw: this list, and nothing else. README.md shows each of them in use.
+# The public names of surfw: this list, and nothing else. surfw/models/GUIDE.md shows most of them in use.
 
 from .checkpoint import demo_checkpoint as demo_checkpoint
 from .chunking.library import ModelChunker as ModelChunker

@@ -1,30 +1,44 @@
-"""Brings generated parts of the repository up to date: completions; help texts, settings and errors in the README."""
+"""Brings generated parts of the repository up to date: completions, and what pages show of commands and settings.
+
+`python -m tests.regenerate`, in the repository's root.
+"""
 
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
-import surfw.cli.app  # noqa: F401 - the commands declare their options
+import click
+import typer
+
 from surfw import errors
+from surfw.cli.app import app
 from surfw.cli.options import commands_with
 from surfw.settings import SETTINGS
+from tests import pages
+from tests.pages import ROOT
+from tests.sandbox import Sandbox
 
-ROOT = Path(__file__).parent.parent
-COMMANDS = (
-    "chunk",
-    "serve",
-    "infer",
-    "stats",
-    "config",
-    "bench wire",
-    "bench flood",
-    "bench chunk",
-    "bench storage",
-    "bench infer",
-)
+COMMANDS = "surfw/cli/COMMANDS.md"
+
+
+def commands() -> list[str]:
+    """Every command that `surfw --help` leads to, such as `bench wire`."""
+    return list(_commands(typer.main.get_command(app), ""))
+
+
+def _commands(group: click.Command, path: str) -> Iterator[str]:
+    inner = getattr(group, "commands", None)
+    if inner is None:
+        yield path
+        return
+    for name, command in inner.items():
+        if not command.hidden:
+            yield from _commands(command, f"{path} {name}".strip())
 
 
 def completions() -> dict[Path, str]:
@@ -36,13 +50,54 @@ def completions() -> dict[Path, str]:
     return found
 
 
-def readme() -> str:
-    """The README with the help texts, the settings and the errors as they are now."""
-    text = (ROOT / "README.md").read_text()
-    for command in COMMANDS:
+def pages_now() -> dict[str, str]:
+    """The pages with their help texts, settings and tree of errors as they are now, by their path.
+
+    A command that is new gets a section before that for scripts.
+    """
+    parts = {"settings": settings_table(), "errors": f"```text\n{error_tree()}\n```"}
+    for command in commands():
         shown = _run([*command.split(), "--help"]).rstrip()
-        text = _fill(text, f"help:{command}", f"```\n$ surfw {command} --help\n{shown}\n```")
-    return _fill(_fill(text, "settings", settings_table()), "errors", f"```\n{error_tree()}\n```")
+        parts[f"help:{command}"] = f"```console\n$ surfw {command} --help\n{shown}\n```"
+    found = {page: pages.read(page) for page in pages.PAGES}
+    for name in parts:
+        if not any(f"<!-- {name} -->" in text for text in found.values()):
+            section = f"## surfw {name.removeprefix('help:')}\n\n<!-- {name} -->\n<!-- end -->\n\n"
+            found[COMMANDS] = found[COMMANDS].replace("## For scripts\n", f"{section}## For scripts\n")
+    for name, block in parts.items():
+        found = {page: _fill(text, name, block) for page, text in found.items()}
+    return found
+
+
+def with_outputs(page: str, text: str, folder: Path) -> str:
+    """A page with what its commands print now; `folder` is an empty one to run them in.
+
+    Of a block with the flag `figures`, whose figures are those of a machine, only the labels are compared.
+    """
+    shown = [one for one in pages.blocks_of(page, text) if one.kind == "console" and not one.is_generated]
+    with Sandbox(folder) as here:
+        for block in shown:
+            for command in block.before:
+                here.run(command)
+            printed = _outputs(here, block.text)
+            if "figures" in block.flags and _labels(printed) == _labels(block.text):
+                continue
+            text = text.replace(f"\n{block.text}```", f"\n{printed}```", 1)
+    return text
+
+
+def _outputs(here: Sandbox, block: str) -> str:
+    """A block of `console` with what its commands print now; a line that goes on begins with `> `."""
+    printed = ""
+    for command in re.findall(r"^\$ (.*(?:\n> .*)*)", block, re.MULTILINE):
+        done = here.run(command.replace("\\\n> ", " "))
+        printed += f"$ {command}\n{done.shown.rstrip()}\n"
+    return printed
+
+
+def _labels(block: str) -> list[str]:
+    """What stands before the first wide gap or digit of each line."""
+    return [re.split(r"  |[0-9]", line)[0].strip() for line in block.splitlines()]
 
 
 def error_tree() -> str:
@@ -86,7 +141,11 @@ def main() -> None:
     """Write them."""
     for path, script in completions().items():
         path.write_text(script)
-    (ROOT / "README.md").write_text(readme())
+    for page, text in pages_now().items():
+        (ROOT / page).write_text(text)
+    for page in sorted({one.page for one in pages.blocks("console") if not one.is_generated}):
+        with tempfile.TemporaryDirectory() as folder:
+            (ROOT / page).write_text(with_outputs(page, pages.read(page), Path(folder)))
 
 
 if __name__ == "__main__":

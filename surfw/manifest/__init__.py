@@ -1,7 +1,7 @@
 """The durable facts of a chunked model: what its chunks hold, where their bytes lie, and in which order they run.
 
 A manifest is immutable, is JSON on disk, and knows neither torch nor network nor storage. The format is versioned and
-documented in the README. Its rules, checked whenever one is parsed:
+documented in `surfw/storage/FORMAT.md`. Its rules, checked whenever one is parsed:
 
 - In a store, a line with its BLAKE3 stands before the JSON: see `parse_stored_manifest`.
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.

@@ -1,4 +1,6 @@
-"""The messages of `surfw.v1` as values, each declared once, with its fields and their bounds. README has the same list.
+"""The messages of `surfw.v1` as values, each declared once, with its fields and their bounds.
+
+`PROTOCOL.md` has the same list.
 
 A message is a JSON object; `type` names it, and the other fields are those of the class below. Binary frames, which
 come after `Data`, have no header of their own but that of WebSocket. Rules:

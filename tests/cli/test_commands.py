@@ -1,4 +1,4 @@
-"""The commands do what the README says, through real processes."""
+"""The commands do what the pages say, through real processes."""
 
 import json
 import shutil

@@ -18,10 +18,10 @@ from surfw import errors
 STUB = Path(surfw.__file__).with_suffix(".pyi")
 
 READ_ONLY = {
-    "Manifest",  # what a model's manifest holds stands in the README's store format
+    "Manifest",  # what a model's manifest holds stands in storage/FORMAT.md
     "Metrics",
     "ResidencyPlan",
-    "Statistics",  # a dictionary, whose keys the README documents
+    "Statistics",  # a dictionary, whose keys COMMANDS.md documents
 }
 """What public calls give and nobody constructs: it is read by its documented attributes."""
 

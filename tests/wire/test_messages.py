@@ -109,9 +109,9 @@ def test_texts_for_people_cannot_control_their_terminals(message: m.ServerMessag
         m.parse_client_message(m.encode(m.ClientHello("\x1b[2J", 1)))
 
 
-def test_the_readme_has_a_row_for_every_message_with_all_its_fields() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    rows = re.findall(r"^\| (client|server) \| `(\w+) \{([\w, ]+)\}`", readme, re.MULTILINE)
+def test_the_page_has_a_row_for_every_message_with_all_its_fields() -> None:
+    page = (Path(__file__).parents[2] / "surfw" / "wire" / "PROTOCOL.md").read_text()
+    rows = re.findall(r"^\| (client|server) \| `(\w+) \{([\w, ]+)\}`", page, re.MULTILINE)
     declared = {
         (side, kind.type, ", ".join(one.name for one in fields(kind)))
         for side, kinds in (("client", m.ClientMessage), ("server", m.ServerMessage))

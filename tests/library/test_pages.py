@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there, from the first snippet to the last."""
+"""The pages' Python runs as it stands there, from the first snippet of a page to the last."""
 
 import ast
 import asyncio
@@ -20,18 +20,17 @@ from transformers import BertConfig, BertModel
 
 import surfw
 from surfw import ModelChunker
+from tests import pages
 from tests.checkpoints import save_bert, save_llama
 from tests.exactness.families import FAMILIES
 from tests.servers import serve
 
-ROOT = Path(__file__).parent.parent.parent
-README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+SNIPPETS = pages.blocks("python")
 
 
 def example(name: str) -> Any:
     """An example's module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, pages.ROOT / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -70,9 +69,10 @@ def places(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Everything the snippets have defined, after they ran one after another in an empty folder."""
-    folder = tmp_path_factory.mktemp("readme")
-    names: dict[str, Any] = {"__name__": "readme", "TinyMixer": save_models(folder)}
+    """What the snippets of each page have defined, after they ran one after another in one folder."""
+    folder = tmp_path_factory.mktemp("pages")
+    mixer = save_models(folder)
+    names: dict[str, Any] = {one.page: {"__name__": "page", "TinyMixer": mixer} for one in SNIPPETS}
     for name in ("my-model", "my-bert", "my-gpt", "my-t5"):
         ModelChunker(folder / name, folder / "served").chunk_model_sync()
     here = places(request)
@@ -83,18 +83,19 @@ def told(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
         with serve(folder / "served") as served:
             here["ws://127.0.0.1:8765"] = served.url
             for snippet in SNIPPETS:
-                if not any(place in snippet for place in away):
-                    run(snippet, here, names)
+                if not any(place in snippet.text for place in away):
+                    run(snippet, here, names[snippet.page])
         yield names
     finally:
         os.chdir(before)
 
 
-def run(snippet: str, here: dict[str, str], names: dict[str, Any]) -> None:
+def run(snippet: pages.Block, here: dict[str, str], names: dict[str, Any]) -> None:
     """Run a snippet with this machine's places, as `python -m asyncio` would."""
+    text = snippet.text
     for written, place in here.items():
-        snippet = snippet.replace(written, place)
-    code = compile(snippet, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        text = text.replace(written, place)
+    code = compile("\n" * snippet.line + text, snippet.page, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if code.co_flags & inspect.CO_COROUTINE:
         asyncio.run(eval(code, names))
     else:
@@ -102,23 +103,27 @@ def run(snippet: str, here: dict[str, str], names: dict[str, Any]) -> None:
 
 
 def test_the_snippets_did_what_they_say(told: dict[str, Any]) -> None:
-    assert told["info"].name in {"demo", "my-model"}  # the latter where there is no S3
-    assert told["health"]["ready"]
-    assert told["stats"]["cache"]["capacity_bytes"] == 200_000_000
-    assert told["output"].logits.shape[:2] == (1, 16)
-    assert 16 < told["tokens"].shape[1] <= 36
-    assert told["cache"]["cache_size"] == 2
-    assert told["times"]["total_inferences"] == 3
-    assert told["settings"].cache_layers == 3
-    (missing,) = {str(one.message) for one in told["told"] if "UNINITIALIZED" in str(one.message)}
+    guide = told["surfw/models/GUIDE.md"]
+    assert guide["info"].name == "my-model"
+    assert guide["health"]["ready"]
+    assert guide["stats"]["cache"]["capacity_bytes"] == 200_000_000
+    assert guide["output"].logits.shape[:2] == (1, 16)
+    assert 16 < guide["tokens"].shape[1] <= 36
+    assert guide["cache"]["cache_size"] == 2
+    assert guide["times"]["total_inferences"] == 3
+    assert guide["settings"].cache_layers == 3
+    (missing,) = {str(one.message) for one in guide["told"] if "UNINITIALIZED" in str(one.message)}
     assert missing.startswith("my-headless: 2 weights of BertForSequenceClassification are UNINITIALIZED")
+    storage = told["surfw/storage/GUIDE.md"]
+    assert "info" not in storage or storage["info"].name == "demo"  # the former where there is no S3
+    assert storage["verified"].damage == ()
 
 
 def test_the_snippets_use_every_public_name(told: dict[str, Any]) -> None:
     used = {
         name
         for snippet in SNIPPETS
-        for line in ast.walk(ast.parse(snippet))
+        for line in ast.walk(ast.parse(snippet.text))
         if isinstance(line, ast.ImportFrom) and line.module == "surfw"
         for name in (alias.name for alias in line.names)
     }
@@ -128,9 +133,9 @@ def test_the_snippets_use_every_public_name(told: dict[str, Any]) -> None:
     assert len(errors & used) >= 5
 
 
-def test_the_backend_of_the_readme_passes_the_suite_of_the_readme(tmp_path: Path) -> None:
-    backend = next(snippet for snippet in SNIPPETS if "class DictBackend" in snippet)
-    suite = next(snippet for snippet in SNIPPETS if "StorageBackendSuite" in snippet)
+def test_the_backend_of_the_guide_passes_the_suite_of_the_guide(tmp_path: Path) -> None:
+    backend = next(snippet.text for snippet in SNIPPETS if "class DictBackend" in snippet.text)
+    suite = next(snippet.text for snippet in SNIPPETS if "StorageBackendSuite" in snippet.text)
     (tmp_path / "test_it.py").write_text(f"{backend}\n\n{suite}")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "test_it.py")],
