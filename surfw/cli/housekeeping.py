@@ -1,15 +1,18 @@
 """What the commands of `store` do with a store, and how they show the result: one function each."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import groupby
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from surfw.cli import render
-from surfw.config import count, display_url, format_size
-from surfw.errors import IntegrityError
+from surfw.client import read_stats
+from surfw.config import DEFAULT_HOST, count, display_url, format_size
+from surfw.errors import IntegrityError, SurfwError
 from surfw.settings import Settings
+from surfw.storage import open_backend
 from surfw.storage.housekeeping import (
     Housekeeping,
     Pruned,
@@ -22,6 +25,10 @@ from surfw.storage.housekeeping import (
 from surfw.storage.housekeeping.details import ModelDetails, StoredChunk, describe_model
 
 T = TypeVar("T")
+
+logger = logging.getLogger("surfw.cli")
+
+_ASK_SECONDS = 1.0
 
 
 def list_models(settings: Settings, *, json: bool, quiet: bool) -> None:
@@ -41,6 +48,7 @@ def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> Non
 def remove_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:
     """Remove a model from the store."""
     with _busy(settings, quiet=json or quiet):
+        _warn_of_readers(settings, name)
         removed = _run(settings, lambda store: store.remove(name))
     render.show(removed, _show_removed, json=json)
 
@@ -48,6 +56,7 @@ def remove_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> N
 def prune(settings: Settings, *, dry_run: bool, json: bool, quiet: bool) -> None:
     """Remove the blobs that no model needs."""
     with _progress("pruning", quiet=json or quiet) as progress:
+        _warn_of_readers(settings, None)
         pruned = _run(settings, lambda store: store.prune(dry_run=dry_run, progress=progress))
     render.show(pruned, _show_pruned, json=json)
 
@@ -75,6 +84,33 @@ def _run(settings: Settings, work: Callable[[Housekeeping], Awaitable[T]]) -> T:
             return await work(store)
 
     return asyncio.run(run())
+
+
+def _warn_of_readers(settings: Settings, model: str | None) -> None:
+    """Warn if a server on this machine has clients that read a model; None for those that were removed already.
+
+    A store cannot tell who reads it. So this asks the one server that may be at hand: at the setting `port` of this
+    machine. One that serves another store, or does not answer within a second, is not spoken of.
+    """
+    url = f"ws://{DEFAULT_HOST}:{settings.port}"
+    try:
+        stats: Mapping[str, Any] = read_stats(url, token=settings.token, timeout_seconds=_ASK_SECONDS)
+        store = display_url(open_backend(settings.store, settings.storage_options).url)
+    except SurfwError:
+        return
+    if stats["storage"]["url"] != store or not stats["clients"]:
+        return
+    if "connections" in stats:
+        reading = [one["model"] for one in stats["connections"] if one["model"]]
+        readers = sum(one == model if model else one not in stats["models"] for one in reading)
+    else:
+        readers = stats["clients"] if model is None or model in stats["models"] else 0  # it does not say who reads what
+    if readers:
+        what = model or "models that were removed"
+        logger.warning(
+            "the server at %s serves this store, and %s of it may be reading %s; what they run will fail",
+            url, count(readers, "client"), what,
+        )  # fmt: skip
 
 
 def _busy(settings: Settings, *, quiet: bool) -> AbstractContextManager[object]:

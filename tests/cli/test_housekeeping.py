@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from surfw import WeightClient
+from surfw.source import ChunkSource, Read
 from tests.cli.run import complaint, surfw
+from tests.servers import serve
 from tests.stores import make_store
 
 
@@ -140,3 +143,26 @@ def test_show_says_what_a_model_is_made_of(home: Path) -> None:
     ]  # fmt: skip
     assert facts["digest"] in shown
     assert complaint(surfw(home, "show", "third")) == f"{home}/store has no model 'third'; it has: org/first, second"
+
+
+def test_removing_what_a_server_reads_is_a_warning(home: Path) -> None:
+    with serve(home / "store") as served, WeightClient(served.url) as client:
+        port = served.url.rpartition(":")[2]
+        assert surfw(home, "rm", "second", SURFW_PORT=port).stderr == "", "nobody is connected"
+        client.run(lambda source: read(source, "org/first"))
+        other = surfw(home, "rm", "x", "--store", str(home / "other"), SURFW_PORT=port)
+        assert "warning" not in other.stderr
+        removed = surfw(home, "rm", "org/first", SURFW_PORT=port)
+        assert removed.returncode == 0
+        assert removed.stderr == (
+            f"surfw: warning: the server at {served.url} serves this store, and 1 client of it may be reading "
+            "org/first; what they run will fail\n"
+        )
+
+
+async def read(source: ChunkSource, model: str) -> None:
+    """Read a chunk of a model."""
+    manifest = await source.manifest(model)
+    chunk = manifest.chunks[0]
+    size = chunk.forms[0].stored_bytes
+    await source.fetch(manifest, [Read(chunk, chunk.forms[0], 0, size, memoryview(bytearray(size)))])
