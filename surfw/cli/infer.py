@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import chat, options
+from surfw.cli import chat, completion, options
 from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 EXAMPLES = """\b
 Examples:
   surfw infer --prompt 'Weight streaming is'
-  echo Hello | surfw infer --prompt - --model org/name
-  surfw infer --source ws://127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
-  surfw infer --memory-budget 2GB --explain
+  surfw infer my-model 'Weight streaming is'
+  surfw infer ./my-model 'Weight streaming is' --memory-budget 2GB
+  echo Hello | surfw infer org/name
+  surfw infer 127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
+  surfw infer my-model --memory-budget 2GB --explain
 """
 
 
@@ -37,7 +39,20 @@ Examples:
 )  # fmt: skip
 def infer(
     *,
-    prompt: Annotated[str | None, typer.Option(help="The prompt; - reads it from stdin.")] = None,
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
+            autocompletion=completion.models_in_source,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is stdin, as is a pipe where none is given.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt, where MODEL is left out; - reads it from stdin.")
+    ] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
     ] = None,
@@ -50,7 +65,7 @@ def infer(
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
     ] = False,
     json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
@@ -58,7 +73,13 @@ def infer(
     """
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
+    prompt = _one_of("PROMPT", text, "--prompt", prompt)
     ids = _parse_ids(prompt_ids)
+    _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
+    if place is not None:
+        from surfw.cli.sources import choose_model
+
+        configuration = choose_model(configuration, place)
     from surfw.cli.infer_view import LiveView, PlainView
 
     settings = configuration.settings
@@ -72,13 +93,13 @@ def infer(
         raise typer.BadParameter(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
-    text = _read_prompt(prompt, ids)
+    prompt = _read_prompt(prompt, ids)
 
     def make_request() -> "InferenceRequest":
         from surfw.models.inference import InferenceRequest
 
         return InferenceRequest(
-            prompt=text,
+            prompt=prompt,
             prompt_ids=ids,
             system=system,
             raw=raw,
@@ -224,13 +245,54 @@ def _parse_ids(text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"{text!r} is not a list of ids such as 1,2,3", param_hint="--prompt-ids") from None
 
 
+def _one_of(name: str, value: str | None, other_name: str, other: str | None) -> str | None:
+    """What was given in one of two ways.
+
+    Raises:
+        Mistake: it was given in both.
+    """
+    if value is not None and other is not None:
+        raise options.Mistake(f"{other_name} does not go with {name} {value[:40]!r}; give one of them")
+    return other if value is None else value
+
+
+def _check_together(
+    configuration: options.Configuration,
+    *,
+    ids: list[int] | None,
+    system: str | None,
+    raw: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        Mistake: two of them do.
+    """
+    if system is not None and raw:
+        raise options.Mistake(
+            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
+        )
+    if system is not None and ids is not None:
+        raise options.Mistake("--system does not go with --prompt-ids, which are taken as they are")
+    if configuration.origins["live"].kind == "argument" and configuration.settings.live and (json or quiet):
+        raise options.Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
+
+
 def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
-    if (prompt is None) == (ids is None):
-        raise typer.BadParameter("give either --prompt or --prompt-ids", param_hint="--prompt")
-    if prompt == "-":
+    """The prompt, from the command line or from stdin; None if there are ids instead."""
+    if ids is not None:
+        if prompt is not None:
+            raise options.Mistake("give either --prompt or --prompt-ids, and not both")
+        return None
+    is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
+    if prompt == "-" or is_piped:
         prompt = (sys.stdin.read() if sys.stdin else "").rstrip("\n")
-    if prompt is not None and "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
+    if prompt is None or (is_piped and not prompt):
+        raise options.Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
+    if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
         raise ConfigurationError("the prompt is not valid UTF-8; write it in that encoding")
-    if prompt is not None and not prompt.strip():
+    if not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt

@@ -112,6 +112,36 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
+@contextmanager
+def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what goes on, with a spinner, if that is a terminal and `quiet` is not set.
+
+    Args:
+        what: the first thing to show; empty to begin later.
+        quiet: show nothing.
+
+    Yields:
+        A function that takes what goes on from then on; an empty text takes the spinner away.
+    """
+    if quiet or not err.is_terminal:
+        yield lambda _: None
+        return
+    status = err.status("")
+
+    def step(now: str) -> None:
+        if now:
+            status.update(one_line(now))
+            status.start()
+        else:
+            status.stop()
+
+    try:
+        step(what)
+        yield step
+    finally:
+        status.stop()
+
+
 def list_names(names: Sequence[str], most: int = 10) -> str:
     """List the first names, and say how many more there are."""
     more = len(names) - most

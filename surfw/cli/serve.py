@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surfw.cli import options, signals
+from surfw.cli.addresses import read_address
 from surfw.cli.streams import OneLine
 from surfw.settings import Settings
 
@@ -45,6 +46,7 @@ def serve(
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
+    quiet: options.Quiet = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve a store, or a plain checkpoint, to clients, through a cache.
@@ -54,22 +56,22 @@ def serve(
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":
         raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
-    show = sys.stderr.isatty() if settings.live is None else settings.live
+    show = not quiet and (sys.stderr.isatty() if settings.live is None else settings.live)
     if not show:
-        _log_lines()
+        _log_lines(logging.WARNING if quiet else logging.INFO)
     import asyncio
 
-    place = place or settings.store
+    place = settings.store if place is None else read_address(place).url
     if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):
         raise KeyboardInterrupt
 
 
-def _log_lines() -> None:
+def _log_lines(level: int) -> None:
     """Log one line per event on stderr, instead of the table."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 

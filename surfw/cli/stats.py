@@ -21,20 +21,24 @@ def stats(
     *,
     url: Annotated[
         str | None,
-        typer.Argument(metavar="URL", help="The server's address. [default: the server on this machine]"),
+        typer.Argument(
+            metavar="ADDRESS", help="The server's: HOST:PORT, ws:// or http://. [default: the server on this machine]"
+        ),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Keep showing them until interrupted.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings with --watch.")] = 1.0,
     configuration: options.Configuration,
     json: options.Json = False,
+    quiet: options.Quiet = False,  # noqa: ARG001 - as all commands have it
 ) -> None:
     """Show a server's counters and its cache."""
     from surfw.cli import render
+    from surfw.cli.addresses import read_server
     from surfw.client import read_stats
     from surfw.config import DEFAULT_HOST
 
     settings = configuration.settings
-    address = url or f"ws://{DEFAULT_HOST}:{settings.port}"
+    address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
     look = partial(read_stats, address, token=settings.token, timeout_seconds=settings.connect_timeout)
     if json:
         while True:

@@ -4,6 +4,7 @@ Generation, sampling, chat templates and stopping are transformers' own. Nothing
 """
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,13 @@ from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
 from surfw.runtime.kv_cache import cache_name
 
+logger = logging.getLogger("surfw.models")
+
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
+
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+"""What only a generation takes."""
 
 _TOP_PREDICTIONS = 5
 
@@ -173,6 +179,8 @@ def answer(
     """
     if inputs is None:
         inputs = encode_prompt(model, tokenizer, request)
+    for remark in find_remarks(model, request, inputs["input_ids"].shape[1]):
+        logger.warning("%s", remark)
     callers_own: list[Exception] = []
 
     def noting(function: Callable[..., None]) -> Callable[..., None]:
@@ -197,6 +205,24 @@ def answer(
         if complaint := _complaint(model, request, inputs["input_ids"].shape[1], exc):
             raise ConfigurationError(complaint) from exc
         raise
+
+
+def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int) -> list[str]:
+    """What of a request changes nothing, or goes beyond what the model was made for: a sentence each."""
+    name, remarks = model.manifest.name, []
+    given = [one for one in _SAMPLING if getattr(request, one) is not None]
+    if given and not model.model.can_generate():
+        verb = "changes" if len(given) == 1 else "change"
+        remarks.append(f"{' and '.join(given)} {verb} nothing: {name} is an encoder, and generates no tokens")
+    elif request.seed is not None and not request.samples:
+        remarks.append("the seed changes nothing without sampling; give a temperature, top_p or top_k to sample")
+    positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens > positions:
+        remarks.append(
+            f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
+            "expect nonsense, and shorten the prompt"
+        )
+    return remarks
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:

@@ -22,7 +22,7 @@ from surfw.server.catalog import Catalog
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import PageCache
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions
+from surfw.storage.origins import PlacedOptions, private_stores
 from surfw.storage.store import is_checkpoint
 
 log = logging.getLogger("surfw.server")
@@ -119,7 +119,8 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
     """
     command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
     try:
-        work = json.dumps({"place": place, "options": dict(options)}).encode()
+        stores = str(await asyncio.to_thread(private_stores))
+        work = json.dumps({"place": place, "options": dict(options), "stores": stores}).encode()
     except (TypeError, ValueError) as exc:
         raise ConfigurationError(
             f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "
