@@ -104,7 +104,7 @@ class Settings:
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
-    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB; at least 17 are used.", least=0)
+    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
     insecure: bool = _setting(
         False,
         "Allow listening beyond loopback without a token, or with one in clear text.",
