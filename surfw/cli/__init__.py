@@ -1,7 +1,8 @@
 """The `surfw` command. It parses, wires objects together and renders; it has no logic of its own.
 
 - `main` and `app`: the process, the commands, the exit codes. `signals` and `streams`: what a command is ended by, and
-  what it prints to. `options`: what all commands share. `render`: consoles, tables, JSON.
+  what it prints to. `options`: what all commands share. `render`: consoles, tables, JSON. `full_screen`: a view that
+  has the terminal to itself.
 - One file per command: `chunk`, `serve`, `infer`, `stats`, `config`, `bench`. Beside `chunk` are the tasks of
   `housekeeping`; beside `infer` is its choice of `sources`. A `…_view` shows a typed result to people.
 

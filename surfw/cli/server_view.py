@@ -285,4 +285,4 @@ def status_line(stats: ServerStats, rates: Rates | None) -> str:
         hits = f"{stats['cache']['hit_rate']:.1%}"
     span = "now" if rates else f"in {render.duration(stats['server']['uptime_seconds'])}"
     clients = count(stats["clients"], "client")
-    return f"{span}: sent {sent}, from storage {read}, requests {requests}, cache hits {hits}, {clients}"
+    return f"{span}: sent {sent}, read {read}, requests {requests}, hits {hits}, {clients}"

@@ -138,7 +138,7 @@ def test_watching_into_a_pipe(store: Path) -> None:
             watching.send_signal(signal.SIGINT)
             rest, errors = watching.communicate(timeout=60)
     assert (watching.returncode, errors) == (0, "")
-    pattern = r"\d\d:\d\d:\d\d {}: sent \S+ \S+, from storage .*, requests \S+, cache hits \S+, 0 clients\n"
+    pattern = r"\d\d:\d\d:\d\d {}: sent \S+ \S+, read .*, requests \S+, hits \S+, 0 clients\n"
     assert re.fullmatch(pattern.format(r"in \d+ s"), since_start)
     assert re.fullmatch(pattern.format("now"), now)
     assert all(re.fullmatch(pattern.format("now"), line) for line in rest.splitlines(keepends=True))

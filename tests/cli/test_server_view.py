@@ -139,9 +139,9 @@ def test_lines_of_parts_and_of_names() -> None:
 
 def test_a_line_for_a_log() -> None:
     assert status_line(WITH_MORE, RATES) == (
-        "now: sent 41.2 MB/s, from storage 38.1 MB/s, requests 1,234.5/s, cache hits 50.0%, 10 clients"
+        "now: sent 41.2 MB/s, read 38.1 MB/s, requests 1,234.5/s, hits 50.0%, 10 clients"
     )
-    assert status_line(STATS, None) == "in 2 s: sent 9 B, from storage –, requests 7, cache hits 50.0%, 10 clients"
+    assert status_line(STATS, None) == "in 2 s: sent 9 B, read –, requests 7, hits 50.0%, 10 clients"
 
 
 @pytest.mark.parametrize(
