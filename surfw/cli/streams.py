@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any
 
 from surfw.config import printable
 
@@ -110,6 +110,11 @@ class OneLine(logging.Formatter):
 def one_line(text: str) -> str:
     """Return a text as one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
+
+
+def can_draw(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal on which something can be drawn in place."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb", "unknown"}
 
 
 def set_up() -> None:

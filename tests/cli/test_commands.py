@@ -195,7 +195,10 @@ def test_stats(home: Path) -> None:
         surfw(home, "infer", "--source", served.url, "--model", "tiny", "--prompt", "Weights")
         facts = json.loads(surfw(home, "stats", served.url, "--json").stdout)
         shown = surfw(home, "stats", served.url).stdout
-    assert facts.keys() == {"server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources"}
+    assert facts.keys() == {
+        "server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources", "bytes_read",
+        "connections", "events",
+    }  # fmt: skip
     assert facts["models"] == ["bert", "tiny"]
     assert facts["bytes_sent"] > 0
     assert facts["requests"]["latency_seconds"].keys() == {"p50", "p95", "p99"}
