@@ -6,6 +6,7 @@ own, and one that is not given is None.
 
 import inspect
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Read the command line."""
         with _in_kind_words(args):
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [*_join_words(args)])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
@@ -216,6 +217,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         @wraps(command)
         def run(context: typer.Context, config: Path | None, **given: Any) -> None:
             arguments = {name: _value(SETTINGS[name], given.pop(name)) for name in names}
+            arguments |= {name: word for name in names for word in SETTINGS[name].words if given.pop(f"{name}_{word}")}
             given[_PLACE] = load_configuration(context, config, arguments)
             command(**given)
 
@@ -223,6 +225,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == _PLACE:
                 shown += [_parameter(name, _annotation(SETTINGS[name]), None) for name in names]
+                shown += [_word_parameter(SETTINGS[name], word) for name in names for word in SETTINGS[name].words]
             else:
                 shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         shown.append(_parameter("config", ConfigFile, None))
@@ -237,6 +240,30 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def commands_with(name: str) -> list[str]:
     """Return the commands that have this setting as an option."""
     return [command.replace("_", " ").strip() for command, names in _OFFERED.items() if name in names]
+
+
+def _join_words(args: Sequence[str]) -> Iterator[str]:
+    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`."""
+    known = {setting.option: setting.words for setting in SETTINGS.values() if setting.words}
+    left = deque(args)
+    while left:
+        arg = left.popleft()
+        option, _, word = arg.partition("=")
+        if word in known.get(option, ()):
+            yield f"{option}-{word}"
+        elif left and left[0] in known.get(arg, ()):
+            yield f"{arg}-{left.popleft()}"
+        else:
+            yield arg
+        if arg == "--":
+            yield from left
+            return
+
+
+def _word_parameter(setting: Setting, word: str) -> inspect.Parameter:
+    """Return the parameter of a switch with a word; help shows it with the switch."""
+    option = typer.Option(f"{setting.option}-{word}", hidden=True)
+    return _parameter(f"{setting.name}_{word}", Annotated[bool, option], default=False)
 
 
 def _value(setting: Setting, given: Any) -> Any:

@@ -1,5 +1,6 @@
 """Output that several commands share: consoles, tables, JSON. No text from outside can steer the terminal."""
 
+import io
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.segment import Segment
 from rich.table import Table
 
+from surfw.cli.screen import has_styles
 from surfw.cli.streams import one_line
 from surfw.config import escape_json, printable
 
@@ -139,6 +141,16 @@ def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield step
     finally:
         status.stop()
+
+
+def lines(renderable: RenderableType, width: int) -> list[str]:
+    """Render for a terminal of this width, as lines with the codes of their styles."""
+    console = _CleanConsole(
+        file=io.StringIO(), width=width, force_terminal=True, color_system="standard" if has_styles() else None
+    )
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().splitlines()
 
 
 def list_names(names: Sequence[str], most: int = 10) -> str:
