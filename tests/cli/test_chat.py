@@ -114,6 +114,8 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
         it.wait_for("saved in")
         it.send(f"/save {saved}\r")
         it.wait_for("is there already, and is not overwritten; name a new file")
+        it.send(f"/save {saved.with_suffix('.txt')}\r")
+        it.wait_for("saved in")
         it.send("/nonsense\r")
         it.wait_for("there is no command '/nonsense'; /help lists them")
         it.send("/reset\r")
@@ -132,6 +134,7 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
     assert roles == ["user", "assistant", "user", "assistant"]
     assert [message["content"] for message in document["messages"][::2]] == ["Weights arrive", "Weights arrive again"]
     assert all(message["content"] for message in document["messages"])
+    assert saved.with_suffix(".txt").read_text().startswith("user: Weights arrive\n\nassistant: ")
     history = home / "history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert json.loads(history.read_text().splitlines()[0]) == "Weights arrive"
