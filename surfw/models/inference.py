@@ -7,7 +7,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
@@ -20,7 +20,6 @@ from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
 from surfw.models.text_stream import TextStream
-from surfw.runtime.kv_cache import cache_name
 
 logger = logging.getLogger("surfw.models")
 
@@ -153,7 +152,7 @@ def answer(
     request: InferenceRequest,
     *,
     inputs: dict[str, torch.Tensor] | None = None,
-    cache: object | None = None,
+    past: Mapping[str, object] | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
 ) -> InferenceResult:
@@ -164,7 +163,7 @@ def answer(
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
         inputs: what `encode_prompt` made of it, if that is known already.
-        cache: a KV cache that holds the beginning of the prompt: `generate()` goes on with it.
+        past: a KV cache that holds the beginning of the prompt, by the name the model's forward has for it.
         on_text: called with the text as it comes.
         on_token: called with each new token id, and the seconds since the start.
 
@@ -193,7 +192,9 @@ def answer(
     try:
         if not model.model.can_generate():
             return _run_encoder(model, tokenizer, inputs)
-        return _generate(model, tokenizer, request, inputs, cache, on_text=noting(on_text), on_token=noting(on_token))
+        return _generate(
+            model, tokenizer, request, inputs, past or {}, on_text=noting(on_text), on_token=noting(on_token)
+        )
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
@@ -304,7 +305,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase | None,
     request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
-    cache: object | None,
+    past: Mapping[str, object],
     *,
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
@@ -312,7 +313,6 @@ def _generate(
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
-    past = {} if cache is None else {cache_name(streaming.model): cache}
     prompt_tokens = inputs["input_ids"].shape[1]
     stalled: list[float] = []
 
@@ -339,28 +339,17 @@ def _generate(
         return new
 
     new = streaming.run(generate)
-    seconds = time.perf_counter() - clock.start
+    took = time.perf_counter() - clock.start
     times = clock.times[-len(new) :] if new else []
     decoding = times[-1] - times[0] if times else 0.0
-    share = min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None
-    return replace(generated(tokenizer, new, prompt_tokens, times, seconds), decode_stall_share=share)
-
-
-def generated(
-    tokenizer: PreTrainedTokenizerBase | None,
-    token_ids: list[int],
-    prompt_tokens: int,
-    times: Sequence[float],
-    seconds: float,
-) -> InferenceResult:
-    """The result of a generation that took so many seconds, and whose tokens came after those in `times`."""
     return InferenceResult(
-        text=str(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else "",
-        token_ids=token_ids,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
+        token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
-        tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        tokens_per_second=len(token_ids) / seconds if token_ids else None,
+        tpot_seconds=decoding / (len(times) - 1) if len(times) > 1 else None,
+        tokens_per_second=len(new) / took if new else None,
+        decode_stall_share=min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None,
     )
 
 
