@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import chat, completion, options
+from surfw.cli import chat, options
 from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
@@ -41,14 +41,7 @@ Examples:
 )  # fmt: skip
 def infer(
     *,
-    place: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
-            autocompletion=completion.models_in_source,
-        ),
-    ] = None,
+    place: options.Place = None,
     text: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is stdin, as is a pipe where none is given.")
     ] = None,
@@ -140,8 +133,8 @@ def _run(
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
             with (
-                _connect(chosen, settings, explain=explain) as client,
-                _open_model(client, settings, view) as streaming,
+                connect(chosen, settings, explain=explain) as client,
+                open_model(client, settings, view.phase) as streaming,
             ):
                 if make_request is None:
                     view.phase("measuring")
@@ -239,7 +232,7 @@ def _explain_only(
 
 
 @contextmanager
-def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
+def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
     """Connect to the source without torch, and have the model read while torch is imported.
 
     Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
@@ -262,15 +255,15 @@ def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> It
         yield client
 
 
-def _open_model(client: "WeightClient", settings: Settings, view: "View") -> "StreamingModel":
-    """Open the model, as the settings say."""
-    view.phase("importing torch")
+def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[str], None]) -> "StreamingModel":
+    """Open the model, as the settings say; `on_phase` hears what takes a while."""
+    on_phase("importing torch")
     import surfw.skeleton.dtypes  # noqa: F401 - which imports it
 
-    view.phase("importing transformers")
+    on_phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
-    view.phase("building the model")
+    on_phase("building the model")
     return StreamingModel.open(
         client,
         settings.model,
