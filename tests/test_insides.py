@@ -46,6 +46,7 @@ LOADER = "the loader's own renaming and conversion of weights; there is no publi
 META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
 RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
 TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
+CONTINUED = "which caches can go on with several tokens at once, and be cropped; is_croppable says it of others too"
 REGISTRY = "placing a tensor without torch's checks and hooks, 10 times a layer and token; setattr takes microseconds"
 
 INSIDES = [
@@ -88,6 +89,8 @@ INSIDES = [
     Inside(
         "transformers", "PreTrainedConfig.per_layer_config", "runtime/kv_cache.py", "layers that differ in their heads"
     ),
+    Inside("transformers.cache_utils", "DynamicSlidingWindowLayer", "models/conversation.py", CONTINUED),
+    Inside("transformers.cache_utils", "DummyLayer", "models/conversation.py", CONTINUED),
     Inside(
         "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
     ),

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, chunk, config, infer, options, serve, signals, stats, streams
+from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, streams
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.command("chunk", cls=options.Command, epilog=chunk.EXAMPLES)(chunk.chunk)
 app.command("serve", cls=options.Command, epilog=serve.EXAMPLES)(serve.serve)
 app.command("infer", cls=options.Command, epilog=infer.EXAMPLES)(infer.infer)
+app.command("chat", cls=options.Command, epilog=chat.EXAMPLES)(chat.chat)
 app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
 app.command("config", cls=options.Command, epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import options
+from surfw.cli import chat, options
 from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
@@ -64,6 +64,9 @@ def infer(
     settings = configuration.settings
     if explain and prompt is None and ids is None:
         _run(None, configuration, PlainView(quiet=quiet, text=False), explain=True, json=json)
+        return
+    if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
+        chat.converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
         return
     if explain and quiet and not json:
         raise typer.BadParameter(

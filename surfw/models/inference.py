@@ -5,7 +5,7 @@ Generation, sampling, chat templates and stopping are transformers' own. Nothing
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -18,6 +18,7 @@ from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
+from surfw.runtime.kv_cache import cache_name
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
@@ -46,6 +47,7 @@ class InferenceRequest:
     Attributes:
         prompt: the text; None if `prompt_ids` are given.
         prompt_ids: token ids, taken as they are.
+        history: the messages before the prompt, each with `role` and `content`, for models with a chat template.
         system: a system message, for models with a chat template.
         raw: give the prompt as it is, without the chat template.
         max_new_tokens: the most tokens to generate.
@@ -59,6 +61,7 @@ class InferenceRequest:
 
     prompt: str | None = None
     prompt_ids: Sequence[int] | None = None
+    history: Sequence[Mapping[str, str]] = ()
     system: str | None = None
     raw: bool = False
     max_new_tokens: int = 128
@@ -149,6 +152,7 @@ def answer(
     request: InferenceRequest,
     *,
     inputs: dict[str, torch.Tensor] | None = None,
+    cache: object | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
 ) -> InferenceResult:
@@ -159,6 +163,7 @@ def answer(
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
         inputs: what `encode_prompt` made of it, if that is known already.
+        cache: a KV cache that holds the beginning of the prompt: `generate()` goes on with it.
         on_text: called with the text as it comes.
         on_token: called with each new token id, and the seconds since the start.
 
@@ -185,7 +190,7 @@ def answer(
     try:
         if not model.model.can_generate():
             return _run_encoder(model, tokenizer, inputs)
-        return _generate(model, tokenizer, request, inputs, on_text=noting(on_text), on_token=noting(on_token))
+        return _generate(model, tokenizer, request, inputs, cache, on_text=noting(on_text), on_token=noting(on_token))
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
@@ -239,8 +244,8 @@ def encode_prompt(
             f"{model.manifest.name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"
         )
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
-        messages = [{"role": "system", "content": request.system}] if request.system else []
-        messages.append({"role": "user", "content": request.prompt or ""})
+        system = [{"role": "system", "content": request.system}] if request.system else []
+        messages = [*system, *request.history, {"role": "user", "content": request.prompt or ""}]
         inputs = encode_chat(tokenizer, messages, where=model.manifest.name)
     elif request.system:
         raise ConfigurationError(
@@ -270,6 +275,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase | None,
     request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
+    cache: object | None,
     *,
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
@@ -277,6 +283,7 @@ def _generate(
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
+    past = {} if cache is None else {cache_name(streaming.model): cache}
     prompt_tokens = inputs["input_ids"].shape[1]
     clock = TokenClock(_TextOut(tokenizer, on_text) if tokenizer is not None else None, on_token)
 
@@ -290,22 +297,32 @@ def _generate(
         if request.seed is not None:
             torch.manual_seed(request.seed)
         try:
-            tokens = model.generate(generation_config=config, streamer=clock, **inputs, **stopping)[0]
+            tokens = model.generate(generation_config=config, streamer=clock, **inputs, **past, **stopping)[0]
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
         return new
 
     new = streaming.run(generate)
-    took = time.perf_counter() - clock.start
-    times = clock.times[-len(new) :] if new else []
+    seconds = time.perf_counter() - clock.start
+    return generated(tokenizer, new, prompt_tokens, clock.times[-len(new) :] if new else [], seconds)
+
+
+def generated(
+    tokenizer: PreTrainedTokenizerBase | None,
+    token_ids: list[int],
+    prompt_tokens: int,
+    times: Sequence[float],
+    seconds: float,
+) -> InferenceResult:
+    """The result of a generation that took so many seconds, and whose tokens came after those in `times`."""
     return InferenceResult(
-        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
-        token_ids=new,
+        text=str(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else "",
+        token_ids=token_ids,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
         tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        tokens_per_second=len(new) / took if new else None,
+        tokens_per_second=len(token_ids) / seconds if token_ids else None,
     )
 
 

@@ -4,6 +4,7 @@ A budget for weights has to leave memory for it. No model is known by its name; 
 transformers' configurations share. Nothing here computes, and no tensor is copied.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,16 @@ def output_cache(output: object) -> object | None:
         return None
     found = (dict.get(output, name) for name in CACHE_NAMES)  # an output's own `get` warns of the older names
     return next((cache for cache in found if cache is not None), None)
+
+
+def cache_name(model: nn.Module) -> str:
+    """By which name a forward takes its cache.
+
+    Raises:
+        StopIteration: it takes none.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return next(name for name in CACHE_NAMES if name in taken)
 
 
 def cache_bytes(cache: object) -> int:

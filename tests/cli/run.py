@@ -18,7 +18,7 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
 
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, in a process that has its imports done."""
-    modules = warm.MODELS if {"bench", "chunk", "infer"} & set(arguments) else warm.COMMANDS
+    modules = warm.MODELS if {"bench", "chat", "chunk", "infer"} & set(arguments) else warm.COMMANDS
     return warm.run([SURFW, *arguments], modules=modules, input=stdin, env=environment(home, **extra))
 
 

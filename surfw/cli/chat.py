@@ -1,0 +1,302 @@
+"""`surfw chat`: a conversation with a model that stays open, and that remembers what it has read.
+
+In a terminal a person writes, and Ctrl-C stops an answer, not the session: answers are given in a thread of their own,
+so that nothing is interrupted where it must not be. In a pipe each line is a turn, and the first error ends it.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surfw.cli import options, signals
+from surfw.config import display_url, surfw_home
+from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
+from surfw.settings import SettingOrigin
+
+if TYPE_CHECKING:
+    from surfw.cli.chat_view import ChatView
+    from surfw.models.conversation import Conversation, Turn
+    from surfw.models.streaming import StreamingModel
+
+EXAMPLES = """\b
+Examples:
+  surfw chat
+  surfw chat org/name --memory-budget 2GB
+  surfw chat --source ws://127.0.0.1:8765 --system 'Be brief.'
+  surfw chat org/name < questions.txt > answers.txt
+"""
+
+COMMANDS = {
+    "/reset": "forget the conversation and begin a new one",
+    "/system": "TEXT: set the system message; without a text, remove it",
+    "/stats": "how long the conversation is, and what it took",
+    "/save": "FILE: write the conversation to a new file, as text or .json",
+    "/help": "show this",
+    "/quit": "end the session, as Ctrl-D does",
+}
+
+_PATIENCE_SIGNALS = 2
+"""How often Ctrl-C is taken as a wish to stop the answer; then it ends the session."""
+
+
+@options.with_settings(
+    "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
+    "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts",
+    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file",
+)  # fmt: skip
+def chat(
+    *,
+    name: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The model, as --model names it.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on as one text, without the chat template, as base models do.")
+    ] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")] = None,
+    configuration: options.Configuration,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
+) -> None:
+    """Talk with a model that stays open.
+
+    Ctrl-C stops an answer, Ctrl-D ends the session, /help lists its commands. From a pipe, each line is a turn.
+    """
+    if "" in (stop or ()):
+        raise typer.BadParameter("a text that ends an answer cannot be empty", param_hint="--stop")
+    if name is not None:
+        if configuration.origins["model"].kind == "argument":
+            raise typer.BadParameter(f"does not go with the model {name!r}; give one of them", param_hint="--model")
+        origins = {**configuration.origins, "model": SettingOrigin("argument", "model")}
+        configuration = options.Configuration(replace(configuration.settings, model=name), origins)
+    converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
+
+
+def sees_person() -> bool:
+    """Whether somebody can write at a terminal, and see what stderr says."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def converse(
+    configuration: options.Configuration,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    stop: Sequence[str] = (),
+    quiet: bool = False,
+) -> None:
+    """Open the model and hold a session with it: with the person at the terminal, or with the lines of a pipe."""
+    from surfw.cli.chat_view import ChatView
+
+    is_interactive = sees_person()
+    view = ChatView(is_interactive=is_interactive, quiet=quiet)
+    with _open(configuration, view) as streaming:
+        from surfw.models.conversation import Conversation
+
+        settings = configuration.settings
+        conversation = Conversation(
+            streaming, system=system, raw=raw, stop=stop, max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seed=settings.seed,
+        )  # fmt: skip
+        if is_interactive:
+            _Session(streaming, conversation, view).run()
+        else:
+            _answer_lines(conversation, view)
+
+
+@contextmanager
+def _open(configuration: options.Configuration, view: "ChatView") -> Iterator["StreamingModel"]:
+    """Open the model, and show that this takes a while."""
+    from surfw.cli.infer import _connect, _open_model
+    from surfw.cli.sources import choose_source
+
+    with ExitStack() as opened:
+        with view.waiting("looking for the model …"):
+            chosen = opened.enter_context(choose_source(configuration))
+            view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
+            chosen.check_folder()
+        with view.waiting("opening the model …"):
+            client = opened.enter_context(_connect(chosen, configuration.settings, explain=False))
+            streaming = opened.enter_context(_open_model(client, configuration.settings))
+            streaming.find_tokenizer()
+        yield streaming
+
+
+def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
+    """Take each line of stdin as a turn."""
+    for number, line in enumerate(sys.stdin or (), 1):
+        if text := line.rstrip("\n"):
+            _expect_text(text, f"line {number}")
+            with view.answering():
+                turn = conversation.ask(text, on_text=view.on_text)
+            view.end_answer(turn)
+
+
+class _Session:
+    """A person at the terminal, and the model."""
+
+    def __init__(self, streaming: "StreamingModel", conversation: "Conversation", view: "ChatView") -> None:
+        self._streaming = streaming
+        self._conversation = conversation
+        self._view = view
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset, "/system": self._system, "/stats": self._stats, "/save": self._save,
+            "/help": self._help,
+        }  # fmt: skip
+
+    def run(self) -> None:
+        """Take messages and commands, until the person has had enough."""
+        from surfw.cli.chat_prompt import LineEditor
+
+        self._greet()
+        editor = LineEditor(surfw_home() / "history", list(COMMANDS))
+        was_interrupted = False
+        while True:
+            try:
+                text = editor.read()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if signals.is_interrupted():
+                    raise
+                if was_interrupted:
+                    return
+                was_interrupted = True
+                self._view.note("Ctrl-C again, or Ctrl-D, ends the session")
+                continue
+            was_interrupted = False
+            if text.strip() == "/quit":
+                return
+            self._take(text)
+
+    def _greet(self) -> None:
+        name = self._streaming.manifest.name
+        how = "" if self._conversation.has_template else ", which has no chat template: all goes on as one text"
+        self._view.note(f"{name}{how} · /help · Ctrl-C stops an answer, Ctrl-D ends the session")
+
+    def _take(self, text: str) -> None:
+        """Answer a message or obey a command; whatever fails, the session goes on."""
+        word, _, rest = text.strip().partition(" ")
+        try:
+            if text.startswith("/"):
+                if word not in self._commands:
+                    raise ConfigurationError(
+                        f"there is no command {word[:80]!a}; /help lists them, and a message that begins with / "
+                        "needs a space before it"
+                    )
+                self._commands[word](rest.strip())
+            elif word:
+                self._answer(text)
+        except ModelClosedError:
+            raise
+        except SurfwError as exc:
+            self._view.break_answer()
+            self._view.error(exc)
+            if self._conversation.messages and isinstance(exc, ConfigurationError) and not text.startswith("/"):
+                self._view.note("the conversation is as it was; /reset begins a new one")
+
+    def _answer(self, text: str) -> None:
+        _expect_text(text, "the message")
+        from surfw.cli.chat_prompt import without_echo
+
+        with without_echo(), self._view.answering():
+            turn = _ask(self._conversation, text, self._view.on_text)
+        self._view.end_answer(turn)
+
+    def _reset(self, _: str) -> None:
+        self._conversation.reset()
+        self._view.note("a new conversation")
+
+    def _system(self, text: str) -> None:
+        self._conversation.system = text
+        self._view.note("the system message is set" if text else "there is no system message now")
+
+    def _stats(self, _: str) -> None:
+        self._view.facts(self._conversation.facts(), self._streaming.statistics())
+
+    def _save(self, name: str) -> None:
+        if not name:
+            raise ConfigurationError("/save wants the name of a new file, such as chat.txt or chat.json")
+        path = Path(name).expanduser()
+        is_json = path.suffix == ".json"
+        text = _as_json(self._streaming.manifest.name, self._conversation) if is_json else _as_text(self._conversation)
+        try:
+            with path.open("x", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        except FileExistsError:
+            raise ConfigurationError(f"{path} is there already, and is not overwritten; name a new file") from None
+        except (OSError, ValueError) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc)
+            raise ConfigurationError(f"{path} cannot be written: {reason}; name another file") from exc
+        self._view.note(f"saved in {path}")
+
+    def _help(self, _: str) -> None:
+        for command, meaning in COMMANDS.items():
+            self._view.say(f"  {command:8} {meaning}")
+        self._view.say("  The arrow keys bring back what you wrote. Ctrl-C stops an answer, Ctrl-D ends the session.")
+
+
+def _ask(conversation: "Conversation", text: str, on_text: Callable[[str], None]) -> "Turn":
+    """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
+    with ThreadPoolExecutor(1, thread_name_prefix="surfw-chat") as executor, _stopped_by_signal(conversation):
+        asking = executor.submit(conversation.ask, text, on_text=on_text)
+        try:
+            return asking.result()
+        except BaseException:
+            _end(conversation, asking)
+            raise
+
+
+def _end(conversation: "Conversation", asking: "Future[Turn]") -> None:
+    """Stop an answer that nobody wants any more, which may only be about to begin."""
+    while not asking.done():
+        conversation.stop()
+        wait([asking], 0.05)
+
+
+@contextmanager
+def _stopped_by_signal(conversation: "Conversation") -> Iterator[None]:
+    """Take SIGINT as a wish to stop the answer, unless it is ignored."""
+    before: Any = signal.getsignal(signal.SIGINT)
+    received = 0
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal received
+        received += 1
+        conversation.stop()
+        if signals.is_interrupted() or received > _PATIENCE_SIGNALS:  # another signal comes here too, noted
+            raise KeyboardInterrupt
+
+    if not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is stop:
+            signal.signal(signal.SIGINT, before)
+
+
+def _expect_text(text: str, what: str) -> None:
+    if text != text.encode(errors="replace").decode() and "\ufffd" not in text:
+        raise ConfigurationError(f"{what} is not valid UTF-8; write it in that encoding")
+
+
+def _as_json(model: str, conversation: "Conversation") -> str:
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    document = {"model": model, "messages": [*system, *conversation.messages]}
+    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
+
+
+def _as_text(conversation: "Conversation") -> str:
+    system = [f"system: {conversation.system}\n"] if conversation.system else []
+    return "\n".join([*system, *(f"{one['role']}: {one['content'].strip()}\n" for one in conversation.messages)])

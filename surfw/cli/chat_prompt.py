@@ -1,0 +1,120 @@
+"""The line where a person writes in `chat`: editing, history by the arrow keys, completion of commands.
+
+All of it is prompt_toolkit's, and drawn on stderr. The history is a file of our own, since prompt_toolkit's is readable
+by others and grows without end; where it cannot be read or written, the session has a history of its own.
+"""
+
+import json
+import os
+import sys
+import termios
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.history import History
+from prompt_toolkit.output import create_output
+
+from surfw.files import read_regular
+
+_PROMPT: StyleAndTextTuples = [("bold", "> ")]
+_KEPT_ENTRIES = 1000
+_MOST_BYTES = 4_000_000
+"""A file that has grown larger is cut to the last entries when it is read; one that is far larger is not read."""
+
+
+class LineEditor:
+    """Reads what a person writes, a message at a time."""
+
+    def __init__(self, history: Path, commands: Sequence[str]) -> None:
+        """Prepare the terminal.
+
+        Args:
+            history: the file that keeps what was written.
+            commands: words that the tab key completes at the beginning of a line.
+        """
+        self._session: PromptSession[str] = PromptSession(
+            history=PrivateHistory(history),
+            completer=WordCompleter(list(commands), sentence=True),
+            complete_while_typing=False,
+            output=create_output(stdout=sys.stderr),
+        )
+
+    def read(self) -> str:
+        """Wait for a message; a text of several lines can be pasted.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+            EOFError: Ctrl-D was pressed in an empty line, or the terminal is gone.
+        """
+        return self._session.prompt(_PROMPT, handle_sigint=False)
+
+
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """Keep what is typed meanwhile off the screen; it waits for the next message."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    *modes, local, in_speed, out_speed, characters = before
+    termios.tcsetattr(terminal, termios.TCSANOW, [*modes, local & ~termios.ECHO, in_speed, out_speed, characters])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+class PrivateHistory(History):
+    """Entries in a file that only its owner can read, one JSON string a line, the last ones of them."""
+
+    def __init__(self, path: Path) -> None:
+        """Name the file; it need not be there."""
+        super().__init__()
+        self._path = path
+
+    def load_history_strings(self) -> Iterable[str]:
+        """Return the entries, the newest first."""
+        try:
+            data = read_regular(self._path, 2 * _MOST_BYTES)
+        except OSError:
+            return []
+        lines = data.decode(errors="replace").splitlines()
+        if len(lines) > 2 * _KEPT_ENTRIES or len(data) > _MOST_BYTES:
+            lines = _last(lines)
+            with suppress(OSError):
+                self._write(lines, os.O_TRUNC)
+        return [entry for line in reversed(lines) if (entry := _parse(line))]
+
+    def store_string(self, string: str) -> None:
+        """Add an entry."""
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._write([json.dumps(string)], os.O_APPEND)
+
+    def _write(self, lines: Sequence[str], how: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | how  # or opening a FIFO waits for its reader
+        with os.fdopen(os.open(self._path, flags, 0o600), "w") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def _last(lines: Sequence[str]) -> list[str]:
+    """The last entries that are kept."""
+    kept: list[str] = []
+    room = _MOST_BYTES // 2
+    for line in reversed(lines[-_KEPT_ENTRIES:]):
+        room -= len(line)
+        if room < 0:
+            break
+        kept.append(line)
+    return kept[::-1]
+
+
+def _parse(line: str) -> str | None:
+    """An entry of the file; None for a line that is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, str) else None

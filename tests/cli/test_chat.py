@@ -1,0 +1,242 @@
+"""A session with a model, at a real terminal and in a pipe."""
+
+import fcntl
+import json
+import os
+import pty
+import select
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from surfw.cli.chat_prompt import PrivateHistory
+from tests.checkpoints import save_bert, save_llama
+from tests.cli.run import SURFW, complaint, environment, surfw
+from tests.cli.test_streams import EVIL, on_a_terminal, steering
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+TALK = ("chat", "talker", "--max-new-tokens", "1500", "--temperature", "1", "--seed", "1")
+"""An answer that is long enough to be stopped, and has words."""
+
+UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+PROMPT, ANSWER = "\x1b[0;1m>", "\x1b[?25h"
+"""What prompt_toolkit writes before a message, and rich when the text of an answer takes the place of its spinner."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose store holds a model with a chat template, and an encoder."""
+    home = tmp_path_factory.mktemp("home")
+    save_llama(home / "talker", eos_token_id=None)
+    (home / "talker" / "chat_template.jinja").write_text(TEMPLATE)
+    save_bert(home / "encoder")
+    for name in ("talker", "encoder"):
+        done = surfw(home, "chunk", str(home / name))
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+class Terminal:
+    """A terminal of 80 columns, and the command that runs in it."""
+
+    def __init__(self, ours: int, process: "subprocess.Popen[bytes]") -> None:
+        self._ours = ours
+        self.process = process
+        self.seen = ""
+
+    def send(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read until the text has come; what came before it is done with."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.seen += os.read(self._ours, 1 << 16).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+
+@contextmanager
+def terminal(home: Path, *command: str) -> Iterator[Terminal]:
+    """A command at a terminal of its own, whose keys end it as they end commands."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    extra = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    opening = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(theirs)]  # which makes it the terminal of the session
+    process = subprocess.Popen(
+        [*opening, *command], env=environment(home, **extra), stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        yield Terminal(ours, process)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_a_session(home: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    with terminal(home, SURFW, *TALK) as it:
+        it.wait_for("Ctrl-D ends the session")
+        it.wait_for(PROMPT)
+        it.send("Weights arrive\r")
+        it.wait_for("reading")
+        it.wait_for(ANSWER)
+        it.send(CTRL_C)
+        it.wait_for("stopped")
+        it.wait_for(PROMPT)
+        it.send(UP)
+        it.wait_for("arrive")
+        it.send(" again\r")
+        it.wait_for(" cached")
+        it.wait_for(PROMPT)
+        it.send("not sent" + CTRL_C)
+        it.wait_for("Ctrl-C again, or Ctrl-D, ends the session")
+        it.wait_for(PROMPT)
+        it.send("/stats\r")
+        it.wait_for("2 turns")
+        it.send(f"/save {saved}\r")
+        it.wait_for("saved in")
+        it.send(f"/save {saved}\r")
+        it.wait_for("is there already, and is not overwritten; name a new file")
+        it.send("/nonsense\r")
+        it.wait_for("there is no command '/nonsense'; /help lists them")
+        it.send("/reset\r")
+        it.wait_for("a new conversation")
+        it.wait_for(PROMPT)
+        it.send(CTRL_D)
+        assert it.process.wait(60) == 0
+    document = json.loads(saved.read_text())
+    assert document["model"] == "talker"
+    roles = [message["role"] for message in document["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in document["messages"][::2]] == ["Weights arrive", "Weights arrive again"]
+    assert all(message["content"] for message in document["messages"])
+    history = home / "history"
+    assert stat.S_IMODE(history.stat().st_mode) == 0o600
+    assert json.loads(history.read_text().splitlines()[0]) == "Weights arrive"
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "code"), [("at the prompt", signal.SIGTERM, 143), ("during an answer", signal.SIGHUP, 129)]
+)
+def test_other_signals_end_it(where: str, number: signal.Signals, code: int, home: Path) -> None:
+    with terminal(home, SURFW, *TALK) as it:
+        it.wait_for(PROMPT)
+        if where == "during an answer":
+            it.send("Weights arrive\r")
+            it.wait_for("reading")
+            it.wait_for(ANSWER)
+        it.process.send_signal(number)
+        it.wait_for(f"surfw: interrupted by {number.name}")
+        assert it.process.wait(60) == code
+
+
+def test_ctrl_c_twice_ends_it_and_infer_without_a_prompt_begins_it(home: Path) -> None:
+    with terminal(home, SURFW, "infer", "--model", "talker") as it:
+        it.wait_for(PROMPT)
+        it.send(CTRL_C)
+        it.wait_for("Ctrl-C again")
+        it.wait_for(PROMPT)
+        it.send(CTRL_C)
+        assert it.process.wait(60) == 0
+
+
+def test_each_line_of_a_pipe_is_a_turn(home: Path) -> None:
+    lines = "Weights arrive\n\n/save is no command here\n"
+    done = surfw(home, "chat", "talker", "--max-new-tokens", "5", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert [line.partition("(")[0] for line in done.stderr.splitlines()] == [f"surfw: source: {home}/store "]
+    first = surfw(
+        home, "infer", "--model", "talker", "--max-new-tokens", "5", "--prompt", "Weights arrive", "--no-live"
+    )
+    assert done.stdout.startswith(first.stdout)
+    assert len(done.stdout) > len(first.stdout)
+    quiet = surfw(home, "chat", "talker", "-q", "--max-new-tokens", "5", stdin=lines)
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["encoder"], "encoder (BertForMaskedLM) does not generate text, so there is no conversation with it"),
+        (["talker", "--raw", "--system", "Be brief."], "talker takes no system message: the conversation is raw"),
+        (["nothing"], "has no model 'nothing'"),
+    ],
+)
+def test_what_cannot_be_talked_with(arguments: list[str], text: str, home: Path) -> None:
+    assert text in complaint(surfw(home, "chat", *arguments, stdin="Hello\n"))
+
+
+def test_two_names_are_one_too_many(home: Path) -> None:
+    done = surfw(home, "chat", "talker", "--model", "encoder")
+    assert done.returncode == 2
+    assert "Invalid value for --model: does not go with the model 'talker'" in done.stderr
+
+
+def test_the_first_error_ends_a_pipe(home: Path) -> None:
+    done = surfw(home, "chat", "talker", "--max-new-tokens", "5", stdin="Hello\n" + "x " * 5000 + "\nHello\n")
+    assert "and talker has positions for 2048; begin a new one, or say less" in complaint(done)
+    assert done.stdout
+
+
+VIEW = """
+import sys
+from surfw.cli import streams
+from surfw.cli.chat_view import ChatView
+streams.set_up()
+view = ChatView(is_interactive=True, quiet=False)
+view.note(sys.argv[1])
+with view.answering():
+    view.on_text(sys.argv[1])
+view.break_answer()
+view.error(ValueError(sys.argv[1]))
+"""
+
+
+def test_no_text_from_outside_steers_the_terminal(tmp_path: Path) -> None:
+    _, seen = on_a_terminal(tmp_path, sys.executable, "-c", VIEW, f"one {EVIL} two")
+    assert steering(seen) == set()
+    assert seen.count("owned") == 3
+
+
+def test_the_history_is_bounded_private_and_optional(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "history"
+    history = PrivateHistory(path)
+    assert list(history.load_history_strings()) == []
+    history.store_string("one\nof two lines")
+    history.store_string("two")
+    assert list(PrivateHistory(path).load_history_strings()) == ["two", "one\nof two lines"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with path.open("a") as file:
+        file.write('no JSON\n{"a": 1}\n' + "".join(f"{json.dumps(f'entry {n}')}\n" for n in range(5000)))
+    found = list(PrivateHistory(path).load_history_strings())
+    assert (len(found), found[0]) == (1000, "entry 4999")
+    assert len(path.read_text().splitlines()) == 1000
+
+
+def test_a_history_that_cannot_be_kept(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "history")
+    history = PrivateHistory(tmp_path / "history")
+    history.store_string("nobody reads this")
+    assert list(history.load_history_strings()) == []
+    (tmp_path / "file").touch()
+    inside = PrivateHistory(tmp_path / "file" / "history")
+    inside.store_string("there is no such folder")
+    assert list(inside.load_history_strings()) == []
