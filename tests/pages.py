@@ -21,6 +21,8 @@ PAGES = (
     "README.md",
     "surfw/cli/COMMANDS.md",
     "surfw/CONFIGURATION.md",
+    "surfw/TROUBLESHOOTING.md",
+    "surfw/USES.md",
     "surfw/runtime/MEMORY.md",
     "surfw/models/GUIDE.md",
     "surfw/storage/GUIDE.md",

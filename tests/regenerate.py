@@ -139,6 +139,7 @@ def _run(arguments: list[str], **environment: str) -> str:
 
 def main() -> None:
     """Write them."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     for path, script in completions().items():
         path.write_text(script)
     for page, text in pages_now().items():

@@ -26,10 +26,12 @@ from tests.services import warm
 from tests.services.processes import free_port
 
 NEEDS_A_NETWORK = re.compile(r"(python3 -m venv|(\S*/)?pip install|git clone) ")
-"""Commands that install something. They are not run here; `.ci/run` runs those of the README."""
+"""Commands that install something. They are not run here; `.ci/run` runs the README's test command."""
 _LIGHT = {"stats", "config", "list", "show", "rm", "prune", "verify", "--list", "--remove", "--prune", "--help", "-h"}
 """Words of commands that do without torch."""
 _CONTINUED = re.compile(r"\\\n\s*")
+_REVISION = re.compile(r"\b\d+ \d{19} \d+\b")
+"""What identifies a local file's contents."""
 _POLL_SECONDS = 0.05
 
 
@@ -56,10 +58,16 @@ class Sandbox:
         port = free_port()
         self._ready = f"http://127.0.0.1:{port}/readyz"
         self._places = {"host:8765": f"127.0.0.1:{port}", **(places or {})}
-        self._shown = {str(folder / "home"): "~", str(folder): "/work", f":{port}": ":8765"}
+        self._shown = {
+            str(folder / "home"): "~",
+            str(folder): "/work",
+            f":{port}": ":8765",
+            f"port {port}": "port 8765",
+        }
         self._environment = environment(
             folder / "home", HOME=str(folder / "home"), SURFW_PORT=str(port), NO_COLOR="1", **variables
         )
+        self._exported: dict[str, str] = {}
         self._server: warm.Process | None = None
         (folder / "home").mkdir()
         for name in ("my-model", "my-fine-tune"):
@@ -70,6 +78,10 @@ class Sandbox:
     def __enter__(self) -> Self:
         """Nothing runs yet."""
         return self
+
+    def new_shell(self) -> None:
+        """Forget the variables that were set."""
+        self._exported.clear()
 
     def stop(self) -> None:
         """End what runs in the background."""
@@ -86,12 +98,14 @@ class Sandbox:
         """Run a command to its end; `surfw serve` until it is ready."""
         for written, place in self._places.items():
             command = command.replace(written, place)
-        if command.startswith("export "):
-            self._environment |= dict(word.split("=", 1) for word in shlex.split(command)[1:])
-            return Done("", 0)
+        command = command.removeprefix("export ")
         done = Done("", 0)
-        for stage in command.split(" | "):
+        for stage in re.split(r" \| (?=surfw )", command):
             words = shlex.split(stage)
+            while words and "=" in words[0]:
+                self._exported |= dict([words.pop(0).split("=", 1)])
+            if not words:
+                continue
             if words[:2] == ["surfw", "serve"] and "--help" not in words:
                 done = self._serve(words[1:])
             elif words[0] == "surfw":
@@ -103,14 +117,15 @@ class Sandbox:
     def _surfw(self, arguments: list[str], told: str) -> Done:
         process = warm.start(
             [SURFW, *arguments], modules=warm.COMMANDS if _LIGHT & set(arguments) else warm.MODELS, cwd=self.folder,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self._environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=self._environment | self._exported,
         )  # fmt: skip
         shown, _ = process.communicate(told, timeout=120)
         return Done(shown, process.wait())
 
     def _other(self, stage: str, told: str) -> Done:
         done = subprocess.run(
-            ["sh", "-c", stage], cwd=self.folder, env=self._environment, input=told,
+            ["sh", "-c", stage], cwd=self.folder, env=self._environment | self._exported, input=told,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
         )  # fmt: skip
         return Done(done.stdout, done.returncode)
@@ -119,7 +134,7 @@ class Sandbox:
         before, log = self._server, self.folder / "server.log"
         with log.open("w") as output:
             server = warm.start(
-                [SURFW, *arguments], modules=warm.COMMANDS, cwd=self.folder, env=self._environment,
+                [SURFW, *arguments], modules=warm.COMMANDS, cwd=self.folder, env=self._environment | self._exported,
                 stdin=subprocess.DEVNULL, stdout=output.fileno(), stderr=subprocess.STDOUT,
             )  # fmt: skip
         while server.poll() is None:
@@ -134,4 +149,4 @@ class Sandbox:
         """What was printed, without places and ports of this machine."""
         for place, written in self._shown.items():
             shown = shown.replace(place, written)
-        return shown
+        return _REVISION.sub("INODE TIME SIZE", shown)

@@ -1,5 +1,6 @@
 """What the pages say of commands and settings works as it stands there."""
 
+import contextlib
 import json
 import re
 import tomllib
@@ -11,7 +12,9 @@ from tests import pages, regenerate
 from tests.cli.run import surfw
 from tests.pages import Block
 from tests.sandbox import NEEDS_A_NETWORK, Sandbox, commands
+from tests.services.s3 import S3Service
 
+BUCKET = "s3://bucket"
 SETTINGS_FILES = pages.blocks("toml")
 
 
@@ -26,6 +29,11 @@ def test_the_first_command_prints_english(tmp_path: Path) -> None:
     assert done.stdout.rstrip().endswith(".")
     assert {"layer", "weights", "memory", "model"} & set(done.stdout.lower().replace(".", " ").split())
     assert (tmp_path / "demo").is_dir()
+
+
+def test_the_cpu_build_is_the_release_that_was_tried() -> None:
+    (version,) = re.findall(r"torch==(\S+) --index-url https://download.pytorch.org/whl/cpu", pages.read("README.md"))
+    assert f"\ntorch=={version}\n" in (pages.ROOT / ".ci" / "tried.txt").read_text()
 
 
 @pytest.mark.parametrize("example", SETTINGS_FILES, ids=str)
@@ -43,17 +51,29 @@ def test_settings_files_are_shown_for_all_commands_and_for_a_storage() -> None:
 
 
 @pytest.mark.parametrize("page", sorted({one.page for one in pages.blocks("sh")}))
-def test_the_commands_of_a_page_work(page: str, tmp_path: Path) -> None:
-    """One after another; what installs something is run by `.ci/run`, and of measurements the options are checked."""
-    with Sandbox(tmp_path) as here:
-        for block in pages.blocks("sh"):
-            for command in commands(block.text) if block.page == page else ():
+def test_the_commands_of_a_page_work(page: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """One after another, but for those that install something; of measurements, the options are checked."""
+    shown = [one for one in pages.blocks("sh") if one.page == page]
+    places, variables = {}, {}
+    if any(BUCKET in one.text for one in shown):
+        with contextlib.suppress(pytest.skip.Exception):
+            places, variables = s3_places(request.getfixturevalue("s3"))
+    with Sandbox(tmp_path, places=places, **variables) as here:
+        for block in shown:
+            here.new_shell()
+            for command in commands(block.text) if places or BUCKET not in block.text else ():
                 if NEEDS_A_NETWORK.match(command):
                     continue
                 if command.startswith("surfw serve"):
                     here.stop()
                 done = here.run(f"{command} --help" if command.startswith("surfw bench ") else command)
                 assert done.code == 0, f"{block}: {command}\n{done.shown}"
+
+
+def s3_places(s3: S3Service) -> tuple[dict[str, str], dict[str, str]]:
+    """A bucket for that of the pages, and the variables that lead to it."""
+    variables = {"AWS_ENDPOINT_URL": s3.endpoint, "AWS_ACCESS_KEY_ID": s3.key, "AWS_SECRET_ACCESS_KEY": s3.secret}
+    return {BUCKET: f"s3://{s3.bucket()}"}, variables
 
 
 @pytest.mark.parametrize("page", sorted({one.page for one in pages.blocks("console") if not one.is_generated}))

@@ -114,6 +114,7 @@ def test_the_snippets_did_what_they_say(told: dict[str, Any]) -> None:
     assert guide["settings"].cache_layers == 3
     (missing,) = {str(one.message) for one in guide["told"] if "UNINITIALIZED" in str(one.message)}
     assert missing.startswith("my-headless: 2 weights of BertForSequenceClassification are UNINITIALIZED")
+    assert told["surfw/wire/PROTOCOL.md"]["payload"]
     storage = told["surfw/storage/GUIDE.md"]
     assert "info" not in storage or storage["info"].name == "demo"  # the former where there is no S3
     assert storage["verified"].damage == ()

@@ -2,15 +2,17 @@
 
 import re
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from websockets.frames import Frame, Opcode
 
+from surfw.config import WireLimits
 from surfw.errors import RemoteProtocolError
 from surfw.wire import messages as m
+from surfw.wire.sessions import ClientSession, ServerSession
+from tests import pages
 from tests.wire.strategies import CLIENT_MESSAGES, ODD_TEXTS, SERVER_MESSAGES
 
 
@@ -110,7 +112,7 @@ def test_texts_for_people_cannot_control_their_terminals(message: m.ServerMessag
 
 
 def test_the_page_has_a_row_for_every_message_with_all_its_fields() -> None:
-    page = (Path(__file__).parents[2] / "surfw" / "wire" / "PROTOCOL.md").read_text()
+    page = pages.read("surfw/wire/PROTOCOL.md")
     rows = re.findall(r"^\| (client|server) \| `(\w+) \{([\w, ]+)\}`", page, re.MULTILINE)
     declared = {
         (side, kind.type, ", ".join(one.name for one in fields(kind)))
@@ -119,6 +121,25 @@ def test_the_page_has_a_row_for_every_message_with_all_its_fields() -> None:
     }
     assert len(rows) == len(declared)
     assert set(rows) == declared
+
+
+def test_both_sides_take_part_in_the_session_of_the_page() -> None:
+    (session,) = [one for one in pages.blocks("text") if one.flags == ("session",)]
+    client, server = ClientSession(WireLimits(), client="a"), ServerSession(WireLimits(), server="b")
+    for line in session.text.splitlines():
+        side, said = line.split(" ", 1)
+        if size := re.fullmatch(r"\(a binary frame of (\d+) bytes\)", said):
+            client.receive_binary(int(size[1]))
+        elif side == "C":
+            asked = m.parse_client_message(said)
+            server.receive(said)
+            if not isinstance(asked, m.ClientHello):
+                client.send(asked)  # type: ignore[arg-type]
+        else:
+            client.receive(said)
+            if not isinstance(told := m.parse_server_message(said), m.ServerHello):
+                server.send(told)
+    assert not any(side.is_open(number) for side in (client, server) for number in range(4))
 
 
 @pytest.mark.parametrize("length", [0, 1, 125, 126, 127, 65535, 65536, 512 * 1024])
