@@ -1,6 +1,7 @@
 """`surfw infer`: a prompt through a model whose weights arrive while it runs."""
 
 import logging
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ Examples:
   surfw infer 127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
   surfw infer my-model --memory-budget 2GB --explain
 """
+
+_PATIENCE_SECONDS = 1.0
 
 
 @options.with_settings(
@@ -89,7 +92,7 @@ def infer(
         raise typer.BadParameter(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
-    prompt = _read_prompt(prompt, ids)
+    prompt = _read_prompt(prompt, ids, quiet=quiet)
 
     def make_request() -> "InferenceRequest":
         from surfw.models.inference import InferenceRequest
@@ -330,7 +333,7 @@ def _check_together(
         raise options.Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
 
 
-def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
+def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> str | None:
     """The prompt, from the command line or from stdin; None if there are ids instead."""
     if ids is not None:
         if prompt is not None:
@@ -338,7 +341,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
         return None
     is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
     if prompt == "-" or is_piped:
-        prompt = (sys.stdin.read() if sys.stdin else "").rstrip("\n")
+        prompt = _read_stdin(quiet=quiet).rstrip("\n")
     if prompt is None or (is_piped and not prompt):
         raise options.Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
@@ -346,3 +349,12 @@ def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
     if not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt
+
+
+def _read_stdin(*, quiet: bool) -> str:
+    """All of stdin. If nothing comes for a moment, say what is waited for: a script may have left a pipe open."""
+    if sys.stdin is None:
+        return ""
+    if not quiet and not select.select([sys.stdin], [], [], _PATIENCE_SECONDS)[0]:
+        print("surfw: waiting for the prompt on stdin", file=sys.stderr)
+    return sys.stdin.read()
