@@ -140,7 +140,9 @@ class Settings:
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
     top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
     seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
-    live: bool | None = _setting(None, "Show a live table.", shown="in a terminal")
+    live: bool | Literal["full"] | None = _setting(
+        None, "Show live what goes on; 'full' adds a table of figures.", shown="in a terminal"
+    )
     connect_timeout: float = _setting(
         DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
     )
@@ -206,6 +208,7 @@ def _read_registry() -> dict[str, Setting]:
     found = {}
     for one in fields(Settings):
         parts = () if get_origin(hints[one.name]) is dict else get_args(hints[one.name])
+        words = [word for kind in parts if get_origin(kind) is Literal for word in get_args(kind)]
         kinds = [get_origin(kind) or kind for kind in parts or (hints[one.name],) if kind is not type(None)]
         choices = get_args(hints[one.name]) if get_origin(hints[one.name]) is Literal else ()
         shown = one.metadata["default_text"]
@@ -216,6 +219,7 @@ def _read_registry() -> dict[str, Setting]:
             kind=str if choices else kinds[0],
             optional=type(None) in get_args(hints[one.name]),
             choices=choices,
+            words=tuple(words),
             **{**one.metadata, "default_text": shown},
         )
     return found

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,10 +16,11 @@ from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
-    from surfw.cli.infer_view import LiveView, PlainView
+    from surfw.cli.infer_summary import Report
+    from surfw.cli.infer_view import View
     from surfw.cli.sources import ChosenSource
     from surfw.models.client import WeightClient
-    from surfw.models.inference import InferenceRequest
+    from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.streaming import StreamingModel
 
 EXAMPLES = """\b
@@ -59,11 +61,12 @@ def infer(
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     ids = _parse_ids(prompt_ids)
-    from surfw.cli.infer_view import LiveView, PlainView
+    from surfw.cli.infer_view import choose_view
 
     settings = configuration.settings
     if explain and prompt is None and ids is None:
-        _run(None, configuration, PlainView(quiet=quiet, text=False), explain=True, json=json)
+        view = choose_view("text", live=settings.live, json=True, quiet=quiet)
+        _run(None, configuration, view, explain=True, json=json)
         return
     if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
@@ -91,73 +94,122 @@ def infer(
             seed=settings.seed,
         )
 
-    is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
-    view = LiveView() if is_live else PlainView(quiet=quiet, text=not json and ids is None)
+    view = choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
     _run(make_request, configuration, view, explain=explain, json=json)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
-    view: "PlainView | LiveView",
+    view: "View",
     *,
     explain: bool,
     json: bool,
 ) -> None:
     """Run a request, which is made once torch is imported; without one, explain what would limit it."""
-    from surfw.cli import explain_view, render
-    from surfw.cli.infer_view import Report
     from surfw.cli.sources import choose_source
 
-    settings, origins = configuration.settings, configuration.origins
-    with choose_source(configuration) as chosen:
-        view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.check_folder()
-        start = time.perf_counter()
-        with _connect(chosen, settings, explain=explain) as client, _open_model(client, settings) as streaming:
-            if make_request is None:
-                _explain_only(streaming, configuration, display_url(chosen.url), json=json)
-                return
-            from surfw.models.inference import answer, encode_prompt
-            from surfw.runtime.memory import peak_rss_bytes
+    settings = configuration.settings
+    with view:
+        view.phase("looking for the weights")
+        with choose_source(configuration, on_phase=view.phase) as chosen:
+            source = display_url(chosen.url)
+            view.note(f"source: {source} ({chosen.reason})")
+            chosen.check_folder()
+            start = time.perf_counter()
+            view.phase("connecting" if chosen.is_server else "reading the manifest")
+            with (
+                _connect(chosen, settings, explain=explain) as client,
+                _open_model(client, settings, view) as streaming,
+            ):
+                if make_request is None:
+                    view.phase("measuring")
+                    _explain_only(streaming, configuration, view, source, json=json)
+                    return
+                opened = _Opened(streaming, source, time.perf_counter() - start)
+                _answer(opened, make_request(), configuration, view, explain=explain, json=json)
 
-            request = make_request()
-            tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
-            load_seconds = time.perf_counter() - start
-            explained, inputs = {}, None
-            if explain:
-                view.note("measuring")
-                inputs = encode_prompt(streaming, tokenizer, request)
-                prompt_tokens = inputs["input_ids"].shape[1]
-                found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
-                explained = {"explain": explain_view.facts(found, origins)}
-                if not json:
-                    view.explain(found, origins)
-            with view.running(streaming):
-                result = answer(
-                    streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token
-                )
-            report = Report(
-                model=streaming.manifest.name,
-                source=display_url(chosen.url),
-                result=result,
-                load_seconds=load_seconds,
-                statistics=streaming.statistics(),
-                peak_rss_bytes=peak_rss_bytes(),
-            )
-            if json:
-                render.print_json(report.facts() | explained)
-            else:
-                view.done(report)
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open model, where its weights come from, and how long it took to open it."""
+
+    streaming: "StreamingModel"
+    source: str
+    load_seconds: float
+
+    def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
+        """Put together what a run came to."""
+        from surfw.cli.infer_summary import Report
+        from surfw.runtime.memory import peak_rss_bytes
+
+        per_token, share = result.tpot_seconds, result.decode_stall_share
+        advice = None
+        if per_token is not None and share is not None:
+            advice = self.streaming.advise(seconds_per_token=per_token, stall_share=share)
+        return Report(
+            model=self.streaming.manifest.name,
+            source=self.source,
+            result=result,
+            load_seconds=self.load_seconds,
+            statistics=self.streaming.statistics(),
+            peak_rss_bytes=peak_rss_bytes(),
+            advice=advice,
+            is_whole=is_whole,
+        )
+
+
+def _answer(
+    opened: _Opened,
+    request: "InferenceRequest",
+    configuration: options.Configuration,
+    view: "View",
+    *,
+    explain: bool,
+    json: bool,
+) -> None:
+    """Run a request, and show what it came to."""
+    from surfw.cli import explain_view, render
+    from surfw.models.inference import answer, continues_prompt, encode_prompt
+    from surfw.models.text_stream import space_before
+
+    streaming = opened.streaming
+    view.phase("preparing the prompt")
+    tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
+    inputs = encode_prompt(streaming, tokenizer, request)
+    ids = inputs["input_ids"][0].tolist()
+    explained = {}
+    if explain:
+        view.phase("measuring")
+        found = streaming.explain(prompt_tokens=len(ids), new_tokens=request.max_new_tokens)
+        explained = {"explain": explain_view.facts(found, configuration.origins)}
+        if not json:
+            view.explain(found, configuration.origins)
+    if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
+        view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
+    most = request.max_new_tokens if streaming.model.can_generate() else 0
+    try:
+        with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
+            result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
+    except KeyboardInterrupt:
+        view.stopped(opened.report(view.result_so_far(len(ids)), is_whole=False))
+        raise
+    report = opened.report(result)
+    if json:
+        view.close()
+        render.print_json(report.facts() | explained)
+    else:
+        view.done(report)
 
 
 def _explain_only(
-    streaming: "StreamingModel", configuration: options.Configuration, source: str, *, json: bool
+    streaming: "StreamingModel", configuration: options.Configuration, view: "View", source: str, *, json: bool
 ) -> None:
     """Show what limits the model: without a prompt, that is the result."""
     from surfw.cli import explain_view, render
 
     found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
+    view.close()
     if json:
         explained = explain_view.facts(found, configuration.origins)
         render.print_json({"model": found.model, "source": source, "explain": explained})
@@ -189,10 +241,15 @@ def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> It
         yield client
 
 
-def _open_model(client: "WeightClient", settings: Settings) -> "StreamingModel":
+def _open_model(client: "WeightClient", settings: Settings, view: "View") -> "StreamingModel":
     """Open the model, as the settings say."""
+    view.phase("importing torch")
+    import surfw.skeleton.dtypes  # noqa: F401 - which imports it
+
+    view.phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
+    view.phase("building the model")
     return StreamingModel.open(
         client,
         settings.model,

@@ -5,7 +5,8 @@ own, and one that is not given is None.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -41,7 +42,7 @@ class Command(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Read the command line; complaints do not start with the name of an exception."""
         try:
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [*_join_words(args)])
         except typer.BadParameter as exc:
             exc.message = exc.message.removeprefix("Value error, ")
             raise
@@ -96,6 +97,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         @wraps(command)
         def run(context: typer.Context, config: Path | None, **given: Any) -> None:
             arguments = {name: _value(SETTINGS[name], given.pop(name)) for name in names}
+            arguments |= {name: word for name in names for word in SETTINGS[name].words if given.pop(f"{name}_{word}")}
             given[_PLACE] = load_configuration(context, config, arguments)
             command(**given)
 
@@ -103,6 +105,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == _PLACE:
                 shown += [_parameter(name, _annotation(SETTINGS[name]), None) for name in names]
+                shown += [_word_parameter(SETTINGS[name], word) for name in names for word in SETTINGS[name].words]
             else:
                 shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         shown.append(_parameter("config", ConfigFile, None))
@@ -117,6 +120,30 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 def commands_with(name: str) -> list[str]:
     """Return the commands that have this setting as an option."""
     return [command.replace("_", " ") for command, names in _OFFERED.items() if name in names]
+
+
+def _join_words(args: Sequence[str]) -> Iterator[str]:
+    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`."""
+    known = {setting.option: setting.words for setting in SETTINGS.values() if setting.words}
+    left = deque(args)
+    while left:
+        arg = left.popleft()
+        option, _, word = arg.partition("=")
+        if word in known.get(option, ()):
+            yield f"{option}-{word}"
+        elif left and left[0] in known.get(arg, ()):
+            yield f"{arg}-{left.popleft()}"
+        else:
+            yield arg
+        if arg == "--":
+            yield from left
+            return
+
+
+def _word_parameter(setting: Setting, word: str) -> inspect.Parameter:
+    """Return the parameter of a switch with a word; help shows it with the switch."""
+    option = typer.Option(f"{setting.option}-{word}", hidden=True)
+    return _parameter(f"{setting.name}_{word}", Annotated[bool, option], default=False)
 
 
 def _value(setting: Setting, given: Any) -> Any:

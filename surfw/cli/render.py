@@ -1,5 +1,6 @@
 """Output that several commands share: consoles, tables, JSON. No text from outside can steer the terminal."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.segment import Segment
 from rich.table import Table
 
+from surfw.cli.screen import has_styles
 from surfw.cli.streams import one_line
 from surfw.config import count, escape_json, format_size, printable
 from surfw.wire import ServerStats
@@ -110,6 +112,16 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
         transient=True,
     ) as progress:
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
+
+
+def lines(renderable: RenderableType, width: int) -> list[str]:
+    """Render for a terminal of this width, as lines with the codes of their styles."""
+    console = _CleanConsole(
+        file=io.StringIO(), width=width, force_terminal=True, color_system="standard" if has_styles() else None
+    )
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().splitlines()
 
 
 def list_names(names: Sequence[str], most: int = 10) -> str:

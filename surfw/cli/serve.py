@@ -54,7 +54,7 @@ def serve(
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":
         raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
-    show = sys.stderr.isatty() if settings.live is None else settings.live
+    show = sys.stderr.isatty() if settings.live is None else bool(settings.live)
     if not show:
         _log_lines()
     import asyncio

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,15 @@ class ChosenSource:
 
 
 @contextlib.contextmanager
-def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
-    """Choose the source; if it is the demo's server, that runs as long as the context."""
+def choose_source(
+    configuration: Configuration, *, on_phase: Callable[[str], None] = lambda _: None
+) -> Iterator[ChosenSource]:
+    """Choose the source; if it is the demo's server, that runs as long as the context.
+
+    Args:
+        configuration: of the command.
+        on_phase: called with what is being done, where that takes a while.
+    """
     settings, origin = configuration.settings, configuration.origins["source"]
     if settings.source is not None and (settings.model != DEMO or origin.kind == "argument"):
         how = {"argument": "with --source", "variable": f"by {origin.name}"}.get(origin.kind, f"in {origin.name}")
@@ -75,6 +82,7 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
                 f"there is no model {settings.model[:80]!a}: no server answers at {local}, and {settings.store} holds "
                 "no models; name the source with --source, or chunk the model first"
             )
+    on_phase("starting a server for the demo model, importing torch")
     with _serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
@@ -18,6 +18,7 @@ from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
+from surfw.models.text_stream import TextStream
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
@@ -95,7 +96,10 @@ class InferenceRequest:
 
 @dataclass(kw_only=True)
 class InferenceResult:
-    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens."""
+    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens.
+
+    `decode_stall_share` is the part of the time from the first token to the last that was spent waiting for weights.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -103,46 +107,37 @@ class InferenceResult:
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
     tokens_per_second: float | None = None
+    decode_stall_share: float | None = None
     embedding: list[float] | None = None
     predictions: list[dict[str, Any]] | None = None
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token came, and passes it on to a streamer of text."""
+    """Notes when each token came, and passes it on to a stream of text."""
 
-    def __init__(self, text: TextStreamer | None, on_token: Callable[[int, float], None]) -> None:
+    def __init__(self, text: TextStream | None, on_token: Callable[[int, float], None]) -> None:
         """Start the clock; `generate()` puts the prompt first, or the decoder's start."""
         self.start = time.perf_counter()
         self.times: list[float] = []
         self._skip = True
-        self._text: Any = text
+        self._text = text
         self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
         """A token, or first of all the prompt."""
         if self._skip:
             self._skip = False
-        else:
-            self.times.append(time.perf_counter() - self.start)
-            self._on_token(int(value.reshape(-1)[-1]), self.times[-1])
+            return
+        token = int(value.reshape(-1)[-1])
+        self.times.append(time.perf_counter() - self.start)
+        self._on_token(token, self.times[-1])
         if self._text is not None:
-            self._text.put(value)
+            self._text.put(token)
 
     def end(self) -> None:
         """No more tokens."""
         if self._text is not None:
             self._text.end()
-
-
-class _TextOut(TextStreamer):
-    """Gives finished pieces of text to a function."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
 
 
 def answer(
@@ -259,6 +254,14 @@ def encode_prompt(
     return {name: value for name, value in inputs.items() if name in accepted}
 
 
+def continues_prompt(
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
+) -> bool:
+    """Whether the text that is generated goes on where the prompt ends; it answers it in a chat, or translates it."""
+    is_chat = tokenizer is not None and bool(tokenizer.chat_template) and not request.raw
+    return model.model.can_generate() and not model.model.config.is_encoder_decoder and not is_chat
+
+
 def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
     if not all(isinstance(one, int) for one in ids):
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
@@ -285,7 +288,13 @@ def _generate(
         raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(_TextOut(tokenizer, on_text) if tokenizer is not None else None, on_token)
+    stalled: list[float] = []
+
+    def note(token: int, seconds: float) -> None:
+        stalled.append(streaming.metrics.seconds("stall"))
+        on_token(token, seconds)
+
+    clock = TokenClock(TextStream(tokenizer, on_text) if tokenizer is not None else None, note)
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
@@ -306,13 +315,15 @@ def _generate(
     new = streaming.run(generate)
     took = time.perf_counter() - clock.start
     times = clock.times[-len(new) :] if new else []
+    decoding = times[-1] - times[0] if times else 0.0
     return InferenceResult(
         text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
-        tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+        tpot_seconds=decoding / (len(times) - 1) if len(times) > 1 else None,
         tokens_per_second=len(new) / took if new else None,
+        decode_stall_share=min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None,
     )
 
 

@@ -96,8 +96,8 @@ def test_plain_output(home: Path) -> None:
         surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "--json").stdout
     )
     assert done.stdout == facts["text"] + "\n"
-    assert "tokens/s" in done.stderr
-    assert "on storage" in done.stderr
+    assert "tok/s" in done.stderr
+    assert "waited for the disk" in done.stderr
     quiet = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "-q")
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
     ids = surfw(
@@ -146,7 +146,7 @@ def test_explain_comes_before_the_run_and_changes_nothing_of_it(home: Path) -> N
     (budget,) = [line for line in lines if line.startswith("memory budget ")]
     assert budget.endswith("none: 2 layers and one more in flight, as --cache-layers says")
     assert lines.index(budget) < len(lines) - 1
-    assert "tokens at" in lines[-1]
+    assert "4 tokens in" in lines[-1]
     facts = json.loads(surfw(home, *arguments, "--explain", "--json", SURFW_CACHE_LAYERS="2").stdout)
     assert (facts["explain"]["limited_by"], facts["explain"]["limited_from"]) == ("cache_layers", "variable")
     assert facts["explain"]["bytes_per_pass"] > 0
