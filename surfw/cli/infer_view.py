@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, Self
 
+from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
-from surfw.cli.screen import Screen, can_draw, dimmed
+from surfw.cli.screen import Screen, can_draw, dimmed, has_styles
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
+from surfw.cli.streams import one_line
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ _SLOW_SECONDS = 10.0
 _SHOWN_PROMPT = 600
 _SIDE_ROWS = 4
 _UNTIMED_SECONDS = 2.0
+_WIDE_COLUMNS, _TABLE_COLUMNS = 120, 64
 
 
 class View:
@@ -193,13 +196,17 @@ class LiveView(View):
         self._model: StreamingModel | None = None
         self._place = ""
         self._space: Callable[[int], str] | None = None
+        self._column: TextColumn | None = None
+        self._text_columns = self._table_rows = 0
 
     def __enter__(self) -> Self:
         self._screen.open()
         return self
 
     def close(self) -> None:
-        """Erase the status."""
+        """Erase the status, and show what is left of the text."""
+        if self._column is not None:
+            self._screen.change(self._end_column)
         self._screen.close()
 
     def phase(self, text: str) -> None:
@@ -208,7 +215,12 @@ class LiveView(View):
 
     def note(self, text: str) -> None:
         """Say something in a line that stays, above the status."""
-        print(f"surfw: {text}\n", end="", file=sys.stderr, flush=True)
+        from rich.text import Text
+
+        from surfw.cli import render
+
+        with self._screen.stepping_aside("\n"):
+            render.err.print(Text(f"surfw: {one_line(text)}"), style="dim" if has_styles() else "")
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
@@ -221,8 +233,9 @@ class LiveView(View):
     def prompt(self, text: str, space: Callable[[int], str]) -> None:
         """Show the end of the prompt, dimmed."""
         if self._is_one and self._answer == "text":
+            self._begin_column()
             shown = text if len(text) <= _SHOWN_PROMPT else f"…{text[-_SHOWN_PROMPT:]}"
-            self._screen.write(shown, dim=True)
+            self._write(shown, dim=True)
             self._space = space
 
     @contextmanager
@@ -231,6 +244,7 @@ class LiveView(View):
         with super().running(streaming, source, most_tokens, has_text=has_text):
             self.phase("reading the prompt" if most_tokens else "running")
             self._model, self._place = streaming, place_of(source)
+            self._begin_column()
             if self._answer != "nothing" and not self._is_one and not _is_kept(sys.stdout.fileno()):
                 self._screen.close()
             try:
@@ -242,7 +256,7 @@ class LiveView(View):
     def on_token(self, token: int, seconds: float) -> None:
         """Note a new token; the first one tells how it follows the prompt."""
         if self._space is not None:
-            self._screen.write(self._space(token))
+            self._write(self._space(token))
             self._space = None
         super().on_token(token, seconds)
 
@@ -254,14 +268,14 @@ class LiveView(View):
 
     def done(self, report: Report) -> None:
         """End the answer, or print what there is instead; then the table, if it is shown, and a summary."""
-        self._screen.close()
+        self.close()
         if not (self._is_one and self._tokens):  # else the screen has ended its last line
             super().done(report)
         self._conclude(report)
 
     def stopped(self, report: Report) -> None:
         """Say what a run came to that was interrupted; what it has said stays."""
-        self._screen.close()
+        self.close()
         if report.result.token_ids:
             self._conclude(report)
 
@@ -277,12 +291,41 @@ class LiveView(View):
 
     def _print(self, text: str) -> None:
         if self._is_one:
-            self._screen.write(text)
+            self._write(text)
         else:
             super()._print(text)
 
+    def _write(self, text: str, *, dim: bool = False) -> None:
+        """Write to the terminal: into the column, where there is one, and what leaves it for good."""
+
+        def add(column: TextColumn) -> str:
+            column.add(text, dim=dim)
+            if not self._table_rows:  # nothing was drawn yet
+                return ""
+            if self._screen.size.columns >= _WIDE_COLUMNS:
+                return column.give_up(self._text_columns, self._table_rows)
+            self._column = None
+            return column.end()
+
+        if (column := self._column) is not None:
+            self._screen.change(lambda: add(column))
+        else:
+            self._screen.write(text, dim=dim)
+
+    def _begin_column(self) -> None:
+        """Show the text beside the table from now on, if that is shown and the window is wide."""
+        if self._shows_table and self._is_one and self._screen.size.columns >= _WIDE_COLUMNS:
+            self._column = self._column or TextColumn()
+
+    def _end_column(self) -> str:
+        """Leave the column, if there is one; returns what is left of its text."""
+        column, self._column = self._column, None
+        return column.end() if column is not None else ""
+
     def _below(self, size: os.terminal_size) -> list[str]:
         """The status, in at most a third of the window, and the table, as far as there is room."""
+        from surfw.cli import render
+
         model, now = self._model, time.monotonic()
         parts = self._phase_parts(now) if model is None else self._run_parts(model, now)
         most = max(1, min(MOST_LINES, size.lines // 3))
@@ -292,8 +335,14 @@ class LiveView(View):
         times, generates = self._pace.times, model.model.can_generate()
         first = times[0] if times else None
         table = figures_table(model.statistics(), first, self._pace.seconds_per_token, generates=generates)
-        room = size.lines - len(lines) - _SIDE_ROWS
-        return lines + _table_lines(table, size.columns - 1)[: max(0, room)]
+        room = max(0, size.lines - len(lines) - _SIDE_ROWS)
+        rows = render.lines(table, min(_TABLE_COLUMNS, size.columns - 1))[:room]
+        if self._column is None:
+            return lines + rows
+        if size.columns < _WIDE_COLUMNS:  # until the next token comes
+            return [styled for _, styled in self._column.rows(size.columns - 1)] + lines
+        self._text_columns, self._table_rows = size.columns - _TABLE_COLUMNS - len(BETWEEN) - 1, len(rows)
+        return self._column.beside(rows, self._text_columns) + lines
 
     def _phase_parts(self, now: float) -> list[str]:
         took = now - self._phase_began
@@ -366,13 +415,6 @@ def _memory_used(statistics: Statistics) -> str:
     if plan is None or plan["budget_bytes"] is None:
         return used
     return f"{used} of a budget of {format_size(plan['budget_bytes'])}"
-
-
-def _table_lines(table: Table, width: int) -> list[str]:
-    """Render a table for a screen."""
-    from surfw.cli import render
-
-    return render.lines(table, width)
 
 
 def _is_kept(number: int) -> bool:

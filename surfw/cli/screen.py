@@ -58,7 +58,7 @@ class Screen:
         self._stream: Any = getattr(stream, "rich_proxied_file", stream)  # without the cleaning
         self._below = below
         self._seconds = seconds
-        self._lock = threading.RLock()
+        self._making, self._lock = threading.RLock(), threading.RLock()  # to be taken in this order
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_drawing, name="surfw-screen", daemon=True)
         self._columns = 0
@@ -70,7 +70,7 @@ class Screen:
     def open(self) -> None:
         """Begin to draw."""
         streams.set_screen(self)
-        self._make()
+        self.write("")
         self._thread.start()
 
     def close(self) -> None:
@@ -86,14 +86,25 @@ class Screen:
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Write text after what was written before."""
-        with self._lock:
-            self._draw(printable(text, lines=True), dim=dim and has_styles())
+        self.change(lambda: text, dim=dim)
+
+    def change(self, work: Callable[[], str], *, dim: bool = False) -> None:
+        """Do some work that changes the lines below, and write the text that it returns; both are seen at once."""
+        with self._making:
+            text = work()
+            made = self._make()
+            with self._lock:
+                self._made = made
+                self._draw(printable(text, lines=True), dim=dim and has_styles())
 
     @contextmanager
     def stepping_aside(self, text: str) -> Iterator[None]:
         """Let somebody else write a text to the terminal, in rows of its own; nothing is drawn before its line ends."""
         with self._lock:
-            if not self._is_interrupted and not self._ended.is_set():
+            if self._ended.is_set():
+                yield
+                return
+            if not self._is_interrupted:
                 self._end_line()
             try:
                 yield
@@ -103,16 +114,12 @@ class Screen:
 
     def _keep_drawing(self) -> None:
         while not self._ended.wait(self._seconds):
-            self._make()
+            self.write("")
 
-    def _make(self) -> None:
-        """Make the lines below anew: without the lock, as whoever makes them may wait for somebody who prints."""
-        size = self._size()
-        made = size, self._below(size)
-        with self._lock:
-            self._made = made
-            if not self._ended.is_set():
-                self._draw()
+    def _make(self) -> tuple[os.terminal_size, Sequence[str]]:
+        """Make the lines below anew: without `_lock`, as whoever makes them may wait for somebody who prints."""
+        size = self.size
+        return size, () if self._ended.is_set() else self._below(size)
 
     def _end_line(self, *, is_certain: bool = True) -> None:
         """Go to an empty row, if the cursor is in none, or if it is not certain that it is."""
@@ -129,7 +136,7 @@ class Screen:
             text, self._is_interrupted = f"\n{text}", False
         if self._is_interrupted:
             return
-        size = self._size()
+        size = self.size
         if size.columns != self._columns:
             if self._columns:  # some terminals wrap their lines anew, some do not: the cursor may be anywhere
                 self._end_line(is_certain=False)
@@ -168,7 +175,9 @@ class Screen:
         room = _DOWN * len(lines) + f"\x1b[{len(lines)}A"  # scrolls, where there are too few rows
         return room + _SAVE + "".join(f"\r\n{_ERASE_LINE}{line}" for line in lines) + _RESTORE
 
-    def _size(self) -> os.terminal_size:
+    @property
+    def size(self) -> os.terminal_size:
+        """Of the window, in cells."""
         try:
             size = os.get_terminal_size(self._stream.fileno())
         except OSError:

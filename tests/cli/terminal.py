@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pyte
 from rich.cells import cell_len
 
-from tests.cli.run import environment
+from tests.cli.run import SURFW, environment
+from tests.services import warm
 
 _SECONDS = 60.0
 _TAKE_TERMINAL = (
@@ -113,15 +115,31 @@ class Terminal:
 
 @contextmanager
 def terminal(
-    home: Path, command: Sequence[str], *, columns: int = 80, rows: int = 24, **extra: str
-) -> Iterator[tuple[Terminal, subprocess.Popen[bytes]]]:
-    """Run a command in a window of its own, of which it is the controlling terminal; it has ended afterwards."""
+    home: Path, command: Sequence[str], *, columns: int = 80, rows: int = 24, stdout: IO[bytes] | None = None,
+    controls: bool = False, **extra: str,
+) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes] | warm.Process"]]:  # fmt: skip
+    """Run a command in a window of its own; it has ended afterwards.
+
+    Args:
+        home: of the command.
+        command: it runs in a process that has its imports done, if it is surfw.
+        columns: of the window.
+        rows: of the window.
+        stdout: where its stdout goes, if not to the window.
+        controls: the window is its controlling terminal, whose Ctrl-C reaches it; its imports are not done, then.
+        **extra: variables of its environment.
+    """
     window = Terminal(columns, rows)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _TAKE_TERMINAL, *command],
-        env=environment(home, **{"TERM": "xterm-256color"} | extra), stdin=window.theirs, stdout=window.theirs,
-        stderr=window.theirs, start_new_session=True,
-    )  # fmt: skip
+    out = window.theirs if stdout is None else stdout.fileno()
+    variables = environment(home, **{"TERM": "xterm-256color"} | extra)
+    process: subprocess.Popen[bytes] | warm.Process
+    if command[0] == SURFW and not controls:
+        process = warm.start(command, stdin=window.theirs, stdout=out, stderr=window.theirs, env=variables)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TAKE_TERMINAL, *command], stdin=window.theirs, stdout=out, stderr=window.theirs,
+            env=variables, start_new_session=True,
+        )  # fmt: skip
     following = threading.Thread(target=window.follow)
     following.start()
     try:
