@@ -58,7 +58,7 @@ _PATIENCE_SIGNALS = 2
 def chat(
     *,
     name: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="The model, as --model names it.", show_default=False)
+        str | None, typer.Argument(metavar="MODEL", help="The model, as --model names it.", show_default=False)
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[

@@ -268,4 +268,5 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("set()\n")
+    assert "chat [OPTIONS] [MODEL]\n" in done.stdout
     assert "\n    surfw chat org/name" in done.stdout
