@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from surfw.cli.options import Mistake
+import typer
+
 from surfw.config import display_url, is_server_url
 from surfw.errors import ConnectionFailedError, RefusedError
 
@@ -27,6 +28,14 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}/?")
 _HOST = re.compile(r"[A-Za-z0-9.-]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _WEB = {"http": "ws", "https": "wss"}
+
+
+class Mistake(typer.BadParameter):
+    """A mistake on the command line, in words that already name what was typed. Exit code 2."""
+
+    def format_message(self) -> str:
+        """Return the words as they are."""
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import typer
 
 from surfw import __version__
 from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, store, streams
+from surfw.cli.addresses import Mistake
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -52,7 +53,7 @@ def show_help(
     for word in words or ():
         group = shown.command
         if not isinstance(group, options.Group):
-            raise options.Mistake(f"'{shown.command_path}' has no commands of its own, and no {word!r}")
+            raise Mistake(f"'{shown.command_path}' has no commands of its own, and no {word!r}")
         _, command, _ = group.resolve_command(shown, [word])
         assert command is not None, "a mistake was raised"
         shown = typer.Context(command, info_name=word, parent=shown)

@@ -23,6 +23,7 @@ from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
 if TYPE_CHECKING:
     from surfw.cli.chat_prompt import LineEditor
     from surfw.cli.chat_view import ChatView
+    from surfw.cli.infer_view import View
     from surfw.models.conversation import Conversation, Turn
     from surfw.models.streaming import StreamingModel
 
@@ -50,7 +51,7 @@ _PATIENCE_SIGNALS = 2
 @options.with_settings(
     "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
     "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts",
-    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file",
+    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
 )  # fmt: skip
 def chat(
     *,
@@ -93,8 +94,8 @@ def converse(
     from surfw.cli.chat_view import ChatView
 
     is_interactive = sees_person()
-    view = ChatView(is_interactive=is_interactive, quiet=quiet)
-    with _open(configuration, view) as streaming:
+    view = ChatView(is_interactive=is_interactive, live=configuration.settings.live, quiet=quiet)
+    with _open(configuration, view) as (streaming, source):
         from surfw.models.conversation import Conversation
 
         settings = configuration.settings
@@ -102,6 +103,7 @@ def converse(
             streaming, system=system, raw=raw, stop=stop, max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seed=settings.seed,
         )  # fmt: skip
+        view.follow(streaming, source, settings.max_new_tokens)
         if is_interactive:
             _Session(streaming, conversation, view).run()
         else:
@@ -109,21 +111,23 @@ def converse(
 
 
 @contextmanager
-def _open(configuration: options.Configuration, view: "ChatView") -> Iterator["StreamingModel"]:
-    """Open the model, and show that this takes a while."""
-    from surfw.cli.infer import connect, open_model
-    from surfw.cli.sources import choose_source
+def _open(configuration: options.Configuration, view: "ChatView") -> Iterator[tuple["StreamingModel", str]]:
+    """Open the model, and show what goes on meanwhile; yields it, and where its weights come from."""
+    from surfw.cli.sources import choose_source, connect, open_model
 
+    settings = configuration.settings
     with ExitStack() as opened:
-        with view.waiting("looking for the weights"):
-            chosen = opened.enter_context(choose_source(configuration, on_phase=view.phase))
-            view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
+        with view.opening() as shown:
+            shown.phase("looking for the weights")
+            chosen = opened.enter_context(choose_source(configuration, on_phase=shown.phase))
+            source = display_url(chosen.url)
+            shown.note(f"source: {source} ({chosen.reason})")
             chosen.check_folder()
-        with view.waiting("connecting" if chosen.is_server else "reading the manifest"):
-            client = opened.enter_context(connect(chosen, configuration.settings, explain=False))
-            streaming = opened.enter_context(open_model(client, configuration.settings, view.phase))
+            shown.phase("connecting" if chosen.is_server else "reading the manifest")
+            client = opened.enter_context(connect(chosen, settings, explain=False))
+            streaming = opened.enter_context(open_model(client, settings, shown.phase))
             streaming.find_tokenizer()
-        yield streaming
+        yield streaming, source
 
 
 def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
@@ -131,9 +135,9 @@ def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
     for number, line in enumerate(sys.stdin or (), 1):
         if text := line.rstrip("\n"):
             _expect_text(text, f"line {number}")
-            with view.answering():
-                turn = conversation.ask(text, on_text=view.on_text)
-            view.end_answer(turn)
+            with view.answering() as shown:
+                turn = conversation.ask(text, on_text=shown.on_text, on_token=shown.on_token)
+            view.conclude(turn)
 
 
 class _Session:
@@ -197,21 +201,20 @@ class _Session:
         except ModelClosedError:
             raise
         except SurfwError as exc:
-            self._view.break_answer()
             self._view.error(exc)
             if self._conversation.messages and isinstance(exc, ConfigurationError) and not text.startswith("/"):
                 self._view.note("the conversation is as it was; /reset begins a new one")
 
     def _answer(self, text: str) -> None:
         _expect_text(text, "the message")
-        with self._view.answering():
-            turn = self._ask(text)
-        self._view.end_answer(turn)
+        with self._view.answering() as shown:
+            turn = self._ask(text, shown)
+        self._view.conclude(turn)
 
-    def _ask(self, text: str) -> "Turn":
+    def _ask(self, text: str, shown: "View") -> "Turn":
         """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
         with _stopped_by_signal(self._conversation):
-            asking = self._answers.submit(self._conversation.ask, text, on_text=self._view.on_text)
+            asking = self._answers.submit(self._conversation.ask, text, on_text=shown.on_text, on_token=shown.on_token)
             try:
                 return asking.result()
             except BaseException:

@@ -4,33 +4,60 @@ import sys
 import termios
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
-
-from rich.status import Status
+from typing import TYPE_CHECKING, Literal
 
 from surfw.cli import render
+from surfw.cli.infer_view import choose_view
 from surfw.cli.streams import one_line
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
+    from surfw.cli.infer_view import View
     from surfw.models.conversation import ConversationFacts, Turn
     from surfw.models.statistics import Statistics
+    from surfw.models.streaming import StreamingModel
 
 
 class ChatView:
     """The screen of a session; in a pipe, only its answers."""
 
-    def __init__(self, *, is_interactive: bool, quiet: bool) -> None:
+    def __init__(self, *, is_interactive: bool, live: bool | Literal["full"] | None, quiet: bool) -> None:
         """Choose what is shown.
 
         Args:
             is_interactive: a person is there, and may wait.
+            live: the setting.
             quiet: nothing on stderr but errors.
         """
         self._is_interactive = is_interactive
+        self._live = live
         self._quiet = quiet
-        self._status: Status | None = None
-        self._printed = ""
+
+    def follow(self, streaming: "StreamingModel", source: str, most_tokens: int) -> None:
+        """Show what this model does while it answers.
+
+        Args:
+            streaming: the model.
+            source: where its weights come from.
+            most_tokens: of an answer.
+        """
+        self._followed = streaming, source, most_tokens
+
+    @contextmanager
+    def opening(self) -> Iterator["View"]:
+        """Show what goes on while the model is opened."""
+        with choose_view("text", live=self._live, json=False, quiet=self._quiet) as shown, _without_echo():
+            yield shown
+
+    @contextmanager
+    def answering(self) -> Iterator["View"]:
+        """Show an answer, which is given to the view as it comes."""
+        streaming, source, most = self._followed
+        with self.opening() as shown, shown.running(streaming, source, most, has_text=True):
+            try:
+                yield shown
+            finally:
+                shown.end_text()
 
     def note(self, text: str) -> None:
         """Say what is going on, in a line."""
@@ -46,59 +73,10 @@ class ChatView:
         keys = {"Up": "what you wrote before", "Ctrl-C": "stop the answer", "Ctrl-D": "end the session"}
         render.err.print(render.pair_table("", [*commands.items(), *keys.items()]))
 
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Show that something goes on, until there is something to see; what is typed meanwhile is not."""
-        if self._is_interactive and not self._quiet:
-            self._status = render.err.status(one_line(what), spinner="dots")
-            self._status.start()
-        try:
-            with _without_echo():
-                yield
-        finally:
-            self._end_status()
-
-    def phase(self, what: str) -> None:
-        """Say what goes on now."""
-        if self._status is not None:
-            self._status.update(one_line(what))
-
-    def _end_status(self) -> None:
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Show an answer, whose text comes with `on_text`."""
-        self._printed = ""
-        with self.waiting("reading"):
-            yield
-
-    def on_text(self, text: str) -> None:
-        """Print a piece of the answer."""
-        if text:
-            self._end_status()
-            self._print(text)
-
-    def end_answer(self, turn: "Turn") -> None:
-        """Print what is left of the answer, and what it took."""
-        if turn.text.startswith(self._printed):
-            self._print(turn.text[len(self._printed) :])
-        if not self._printed.endswith("\n"):
-            self._print("\n")
+    def conclude(self, turn: "Turn") -> None:
+        """Say what an answer took, and why it ended."""
         if self._is_interactive:
             self.note(_summary(turn))
-
-    def break_answer(self) -> None:
-        """End the line of an answer that broke off."""
-        if self._printed and not self._printed.endswith("\n"):
-            self._print("\n")
-
-    def _print(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        self._printed += text
 
     def facts(self, facts: "ConversationFacts", statistics: "Statistics") -> None:
         """Show how long the conversation is, and what the session took so far."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surfw.cli import completion, options
+from surfw.cli.addresses import Mistake
 from surfw.config import count, display_url, format_size
 from surfw.settings import Settings
 
@@ -103,7 +104,7 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if model in _TASKS and not Path(model).is_dir():
-        raise options.Mistake(
+        raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)

@@ -4,23 +4,20 @@ import logging
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from surfw.cli import chat, options
-from surfw.config import display_url, parse_size
+from surfw.cli.addresses import Mistake
+from surfw.config import display_url
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.settings import Settings
 
 if TYPE_CHECKING:
     from surfw.cli.infer_summary import Report
     from surfw.cli.infer_view import View
-    from surfw.cli.sources import ChosenSource
-    from surfw.models.client import WeightClient
     from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.streaming import StreamingModel
 
@@ -124,7 +121,7 @@ def _run(
     json: bool,
 ) -> None:
     """Run a request, which is made once torch is imported; without one, explain what would limit it."""
-    from surfw.cli.sources import choose_source
+    from surfw.cli.sources import choose_source, connect, open_model
 
     settings = configuration.settings
     with view:
@@ -234,50 +231,6 @@ def _explain_only(
         explain_view.show(found, configuration.origins, render.out)
 
 
-@contextmanager
-def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
-    """Connect to the source without torch, and have the model read while torch is imported.
-
-    Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
-    """
-    from surfw.models.read_ahead import ReadAheadClient
-
-    budget = None if settings.memory_budget is None else parse_size(settings.memory_budget)
-    is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
-    with ReadAheadClient(
-        chosen.url,
-        settings.model,
-        memory_bytes=0 if is_streamed else budget,
-        token=settings.token if chosen.is_server else None,
-        storage_options=None if chosen.is_server else settings.storage_options,
-        retry=settings.retry,
-        connect_timeout=settings.connect_timeout,
-        silence_timeout=settings.silence_timeout,
-    ) as client:
-        client.begin()
-        yield client
-
-
-def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[str], None]) -> "StreamingModel":
-    """Open the model, as the settings say; `on_phase` hears what takes a while."""
-    on_phase("importing torch")
-    import surfw.skeleton.dtypes  # noqa: F401 - which imports it
-
-    on_phase("importing transformers")
-    from surfw.models.streaming import StreamingModel
-
-    on_phase("building the model")
-    return StreamingModel.open(
-        client,
-        settings.model,
-        cache_size=settings.cache_layers,
-        memory_budget=settings.memory_budget,
-        policy=settings.policy,
-        dtype=settings.dtype,
-        on_missing=settings.on_missing,
-    )
-
-
 def _open_tokenizer(streaming: "StreamingModel", *, needed: bool) -> Any:
     """Return the tokenizer, if the model has one; if it cannot be used and is not needed, warn."""
     try:
@@ -305,7 +258,7 @@ def _one_of(name: str, value: str | None, other_name: str, other: str | None) ->
         Mistake: it was given in both.
     """
     if value is not None and other is not None:
-        raise options.Mistake(f"{other_name} does not go with {name} {value[:40]!r}; give one of them")
+        raise Mistake(f"{other_name} does not go with {name} {value[:40]!r}; give one of them")
     return other if value is None else value
 
 
@@ -324,26 +277,26 @@ def _check_together(
         Mistake: two of them do.
     """
     if system is not None and raw:
-        raise options.Mistake(
+        raise Mistake(
             "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
         )
     if system is not None and ids is not None:
-        raise options.Mistake("--system does not go with --prompt-ids, which are taken as they are")
+        raise Mistake("--system does not go with --prompt-ids, which are taken as they are")
     if configuration.origins["live"].kind == "argument" and configuration.settings.live and (json or quiet):
-        raise options.Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
+        raise Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
 
 
 def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> str | None:
     """The prompt, from the command line or from stdin; None if there are ids instead."""
     if ids is not None:
         if prompt is not None:
-            raise options.Mistake("give either --prompt or --prompt-ids, and not both")
+            raise Mistake("give either --prompt or --prompt-ids, and not both")
         return None
     is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
     if prompt == "-" or is_piped:
         prompt = _read_stdin(quiet=quiet).rstrip("\n")
     if prompt is None or (is_piped and not prompt):
-        raise options.Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
+        raise Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
         raise ConfigurationError("the prompt is not valid UTF-8; write it in that encoding")
     if not prompt.strip():

@@ -111,6 +111,11 @@ class View:
         if self._answer == "ids":
             self._print(f"{' ' if len(self._tokens) > 1 else ''}{token}")
 
+    def end_text(self) -> None:
+        """End the answer's last line, if there is one."""
+        if self._tokens:
+            print(flush=True)
+
     def done(self, report: Report) -> None:
         """End the answer, or print what an encoder gives; and say what the run came to."""
         if self._answer == "nothing":
@@ -254,6 +259,12 @@ class LiveView(View):
             self._write(self._space(token))
             self._space = None
         super().on_token(token, seconds)
+
+    def end_text(self) -> None:
+        """End what is drawn, and the answer's last line, if it is elsewhere."""
+        self.close()
+        if not self._is_one:
+            super().end_text()
 
     def done(self, report: Report) -> None:
         """End the answer, or print what there is instead; then the table, if it is shown, and a summary."""

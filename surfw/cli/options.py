@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from surfw.cli import completion, signals
+from surfw.cli.addresses import Mistake
 from surfw.config import suggest_size
 from surfw.errors import ConfigurationError
 from surfw.setting import Setting
@@ -69,14 +70,6 @@ _COMPLETIONS: Mapping[str, Callable[..., list[str]]] = {
     "model": completion.models_in_source,
     "dtype": completion.dtypes,
 }
-
-
-class Mistake(typer.BadParameter):
-    """A mistake on the command line, in words that already name what was typed. Exit code 2."""
-
-    def format_message(self) -> str:
-        """Return the words as they are."""
-        return self.message
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which source `infer` reads when none is named, and the demo model, which is the last resort.
+"""Which model a command runs: which source is read when none is named, how it is opened, and the demo model.
 
 In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
 folder with models; the demo model. A server that answers and does not let us in is an error: falling back to the store
@@ -15,16 +15,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from surfw.checkpoint import demo_checkpoint
-from surfw.cli.addresses import is_here, is_path, read_address, read_source
-from surfw.cli.options import Configuration, Mistake
-from surfw.config import DEFAULT_HOST, display_url, is_server_url, surfw_home
+from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
+from surfw.cli.options import Configuration
+from surfw.config import DEFAULT_HOST, display_url, is_server_url, parse_size, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
-from surfw.settings import SettingOrigin
+from surfw.settings import SettingOrigin, Settings
+
+if TYPE_CHECKING:
+    from surfw.models.client import WeightClient
+    from surfw.models.streaming import StreamingModel
 
 DEMO = "demo"
 _MODEL = "MODEL"
@@ -146,6 +151,50 @@ def _holds_models(configuration: Configuration) -> bool:
     """Whether the store is to be looked into: it was set, or the default one has models."""
     is_default = configuration.origins["store"].kind == "default"
     return not is_default or any((Path(configuration.settings.store).expanduser() / "models").rglob("*.json"))
+
+
+@contextlib.contextmanager
+def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
+    """Connect to the source without torch, and have the model read while torch is imported.
+
+    Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
+    """
+    from surfw.models.read_ahead import ReadAheadClient
+
+    budget = None if settings.memory_budget is None else parse_size(settings.memory_budget)
+    is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
+    with ReadAheadClient(
+        chosen.url,
+        settings.model,
+        memory_bytes=0 if is_streamed else budget,
+        token=settings.token if chosen.is_server else None,
+        storage_options=None if chosen.is_server else settings.storage_options,
+        retry=settings.retry,
+        connect_timeout=settings.connect_timeout,
+        silence_timeout=settings.silence_timeout,
+    ) as client:
+        client.begin()
+        yield client
+
+
+def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[str], None]) -> "StreamingModel":
+    """Open the model, as the settings say; `on_phase` hears what takes a while."""
+    on_phase("importing torch")
+    import surfw.skeleton.dtypes  # noqa: F401 - which imports it
+
+    on_phase("importing transformers")
+    from surfw.models.streaming import StreamingModel
+
+    on_phase("building the model")
+    return StreamingModel.open(
+        client,
+        settings.model,
+        cache_size=settings.cache_layers,
+        memory_budget=settings.memory_budget,
+        policy=settings.policy,
+        dtype=settings.dtype,
+        on_missing=settings.on_missing,
+    )
 
 
 def _is_served(url: str, configuration: Configuration) -> bool:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from surfw import WeightServer
-from surfw.cli.addresses import Address, read_address, read_server, read_source
-from surfw.cli.options import Mistake
+from surfw.cli.addresses import Address, Mistake, read_address, read_server, read_source
 from tests.stores import make_store
 
 HERE = {"store", "here/model", "photos:80"}

@@ -33,8 +33,8 @@ TALK = ("chat", "talker", "--max-new-tokens", "700", "--temperature", "1", "--se
 """An answer that is long enough to be stopped, and has words."""
 
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
-PROMPT, ANSWER = "\x1b[0;1m>", "\x1b[?25h"
-"""What prompt_toolkit writes before a message, and rich when the text of an answer takes the place of its spinner."""
+PROMPT, ANSWER = "\x1b[0;1m>", "/700 tokens"
+"""What prompt_toolkit writes before a message, and what stands in the status once an answer has begun."""
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
         it.wait_for("Ctrl-D ends the session")
         it.wait_for(PROMPT)
         it.send("Weights arrive\r")
-        it.wait_for("reading")
+        it.wait_for("reading the prompt")
         it.wait_for(ANSWER)
         it.send(CTRL_C)
         it.wait_for("stopped")
@@ -128,7 +128,7 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
         it.send("/reset\r")
         it.wait_for("a new conversation")
         it.send(" /help is a message here\r")
-        it.wait_for("reading")
+        it.wait_for("reading the prompt")
         it.wait_for(ANSWER)
         it.send(CTRL_C)
         it.wait_for("stopped")
@@ -155,7 +155,7 @@ def test_other_signals_end_it(where: str, number: signal.Signals, code: int, hom
         it.wait_for(PROMPT)
         if where == "during an answer":
             it.send("Weights arrive\r")
-            it.wait_for("reading")
+            it.wait_for("reading the prompt")
             it.wait_for(ANSWER)
         it.process.send_signal(number)
         it.wait_for(f"surfw: interrupted by {number.name}")
@@ -216,11 +216,10 @@ import sys
 from surfw.cli import streams
 from surfw.cli.chat_view import ChatView
 streams.set_up()
-view = ChatView(is_interactive=True, quiet=False)
+view = ChatView(is_interactive=True, live=False, quiet=False)
 view.note(sys.argv[1])
-with view.answering():
-    view.on_text(sys.argv[1])
-view.break_answer()
+with view.opening() as shown:
+    shown.on_text(sys.argv[1])
 view.error(ValueError(sys.argv[1]))
 """
 
@@ -269,4 +268,5 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("set()\n")
+    assert "chat [OPTIONS] [MODEL]\n" in done.stdout
     assert "\n    surfw chat org/name" in done.stdout
