@@ -202,7 +202,7 @@ def test_what_cannot_be_talked_with(arguments: list[str], text: str, home: Path)
 def test_two_names_are_one_too_many(home: Path) -> None:
     done = surfw(home, "chat", "talker", "--model", "encoder")
     assert done.returncode == 2
-    assert "Invalid value for --model: does not go with the model 'talker'" in done.stderr
+    assert "--model does not go with MODEL 'talker'; give one of them" in done.stderr
 
 
 def test_the_first_error_ends_a_pipe(home: Path) -> None:
