@@ -81,6 +81,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>)]+")
 _CHAIN = re.compile(r"::(?=[A-Za-z0-9+.-]+://)")
 """Between the links of a chained URL, such as `simplecache::s3://bucket`."""
 
+_LEAST_MEGABYTES = 128
+"""From this number on, whoever forgot the unit of a memory size probably thought of megabytes, not of gigabytes."""
+
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
 
 
@@ -105,6 +108,14 @@ def is_size(text: str) -> bool:
         return parse_size(text) > 0
     except ConfigurationError:
         return False
+
+
+def suggest_size(text: str) -> str | None:
+    """The size that was probably meant by a number without a unit that is too small for anything; else None."""
+    number = text.strip()
+    if not is_size(number) or not number.replace(".", "").isdigit() or parse_size(number) >= MB:
+        return None
+    return f"{number}{'GB' if parse_size(number) < _LEAST_MEGABYTES else 'MB'}"
 
 
 def format_size(count_bytes: float) -> str:

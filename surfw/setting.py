@@ -31,6 +31,7 @@ class Setting:
         least: the smallest number; None for any.
         most: the largest number; None for any.
         choices: the only texts; empty for any.
+        words: for a switch, texts that it may be besides on and off.
         metavar: what help shows instead of the type.
         form: what a value has to be, in words, where not every one of its type will do; such as `a size such as 1.5GB`.
         has_form: whether a text or a table is that; None for any.
@@ -44,6 +45,7 @@ class Setting:
     least: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
     metavar: str | None = None
     form: str = ""
     has_form: Callable[[Any], bool] | None = None
@@ -65,7 +67,8 @@ class Setting:
         if self.choices:
             return " or ".join(self.choices)
         if self.kind not in {int, float}:
-            return "true or false" if self.kind is bool else self.form or "a text that is not empty"
+            switch = f"true, false or {' or '.join(self.words)}" if self.words else "true or false"
+            return switch if self.kind is bool else self.form or "a text that is not empty"
         number = "a whole number" if self.kind is int else "a number"
         if self.least is None:
             return number
@@ -126,6 +129,8 @@ class Setting:
         return ConfigurationError(f"{where} is {seen}, expected {self.expected}")
 
     def _fits(self, value: object) -> bool:
+        if value in self.words:
+            return True
         if not isinstance(value, self.kind) or (isinstance(value, bool) and self.kind is not bool):
             return False
         if self.choices:

@@ -38,6 +38,12 @@ CONFIG_VARIABLE = "SURFW_CONFIG"
 TOKEN_VARIABLE = "SURFW_TOKEN"  # noqa: S105 - a name
 """Holds the token itself: the one variable that has no option and no key."""
 
+_OTHER_VARIABLES = ("SURFW_HOME", "SURFW_DEBUG")
+"""Variables that are read elsewhere."""
+
+_PREFIX, _NEAR = "SURFW_", 0.7
+"""How variables begin; and how alike, at least, the rest of an unknown one and of a known one have to be."""
+
 _MOST_TOKEN_BYTES = 64 * 1024
 
 TABLE = "tool.surfw"
@@ -88,7 +94,7 @@ class Settings:
     )
     source: str | None = _setting(
         None,
-        "ws://host:port, a folder or a storage URL.",
+        "A server (host:port), a folder, a storage URL, or a hub id.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
     )
@@ -104,7 +110,7 @@ class Settings:
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
-    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB; at least 17 are used.", least=0)
+    cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
     insecure: bool = _setting(
         False,
         "Allow listening beyond loopback without a token, or with one in clear text.",
@@ -140,7 +146,9 @@ class Settings:
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
     top_k: int | None = _setting(None, "Sample from this many tokens.", least=1)
     seed: int | None = _setting(None, "Seed of the random numbers.", least=0, most=2**63 - 1)
-    live: bool | None = _setting(None, "Show a live table.", shown="in a terminal")
+    live: bool | Literal["full"] | None = _setting(
+        None, "Show live what goes on; 'full' adds a table of figures.", shown="in a terminal"
+    )
     connect_timeout: float = _setting(
         DEFAULT_CONNECT_SECONDS, "Seconds that a server has to answer.", least=_SHORTEST_SECONDS
     )
@@ -206,6 +214,7 @@ def _read_registry() -> dict[str, Setting]:
     found = {}
     for one in fields(Settings):
         parts = () if get_origin(hints[one.name]) is dict else get_args(hints[one.name])
+        words = [word for kind in parts if get_origin(kind) is Literal for word in get_args(kind)]
         kinds = [get_origin(kind) or kind for kind in parts or (hints[one.name],) if kind is not type(None)]
         choices = get_args(hints[one.name]) if get_origin(hints[one.name]) is Literal else ()
         shown = one.metadata["default_text"]
@@ -216,6 +225,7 @@ def _read_registry() -> dict[str, Setting]:
             kind=str if choices else kinds[0],
             optional=type(None) in get_args(hints[one.name]),
             choices=choices,
+            words=tuple(words),
             **{**one.metadata, "default_text": shown},
         )
     return found
@@ -346,6 +356,17 @@ def _check_entry(path: Path, key: str, value: object) -> Any:
     if key not in SETTINGS:
         raise ConfigurationError(f"{path}: there is no setting {key}{_closest(key, SETTINGS)}")
     return SETTINGS[key].check(value, f"{path}: {key}")
+
+
+def find_misspelt_variables() -> dict[str, str]:
+    """The variables of the environment that look like one of surfw's and are none, with the one that was meant."""
+    known = {setting.variable for setting in SETTINGS.values()} | {CONFIG_VARIABLE, TOKEN_VARIABLE, *_OTHER_VARIABLES}
+    words = [name.removeprefix(_PREFIX) for name in known]
+    found = {}
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIX) and name not in known:
+            found[name] = difflib.get_close_matches(name.removeprefix(_PREFIX), words, n=1, cutoff=_NEAR)
+    return {name: f"{_PREFIX}{near[0]}" for name, near in found.items() if near}
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

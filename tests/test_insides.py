@@ -132,6 +132,8 @@ INSIDES = [
     Inside("torch.nn.modules.module", "register_module_module_registration_hook", "skeleton/guards.py", "as above"),
     Inside("huggingface_hub.utils.tqdm", "tqdm", "checkpoint/hub.py", "progress bars on stderr, only where wanted"),
     Inside("typer.core", "TyperCommand", "cli/options.py", "usage lines, and errors of options that were given late"),
+    Inside("typer.core", "TyperGroup.format_commands", "cli/options.py", "commands in two groups, without rich"),
+    Inside("typer.core", "TyperGroup.resolve_command", "cli/options.py", "other words for commands"),
     Inside("websockets.client", "ClientProtocol", "client/link.py", RECEIVE),
     Inside("websockets.protocol", "Protocol.data_to_send", "server/reception.py", TURNS),
     Inside("websockets.streams", "StreamReader", "client/connection.py", RECEIVE),

@@ -22,7 +22,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "model": ("org/a", "b", "c"),
     "host": ("0.0.0.0", "::1", "localhost"),
     "port": (0, 65535, 9000),
-    "cache_mb": (0, 1000, 2000),
+    "cache_mb": (17, 1000, 2000),
     "insecure": (False, True, True),
     "clients": (1, 2, 3),
     "allowed_host": ("a.example", "b.example", "c.example"),
@@ -208,13 +208,23 @@ def test_switches_in_variables(text: str, value: bool, monkeypatch: pytest.Monke
     assert Settings.load().live is value
 
 
+def test_a_switch_that_may_be_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(live="full").live == "full"
+    assert Settings.load(write(tmp_path, 'live = "full"')).live == "full"
+    monkeypatch.setenv("SURFW_LIVE", "full")
+    assert Settings.load().live == "full"
+    monkeypatch.setenv("SURFW_LIVE", "ful")
+    with pytest.raises(ConfigurationError, match=r"^SURFW_LIVE is 'ful', expected true, false or full$"):
+        Settings.load()
+
+
 WRONG: list[tuple[str, Any, str]] = [
     ("port", True, "is true, expected a whole number from 0 to 65535"),
     ("port", "80", "is '80', expected a whole number from 0 to 65535"),
     ("port", 80.0, "is 80.0, expected a whole number from 0 to 65535"),
     ("port", -1, "is -1, expected a whole number from 0 to 65535"),
     ("port", 65536, "is 65536, expected a whole number from 0 to 65535"),
-    ("cache_mb", -1, "is -1, expected a whole number >= 0"),
+    ("cache_mb", 16, "is 16, expected a whole number >= 17"),
     ("clients", 0, "is 0, expected a whole number >= 1"),
     ("top_p", 1.01, "is 1.01, expected a number from 0 to 1"),
     ("top_p", False, "is false, expected a number from 0 to 1"),
@@ -222,7 +232,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("retry_backoff", float("inf"), "is inf, expected a number >= 1"),
     ("connect_timeout", 0, "is 0.0, expected a number >= 0.001"),
     ("insecure", 1, "is 1, expected true or false"),
-    ("live", "true", "is 'true', expected true or false"),
+    ("live", "true", "is 'true', expected true, false or full"),
     ("store", "", "is '', expected a text that is not empty"),
     ("model", 7, "is 7, expected a text that is not empty"),
     ("model", ["a"], "is ['a'], expected a text that is not empty"),

@@ -30,6 +30,7 @@ class Row:
         ceiling: the most that was possible, given what limits it.
         share: value ÷ ceiling.
         verified: whether bytes were verified, where there are any.
+        note: what a reader has to know about it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     ceiling: float | None = None
     share: float | None = None
     verified: bool | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,7 @@ def rate_row(
     *,
     ceiling: float | None = None,
     verified: bool | None = None,
+    note: str = "",
 ) -> Row:
     """Make the row of a rate in GB/s, with its ratio to the baseline and its share of the ceiling."""
     return Row(
@@ -89,6 +92,7 @@ def rate_row(
         ceiling=ceiling,
         share=None if ceiling is None else rate.value / ceiling,
         verified=verified,
+        note=note,
     )
 
 

@@ -143,8 +143,8 @@ def _rows(size: int, raw: _Series, unverified: _Series, verified: _Series) -> tu
         rate = summarise_rates(size, series.seconds)
         busy = (series.client_cpu + series.server_cpu) / sum(series.seconds)
         ceiling = size * len(series.seconds) * cores / (series.client_cpu + series.server_cpu) / GB
-        what = f"{name}; both sides keep {busy:.1f} of {cores} cores busy"
-        rows.append(rate_row(what, rate, base, ceiling=ceiling, verified=checked))
+        note = f"both sides keep {busy:.1f} of {cores} cores busy"
+        rows.append(rate_row(name, rate, base, ceiling=ceiling, verified=checked, note=note))
     return tuple(rows)
 
 

@@ -117,10 +117,18 @@ def _find_cached(repo_id: str, revision: str | None, cause: Exception) -> Path:
     except Exception:  # noqa: BLE001  # as above
         raise CheckpointError(
             f"model {repo_id!r} is neither a directory here nor a hub model that can be reached ({reason}); "
-            "check the name, or give a local directory"
+            f"{_advise(cause)}, or give a local directory"
         ) from cause
     logger.warning("%s: using the copy in %s, because the hub could not be asked (%s)", repo_id, folder, reason)
     return Path(folder)
+
+
+def _advise(error: Exception) -> str:
+    """What to look at first: the hub's own answers are about the name, all other failures about the way to it."""
+    from huggingface_hub import errors
+
+    answers = (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    return "check the name" if isinstance(error, answers) else "check the network and the name"
 
 
 def _reason(error: Exception, revision: str | None) -> str:

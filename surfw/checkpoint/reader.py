@@ -4,6 +4,7 @@ What is in a shard counts, not what the index says: like transformers, every ten
 with the same name the one of the later shard. A tensor that the index promises and its shard lacks is an error.
 """
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTens
 from surfw.config import quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.manifest import Pin
+
+_SNAPSHOTS, _CACHED = "snapshots", "models--"
+"""The hub's cache keeps `org/name` in `models--org--name/snapshots/COMMIT`."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def open_directory(
             shards.append(open_shard(folder / file))
             opened.callback(shards[-1].close)
         checkpoint = Checkpoint(
-            name=name or folder.resolve().name,
+            name=name or folder_name(folder),
             path=folder,
             config=config,
             generation_config=read_generation_config(folder, where),
@@ -172,6 +176,18 @@ def open_directory(
         _check_promises(checkpoint, weights.promised, where, entry)
         opened.pop_all()
     return checkpoint
+
+
+def folder_name(folder: Path) -> str:
+    """What the model in a folder is called: as the folder, or, in the hub's cache, as the model is on the hub.
+
+    A symbolic link has its own name, not that of what it points to.
+    """
+    path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - resolve() follows links, and absolute() keeps ..
+    cached = path.parent.parent.name
+    if path.parent.name == _SNAPSHOTS and cached.startswith(_CACHED):
+        return cached.removeprefix(_CACHED).replace("--", "/", 1)
+    return path.name
 
 
 def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:

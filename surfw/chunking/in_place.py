@@ -6,7 +6,8 @@ object is pinned to the revision it had when its header was read.
 
 As a program (`python -m surfw.chunking.in_place`), this makes a private store for a checkpoint that a server serves in
 place: a process of its own, since the server's never loads torch. It reads a JSON object from its standard input
-(`place`, `options`), so that no secret stands in the list of processes, and writes one: `store`, or `error` and `text`.
+(`place`, `options`, `stores`), so that no secret stands in the list of processes, and writes one: `store`, or `error`
+and `text`.
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from typing import Any
 
 from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.layout import read_small
+from surfw.checkpoint.reader import folder_name
 from surfw.checkpoint.shard import check_unchanged
 from surfw.chunking.plan import PlannedChunk
 from surfw.chunking.prepare import PreparedModel, prepare_model
@@ -151,8 +153,15 @@ async def publish_place(
     options: Mapping[str, Any] | None = None,
     *,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    stores: Path | None = None,
 ) -> Path:
     """Make the checkpoint in a folder or under a storage URL the one model of a private store, without digests.
+
+    Args:
+        place: the folder or URL.
+        options: storage options for it.
+        silence_timeout: seconds without progress after which a remote storage is given up.
+        stores: the folder of private stores; default: `private_stores()`.
 
     Returns:
         The folder of that store.
@@ -160,10 +169,10 @@ async def publish_place(
     Raises:
         SurfwError: it cannot be served in place.
     """
-    folder = private_store(place, options or {})
+    folder = private_store(place, options or {}, stores)
     name = None
     if "://" not in place:
-        name = plain_name(await asyncio.to_thread(lambda: Path(place).expanduser().resolve().name))
+        name = "/".join(map(plain_name, folder_name(Path(place)).split("/")))
     prepared = await asyncio.to_thread(
         prepare_model, place, name=name, storage_options=options, silence_timeout=silence_timeout
     )
@@ -186,7 +195,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     request = json.load(sys.stdin)
     try:
-        store = asyncio.run(publish_place(request["place"], request["options"]))
+        store = asyncio.run(publish_place(request["place"], request["options"], stores=Path(request["stores"])))
         reply = {"store": str(store)}
     except SurfwError as exc:
         reply = {"error": type(exc).__name__, "text": str(exc)}

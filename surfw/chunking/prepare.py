@@ -7,7 +7,7 @@ loaded: the functions that need them import them.
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -118,6 +118,7 @@ def prepare_model(
     show_progress: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    on_step: Callable[[str], object] = lambda _: None,
 ) -> PreparedModel:
     """Open a checkpoint and plan its chunks.
 
@@ -132,6 +133,7 @@ def prepare_model(
         show_progress: let the hub library draw its bars on stderr, in a terminal.
         storage_options: for a storage URL in `model`.
         silence_timeout: seconds without progress after which a remote storage is given up.
+        on_step: called with what goes on, in words, whenever that changes.
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete, or missing.
@@ -158,13 +160,20 @@ def prepare_model(
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
         name = check_model_name(name or checkpoint.name)
-        prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model)
+        prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model, on_step=on_step)
         opened.pop_all()
     return prepared
 
 
 def _plan_model(
-    checkpoint: Checkpoint, name: str, dtype: str | None, model_class: Any, on_missing: OnMissing, *, where: str
+    checkpoint: Checkpoint,
+    name: str,
+    dtype: str | None,
+    model_class: Any,
+    on_missing: OnMissing,
+    *,
+    where: str,
+    on_step: Callable[[str], object],
 ) -> PreparedModel:
     """Decide what of a checkpoint goes where."""
     refuse_kernels(checkpoint.config, where=where)
@@ -172,10 +181,12 @@ def _plan_model(
     for lines, why in ((code, "surfw runs no code that comes with a model"), (unfit, "no file may choose it")):
         for line in lines:
             logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
+    on_step("importing torch and transformers")
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
     from surfw.skeleton.loading import plan_loading
 
+    on_step(f"planning the chunks of {name}")
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)

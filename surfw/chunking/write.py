@@ -14,6 +14,7 @@ import fcntl
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -25,8 +26,8 @@ from blake3 import blake3
 from surfw.checkpoint.layout import read_small
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
-from surfw.config import FILE_BYTES, MIB, PIECE_BYTES
-from surfw.errors import NotFoundError, StorageError
+from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
+from surfw.errors import ManifestError, NotFoundError, StorageError, StorageFullError
 from surfw.files import read_regular
 from surfw.manifest import (
     Chunk,
@@ -46,7 +47,7 @@ from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
 from surfw.storage.housekeeping.leases import WriteLease
-from surfw.storage.store import Store, blob_key, objects_of
+from surfw.storage.store import MARKER, Store, blob_key, objects_of
 from surfw.threads import to_its_end
 
 _BUFFERS = 3
@@ -58,9 +59,19 @@ Progress = Callable[[int, str], None]
 
 
 async def write_model(
-    prepared: PreparedModel, backend: StorageBackend, *, progress: Progress = lambda *_: None
+    prepared: PreparedModel,
+    backend: StorageBackend,
+    *,
+    progress: Progress = lambda *_: None,
+    on_unchanged: Callable[[str], object] = lambda _: None,
 ) -> Manifest:
     """Write a prepared model into a store, and publish it. An empty place becomes a store.
+
+    Args:
+        prepared: the model.
+        backend: the storage.
+        progress: see `Progress`.
+        on_unchanged: called with the name of each chunk that was in the store already.
 
     Raises:
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
@@ -69,9 +80,11 @@ async def write_model(
     await store.create()
     source = PayloadReader(prepared)
     writer = ChunkWriter(store.backend, source, model=prepared.name, key=prepared.key, progress=progress)
+    writer.on_unchanged = on_unchanged
     with writer.locked():
         try:
             async with writer.lease.renewed():
+                await writer.expect_space(store, prepared.plan)
                 chunks = await writer.write(prepared.plan)
                 files = [await writer.write_file(path) for _, path in sorted(prepared.checkpoint.files.items())]
                 manifest = prepared.manifest(chunks, files)
@@ -93,8 +106,34 @@ class ChunkWriter:
         self.progress = progress
         self.folder = backend.spool() / key
         self.lease = WriteLease(backend, model, self.folder)
+        self.on_unchanged: Callable[[str], object] = lambda _: None
+        self._model = model
         self._journal = self.folder / "journal.jsonl"
         self._stop = threading.Event()
+
+    async def expect_space(self, store: Store, plan: ChunkPlan) -> None:
+        """Make sure that a store on this machine has room for what is still to be written.
+
+        Where there is too little, chunks do not count that may be those of other models of the store, by their sizes.
+
+        Raises:
+            StorageFullError: there is not.
+        """
+        if self.backend.local_path(MARKER) is None:
+            return
+        done = self._read_journal()
+        sizes = Counter(chunk.payload_bytes for chunk in plan.chunks if chunk.name not in done)
+        free = await asyncio.to_thread(lambda: shutil.disk_usage(self.folder).free)
+        if sum(sizes.elements()) > free:
+            for model in await store.models():
+                with suppress(ManifestError, StorageError):
+                    sizes -= Counter(chunk.payload_bytes for chunk in (await store.facts(model)).chunks)
+        needed = sum(sizes.elements())
+        if needed > free:
+            raise StorageFullError(
+                f"{self.backend.url} has no space for {self._model}: {format_size(needed)} ({needed} bytes) are to be "
+                f"written, and {format_size(free)} ({free} bytes) are free; free some, or name another store"
+            )
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
         """Write the chunks that are not in the storage yet, and return all of them."""
@@ -105,6 +144,7 @@ class ChunkWriter:
             for index, planned in enumerate(plan.chunks):
                 if planned.name in forms and await self._is_stored(forms[planned.name]):
                     self.progress(planned.payload_bytes, planned.name)
+                    self.on_unchanged(planned.name)
                     continue
                 scratch = self.folder / f"{index:06d}.tmp"
                 writing = asyncio.to_thread(self._write_file, planned, scratch)
@@ -196,17 +236,21 @@ class ChunkWriter:
         location = Location(blob_key(found.digest, ".safetensors"), len(header), len(header) + size)
         return Form("none", size, *found, (location,))
 
-    async def _place(self, form: Form) -> Form:
-        """Where the payload will lie: behind our header, or behind that of an equal payload that is already stored."""
+    async def _place(self, form: Form) -> tuple[Form, bool]:
+        """Where the payload will lie, and whether it lies there: it may have been stored before.
+
+        That is behind our header, or behind that of an equal payload that is already stored.
+        """
         (ours,) = form.locations
         size = await self._size(ours.object)
         there = Location(ours.object, size - form.stored_bytes, size)
         if there == ours or there.start <= 0:
-            return form
+            return form, there == ours
         seen = blake3()
         for start in range(there.start, there.stop, PIECE_BYTES):
             seen.update(await self.backend.load_range(there.object, start, min(start + PIECE_BYTES, there.stop)))
-        return replace(form, locations=(there,)) if seen.hexdigest() == form.digest else form
+        is_equal = seen.hexdigest() == form.digest
+        return replace(form, locations=(there,)) if is_equal else form, is_equal
 
     async def _finish(self, name: str, form: Form, scratch: Path, forms: dict[str, Form]) -> None:
         """Make a chunk's file durable, put it in its place, and note in `forms` and in the journal that it is done."""
@@ -220,7 +264,7 @@ class ChunkWriter:
             await asyncio.to_thread(sync)
         await self.lease.hold([form.locations[0].object])
         async with self._placing(form):
-            placed = await self._place(form)
+            placed, was_there = await self._place(form)
             if placed == form:
                 await self.backend.adopt(form.locations[0].object, scratch)
             # else an equal payload is there already, behind another header, and stays; `write` removes ours
@@ -228,6 +272,8 @@ class ChunkWriter:
         with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
             journal.write(encode_line(entry | Digests(form.digest, form.blocks).document()))
         forms[name] = placed
+        if was_there:
+            self.on_unchanged(name)
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:

@@ -7,18 +7,19 @@ import logging
 import os
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, streams
+from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, store, streams
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
     name="surfw",
     help="Run transformer models whose weights are somewhere else, or are bigger than memory.",
     epilog="Start with:  surfw infer --prompt 'Weight streaming is'",
+    cls=options.Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -27,10 +28,35 @@ app = typer.Typer(
 app.command("chunk", cls=options.Command, epilog=chunk.EXAMPLES)(chunk.chunk)
 app.command("serve", cls=options.Command, epilog=serve.EXAMPLES)(serve.serve)
 app.command("infer", cls=options.Command, epilog=infer.EXAMPLES)(infer.infer)
-app.command("chat", cls=options.Command, epilog=chat.EXAMPLES)(chat.chat)
 app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
-app.command("config", cls=options.Command, epilog=config.EXAMPLES)(config.config)
 app.add_typer(bench.app, name="bench")
+for name, command, examples in (
+    ("chat", chat.chat, chat.EXAMPLES),
+    ("list", store.list_, store.LIST_EXAMPLES),
+    ("show", store.show, store.SHOW_EXAMPLES),
+    ("rm", store.rm, store.RM_EXAMPLES),
+    ("prune", store.prune, store.PRUNE_EXAMPLES),
+    ("verify", store.verify, store.VERIFY_EXAMPLES),
+    ("config", config.config, config.EXAMPLES),
+):
+    app.command(name, cls=options.Command, epilog=examples, rich_help_panel=options.MORE)(command)
+
+
+@app.command("help", cls=options.Command, rich_help_panel=options.MORE)
+def show_help(
+    context: typer.Context,
+    words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="Such as: bench wire")] = None,
+) -> None:
+    """Show the help of surfw, or of one of its commands."""
+    shown = context.find_root()
+    for word in words or ():
+        group = shown.command
+        if not isinstance(group, options.Group):
+            raise options.Mistake(f"'{shown.command_path}' has no commands of its own, and no {word!r}")
+        _, command, _ = group.resolve_command(shown, [word])
+        assert command is not None, "a mistake was raised"
+        shown = typer.Context(command, info_name=word, parent=shown)
+    typer.echo(shown.get_help())
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,7 +89,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
 def run() -> int:
     """Run the command line, and return the exit code."""
     streams.set_up()
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.setFormatter(_Remark("%(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("surfw").addHandler(handler)
@@ -98,6 +124,15 @@ def _run() -> int:
             raise
         return _fail(f"unexpected {type(exc).__name__}: {exc}; SURFW_DEBUG=1 shows where, please report it")
     return 0
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to stderr as it is at the time: a spinner or a live view puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self.setStream(sys.stderr)
+        super().emit(record)
 
 
 class _Remark(streams.OneLine):

@@ -1,5 +1,6 @@
 """`surfw bench`: measurements against a baseline of the same run."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ _FOLDER = typer.Option(
 )
 
 app = typer.Typer(
+    cls=options.Group,
     help="Measure surfw against a baseline in the same run.",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -31,8 +33,10 @@ app = typer.Typer(
 def wire(
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 7,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """From a server's cache into a client's memory, against a raw TCP socket that moves the same bytes."""
+    _say("measuring", quiet=quiet)
     from surfw.bench.wire import bench_wire
 
     _show(bench_wire(rounds=rounds), json=json)
@@ -42,8 +46,10 @@ def wire(
 def flood(
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each measurement takes.")] = 3.0,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """A good client's rate, and a new one's wait, beside clients that flood the server in a dozen ways."""
+    _say("measuring", quiet=quiet)
     from surfw.bench.flood import bench_flood
 
     _show(bench_flood(seconds=seconds), json=json)
@@ -55,8 +61,10 @@ def chunk(
     folder: Annotated[str | None, _FOLDER] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Chunking a checkpoint, against `cp` of the same bytes, both synced to the disk."""
+    _say("measuring", quiet=quiet)
     from surfw.bench.chunk import bench_chunk
 
     _show(bench_chunk(model, folder=folder, rounds=rounds), json=json)
@@ -75,11 +83,15 @@ def bench_storage(
     configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baselines; medians are shown.")] = 5,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Reading a model from a storage, against plain parallel ranges, and Run:ai Model Streamer if it is installed."""
+    from surfw.cli.addresses import read_address
+
+    _say("measuring", quiet=quiet)
     from surfw.bench.storage import bench_storage as measure
 
-    found = measure(url, model=model, options=configuration.settings.storage_options, rounds=rounds)
+    found = measure(read_address(url).url, model=model, options=configuration.settings.storage_options, rounds=rounds)
     _show(found, json=json)
 
 
@@ -126,12 +138,14 @@ def infer(
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
     patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
     from surfw.bench.comparison import Comparison
     from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render
-    from surfw.config import parse_size
+    from surfw.cli.addresses import read_source
+    from surfw.config import DEFAULT_CONNECT_SECONDS, parse_size
 
     comparison = Comparison(
         model_dir=model_dir,
@@ -142,17 +156,25 @@ def infer(
         memory_budget=memory_budget,
         store=store,
         folder=folder,
-        source=source,
+        source=None if source is None else read_source(source, seconds=DEFAULT_CONNECT_SECONDS),
         bandwidth_bytes=None if bandwidth is None else parse_size(bandwidth),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
         patience_seconds=patience,
     )
-    found = bench_infer(comparison, on_progress=lambda text: render.err.print(f"surfw: {text}", soft_wrap=True))
+    found = bench_infer(comparison, on_progress=partial(_say, quiet=quiet))
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
+
+
+def _say(text: str, *, quiet: bool) -> None:
+    """Say what goes on. A spinner would take time from what is measured."""
+    from surfw.cli import render
+
+    if not quiet:
+        render.err.print(f"surfw: {text}", soft_wrap=True)
 
 
 def _show(result: "Result", *, json: bool) -> None:

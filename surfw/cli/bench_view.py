@@ -21,6 +21,9 @@ def show_rows(result: Result) -> None:
             for row in result.rows
         ],
     )
+    for row in result.rows:
+        if row.note:
+            render.out.print(f"- {row.name}: {row.note}", soft_wrap=True)
     _show_machine(result)
 
 

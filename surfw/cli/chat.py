@@ -23,6 +23,7 @@ from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
 from surfw.settings import SettingOrigin
 
 if TYPE_CHECKING:
+    from surfw.cli.chat_prompt import LineEditor
     from surfw.cli.chat_view import ChatView
     from surfw.models.conversation import Conversation, Turn
     from surfw.models.streaming import StreamingModel
@@ -38,10 +39,10 @@ Examples:
 COMMANDS = {
     "/reset": "forget the conversation and begin a new one",
     "/system": "TEXT: set the system message; without a text, remove it",
-    "/stats": "how long the conversation is, and what it took",
+    "/stats": "show how long the conversation is, and what it took",
     "/save": "FILE: write the conversation to a new file, as text or .json",
     "/help": "show this",
-    "/quit": "end the session, as Ctrl-D does",
+    "/quit": "end the session",
 }
 
 _PATIENCE_SIGNALS = 2
@@ -156,8 +157,11 @@ class _Session:
         """Take messages and commands, until the person has had enough."""
         from surfw.cli.chat_prompt import LineEditor
 
-        self._greet()
-        editor = LineEditor(surfw_home() / "history", list(COMMANDS))
+        with ThreadPoolExecutor(1, thread_name_prefix="surfw-chat") as self._answers:
+            self._greet()
+            self._loop(LineEditor(surfw_home() / "history", list(COMMANDS)))
+
+    def _loop(self, editor: "LineEditor") -> None:
         was_interrupted = False
         while True:
             try:
@@ -194,7 +198,7 @@ class _Session:
                     )
                 self._commands[word](rest.strip())
             elif word:
-                self._answer(text)
+                self._answer(text.removeprefix(" ") if text.startswith(" /") else text)
         except ModelClosedError:
             raise
         except SurfwError as exc:
@@ -205,11 +209,19 @@ class _Session:
 
     def _answer(self, text: str) -> None:
         _expect_text(text, "the message")
-        from surfw.cli.chat_prompt import without_echo
-
-        with without_echo(), self._view.answering():
-            turn = _ask(self._conversation, text, self._view.on_text)
+        with self._view.answering():
+            turn = self._ask(text)
         self._view.end_answer(turn)
+
+    def _ask(self, text: str) -> "Turn":
+        """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
+        with _stopped_by_signal(self._conversation):
+            asking = self._answers.submit(self._conversation.ask, text, on_text=self._view.on_text)
+            try:
+                return asking.result()
+            except BaseException:
+                _end(self._conversation, asking)
+                raise
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()
@@ -239,20 +251,7 @@ class _Session:
         self._view.note(f"saved in {path}")
 
     def _help(self, _: str) -> None:
-        for command, meaning in COMMANDS.items():
-            self._view.say(f"  {command:8} {meaning}")
-        self._view.say("  The arrow keys bring back what you wrote. Ctrl-C stops an answer, Ctrl-D ends the session.")
-
-
-def _ask(conversation: "Conversation", text: str, on_text: Callable[[str], None]) -> "Turn":
-    """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
-    with ThreadPoolExecutor(1, thread_name_prefix="surfw-chat") as executor, _stopped_by_signal(conversation):
-        asking = executor.submit(conversation.ask, text, on_text=on_text)
-        try:
-            return asking.result()
-        except BaseException:
-            _end(conversation, asking)
-            raise
+        self._view.help(COMMANDS)
 
 
 def _end(conversation: "Conversation", asking: "Future[Turn]") -> None:

@@ -7,9 +7,8 @@ by others and grows without end; where it cannot be read or written, the session
 import json
 import os
 import sys
-import termios
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit import PromptSession
@@ -51,19 +50,6 @@ class LineEditor:
             EOFError: Ctrl-D was pressed in an empty line, or the terminal is gone.
         """
         return self._session.prompt(_PROMPT, handle_sigint=False)
-
-
-@contextmanager
-def without_echo() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen; it waits for the next message."""
-    terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    *modes, local, in_speed, out_speed, characters = before
-    termios.tcsetattr(terminal, termios.TCSANOW, [*modes, local & ~termios.ECHO, in_speed, out_speed, characters])
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 class PrivateHistory(History):

@@ -1,8 +1,9 @@
 """What `chat` shows: answers on stdout as they come, everything else on stderr."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import termios
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.status import Status
@@ -34,24 +35,26 @@ class ChatView:
     def note(self, text: str) -> None:
         """Say what is going on, in a line."""
         if not self._quiet:
-            render.err.print(f"surfw: {one_line(text)}", style="dim", soft_wrap=True)
+            render.err.print(f"surfw: {one_line(text)}", style="dim", soft_wrap=not self._is_interactive)
 
     def error(self, exc: Exception) -> None:
         """Say what went wrong, in a line, while the session goes on."""
         print(f"surfw: error: {one_line(str(exc))}", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
-        """Show what a person asked for, also if the session is quiet."""
-        render.err.print(text, soft_wrap=True)
+    def help(self, commands: Mapping[str, str]) -> None:
+        """Show the commands and what they do, and the keys."""
+        keys = {"Up": "what you wrote before", "Ctrl-C": "stop the answer", "Ctrl-D": "end the session"}
+        render.err.print(render.pair_table("", [*commands.items(), *keys.items()]))
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Show that something goes on, until there is something to see."""
+        """Show that something goes on, until there is something to see; what is typed meanwhile is not."""
         if self._is_interactive and not self._quiet:
             self._status = render.err.status(one_line(what), spinner="dots")
             self._status.start()
         try:
-            yield
+            with _without_echo():
+                yield
         finally:
             self._end_status()
 
@@ -108,6 +111,23 @@ class ChatView:
             ("stalled, computing", f"{stalled}, {computing}"),
         ]
         render.err.print(render.pair_table("", rows))
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """Keep what is typed off the screen; it waits for the next message."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    *modes, local, in_speed, out_speed, characters = before
+    termios.tcsetattr(terminal, termios.TCSANOW, [*modes, local & ~termios.ECHO, in_speed, out_speed, characters])
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def _summary(turn: "Turn") -> str:

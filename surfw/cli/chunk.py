@@ -1,16 +1,25 @@
-"""`surfw chunk`: a checkpoint into a store. `housekeeping` has what its options do with a store instead."""
+"""`surfw chunk`: a checkpoint into a store.
 
-from collections.abc import Mapping
+Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the commands of `store` do; scripts use them.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import options
+from surfw.cli import completion, options
 from surfw.config import count, display_url, format_size
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
     from surfw.chunking import PreparedModel
+    from surfw.manifest import Manifest
+    from surfw.storage import StorageBackend
+    from surfw.storage.origins import PlacedOptions
 
 EXAMPLES = """\b
 Examples:
@@ -18,11 +27,22 @@ Examples:
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
   surfw chunk s3://bucket/my-model --in-place
-  surfw chunk --list
-  surfw chunk --verify my-model --json
-  surfw chunk --remove my-model
-  surfw chunk --prune --dry-run --store s3://bucket/prefix
 """
+
+_TASKS = {"list": "list", "show": "show", "rm": "rm", "remove": "rm", "prune": "prune", "verify": "verify"}
+"""The words that somebody may put behind `chunk`, and the commands that do it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wanted:
+    """What is to be chunked, and how; see the options of `chunk`."""
+
+    model: str
+    name: str | None
+    revision: str | None
+    dtype: str | None
+    dry_run: bool
+    in_place: bool
 
 
 @options.with_settings("store", "storage_options", "on_missing")
@@ -30,10 +50,7 @@ def chunk(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A hub id (org/name), a local directory, or a storage URL; with --verify, a name in the store.",
-        ),
+        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory, or a storage URL."),
     ] = None,
     configuration: options.Configuration,
     name: Annotated[
@@ -41,29 +58,24 @@ def chunk(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Convert the weights, such as to bfloat16. [default: as they are]")
+        str | None,
+        typer.Option(
+            help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
+        ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show layers and sizes, or what would be pruned, and write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
     in_place: Annotated[
         bool,
         typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
     ] = False,
-    listing: Annotated[bool, typer.Option("--list", help="Instead of chunking, show what is in the store.")] = False,
-    remove: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Instead of chunking, remove a model; its blobs stay until --prune."),
-    ] = None,
-    prune: Annotated[
-        bool, typer.Option("--prune", help="Instead of chunking, remove the blobs that no model needs.")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="Instead of chunking, read every byte of all models, or of MODEL.")
-    ] = False,
+    listing: Annotated[bool, typer.Option("--list", hidden=True)] = False,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", hidden=True)] = None,
+    prune: Annotated[bool, typer.Option("--prune", hidden=True)] = False,
+    verify: Annotated[bool, typer.Option("--verify", hidden=True)] = False,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Cut a checkpoint into chunks by layer, and write them into a store; or keep the store in order.
+    """Cut a checkpoint into chunks by layer, and store them.
 
     An interrupted run leaves nothing visible; the same command goes on where it stopped.
     """
@@ -78,22 +90,26 @@ def chunk(
 
         match task:
             case "--list":
-                housekeeping.list_models(settings, json=json)
+                housekeeping.list_models(settings, json=json, quiet=quiet)
             case "--remove":
-                housekeeping.remove_model(settings, remove or "", json=json)
+                housekeeping.remove_model(settings, remove or "", json=json, quiet=quiet)
             case "--prune":
-                housekeeping.prune(settings, dry_run=dry_run, json=json)
+                housekeeping.prune(settings, dry_run=dry_run, json=json, quiet=quiet)
             case "--verify":
-                housekeeping.verify(settings, model, json=json)
+                housekeeping.verify(settings, model, json=json, quiet=quiet)
         return
     if model is None:
         raise typer.BadParameter(
-            "name a checkpoint to chunk, or say --list, --remove, --prune or --verify", param_hint="MODEL"
+            "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
+    if model in _TASKS and not Path(model).is_dir():
+        raise options.Mistake(
+            f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
+        )
+    wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)
     try:
-        _chunk(
-            model, settings, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place, json=json
-        )
+        with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
+            _chunk(wanted, settings, step, json=json, quiet=quiet)
     except KeyboardInterrupt as exc:
         raise KeyboardInterrupt("" if dry_run else "the same command goes on where it stopped") from exc
 
@@ -122,70 +138,100 @@ def _only_task(
     return task
 
 
-def _chunk(
-    model: str,
-    settings: Settings,
-    *,
-    name: str | None,
-    revision: str | None,
-    dtype: str | None,
-    dry_run: bool,
-    in_place: bool,
-    json: bool,
-) -> None:
-    """Chunk a checkpoint, or show what that would write."""
+def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
+    """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
     import asyncio
 
-    from surfw.chunking import prepare_model, write_model
-    from surfw.chunking.in_place import build_manifest, check_reach, write_in_place
+    from surfw.chunking import prepare_model
+    from surfw.chunking.in_place import build_manifest, check_reach
     from surfw.cli import render
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
+    model = wanted.model
     # A folder takes no options, so those that are given with one are for the checkpoint.
-    options = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
+    placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
-    if in_place:
+    if wanted.in_place:
         check_reach(model, backend)
     with prepare_model(
         model,
-        name=name,
-        revision=revision,
-        dtype=dtype,
+        name=wanted.name,
+        revision=wanted.revision,
+        dtype=wanted.dtype,
         on_missing=settings.on_missing,
-        show_progress=not json and render.err.is_terminal,
-        storage_options=options.for_url(model),
+        show_progress=not (json or quiet) and render.err.is_terminal,
+        storage_options=placed.for_url(model),
+        on_step=step,
     ) as prepared:
         from surfw.models.assembly import plan_least_budget  # torch is there by now
 
         least_bytes, token_bytes = plan_least_budget(prepared)
+        step("")
         facts = _facts(prepared, least_bytes, token_bytes)
-        if dry_run:
-            if in_place:
-                asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
-            if json:
-                render.print_json(facts)
-            else:
-                _show_plan(prepared, least_bytes, token_bytes)
+        if not wanted.dry_run:
+            manifest, unchanged = _write(prepared, backend, wanted, placed, quiet=json or quiet)
+            _show_result(facts, manifest, unchanged, wanted, display_url(settings.store), json=json)
             return
-        with render.byte_bar("chunking", prepared.plan.payload_bytes, quiet=json) as update:
+        if wanted.in_place:
+            asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
+        if json:
+            render.print_json(facts)
+        else:
+            _show_plan(prepared, least_bytes, token_bytes)
 
-            def progress(size: int, chunk: str) -> None:
-                update(advance=size, description=chunk)
 
-            if in_place:
-                writing = write_in_place(prepared, backend, origin_options=options, progress=progress)
-            else:
-                writing = write_model(prepared, backend, progress=progress)
-            manifest = asyncio.run(writing)
-    place = display_url(settings.store)
+def _write(
+    prepared: "PreparedModel", backend: "StorageBackend", wanted: _Wanted, placed: "PlacedOptions", *, quiet: bool
+) -> "tuple[Manifest, int]":
+    """Write a model; returns its manifest, and how many of its chunks were there already."""
+    import asyncio
+
+    from surfw.chunking import write_model
+    from surfw.chunking.in_place import write_in_place
+    from surfw.cli import render
+
+    unchanged: list[str] = []
+    with render.byte_bar("chunking", prepared.plan.payload_bytes, quiet=quiet) as update:
+
+        def progress(size: int, chunk: str) -> None:
+            update(advance=size, description=chunk)
+
+        if wanted.in_place:
+            writing = write_in_place(prepared, backend, origin_options=placed, progress=progress)
+        else:
+            writing = write_model(prepared, backend, progress=progress, on_unchanged=unchanged.append)
+        return asyncio.run(writing), len(unchanged)
+
+
+def _show_result(
+    facts: Mapping[str, Any], manifest: "Manifest", unchanged: int, wanted: _Wanted, place: str, *, json: bool
+) -> None:
+    from surfw.cli import render
+
     if json:
-        render.print_json(facts | {"store": place, "digest": manifest.digest})
-    else:
-        render.say(
-            f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
-            f"{format_size(manifest.payload_bytes)} in {place}{', which points at the checkpoint' if in_place else ''}"
-        )
+        render.print_json({**facts, "store": place, "digest": manifest.digest, "unchanged_chunks": unchanged})
+        return
+    how = ", which points at the checkpoint" if wanted.in_place else ""
+    if unchanged:
+        some = "all" if unchanged == len(manifest.chunks) else f"{unchanged} of {len(manifest.chunks)}"
+        how = f"; {some} chunks were there already"
+    render.say(
+        f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
+        f"{format_size(manifest.payload_bytes)} in {place}{how}"
+    )
+
+
+def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
+    """Show what goes on before the first byte is written; while the hub is asked, its library shows that."""
+    from surfw.cli import render
+    from surfw.cli.addresses import is_here
+
+    if is_here(model) or "://" in model:
+        return render.busy(f"reading {display_url(model)}", quiet=quiet)
+    if not quiet and render.err.is_terminal:
+        render.err.print(f"surfw: asking the hub for {model}", style="dim", soft_wrap=True)
+    return render.busy("", quiet=quiet)
 
 
 def _facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> dict[str, Any]:

@@ -18,7 +18,12 @@ Examples:
 """
 
 
-def config(context: typer.Context, file: options.ConfigFile = None, json: options.Json = False) -> None:
+def config(
+    context: typer.Context,
+    file: options.ConfigFile = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,  # noqa: ARG001 - as all commands have it; nothing else is printed here
+) -> None:
     """Show every setting, its value, and where it comes from.
 
     A token is never shown, only whether there is one; storage options are shown only where they are harmless.

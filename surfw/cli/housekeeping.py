@@ -1,43 +1,73 @@
-"""`surfw chunk --list`, `--remove`, `--prune` and `--verify`: one function each, which does it and shows the result."""
+"""What the commands of `store` do with a store, and how they show the result: one function each."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
+from typing import Any, TypeVar
 
 from surfw.cli import render
-from surfw.config import count, format_size
-from surfw.errors import IntegrityError
+from surfw.client import read_stats
+from surfw.config import DEFAULT_HOST, count, display_url, format_size
+from surfw.errors import IntegrityError, SurfwError
 from surfw.settings import Settings
-from surfw.storage.housekeeping import Housekeeping, Pruned, Removed, Steps, StoreContents, StoredModel, Verified
+from surfw.storage import open_backend
+from surfw.storage.housekeeping import (
+    Housekeeping,
+    Pruned,
+    Removed,
+    Steps,
+    StoreContents,
+    StoredModel,
+    Verified,
+)
+from surfw.storage.housekeeping.details import ModelDetails, StoredChunk, describe_model
 
 T = TypeVar("T")
 
+logger = logging.getLogger("surfw.cli")
 
-def list_models(settings: Settings, *, json: bool) -> None:
+_ASK_SECONDS = 1.0
+
+
+def list_models(settings: Settings, *, json: bool, quiet: bool) -> None:
     """Show what is in the store."""
-    render.show(_run(settings, Housekeeping.contents), _show_contents, json=json)
+    with _busy(settings, quiet=json or quiet):
+        contents = _run(settings, Housekeeping.contents)
+    render.show(contents, _show_contents, json=json)
 
 
-def remove_model(settings: Settings, name: str, *, json: bool) -> None:
+def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:
+    """Show one model of the store."""
+    with _busy(settings, quiet=json or quiet):
+        details = asyncio.run(describe_model(settings.store, name, storage_options=settings.storage_options))
+    render.show(details, _show_details, json=json)
+
+
+def remove_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:
     """Remove a model from the store."""
-    render.show(_run(settings, lambda store: store.remove(name)), _show_removed, json=json)
+    with _busy(settings, quiet=json or quiet):
+        _warn_of_readers(settings, name)
+        removed = _run(settings, lambda store: store.remove(name))
+    render.show(removed, _show_removed, json=json)
 
 
-def prune(settings: Settings, *, dry_run: bool, json: bool) -> None:
+def prune(settings: Settings, *, dry_run: bool, json: bool, quiet: bool) -> None:
     """Remove the blobs that no model needs."""
-    with _progress("pruning", quiet=json) as progress:
+    with _progress("pruning", quiet=json or quiet) as progress:
+        _warn_of_readers(settings, None)
         pruned = _run(settings, lambda store: store.prune(dry_run=dry_run, progress=progress))
     render.show(pruned, _show_pruned, json=json)
 
 
-def verify(settings: Settings, model: str | None, *, json: bool) -> None:
+def verify(settings: Settings, model: str | None, *, json: bool, quiet: bool) -> None:
     """Read every byte of a model, or of all of them.
 
     Raises:
         IntegrityError: something is damaged or missing; all of it has been shown by then.
     """
-    with _progress("verifying", quiet=json) as progress:
+    with _progress("verifying", quiet=json or quiet) as progress:
         verified = _run(settings, lambda store: store.verify(model, progress=progress))
     render.show(verified, _show_verified, json=json)
     if verified.damage:
@@ -56,6 +86,37 @@ def _run(settings: Settings, work: Callable[[Housekeeping], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
+def _warn_of_readers(settings: Settings, model: str | None) -> None:
+    """Warn if a server on this machine has clients that read a model; None for those that were removed already.
+
+    A store cannot tell who reads it. So this asks the one server that may be at hand: at the setting `port` of this
+    machine. One that serves another store, or does not answer within a second, is not spoken of.
+    """
+    url = f"ws://{DEFAULT_HOST}:{settings.port}"
+    try:
+        stats: Mapping[str, Any] = read_stats(url, token=settings.token, timeout_seconds=_ASK_SECONDS)
+        store = display_url(open_backend(settings.store, settings.storage_options).url)
+    except SurfwError:
+        return
+    if stats["storage"]["url"] != store or not stats["clients"]:
+        return
+    if "connections" in stats:
+        reading = [one["model"] for one in stats["connections"] if one["model"]]
+        readers = sum(one == model if model else one not in stats["models"] for one in reading)
+    else:
+        readers = stats["clients"] if model is None or model in stats["models"] else 0  # it does not say who reads what
+    if readers:
+        what = model or "models that were removed"
+        logger.warning(
+            "the server at %s serves this store, and %s of it may be reading %s; what they run will fail",
+            url, count(readers, "client"), what,
+        )  # fmt: skip
+
+
+def _busy(settings: Settings, *, quiet: bool) -> AbstractContextManager[object]:
+    return render.busy(f"reading {display_url(settings.store)}", quiet=quiet)
+
+
 @contextmanager
 def _progress(what: str, *, quiet: bool) -> Iterator[Steps]:
     with render.byte_bar(what, quiet=quiet) as update:
@@ -66,12 +127,12 @@ def _show_contents(contents: StoreContents) -> None:
     _show_models(contents.models)
     for one in contents.unfinished:
         state = f"being written by process {one.pid} on {one.host}" if one.at_work else "unfinished; its writer ended"
-        advice = "" if one.at_work else "; 'surfw chunk' resumes it, --remove gives it up"
+        advice = "" if one.at_work else "; 'surfw chunk' resumes it, 'surfw rm' gives it up"
         render.say(f"{one.name}: {state}; {count(one.blobs, 'blob')} kept for it{advice}")
     render.say(f"{count(len(contents.models), 'model')}, {format_size(contents.stored_bytes)} in {contents.store}")
     if contents.unneeded_blobs:
         size = format_size(contents.unneeded_bytes or 0)
-        render.say(f"{count(contents.unneeded_blobs, 'blob')} of no model, {size}: --prune removes them")
+        render.say(f"{count(contents.unneeded_blobs, 'blob')} of no model, {size}: 'surfw prune' removes them")
     if contents.left_alone:
         names = render.list_names(contents.left_alone)
         render.say(f"{count(len(contents.left_alone), 'object')} not surfw's: {names}")
@@ -99,9 +160,43 @@ def _show_models(models: Sequence[StoredModel]) -> None:
             render.say(f"{one.name}: not copied; its weights, {format_size(one.payload_bytes)}, lie in {one.origin}")
 
 
+def _show_details(model: ModelDetails) -> None:
+    rows = [
+        ("model", model.name),
+        ("store", model.store),
+        ("class", f"{model.class_name}, {model.dtype}"),
+        ("chunks", f"{model.chunks}, {model.layers} of them layers"),
+        ("weights", format_size(model.payload_bytes)),
+        (
+            "in the store",
+            f"{format_size(model.stored_bytes)}, {format_size(model.shared_bytes)} shared with other models",
+        ),
+        ("files", ", ".join(file.name for file in model.files) or "none, so that it takes no text"),
+        ("digest", model.digest),
+    ]
+    if model.origin is not None:
+        rows[5] = ("weights lie in", f"{model.origin}; they were not copied")
+    render.out.print(render.pair_table("", rows))
+    render.out.print()
+    headings = ("chunk", "kind", "tensors", "size")
+    render.out.print(render.table(headings, map(_row, _alike(model.parts)), numbers=headings[2:]))
+
+
+def _alike(parts: Sequence[StoredChunk]) -> list[list[StoredChunk]]:
+    """Chunks in groups: neighbours of one kind and size."""
+    return [list(group) for _, group in groupby(parts, lambda one: (one.kind, one.tensors, one.payload_bytes))]
+
+
+def _row(group: Sequence[StoredChunk]) -> tuple[str, ...]:
+    first, last = group[0], group[-1]
+    name = first.name if len(group) == 1 else f"{first.name} … {last.name} ({len(group)})"
+    each = " each" * (len(group) > 1)
+    return name, first.kind, str(first.tensors), f"{format_size(first.payload_bytes)}{each}"
+
+
 def _show_removed(removed: Removed) -> None:
     done = ["removed"] * removed.published + ["unfinished work given up"] * bool(removed.given_up)
-    render.say(f"{removed.model}: {', '.join(done)}; its blobs stay until 'surfw chunk --prune'")
+    render.say(f"{removed.model}: {', '.join(done)}; its blobs stay until 'surfw prune'")
 
 
 def _show_pruned(pruned: Pruned) -> None:

@@ -5,28 +5,32 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import chat, options
+from surfw.cli import chat, completion, options
 from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
-    from surfw.cli.infer_view import LiveView, PlainView
+    from surfw.cli.infer_summary import Report
+    from surfw.cli.infer_view import View
     from surfw.cli.sources import ChosenSource
     from surfw.models.client import WeightClient
-    from surfw.models.inference import InferenceRequest
+    from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.streaming import StreamingModel
 
 EXAMPLES = """\b
 Examples:
   surfw infer --prompt 'Weight streaming is'
-  echo Hello | surfw infer --prompt - --model org/name
-  surfw infer --source ws://127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
-  surfw infer --memory-budget 2GB --explain
+  surfw infer my-model 'Weight streaming is'
+  surfw infer ./my-model 'Weight streaming is' --memory-budget 2GB
+  echo Hello | surfw infer org/name
+  surfw infer 127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
+  surfw infer my-model --memory-budget 2GB --explain
 """
 
 
@@ -37,7 +41,20 @@ Examples:
 )  # fmt: skip
 def infer(
     *,
-    prompt: Annotated[str | None, typer.Option(help="The prompt; - reads it from stdin.")] = None,
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
+            autocompletion=completion.models_in_source,
+        ),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is stdin, as is a pipe where none is given.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt, where MODEL is left out; - reads it from stdin.")
+    ] = None,
     prompt_ids: Annotated[
         str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
     ] = None,
@@ -50,7 +67,7 @@ def infer(
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
     ] = False,
     json: options.Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
@@ -58,12 +75,19 @@ def infer(
     """
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
+    prompt = _one_of("PROMPT", text, "--prompt", prompt)
     ids = _parse_ids(prompt_ids)
-    from surfw.cli.infer_view import LiveView, PlainView
+    _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
+    if place is not None:
+        from surfw.cli.sources import choose_model
+
+        configuration = choose_model(configuration, place)
+    from surfw.cli.infer_view import choose_view
 
     settings = configuration.settings
     if explain and prompt is None and ids is None:
-        _run(None, configuration, PlainView(quiet=quiet, text=False), explain=True, json=json)
+        view = choose_view("text", live=settings.live, json=True, quiet=quiet)
+        _run(None, configuration, view, explain=True, json=json)
         return
     if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
@@ -72,13 +96,13 @@ def infer(
         raise typer.BadParameter(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
-    text = _read_prompt(prompt, ids)
+    prompt = _read_prompt(prompt, ids)
 
     def make_request() -> "InferenceRequest":
         from surfw.models.inference import InferenceRequest
 
         return InferenceRequest(
-            prompt=text,
+            prompt=prompt,
             prompt_ids=ids,
             system=system,
             raw=raw,
@@ -91,73 +115,122 @@ def infer(
             seed=settings.seed,
         )
 
-    is_live = (sys.stdout.isatty() if settings.live is None else settings.live) and not json and not quiet
-    view = LiveView() if is_live else PlainView(quiet=quiet, text=not json and ids is None)
+    view = choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
     _run(make_request, configuration, view, explain=explain, json=json)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
-    view: "PlainView | LiveView",
+    view: "View",
     *,
     explain: bool,
     json: bool,
 ) -> None:
     """Run a request, which is made once torch is imported; without one, explain what would limit it."""
-    from surfw.cli import explain_view, render
-    from surfw.cli.infer_view import Report
     from surfw.cli.sources import choose_source
 
-    settings, origins = configuration.settings, configuration.origins
-    with choose_source(configuration) as chosen:
-        view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
-        chosen.check_folder()
-        start = time.perf_counter()
-        with _connect(chosen, settings, explain=explain) as client, _open_model(client, settings) as streaming:
-            if make_request is None:
-                _explain_only(streaming, configuration, display_url(chosen.url), json=json)
-                return
-            from surfw.models.inference import answer, encode_prompt
-            from surfw.runtime.memory import peak_rss_bytes
+    settings = configuration.settings
+    with view:
+        view.phase("looking for the weights")
+        with choose_source(configuration, on_phase=view.phase) as chosen:
+            source = display_url(chosen.url)
+            view.note(f"source: {source} ({chosen.reason})")
+            chosen.check_folder()
+            start = time.perf_counter()
+            view.phase("connecting" if chosen.is_server else "reading the manifest")
+            with (
+                _connect(chosen, settings, explain=explain) as client,
+                _open_model(client, settings, view) as streaming,
+            ):
+                if make_request is None:
+                    view.phase("measuring")
+                    _explain_only(streaming, configuration, view, source, json=json)
+                    return
+                opened = _Opened(streaming, source, time.perf_counter() - start)
+                _answer(opened, make_request(), configuration, view, explain=explain, json=json)
 
-            request = make_request()
-            tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
-            load_seconds = time.perf_counter() - start
-            explained, inputs = {}, None
-            if explain:
-                view.note("measuring")
-                inputs = encode_prompt(streaming, tokenizer, request)
-                prompt_tokens = inputs["input_ids"].shape[1]
-                found = streaming.explain(prompt_tokens=prompt_tokens, new_tokens=request.max_new_tokens)
-                explained = {"explain": explain_view.facts(found, origins)}
-                if not json:
-                    view.explain(found, origins)
-            with view.running(streaming):
-                result = answer(
-                    streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token
-                )
-            report = Report(
-                model=streaming.manifest.name,
-                source=display_url(chosen.url),
-                result=result,
-                load_seconds=load_seconds,
-                statistics=streaming.statistics(),
-                peak_rss_bytes=peak_rss_bytes(),
-            )
-            if json:
-                render.print_json(report.facts() | explained)
-            else:
-                view.done(report)
+
+@dataclass(frozen=True)
+class _Opened:
+    """An open model, where its weights come from, and how long it took to open it."""
+
+    streaming: "StreamingModel"
+    source: str
+    load_seconds: float
+
+    def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
+        """Put together what a run came to."""
+        from surfw.cli.infer_summary import Report
+        from surfw.runtime.memory import peak_rss_bytes
+
+        per_token, share = result.tpot_seconds, result.decode_stall_share
+        advice = None
+        if per_token is not None and share is not None:
+            advice = self.streaming.advise(seconds_per_token=per_token, stall_share=share)
+        return Report(
+            model=self.streaming.manifest.name,
+            source=self.source,
+            result=result,
+            load_seconds=self.load_seconds,
+            statistics=self.streaming.statistics(),
+            peak_rss_bytes=peak_rss_bytes(),
+            advice=advice,
+            is_whole=is_whole,
+        )
+
+
+def _answer(
+    opened: _Opened,
+    request: "InferenceRequest",
+    configuration: options.Configuration,
+    view: "View",
+    *,
+    explain: bool,
+    json: bool,
+) -> None:
+    """Run a request, and show what it came to."""
+    from surfw.cli import explain_view, render
+    from surfw.models.inference import answer, continues_prompt, encode_prompt
+    from surfw.models.text_stream import space_before
+
+    streaming = opened.streaming
+    view.phase("preparing the prompt")
+    tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
+    inputs = encode_prompt(streaming, tokenizer, request)
+    ids = inputs["input_ids"][0].tolist()
+    explained = {}
+    if explain:
+        view.phase("measuring")
+        found = streaming.explain(prompt_tokens=len(ids), new_tokens=request.max_new_tokens)
+        explained = {"explain": explain_view.facts(found, configuration.origins)}
+        if not json:
+            view.explain(found, configuration.origins)
+    if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
+        view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
+    most = request.max_new_tokens if streaming.model.can_generate() else 0
+    try:
+        with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
+            result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
+    except KeyboardInterrupt:
+        view.stopped(opened.report(view.result_so_far(len(ids)), is_whole=False))
+        raise
+    report = opened.report(result)
+    if json:
+        view.close()
+        render.print_json(report.facts() | explained)
+    else:
+        view.done(report)
 
 
 def _explain_only(
-    streaming: "StreamingModel", configuration: options.Configuration, source: str, *, json: bool
+    streaming: "StreamingModel", configuration: options.Configuration, view: "View", source: str, *, json: bool
 ) -> None:
     """Show what limits the model: without a prompt, that is the result."""
     from surfw.cli import explain_view, render
 
     found = streaming.explain(new_tokens=configuration.settings.max_new_tokens)
+    view.close()
     if json:
         explained = explain_view.facts(found, configuration.origins)
         render.print_json({"model": found.model, "source": source, "explain": explained})
@@ -189,10 +262,15 @@ def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> It
         yield client
 
 
-def _open_model(client: "WeightClient", settings: Settings) -> "StreamingModel":
+def _open_model(client: "WeightClient", settings: Settings, view: "View") -> "StreamingModel":
     """Open the model, as the settings say."""
+    view.phase("importing torch")
+    import surfw.skeleton.dtypes  # noqa: F401 - which imports it
+
+    view.phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
+    view.phase("building the model")
     return StreamingModel.open(
         client,
         settings.model,
@@ -224,13 +302,54 @@ def _parse_ids(text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"{text!r} is not a list of ids such as 1,2,3", param_hint="--prompt-ids") from None
 
 
+def _one_of(name: str, value: str | None, other_name: str, other: str | None) -> str | None:
+    """What was given in one of two ways.
+
+    Raises:
+        Mistake: it was given in both.
+    """
+    if value is not None and other is not None:
+        raise options.Mistake(f"{other_name} does not go with {name} {value[:40]!r}; give one of them")
+    return other if value is None else value
+
+
+def _check_together(
+    configuration: options.Configuration,
+    *,
+    ids: list[int] | None,
+    system: str | None,
+    raw: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        Mistake: two of them do.
+    """
+    if system is not None and raw:
+        raise options.Mistake(
+            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
+        )
+    if system is not None and ids is not None:
+        raise options.Mistake("--system does not go with --prompt-ids, which are taken as they are")
+    if configuration.origins["live"].kind == "argument" and configuration.settings.live and (json or quiet):
+        raise options.Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
+
+
 def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
-    if (prompt is None) == (ids is None):
-        raise typer.BadParameter("give either --prompt or --prompt-ids", param_hint="--prompt")
-    if prompt == "-":
+    """The prompt, from the command line or from stdin; None if there are ids instead."""
+    if ids is not None:
+        if prompt is not None:
+            raise options.Mistake("give either --prompt or --prompt-ids, and not both")
+        return None
+    is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
+    if prompt == "-" or is_piped:
         prompt = (sys.stdin.read() if sys.stdin else "").rstrip("\n")
-    if prompt is not None and "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
+    if prompt is None or (is_piped and not prompt):
+        raise options.Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
+    if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
         raise ConfigurationError("the prompt is not valid UTF-8; write it in that encoding")
-    if prompt is not None and not prompt.strip():
+    if not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt

@@ -1,262 +1,412 @@
-"""What `infer` shows people: a live table in a terminal, plain text and a summary line elsewhere."""
+"""What `infer` shows people: a status below the text on a terminal, and elsewhere lines on stderr."""
 
 from __future__ import annotations  # what comes from torch's rooms is named in types only
 
+import os
+import stat
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, Self
 
-from rich.console import Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
-from surfw.cli import explain_view, render
-from surfw.config import count, format_size, is_server_url
+from surfw.cli.column import BETWEEN, TextColumn
+from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
+from surfw.cli.screen import Screen, can_draw, dimmed, has_styles
+from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
+from surfw.cli.streams import one_line
+from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from surfw.models.explain import Explanation
     from surfw.models.inference import InferenceResult
-    from surfw.models.statistics import PlanFacts, RunTimes, Statistics
+    from surfw.models.statistics import Statistics
     from surfw.models.streaming import StreamingModel
     from surfw.settings import SettingOrigin
 
-_SHOWN_VALUES = 8
-_MOSTLY = 0.5
+_SLOW_SECONDS = 10.0
+"""Where no status can be drawn, a phase that takes longer gets a line."""
+
+_SHOWN_PROMPT = 600
+_SIDE_ROWS = 4
+_UNTIMED_SECONDS = 2.0
+_WIDE_COLUMNS, _TABLE_COLUMNS = 120, 64
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a run came to.
+class View:
+    """What all views do: print the answer on stdout as it comes. This one says nothing else."""
 
-    Attributes:
-        model: the model's name.
-        source: where its weights came from, without credentials.
-        result: the text, or what an encoder gives.
-        load_seconds: from the first import to the open model.
-        statistics: of the model.
-        peak_rss_bytes: the most memory that the process used.
-    """
+    def __init__(self, answer: Literal["text", "ids", "nothing"]) -> None:
+        """Choose what is printed as it comes."""
+        self._answer = answer
+        self._pace = Pace(0)
+        self._tokens: list[int] = []
 
-    model: str
-    source: str
-    result: InferenceResult
-    load_seconds: float
-    statistics: Statistics
-    peak_rss_bytes: int
+    def __enter__(self) -> Self:
+        return self
 
-    def facts(self) -> dict[str, Any]:
-        """Return what `--json` prints."""
-        result, statistics = self.result, self.statistics
-        facts = {
-            "model": self.model,
-            "source": self.source,
-            "text": result.text,
-            "token_ids": result.token_ids,
-            "prompt_tokens": result.prompt_tokens,
-            "new_tokens": len(result.token_ids),
-            "load_seconds": self.load_seconds,
-            "ttft_seconds": result.ttft_seconds,
-            "tpot_seconds": result.tpot_seconds,
-            "tokens_per_second": result.tokens_per_second,
-            "cache": statistics["cache"],
-            "time": statistics["time"],
-            "plan": statistics["plan"],
-            "peak_rss_bytes": self.peak_rss_bytes,
-        }
-        encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        return facts | {name: value for name, value in encoder.items() if value is not None}
+    def __exit__(self, *_: object) -> None:
+        """End what is drawn."""
+        self.close()
 
+    def close(self) -> None:
+        """End what is drawn; a second time does nothing."""
 
-class PlainView:
-    """Text on stdout as it comes, a summary line on stderr."""
+    def result_so_far(self, prompt_tokens: int) -> InferenceResult:
+        """Return what a generation has come to that did not end."""
+        from surfw.models.inference import InferenceResult
 
-    def __init__(self, *, quiet: bool, text: bool) -> None:
-        """Choose what is shown.
+        times = self._pace.times
+        return InferenceResult(
+            token_ids=self._tokens,
+            prompt_tokens=prompt_tokens,
+            ttft_seconds=times[0] if times else None,
+            tpot_seconds=self._pace.seconds_per_token,
+        )
 
-        Args:
-            quiet: nothing on stderr.
-            text: the answer as text, as it comes; else token ids at the end.
-        """
-        self._quiet = quiet
-        self._shows_text = text
+    def phase(self, text: str) -> None:
+        """Say what is going on, which may take a while."""
 
     def note(self, text: str) -> None:
-        """Say what is going on, in a line."""
-        if not self._quiet:
-            print(f"surfw: {text}", file=sys.stderr, flush=True)
+        """Say something, in a line that stays."""
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
-        explain_view.show(explanation, origins, render.err)
+
+    def prompt(self, text: str, space: Callable[[int], str]) -> None:
+        """Show the prompt before what continues it.
+
+        Args:
+            text: the prompt.
+            space: returns what is to stand between it and a first token.
+        """
 
     @contextmanager
-    def running(self, streaming: StreamingModel) -> Iterator[None]:
-        """Follow nothing; the text says it all."""
+    def running(self, streaming: StreamingModel, source: str, most_tokens: int, *, has_text: bool) -> Iterator[None]:
+        """Follow a model while it runs.
+
+        Args:
+            streaming: the model.
+            source: where its weights come from.
+            most_tokens: how many it generates at most; 0 for a model that does not.
+            has_text: whether there will be text: token ids are printed if not.
+        """
+        self._pace = Pace(most_tokens)
+        if self._answer == "text" and not has_text:
+            self._answer = "ids"
         yield
 
     def on_text(self, text: str) -> None:
         """Print a piece of the answer."""
-        if self._shows_text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+        if self._answer == "text":
+            self._print(text)
 
     def on_token(self, token: int, seconds: float) -> None:
-        """Print nothing; the text says it all."""
+        """Note a new token, and print its id if that is the answer."""
+        self._pace.add_token(seconds)
+        self._tokens.append(token)
+        if self._answer == "ids":
+            self._print(f"{' ' if len(self._tokens) > 1 else ''}{token}")
 
     def done(self, report: Report) -> None:
-        """End the text, or print what there is instead, and a summary."""
-        text = encoder_text(report.result)
-        if text is None:
-            text = "" if self._shows_text else _ids(report.result)
-        print(text, flush=True)
-        self.note(summary(report))
+        """End the answer, or print what an encoder gives; and say what the run came to."""
+        if self._answer == "nothing":
+            return
+        print(encoder_text(report.result) or "", flush=True)
+
+    def stopped(self, report: Report) -> None:
+        """Say what a run came to that was interrupted."""
+
+    def _print(self, text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
-class LiveView:
-    """The text as it comes, and a table below it that follows the cache, the link and the tokens."""
+class PlainView(View):
+    """Lines on stderr: where the weights come from, what takes long, and a summary."""
 
-    def __init__(self) -> None:
-        """Nothing is shown yet."""
-        self._text = ""
-        self._times: list[float] = []
+    def __init__(self, answer: Literal["text", "ids", "nothing"]) -> None:
+        """Choose what is printed as it comes."""
+        super().__init__(answer)
+        self._timer: threading.Timer | None = None
+
+    def close(self) -> None:
+        """Say nothing any more of what takes long."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def phase(self, text: str) -> None:
+        """Say what is going on, once it has taken long."""
+        self.close()
+        self._timer = threading.Timer(_SLOW_SECONDS, self.note, [text])
+        self._timer.daemon = True
+        self._timer.start()
 
     def note(self, text: str) -> None:
-        """Say what is going on, in a line."""
-        render.err.print(f"surfw: {text}", style="dim", soft_wrap=True)
+        """Say something in a line."""
+        print(f"surfw: {text}\n", end="", file=sys.stderr, flush=True)
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
+        from surfw.cli import explain_view, render
+
         explain_view.show(explanation, origins, render.err)
-        render.err.print()
 
     @contextmanager
-    def running(self, streaming: StreamingModel) -> Iterator[None]:
-        """Follow the model while it runs; the live part is gone afterwards."""
-
-        def view() -> Group:
-            table = weights_table(streaming.statistics())
-            if times := list(self._times):
-                tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-                _add_token_rows(table, times[0], tpot, len(times) / times[-1])
-            return Group(Text(self._text), Text(), table)
-
-        with Live(get_renderable=view, console=render.out, refresh_per_second=8, transient=True):
+    def running(self, streaming: StreamingModel, source: str, most_tokens: int, *, has_text: bool) -> Iterator[None]:
+        """Follow nothing; the text says it all."""
+        self.close()
+        with super().running(streaming, source, most_tokens, has_text=has_text):
             yield
 
-    def on_text(self, text: str) -> None:
-        """Take a piece of the answer; whole lines leave the live part and stay."""
-        *lines, self._text = (self._text + text).split("\n")
-        for line in lines:
-            render.out.print(Text(line))
+    def done(self, report: Report) -> None:
+        """End the answer, and print a summary."""
+        super().done(report)
+        self.note(summary(report))
+
+    def stopped(self, report: Report) -> None:
+        """Print a summary of what there was."""
+        if report.result.token_ids:
+            self.note(summary(report))
+
+
+class LiveView(View):
+    """A status on the terminal, from the first moment to the last; the text runs above it, if it goes there too."""
+
+    def __init__(self, answer: Literal["text", "ids", "nothing"], *, table: bool) -> None:
+        """Begin with no model.
+
+        Args:
+            answer: what is printed on stdout as it comes.
+            table: show a table of figures below the status.
+        """
+        super().__init__(answer)
+        self._is_one = can_draw(sys.stdout) and answer != "nothing"
+        self._screen = Screen(sys.stdout if self._is_one else sys.stderr, self._below)
+        self._shows_table = table
+        self._phase, self._phase_began = "starting", time.monotonic()
+        self._model: StreamingModel | None = None
+        self._place = ""
+        self._space: Callable[[int], str] | None = None
+        self._column: TextColumn | None = None
+        self._text_columns = self._table_rows = 0
+
+    def __enter__(self) -> Self:
+        self._screen.open()
+        return self
+
+    def close(self) -> None:
+        """Erase the status, and show what is left of the text."""
+        if self._column is not None:
+            self._screen.change(self._end_column)
+        self._screen.close()
+
+    def phase(self, text: str) -> None:
+        """Say what is going on, beside the spinner."""
+        self._phase, self._phase_began = text, time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Say something in a line that stays, above the status."""
+        from rich.text import Text
+
+        from surfw.cli import render
+
+        with self._screen.stepping_aside("\n"):
+            render.err.print(Text(f"surfw: {one_line(text)}"), style="dim" if has_styles() else "")
+
+    def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
+        """Show what limits the run that comes now."""
+        from surfw.cli import explain_view, render
+
+        with self._screen.stepping_aside("\n"):
+            explain_view.show(explanation, origins, render.err)
+            render.err.print()
+
+    def prompt(self, text: str, space: Callable[[int], str]) -> None:
+        """Show the end of the prompt, dimmed."""
+        if self._is_one and self._answer == "text":
+            self._begin_column()
+            shown = text if len(text) <= _SHOWN_PROMPT else f"…{text[-_SHOWN_PROMPT:]}"
+            self._write(shown, dim=True)
+            self._space = space
+
+    @contextmanager
+    def running(self, streaming: StreamingModel, source: str, most_tokens: int, *, has_text: bool) -> Iterator[None]:
+        """Follow the model in the status, unless a pipe takes the text, which may lead back to the terminal."""
+        with super().running(streaming, source, most_tokens, has_text=has_text):
+            self.phase("reading the prompt" if most_tokens else "running")
+            self._model, self._place = streaming, place_of(source)
+            self._begin_column()
+            if self._answer != "nothing" and not self._is_one and not _is_kept(sys.stdout.fileno()):
+                self._screen.close()
+            try:
+                yield
+            finally:
+                self._model = None
+                self.phase("closing the model")
 
     def on_token(self, token: int, seconds: float) -> None:
-        """Take a new token."""
-        self._times.append(seconds)
+        """Note a new token; the first one tells how it follows the prompt."""
+        if self._space is not None:
+            self._write(self._space(token))
+            self._space = None
+        super().on_token(token, seconds)
 
     def done(self, report: Report) -> None:
-        """Show what is left of the text, and the final figures."""
-        result = report.result
-        text = encoder_text(result)
-        if text is None:
-            text = self._text if result.text else _ids(result)
-        render.out.print(Text(text))
-        table = weights_table(report.statistics)
-        _add_token_rows(table, result.ttft_seconds, result.tpot_seconds, result.tokens_per_second)
-        table.add_row(
-            "loading, peak memory", f"{render.seconds(report.load_seconds)}, {format_size(report.peak_rss_bytes)}"
-        )
-        render.err.print(table)
-        render.err.print(Text(f"surfw: {summary(report)}"), style="dim", soft_wrap=True)
+        """End the answer, or print what there is instead; then the table, if it is shown, and a summary."""
+        self.close()
+        if not (self._is_one and self._tokens):  # else the screen has ended its last line
+            super().done(report)
+        self._conclude(report)
+
+    def stopped(self, report: Report) -> None:
+        """Say what a run came to that was interrupted; what it has said stays."""
+        self.close()
+        if report.result.token_ids:
+            self._conclude(report)
+
+    def _conclude(self, report: Report) -> None:
+        from surfw.cli import render
+
+        if self._shows_table:
+            result = report.result
+            render.err.print(
+                figures_table(report.statistics, result.ttft_seconds, result.tpot_seconds, generates=bool(self._tokens))
+            )
+        self.note(summary(report))
+
+    def _print(self, text: str) -> None:
+        if self._is_one:
+            self._write(text)
+        else:
+            super()._print(text)
+
+    def _write(self, text: str, *, dim: bool = False) -> None:
+        """Write to the terminal: into the column, where there is one, and what leaves it for good."""
+
+        def add(column: TextColumn) -> str:
+            column.add(text, dim=dim)
+            if not self._table_rows:  # nothing was drawn yet
+                return ""
+            if self._screen.size.columns >= _WIDE_COLUMNS:
+                return column.give_up(self._text_columns, self._table_rows)
+            self._column = None
+            return column.end()
+
+        if (column := self._column) is not None:
+            self._screen.change(lambda: add(column))
+        else:
+            self._screen.write(text, dim=dim)
+
+    def _begin_column(self) -> None:
+        """Show the text beside the table from now on, if that is shown and the window is wide."""
+        if self._shows_table and self._is_one and self._screen.size.columns >= _WIDE_COLUMNS:
+            self._column = self._column or TextColumn()
+
+    def _end_column(self) -> str:
+        """Leave the column, if there is one; returns what is left of its text."""
+        column, self._column = self._column, None
+        return column.end() if column is not None else ""
+
+    def _below(self, size: os.terminal_size) -> list[str]:
+        """The status, in at most a third of the window, and the table, as far as there is room."""
+        from surfw.cli import render
+
+        model, now = self._model, time.monotonic()
+        parts = self._phase_parts(now) if model is None else self._run_parts(model, now)
+        most = max(1, min(MOST_LINES, size.lines // 3))
+        lines = [dimmed(line) for line in status_lines(parts, size.columns, most=most)]
+        if model is None or not self._shows_table:
+            return lines
+        times, generates = self._pace.times, model.model.can_generate()
+        first = times[0] if times else None
+        table = figures_table(model.statistics(), first, self._pace.seconds_per_token, generates=generates)
+        room = max(0, size.lines - len(lines) - _SIDE_ROWS)
+        rows = render.lines(table, min(_TABLE_COLUMNS, size.columns - 1))[:room]
+        if self._column is None:
+            return lines + rows
+        if size.columns < _WIDE_COLUMNS:  # until the next token comes
+            return [styled for _, styled in self._column.rows(size.columns - 1)] + lines
+        self._text_columns, self._table_rows = size.columns - _TABLE_COLUMNS - len(BETWEEN) - 1, len(rows)
+        return self._column.beside(rows, self._text_columns) + lines
+
+    def _phase_parts(self, now: float) -> list[str]:
+        took = now - self._phase_began
+        return [f"{spinner(now)} {self._phase}", *([duration(took)] if took >= _UNTIMED_SECONDS else [])]
+
+    def _run_parts(self, model: StreamingModel, now: float) -> list[str]:
+        parts = run_parts(self._pace.figures(model.progress(), now), self._place)
+        if not self._tokens:
+            return [f"{spinner(now)} {self._phase}", *parts]
+        return [f"{spinner(now)} {parts[0]}", *parts[1:]]
 
 
-def weights_table(statistics: Statistics) -> Table:
-    """Make the table of the weights' counters."""
-    cache, time, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
-    return render.pair_table(
-        "",
-        [
-            ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
-            ("fetched", format_size(cache["fetched_bytes"])),
-            ("weights in memory", _memory_used(statistics)),
-            ("KV cache", format_size(cache["kv_cache_bytes"])),
-            ("fetch latency p50 / p95", render.latencies(latency)),
-            (
-                "stalled, computing",
-                f"{render.seconds(time['stall_seconds'])}, {render.seconds(time['compute_seconds'])}",
-            ),
-        ],
-    )
+def choose_view(
+    answer: Literal["text", "ids"], *, live: bool | Literal["full"] | None, json: bool, quiet: bool
+) -> View:
+    """Choose the view.
+
+    Args:
+        answer: what a pipe gets as it comes: text, or token ids. A terminal always gets text, where there is any.
+        live: the setting.
+        json: nothing goes to stdout as it comes.
+        quiet: nothing goes to stderr.
+    """
+    shown: Literal["text", "ids", "nothing"] = "nothing" if json else answer
+    if quiet:
+        return View(shown)
+    if live is False or not can_draw(sys.stderr):
+        return PlainView(shown)
+    return LiveView("text" if shown == "ids" and sys.stdout.isatty() else shown, table=live == "full")
+
+
+def figures_table(
+    statistics: Statistics, first_seconds: float | None, token_seconds: float | None, *, generates: bool
+) -> Table:
+    """Make the table of all figures of a run; those that people ask for most come first.
+
+    Args:
+        statistics: of the model.
+        first_seconds: when the first token came.
+        token_seconds: the mean time of every further token.
+        generates: whether the model does; others have no KV cache.
+    """
+    from surfw.cli import render
+    from surfw.config import format_size
+
+    cache, spent, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
+    rows = []
+    if first_seconds is not None and generates:
+        rows.append(("time to first token (TTFT)", render.seconds(first_seconds)))
+    if token_seconds is not None:
+        rows.append(("time per output token (TPOT)", render.seconds(token_seconds)))
+    rows += [
+        ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
+        ("hit rate", f"{cache['hit_rate']:.0%}".replace("%", " %")),
+        ("stalled, computing", f"{render.seconds(spent['stall_seconds'])}, {render.seconds(spent['compute_seconds'])}"),
+        ("fetch latency p50 / p95", render.latencies(latency)),
+        ("fetched", format_size(cache["fetched_bytes"])),
+        ("weights in memory", _memory_used(statistics)),
+    ]
+    if generates:
+        rows.append(("KV cache", format_size(cache["kv_cache_bytes"])))
+    return render.pair_table("", rows)
 
 
 def _memory_used(statistics: Statistics) -> str:
     """Format the memory that weights take, and their budget."""
+    from surfw.config import format_size
+
     used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
     if plan is None or plan["budget_bytes"] is None:
         return used
     return f"{used} of a budget of {format_size(plan['budget_bytes'])}"
 
 
-def _add_token_rows(table: Table, ttft: float | None, tpot: float | None, rate: float | None) -> None:
-    if ttft is not None:
-        table.add_row("time to first token (TTFT)", render.seconds(ttft))
-    if tpot is not None:
-        table.add_row("time per output token (TPOT)", render.seconds(tpot))
-    if rate is not None:
-        table.add_row("tokens/s", f"{rate:.2f}")
-
-
-def summary(report: Report) -> str:
-    """Say in a line what the run took, and why it was not faster."""
-    result, cache, time = report.result, report.statistics["cache"], report.statistics["time"]
-    if result.tokens_per_second is not None and result.ttft_seconds is not None:
-        parts = [f"{count(len(result.token_ids), 'token')} at {result.tokens_per_second:.2f} tokens/s"]
-        parts.append(f"TTFT {render.seconds(result.ttft_seconds)}")
-    else:
-        spent = time["stall_seconds"] + time["compute_seconds"]
-        parts = [f"{count(result.prompt_tokens, 'token')} in {render.seconds(spent)}"]
-    parts.append(f"{count(cache['hits'], 'hit')}, {cache['prefetched']} prefetched, {count(cache['stalls'], 'stall')}")
-    parts.append(f"{format_size(cache['fetched_bytes'])} fetched")
-    if cache["refetched_blocks"]:
-        parts.append(f"{count(cache['refetched_blocks'], 'damaged block')} fetched again")
-    parts.append(bottleneck(report.source, time, report.statistics["plan"]))
-    return "; ".join(parts)
-
-
-def bottleneck(source: str, time: RunTimes, plan: PlanFacts | None) -> str:
-    """Say why the run was not faster, and what to do about it."""
-    from surfw.models.statistics import stall_share
-
-    share = stall_share(time)
-    stalled = f"stalled {share:.0%} on {'the link' if is_server_url(source) else 'storage'}"
-    if share < _MOSTLY:
-        return f"{stalled}, computing the rest of the time"
-    if plan is None or not plan["streamed"]:
-        return f"{stalled}, until all weights were there"
-    more = "more memory" if plan["limited_by"] == "default" else "more memory (--memory-budget)"
-    return f"{stalled}: {more} keeps more layers, or bring the weights closer"
-
-
-def encoder_text(result: InferenceResult) -> str | None:
-    """An encoder's result in a form that suits a person; None for a model that generates."""
-    if result.predictions is not None:
-        lines = []
-        for one in result.predictions:
-            place = f"token {one['position']}: " if "position" in one else ""
-            lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
-        return "\n".join(lines)
-    values = result.embedding
-    if values is None:
-        return None
-    length = sum(value * value for value in values) ** 0.5
-    shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
-    more = ", …" if len(values) > _SHOWN_VALUES else ""
-    return (
-        f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
-    )
-
-
-def _ids(result: InferenceResult) -> str:
-    return " ".join(map(str, result.token_ids))
+def _is_kept(number: int) -> bool:
+    """Whether an open file is one that keeps what is written, or drops it: no pipe, which may lead to the terminal."""
+    mode = os.fstat(number).st_mode
+    return stat.S_ISREG(mode) or stat.S_ISCHR(mode)

@@ -1,25 +1,40 @@
-"""What all commands share: how one is parsed and run, and the options of the settings, `--config` and `--json`.
+"""What all commands share: how one is parsed and run, and the options of the settings, `--config`, `--json` and `-q`.
 
 Typer reads the options; `surfw.settings` decides which value counts. So no option of a setting has a default of its
 own, and one that is not given is None.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from surfw.cli import signals
+from surfw.cli import completion, signals
+from surfw.config import suggest_size
+from surfw.errors import ConfigurationError
 from surfw.setting import Setting
-from surfw.settings import CONFIG_VARIABLE, EXCLUSIVE, SETTINGS, TABLE, SettingOrigin, Settings, trace_settings
+from surfw.settings import (
+    CONFIG_VARIABLE,
+    EXCLUSIVE,
+    SETTINGS,
+    TABLE,
+    SettingOrigin,
+    Settings,
+    find_misspelt_variables,
+    trace_settings,
+)
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
@@ -27,8 +42,91 @@ ConfigFile = Annotated[
     ),
 ]
 
+MORE = "More commands"
+"""Where the help shows the commands that are not for every day: an application's `rich_help_panel`."""
+
 _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
+
+_OTHER_WORDS = {
+    "run": "infer", "generate": "infer", "ask": "infer", "download": "chunk", "pull": "chunk", "convert": "chunk",
+    "split": "chunk", "start": "serve", "status": "stats", "top": "stats", "benchmark": "bench", "ls": "list",
+    "models": "list", "info": "show", "inspect": "show", "remove": "rm", "delete": "rm", "clean": "prune",
+    "gc": "prune", "check": "verify", "settings": "config",
+}  # fmt: skip
+"""What other tools call these commands."""
+
+_COMPLETIONS: Mapping[str, Callable[..., list[str]]] = {
+    "model": completion.models_in_source,
+    "dtype": completion.dtypes,
+}
+
+
+class Mistake(typer.BadParameter):
+    """A mistake on the command line, in words that already name what was typed. Exit code 2."""
+
+    def format_message(self) -> str:
+        """Return the words as they are."""
+        return self.message
+
+
+@contextmanager
+def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
+    """Improve typer's complaints: what was seen and expected, no names of exceptions, a guess at what was meant."""
+    typed = list(args)  # typer empties the list
+    try:
+        yield
+    except typer.BadParameter as exc:
+        setting = SETTINGS.get(exc.param.name or "") if exc.param else None
+        if setting and setting.kind in {int, float} and (seen := _find_value(setting.option, typed)) is not None:
+            exc.message = f"{seen!r} is not {setting.expected}"
+        exc.message = exc.message.removeprefix("Value error, ")
+        raise
+    except Exception as exc:  # a usage error, whose class typer keeps to itself
+        if near := getattr(exc, "possibilities", None):
+            exc.message = f"{exc.message}; did you mean {' or '.join(near[:2])}?"  # type: ignore[attr-defined]
+            exc.possibilities = None  # type: ignore[attr-defined]
+        elif str(getattr(exc, "message", "")).startswith("Got unexpected extra argument"):
+            exc.message += "; a text with spaces goes between quotes"  # type: ignore[attr-defined]
+        raise
+
+
+def _find_value(option: str, args: Sequence[str]) -> str | None:
+    """What was typed as the value of an option."""
+    for at, text in enumerate(args):
+        if text.startswith(f"{option}="):
+            return text.partition("=")[2]
+        if text == option:
+            return args[at + 1] if at + 1 < len(args) else None
+    return None
+
+
+class Group(TyperGroup):
+    """A group of commands that shows them in groups, and knows what else they are called."""
+
+    def format_commands(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Write the commands, those for every day first."""
+        shown = [(name, one) for name, one in self.commands.items() if not one.hidden]
+        width = formatter.width - 6 - max(len(name) for name, _ in shown)
+        panels: dict[str, list[tuple[str, str]]] = {"Commands": [], MORE: []}
+        for name, one in shown:
+            panel = getattr(one, "rich_help_panel", None)
+            panels[MORE if panel == MORE else "Commands"].append((name, one.get_short_help_str(width)))
+        for title, rows in panels.items():
+            if rows:
+                with formatter.section(title):
+                    formatter.write_dl(rows, col_max=max(len(name) for name, _ in shown))
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """Read what stands before the command."""
+        with _in_kind_words(args):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that was named; if there is none, say which one may have been meant."""
+        if args and args[0] not in self.commands and (meant := _OTHER_WORDS.get(args[0])) in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {meant!r}?")
+        return super().resolve_command(ctx, args)
 
 
 class Command(TyperCommand):
@@ -39,12 +137,9 @@ class Command(TyperCommand):
         return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Read the command line; complaints do not start with the name of an exception."""
-        try:
-            return super().parse_args(ctx, args)
-        except typer.BadParameter as exc:
-            exc.message = exc.message.removeprefix("Value error, ")
-            raise
+        """Read the command line."""
+        with _in_kind_words(args):
+            return super().parse_args(ctx, [*_join_words(args)])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
@@ -73,17 +168,43 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     """Load the settings from options, variables, and the file named by `--config` before or after the command.
 
     Raises:
-        ConfigurationError: one of them cannot be used.
-        BadParameter: two options exclude each other.
+        ConfigurationError: a variable, or what stands in the file, cannot be used.
+        BadParameter: an option cannot be used, or two of them exclude each other.
     """
     given = [SETTINGS[name].option for name in EXCLUSIVE if arguments.get(name) is not None]
     if len(given) > 1:
         raise typer.BadParameter(f"does not go with {given[0]}; give one of them", param_hint=given[1])
+    for seen, meant in find_misspelt_variables().items():
+        logging.getLogger("surfw.cli").warning("%s is no variable of surfw's; did you mean %s?", seen, meant)
+    for name, value in arguments.items():
+        try:
+            if value is not None:
+                SETTINGS[name].check(value, SETTINGS[name].option)
+        except ConfigurationError as exc:
+            raise Mistake(str(exc)) from exc
     found = trace_settings(config or context.find_root().params.get("config"), arguments)
-    return Configuration(
+    loaded = Configuration(
         Settings(**{name: value for name, (value, _) in found.items()}),
         {name: where for name, (_, where) in found.items()},
     )
+    _check_size(loaded, "memory_budget")
+    return loaded
+
+
+def _check_size(loaded: Configuration, name: str) -> None:
+    """Refuse a size that must have lost its unit.
+
+    Raises:
+        ConfigurationError: it stands in a variable or a file.
+        BadParameter: it was given as an option.
+    """
+    size, origin = getattr(loaded.settings, name), loaded.origins[name]
+    if size is None or (meant := suggest_size(size)) is None:
+        return
+    text = f"is {size}, which is {size} bytes; did you mean {meant}?"
+    if origin.kind == "argument":
+        raise Mistake(f"{SETTINGS[name].option} {text}")
+    raise ConfigurationError(f"{origin.name if origin.kind == 'variable' else f'{origin.name}: {name}'} {text}")
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -96,6 +217,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         @wraps(command)
         def run(context: typer.Context, config: Path | None, **given: Any) -> None:
             arguments = {name: _value(SETTINGS[name], given.pop(name)) for name in names}
+            arguments |= {name: word for name in names for word in SETTINGS[name].words if given.pop(f"{name}_{word}")}
             given[_PLACE] = load_configuration(context, config, arguments)
             command(**given)
 
@@ -103,6 +225,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         for parameter in inspect.signature(command).parameters.values():
             if parameter.name == _PLACE:
                 shown += [_parameter(name, _annotation(SETTINGS[name]), None) for name in names]
+                shown += [_word_parameter(SETTINGS[name], word) for name in names for word in SETTINGS[name].words]
             else:
                 shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
         shown.append(_parameter("config", ConfigFile, None))
@@ -116,7 +239,31 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 def commands_with(name: str) -> list[str]:
     """Return the commands that have this setting as an option."""
-    return [command.replace("_", " ") for command, names in _OFFERED.items() if name in names]
+    return [command.replace("_", " ").strip() for command, names in _OFFERED.items() if name in names]
+
+
+def _join_words(args: Sequence[str]) -> Iterator[str]:
+    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`."""
+    known = {setting.option: setting.words for setting in SETTINGS.values() if setting.words}
+    left = deque(args)
+    while left:
+        arg = left.popleft()
+        option, _, word = arg.partition("=")
+        if word in known.get(option, ()):
+            yield f"{option}-{word}"
+        elif left and left[0] in known.get(arg, ()):
+            yield f"{arg}-{left.popleft()}"
+        else:
+            yield arg
+        if arg == "--":
+            yield from left
+            return
+
+
+def _word_parameter(setting: Setting, word: str) -> inspect.Parameter:
+    """Return the parameter of a switch with a word; help shows it with the switch."""
+    option = typer.Option(f"{setting.option}-{word}", hidden=True)
+    return _parameter(f"{setting.name}_{word}", Annotated[bool, option], default=False)
 
 
 def _value(setting: Setting, given: Any) -> Any:
@@ -139,6 +286,7 @@ def _annotation(setting: Setting) -> Any:
         metavar=setting.metavar,
         min=setting.least,
         max=setting.most,
+        autocompletion=completion.choices(setting.choices) if setting.choices else _COMPLETIONS.get(setting.name),
         help=f"{setting.help} [{'; '.join(notes)}]",
     )
     kind: Any = Literal[setting.choices] if setting.choices else setting.kind

@@ -1,7 +1,9 @@
 """Output that several commands share: consoles, tables, JSON. No text from outside can steer the terminal."""
 
+import io
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,15 +15,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.segment import Segment
 from rich.table import Table
 
+from surfw.cli.screen import has_styles
 from surfw.cli.streams import one_line
-from surfw.config import count, escape_json, format_size, printable
-from surfw.wire import ServerStats
+from surfw.config import escape_json, printable
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-_SHOWN_MODELS = 8
 
 
 class _CleanConsole(Console):
@@ -112,6 +113,46 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
+@contextmanager
+def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what goes on, with a spinner, if that is a terminal and `quiet` is not set.
+
+    Args:
+        what: the first thing to show; empty to begin later.
+        quiet: show nothing.
+
+    Yields:
+        A function that takes what goes on from then on; an empty text takes the spinner away.
+    """
+    if quiet or not err.is_terminal:
+        yield lambda _: None
+        return
+    status = err.status("")
+
+    def step(now: str) -> None:
+        if now:
+            status.update(one_line(now))
+            status.start()
+        else:
+            status.stop()
+
+    try:
+        step(what)
+        yield step
+    finally:
+        status.stop()
+
+
+def lines(renderable: RenderableType, width: int) -> list[str]:
+    """Render for a terminal of this width, as lines with the codes of their styles."""
+    console = _CleanConsole(
+        file=io.StringIO(), width=width, force_terminal=True, color_system="standard" if has_styles() else None
+    )
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().splitlines()
+
+
 def list_names(names: Sequence[str], most: int = 10) -> str:
     """List the first names, and say how many more there are."""
     more = len(names) - most
@@ -128,26 +169,16 @@ def latencies(percentiles: Mapping[str, float]) -> str:
     return " / ".join(seconds(value) if value else "–" for value in percentiles.values())
 
 
-def server_table(stats: ServerStats) -> Table:
-    """Make the table of a server's counters."""
-    server, cache, requests = stats["server"], stats["cache"], stats["requests"]
-    storage, resources = stats["storage"], stats["resources"]
-    models = ", ".join(stats["models"][:_SHOWN_MODELS]) + (" …" if len(stats["models"]) > _SHOWN_MODELS else "")
-    counts = (
-        f"{count(cache['hits'], 'hit')}, {count(cache['misses'], 'miss', 'misses')}, {cache['coalesced']} coalesced"
-    )
-    used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
-    return pair_table(
-        f"surfw {server['version']}, up {server['uptime_seconds']:.0f} s",
-        [
-            ("storage", f"{storage['url']} ({'healthy' if storage['healthy'] else 'NOT reachable'})"),
-            ("models", models or "none"),
-            ("clients", str(stats["clients"])),
-            ("requests", f"{requests['total']} ({requests['in_flight']} in flight)"),
-            ("cache hit rate", f"{cache['hit_rate']:.1%} ({counts})"),
-            ("cache", f"{used}, {count(cache['evictions'], 'eviction')} ({cache['policy']})"),
-            ("sent", format_size(stats["bytes_sent"])),
-            ("latency p50 / p95 / p99", latencies(requests["latency_seconds"])),
-            ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
-        ],
-    )
+def duration(seconds: float) -> str:
+    """Format how long something took or has lasted: `45 s`, `3 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((place for place, (number, _) in enumerate(parts) if number), 0)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number) or "0 s"
+
+
+def time_of_day(since_1970: float) -> str:
+    """Format a time as the clock on the wall here shows it: `20:14:03`."""
+    return time.strftime("%H:%M:%S", time.localtime(since_1970))

@@ -4,12 +4,15 @@ import contextlib
 import logging
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import options, signals
-from surfw.cli.streams import OneLine
+from surfw.cli.addresses import read_address
+from surfw.cli.streams import OneLine, can_draw, one_line
+from surfw.config import display_url
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ Examples:
 
 logger = logging.getLogger("surfw.server")
 
+_READ_SECONDS = 1.0
+
 
 @options.with_settings(
     "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "allowed_host", "token_file", "live"
@@ -45,6 +50,7 @@ def serve(
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
+    quiet: options.Quiet = False,
     exit_with_stdin: Annotated[bool, typer.Option("--exit-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve a store, or a plain checkpoint, to clients, through a cache.
@@ -54,22 +60,25 @@ def serve(
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":
         raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
-    show = sys.stderr.isatty() if settings.live is None else settings.live
-    if not show:
-        _log_lines()
+    show = not quiet and settings.live is not False and can_draw(sys.stderr)
+    place = settings.store if place is None else read_address(place).url
+    if show:
+        print(f"surfw: opening {one_line(display_url(place))}", file=sys.stderr, flush=True)
+    else:
+        _log_lines(logging.WARNING if quiet else logging.INFO)
+        logger.info("opening %s", display_url(place))
     import asyncio
 
-    place = place or settings.store
     if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):
         raise KeyboardInterrupt
 
 
-def _log_lines() -> None:
+def _log_lines(level: int) -> None:
     """Log one line per event on stderr, instead of the table."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.propagate = False
 
 
@@ -78,7 +87,6 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
     import asyncio
 
     from surfw.cli import render
-    from surfw.config import display_url
     from surfw.server import WeightServer
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -111,7 +119,8 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
                 loop.add_signal_handler(number, end_by, number)
         if exit_with_stdin:
             loop.add_reader(sys.stdin.fileno(), end)
-        await asyncio.wait([starting])
+        with render.err.status("starting …") if show else contextlib.nullcontext():
+            await asyncio.wait([starting])
         if stop.is_set():
             return False
         await starting  # raises what kept it from starting
@@ -119,26 +128,29 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
             render.print_json({"url": server.url, "store": display_url(place)})
         logger.info("%s serves %s", server.url, display_url(place))
         if show:
-            await _live_table(server, stop)
+            await _show(server, stop)
         else:
             await stop.wait()
     return True
 
 
-async def _live_table(server: "WeightServer", stop: "asyncio.Event") -> None:
+async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
+    """Show what the server does, on the whole terminal, until it is to stop."""
     import asyncio
 
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
-
     from surfw.cli import render
+    from surfw.cli.full_screen import LOOK_SECONDS, FullScreen
+    from surfw.cli.server_view import ServerView
+    from surfw.wire import rates_between
 
-    def view() -> Group:
-        return Group(Text(f"{server.url}   (Ctrl-C stops)", style="bold"), render.server_table(server.stats()))
-
-    with Live(view(), console=render.err, auto_refresh=False) as live:
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), 0.5)
-            live.update(view(), refresh=True)
+    stats, rates, read = server.stats(details=True), None, time.monotonic()
+    with FullScreen(render.err) as screen:
+        while True:
+            screen.show(ServerView(stats=stats, rates=rates, live=True, where=server.url, remark="Ctrl-C stops"))
+            while time.monotonic() < read + _READ_SECONDS:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stop.wait(), LOOK_SECONDS)
+                    return
+                screen.redraw()
+            before, stats, read = stats, server.stats(details=True), time.monotonic()
+            rates = rates_between(before, stats)

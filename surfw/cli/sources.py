@@ -12,19 +12,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
 
 from surfw.checkpoint import demo_checkpoint
-from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST, is_server_url, surfw_home
+from surfw.cli.addresses import is_here, is_path, read_address, read_source
+from surfw.cli.options import Configuration, Mistake
+from surfw.config import DEFAULT_HOST, display_url, is_server_url, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
+from surfw.settings import SettingOrigin, Settings
 
 DEMO = "demo"
+_MODEL = "MODEL"
+"""The positional argument of `infer`."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +58,30 @@ class ChosenSource:
 
 
 @contextlib.contextmanager
-def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
-    """Choose the source; if it is the demo's server, that runs as long as the context."""
+def choose_source(
+    configuration: Configuration, *, on_phase: Callable[[str], None] = lambda _: None
+) -> Iterator[ChosenSource]:
+    """Choose the source; if it is the demo's server, that runs as long as the context.
+
+    Args:
+        configuration: of the command.
+        on_phase: called with what is being done, where that takes a while.
+    """
     settings, origin = configuration.settings, configuration.origins["source"]
     if settings.source is not None and (settings.model != DEMO or origin.kind == "argument"):
-        how = {"argument": "with --source", "variable": f"by {origin.name}"}.get(origin.kind, f"in {origin.name}")
-        yield ChosenSource(settings.source, f"named {how}")
+        how = {
+            "argument": "as MODEL" if origin.name == _MODEL else "with --source",
+            "variable": f"by {origin.name}",
+        }.get(origin.kind, f"in {origin.name}")
+        yield ChosenSource(_locate(settings), f"named {how}")
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
         if _is_served(local, configuration):
             yield ChosenSource(local, "the server on this machine")
             return
-        is_default = configuration.origins["store"].kind == "default"
-        if not is_default or any((Path(settings.store).expanduser() / "models").rglob("*.json")):
+        if _holds_models(configuration):
+            is_default = configuration.origins["store"].kind == "default"
             yield ChosenSource(settings.store, "the default store" if is_default else "the store that is set")
             return
         if settings.model is not None:
@@ -75,8 +89,66 @@ def choose_source(configuration: Configuration) -> Iterator[ChosenSource]:
                 f"there is no model {settings.model[:80]!a}: no server answers at {local}, and {settings.store} holds "
                 "no models; name the source with --source, or chunk the model first"
             )
+    on_phase("starting a server for the demo model, importing torch")
     with _serve_demo() as url:
         yield ChosenSource(url, "the demo model that comes with surfw, through a server of its own")
+
+
+def choose_model(configuration: Configuration, word: str) -> Configuration:
+    """The configuration with what MODEL says: a model's name in the source, or a source.
+
+    A word that may be either is a name, if the server on this machine or the store has a model of that name.
+
+    Raises:
+        Mistake: it contradicts --model or --source, or looks like a prompt.
+        ConfigurationError: the server on this machine does not let us in.
+    """
+    origins, address = configuration.origins, read_address(word)
+    is_source = address.kind in {"server", "web", "storage"} or is_path(word)
+    may_be_source = word != DEMO and (address.kind == "hub" or is_here(word))
+    if not is_source and any(one.isspace() for one in word) and not is_here(word):
+        raise Mistake(f"{word[:60]!r} is no model's name; for a prompt alone write --prompt {word[:60]!r}")
+    named = origins["source"].kind == "argument"
+    if not is_source and may_be_source and origins["source"].kind == "default":
+        is_source = not _has_model(configuration, word)
+    if is_source and named:
+        raise Mistake(f"--source does not go with MODEL {display_url(word)!r}, which is a source; give one of them")
+    if is_source:
+        model = configuration.settings.model if origins["model"].kind == "argument" else None
+        settings = replace(configuration.settings, source=address.url, model=model)
+        return Configuration(settings, {**origins, "source": SettingOrigin("argument", _MODEL)})
+    if origins["model"].kind == "argument":
+        raise Mistake(f"--model does not go with MODEL {word!r}; give one of them")
+    settings = replace(configuration.settings, model=word)
+    return Configuration(settings, {**origins, "model": SettingOrigin("argument", _MODEL)})
+
+
+def _has_model(configuration: Configuration, name: str) -> bool:
+    """Whether the server on this machine, or else the store, has a model of this name, or of this last part."""
+    from surfw.models.client import WeightClient
+
+    settings = configuration.settings
+    local = f"ws://{DEFAULT_HOST}:{settings.port}"
+    is_served = _is_served(local, configuration)
+    if not is_served and not _holds_models(configuration):
+        return False
+    with WeightClient(
+        local if is_served else settings.store,
+        token=settings.token if is_served else None,
+        storage_options=None if is_served else settings.storage_options,
+    ) as client:
+        return any(name in {one, one.rpartition("/")[2]} for one in client.models())
+
+
+def _holds_models(configuration: Configuration) -> bool:
+    """Whether the store is to be looked into: it was set, or the default one has models."""
+    is_default = configuration.origins["store"].kind == "default"
+    return not is_default or any((Path(configuration.settings.store).expanduser() / "models").rglob("*.json"))
+
+
+def _locate(settings: Settings) -> str:
+    """The address of the setting `source`."""
+    return read_source(str(settings.source), seconds=settings.connect_timeout)
 
 
 def _is_served(url: str, configuration: Configuration) -> bool:

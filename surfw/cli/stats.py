@@ -1,17 +1,24 @@
-"""`surfw stats`: a server's counters."""
+"""`surfw stats`: a server's counters, once or again and again."""
 
+import sys
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surfw.cli import options
+from surfw.cli import options, signals
+from surfw.cli.streams import can_draw
+
+if TYPE_CHECKING:
+    from surfw.wire import Rates, ServerStats
 
 EXAMPLES = """\b
 Examples:
   surfw stats
   surfw stats ws://127.0.0.1:8765 --watch
+  surfw stats --watch --every 10 >> server.log
   surfw stats --json
 """
 
@@ -21,33 +28,132 @@ def stats(
     *,
     url: Annotated[
         str | None,
-        typer.Argument(metavar="URL", help="The server's address. [default: the server on this machine]"),
+        typer.Argument(
+            metavar="ADDRESS", help="The server's: HOST:PORT, ws:// or http://. [default: the server on this machine]"
+        ),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep showing them until interrupted.")] = False,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Keep showing them until Ctrl-C: on the whole screen, or a line each in a pipe."),
+    ] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings with --watch.")] = 1.0,
     configuration: options.Configuration,
     json: options.Json = False,
+    quiet: options.Quiet = False,  # noqa: ARG001 - as all commands have it
 ) -> None:
-    """Show a server's counters and its cache."""
+    """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
+    from surfw.cli.addresses import read_server
+    from surfw.cli.server_view import ServerView
     from surfw.client import read_stats
-    from surfw.config import DEFAULT_HOST
+    from surfw.config import DEFAULT_HOST, display_url
 
     settings = configuration.settings
-    address = url or f"ws://{DEFAULT_HOST}:{settings.port}"
+    address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
     look = partial(read_stats, address, token=settings.token, timeout_seconds=settings.connect_timeout)
-    if json:
-        while True:
-            render.print_json(look())
-            if not watch:
-                return
-            time.sleep(every)
-    if not watch:
-        render.out.print(render.server_table(look()))
-        return
-    from rich.live import Live
+    if not watch and json:
+        render.print_json(look())
+    elif not watch:
+        render.out.print(ServerView(stats=look(), where=display_url(address)))
+    else:
+        try:
+            _watch(Watch(look, display_url(address)), every, json=json)
+        except KeyboardInterrupt:
+            if signals.exit_code() != signals.INTERRUPTED:
+                raise
 
-    with Live(render.server_table(look()), console=render.out, auto_refresh=False) as live:
+
+class Watch:
+    """A server's statistics, read again and again, also when it was away for a while.
+
+    Attributes:
+        where: the server's address, as it may be shown.
+        stats: the latest statistics.
+        rates: what happened since those before; None if those are not known.
+        away: that it does not answer, since when and why; empty if it does.
+    """
+
+    def __init__(self, look: "Callable[[], ServerStats]", where: str) -> None:
+        """Read them for the first time.
+
+        Raises:
+            SurfwError: that fails.
+        """
+        self.where = where
+        self.stats = look()
+        self.rates: Rates | None = None
+        self.away = ""
+        self._look = look
+
+    def read(self) -> None:
+        """Read them again. A server that does not answer may be back the next time.
+
+        Raises:
+            RefusedError: the server wants a token, or another one.
+        """
+        from surfw.cli import render
+        from surfw.errors import ConnectionFailedError
+        from surfw.wire import rates_between
+
+        try:
+            stats = self._look()
+        except ConnectionFailedError as exc:
+            why = str(exc).partition(";")[0]
+            self.away = self.away or f"not reachable since {render.time_of_day(time.time())}, trying again ({why})"
+            return
+        self.rates = None if self.away else rates_between(self.stats, stats)
+        self.stats, self.away = stats, ""
+
+
+def _watch(watch: Watch, every: float, *, json: bool) -> None:
+    from surfw.cli import render
+
+    if json:
+        _print_each(watch, every, lambda: render.print_json(watch.stats))
+    elif can_draw(sys.stdout):
+        _watch_on_screen(watch, every)
+    else:
+        from surfw.cli.server_view import status_line
+
+        _print_each(
+            watch,
+            every,
+            lambda: render.say(f"{render.time_of_day(time.time())} {status_line(watch.stats, watch.rates)}"),
+        )
+
+
+def _print_each(watch: Watch, every: float, show: Callable[[], None]) -> None:
+    """Show each reading, and say once on stderr when there are none."""
+    was_away = False
+    while True:
+        if not watch.away:
+            show()
+        elif not was_away:
+            print(f"surfw: {watch.where} is {watch.away}", file=sys.stderr, flush=True)
+        was_away = bool(watch.away)
+        time.sleep(every)
+        watch.read()
+
+
+def _watch_on_screen(watch: Watch, every: float) -> None:
+    from surfw.cli import render
+    from surfw.cli.full_screen import LOOK_SECONDS, FullScreen
+    from surfw.cli.server_view import ServerView
+
+    with FullScreen(render.out) as screen:
         while True:
-            time.sleep(every)
-            live.update(render.server_table(look()), refresh=True)
+            screen.show(
+                ServerView(
+                    stats=watch.stats,
+                    rates=watch.rates,
+                    live=True,
+                    where=watch.where,
+                    remark="Ctrl-C ends",
+                    away=watch.away,
+                )
+            )
+            due = time.monotonic() + every
+            while (left := due - time.monotonic()) > 0:
+                time.sleep(min(left, LOOK_SECONDS))
+                screen.redraw()
+            watch.read()

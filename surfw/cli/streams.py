@@ -14,14 +14,24 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import IO, Any, Protocol
 
 from surfw.config import printable
 
 
 class OutputError(Exception):
     """Something cannot be written to stdout."""
+
+
+class Screen(Protocol):
+    """Whoever draws on the terminal, see `surfw.cli.screen`."""
+
+    def stepping_aside(self, text: str) -> AbstractContextManager[None]:
+        """Let somebody else write this text."""
+
+
+_screens: list[Screen] = []
 
 
 class Output(io.TextIOWrapper):
@@ -37,6 +47,7 @@ class Output(io.TextIOWrapper):
         self.failure: OutputError | None = None
         self._is_stdout = is_stdout
         self._cleans = not is_stdout or stream.isatty()
+        self._is_terminal = stream.isatty()
         encoding, line_buffering, write_through = stream.encoding, stream.line_buffering, stream.write_through
         super().__init__(
             stream.detach(),
@@ -53,7 +64,20 @@ class Output(io.TextIOWrapper):
         Raises:
             OutputError: it cannot be written to stdout.
         """
-        return self.write_verbatim(printable(text, lines=True) if self._cleans else text)
+        text = printable(text, lines=True) if self._cleans else text
+        with self._stepping_aside(text):
+            return self.write_verbatim(text)
+
+    @contextmanager
+    def _stepping_aside(self, text: str) -> Iterator[None]:
+        """Have the screen step aside for a text, if there is one and this is a terminal."""
+        screen = next(iter(_screens), None) if self._is_terminal and text else None
+        if screen is None:
+            yield
+            return
+        with screen.stepping_aside(text):
+            yield
+            self.flush()
 
     def write_verbatim(self, text: str) -> int:
         """Write a text as it is.
@@ -107,9 +131,19 @@ class OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
+def set_screen(screen: Screen | None) -> None:
+    """Have a screen step aside for whatever is written to a terminal from now on; None for no screen."""
+    _screens[:] = [] if screen is None else [screen]
+
+
 def one_line(text: str) -> str:
     """Return a text as one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
+
+
+def can_draw(stream: IO[str] | None) -> bool:
+    """Whether a stream is a terminal on which something can be drawn in place."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM", "") not in {"", "dumb", "unknown"}
 
 
 def set_up() -> None:

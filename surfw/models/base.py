@@ -30,14 +30,16 @@ from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
-from surfw.models.explain import Explanation, explain
+from surfw.models.explain import Advice, Explanation, advise, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device, expect_number
+from surfw.models.progress import Progress
 from surfw.models.statistics import (
     CacheInfo,
     InferenceStats,
     Statistics,
     cache_info,
+    find_progress,
     full_statistics,
     inference_stats,
 )
@@ -339,6 +341,19 @@ class StreamingBaseModel:
     def statistics(self) -> Statistics:
         """All statistics, in the form that `surfw infer --json` prints."""
         return full_statistics(self.metrics, self._parts, self._client.refetched_blocks)
+
+    def progress(self) -> Progress:
+        """Where a run is just now, for whoever shows it."""
+        return find_progress(self.metrics, self._parts)
+
+    def advise(self, *, seconds_per_token: float, stall_share: float) -> Advice | None:
+        """Say what more memory would bring, from a generation that has ended; None where nothing honest can be said.
+
+        Args:
+            seconds_per_token: the mean time of each token after the first.
+            stall_share: the part of that time that was spent waiting for weights.
+        """
+        return advise(self._open_here(), seconds_per_token=seconds_per_token, stall_share=stall_share)
 
     def clear_cache(self) -> None:
         """Forget every layer that is not in use, and give its memory back. Counters go on."""

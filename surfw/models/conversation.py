@@ -24,10 +24,9 @@ from surfw.models.inference import (
     InferenceResult,
     answer,
     encode_prompt,
-    generated,
 )
 from surfw.models.streaming import StreamingModel
-from surfw.runtime.kv_cache import cache_bytes, output_cache
+from surfw.runtime.kv_cache import cache_bytes, cache_name, output_cache
 from surfw.runtime.run import Run, current_run
 
 _GOES_ON = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
@@ -206,14 +205,21 @@ class Conversation:
             with self._memory.watching(self._model.model, prompt_ids, produced):
                 result = answer(
                     self._model, self._tokenizer, request,
-                    inputs=inputs, cache=self._memory.cache, on_text=on_text, on_token=note,
+                    inputs=inputs, past=self._memory.past(self._model.model), on_text=on_text, on_token=note,
                 )  # fmt: skip
         except Exception:
             if not _is_stopped(run):
                 raise
-            seconds = times[-1] if times else 0.0
-            result = generated(self._tokenizer, produced, len(prompt_ids), times, seconds)
-            return Turn(**vars(result), cached_tokens=cached_tokens, ending="stopped")
+            return Turn(
+                text=str(self._tokenizer.decode(produced, skip_special_tokens=True)),
+                token_ids=produced,
+                prompt_tokens=len(prompt_ids),
+                ttft_seconds=times[0] if times else None,
+                tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
+                tokens_per_second=len(times) / times[-1] if times else None,
+                cached_tokens=cached_tokens,
+                ending="stopped",
+            )
         is_cut = len(result.token_ids) == request.max_new_tokens and result.token_ids[-1] not in self._ends
         return Turn(**vars(result), cached_tokens=cached_tokens, ending="length" if is_cut else "end")
 
@@ -266,6 +272,10 @@ class _Memory:
         """Keep what begins these ids, and of them all but the last, which the model has to read; returns how many."""
         self._crop(min(_count_equal(self.token_ids, ids), len(ids) - 1))
         return len(self.token_ids)
+
+    def past(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Return the cache by the name that the model's forward has for it; nothing, if there is none."""
+        return {} if self.cache is None else {cache_name(model): self.cache}
 
     @contextmanager
     def watching(self, model: torch.nn.Module, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> Iterator[None]:

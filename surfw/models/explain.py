@@ -5,13 +5,17 @@ per pass, and cannot be above what computing alone allows. Nothing is rendered h
 """
 
 from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from surfw.config import GB, Policy, is_server_url
 from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.measure import READ_SECONDS, Computing, RunModel, measure_computing, measure_reading
 from surfw.runtime.plan import Limit, ResidencyPlan
+
+_MOSTLY = 0.5
+_WORTHWHILE = 1.5
+"""Less than half as fast again is within what a run differs from the next one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +97,21 @@ class Explanation:
         return _smaller(self.reading_ceiling, self.computing_ceiling)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Advice:
+    """What more memory would bring.
+
+    Attributes:
+        more_bytes: so much more.
+        budget_bytes: the memory budget, then.
+        tokens_per_second: the most that reading and computing would allow.
+    """
+
+    more_bytes: int
+    budget_bytes: int
+    tokens_per_second: float
+
+
 def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanation:
     """Measure a model, and explain it; see `measure_computing`. The statistics stay as they were.
 
@@ -151,6 +170,38 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
         more_bytes_per_pass=round(more.bytes_per_pass * stored) if more else None,
         more_ceiling=_smaller(by_reading_more, by_computing) if more else None,
     )
+
+
+def advise(parts: ModelParts, *, seconds_per_token: float, stall_share: float) -> Advice | None:
+    """What more memory would bring to a generation that mostly waited for weights.
+
+    Then reading took nearly all of the time of a token, so bytes per pass ÷ that time is the bandwidth; what was not
+    spent waiting is what computing takes.
+
+    Args:
+        parts: of the model.
+        seconds_per_token: the mean time of each token after the first.
+        stall_share: the part of it that was spent waiting.
+
+    Returns:
+        The least of a few amounts that would make it half as fast again; None if it did not wait mostly, if nothing is
+        read in a pass, or if no amount would do that.
+    """
+    engine = parts.engine
+    plan, limit = engine.plan, engine.limit
+    if not plan.bytes_per_pass or stall_share < _MOSTLY or seconds_per_token <= 0:
+        return None
+    bandwidth = plan.bytes_per_pass / seconds_per_token
+    by_computing = 1 / (seconds_per_token * (1 - stall_share)) if stall_share < 1 else None
+    now = plan.peak_bytes + plan.reserved_bytes if limit.budget_bytes is None else limit.budget_bytes
+    more_bytes, everything = max(plan.streamed.values()), sum(plan.streamed.values()) + plan.peak_bytes
+    while more_bytes < 2 * everything:
+        more = engine.plan_with(replace(limit, budget_bytes=now + more_bytes, cache_layers=None))
+        speed = _smaller(more.ceiling(bandwidth), by_computing)
+        if speed is not None and speed * seconds_per_token >= _WORTHWHILE:
+            return Advice(more_bytes=more_bytes, budget_bytes=now + more_bytes, tokens_per_second=speed)
+        more_bytes *= 2
+    return None
 
 
 def _one_gb_more(plan: ResidencyPlan, limit: Limit) -> Limit:

@@ -4,13 +4,14 @@ Generation, sampling, chat templates and stopping are transformers' own. Nothing
 """
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
@@ -18,10 +19,15 @@ from surfw.models.base import StreamingBaseModel
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
-from surfw.runtime.kv_cache import cache_name
+from surfw.models.text_stream import TextStream
+
+logger = logging.getLogger("surfw.models")
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
+
+_SAMPLING = ("temperature", "top_p", "top_k", "seed")
+"""What only a generation takes."""
 
 _TOP_PREDICTIONS = 5
 
@@ -96,7 +102,10 @@ class InferenceRequest:
 
 @dataclass(kw_only=True)
 class InferenceResult:
-    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens."""
+    """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens.
+
+    `decode_stall_share` is the part of the time from the first token to the last that was spent waiting for weights.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -104,46 +113,37 @@ class InferenceResult:
     ttft_seconds: float | None = None
     tpot_seconds: float | None = None
     tokens_per_second: float | None = None
+    decode_stall_share: float | None = None
     embedding: list[float] | None = None
     predictions: list[dict[str, Any]] | None = None
 
 
 class TokenClock(BaseStreamer):
-    """Notes when each token came, and passes it on to a streamer of text."""
+    """Notes when each token came, and passes it on to a stream of text."""
 
-    def __init__(self, text: TextStreamer | None, on_token: Callable[[int, float], None]) -> None:
+    def __init__(self, text: TextStream | None, on_token: Callable[[int, float], None]) -> None:
         """Start the clock; `generate()` puts the prompt first, or the decoder's start."""
         self.start = time.perf_counter()
         self.times: list[float] = []
         self._skip = True
-        self._text: Any = text
+        self._text = text
         self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
         """A token, or first of all the prompt."""
         if self._skip:
             self._skip = False
-        else:
-            self.times.append(time.perf_counter() - self.start)
-            self._on_token(int(value.reshape(-1)[-1]), self.times[-1])
+            return
+        token = int(value.reshape(-1)[-1])
+        self.times.append(time.perf_counter() - self.start)
+        self._on_token(token, self.times[-1])
         if self._text is not None:
-            self._text.put(value)
+            self._text.put(token)
 
     def end(self) -> None:
         """No more tokens."""
         if self._text is not None:
             self._text.end()
-
-
-class _TextOut(TextStreamer):
-    """Gives finished pieces of text to a function."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self._on_text(text)
 
 
 def answer(
@@ -152,7 +152,7 @@ def answer(
     request: InferenceRequest,
     *,
     inputs: dict[str, torch.Tensor] | None = None,
-    cache: object | None = None,
+    past: Mapping[str, object] | None = None,
     on_text: Callable[[str], None] = lambda _: None,
     on_token: Callable[[int, float], None] = lambda _token, _seconds: None,
 ) -> InferenceResult:
@@ -163,7 +163,7 @@ def answer(
         tokenizer: its tokenizer; None needs `prompt_ids`.
         request: what to run.
         inputs: what `encode_prompt` made of it, if that is known already.
-        cache: a KV cache that holds the beginning of the prompt: `generate()` goes on with it.
+        past: a KV cache that holds the beginning of the prompt, by the name the model's forward has for it.
         on_text: called with the text as it comes.
         on_token: called with each new token id, and the seconds since the start.
 
@@ -173,6 +173,8 @@ def answer(
     """
     if inputs is None:
         inputs = encode_prompt(model, tokenizer, request)
+    for remark in find_remarks(model, request, inputs["input_ids"].shape[1]):
+        logger.warning("%s", remark)
     callers_own: list[Exception] = []
 
     def noting(function: Callable[..., None]) -> Callable[..., None]:
@@ -190,13 +192,33 @@ def answer(
     try:
         if not model.model.can_generate():
             return _run_encoder(model, tokenizer, inputs)
-        return _generate(model, tokenizer, request, inputs, cache, on_text=noting(on_text), on_token=noting(on_token))
+        return _generate(
+            model, tokenizer, request, inputs, past or {}, on_text=noting(on_text), on_token=noting(on_token)
+        )
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
         if complaint := _complaint(model, request, inputs["input_ids"].shape[1], exc):
             raise ConfigurationError(complaint) from exc
         raise
+
+
+def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int) -> list[str]:
+    """What of a request changes nothing, or goes beyond what the model was made for: a sentence each."""
+    name, remarks = model.manifest.name, []
+    given = [one for one in _SAMPLING if getattr(request, one) is not None]
+    if given and not model.model.can_generate():
+        verb = "changes" if len(given) == 1 else "change"
+        remarks.append(f"{' and '.join(given)} {verb} nothing: {name} is an encoder, and generates no tokens")
+    elif request.seed is not None and not request.samples:
+        remarks.append("the seed changes nothing without sampling; give a temperature, top_p or top_k to sample")
+    positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens > positions:
+        remarks.append(
+            f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
+            "expect nonsense, and shorten the prompt"
+        )
+    return remarks
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
@@ -258,6 +280,14 @@ def encode_prompt(
     return {name: value for name, value in inputs.items() if name in accepted}
 
 
+def continues_prompt(
+    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, request: InferenceRequest
+) -> bool:
+    """Whether the text that is generated goes on where the prompt ends; it answers it in a chat, or translates it."""
+    is_chat = tokenizer is not None and bool(tokenizer.chat_template) and not request.raw
+    return model.model.can_generate() and not model.model.config.is_encoder_decoder and not is_chat
+
+
 def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
     if not all(isinstance(one, int) for one in ids):
         raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
@@ -275,7 +305,7 @@ def _generate(
     tokenizer: PreTrainedTokenizerBase | None,
     request: InferenceRequest,
     inputs: dict[str, torch.Tensor],
-    cache: object | None,
+    past: Mapping[str, object],
     *,
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
@@ -283,9 +313,14 @@ def _generate(
     if request.stop and tokenizer is None:
         raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
-    past = {} if cache is None else {cache_name(streaming.model): cache}
     prompt_tokens = inputs["input_ids"].shape[1]
-    clock = TokenClock(_TextOut(tokenizer, on_text) if tokenizer is not None else None, on_token)
+    stalled: list[float] = []
+
+    def note(token: int, seconds: float) -> None:
+        stalled.append(streaming.metrics.seconds("stall"))
+        on_token(token, seconds)
+
+    clock = TokenClock(TextStream(tokenizer, on_text) if tokenizer is not None else None, note)
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
@@ -304,25 +339,17 @@ def _generate(
         return new
 
     new = streaming.run(generate)
-    seconds = time.perf_counter() - clock.start
-    return generated(tokenizer, new, prompt_tokens, clock.times[-len(new) :] if new else [], seconds)
-
-
-def generated(
-    tokenizer: PreTrainedTokenizerBase | None,
-    token_ids: list[int],
-    prompt_tokens: int,
-    times: Sequence[float],
-    seconds: float,
-) -> InferenceResult:
-    """The result of a generation that took so many seconds, and whose tokens came after those in `times`."""
+    took = time.perf_counter() - clock.start
+    times = clock.times[-len(new) :] if new else []
+    decoding = times[-1] - times[0] if times else 0.0
     return InferenceResult(
-        text=str(tokenizer.decode(token_ids, skip_special_tokens=True)) if tokenizer is not None else "",
-        token_ids=token_ids,
+        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
+        token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
-        tpot_seconds=(times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None,
-        tokens_per_second=len(token_ids) / seconds if token_ids else None,
+        tpot_seconds=decoding / (len(times) - 1) if len(times) > 1 else None,
+        tokens_per_second=len(new) / took if new else None,
+        decode_stall_share=min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None,
     )
 
 

@@ -5,6 +5,7 @@ from typing import TypedDict
 from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
+from surfw.models.progress import Progress
 
 
 class CacheInfo(TypedDict):
@@ -125,6 +126,21 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(parts) if parts else None,
     }
+
+
+def find_progress(metrics: Metrics, parts: ModelParts | None) -> Progress:
+    """Where a run is just now."""
+    layers: tuple[str, ...] = parts.layers if parts else ()
+    reached = parts.engine.reached if parts else ()
+    plan = parts.engine.plan if parts else None
+    return Progress(
+        layer=max((layers.index(name) + 1 for name in reached if name in layers), default=0),
+        layers=len(layers),
+        kept_layers=len(plan.pinned.intersection(layers)) if plan and plan.bytes_per_pass else None,
+        fetched_bytes=metrics.count("fetched_bytes"),
+        stall_seconds=metrics.seconds("stall"),
+        run_seconds=metrics.seconds("forward"),
+    )
 
 
 def stall_share(time: RunTimes) -> float:

@@ -50,6 +50,7 @@ class Engine:
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
+        reached: the chunks of the module that execution has reached last.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Engine:
         self._runner: int | None = None  # the thread that has a run
         self._ahead = prefetch
         self._asked = _DEMAND
+        self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
@@ -125,7 +127,7 @@ class Engine:
         Raises:
             SurfwError: a chunk could not be loaded, or the run was interrupted.
         """
-        names = self._schedule.uses[module]
+        names = self.reached = self._schedule.uses[module]
         tensors: dict[str, torch.Tensor] = {}
         held = self._hold(module, names)
         try:

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from surfw.config import MIB
+from surfw.config import MIB, count
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.journal import Journal
 from surfw.server.sending import Document
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
@@ -34,6 +35,8 @@ _CACHE_BYTES = 64 * MIB
 """What all models that are kept may take."""
 _LEAST_KEPT = 4
 """The fewest models that are kept, however large: those that are used at the same time must not evict each other."""
+_MOST_NOTED = 3
+"""How many models that have come or gone are named in one event."""
 _READS = 2
 """The most manifests that are read at a time: while it is parsed, one takes many times its size."""
 
@@ -69,11 +72,13 @@ class Catalog:
     server itself.
     """
 
-    def __init__(self, store: Store, *, fresh_seconds: float = FRESH_SECONDS) -> None:
-        """Look up in this store; nothing is read yet."""
+    def __init__(self, store: Store, journal: Journal | None = None, *, fresh_seconds: float = FRESH_SECONDS) -> None:
+        """Look up in this store; nothing is read yet. The journal notes which models come and go."""
         self.names: Sequence[str] = ()
         """The models in the last listing."""
         self._store = store
+        self._journal = journal or Journal()
+        self._was_listed = False
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
         self._entries: LruCache[str, Entry] = LruCache(
@@ -91,11 +96,32 @@ class Catalog:
         return await self._listings.join("models", reader)
 
     async def _list(self, *_: object) -> Sequence[str]:
-        self.names = tuple(await self._store.models())
+        before, self.names = self.names, tuple(await self._store.models())
         self._listed = time.monotonic()
+        if self._was_listed:
+            self._note_changes(before)
+        self._was_listed = True
         for name in set(self._entries) - set(self.names):
             del self._entries[name]
         return self.names
+
+    def _note_changes(self, before: Sequence[str]) -> None:
+        """Note which models have come, and which have gone, since the listing before."""
+        if before == self.names:
+            return
+        for names, what in (
+            (set(self.names) - set(before), "new in the store"),
+            (set(before) - set(self.names), "gone"),
+        ):
+            if names:
+                few = ", ".join(sorted(names)[:_MOST_NOTED])
+                more = f" and {len(names) - _MOST_NOTED} more" if len(names) > _MOST_NOTED else ""
+                self._journal.note("models", f"{count(len(names), 'model')} {what}: {few}{more}")
+
+    def payload_bytes(self, model: str) -> int:
+        """Return how large a model is, in bytes of tensors; 0 if it is not known at the moment."""
+        entry = self._entries.get(model)
+        return entry.manifest.payload_bytes if entry else 0
 
     async def read(self, model: str, reader: Reader | None = None) -> Entry:
         """Return the model as it is in the store now."""

@@ -18,8 +18,9 @@ from surfw.config import WireLimits, printable
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
 from surfw.manifest import Location
 from surfw.server.fairness import Account, Reader
+from surfw.server.journal import ClientLog
 from surfw.server.pages import PROGRESS_SECONDS
-from surfw.server.reception import ClientLog, FairConnection
+from surfw.server.reception import FairConnection
 from surfw.server.sending import Document, Sender
 from surfw.server.served import ServedStore
 from surfw.storage.base import ChangedObjectError
@@ -27,6 +28,7 @@ from surfw.threads import cancel_all
 from surfw.wire import (
     Begin,
     Cancel,
+    ClientFacts,
     Credit,
     Data,
     Failed,
@@ -58,12 +60,23 @@ class _Open:
 
 
 class Connection:
-    """Serves one client until it leaves."""
+    """Serves one client until it leaves.
+
+    A client joins with its first request. One that says hello and leaves, as whoever only looks for a server does, is
+    not worth a word.
+
+    Attributes:
+        open_requests: those that are being answered, by their ids.
+    """
 
     def __init__(
-        self, websocket: FairConnection, served: ServedStore, limits: WireLimits, client_log: ClientLog
+        self, number: int, websocket: FairConnection, served: ServedStore, limits: WireLimits, client_log: ClientLog
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
+        self._number = number
+        self._since = time.monotonic()
+        self._has_joined = False
+        self._model = ""
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
         self._served = served
@@ -71,12 +84,11 @@ class Connection:
         self._account = Account()
         self._session = ServerSession(limits, server=f"surfw/{__version__}")
         self._sender = Sender(websocket, self._session, served.metrics)
-        self._peer = str(websocket.remote_address)
+        self._peer = websocket.shown_address
         self._log = client_log
 
     async def serve(self) -> None:
         """Answer until the client leaves, is closed for what it sent, or the server stops."""
-        self._log.visits.write(f"{self._peer} connected")
         telling = asyncio.create_task(self._tell_progress())
         try:
             self._websocket.opened()
@@ -91,15 +103,44 @@ class Connection:
         except TimeoutError:
             await self._close(1008, f"no hello within {_HELLO_SECONDS} seconds")
         except ConnectionClosedOK:
-            self._log.visits.write(f"{self._peer} left")
+            self._note_departure("left")
         except ConnectionClosed as exc:
-            self._log.visits.write(f"{self._peer} is gone: {exc}")
+            self._note_departure(f"is gone: {exc}")
         finally:
             await cancel_all([telling])
             await self._stop_answering()
 
+    @property
+    def facts(self) -> ClientFacts:
+        """Who the client is, and what it has had so far."""
+        return {
+            "number": self._number,
+            "name": self._session.client,
+            "address": self._peer,
+            "connected_seconds": time.monotonic() - self._since,
+            "model": self._model,
+            "in_flight": len(self.open_requests),
+            "bytes_sent": self._sender.sent_bytes,
+        }
+
+    def _note_request(self) -> None:
+        self._served.metrics.add("requests")
+        if not self._has_joined:
+            self._has_joined = True
+            self._log.arrivals.note(f"{self._session.client} at {self._peer} joined")
+
+    def _note_departure(self, how: str) -> None:
+        if self._has_joined:
+            self._log.departures.note(f"{self._session.client} at {self._peer} {how}")
+
+    def _note_model(self, model: str) -> None:
+        """Remember which model the client reads; the store has it."""
+        if model != self._model:
+            self._model = model
+            self._served.note_reading(model)
+
     async def _close(self, code: int, reason: str) -> None:
-        self._log.closings.write(f"{self._peer} is closed: {reason}")
+        self._log.closings.note(f"{self._peer} is closed: {reason}")
         await self._stop_answering()
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
@@ -119,7 +160,7 @@ class Connection:
                     request.task.cancel()
                 self._sender.send(Failed(message.id, "cancelled", "the client gave it up"))
             case _:
-                self._served.metrics.add("requests")
+                self._note_request()
                 reader = Reader(self._account)
                 task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
                 self.open_requests[message.id] = _Open(task, reader)
@@ -140,10 +181,10 @@ class Connection:
         try:
             await self._send_answer(request, reader)
         except RefusedError as exc:
-            self._log.refusals.write(f"{self._peer} is refused: {exc}")
+            self._log.refusals.note(f"{self._peer} is refused: {exc}")
             self._fail(request, exc.code, str(exc))
         except ChangedObjectError as exc:
-            self._log.changes.write(f"{self._peer} cannot be answered: {exc}")
+            self._log.changes.note(f"{self._peer} cannot be answered", str(exc))
             self._fail(
                 request,
                 "changed",
@@ -151,7 +192,7 @@ class Connection:
                 "surfw chunk --in-place again; the server's log names the file",
             )
         except SurfwError as exc:
-            self._log.failures.write(f"{self._peer} cannot be answered: {exc}")
+            self._log.failures.note(f"{self._peer} cannot be answered", str(exc))
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
             self._served.metrics.latency("requests").observe(time.perf_counter() - started)
@@ -182,6 +223,7 @@ class Connection:
                 await self._send_stored(request.id, [location], 0, location.stop, reader)
             case Get():
                 locations = await catalog.chunk(request, looking_up)
+                self._note_model(request.model)
                 reader.fresh = request.fresh
                 await self._send_stored(
                     request.id, locations, request.start, request.stop, reader, priority=request.priority

@@ -22,7 +22,8 @@ from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
 from surfw.server.fairness import SingleFlight
-from surfw.server.reception import FairConnection, SparseLog
+from surfw.server.journal import Journal, Sparse
+from surfw.server.reception import FairConnection
 from surfw.wire import PROTOCOL, admits, is_meant
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _OPEN_PATHS = {"/livez", "/readyz"}
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, server: "WeightServer", token: str | None, names: Collection[str]) -> None:
+    def __init__(self, server: "WeightServer", token: str | None, names: Collection[str], journal: Journal) -> None:
         """Report on a server that wants this token, if any, and may be called by these names."""
         self._server = server
         self._token = token
@@ -54,7 +55,8 @@ class HttpEndpoints:
         self._looks = SingleFlight(self._look, 1)
         self._ready = False
         self._looked = float("-inf")
-        self._refusals = SparseLog(logging.WARNING)
+        self._refusals = Sparse(journal, "refused", logging.WARNING)
+        self._full = Sparse(journal, "refused", logging.WARNING)
 
     async def process_request(self, connection: FairConnection, request: Request) -> Response | None:
         """Return the answer to a request; None lets the WebSocket handshake go on."""
@@ -65,6 +67,7 @@ class HttpEndpoints:
         if path in _PATHS:
             return await self._answer(connection, path)
         if self._server.full:
+            self._full.note(f"{connection.shown_address} is refused: all places for clients are taken")
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
         return None
 
@@ -92,18 +95,18 @@ class HttpEndpoints:
         if len(hosts) == 1 and is_meant(hosts[0], self._names):
             return True
         shown = ", ".join(hosts)[:80]
-        self._refusals.write(
-            f"{connection.remote_address} is refused: it calls the server {shown!a}; --allowed-host allows a name"
+        self._refusals.note(
+            f"{connection.shown_address} is refused: it calls the server {shown!a}; --allowed-host allows a name"
         )
         return False
 
-    def _admits(self, connection: ServerConnection, request: Request) -> bool:
+    def _admits(self, connection: FairConnection, request: Request) -> bool:
         if self._token is None:
             return True
         shown = request.headers.get_all("Authorization")
         if admits(self._token, shown):
             return True
-        self._refusals.write(f"{connection.remote_address} is refused: {'another token' if shown else 'no token'}")
+        self._refusals.note(f"{connection.shown_address} is refused: {'another token' if shown else 'no token'}")
         return False
 
     async def _answer(self, connection: ServerConnection, path: str) -> Response:
@@ -147,6 +150,7 @@ _COUNTERS = {
     "cache_evictions": ("Pages that had to make room", "cache", "evictions"),
     "requests": ("Requests received", "requests", "total"),
     "sent_bytes": ("Bytes of models sent", "bytes_sent"),
+    "read_bytes": ("Bytes read from the storage", "bytes_read"),
 }
 """The metrics: what each is, and where in the statistics it stands."""
 _GAUGES = {

@@ -13,6 +13,7 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 """
 
 import asyncio
+import logging
 import mmap
 import time
 from collections import deque
@@ -21,12 +22,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES
+from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES, format_size
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.journal import Journal, Sparse
 from surfw.storage import StorageBackend
 from surfw.storage.origins import Objects
 from surfw.threads import cancel_all
@@ -78,8 +80,10 @@ class PageCache:
         reads: the pages that are being read, or are queued.
     """
 
-    def __init__(self, backend: StorageBackend | Objects, capacity_bytes: int, metrics: Metrics) -> None:
-        """Start empty; counts `hits`, `misses` and `coalesced` in the metrics."""
+    def __init__(
+        self, backend: StorageBackend | Objects, capacity_bytes: int, metrics: Metrics, journal: Journal | None = None
+    ) -> None:
+        """Start empty; counts `hits`, `misses` and `coalesced` in the metrics, and notes slow reads in the journal."""
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
         self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
@@ -89,6 +93,7 @@ class PageCache:
         most = _NEAR_READS if self._is_near else _READS
         self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
         self._is_slow = False
+        self._slow = Sparse(journal or Journal(), "storage", logging.INFO)
         # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
         self._read_ahead = Permits(capacity_bytes // (4 * PAGE_BYTES))
 
@@ -158,6 +163,8 @@ class PageCache:
             self.reads.read_bytes += stop - at
         took = time.monotonic() - started
         self._is_slow = took > PROGRESS_SECONDS
+        if self._is_slow:
+            self._slow.note(f"the storage is slow: reading {format_size(page.size)} took {took:.1f} s")
         return took
 
     async def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What bounds the work that clients can cause before they are answered: input in small portions, and few log lines.
+"""What bounds the work that clients can cause before they are answered: input in small portions, in turns.
 
 The library would take in all that has arrived, thousands of messages or pings, before it is anybody else's turn. Here a
 connection reads one portion, hands on the messages in it one by one, and then waits for its turn to read another. What
@@ -6,8 +6,6 @@ it does not read stays with the client, so that nothing piles up here.
 """
 
 import asyncio
-import logging
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -18,14 +16,10 @@ from websockets.typing import Data
 
 from surfw.server.fairness import Account, Turns
 
-log = logging.getLogger("surfw.server")
-
 PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
 
 _MOST_OPENING = 512
-
-_LOG_SECONDS = 10
 
 
 class Newcomers:
@@ -178,49 +172,15 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         if not self.transport.is_closing():
             self.transport.resume_reading()
 
-
-class SparseLog:
-    """Lines that clients can cause as often as they like: every ten seconds a few are written, the others counted."""
-
-    def __init__(self, level: int, *, most: int = 1) -> None:
-        """Write at most this many lines each time."""
-        self._level = level
-        self._most = self._left = most
-        self._next = float("-inf")
-        self._unwritten = 0
-        self._last = ""
-
-    def write(self, text: str) -> None:
-        """Write the line, or count it."""
-        self._unwritten += 1
-        self._last = text
-        if time.monotonic() >= self._next:
-            self._left, self._next = self._most, time.monotonic() + _LOG_SECONDS
-        if self._left:
-            self._left -= 1
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the last line that was counted, with the number of the others."""
-        if not self._unwritten:
-            return
-        more = f" (and {self._unwritten - 1} times more before)" if self._unwritten > 1 else ""
-        log.log(self._level, "%s%s", self._last, more)
-        self._unwritten = 0
+    @property
+    def shown_address(self) -> str:
+        """Where the client is, as people write it: `127.0.0.1:50412`, `[::1]:50412`."""
+        return show_address(self.remote_address)
 
 
-class ClientLog:
-    """What a server logs about its clients: one sparse log for each kind of line, shared by all clients."""
-
-    def __init__(self) -> None:
-        """Start with nothing counted."""
-        self.visits = SparseLog(logging.INFO, most=20)
-        self.closings = SparseLog(logging.WARNING)
-        self.refusals = SparseLog(logging.INFO)
-        self.failures = SparseLog(logging.WARNING)
-        self.changes = SparseLog(logging.ERROR)
-
-    def flush(self) -> None:
-        """Write what was counted, of each kind."""
-        for kind in (self.visits, self.closings, self.refusals, self.failures, self.changes):
-            kind.flush()
+def show_address(address: Any) -> str:
+    """Write the address of a socket as people do; one that has none, such as a closed one's, is unknown."""
+    if not isinstance(address, tuple):
+        return str(address or "an unknown address")
+    host, port = address[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -42,7 +42,11 @@ class Document:
 
 
 class Sender:
-    """Sends a session's messages and runs over a WebSocket."""
+    """Sends a session's messages and runs over a WebSocket.
+
+    Attributes:
+        sent_bytes: how much was sent of models and other answers, without messages.
+    """
 
     def __init__(self, websocket: ServerConnection, session: ServerSession, metrics: Metrics) -> None:
         """Take over the writing side of the connection; counts `bytes_sent`."""
@@ -54,6 +58,7 @@ class Sender:
         self._asked = 0
         self._busy = False
         self._untaken = 0
+        self.sent_bytes = 0
 
     def hello(self) -> None:
         """Write the first message."""
@@ -152,6 +157,7 @@ class Sender:
             parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
         self._write(parts)
+        self.sent_bytes += len(run)
         self._metrics.add("bytes_sent", len(run))
 
     def _write(self, parts: list[bytes | memoryview]) -> None:

@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from surfw import errors
-from surfw.config import display_url
+from surfw.config import MB, display_url, format_size
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
+from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
-from surfw.server.pages import PageCache
+from surfw.server.pages import MIN_CACHE_BYTES, PageCache
 from surfw.storage import StorageBackend, Store, open_backend
-from surfw.storage.origins import PlacedOptions
+from surfw.storage.origins import PlacedOptions, private_stores
 from surfw.storage.store import is_checkpoint
-
-log = logging.getLogger("surfw.server")
+from surfw.wire import CacheShortage
 
 _CHECK_SECONDS = 2
 """Less than what a plain request may take: it is answered even while the storage hangs."""
+
+_MB_STEP = 10
+"""A size of the cache that is recommended is a multiple of this."""
 
 
 class ServedStore:
@@ -40,9 +43,12 @@ class ServedStore:
         catalog: its models.
         pages: its bytes, through a cache.
         digests: those that are found out late.
+        cache_shortage: how far the cache is too small for the largest model that was read; None if it is not.
     """
 
-    def __init__(self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int) -> None:
+    def __init__(
+        self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int, journal: Journal
+    ) -> None:
         """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
         The options are for the storage at that folder or URL, and for the origins of models that were not copied.
@@ -53,6 +59,7 @@ class ServedStore:
         self._source = source
         self._options = options
         self._cache_bytes = cache_bytes
+        self._journal = journal
         self._open()
 
     def _open(self, private: Path | None = None) -> None:
@@ -65,8 +72,10 @@ class ServedStore:
         self.store = Store(backend, PlacedOptions(place, self._options))
         self.url = display_url(place) if private else self.store.url
         self.metrics = Metrics()
-        self.catalog = Catalog(self.store)
-        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics)
+        self.catalog = Catalog(self.store, self._journal)
+        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal)
+        self.cache_shortage: CacheShortage | None = None
+        self._absences = Sparse(self._journal, "storage", logging.WARNING)
         self.digests = LateDigests(self.store, self.pages, self.catalog)
         self._closed = False
 
@@ -82,7 +91,7 @@ class ServedStore:
             place = str(self._source)
             private = await make_private_store(place, self._options)
             await self.close()
-            log.info("%s is a plain checkpoint, and is served from where it is", display_url(place))
+            self._journal.note("models", f"{display_url(place)} is a plain checkpoint, and is served from where it is")
             self._open(private)
         await self.look()
 
@@ -96,12 +105,27 @@ class ServedStore:
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self.look()
+            if not self.pages.healthy:
+                self._journal.note("storage", f"the storage {self.url} answers again")
             self.pages.healthy = True
         except (SurfwError, TimeoutError) as exc:
             reason = str(exc) or f"no answer within {_CHECK_SECONDS} seconds"
-            log.warning("the storage %s cannot be reached: %s", self.url, reason)
+            self._absences.note(f"the storage {self.url} cannot be reached", reason)
             self.pages.healthy = False
         return self.pages.healthy
+
+    def note_reading(self, model: str) -> None:
+        """A client reads this model: note if the cache is too small for it, and for none that was read before."""
+        size, known = self.catalog.payload_bytes(model), self.cache_shortage
+        if size <= max(self.pages.cache.capacity_bytes, known["pass_bytes"] if known else 0):
+            return
+        helpful_mb = -(-(size + MIN_CACHE_BYTES) // (_MB_STEP * MB)) * _MB_STEP
+        self.cache_shortage = {"model": model, "pass_bytes": size, "cache_mb": helpful_mb}
+        self._journal.note(
+            "cache",
+            f"the cache of {format_size(self.pages.cache.capacity_bytes)} is smaller than one pass over {model} "
+            f"({format_size(size)}), so repeated passes find little in it; --cache-mb {helpful_mb} would hold it",
+        )
 
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
@@ -119,7 +143,8 @@ async def make_private_store(place: str, options: Mapping[str, Any]) -> Path:
     """
     command = (sys.executable, "-P", "-m", "surfw.chunking.in_place")  # -P: no module is taken from the current folder
     try:
-        work = json.dumps({"place": place, "options": dict(options)}).encode()
+        stores = str(await asyncio.to_thread(private_stores))
+        work = json.dumps({"place": place, "options": dict(options), "stores": stores}).encode()
     except (TypeError, ValueError) as exc:
         raise ConfigurationError(
             f"the storage options of {display_url(place)} cannot be handed to another process ({exc}); give plain "

@@ -6,6 +6,7 @@ who may come, `catalog` for what can be named, `pages` and `sending` for what bo
 
 import asyncio
 import ctypes
+import heapq
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,13 @@ from surfw.metrics import hit_rate
 from surfw.server.connection import Connection
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
+from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
-from surfw.server.reception import ClientLog, FairConnection, Newcomers
+from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.served import ServedStore
 from surfw.storage import StorageBackend
-from surfw.wire import ServerHealth, ServerStats
+from surfw.wire import MOST_CONNECTIONS, ClientFacts, ServerHealth, ServerStats
 
 _ADVANCED_CACHE_MB = 1000
 
@@ -98,14 +100,16 @@ class WeightServer:
         self._clients = clients
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
-        self._client_log = ClientLog()
+        self._connected = 0
+        self._journal = Journal()
+        self._client_log = ClientLog(self._journal)
         self._process = psutil.Process()
-        self._endpoints = HttpEndpoints(self, token, self._listening.names)
+        self._endpoints = HttpEndpoints(self, token, self._listening.names, self._journal)
         self._websockets: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
-        self._served = ServedStore(source, dict(storage_options or {}), int(cache_size_mb * MB))
+        self._served = ServedStore(source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal)
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -215,7 +219,8 @@ class WeightServer:
         return len(self._connections) >= self._clients
 
     async def _serve_client(self, websocket: FairConnection) -> None:
-        connection = Connection(websocket, self._served, self._listening.limits, self._client_log)
+        self._connected += 1
+        connection = Connection(self._connected, websocket, self._served, self._listening.limits, self._client_log)
         self._connections.add(connection)
         try:
             await connection.serve()
@@ -230,12 +235,16 @@ class WeightServer:
         ready = live and await self._served.is_ready()
         return {"live": live, "ready": ready, "storage": self._served.url, "models": list(self._served.catalog.names)}
 
-    def stats(self) -> ServerStats:
-        """The counters since the start, as `surfw stats --json` prints them."""
+    def stats(self, *, details: bool = False) -> ServerStats:
+        """The counters since the start, as `surfw stats --json` prints them.
+
+        Args:
+            details: events say where things lie, too, which clients are not told.
+        """
         served = self._served
         metrics, cache = served.metrics, served.pages.cache
         hits, misses = metrics.count("hits"), metrics.count("misses")
-        return {
+        stats: ServerStats = {
             "server": {"version": __version__, "uptime_seconds": time.monotonic() - metrics.started},
             "models": list(served.catalog.names),
             "cache": {
@@ -257,7 +266,18 @@ class WeightServer:
             "clients": len(self._connections),
             "storage": {"url": served.url, "healthy": served.pages.healthy},
             "resources": {"rss_bytes": self._process.memory_info().rss, "cpu_percent": self._process.cpu_percent()},
+            "bytes_read": served.pages.reads.read_bytes,
+            "connections": self._busiest(),
+            "events": self._journal.recent(details=details),
         }
+        if served.cache_shortage:
+            stats["cache_shortage"] = served.cache_shortage
+        return stats
+
+    def _busiest(self) -> list[ClientFacts]:
+        """The clients that are answered now, then the others; of each, those before that were sent most."""
+        everybody = (connection.facts for connection in self._connections)
+        return heapq.nlargest(MOST_CONNECTIONS, everybody, lambda one: (one["in_flight"] > 0, one["bytes_sent"]))
 
 
 class ServerOptions(TypedDict, total=False):
@@ -315,9 +335,11 @@ class AdvancedWeightServer(WeightServer):
         health, _ = await asyncio.gather(super().health(), self._redis.check())
         return health
 
-    def stats(self) -> ServerStats:
+    def stats(self, *, details: bool = False) -> ServerStats:
         """The counters since the start, with `redis`: where it is, and whether it answered when last asked."""
-        return super().stats() | {"redis": self._redis.state}
+        stats = super().stats(details=details)
+        stats["redis"] = self._redis.state
+        return stats
 
 
 def _expect_source(

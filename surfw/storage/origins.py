@@ -10,10 +10,14 @@ Objects of an origin are named `origins/KEY/NAME` here, after the origin's key. 
 """
 
 import asyncio
+import logging
+import os
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ from surfw.storage.base import ChangedObjectError, RangedBackend, refuse_size
 from surfw.storage.custom import adapt_backend
 from surfw.storage.ranges import ObjectRange, ObjectRead, Pin
 from surfw.storage_options import identify_place, scheme_of
+
+logger = logging.getLogger("surfw.storage")
 
 _MOUNT, _ANY = "origins/", "any"
 _FROM_AFAR = {"s3", "http", "https", "hf"}
@@ -231,13 +237,33 @@ def _host_of(url: str) -> str:
     return url.partition("://")[2].partition("/")[0]
 
 
-def private_store(place: str, options: Mapping[str, Any]) -> Path:
+def private_store(place: str, options: Mapping[str, Any], stores: Path | None = None) -> Path:
     """Return the folder of the private store that describes the model at a place, which is served without a copy.
 
     Args:
         place: a folder, or a storage URL.
         options: storage options: the same URL at another endpoint is another place.
+        stores: the folder of all private stores; default: `private_stores()`.
     """
     address = place if "://" in place else str(Path(place).expanduser().absolute())
     identity = identify_place(address.rstrip("/"), options)
-    return surfw_home() / "in-place" / blake3(identity.encode()).hexdigest()[:32]
+    return (stores or private_stores()) / blake3(identity.encode()).hexdigest()[:32]
+
+
+def private_stores() -> Path:
+    """The folder of private stores: `$SURFW_HOME/in-place`, or, where that cannot be written, a temporary one.
+
+    The temporary one is this process's own, and is removed at its end.
+    """
+    folder = surfw_home() / "in-place"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return Path(_temporary_stores().name)
+
+
+@cache
+def _temporary_stores() -> "tempfile.TemporaryDirectory[str]":
+    logger.info("%s cannot be written; what is served in place is described in a temporary folder", surfw_home())
+    return tempfile.TemporaryDirectory(prefix="surfw-in-place-")

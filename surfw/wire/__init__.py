@@ -24,13 +24,26 @@ from surfw.wire.messages import (
     ServerHello,
     binary_header,
 )
-from surfw.wire.reports import RedisState, ServerHealth, ServerStats, parse_stats
+from surfw.wire.rates import Rates, rates_between
+from surfw.wire.reports import (
+    MOST_CONNECTIONS,
+    CacheShortage,
+    ClientFacts,
+    RedisState,
+    ServerEvent,
+    ServerHealth,
+    ServerStats,
+    parse_stats,
+)
 from surfw.wire.sessions import ClientSession, ServerSession
 
 __all__ = [
+    "MOST_CONNECTIONS",
     "PROTOCOL",
     "Begin",
+    "CacheShortage",
     "Cancel",
+    "ClientFacts",
     "ClientSession",
     "Credit",
     "Data",
@@ -42,8 +55,10 @@ __all__ = [
     "ListModels",
     "Models",
     "Progress",
+    "Rates",
     "RedisState",
     "Request",
+    "ServerEvent",
     "ServerHealth",
     "ServerHello",
     "ServerSession",
@@ -55,4 +70,5 @@ __all__ = [
     "is_loopback",
     "is_meant",
     "parse_stats",
+    "rates_between",
 ]

@@ -12,6 +12,9 @@ from surfw.wire.messages import MAX_SIZE
 _LONGEST_TEXT = 4096
 _MOST_NAMES = 16
 
+MOST_CONNECTIONS = 20
+"""The most connections that statistics list; `clients` counts all of them."""
+
 
 class ServerFacts(TypedDict):
     """The version of surfw, and how long it has been running."""
@@ -62,8 +65,52 @@ class RedisState(TypedDict):
     reachable: bool
 
 
+class ClientFacts(TypedDict):
+    """An open connection.
+
+    `number` tells the connections of one start apart. `name` is what the client calls itself, and "" before its hello;
+    `model` is the one that it read last, and "" before the first.
+    """
+
+    number: int
+    name: str
+    address: str
+    connected_seconds: float
+    model: str
+    in_flight: int
+    bytes_sent: int
+
+
+class ServerEvent(TypedDict):
+    """Something that happened, when (in seconds since 1970), and of which kind.
+
+    Kinds are `joined`, `left`, `closed` (for breaking the protocol), `refused`, `failed` (a request, because of the
+    storage), `storage` (slow, away or back), `models` (came or went) and `cache`. Later versions may have more.
+    """
+
+    time: float
+    kind: str
+    text: str
+
+
+class CacheShortage(TypedDict):
+    """A cache that is smaller than one pass over a model that was read, and a size that would help.
+
+    Every pass evicts what the next one wants first.
+    """
+
+    model: str
+    pass_bytes: int
+    cache_mb: int
+
+
 class ServerStats(TypedDict):
-    """A server's counters since its start. Only a server with a Redis tier has `redis`."""
+    """A server's counters since its start, and how it is now.
+
+    `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest, the oldest of them first. Older servers have
+    neither, nor `bytes_read` (from the storage). Only a server whose cache is too small has `cache_shortage`, and only
+    one with a Redis tier `redis`.
+    """
 
     server: ServerFacts
     models: list[str]
@@ -73,6 +120,10 @@ class ServerStats(TypedDict):
     clients: int
     storage: StorageState
     resources: ResourceStats
+    bytes_read: NotRequired[int]
+    connections: NotRequired[list[ClientFacts]]
+    events: NotRequired[list[ServerEvent]]
+    cache_shortage: NotRequired[CacheShortage]
     redis: NotRequired[RedisState]
 
 

@@ -315,6 +315,7 @@ class ServerSession(_Session):
     Attributes:
         credit_bytes: how much may be announced before the client credits more; 0 before its hello.
         takes_progress: whether the client takes `progress`.
+        client: what the client calls itself; "" before its hello.
     """
 
     _no_hello = ("the first message of a client is hello", 1008)
@@ -324,6 +325,7 @@ class ServerSession(_Session):
         super().__init__(limits)
         self.credit_bytes = 0
         self.takes_progress = False
+        self.client = ""
         self._server = server
         self._window_bytes = 0
         self._last_id = -1
@@ -362,6 +364,7 @@ class ServerSession(_Session):
                 f"hello: a window of {message.window_bytes} bytes holds less than two frames", close_code=1008
             )
         self.takes_progress = message.progress
+        self.client = message.client
         self._window_bytes = self.credit_bytes = min(message.window_bytes, self.limits.window_bytes)
 
     def _credited(self, message: Credit) -> Credit:

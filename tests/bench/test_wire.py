@@ -1,6 +1,7 @@
 """The benchmark runs, compares within one run, and says what it found as data."""
 
 import json
+import re
 from dataclasses import asdict
 
 from surfw.bench.wire import SIZES, bench_wire
@@ -9,7 +10,7 @@ from surfw.bench.wire import SIZES, bench_wire
 def test_it_measures_what_it_says() -> None:
     found = bench_wire(rounds=2, sizes=[300_000, 5_000_000])
     raw, unverified, verified = found.rows
-    assert raw.name == "raw TCP socket"
+    assert [row.name for row in found.rows] == ["raw TCP socket", "unverified", "verified"]
     assert (unverified.verified, verified.verified) == (False, True)
     for row in (unverified, verified):
         assert row.unit == "GB/s"
@@ -20,11 +21,12 @@ def test_it_measures_what_it_says() -> None:
         assert row.ratio == row.value / raw.value
         assert row.ceiling is not None
         assert row.share == row.value / row.ceiling
+        assert re.fullmatch(r"both sides keep \d+\.\d of \d+ cores busy", row.note)
     document = json.loads(json.dumps(asdict(found)))
     assert document["benchmark"] == "wire"
     assert {"cpu", "cores", "memory", "python", "websockets", "blake3"} <= set(document["machine"])
     assert set(document["rows"][0]) == {
-        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified",
+        "name", "value", "unit", "low", "high", "baseline", "ratio", "ceiling", "share", "verified", "note",
     }  # fmt: skip
 
 

@@ -129,18 +129,19 @@ def test_an_index_that_promises_too_much(tmp_path):
         )
 
 
-def refusal(model: str, reason: str) -> str:
+def refusal(model: str, reason: str, advice: str = "check the network and the name") -> str:
     return (
         f"CheckpointError: model '{model}' is neither a directory here nor a hub model that can be reached ({reason}); "
-        "check the name, or give a local directory"
+        f"{advice}, or give a local directory"
     )
 
 
 def test_the_hub_says_no(tmp_path):
     with serve(_SINGLE) as hub:
-        unknown = refusal("org/other", "the hub has no such model, or it is private")
+        unknown = refusal("org/other", "the hub has no such model, or it is private", "check the name")
         assert open_in_process(tmp_path, hub.url, "org/other") == unknown
-        assert open_in_process(tmp_path, hub.url, revision="v9") == refusal(MODEL, "the model has no revision 'v9'")
+        revision = refusal(MODEL, "the model has no revision 'v9'", "check the name")
+        assert open_in_process(tmp_path, hub.url, revision="v9") == revision
 
 
 def test_a_gated_model_says_what_to_do(tmp_path):
@@ -165,4 +166,4 @@ def test_offline(tmp_path, model):
 @pytest.mark.parametrize("model", ["no such directory", "org/ti:ny", "-x", "a--b", "x" * 300])
 def test_what_cannot_be_a_name_on_the_hub(tmp_path, model):
     refused = open_in_process(tmp_path, "http://127.0.0.1:9", model)
-    assert refused == refusal(model, "it cannot be a hub id")
+    assert refused == refusal(model, "it cannot be a hub id", "check the name")

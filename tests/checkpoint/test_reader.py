@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from checkpoint.samples import CONFIG, arrays, entry, pack, read, write_config, write_index, write_sharded, write_single
 from surfw.checkpoint import SourceTensor, open_checkpoint, open_directory
+from surfw.checkpoint.reader import folder_name
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 
 
@@ -251,3 +252,28 @@ def test_safetensors_are_read_without_torch(tmp_path):
     )
     seen = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, check=True, timeout=60)
     assert json.loads(seen.stdout) == [["a", "b", "c"], []]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/models/tiny", "tiny"),
+        ("/models/tiny/", "tiny"),
+        ("/models/tiny/old/..", "tiny"),
+        ("/hub/models--org--my-name/snapshots/0123abc", "org/my-name"),
+        ("/hub/models--gpt2/snapshots/0123abc", "gpt2"),
+        ("/hub/models--org--a--b/snapshots/0123abc", "org/a--b"),
+        ("/hub/datasets--org--name/snapshots/0123abc", "0123abc"),
+        ("/hub/models--org--name/blobs", "blobs"),
+    ],
+)
+def test_a_folder_gives_its_model_a_name(folder, name):
+    assert folder_name(Path(folder)) == name
+
+
+def test_a_link_gives_its_own_name_and_the_current_folder_its_real_one(tmp_path, monkeypatch):
+    (tmp_path / "hub" / "models--org--name" / "snapshots" / "0123abc").mkdir(parents=True)
+    (tmp_path / "mine").symlink_to(tmp_path / "hub" / "models--org--name" / "snapshots" / "0123abc")
+    assert folder_name(tmp_path / "mine") == "mine"
+    monkeypatch.chdir(tmp_path / "mine")
+    assert folder_name(Path()) == "org/name"

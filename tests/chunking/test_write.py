@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
@@ -20,8 +21,9 @@ from surfw.errors import CheckpointError, StorageError, StorageFullError
 from surfw.manifest import Chunk, Digester, decode_line, encode_line
 from surfw.safetensors_header import encode_header
 from surfw.storage import FilesystemBackend, StorageBackend, adapt_backend
-from surfw.storage.store import blob_key
+from surfw.storage.store import Store, blob_key
 from tests.storage.dict_backend import DictBackend
+from tests.stores import make_store
 from tests.toys import toy_chunk
 
 PAYLOAD = bytes(range(250)) * 24
@@ -445,6 +447,38 @@ def test_a_full_disk_leaves_nothing_half_written(small_disk: Path) -> None:
     first = Path(blob_key(chunks[0][0].id, ".safetensors")).name  # finished before the disk was full, or not
     assert set(marks(backend.base)) <= {first}
     assert [path for path in backend.base.rglob("*") if path.suffix == ".tmp"] == []
+
+
+def test_space_is_compared_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def expect(free: int) -> None:
+        monkeypatch.setattr(write_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        writer = make(FilesystemBackend(tmp_path), Payloads(chunks))
+        with writer.locked():
+            asyncio.run(writer.expect_space(Store(writer.backend), planned(chunks)))
+
+    chunks = toys((5000, 6000, 7000))
+    make_store(tmp_path, "other", (6000, 9000))
+    expect(18_000)
+    expect(12_000)  # of 18,000 bytes, 6,000 may be those of the other model
+    text = (
+        r"/.* has no space for toy: 12\.0 kB \(12000 bytes\) are to be written, and 12\.0 kB \(11999 bytes\) are free;"
+    )
+    with pytest.raises(StorageFullError, match=text):
+        expect(11_999)
+
+
+def test_chunks_that_were_there_already_are_named(backend: FilesystemBackend) -> None:
+    def write(key: str, count: int) -> list[str]:
+        unchanged: list[str] = []
+        writer = make(backend, Payloads(chunks), key=key)
+        writer.on_unchanged = unchanged.append
+        run(writer, planned(chunks[:count]))
+        return unchanged
+
+    chunks = toys()
+    assert write("k", 2) == []
+    assert write("k", 2) == ["layers.0", "layers.1"], "the journal has them"
+    assert write("other", 4) == ["layers.0", "layers.1"], "their blobs are there"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"
 )
-TALK = ("chat", "talker", "--max-new-tokens", "1500", "--temperature", "1", "--seed", "1")
+TALK = ("chat", "talker", "--max-new-tokens", "700", "--temperature", "1", "--seed", "1")
 """An answer that is long enough to be stopped, and has words."""
 
 UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
@@ -114,10 +114,17 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
         it.wait_for("saved in")
         it.send(f"/save {saved}\r")
         it.wait_for("is there already, and is not overwritten; name a new file")
+        it.send(f"/save {saved.with_suffix('.txt')}\r")
+        it.wait_for("saved in")
         it.send("/nonsense\r")
         it.wait_for("there is no command '/nonsense'; /help lists them")
         it.send("/reset\r")
         it.wait_for("a new conversation")
+        it.send(" /help is a message here\r")
+        it.wait_for("reading")
+        it.wait_for(ANSWER)
+        it.send(CTRL_C)
+        it.wait_for("stopped")
         it.wait_for(PROMPT)
         it.send(CTRL_D)
         assert it.process.wait(60) == 0
@@ -127,6 +134,7 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
     assert roles == ["user", "assistant", "user", "assistant"]
     assert [message["content"] for message in document["messages"][::2]] == ["Weights arrive", "Weights arrive again"]
     assert all(message["content"] for message in document["messages"])
+    assert saved.with_suffix(".txt").read_text().startswith("user: Weights arrive\n\nassistant: ")
     history = home / "history"
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
     assert json.loads(history.read_text().splitlines()[0]) == "Weights arrive"

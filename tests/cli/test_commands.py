@@ -96,8 +96,8 @@ def test_plain_output(home: Path) -> None:
         surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "--json").stdout
     )
     assert done.stdout == facts["text"] + "\n"
-    assert "tokens/s" in done.stderr
-    assert "on storage" in done.stderr
+    assert "tok/s" in done.stderr
+    assert "waited for the disk" in done.stderr
     quiet = surfw(home, "infer", "--source", store, "--model", "tiny", "--prompt", "Weights arrive", "-q")
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
     ids = surfw(
@@ -146,7 +146,7 @@ def test_explain_comes_before_the_run_and_changes_nothing_of_it(home: Path) -> N
     (budget,) = [line for line in lines if line.startswith("memory budget ")]
     assert budget.endswith("none: 2 layers and one more in flight, as --cache-layers says")
     assert lines.index(budget) < len(lines) - 1
-    assert "tokens at" in lines[-1]
+    assert "4 tokens in" in lines[-1]
     facts = json.loads(surfw(home, *arguments, "--explain", "--json", SURFW_CACHE_LAYERS="2").stdout)
     assert (facts["explain"]["limited_by"], facts["explain"]["limited_from"]) == ("cache_layers", "variable")
     assert facts["explain"]["bytes_per_pass"] > 0
@@ -195,7 +195,10 @@ def test_stats(home: Path) -> None:
         surfw(home, "infer", "--source", served.url, "--model", "tiny", "--prompt", "Weights")
         facts = json.loads(surfw(home, "stats", served.url, "--json").stdout)
         shown = surfw(home, "stats", served.url).stdout
-    assert facts.keys() == {"server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources"}
+    assert facts.keys() == {
+        "server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources", "bytes_read",
+        "connections", "events",
+    }  # fmt: skip
     assert facts["models"] == ["bert", "tiny"]
     assert facts["bytes_sent"] > 0
     assert facts["requests"]["latency_seconds"].keys() == {"p50", "p95", "p99"}
@@ -233,3 +236,61 @@ def test_the_script_for_ci(home: Path) -> None:
     assert json.loads(done.stdout)["model"] == "smoke"
     with socket.socket() as gone:
         assert gone.connect_ex(("127.0.0.1", int(port))) != 0, "the server was stopped"
+
+
+def test_infer_takes_a_model_and_a_prompt(home: Path) -> None:
+    def run(*arguments: str, stdin: str = "") -> dict[str, object]:
+        done = surfw(home, "infer", *arguments, "--max-new-tokens", "3", "--json", stdin=stdin, SURFW_PORT="1")
+        assert done.returncode == 0, done.stderr
+        facts: dict[str, object] = json.loads(done.stdout)
+        return {name: facts[name] for name in ("model", "source", "text")}
+
+    store = str(home / "store")
+    tiny = run("--source", store, "--model", "tiny", "--prompt", "Weights")
+    assert tiny["source"] == store
+    assert run("tiny", "Weights") == tiny
+    assert run("tiny", stdin="Weights\n") == tiny
+    assert run("tiny", "-", stdin="Weights") == tiny
+    assert run("tiny", "--prompt", "Weights") == tiny
+    assert run(store, "Weights", "--model", "tiny") == tiny
+    assert run(str(home / "tiny"), "Weights") == tiny | {"source": str(home / "tiny")}
+    with serve(home / "store") as served:
+        for address in (served.url, served.url.removeprefix("ws://"), served.url.replace("ws://", "http://")):
+            assert run(address, "Weights", "--model", "tiny") == tiny | {"source": served.url}
+
+
+def test_a_folder_that_is_called_as_a_model_of_the_store_does_not_hide_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home)  # where tiny and bert are folders too
+    arguments = ["-q", "--max-new-tokens", "1", "--json"]
+    named = surfw(home, "infer", "tiny", "Weights", *arguments, SURFW_PORT="1")
+    assert json.loads(named.stdout)["source"] == str(home / "store")
+    other = surfw(tmp_path, "infer", "bert", "Weights", *arguments, SURFW_PORT="1")
+    assert json.loads(other.stdout)["source"] == "bert", other.stderr
+
+
+def test_what_changes_nothing_is_a_warning(home: Path) -> None:
+    def warnings(*arguments: str) -> list[str]:
+        done = surfw(home, "infer", *arguments, "-q", "--source", str(home / "store"), "--max-new-tokens", "1")
+        assert done.returncode == 0, done.stderr
+        return done.stderr.splitlines()
+
+    assert warnings("tiny", "Weights", "--seed", "5") == [
+        "surfw: warning: the seed changes nothing without sampling; give a temperature, top_p or top_k to sample"
+    ]
+    assert warnings("tiny", "Weights", "--seed", "5", "--temperature", "1") == []
+    assert warnings("bert", "Weights", "--temperature", "1", "--seed", "5") == [
+        "surfw: warning: temperature and seed change nothing: bert is an encoder, and generates no tokens"
+    ]
+    (line,) = warnings("tiny", "--prompt-ids", ",".join(["5"] * 2050))
+    assert line.startswith("surfw: warning: the prompt has 2050 tokens, and tiny was made for 2048 (max_pos")
+
+
+def test_chunking_again_says_what_was_there_already(home: Path, tmp_path: Path) -> None:
+    first = surfw(tmp_path, "chunk", str(home / "tiny"), "--json")
+    assert json.loads(first.stdout)["unchanged_chunks"] == 0
+    again = surfw(tmp_path, "chunk", str(home / "tiny"))
+    assert again.stdout.endswith("; all chunks were there already\n")
+    shared = surfw(tmp_path, "chunk", str(home / "tiny"), "--name", "other", "--json")
+    assert json.loads(shared.stdout)["unchanged_chunks"] == len(json.loads(shared.stdout)["chunks"])

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from surfw.cli.explain_view import explanation_rows, facts, show
-from surfw.cli.infer_view import bottleneck
+from surfw.cli.infer_summary import limits
 from surfw.models import Explanation
+from surfw.models.explain import Advice
 from surfw.settings import SettingOrigin
 
 STREAMED = Explanation(
@@ -100,11 +101,16 @@ def test_every_row_is_printed(is_terminal: bool) -> None:
 
 
 def test_a_run_that_waited_says_what_would_help() -> None:
-    plan = {"streamed": 15, "limited_by": "default"}
+    plan = {"bytes_per_pass": 15, "limited_by": "default"}
     little, mostly = ({"stall_seconds": stall, "compute_seconds": 10 - stall} for stall in (1, 9))
-    assert bottleneck("/s", little, plan) == "stalled 10% on storage, computing the rest of the time"
-    assert bottleneck("/s", mostly, plan).endswith(": more memory keeps more layers, or bring the weights closer")
+    assert limits("/s", little, plan) == "computing limited it; waited for the disk 10 % of the time"
+    assert limits("/s", mostly, plan) == "waited for the disk 90 % of the time; more memory would keep more layers"
     by_layers = plan | {"limited_by": "cache_layers"}
-    assert "more memory (--memory-budget) keeps" in bottleneck("ws://h:1", mostly, by_layers)
-    fits = plan | {"streamed": 0}
-    assert bottleneck("ws://h:1", mostly, fits) == "stalled 90% on the link, until all weights were there"
+    assert limits("s3://b/k", mostly, by_layers).endswith("; more memory (--memory-budget) would keep more layers")
+    fits = plan | {"bytes_per_pass": 0}
+    assert limits("ws://h:1", mostly, fits) == "waited for the link 90 % of the time, until all weights were there"
+    advice = Advice(more_bytes=400_000_000, budget_bytes=1_400_000_001, tokens_per_second=1.6)
+    assert limits("/s", mostly, plan, advice).endswith("; 400.0 MB more memory would give up to 1.60 tok/s")
+    assert limits("/s", mostly, by_layers, advice).endswith(
+        "; 400.0 MB more memory (--memory-budget 1401MB) would give up to 1.60 tok/s"
+    )

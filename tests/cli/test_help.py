@@ -70,7 +70,7 @@ def test_usage_lines_name_arguments_in_one_way() -> None:
     lines = re.findall("^Usage: .*", pages.read("surfw/cli/COMMANDS.md"), re.MULTILINE)
     assert len(lines) == len(regenerate.commands())
     for line in lines:
-        assert re.fullmatch(r"Usage: surfw [a-z ]+ \[OPTIONS\]( [A-Z_]+| \[[A-Z_]+\])?", line)
+        assert re.fullmatch(r"Usage: surfw [a-z ]+ \[OPTIONS\]( [A-Z_]+| \[[A-Z_]+\](\.\.\.)?)*", line)
 
 
 def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
-"""`surfw chunk --list`, `--remove`, `--prune` and `--verify`, through real processes."""
+"""`surfw list`, `show`, `rm`, `prune` and `verify`, and the options of `chunk` that do the same, in real processes."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+from surfw import WeightClient
+from surfw.source import ChunkSource, Read
 from tests.cli.run import complaint, surfw
+from tests.servers import serve
 from tests.stores import make_store
 
 
@@ -35,9 +38,10 @@ def test_a_store_is_kept_in_order(home: Path) -> None:
     assert shown[-1] == f"2 models, 30.3 kB in {home}/store"
 
     removed = surfw(home, "chunk", "--remove", "org/first")
-    assert removed.stdout == "org/first: removed; its blobs stay until 'surfw chunk --prune'\n"
+    assert removed.stdout == "org/first: removed; its blobs stay until 'surfw prune'\n"
     assert (
-        surfw(home, "chunk", "--list").stdout.splitlines()[-1] == "2 blobs of no model, 19.2 kB: --prune removes them"
+        surfw(home, "chunk", "--list").stdout.splitlines()[-1]
+        == "2 blobs of no model, 19.2 kB: 'surfw prune' removes them"
     )
     told = json.loads(surfw(home, "chunk", "--prune", "--dry-run", "--json").stdout)
     assert told == {
@@ -80,7 +84,7 @@ def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "name a checkpoint to chunk, or say --list, --remove, --prune or --verify"),
+        ([], "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
         (["--list", "--prune"], "give one of --list and --prune at a time"),
         (["./model", "--prune"], "--prune takes no MODEL to chunk"),
         (["--list", "--dry-run"], "does not go with --list"),
@@ -102,3 +106,63 @@ def test_a_place_that_is_no_store(tmp_path: Path) -> None:
             f"{tmp_path}/x is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_the_commands_do_what_the_options_of_chunk_do(home: Path) -> None:
+    same = [
+        (["list"], ["chunk", "--list"]),
+        (["verify", "second"], ["chunk", "--verify", "second"]),
+        (["prune", "--dry-run"], ["chunk", "--prune", "--dry-run"]),
+        (["rm", "third"], ["chunk", "--remove", "third"]),
+    ]
+    for command, option in same:
+        for more in ([], ["--json"]):
+            one, other = surfw(home, *command, *more, "-q"), surfw(home, *option, *more)
+            assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr), command
+    assert surfw(home, "rm", "org/first").stdout == "org/first: removed; its blobs stay until 'surfw prune'\n"
+    assert surfw(home, "prune").stdout == f"2 blobs, 19.2 kB, removed from {home}/store\n"
+    assert surfw(home, "list").stdout.splitlines()[-1] == f"1 model, 11.1 kB in {home}/store"
+
+
+def test_show_says_what_a_model_is_made_of(home: Path) -> None:
+    facts = json.loads(surfw(home, "show", "org/first", "--json").stdout)
+    listed = json.loads(surfw(home, "list", "--json").stdout)["models"][0]
+    assert {name: facts.pop(name) for name in listed} == listed
+    assert facts == {
+        "store": f"{home}/store", "digest": facts["digest"],
+        "files": [{"name": "tokenizer.json", "bytes": 21}, {"name": "vocab.txt", "bytes": 8}],
+        "parts": [
+            {"name": "layers.0", "kind": "layer", "tensors": 1, "payload_bytes": 5000},
+            {"name": "layers.1", "kind": "layer", "tensors": 1, "payload_bytes": 6000},
+        ],
+    }  # fmt: skip
+    shown = surfw(home, "show", "org/first").stdout
+    assert "ToyModel, uint8" in shown
+    assert [line.split() for line in shown.splitlines()[-2:]] == [
+        ["layers.0", "layer", "1", "5.0", "kB"], ["layers.1", "layer", "1", "6.0", "kB"],
+    ]  # fmt: skip
+    assert facts["digest"] in shown
+    assert complaint(surfw(home, "show", "third")) == f"{home}/store has no model 'third'; it has: org/first, second"
+
+
+def test_removing_what_a_server_reads_is_a_warning(home: Path) -> None:
+    with serve(home / "store") as served, WeightClient(served.url) as client:
+        port = served.url.rpartition(":")[2]
+        assert surfw(home, "rm", "second", SURFW_PORT=port).stderr == "", "nobody is connected"
+        client.run(lambda source: read(source, "org/first"))
+        other = surfw(home, "rm", "x", "--store", str(home / "other"), SURFW_PORT=port)
+        assert "warning" not in other.stderr
+        removed = surfw(home, "rm", "org/first", SURFW_PORT=port)
+        assert removed.returncode == 0
+        assert removed.stderr == (
+            f"surfw: warning: the server at {served.url} serves this store, and 1 client of it may be reading "
+            "org/first; what they run will fail\n"
+        )
+
+
+async def read(source: ChunkSource, model: str) -> None:
+    """Read a chunk of a model."""
+    manifest = await source.manifest(model)
+    chunk = manifest.chunks[0]
+    size = chunk.forms[0].stored_bytes
+    await source.fetch(manifest, [Read(chunk, chunk.forms[0], 0, size, memoryview(bytearray(size)))])

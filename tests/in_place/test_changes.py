@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from surfw.models import StreamingModel
 from surfw.server.served import make_private_store
 from surfw.storage import FsspecBackend, Store, open_backend
 from surfw.storage.base import ChangedObjectError
-from surfw.storage.origins import PlacedOptions
+from surfw.storage.origins import PlacedOptions, private_stores
 from tests.checkpoints import save_llama
 from tests.servers import serve
 from tests.storage.dict_backend import DictBackend
@@ -148,4 +149,18 @@ def test_a_place_that_means_another_folder_by_now_has_one_model(llama: Path, tmp
     place.unlink()
     place.symlink_to(llama.rename(tmp_path / "newer"))
     store = asyncio.run(publish_place(str(place)))
-    assert asyncio.run(Store(open_backend(store)).models()) == ["newer"]
+    assert asyncio.run(Store(open_backend(store)).models()) == ["current"], "the name that was typed"
+
+
+def test_a_home_that_cannot_be_written_is_replaced_by_a_temporary_folder(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "file" / "home"))
+    run(str(llama))
+    with serve(llama) as served:
+        run(served.url)
+    folder = private_stores()
+    assert folder == private_stores(), "one for the whole process"
+    assert folder.parent == Path(tempfile.gettempdir())
+    assert [path.name for path in folder.glob("*/models/*")] == ["llama.json"]

@@ -15,6 +15,7 @@ from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models import StreamingModel
 from surfw.models.conversation import Conversation, Turn
+from surfw.runtime.kv_cache import cache_name
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
 from tests.checkpoints import resident, save_bert, save_llama
@@ -158,8 +159,9 @@ def test_bit_for_bit_what_the_resident_model_gives_in_the_same_turns(
             cache.crop(-over)
         given = torch.tensor([ids])
         output = model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False, pad_token_id=0, cache=cache
-        )
+            given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False, pad_token_id=0,
+            **{cache_name(model): cache},
+        )  # fmt: skip
         assert output[0, len(ids) :].tolist() == turn.token_ids
         for ours, theirs in zip(conversation._memory.cache.layers, cache.layers, strict=True):
             assert torch.equal(ours.keys, theirs.keys)
@@ -265,6 +267,16 @@ def test_memory_for_the_whole_conversation(opened: Callable[..., StreamingModel]
     assert model.plan.reserved_bytes > first > 0
     facts = conversation.facts()
     assert facts.kv_cache_bytes == facts.tokens * per_token <= model.plan.reserved_bytes
+
+
+def test_a_conversation_that_does_not_fit_the_budget(opened: Callable[..., StreamingModel]) -> None:
+    conversation = Conversation(opened("forgetful", memory_budget="600kB"), max_new_tokens=6)
+    conversation.ask(SAID[0])
+    before = list(conversation.messages)
+    with pytest.raises(ConfigurationError, match=r"a memory budget of 600\.0 kB .* is too small for forgetful"):
+        conversation.ask("x " * 900)
+    assert conversation.messages == before
+    assert conversation.ask(SAID[1]).text
 
 
 @pytest.mark.parametrize(

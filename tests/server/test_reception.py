@@ -13,7 +13,7 @@ from surfw.config import KIB, WireLimits
 from surfw.metrics import Metrics
 from surfw.server import reception
 from surfw.server.connection import Connection
-from surfw.server.reception import PORTION_BYTES
+from surfw.server.reception import PORTION_BYTES, show_address
 from surfw.server.sending import Sender
 from surfw.wire import ServerSession
 from tests.certificates import for_server, make_certificate
@@ -48,7 +48,7 @@ def test_a_backlog_of_one_client_is_worked_off_between_the_messages_of_others(
             flood.websocket.transport.write(b"".join(flood.websocket.protocol.data_to_send()))
             ask.append(lambda: good.websocket.transport.write(message("models", id=0)))
             assert (await good.hear_text())["models"] == ["toy/model"]
-            mine = str(good.websocket.local_address)
+            mine = show_address(good.websocket.local_address)
             assert order.count(mine) == 1
             assert order.index(mine) < 100, "the others' four hundred did not go first"
             await until(lambda: len(order) == 401)

@@ -23,25 +23,42 @@ STATS: ServerStats = {
     "storage": {"url": "/store", "healthy": True},
     "resources": {"rss_bytes": 11, "cpu_percent": 12.5},
 }  # fmt: skip
+WITH_MORE: ServerStats = STATS | {
+    "bytes_read": 12,
+    "connections": [
+        {
+            "number": 3, "name": "surfw/1", "address": "127.0.0.1:50412", "connected_seconds": 13.5, "model": "org/b",
+            "in_flight": 1, "bytes_sent": 14,
+        }
+    ],
+    "events": [{"time": 1.5e9, "kind": "joined", "text": "surfw/1 at 127.0.0.1:50412 joined"}],
+    "cache_shortage": {"model": "org/b", "pass_bytes": 15, "cache_mb": 30},
+}  # fmt: skip
+"""With what older servers do not report."""
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 JSON = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(max_size=5), PLAIN, max_size=3)
 
 
 def test_statistics_are_read_as_they_were_written() -> None:
     assert parse_stats(json.dumps(STATS).encode()) == STATS
+    assert parse_stats(json.dumps(WITH_MORE).encode()) == WITH_MORE
     with_redis = STATS | {"redis": {"url": "redis://h", "reachable": False}}
     assert parse_stats(json.dumps(with_redis).encode()) == with_redis
 
 
-@pytest.mark.parametrize("key", sorted(STATS))
+@pytest.mark.parametrize("key", sorted(WITH_MORE))
 @given(value=JSON)
 def test_a_part_of_another_shape_is_refused(key: str, value: object) -> None:
-    changed = STATS | {key: value}
-    fits = (key == "models" and isinstance(value, list) and all(isinstance(one, str) for one in value)) or (
-        key in {"bytes_sent", "clients"}
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        and abs(value) <= 1 << 53
+    changed = WITH_MORE | {key: value}
+    fits = (
+        (key == "models" and isinstance(value, list) and all(isinstance(one, str) for one in value))
+        or (key in {"connections", "events"} and value == [])
+        or (
+            key in {"bytes_sent", "bytes_read", "clients"}
+            and isinstance(value, int)
+            and not isinstance(value, bool)
+            and abs(value) <= 1 << 53
+        )
     )
     if fits:
         assert parse_stats(json.dumps(changed).encode()) == changed

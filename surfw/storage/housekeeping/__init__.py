@@ -143,7 +143,7 @@ class Housekeeping:
         together = {key: size for objects in needs for key, size in objects.items()}
         return StoreContents(
             store=self._store.url,
-            models=tuple(_describe(one, objects, uses) for one, objects in zip(seen.manifests, needs, strict=True)),
+            models=tuple(summarise(one, objects, uses) for one, objects in zip(seen.manifests, needs, strict=True)),
             unfinished=tuple(
                 UnfinishedModel(
                     name=lease.model,
@@ -214,7 +214,14 @@ class Housekeeping:
         await self.close()
 
 
-def _describe(manifest: Manifest, objects: dict[str, int], uses: Counter[str]) -> StoredModel:
+def summarise(manifest: Manifest, objects: Mapping[str, int], uses: Counter[str]) -> StoredModel:
+    """What is listed of a model.
+
+    Args:
+        manifest: the model.
+        objects: its blobs, and their sizes in bytes.
+        uses: how many models need each blob.
+    """
     return StoredModel(
         name=manifest.name,
         class_name=manifest.class_name,

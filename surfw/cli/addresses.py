@@ -1,0 +1,131 @@
+"""What an address means that somebody typed: a server, a folder, a storage, or a model of the hub.
+
+    localhost:8765, ws://host:8765, wss://host     a surfw server
+    http://host:8765, https://host                 a surfw server, if one answers there; else a web server's files
+    ./folder, /folder, ~/folder, folder            a folder
+    s3://bucket/prefix, hf://org/name, …           a storage
+    org/name                                       a model of the hub, if no such folder is here
+
+Every command reads addresses with `read_address`, so that what works for one works for all of them.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from surfw.cli.options import Mistake
+from surfw.config import display_url, is_server_url
+from surfw.errors import ConnectionFailedError, RefusedError
+
+Kind = Literal["server", "web", "folder", "storage", "hub"]
+
+_HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}/?")
+_HOST = re.compile(r"[A-Za-z0-9.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_WEB = {"http": "ws", "https": "wss"}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address, as it was understood.
+
+    Attributes:
+        kind: what lies there; `web` is a web server that may be a surfw server.
+        url: what the rest of surfw takes for it: the address of a server or a storage, or a folder.
+    """
+
+    kind: Kind
+    url: str
+
+    @property
+    def is_server(self) -> bool:
+        """Whether it is that of a surfw server."""
+        return self.kind == "server"
+
+    @property
+    def as_server(self) -> str:
+        """The address of the surfw server that it may be."""
+        scheme, mark, rest = self.url.partition("://")
+        return f"{_WEB.get(scheme, scheme)}{mark}{rest.rstrip('/')}" if mark else self.url
+
+
+def read_address(text: str, *, exists: Callable[[str], bool] = os.path.lexists) -> Address:
+    """What an address means. Nothing is contacted.
+
+    Args:
+        text: as it was typed.
+        exists: whether there is a file or folder of that name.
+    """
+    if "://" in text:
+        return _read_url(text)
+    if exists(text):
+        return Address("folder", text)
+    if _HOST_AND_PORT.fullmatch(text):
+        return Address("server", f"ws://{text.rstrip('/')}")
+    if not is_path(text) and _HUB_ID.fullmatch(text):
+        return Address("hub", f"hf://{text}")
+    return Address("folder", text)
+
+
+def _read_url(text: str) -> Address:
+    scheme, _, rest = text.partition("://")
+    url = text if "." in scheme else f"{scheme.lower()}://{rest}"  # with dots, it is a path of Python
+    if is_server_url(url):
+        return Address("server", url)
+    return Address("web" if scheme.lower() in _WEB and not _has_path(url) else "storage", url)
+
+
+def is_path(text: str) -> bool:
+    """Whether a text can only be the path of a file or folder."""
+    return text.startswith(("/", "./", "../", "~")) or text in {".", ".."} or text.endswith("/")
+
+
+def read_source(text: str, *, seconds: float) -> str:
+    """The address of a source of weights; a web server is asked, for so long, whether it is a surfw server."""
+    address = read_address(text)
+    return address.as_server if address.kind == "web" and _is_surfw(address, seconds) else address.url
+
+
+def read_server(text: str) -> str:
+    """The address of a server.
+
+    Raises:
+        Mistake: it is that of something else.
+    """
+    address = read_address(text)
+    if address.kind in {"server", "web"}:
+        return address.as_server
+    if address.kind == "folder" and _HOST.fullmatch(text):
+        return f"ws://{text}"
+    raise Mistake(f"{display_url(text)} is not the address of a server; expected HOST:PORT or ws://HOST:PORT")
+
+
+def _is_surfw(address: Address, seconds: float) -> bool:
+    """Whether a surfw server answers at the address of a web server; it may want a token, which is not sent here."""
+    import asyncio
+
+    from surfw.client import probe
+
+    try:
+        return asyncio.run(probe(address.as_server, seconds))
+    except RefusedError:
+        return True
+    except ConnectionFailedError:
+        return False
+
+
+def is_here(text: str) -> bool:
+    """Whether there is a folder of that name."""
+    return Path(text).expanduser().is_dir()
+
+
+def _has_path(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True
+    return parts.path not in {"", "/"} or bool(parts.query)

@@ -1,0 +1,88 @@
+"""A view that has the terminal to itself, as `top` has, for as long as it is shown.
+
+It is drawn on the terminal's other screen, so that whatever was there before comes back, and each time as a whole, so
+that nothing is left of it where the window changes its size. Its last state stays when it ends, with the warnings that
+were logged meanwhile, which would have torn it apart.
+"""
+
+import logging
+import sys
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+
+_KEPT_WARNINGS = 50
+
+LOOK_SECONDS = 0.2
+"""How often to look whether the window has another size."""
+
+
+class _Held:
+    """A stream that keeps the latest lines."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=_KEPT_WARNINGS)
+
+    def write(self, text: str) -> None:
+        self.lines.append(text)
+
+    def flush(self) -> None:
+        """Do nothing; `FullScreen` writes them in the end."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A view that is told how high the screen is; rich tells that to none that it shows inside of another."""
+
+    view: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.view, options.update_dimensions(*console.size))
+
+
+class FullScreen:
+    """Shows views, one after the other; a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        """Show on this console, which is a terminal."""
+        self._console = console
+        self._live = Live(
+            console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
+        self._view: RenderableType = ""
+        self._size = console.size
+        self._held = _Held()
+        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def show(self, view: RenderableType) -> None:
+        """Show a view instead of the one before."""
+        self._view, self._size = view, self._console.size
+        self._live.update(_Whole(view), refresh=True)
+
+    def redraw(self) -> None:
+        """Draw the view again if the window has another size."""
+        if self._console.size != self._size:
+            self.show(self._view)
+
+    def __enter__(self) -> Self:
+        """Turn to the other screen, and hold back what is logged."""
+        for handler in logging.getLogger("surfw").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                self._streams.append((handler, handler.setStream(self._held)))
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Turn back, print the last view, and log what was held back."""
+        self._live.stop()
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        self._console.print(self._view)
+        for line in self._held.lines:
+            sys.stderr.write(line)

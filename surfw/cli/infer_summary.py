@@ -1,0 +1,137 @@
+"""What a run of `infer` came to: for scripts, and in plain words."""
+
+from __future__ import annotations  # what comes from torch's rooms is named in types only
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surfw.cli.status import duration, rate
+from surfw.config import MB, count, format_size, is_server_url
+
+if TYPE_CHECKING:
+    from surfw.models.explain import Advice
+    from surfw.models.inference import InferenceResult
+    from surfw.models.statistics import PlanFacts, RunTimes, Statistics
+
+_SHOWN_VALUES = 8
+_MOSTLY = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a run came to.
+
+    Attributes:
+        model: the model's name.
+        source: where its weights came from, without credentials.
+        result: the text, or what an encoder gives.
+        load_seconds: from the first import to the open model.
+        statistics: of the model.
+        peak_rss_bytes: the most memory that the process used.
+        advice: what more memory would bring, if that is known.
+        is_whole: False for a run that was interrupted.
+    """
+
+    model: str
+    source: str
+    result: InferenceResult
+    load_seconds: float
+    statistics: Statistics
+    peak_rss_bytes: int
+    advice: Advice | None = None
+    is_whole: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        result, statistics = self.result, self.statistics
+        facts = {
+            "model": self.model,
+            "source": self.source,
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "prompt_tokens": result.prompt_tokens,
+            "new_tokens": len(result.token_ids),
+            "load_seconds": self.load_seconds,
+            "ttft_seconds": result.ttft_seconds,
+            "tpot_seconds": result.tpot_seconds,
+            "tokens_per_second": result.tokens_per_second,
+            "cache": statistics["cache"],
+            "time": statistics["time"],
+            "plan": statistics["plan"],
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+        encoder = {"embedding": result.embedding, "predictions": result.predictions}
+        return facts | {name: value for name, value in encoder.items() if value is not None}
+
+
+def place_of(source: str) -> str:
+    """Say in a word what a run waits for: `link`, `disk`, or `storage` that is somewhere else."""
+    if is_server_url(source):
+        return "link"
+    return "storage" if "://" in source and not source.startswith("file://") else "disk"
+
+
+def summary(report: Report) -> str:
+    """Say what a run took, why it was not faster, and what would help most."""
+    result, statistics = report.result, report.statistics
+    parts = [("" if report.is_whole else "stopped after ") + _took(result, statistics["time"])]
+    if damaged := statistics["cache"]["refetched_blocks"]:
+        parts.append(f"{count(damaged, 'damaged block')} fetched again")
+    parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
+    return "; ".join(parts)
+
+
+def _took(result: InferenceResult, time: RunTimes) -> str:
+    """Say how many tokens took how long."""
+    tokens, first, each = len(result.token_ids), result.ttft_seconds, result.tpot_seconds
+    if not tokens or first is None:
+        spent = time["stall_seconds"] + time["compute_seconds"]
+        return f"{count(result.prompt_tokens, 'token')} in {duration(spent)}"
+    if not each:
+        return f"{count(tokens, 'token')} in {duration(first)}"
+    total = first + each * (tokens - 1)
+    return (
+        f"{count(tokens, 'token')} in {duration(total)}, the first after {duration(first)}, then {rate(1 / each)} tok/s"
+    )
+
+
+def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice | None = None) -> str:
+    """Say why a run was not faster, and what to do about it."""
+    from surfw.models.statistics import stall_share
+
+    share = stall_share(time)
+    waited = f"waited for the {place_of(source)} {percent(share)} of the time"
+    if share < _MOSTLY:
+        return f"computing limited it; {waited}"
+    if plan is None or not plan["bytes_per_pass"]:
+        return f"{waited}, until all weights were there"
+    if advice is None:
+        more = "more memory" if plan["limited_by"] == "default" else "more memory (--memory-budget)"
+        return f"{waited}; {more} would keep more layers"
+    how = "" if plan["limited_by"] == "default" else f" (--memory-budget {-(-advice.budget_bytes // MB)}MB)"
+    speed = rate(advice.tokens_per_second)
+    return f"{waited}; {format_size(advice.more_bytes)} more memory{how} would give up to {speed} tok/s"
+
+
+def percent(share: float) -> str:
+    """Format a share: `61 %`."""
+    return f"{share * 100:.0f} %"
+
+
+def encoder_text(result: InferenceResult) -> str | None:
+    """An encoder's result in a form that suits a person; None for a model that generates."""
+    if result.predictions is not None:
+        lines = []
+        for one in result.predictions:
+            place = f"token {one['position']}: " if "position" in one else ""
+            lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
+        return "\n".join(lines)
+    values = result.embedding
+    if values is None:
+        return None
+    length = sum(value * value for value in values) ** 0.5
+    shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
+    more = ", …" if len(values) > _SHOWN_VALUES else ""
+    return (
+        f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
+    )

@@ -1,0 +1,200 @@
+"""Text that runs through a terminal as ordinary output, and lines below it that come and go.
+
+The cursor rests at the end of the text. Before anything is written, what is below the cursor is erased; so nothing that
+was drawn has to be found again, also where a resized window has wrapped it anew. Text is written once, and never moved.
+
+Where the text ends at the edge of the window, a terminal waits with the cursor on the last letter, and forgets about
+that once the cursor is moved. There, a space makes it go to the next row first, as shells do it for their prompts.
+Elsewhere, too, a space is left under the cursor: a resize that makes the text end at the edge takes it to the next row.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from surfw.cli import streams
+from surfw.config import printable
+
+Below = Callable[[os.terminal_size], Sequence[str]]
+"""Makes the lines below the text. Each has to be narrower than the window, and there have to be fewer than its rows."""
+
+_ERASE_BELOW, _SAVE, _RESTORE, _ERASE_LINE, _DOWN = "\x1b[J", "\x1b7", "\x1b8", "\x1b[2K", "\x1bD"
+_TO_NEXT_ROW, _SPACE_UNDER_CURSOR = " \b", f"{_SAVE} {_RESTORE}"
+_ERASE_BELOW_EMPTY = f" {_ERASE_BELOW}\b"  # tmux takes an erased window as scrolled away, and this is none
+_DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
+_TAB_CELLS = 8
+_FALLBACK = os.terminal_size((80, 24))
+
+
+def can_draw(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that understands control codes."""
+    if stream is None or os.environ.get("TERM", "dumb") in {"", "dumb", "unknown"}:
+        return False
+    return stream.isatty()
+
+
+def has_styles() -> bool:
+    """Whether text may be dimmed and coloured: unless `NO_COLOR` is set (https://no-color.org)."""
+    return not os.environ.get("NO_COLOR")
+
+
+class Screen:
+    """Writes text to a terminal, and keeps lines below it up to date, from a thread of its own.
+
+    What others print to the standard streams meanwhile, such as warnings, goes above these lines. Usable from any
+    thread, once in a process at a time.
+    """
+
+    def __init__(self, stream: TextIO, below: Below, *, seconds: float = 0.1) -> None:
+        """Draw nothing yet.
+
+        Args:
+            stream: the terminal.
+            below: makes the lines below the text.
+            seconds: after so long they are made again.
+        """
+        self._stream: Any = getattr(stream, "rich_proxied_file", stream)  # without the cleaning
+        self._below = below
+        self._seconds = seconds
+        self._making, self._lock = threading.RLock(), threading.RLock()  # to be taken in this order
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_drawing, name="surfw-screen", daemon=True)
+        self._columns = 0
+        self._row = ""  # the text in the cursor's row
+        self._is_wrapped = False  # whether the row above goes on in this one, which is empty
+        self._is_interrupted = False  # somebody else has begun a line
+        self._made: tuple[os.terminal_size, Sequence[str]] = (_FALLBACK, ())
+
+    def open(self) -> None:
+        """Begin to draw."""
+        streams.set_screen(self)
+        self.write("")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Erase the lines below the text, and leave the cursor at the beginning of a row. Closing twice is fine."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        streams.set_screen(None)
+        with self._lock:
+            self._end_line()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def write(self, text: str, *, dim: bool = False) -> None:
+        """Write text after what was written before."""
+        self.change(lambda: text, dim=dim)
+
+    def change(self, work: Callable[[], str], *, dim: bool = False) -> None:
+        """Do some work that changes the lines below, and write the text that it returns; both are seen at once."""
+        with self._making:
+            text = work()
+            made = self._make()
+            with self._lock:
+                self._made = made
+                self._draw(printable(text, lines=True), dim=dim and has_styles())
+
+    @contextmanager
+    def stepping_aside(self, text: str) -> Iterator[None]:
+        """Let somebody else write a text to the terminal, in rows of its own; nothing is drawn before its line ends."""
+        with self._lock:
+            if self._ended.is_set():
+                yield
+                return
+            if not self._is_interrupted:
+                self._end_line()
+            try:
+                yield
+            finally:
+                self._is_interrupted = not text.endswith("\n")
+                self._draw()
+
+    def _keep_drawing(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self.write("")
+
+    def _make(self) -> tuple[os.terminal_size, Sequence[str]]:
+        """Make the lines below anew: without `_lock`, as whoever makes them may wait for somebody who prints."""
+        size = self.size
+        return size, () if self._ended.is_set() else self._below(size)
+
+    def _end_line(self, *, is_certain: bool = True) -> None:
+        """Go to an empty row, if the cursor is in none, or if it is not certain that it is."""
+        is_needed = self._row or (self._is_wrapped and not is_certain)
+        self._put(self._erase() + ("\n" if is_needed else ""))
+        self._row, self._is_wrapped = "", False
+
+    def _erase(self) -> str:
+        return _ERASE_BELOW if self._row else _ERASE_BELOW_EMPTY
+
+    def _draw(self, text: str = "", *, dim: bool = False) -> None:
+        """Write text, and the lines below it anew; all at once, so that nothing flickers."""
+        if self._is_interrupted and text:
+            text, self._is_interrupted = f"\n{text}", False
+        if self._is_interrupted:
+            return
+        size = self.size
+        if size.columns != self._columns:
+            if self._columns:  # some terminals wrap their lines anew, some do not: the cursor may be anywhere
+                self._end_line(is_certain=False)
+            self._columns = size.columns
+        erase, shown = self._erase(), self._flow(text)
+        shown = f"{_DIM}{shown}{_PLAIN}" if dim else shown
+        self._put(erase + shown + ("" if self._ended.is_set() else self._under(size)))
+
+    def _flow(self, text: str) -> str:
+        """Return the text as it is sent, and note where the cursor comes to be: the terminal wraps by itself."""
+        sent = []
+        for letter in text:
+            if letter == "\n":
+                if not self._is_wrapped:  # else the cursor has gone there already
+                    sent.append("\n")
+                self._row, self._is_wrapped = "", False
+                continue
+            piece = " " * (_TAB_CELLS - _cells(self._row) % _TAB_CELLS) if letter == "\t" else letter
+            sent.append(piece)
+            for one in piece:
+                longer = self._row + one
+                self._row = longer if _cells(longer) <= self._columns else one
+            self._is_wrapped = False
+        if _cells(self._row) >= self._columns:
+            sent.append(_TO_NEXT_ROW)
+            self._row, self._is_wrapped = "", True
+        elif sent:
+            sent.append(_SPACE_UNDER_CURSOR)
+        return "".join(sent)
+
+    def _under(self, size: os.terminal_size) -> str:
+        """Return what draws the lines below, and brings the cursor back to the end of the text."""
+        made_for, lines = self._made
+        if made_for != size or not lines:
+            return ""
+        room = _DOWN * len(lines) + f"\x1b[{len(lines)}A"  # scrolls, where there are too few rows
+        return room + _SAVE + "".join(f"\r\n{_ERASE_LINE}{line}" for line in lines) + _RESTORE
+
+    @property
+    def size(self) -> os.terminal_size:
+        """Of the window, in cells."""
+        try:
+            size = os.get_terminal_size(self._stream.fileno())
+        except OSError:
+            return _FALLBACK
+        return size if size.columns > 0 and size.lines > 0 else _FALLBACK
+
+    def _put(self, codes: str) -> None:
+        self._stream.write(codes)
+        self._stream.flush()
+
+
+def _cells(text: str) -> int:
+    from rich.cells import cell_len
+
+    return cell_len(text)
+
+
+def dimmed(text: str) -> str:
+    """Return a line in dim letters, where there may be styles."""
+    return f"{_DIM}{text}{_PLAIN}" if has_styles() else text

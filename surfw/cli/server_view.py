@@ -1,0 +1,288 @@
+"""What `serve` and `stats` show of a server: its statistics, in as many lines and columns as there is room for.
+
+A view gets statistics and nothing else. Every line of it fits the width: columns that do not fit are left out, and only
+what has no bound, such as a path, is shortened at its end. In a full screen it takes no more lines than there are.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from surfw.cli import render
+from surfw.config import count, format_size
+from surfw.wire import ClientFacts, Rates, ServerEvent, ServerStats
+
+_GAP = 2
+_NAMES_WIDTH = 12
+_FACTS_GAP = _NAMES_WIDTH + _GAP
+_SHOWN_EVENTS = 10
+_NONE = "–"
+_TIME_WIDTH = 8
+_LEAST_TEXT = 20
+"""The least room for a text that may be shortened, such as a model's name."""
+_BAD_EVENTS = {"closed", "refused", "failed", "storage", "cache"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerView:
+    """A server's statistics, as one renderable.
+
+    Attributes:
+        stats: the statistics.
+        rates: what happened since those before; None if those are not known.
+        live: whether there are ever new ones, so that rates are worth a column.
+        where: the server's address.
+        remark: a word to whoever looks at a full screen, such as that Ctrl-C stops.
+        away: why there are no newer statistics; empty if these are the latest.
+    """
+
+    stats: ServerStats
+    rates: Rates | None = None
+    live: bool = False
+    where: str = ""
+    remark: str = ""
+    away: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lay it out."""
+        width = options.max_width
+        is_full = options.height is not None
+        head = [*self._head(width, self.remark if is_full else ""), *_warnings(self.stats), Text()]
+        figures: list[RenderableType] = [self._figures(width), _facts(self.stats, width)]
+        yield from head
+        yield from figures
+        clients, events = self.stats.get("connections", []), self.stats.get("events", [])
+        sent_to = self.rates.sent_to if self.rates else {}
+        shown = len(clients), min(len(events), _SHOWN_EVENTS)
+        if options.height is not None:
+            lines = sum(len(console.render_lines(part, options.update(height=None))) for part in (*head, *figures))
+            shown = share_lines(options.height - lines, len(clients), len(events))
+        if shown[0]:
+            busiest = sorted(clients, key=lambda one: -sent_to.get(one["number"], 0))
+            yield from self._clients(busiest[: shown[0]], sent_to, width)
+        if shown[1]:
+            yield from _events(events[-shown[1] :], width if options.height is not None else None)
+
+    def _head(self, width: int, remark: str) -> Iterator[RenderableType]:
+        server = self.stats["server"]
+        parts = [f"surfw {server['version']}", self.where, f"up {render.duration(server['uptime_seconds'])}"]
+        yield Text(join_fitting([*parts, remark], width), style="bold", no_wrap=True, overflow="ellipsis")
+        if self.away:
+            yield Text(self.away, style="bold red")
+
+    def _figures(self, width: int) -> Table:
+        """Make the table of what is counted: now, and since the start."""
+        stats = self.stats
+        cache, requests = stats["cache"], stats["requests"]
+        read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
+        uses = f"hits {cache['hits']:,}, misses {cache['misses']:,}, coalesced {cache['coalesced']:,}"
+        names = ("sent", "from storage", "requests", "cache hits")
+        totals = (format_size(stats["bytes_sent"]), read, f"{requests['total']:,}", f"{cache['hit_rate']:.1%}")
+        details = ("", "", f"{requests['in_flight']} in flight", uses)
+        columns = [
+            Column(least=_NAMES_WIDTH),
+            Column(heading="now", right=True),
+            Column(heading="since the start", right=True),
+            Column(),
+        ]
+        rows = list(zip(names, _now(self.rates), totals, details, strict=True))
+        return fit_table(columns, rows, width, drop=(3,), hide=() if self.live else (1,))
+
+    def _clients(
+        self, clients: Sequence[ClientFacts], sent_to: Mapping[int, float], width: int
+    ) -> Iterator[RenderableType]:
+        """List clients, under a heading."""
+        rows = [
+            (
+                one["model"] or _NONE,
+                _per_second(sent_to.get(one["number"])),
+                format_size(one["bytes_sent"]),
+                one["address"],
+                render.duration(one["connected_seconds"]),
+                one["name"] or _NONE,
+            )
+            for one in clients
+        ]
+        columns = [
+            Column(heading="reads", flexible=True),
+            Column(heading="now", right=True),
+            Column(heading="sent", right=True),
+            Column(heading="address"),
+            Column(heading="for"),
+            Column(heading="says it is"),
+        ]
+        total = self.stats["clients"]
+        yield Text()
+        yield Text(
+            f"clients ({len(clients)} of {total})" if total > len(clients) else f"clients ({total})", style="bold"
+        )
+        yield fit_table(columns, rows, width, drop=(5, 4, 3), hide=() if self.live else (1,))
+
+
+def _now(rates: Rates | None) -> tuple[str, str, str, str]:
+    """Format what is happening: sent, read from the storage, requests, cache hits."""
+    if rates is None:
+        return _NONE, _NONE, _NONE, _NONE
+    return (
+        _per_second(rates.sent_bytes),
+        _per_second(rates.read_bytes),
+        f"{rates.requests:,.1f}/s",
+        _NONE if rates.hit_rate is None else f"{rates.hit_rate:.1%}",
+    )
+
+
+def _facts(stats: ServerStats, width: int) -> Table:
+    """Make the table of how things are."""
+    cache, storage, resources = stats["cache"], stats["storage"], stats["resources"]
+    used = f"{format_size(cache['bytes'])} of {format_size(cache['capacity_bytes'])}"
+    latency = stats["requests"]["latency_seconds"]
+    rows = [
+        ("storage", f"{'healthy' if storage['healthy'] else 'NOT reachable'}, {storage['url']}"),
+        ("models", list_fitting(stats["models"], width - _FACTS_GAP) or "none"),
+        (
+            "cache",
+            join_fitting([f"{used}, {cache['policy']}", f"evictions {cache['evictions']:,}"], width - _FACTS_GAP),
+        ),
+        ("latency", join_fitting([render.latencies(latency), " / ".join(latency)], width - _FACTS_GAP)),
+        ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
+    ]
+    if not stats.get("connections"):
+        rows.insert(2, ("clients", str(stats["clients"])))
+    if "redis" in stats:
+        redis = stats["redis"]
+        rows.append(("redis", f"{'healthy' if redis['reachable'] else 'NOT reachable'}, {redis['url']}"))
+    return fit_table([Column(least=_NAMES_WIDTH), Column(flexible=True)], rows, width)
+
+
+def _warnings(stats: ServerStats) -> Iterator[RenderableType]:
+    """Say what somebody should do something about."""
+    if "cache_shortage" in stats:
+        shortage, size = stats["cache_shortage"], format_size(stats["cache"]["capacity_bytes"])
+        what = f"{shortage['model']} ({format_size(shortage['pass_bytes'])})"
+        advice = f"--cache-mb {shortage['cache_mb']} would hold it."
+        yield Text(f"The cache of {size} is smaller than one pass over {what}: {advice}", style="yellow")
+
+
+def _events(events: Sequence[ServerEvent], width: int | None) -> Iterator[RenderableType]:
+    """List events, under a heading; where there is a width, each in one line of it."""
+    table = Table(box=None, padding=(0, _GAP, 0, 0), show_header=False, pad_edge=False)
+    table.add_column(style="dim", width=_TIME_WIDTH)
+    if width is None:
+        table.add_column(overflow="fold")
+    else:
+        table.add_column(no_wrap=True, overflow="ellipsis", width=width - _TIME_WIDTH - _GAP)
+    for one in events:
+        style = "yellow" if one["kind"] in _BAD_EVENTS else ""
+        table.add_row(render.time_of_day(one["time"]), Text(one["text"], style=style))
+    yield Text()
+    yield Text("events", style="bold")
+    yield table
+
+
+def _per_second(rate: float | None) -> str:
+    return _NONE if rate is None else f"{format_size(rate)}/s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of a table that fits.
+
+    Attributes:
+        heading: what stands over it.
+        right: whether it is aligned to the right, as numbers are.
+        flexible: whether its texts may be shortened.
+        least: how wide it is at least.
+    """
+
+    heading: str = ""
+    right: bool = False
+    flexible: bool = False
+    least: int = 0
+
+
+def fit_table(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    width: int,
+    *,
+    drop: Sequence[int] = (),
+    hide: Sequence[int] = (),
+) -> Table:
+    """Make a table that fits the width: columns are left out, the first of `drop` first, until the others fit.
+
+    Those of `hide` are left out in any case.
+    """
+    kept = [place for place in range(len(columns)) if place not in hide]
+    wide = [
+        max(column.least, cell_len(column.heading), *(cell_len(row[place]) for row in rows))
+        for place, column in enumerate(columns)
+    ]
+    needs = [min(_LEAST_TEXT, size) if column.flexible else size for column, size in zip(columns, wide, strict=True)]
+    for place in drop:
+        if sum(needs[one] + _GAP for one in kept) - _GAP <= width:
+            break
+        kept.remove(place)
+    left = width - sum(wide[place] + _GAP for place in kept if not columns[place].flexible)
+    has_header = any(columns[place].heading for place in kept)
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=has_header, header_style="dim")
+    for place in kept:
+        column = columns[place]
+        table.add_column(
+            column.heading,
+            justify="right" if column.right else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            style="dim" if not column.heading and place == 0 else "",
+            width=max(needs[place], min(wide[place], left)) if column.flexible else wide[place],
+        )
+    for row in rows:
+        table.add_row(*(row[place] for place in kept))
+    return table
+
+
+def join_fitting(parts: Sequence[str], width: int) -> str:
+    """Join as many of the parts as fit a line, from the first on, which stays in any case."""
+    line, *others = [part for part in parts if part]
+    for part in others:
+        if cell_len(line) + 3 + cell_len(part) <= width:
+            line = f"{line} · {part}"
+    return line
+
+
+def list_fitting(names: Sequence[str], width: int) -> str:
+    """List as many names as fit a line, and say how many more there are."""
+    for shown in range(min(len(names), width), 1, -1):
+        line = render.list_names(names, shown)
+        if cell_len(line) <= width:
+            return line
+    return render.list_names(names, 1)
+
+
+def share_lines(room: int, clients: int, events: int) -> tuple[int, int]:
+    """Share the lines that are left between clients and events; each list also takes a line of space, and headings.
+
+    Each gets half, or what the other one leaves.
+    """
+    client_heads, event_heads = 3 if clients else 0, 2 if events else 0
+    room -= client_heads + event_heads
+    if room < (clients > 0) + (events > 0):
+        return min(clients, max(0, room + event_heads)), 0
+    few = min(clients, max(room // 2, room - events))
+    return few, min(events, room - few)
+
+
+def status_line(stats: ServerStats, rates: Rates | None) -> str:
+    """Say in a line what a server does, for a log; without rates, what it has done since its start."""
+    if rates is not None:
+        sent, read, requests, hits = _now(rates)
+    else:
+        sent, requests = format_size(stats["bytes_sent"]), f"{stats['requests']['total']:,}"
+        read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
+        hits = f"{stats['cache']['hit_rate']:.1%}"
+    span = "now" if rates else f"in {render.duration(stats['server']['uptime_seconds'])}"
+    clients = count(stats["clients"], "client")
+    return f"{span}: sent {sent}, read {read}, requests {requests}, hits {hits}, {clients}"

@@ -1,0 +1,93 @@
+"""The status of a run: a few lines that fit the window, from typed figures. Pure."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from surfw.config import format_size
+
+if TYPE_CHECKING:
+    from surfw.models.progress import RunFigures
+
+MOST_LINES = 3
+_BETWEEN = " · "
+_SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+_FRAMES_PER_SECOND = 10
+
+
+def status_lines(parts: Iterable[str], width: int, *, most: int = MOST_LINES) -> list[str]:
+    """Put parts on lines that are narrower than the window.
+
+    Args:
+        parts: the most important first.
+        width: of the window, in cells.
+        most: how many lines there may be; parts at the end that do not fit are left out, and none is cut.
+    """
+    from rich.cells import cell_len
+
+    lines: list[str] = []
+    for part in parts:
+        joined = f"{lines[-1]}{_BETWEEN}{part}" if lines else part
+        if lines and cell_len(joined) < width:
+            lines[-1] = joined
+        elif cell_len(part) < width and len(lines) < most:
+            lines.append(part)
+        else:
+            break
+    return lines
+
+
+def run_parts(run: "RunFigures", place: str) -> list[str]:
+    """Say how a run goes, the most important first.
+
+    Args:
+        run: the figures.
+        place: what is waited for: `link`, `disk` or `storage`.
+    """
+    parts = []
+    if run.tokens:
+        parts.append(f"{run.tokens}/{run.most_tokens} tokens")
+    if run.tokens_per_second is not None:
+        parts.append(f"{rate(run.tokens_per_second)} tok/s")
+    if run.bytes_per_second is not None:
+        parts.append(f"{_megabytes(run.bytes_per_second)}/s")
+    if run.layer:
+        parts.append(f"layer {run.layer}/{run.layers}")
+    if run.stall_share is not None:
+        parts.append(f"waits for {place} {run.stall_share * 100:.0f} %")
+    if run.kept_layers is not None:
+        parts.append(f"{run.kept_layers} of {run.layers} layers kept")
+    if run.eta_seconds is not None:
+        parts.append(f"ETA {clock(run.eta_seconds)}")
+    return parts
+
+
+def spinner(seconds: float) -> str:
+    """Return the spinner's picture after so many seconds."""
+    return _SPINNER[int(seconds * _FRAMES_PER_SECOND) % len(_SPINNER)]
+
+
+def rate(per_second: float) -> str:
+    """Format a number per second: `0.12`, `1.08`, `23.5`, `117`."""
+    return f"{per_second:.{2 if per_second < 10 else 1 if per_second < 100 else 0}f}"
+
+
+def duration(seconds: float) -> str:
+    """Format how long something took: `0.35 s`, `2.1 s`, `33 s`, `2:05 min`, `1:02:05 h`."""
+    if seconds < 0.995:
+        return f"{seconds:.2f} s"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 59.5 else f"{clock(seconds)} {'min' if seconds < 3599.5 else 'h'}"
+
+
+def clock(seconds: float) -> str:
+    """Format a time that is left: `0:09`, `1:27`, `1:02:05`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _megabytes(count: float) -> str:
+    """Format bytes without a decimal place where there are two digits before it."""
+    number, unit = format_size(count).split(" ")
+    return f"{float(number):.0f} {unit}" if float(number) >= 10 else f"{number} {unit}"

@@ -1,0 +1,104 @@
+"""`surfw list`, `show`, `rm`, `prune` and `verify`: what lies in a store, and keeping it in order.
+
+`housekeeping` does it and shows the result.
+"""
+
+from typing import Annotated
+
+import typer
+
+from surfw.cli import completion, options
+
+LIST_EXAMPLES = """\b
+Examples:
+  surfw list
+  surfw list --store s3://bucket/prefix --json
+"""
+SHOW_EXAMPLES = """\b
+Examples:
+  surfw show my-model
+  surfw show org/name --json
+"""
+RM_EXAMPLES = """\b
+Examples:
+  surfw rm my-model
+  surfw rm org/name --store s3://bucket/prefix
+"""
+PRUNE_EXAMPLES = """\b
+Examples:
+  surfw prune --dry-run
+  surfw prune --store s3://bucket/prefix
+"""
+VERIFY_EXAMPLES = """\b
+Examples:
+  surfw verify
+  surfw verify my-model --json
+"""
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Its name in the store, in full.", autocompletion=completion.models_in_store),
+]
+
+
+@options.with_settings("store", "storage_options")
+def list_(*, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False) -> None:
+    """List the models in a store, and what else lies there."""
+    from surfw.cli import housekeeping
+
+    housekeeping.list_models(configuration.settings, json=json, quiet=quiet)
+
+
+@options.with_settings("store", "storage_options")
+def show(
+    *, name: Name, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False
+) -> None:
+    """Show one model of a store: its chunks, sizes and files."""
+    from surfw.cli import housekeeping
+
+    housekeeping.show_model(configuration.settings, name, json=json, quiet=quiet)
+
+
+@options.with_settings("store", "storage_options")
+def rm(
+    *, name: Name, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False
+) -> None:
+    """Remove a model from a store. Its blobs stay until 'surfw prune'."""
+    from surfw.cli import housekeeping
+
+    housekeeping.remove_model(configuration.settings, name, json=json, quiet=quiet)
+
+
+@options.with_settings("store", "storage_options")
+def prune(
+    *,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
+    configuration: options.Configuration,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Remove the blobs that no model needs."""
+    from surfw.cli import housekeeping
+
+    housekeeping.prune(configuration.settings, dry_run=dry_run, json=json, quiet=quiet)
+
+
+@options.with_settings("store", "storage_options")
+def verify(
+    *,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A model's name in the store. [default: all models]",
+            autocompletion=completion.models_in_store,
+        ),
+    ] = None,
+    configuration: options.Configuration,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Read every byte of the models in a store, and check them."""
+    from surfw.cli import housekeeping
+
+    housekeeping.verify(configuration.settings, name, json=json, quiet=quiet)

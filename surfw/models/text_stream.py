@@ -1,0 +1,65 @@
+"""Tokens into text, as they come: whatever can no longer change is given at once.
+
+A token may end within a character, which takes up to four bytes and as many tokens. A tokenizer shows what is not
+complete as U+FFFD, at the end. So that is held back, and nothing else is, but for a few old tokenizers that take spaces
+out before punctuation (`clean_up_tokenization_spaces`): there, the last word is.
+
+Invariant: the pieces put together are what the tokenizer makes of all tokens at once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"
+_CONTEXT_TOKENS = 8
+
+
+class TextStream:
+    """Gives the text of tokens to a function, piece by piece."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
+        """Begin with no token."""
+        self._tokenizer: Any = tokenizer
+        self._on_text = on_text
+        self._tokens: list[int] = []
+        self._given = 0
+
+    def put(self, token: int) -> None:
+        """Take one more token, and give the text that is complete with it."""
+        self._tokens.append(token)
+        text = self._decode()
+        self._give(text[: self._complete(text)])
+
+    def end(self) -> None:
+        """Give what was held back; no more tokens come."""
+        self._give(self._decode())
+
+    def _decode(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+    def _complete(self, text: str) -> int:
+        """Return how much of a text cannot change any more."""
+        if getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
+            return text.rfind(" ") + 1
+        return len(text.rstrip(_INCOMPLETE))
+
+    def _give(self, text: str) -> None:
+        if len(text) > self._given:
+            piece, self._given = text[self._given :], len(text)
+            self._on_text(piece)
+
+
+def space_before(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token: int) -> str:
+    """Return the space between a prompt and the token that continues it, where the token's own text lacks it.
+
+    Tokenizers of the SentencePiece kind leave out the space before the first word of a text.
+    """
+    untyped: Any = tokenizer
+    context = list(prompt[-_CONTEXT_TOKENS:])
+    before, after, alone = (
+        str(untyped.decode(tokens, skip_special_tokens=True)) for tokens in (context, [*context, token], [token])
+    )
+    follows = after.removeprefix(before) if after.startswith(before) else ""
+    return " " if follows.startswith(" ") and not alone.startswith(" ") else ""

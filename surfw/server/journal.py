@@ -1,0 +1,107 @@
+"""What happens in a server: each event is a line of its log, and one of the latest that its statistics list.
+
+Clients can cause events as often as they like, so those are sparse: every ten seconds a few are told, the others
+counted. What an event says goes to everybody who may see the statistics; its details, such as where things lie, go to
+the log and to the server's own screen only.
+"""
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from surfw.config import printable
+from surfw.wire import ServerEvent
+
+log = logging.getLogger("surfw.server")
+
+KEPT_EVENTS = 50
+_MOST_CHARACTERS = 400
+_SPARSE_SECONDS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    time: float
+    kind: str
+    text: str
+    details: str
+
+
+class Journal:
+    """Logs events, and keeps the latest `KEPT_EVENTS`."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._entries: deque[_Entry] = deque(maxlen=KEPT_EVENTS)
+
+    def note(self, kind: str, text: str, details: str = "", *, level: int = logging.INFO) -> None:
+        """Log an event, and keep it; `kind` is one of those that `ServerEvent` lists."""
+        log.log(level, "%s%s", text, f": {details}" if details else "")
+        self._entries.append(_Entry(time.time(), kind, text, details))
+
+    def recent(self, *, details: bool = False) -> list[ServerEvent]:
+        """Return the latest events, the oldest first."""
+        return [
+            {
+                "time": entry.time,
+                "kind": entry.kind,
+                "text": printable(f"{entry.text}: {entry.details}" if details and entry.details else entry.text)[
+                    :_MOST_CHARACTERS
+                ],
+            }
+            for entry in self._entries
+        ]
+
+
+class Sparse:
+    """Events of one kind that come as often as others like: a few are noted at a time, the others counted."""
+
+    def __init__(self, journal: Journal, kind: str, level: int, *, most: int = 1) -> None:
+        """Note at most this many events every ten seconds."""
+        self._journal = journal
+        self._kind = kind
+        self._level = level
+        self._most = self._left = most
+        self._next = float("-inf")
+        self._counted = 0
+        self._last = ("", "")
+
+    def note(self, text: str, details: str = "") -> None:
+        """Note the event, or count it."""
+        self._counted += 1
+        self._last = text, details
+        if time.monotonic() >= self._next:
+            self._left, self._next = self._most, time.monotonic() + _SPARSE_SECONDS
+        if self._left:
+            self._left -= 1
+            self.flush()
+
+    def flush(self) -> None:
+        """Note the last event that was counted, with the number of the others."""
+        if not self._counted:
+            return
+        text, details = self._last
+        if self._counted > 1:
+            more = f" (and {self._counted - 1} times more before)"
+            text, details = (text, details + more) if details else (text + more, "")
+        self._journal.note(self._kind, text, details, level=self._level)
+        self._counted = 0
+
+
+class ClientLog:
+    """What a server notes about its clients: each kind of event is sparse by itself, for all clients together."""
+
+    def __init__(self, journal: Journal) -> None:
+        """Start with nothing counted."""
+        self.arrivals = Sparse(journal, "joined", logging.INFO, most=10)
+        self.departures = Sparse(journal, "left", logging.INFO, most=10)
+        self.closings = Sparse(journal, "closed", logging.WARNING)
+        self.refusals = Sparse(journal, "refused", logging.INFO)
+        self.failures = Sparse(journal, "failed", logging.WARNING)
+        self.changes = Sparse(journal, "failed", logging.ERROR)
+
+    def flush(self) -> None:
+        """Note what was counted, of each kind."""
+        for kind in (self.arrivals, self.departures, self.closings, self.refusals, self.failures, self.changes):
+            kind.flush()

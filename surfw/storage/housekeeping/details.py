@@ -1,0 +1,82 @@
+"""All that a store knows of one of its models, without reading a weight."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surfw.storage.backends import open_backend
+from surfw.storage.housekeeping import StoredModel, summarise
+from surfw.storage.housekeeping.prune import survey
+from surfw.storage.origins import PlacedOptions
+from surfw.storage.store import Store, objects_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredChunk:
+    """A chunk of a stored model: its name, its kind (see `Chunk`), and its weights."""
+
+    name: str
+    kind: str
+    tensors: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file that belongs to a stored model, such as a tokenizer's."""
+
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDetails(StoredModel):
+    """A model in a store, with its parts.
+
+    Attributes:
+        store: where it lies.
+        digest: BLAKE3 of its manifest: equal for equal models.
+        files: of its tokenizer.
+        parts: its chunks, in the order of its modules.
+    """
+
+    store: str
+    digest: str
+    files: tuple[StoredFile, ...]
+    parts: tuple[StoredChunk, ...]
+
+
+async def describe_model(url: str, model: str, *, storage_options: Mapping[str, Any] | None = None) -> ModelDetails:
+    """Describe the model with exactly this name.
+
+    Args:
+        url: the store: a folder or a storage URL.
+        model: its name.
+        storage_options: for the storage.
+
+    Raises:
+        UnknownModelError: there is no such model.
+        ManifestError: its manifest is not valid.
+        StorageError: the store cannot be read.
+    """
+    backend = open_backend(url, storage_options)
+    store = Store(backend, PlacedOptions(backend.url, storage_options or {}))
+    try:
+        await store.expect_name(model)
+        await store.check()
+        manifest = await store.facts(model)
+        others = [one for one in (await survey(store)).manifests if one.name != model]
+    finally:
+        await store.close(owned=True)
+    uses = Counter(key for one in (manifest, *others) for key in objects_of(one))
+    return ModelDetails(
+        **asdict(summarise(manifest, objects_of(manifest), uses)),
+        store=store.url,
+        digest=manifest.digest,
+        files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),
+        parts=tuple(
+            StoredChunk(name=chunk.name, kind=chunk.kind, tensors=len(chunk.tensors), payload_bytes=chunk.payload_bytes)
+            for chunk in manifest.chunks
+        ),
+    )

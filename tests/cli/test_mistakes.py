@@ -1,0 +1,114 @@
+"""Mistakes that people make, what surfw says about each, and with which exit code it ends."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import SURFW, environment
+from tests.services import warm
+from tests.stores import make_store
+
+MISTAKES = [
+    # Commands.
+    ("hepl", 2, "No such command 'hepl'. Did you mean 'help'?"),
+    ("inferr --prompt a", 2, "No such command 'inferr'. Did you mean 'infer'?"),
+    ("ls", 2, "No such command 'ls'. Did you mean 'list'?"),
+    ("run my-model", 2, "No such command 'run'. Did you mean 'infer'?"),
+    ("help sevre", 2, "No such command 'sevre'. Did you mean 'serve'?"),
+    ("help list all", 2, "'surfw list' has no commands of its own, and no 'all'"),
+    ("bench wier", 2, "No such command 'wier'. Did you mean 'wire'"),
+    # Options.
+    ("infer --promt a", 2, "No such option: --promt; did you mean --prompt or --prompt-ids?"),
+    ("--verison", 2, "No such option: --verison; did you mean --version?"),
+    ("infer my-model Weight streaming is", 2, "(streaming is); a text with spaces goes between quotes"),
+    (
+        "infer 'Weight streaming is'",
+        2,
+        "'Weight streaming is' is no model's name; for a prompt alone write --prompt 'We",
+    ),
+    ("infer", 2, "there is no prompt: give either --prompt or --prompt-ids, or pipe one in"),
+    ("infer --prompt a --prompt-ids 1", 2, "give either --prompt or --prompt-ids, and not both"),
+    ("infer my-model a --prompt b", 2, "--prompt does not go with PROMPT 'a'; give one of them"),
+    ("infer second a --model org/first", 2, "--model does not go with MODEL 'second'; give one of them"),
+    ("infer ./store a --source ./store", 2, "--source does not go with MODEL './store', which is a source; give one"),
+    ("infer --prompt a --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
+    ("infer --prompt-ids 1 --system b", 2, "--system does not go with --prompt-ids, which are taken as they are"),
+    ("infer --prompt a --live --json", 2, "--live does not go with --json; give one of them"),
+    ("infer --prompt a --cache-layers 2 --memory-budget 2GB", 2, "--memory-budget: does not go with --cache-layers"),
+    ("infer --prompt a --memory-budget 2", 2, "--memory-budget is 2, which is 2 bytes; did you mean 2GB?"),
+    ("infer --prompt a --memory-budget 500", 2, "--memory-budget is 500, which is 500 bytes; did you mean 500MB?"),
+    ("infer --prompt a --memory-budget much", 2, "--memory-budget is 'much', expected a size such as 1.2GB"),
+    ("infer --prompt a --dtype bfloat61", 2, "--dtype is 'bfloat61', expected one of float32, fp32"),
+    ("infer --prompt a --temperature -1", 2, "Invalid value for '--temperature': '-1' is not a number >= 0"),
+    ("infer --prompt-ids 1,x", 2, "'1,x' is not a list of ids such as 1,2,3"),
+    ("serve --cache-mb 5", 2, "Invalid value for '--cache-mb': '5' is not a whole number >= 17"),
+    ("serve ./store --store ./store", 2, "--store: give it or PATH_OR_URL, not both"),
+    ("serve --port http", 2, "Invalid value for '--port': 'http' is not a whole number from 0 to 65535"),
+    ("chunk", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
+    ("chunk list", 2, "list is no checkpoint here; did you mean 'surfw list'? For a directory write ./list"),
+    ("chunk --list --prune", 2, "give one of --list and --prune at a time"),
+    ("stats ./store", 2, "./store is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
+    # Places and names.
+    ("chunk ./nowhere", 1, "./nowhere is not a directory here; give the directory of a checkpoint, or a hub id"),
+    ("chunk org/name", 1, "(HF_HUB_OFFLINE is set); check the network and the name, or give a local directory"),
+    ("infer --prompt a --source ./nowhere", 1, "; name that of a checkpoint, or of a store, which 'surfw chunk MODEL'"),
+    ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
+    ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
+    ("infer ./store a", 1, "/store holds 2 models; choose one with --model (model=): org/first, second"),
+    ("infer ./store a --model third", 1, "/store has no model 'third'; it has: org/first, second"),
+    ("serve 127.0.0.1:8765", 1, "ws://127.0.0.1:8765 is the address of a server, and not a storage; give it to surfw"),
+    ("serve --host 0.0.0.0 --port 0", 1, "--insecure"),
+    ("rm third", 1, "/store has no model 'third'; it has: org/first, second"),
+    ("show ./second", 1, "has no model './second' (a model's name is wanted here, no path); it has: org/first, second"),
+    ("list --store ./nowhere", 1, "/nowhere is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"),
+    ("--config nowhere.toml config", 1, "settings file nowhere.toml cannot be read: No such file or directory; name"),
+]
+
+VARIABLES = [
+    ({"SURFW_MODLE": "a"}, 0, "surfw: warning: SURFW_MODLE is no variable of surfw's; did you mean SURFW_MODEL?"),
+    ({"SURFW_MEMORY_BUGDET": "2GB"}, 0, "did you mean SURFW_MEMORY_BUDGET?"),
+    ({"SURFW_CACHE_MB": "5"}, 1, "SURFW_CACHE_MB is '5', expected a whole number >= 17"),
+    ({"SURFW_MEMORY_BUDGET": "2"}, 1, "SURFW_MEMORY_BUDGET is 2, which is 2 bytes; did you mean 2GB?"),
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose default store has two models."""
+    home = tmp_path_factory.mktemp("home")
+    make_store(home / "store", "org/first", (5000, 6000))
+    make_store(home / "store", "second", (7000,), seed=1)
+    return home
+
+
+def run(home: Path, line: str, **extra: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command line, with nothing on stdin, in a process that has not imported torch."""
+    code = (
+        f"import shlex, sys; sys.argv[:] = ['surfw', *shlex.split({line!r})]; from surfw.cli.main import main; main()"
+    )
+    python = str(Path(SURFW).with_name("python"))
+    return warm.run([python, "-c", code], modules=warm.COMMANDS, env=environment(home, **extra), cwd=home)
+
+
+@pytest.mark.parametrize(("line", "status", "said"), MISTAKES)
+def test_a_mistake(line: str, status: int, said: str, home: Path) -> None:
+    done = run(home, line)
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert said in last
+    assert last.startswith("Error: " if status == 2 else "surfw: error: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("variables", "status", "said"), VARIABLES)
+def test_a_mistake_in_a_variable(variables: dict[str, str], status: int, said: str, home: Path) -> None:
+    done = run(home, "config", **variables)
+    assert done.returncode == status
+    (line,) = done.stderr.splitlines()
+    assert said in line
+
+
+def test_a_variable_that_is_like_none_of_surfws_is_left_alone(home: Path) -> None:
+    done = run(home, "config", SURFW_DEMO_FOLDER="x", SURFW_TESTS="y")
+    assert (done.returncode, done.stderr) == (0, "")
