@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +19,6 @@ import typer
 from surfw.cli import options, signals
 from surfw.config import display_url, surfw_home
 from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
-from surfw.settings import SettingOrigin
 
 if TYPE_CHECKING:
     from surfw.cli.chat_prompt import LineEditor
@@ -56,16 +54,14 @@ _PATIENCE_SIGNALS = 2
 )  # fmt: skip
 def chat(
     *,
-    name: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="The model, as --model names it.", show_default=False)
-    ] = None,
+    place: options.Place = None,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on as one text, without the chat template, as base models do.")
     ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")] = None,
     configuration: options.Configuration,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Talk with a model that stays open.
 
@@ -73,11 +69,10 @@ def chat(
     """
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends an answer cannot be empty", param_hint="--stop")
-    if name is not None:
-        if configuration.origins["model"].kind == "argument":
-            raise typer.BadParameter(f"does not go with the model {name!r}; give one of them", param_hint="--model")
-        origins = {**configuration.origins, "model": SettingOrigin("argument", "model")}
-        configuration = options.Configuration(replace(configuration.settings, model=name), origins)
+    if place is not None:
+        from surfw.cli.sources import choose_model
+
+        configuration = choose_model(configuration, place)
     converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
 
 
@@ -116,17 +111,17 @@ def converse(
 @contextmanager
 def _open(configuration: options.Configuration, view: "ChatView") -> Iterator["StreamingModel"]:
     """Open the model, and show that this takes a while."""
-    from surfw.cli.infer import _connect, _open_model
+    from surfw.cli.infer import connect, open_model
     from surfw.cli.sources import choose_source
 
     with ExitStack() as opened:
-        with view.waiting("looking for the model …"):
-            chosen = opened.enter_context(choose_source(configuration))
+        with view.waiting("looking for the weights"):
+            chosen = opened.enter_context(choose_source(configuration, on_phase=view.phase))
             view.note(f"source: {display_url(chosen.url)} ({chosen.reason})")
             chosen.check_folder()
-        with view.waiting("opening the model …"):
-            client = opened.enter_context(_connect(chosen, configuration.settings, explain=False))
-            streaming = opened.enter_context(_open_model(client, configuration.settings))
+        with view.waiting("connecting" if chosen.is_server else "reading the manifest"):
+            client = opened.enter_context(connect(chosen, configuration.settings, explain=False))
+            streaming = opened.enter_context(open_model(client, configuration.settings, view.phase))
             streaming.find_tokenizer()
         yield streaming
 

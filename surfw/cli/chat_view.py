@@ -58,6 +58,11 @@ class ChatView:
         finally:
             self._end_status()
 
+    def phase(self, what: str) -> None:
+        """Say what goes on now."""
+        if self._status is not None:
+            self._status.update(one_line(what))
+
     def _end_status(self) -> None:
         if self._status is not None:
             self._status.stop()
@@ -67,7 +72,7 @@ class ChatView:
     def answering(self) -> Iterator[None]:
         """Show an answer, whose text comes with `on_text`."""
         self._printed = ""
-        with self.waiting("reading …"):
+        with self.waiting("reading"):
             yield
 
     def on_text(self, text: str) -> None:

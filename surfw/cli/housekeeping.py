@@ -154,7 +154,7 @@ def _show_models(models: Sequence[StoredModel]) -> None:
             )
             for one in models
         ]
-        render.out.print(render.table(headings, rows, numbers=headings[3:]))
+        render.out.print(render.table(headings, rows, numbers=headings[3:], fold=True))
     for one in models:
         if one.origin is not None:
             render.say(f"{one.name}: not copied; its weights, {format_size(one.payload_bytes)}, lie in {one.origin}")
@@ -162,7 +162,6 @@ def _show_models(models: Sequence[StoredModel]) -> None:
 
 def _show_details(model: ModelDetails) -> None:
     rows = [
-        ("model", model.name),
         ("store", model.store),
         ("class", f"{model.class_name}, {model.dtype}"),
         ("chunks", f"{model.chunks}, {model.layers} of them layers"),
@@ -175,11 +174,11 @@ def _show_details(model: ModelDetails) -> None:
         ("digest", model.digest),
     ]
     if model.origin is not None:
-        rows[5] = ("weights lie in", f"{model.origin}; they were not copied")
-    render.out.print(render.pair_table("", rows))
+        rows[4] = ("weights lie in", f"{model.origin}; they were not copied")
+    render.out.print(render.table(("model", model.name), rows, fold=True))
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")
-    render.out.print(render.table(headings, map(_row, _alike(model.parts)), numbers=headings[2:]))
+    render.out.print(render.table(headings, map(_row, _alike(model.parts)), numbers=headings[2:], fold=True))
 
 
 def _alike(parts: Sequence[StoredChunk]) -> list[list[StoredChunk]]:

@@ -1,6 +1,7 @@
 """`surfw infer`: a prompt through a model whose weights arrive while it runs."""
 
 import logging
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import chat, completion, options
+from surfw.cli import chat, options
 from surfw.config import display_url, parse_size
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.settings import Settings
@@ -33,6 +34,8 @@ Examples:
   surfw infer my-model --memory-budget 2GB --explain
 """
 
+_PATIENCE_SECONDS = 1.0
+
 
 @options.with_settings(
     "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
@@ -41,14 +44,7 @@ Examples:
 )  # fmt: skip
 def infer(
     *,
-    place: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
-            autocompletion=completion.models_in_source,
-        ),
-    ] = None,
+    place: options.Place = None,
     text: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; - is stdin, as is a pipe where none is given.")
     ] = None,
@@ -96,7 +92,7 @@ def infer(
         raise typer.BadParameter(
             "leaves nothing of --explain to be seen; leave one out, or add --json", param_hint="-q"
         )
-    prompt = _read_prompt(prompt, ids)
+    prompt = _read_prompt(prompt, ids, quiet=quiet)
 
     def make_request() -> "InferenceRequest":
         from surfw.models.inference import InferenceRequest
@@ -140,8 +136,8 @@ def _run(
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
             with (
-                _connect(chosen, settings, explain=explain) as client,
-                _open_model(client, settings, view) as streaming,
+                connect(chosen, settings, explain=explain) as client,
+                open_model(client, settings, view.phase) as streaming,
             ):
                 if make_request is None:
                     view.phase("measuring")
@@ -239,7 +235,7 @@ def _explain_only(
 
 
 @contextmanager
-def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
+def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
     """Connect to the source without torch, and have the model read while torch is imported.
 
     Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
@@ -262,15 +258,15 @@ def _connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> It
         yield client
 
 
-def _open_model(client: "WeightClient", settings: Settings, view: "View") -> "StreamingModel":
-    """Open the model, as the settings say."""
-    view.phase("importing torch")
+def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[str], None]) -> "StreamingModel":
+    """Open the model, as the settings say; `on_phase` hears what takes a while."""
+    on_phase("importing torch")
     import surfw.skeleton.dtypes  # noqa: F401 - which imports it
 
-    view.phase("importing transformers")
+    on_phase("importing transformers")
     from surfw.models.streaming import StreamingModel
 
-    view.phase("building the model")
+    on_phase("building the model")
     return StreamingModel.open(
         client,
         settings.model,
@@ -337,7 +333,7 @@ def _check_together(
         raise options.Mistake(f"--live does not go with {'--json' if json else '--quiet'}; give one of them")
 
 
-def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
+def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> str | None:
     """The prompt, from the command line or from stdin; None if there are ids instead."""
     if ids is not None:
         if prompt is not None:
@@ -345,7 +341,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
         return None
     is_piped = prompt is None and sys.stdin is not None and not sys.stdin.isatty()
     if prompt == "-" or is_piped:
-        prompt = (sys.stdin.read() if sys.stdin else "").rstrip("\n")
+        prompt = _read_stdin(quiet=quiet).rstrip("\n")
     if prompt is None or (is_piped and not prompt):
         raise options.Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
@@ -353,3 +349,12 @@ def _read_prompt(prompt: str | None, ids: list[int] | None) -> str | None:
     if not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt
+
+
+def _read_stdin(*, quiet: bool) -> str:
+    """All of stdin. If nothing comes for a moment, say what is waited for: a script may have left a pipe open."""
+    if sys.stdin is None:
+        return ""
+    if not quiet and not select.select([sys.stdin], [], [], _PATIENCE_SECONDS)[0]:
+        print("surfw: waiting for the prompt on stdin", file=sys.stderr)
+    return sys.stdin.read()

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
-from surfw.cli.screen import Screen, can_draw, dimmed, has_styles
+from surfw.cli.screen import Screen, dimmed, has_styles
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
-from surfw.cli.streams import one_line
+from surfw.cli.streams import can_draw, one_line
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:

@@ -34,6 +34,15 @@ from surfw.settings import (
 from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
+Place = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name in the source; or a source: HOST:PORT, a URL, a folder, a hub id. [default: see --source]",
+        autocompletion=completion.models_in_source,
+    ),
+]
+"""Which model is run."""
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 ConfigFile = Annotated[
     Path | None,

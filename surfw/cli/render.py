@@ -82,11 +82,14 @@ def pair_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 def table(
     headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = (), fold: bool = False
 ) -> Table:
-    """Make a table; the columns in `numbers` are aligned to the right, and with `fold` no text is cut off."""
+    """Make a table. The columns in `numbers` are aligned to the right; with `fold`, others are broken, never cut."""
     made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in headings:
         made.add_column(
-            heading, justify="right" if heading in numbers else "left", overflow="fold" if fold else "ellipsis"
+            heading,
+            justify="right" if heading in numbers else "left",
+            overflow="fold" if fold else "ellipsis",
+            no_wrap=fold and heading in numbers,
         )
     for row in rows:
         made.add_row(*row)

@@ -28,13 +28,6 @@ _TAB_CELLS = 8
 _FALLBACK = os.terminal_size((80, 24))
 
 
-def can_draw(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal that understands control codes."""
-    if stream is None or os.environ.get("TERM", "dumb") in {"", "dumb", "unknown"}:
-        return False
-    return stream.isatty()
-
-
 def has_styles() -> bool:
     """Whether text may be dimmed and coloured: unless `NO_COLOR` is set (https://no-color.org)."""
     return not os.environ.get("NO_COLOR")

@@ -24,7 +24,7 @@ from surfw.cli.options import Configuration, Mistake
 from surfw.config import DEFAULT_HOST, display_url, is_server_url, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
-from surfw.settings import SettingOrigin, Settings
+from surfw.settings import SettingOrigin
 
 DEMO = "demo"
 _MODEL = "MODEL"
@@ -73,7 +73,9 @@ def choose_source(
             "argument": "as MODEL" if origin.name == _MODEL else "with --source",
             "variable": f"by {origin.name}",
         }.get(origin.kind, f"in {origin.name}")
-        yield ChosenSource(_locate(settings), f"named {how}")
+        url = read_source(settings.source, seconds=settings.connect_timeout)
+        is_hub = read_address(settings.source).kind == "hub"
+        yield ChosenSource(url, f"named {how}{'; no such folder is here' if is_hub else ''}")
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
@@ -115,7 +117,7 @@ def choose_model(configuration: Configuration, word: str) -> Configuration:
         raise Mistake(f"--source does not go with MODEL {display_url(word)!r}, which is a source; give one of them")
     if is_source:
         model = configuration.settings.model if origins["model"].kind == "argument" else None
-        settings = replace(configuration.settings, source=address.url, model=model)
+        settings = replace(configuration.settings, source=word, model=model)
         return Configuration(settings, {**origins, "source": SettingOrigin("argument", _MODEL)})
     if origins["model"].kind == "argument":
         raise Mistake(f"--model does not go with MODEL {word!r}; give one of them")
@@ -144,11 +146,6 @@ def _holds_models(configuration: Configuration) -> bool:
     """Whether the store is to be looked into: it was set, or the default one has models."""
     is_default = configuration.origins["store"].kind == "default"
     return not is_default or any((Path(configuration.settings.store).expanduser() / "models").rglob("*.json"))
-
-
-def _locate(settings: Settings) -> str:
-    """The address of the setting `source`."""
-    return read_source(str(settings.source), seconds=settings.connect_timeout)
 
 
 def _is_served(url: str, configuration: Configuration) -> bool:

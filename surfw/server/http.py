@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import reduce
 from http import HTTPStatus
 from operator import getitem
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -24,10 +24,7 @@ from websockets.http11 import Request, Response
 from surfw.server.fairness import SingleFlight
 from surfw.server.journal import Journal, Sparse
 from surfw.server.reception import FairConnection
-from surfw.wire import PROTOCOL, admits, is_meant
-
-if TYPE_CHECKING:
-    from surfw.server.server import WeightServer
+from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
 
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
@@ -44,10 +41,21 @@ _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
 
 
+class _Server(Protocol):
+    """What the endpoints ask of the server."""
+
+    @property
+    def full(self) -> bool: ...
+
+    async def health(self) -> ServerHealth: ...
+
+    def stats(self) -> ServerStats: ...
+
+
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, server: "WeightServer", token: str | None, names: Collection[str], journal: Journal) -> None:
+    def __init__(self, server: _Server, token: str | None, names: Collection[str], journal: Journal) -> None:
         """Report on a server that wants this token, if any, and may be called by these names."""
         self._server = server
         self._token = token

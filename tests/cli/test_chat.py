@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,7 @@ from surfw.cli.chat_prompt import PrivateHistory
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.cli.test_streams import EVIL, on_a_terminal, steering
+from tests.services import warm
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
@@ -51,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Terminal:
     """A terminal of 80 columns, and the command that runs in it."""
 
-    def __init__(self, ours: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, ours: int, process: Any) -> None:
         self._ours = ours
         self.process = process
         self.seen = ""
@@ -71,15 +73,20 @@ class Terminal:
 
 
 @contextmanager
-def terminal(home: Path, *command: str) -> Iterator[Terminal]:
-    """A command at a terminal of its own, whose keys end it as they end commands."""
+def terminal(home: Path, *command: str, has_imports: bool = True) -> Iterator[Terminal]:
+    """A command at a terminal: one that has its imports done; or one that starts anew, and that the terminal controls.
+
+    Only there does Ctrl-C become a signal while nobody reads keys.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    extra = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    opening = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(theirs)]  # which makes it the terminal of the session
-    process = subprocess.Popen(
-        [*opening, *command], env=environment(home, **extra), stdout=theirs, stderr=theirs, start_new_session=True
-    )
+    env = environment(home, TERM="xterm-256color", PROMPT_TOOLKIT_NO_CPR="1")
+    process: Any
+    if has_imports:
+        process = warm.start(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    else:
+        opening = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(theirs)]  # which makes it the terminal of the session
+        process = subprocess.Popen([*opening, *command], env=env, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     try:
         yield Terminal(ours, process)
@@ -91,7 +98,7 @@ def terminal(home: Path, *command: str) -> Iterator[Terminal]:
 
 def test_a_session(home: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    with terminal(home, SURFW, *TALK) as it:
+    with terminal(home, SURFW, *TALK, has_imports=False) as it:
         it.wait_for("Ctrl-D ends the session")
         it.wait_for(PROMPT)
         it.send("Weights arrive\r")
@@ -248,3 +255,18 @@ def test_a_history_that_cannot_be_kept(tmp_path: Path) -> None:
     inside = PrivateHistory(tmp_path / "file" / "history")
     inside.store_string("there is no such folder")
     assert list(inside.load_history_strings()) == []
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from surfw.cli.app import app\n"
+        "try: app(['chat', '--help'])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "print({'torch', 'transformers', 'numpy', 'prompt_toolkit', 'asyncio'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(tmp_path), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("set()\n")
+    assert "\n    surfw chat org/name" in done.stdout

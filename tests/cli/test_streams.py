@@ -17,7 +17,7 @@ import pytest
 from surfw.storage import Store, open_backend
 from tests.cli.run import SURFW, environment
 from tests.servers import serve
-from tests.wire.test_reports import STATS
+from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
 """Sets a title, clears the screen in two ways, overwrites the line, and turns the writing around."""
@@ -28,6 +28,8 @@ def evil_server() -> Iterator[str]:
     """Something whose statistics have the right shape and the wrong characters."""
     stats = STATS | {"models": [EVIL], "server": {"version": EVIL, "uptime_seconds": 1}}
     stats |= {"storage": {"url": EVIL, "healthy": True}}
+    client = WITH_MORE["connections"][0] | {"name": EVIL, "address": EVIL, "model": EVIL}
+    stats |= {"connections": [client], "events": [{"time": 0, "kind": EVIL, "text": EVIL}]}
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,0 +1,59 @@
+"""A full screen tells its view how high it is, holds back what is logged, and leaves its last view behind."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from surfw.cli.full_screen import FullScreen
+
+
+class Asks:
+    """A view that writes down which sizes it was given."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int | None]] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.sizes.append((options.max_width, options.height))
+        yield f"a view of {options.height} lines"
+
+
+@pytest.fixture
+def log() -> Iterator[io.StringIO]:
+    """What a handler of surfw's writes, as the command line has one."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("surfw").addHandler(handler)
+    yield stream
+    logging.getLogger("surfw").removeHandler(handler)
+
+
+def test_what_it_shows_and_what_it_leaves(log: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal, view = io.StringIO(), Asks()
+    with FullScreen(Console(file=terminal, force_terminal=True, highlight=False, width=60, height=20)) as screen:
+        screen.show(view)
+        screen.redraw()
+        logging.getLogger("surfw.server").warning("torn")
+        assert log.getvalue() == ""
+        assert "torn" not in terminal.getvalue()
+    assert view.sizes == [(60, 20), (60, None)], "drawn once, and printed in the end"
+    drawn, _, left = terminal.getvalue().partition("\x1b[?1049l")
+    assert "a view of 20 lines" in drawn
+    assert "a view of None lines" in left
+    assert capsys.readouterr().err == "torn\n"
+    logging.getLogger("surfw.server").warning("after")
+    assert log.getvalue() == "after\n"
+
+
+def test_another_size_is_drawn_anew() -> None:
+    view = Asks()
+    console = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=60, height=20)
+    with FullScreen(console) as screen:
+        screen.show(view)
+        console.width, console.height = 40, 10
+        screen.redraw()
+        screen.redraw()
+    assert view.sizes == [(60, 20), (40, 10), (40, None)]
