@@ -4,6 +4,7 @@
 """
 
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from tests.pages import ROOT
 PICTURE = ROOT / "surfw" / "cli" / "infer.svg"
 COMMAND = 'surfw infer --model demo --memory-budget 4MB --prompt "A layer is"'
 _WIDTH, _HEIGHT = 84, 16
-_RUNNING = "tok"
+_RUNNING = re.compile(r"\d+/\d+ tokens")
 _LOOKS = 600
 
 
@@ -37,7 +38,7 @@ def main() -> None:
             _tmux("send-keys", "-t", name, COMMAND, "Enter")
             for _ in range(_LOOKS):
                 shown = _tmux("capture-pane", "-e", "-p", "-t", name)
-                if _RUNNING in shown:
+                if _RUNNING.search(shown):
                     screen = shown
                 if _tmux("capture-pane", "-p", "-t", name).rstrip().endswith("\n$"):
                     break
