@@ -110,7 +110,7 @@ def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice |
         return f"{waited}; {more} would keep more layers"
     how = "" if plan["limited_by"] == "default" else f" (--memory-budget {-(-advice.budget_bytes // MB)}MB)"
     speed = rate(advice.tokens_per_second)
-    return f"{waited}; {format_size(advice.more_bytes)} more memory{how} would give up to {speed} tok/s"
+    return f"{waited}; {format_size(advice.more_bytes)} more memory{how} would allow up to {speed} tok/s"
 
 
 def percent(share: float) -> str:

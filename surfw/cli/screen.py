@@ -21,8 +21,9 @@ Below = Callable[[os.terminal_size], Sequence[str]]
 """Makes the lines below the text. Each has to be narrower than the window, and there have to be fewer than its rows."""
 
 _ERASE_BELOW, _SAVE, _RESTORE, _ERASE_LINE, _DOWN = "\x1b[J", "\x1b7", "\x1b8", "\x1b[2K", "\x1bD"
-_TO_NEXT_ROW, _SPACE_UNDER_CURSOR = " \b", f"{_SAVE} {_RESTORE}"
+_SPACE, _SPACE_AT_EDGE = " \b", f"{_SAVE} {_RESTORE}"  # in the last column, terminals disagree on where \b leads
 _ERASE_BELOW_EMPTY = f" {_ERASE_BELOW}\b"  # tmux takes an erased window as scrolled away, and this is none
+_CUT_LINES, _WRAP_LINES = "\x1b[?7l", "\x1b[?7h"  # a window may have become narrower without our knowing yet
 _DIM, _PLAIN = "\x1b[2m", "\x1b[22m"
 _TAB_CELLS = 8
 _FALLBACK = os.terminal_size((80, 24))
@@ -153,11 +154,10 @@ class Screen:
                 longer = self._row + one
                 self._row = longer if _cells(longer) <= self._columns else one
             self._is_wrapped = False
-        if _cells(self._row) >= self._columns:
-            sent.append(_TO_NEXT_ROW)
+        if (left := self._columns - _cells(self._row)) <= 0:
             self._row, self._is_wrapped = "", True
-        elif sent:
-            sent.append(_SPACE_UNDER_CURSOR)
+        if sent:
+            sent.append(_SPACE_AT_EDGE if left == 1 else _SPACE)
         return "".join(sent)
 
     def _under(self, size: os.terminal_size) -> str:
@@ -166,7 +166,8 @@ class Screen:
         if made_for != size or not lines:
             return ""
         room = _DOWN * len(lines) + f"\x1b[{len(lines)}A"  # scrolls, where there are too few rows
-        return room + _SAVE + "".join(f"\r\n{_ERASE_LINE}{line}" for line in lines) + _RESTORE
+        drawn = "".join(f"\r\n{_ERASE_LINE}{line}" for line in lines)
+        return room + _SAVE + _CUT_LINES + drawn + _WRAP_LINES + _RESTORE
 
     @property
     def size(self) -> os.terminal_size:

@@ -66,7 +66,6 @@ def serve(
         print(f"surfw: opening {one_line(display_url(place))}", file=sys.stderr, flush=True)
     else:
         _log_lines(logging.WARNING if quiet else logging.INFO)
-        logger.info("opening %s", display_url(place))
     import asyncio
 
     if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):

@@ -2,14 +2,15 @@
 
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import options, signals
 from surfw.cli.streams import can_draw
+from surfw.config import DEFAULT_HOST, display_url
 
 if TYPE_CHECKING:
     from surfw.wire import Rates, ServerStats
@@ -44,23 +45,43 @@ def stats(
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
     from surfw.cli.addresses import read_server
-    from surfw.cli.server_view import ServerView
-    from surfw.client import read_stats
-    from surfw.config import DEFAULT_HOST, display_url
 
     settings = configuration.settings
     address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
-    look = partial(read_stats, address, token=settings.token, timeout_seconds=settings.connect_timeout)
+    where = display_url(address)
+
+    def look() -> "ServerStats":
+        from surfw.client import read_stats  # takes a moment: what is waited for is on the screen by then
+
+        return read_stats(address, token=settings.token, timeout_seconds=settings.connect_timeout)
+
     if not watch and json:
         render.print_json(look())
     elif not watch:
-        render.out.print(ServerView(stats=look(), where=display_url(address)))
+        with _waiting_for(where):
+            found = look()
+        from surfw.cli.server_view import ServerView
+
+        render.out.print(ServerView(stats=found, where=where))
     else:
         try:
-            _watch(Watch(look, display_url(address)), every, json=json)
+            with _waiting_for(where):
+                first = Watch(look, where)
+            _watch(first, every, json=json)
         except KeyboardInterrupt:
             if signals.exit_code() != signals.INTERRUPTED:
                 raise
+
+
+@contextmanager
+def _waiting_for(where: str) -> Iterator[None]:
+    """Show in a terminal what is waited for."""
+    from rich.text import Text
+
+    from surfw.cli import render
+
+    with render.err.status(Text(f"asking {where} …")) if can_draw(sys.stderr) else nullcontext():
+        yield
 
 
 class Watch:

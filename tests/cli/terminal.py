@@ -1,107 +1,153 @@
-"""A command on a terminal: what stands on its screen, at any size, and keys that are pressed there."""
+"""A terminal for tests: a pty, and pyte, which shows what a person would see on it."""
 
 import fcntl
 import os
 import pty
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import pyte
+from rich.cells import cell_len
 
-from tests.cli.run import environment
+from tests.cli.run import SURFW, environment
+from tests.services import warm
 
-_PATIENCE_SECONDS = 20
+_SECONDS = 60.0
+_TAKE_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
-def _take_terminal() -> None:
-    """Make stdin the terminal that Ctrl-C comes from."""
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+class _Screen(pyte.HistoryScreen):
+    """Pyte's terminal, with two things that it leaves out."""
+
+    def draw(self, data: str) -> None:
+        """Show text; a letter of two cells that does not fit at the end of a row goes to the next."""
+        for letter in data:
+            if cell_len(letter) == 2 and self.cursor.x == self.columns - 1:
+                self.linefeed()
+            super().draw(letter)
+
+    def resize(self, lines: int | None = None, columns: int | None = None) -> None:
+        """Become larger or smaller without wrapping lines anew; what is above the window goes into its history."""
+        rows, columns = lines or self.lines, columns or self.columns
+        below = self.cursor.y - (rows - 1)
+        for _ in range(below):
+            self.cursor.y = self.lines - 1
+            self.index()
+        self.cursor.y = min(self.cursor.y, rows - 1) if below > 0 else self.cursor.y
+        for y, row in list(self.buffer.items()):
+            for x in [x for x in row if x >= columns]:
+                del row[x]
+            if y >= rows:
+                del self.buffer[y]
+        self.lines, self.columns = rows, columns
+        self.cursor.x = min(self.cursor.x, columns - 1)
+        self.dirty.update(range(rows))
 
 
 class Terminal:
-    """A terminal, and the command that runs on it.
+    """A window that a process runs in.
 
     Attributes:
-        process: the command.
-        seen: everything that it wrote.
+        seen: all that the process has written.
+        screen: what is shown of it; rows that scroll out at the top are kept.
     """
 
-    def __init__(self, home: Path, command: Sequence[str], columns: int, lines: int, **extra: str) -> None:
-        self._ours, theirs = pty.openpty()
-        self._screen = pyte.Screen(columns, lines)
-        self._stream = pyte.ByteStream(self._screen)
-        self._lock = threading.Lock()
+    def __init__(self, columns: int, rows: int) -> None:
+        self.screen = _Screen(columns, rows, history=1000, ratio=0.5)
+        self.screen.set_mode(pyte.modes.LNM)  # as a terminal's driver does it
         self.seen = b""
-        self.resize(columns, lines)
-        self.process = subprocess.Popen(
-            command, env=environment(home, TERM="xterm-256color") | extra, stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True, preexec_fn=_take_terminal,  # noqa: PLW1509 - it is one system call
-        )  # fmt: skip
-        os.close(theirs)
-        self._reading = threading.Thread(target=self._read)
-        self._reading.start()
+        self._stream = pyte.ByteStream(self.screen)
+        self._changed = threading.Condition()
+        self.ours, self.theirs = pty.openpty()
+        self.resize(columns, rows)
 
-    def _read(self) -> None:
+    def resize(self, columns: int, rows: int) -> None:
+        """Make the window larger or smaller; as in a terminal that does not wrap its lines anew."""
+        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        with self._changed:
+            self.screen.resize(rows, columns)
+
+    def rows(self) -> list[str]:
+        """All rows, from the oldest that has scrolled out to the last that is not empty."""
+        with self._changed:
+            gone = ["".join(row[at].data for at in sorted(row)).rstrip() for row in self.screen.history.top]
+            rows = [*gone, *(row.rstrip() for row in self.screen.display)]
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
+
+    def shows(self, text: str) -> bool:
+        """Whether a text is to be seen, or was and has scrolled out."""
+        return any(text in row for row in self.rows())
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for something that the process writes."""
+        end = time.monotonic() + _SECONDS
+        while not is_so():
+            with self._changed:
+                assert self._changed.wait(end - time.monotonic()), self.rows()
+
+    def type(self, keys: bytes) -> None:
+        """Type something."""
+        os.write(self.ours, keys)
+
+    def follow(self) -> None:
+        """Show what the process writes, until it ends."""
         try:
-            while piece := os.read(self._ours, 1 << 16):
-                with self._lock:
+            while piece := os.read(self.ours, 1 << 16):
+                with self._changed:
                     self.seen += piece
                     self._stream.feed(piece)
+                    self._changed.notify_all()
         except OSError:  # Linux's way to say that the other end is closed
             pass
 
-    @property
-    def lines(self) -> list[str]:
-        """What stands on the screen."""
-        with self._lock:
-            return [line.rstrip() for line in self._screen.display]
-
-    def resize(self, columns: int, lines: int) -> None:
-        """Give the window another size."""
-        with self._lock:
-            self._screen.resize(lines, columns)
-        fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-
-    def press(self, keys: str) -> None:
-        """Press keys: `\\x03` is Ctrl-C."""
-        os.write(self._ours, keys.encode())
-
-    def wait_for(self, is_so: Callable[[list[str]], bool]) -> list[str]:
-        """Wait until the screen is as it should be, and return its lines."""
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while not is_so(lines := self.lines):
-            assert time.monotonic() < deadline, "\n".join(lines)
-            time.sleep(0.02)
-        return lines
-
-    def wait_for_text(self, text: str) -> list[str]:
-        """Wait until a text stands on the screen, and return its lines."""
-        return self.wait_for(lambda lines: any(text in line for line in lines))
-
-    def end(self) -> int:
-        """Wait for the command's end, and return its exit code; what it wrote is read to the end."""
-        code = self.process.wait(_PATIENCE_SECONDS)
-        self._reading.join(_PATIENCE_SECONDS)
-        return code
-
-    def close(self) -> None:
-        """End the command, if it still runs."""
-        self.process.kill()
-        self.end()
-        os.close(self._ours)
-
 
 @contextmanager
-def on_terminal(home: Path, *command: str, columns: int = 80, lines: int = 24, **extra: str) -> Iterator[Terminal]:
-    """Run a command on a terminal of its own."""
-    terminal = Terminal(home, command, columns, lines, **extra)
+def terminal(
+    home: Path, command: Sequence[str], *, columns: int = 80, rows: int = 24, stdout: IO[bytes] | None = None,
+    controls: bool = False, **extra: str,
+) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes] | warm.Process"]]:  # fmt: skip
+    """Run a command in a window of its own; it has ended afterwards.
+
+    Args:
+        home: of the command.
+        command: it runs in a process that has its imports done, if it is surfw.
+        columns: of the window.
+        rows: of the window.
+        stdout: where its stdout goes, if not to the window.
+        controls: the window is its controlling terminal, whose Ctrl-C reaches it; its imports are not done, then.
+        **extra: variables of its environment.
+    """
+    window = Terminal(columns, rows)
+    out = window.theirs if stdout is None else stdout.fileno()
+    variables = environment(home, **{"TERM": "xterm-256color"} | extra)
+    process: subprocess.Popen[bytes] | warm.Process
+    if command[0] == SURFW and not controls:
+        process = warm.start(command, stdin=window.theirs, stdout=out, stderr=window.theirs, env=variables)
+    else:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _TAKE_TERMINAL, *command], stdin=window.theirs, stdout=out, stderr=window.theirs,
+            env=variables, start_new_session=True,
+        )  # fmt: skip
+    following = threading.Thread(target=window.follow)
+    following.start()
     try:
-        yield terminal
+        yield window, process
+        process.wait(_SECONDS)
     finally:
-        terminal.close()
+        process.kill()
+        process.wait()
+        os.close(window.theirs)
+        following.join()
+        os.close(window.ours)

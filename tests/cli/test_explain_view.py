@@ -110,7 +110,7 @@ def test_a_run_that_waited_says_what_would_help() -> None:
     fits = plan | {"bytes_per_pass": 0}
     assert limits("ws://h:1", mostly, fits) == "waited for the link 90 % of the time, until all weights were there"
     advice = Advice(more_bytes=400_000_000, budget_bytes=1_400_000_001, tokens_per_second=1.6)
-    assert limits("/s", mostly, plan, advice).endswith("; 400.0 MB more memory would give up to 1.60 tok/s")
+    assert limits("/s", mostly, plan, advice).endswith("; 400.0 MB more memory would allow up to 1.60 tok/s")
     assert limits("/s", mostly, by_layers, advice).endswith(
-        "; 400.0 MB more memory (--memory-budget 1401MB) would give up to 1.60 tok/s"
+        "; 400.0 MB more memory (--memory-budget 1401MB) would allow up to 1.60 tok/s"
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.infer_terminal import terminal
 from tests.cli.run import SURFW, environment, surfw
+from tests.cli.terminal import terminal
 from tests.services import warm
 
 SAYS = "Weight streaming is a way to run a model whose weights do not fit into memory."

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from tests.cli.infer_terminal import terminal
 from tests.cli.run import environment
+from tests.cli.terminal import terminal
 
 WRITES = """
 import sys, time

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import SURFW, environment, surfw
-from tests.cli.terminal import on_terminal
+from tests.cli.window import on_terminal
 from tests.servers import serve
 from tests.services.processes import free_port
 from tests.stores import make_store

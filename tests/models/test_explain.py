@@ -1,6 +1,7 @@
 """An explanation fits the plan and its own measurements, leaves no trace, and knows what limits a model."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,41 @@ def test_every_kind_of_model_is_measured(name: str, store: Path) -> None:
         check(found, model)
         assert found.unit == ("tokens" if model.model.can_generate() else "passes")
         assert found.compute_share == 1
+
+
+def test_advice_comes_from_the_plan_and_what_a_run_took(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=1) as model:
+        found = model.advise(seconds_per_token=2.0, stall_share=0.9)
+        assert found is not None
+        limit = replace(model._open_here().engine.limit, budget_bytes=found.budget_bytes, cache_layers=None)
+        more = model._open_here().engine.plan_with(limit)
+        by_reading = more.ceiling(model.plan.bytes_per_pass / 2.0)
+        assert found.tokens_per_second == pytest.approx(min(by_reading or 5.0, 5.0))  # computing takes 0.2 s
+        assert found.tokens_per_second >= 0.75
+        assert found.budget_bytes == model.plan.peak_bytes + model.plan.reserved_bytes + found.more_bytes
+        assert model.advise(seconds_per_token=2.0, stall_share=0.4) is None  # computing limits it
+
+
+def test_no_advice_where_nothing_is_read(store: Path) -> None:
+    with StreamingModel.open(store, "llama") as model:
+        assert model.advise(seconds_per_token=2.0, stall_share=0.9) is None
+
+
+def test_the_progress_of_a_run(store: Path) -> None:
+    with StreamingModel.open(store, "llama", cache_size=2) as model:
+        before = model.progress()
+        assert (before.layer, before.layers, before.run_seconds) == (0, 4, 0.0)
+        assert before.kept_layers == len(model.plan.pinned & set(model.layers))
+        seen: list[int] = []
+        for name in ("model.layers.0", "model.layers.3"):
+            model.model.get_submodule(name).register_forward_hook(lambda *_: seen.append(model.progress().layer))
+        model(IDS)
+        assert seen == [1, 4]
+        after = model.progress()
+        assert 0 <= after.stall_seconds < after.run_seconds
+        assert after.fetched_bytes > 0
+    with StreamingModel.open(store, "llama") as model:
+        assert model.progress().kept_layers is None
 
 
 def test_what_is_measured_is_not_counted_and_changes_no_result(store: Path) -> None:
