@@ -78,7 +78,8 @@ def with_outputs(page: str, text: str, folder: Path) -> str:
     with Sandbox(folder) as here:
         for block in shown:
             for command in block.before:
-                here.run(command)
+                done = here.run(command)
+                assert done.code == 0, f"{block}: {command}\n{done.shown}"
             printed = _outputs(here, block.text)
             if "figures" in block.flags and _labels(printed) == _labels(block.text):
                 continue

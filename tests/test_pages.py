@@ -54,6 +54,14 @@ def test_links_lead_somewhere(page: str) -> None:
         assert not anchor or anchor in anchors(path), target
 
 
+def test_errors_in_the_readme_are_those_of_troubleshooting() -> None:
+    rows = pages.read("README.md").partition("| stderr says |")[2].partition("\n\n")[0]
+    quoted = re.findall(r"^\| `([^`…]+)", rows, re.MULTILINE)
+    assert len(quoted) >= 5
+    for text in quoted:
+        assert text in pages.read("surfw/TROUBLESHOOTING.md")
+
+
 def test_it_is_known_what_to_do_with_every_block() -> None:
     unknown = [f"{one}: {one.kind or 'no kind'}" for one in pages.blocks() if one.kind not in pages.KINDS]
     assert not unknown
