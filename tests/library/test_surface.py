@@ -18,8 +18,10 @@ from surfw import errors
 STUB = Path(surfw.__file__).with_suffix(".pyi")
 
 READ_ONLY = {
+    "Advice",
     "Manifest",  # what a model's manifest holds stands in storage/FORMAT.md
     "Metrics",
+    "Progress",
     "ResidencyPlan",
     "Statistics",  # a dictionary, whose keys COMMANDS.md documents
 }
