@@ -11,8 +11,9 @@ SURFW = str(Path(sys.executable).parent / "surfw")
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
-    """The environment of a command: nothing of the tester's own, no hub."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SURFW_", "HF_"))}
+    """The environment of a command: nothing of the tester's own, no hub, and no size of a window that it is not in."""
+    not_ours = ("SURFW_", "HF_", "COLUMNS", "LINES")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
     return clean | {"SURFW_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "TERM": "dumb"} | extra
 
 
