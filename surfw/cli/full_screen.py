@@ -15,6 +15,8 @@ from typing import Any, Self
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 
+from surfw.cli import signals
+
 _KEPT_WARNINGS = 50
 
 LOOK_SECONDS = 0.2
@@ -56,7 +58,7 @@ class FullScreen:
         self._view: RenderableType = ""
         self._size = console.size
         self._held = _Held()
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._handlers: list[tuple[logging.Handler, logging.Handler]] = []
 
     def show(self, view: RenderableType) -> None:
         """Show a view instead of the one before."""
@@ -70,9 +72,15 @@ class FullScreen:
 
     def __enter__(self) -> Self:
         """Turn to the other screen, and hold back what is logged."""
-        for handler in logging.getLogger("surfw").handlers:
-            if isinstance(handler, logging.StreamHandler):
-                self._streams.append((handler, handler.setStream(self._held)))
+        logger = logging.getLogger("surfw")
+        for handler in [one for one in logger.handlers if isinstance(one, logging.StreamHandler)]:
+            held: logging.StreamHandler[Any] = logging.StreamHandler(self._held)
+            held.setFormatter(handler.formatter)
+            held.setLevel(handler.level)
+            logger.removeHandler(handler)
+            logger.addHandler(held)
+            self._handlers.append((handler, held))
+        signals.is_full_screen = True
         self._live.start()
         return self
 
@@ -81,8 +89,11 @@ class FullScreen:
     ) -> None:
         """Turn back, print the last view, and log what was held back."""
         self._live.stop()
-        for handler, stream in self._streams:
-            handler.setStream(stream)
+        signals.is_full_screen = False
+        logger = logging.getLogger("surfw")
+        for handler, held in self._handlers:
+            logger.removeHandler(held)
+            logger.addHandler(handler)
         self._console.print(self._view)
         for line in self._held.lines:
             sys.stderr.write(line)

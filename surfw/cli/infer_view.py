@@ -197,10 +197,15 @@ class LiveView(View):
         self._place = ""
         self._space: Callable[[int], str] | None = None
         self._column: TextColumn | None = None
-        self._text_columns = self._table_rows = 0
+        self._text_columns = 0
+        self._table_rows: int | None = None  # how many rows of the table were drawn beside the text
 
     def __enter__(self) -> Self:
-        self._screen.open()
+        try:
+            self._screen.open()
+        except BaseException:  # a signal
+            self._screen.close()
+            raise
         return self
 
     def close(self) -> None:
@@ -300,9 +305,9 @@ class LiveView(View):
 
         def add(column: TextColumn) -> str:
             column.add(text, dim=dim)
-            if not self._table_rows:  # nothing was drawn yet
+            if self._table_rows is None:  # nothing was drawn yet
                 return ""
-            if self._screen.size.columns >= _WIDE_COLUMNS:
+            if self._table_rows and self._screen.size.columns >= _WIDE_COLUMNS:
                 return column.give_up(self._text_columns, self._table_rows)
             self._column = None
             return column.end()

@@ -14,9 +14,10 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from surfw.cli.screen import has_styles
-from surfw.cli.streams import one_line
+from surfw.cli.streams import can_draw, one_line
 from surfw.config import escape_json, printable
 
 if TYPE_CHECKING:
@@ -127,14 +128,14 @@ def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     Yields:
         A function that takes what goes on from then on; an empty text takes the spinner away.
     """
-    if quiet or not err.is_terminal:
+    if quiet or not can_draw(sys.stderr):
         yield lambda _: None
         return
     status = err.status("")
 
     def step(now: str) -> None:
         if now:
-            status.update(one_line(now))
+            status.update(Text(one_line(now)))
             status.start()
         else:
             status.stop()

@@ -118,7 +118,7 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
                 loop.add_signal_handler(number, end_by, number)
         if exit_with_stdin:
             loop.add_reader(sys.stdin.fileno(), end)
-        with render.err.status("starting …") if show else contextlib.nullcontext():
+        with render.busy("starting", quiet=not show):
             await asyncio.wait([starting])
         if stop.is_set():
             return False
@@ -145,11 +145,12 @@ async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
     stats, rates, read = server.stats(details=True), None, time.monotonic()
     with FullScreen(render.err) as screen:
         while True:
-            screen.show(ServerView(stats=stats, rates=rates, live=True, where=server.url, remark="Ctrl-C stops"))
+            view = ServerView(stats=stats, rates=rates, live=True, where=server.url, remark="Ctrl-C stops")
+            await asyncio.to_thread(screen.show, view)  # a terminal that is not read stops no server
             while time.monotonic() < read + _READ_SECONDS:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), LOOK_SECONDS)
                     return
-                screen.redraw()
+                await asyncio.to_thread(screen.redraw)
             before, stats, read = stats, server.stats(details=True), time.monotonic()
             rates = rates_between(before, stats)

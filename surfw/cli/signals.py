@@ -13,9 +13,10 @@ The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
 import os
 import signal
 import sys
+import termios
 from contextlib import suppress
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -25,11 +26,18 @@ INTERRUPTED = 128 + signal.SIGINT
 _IMPORT = "<frozen importlib._bootstrap>"
 _LOOK_SECONDS = 0.01
 _received: list[int] = []
+_modes: list[Any] | None = None
+
+is_full_screen = False
+"""Whether a view has turned the terminal to its other screen."""
 
 
 def set_up() -> None:
     """Make these signals end the process at once, with a line, unless it was started to ignore them."""
+    global _modes  # noqa: PLW0603 - the terminal is the process's
     _received.clear()
+    with suppress(OSError, termios.error):
+        _modes = termios.tcgetattr(0)
     _handle_all(_end_with_line)
 
 
@@ -113,6 +121,18 @@ def _end_at_once(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _end(number: int, line: str) -> NoReturn:
+    _restore_terminal()
     with suppress(OSError):
         os.write(2, f"{line}\n".encode())
     os._exit(128 + number)
+
+
+def _restore_terminal() -> None:
+    """Leave the terminal as it was found, whatever was being drawn or kept from being seen."""
+    with suppress(OSError, termios.error):
+        if _modes is not None and termios.tcgetattr(0) != _modes:
+            signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # a process in the background may do that
+            termios.tcsetattr(0, termios.TCSANOW, _modes)
+        for number in (1, 2):
+            if os.isatty(number) and os.environ.get("TERM", "dumb") != "dumb":
+                os.write(number, b"\x1b[?1049l\x1b[?25h" if is_full_screen else b"\x1b[?25h")

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,7 +39,7 @@ def stats(
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings with --watch.")] = 1.0,
     configuration: options.Configuration,
     json: options.Json = False,
-    quiet: options.Quiet = False,  # noqa: ARG001 - as all commands have it
+    quiet: options.Quiet = False,
 ) -> None:
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
@@ -58,30 +57,19 @@ def stats(
     if not watch and json:
         render.print_json(look())
     elif not watch:
-        with _waiting_for(where):
+        with render.busy(f"asking {where}", quiet=json or quiet):
             found = look()
         from surfw.cli.server_view import ServerView
 
         render.out.print(ServerView(stats=found, where=where))
     else:
         try:
-            with _waiting_for(where):
+            with render.busy(f"asking {where}", quiet=json or quiet):
                 first = Watch(look, where)
             _watch(first, every, json=json)
         except KeyboardInterrupt:
             if signals.exit_code() != signals.INTERRUPTED:
                 raise
-
-
-@contextmanager
-def _waiting_for(where: str) -> Iterator[None]:
-    """Show in a terminal what is waited for."""
-    from rich.text import Text
-
-    from surfw.cli import render
-
-    with render.err.status(Text(f"asking {where} …")) if can_draw(sys.stderr) else nullcontext():
-        yield
 
 
 class Watch:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console, ConsoleOptions, RenderResult
 
+from surfw.cli import render
+from surfw.cli.app import _ToStderr
 from surfw.cli.full_screen import FullScreen
 
 
@@ -57,3 +59,25 @@ def test_another_size_is_drawn_anew() -> None:
         screen.redraw()
         screen.redraw()
     assert view.sizes == [(60, 20), (40, 10), (40, None)]
+
+
+def test_what_goes_to_stderr_as_it_is_at_the_time_is_held_back_too(capsys: pytest.CaptureFixture[str]) -> None:
+    logger, handler = logging.getLogger("surfw"), _ToStderr()
+    logger.addHandler(handler)
+    try:
+        with FullScreen(Console(file=io.StringIO(), force_terminal=True, width=60, height=20)) as screen:
+            screen.show("a view")
+            logger.warning("torn")
+            assert capsys.readouterr().err == ""
+        assert capsys.readouterr().err == "torn\n"
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_what_is_waited_for_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(render, "err", Console(file=terminal, force_terminal=True, width=60))
+    monkeypatch.setattr(render, "can_draw", lambda _: True)
+    with render.busy("reading a[/b]", quiet=False) as step:
+        step("reading [old]/a[/b]")
+    assert "reading [old]/a[/b]" in terminal.getvalue()

@@ -1,9 +1,11 @@
 """Real commands, ended for real: SIGTERM and SIGHUP end them as Ctrl-C does, and nothing of theirs is left."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,6 +127,7 @@ def test_a_benchmark_leaves_no_files(what: str, home: Path, tmp_path: Path) -> N
 
 IMPORTS = """
 import sys
+import termios
 from pathlib import Path
 from surfw.cli.main import main
 
@@ -204,3 +207,29 @@ def test_a_process_that_was_started_to_ignore_a_hangup_goes_on(tmp_path: Path) -
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     assert "store" in out
+
+
+def test_who_is_ended_at_once_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, termios\n"
+        "from surfw.cli import signals\n"
+        "signals.set_up(); signals.begin(); signals.is_full_screen = True\n"
+        "a, b, c, local, *more = termios.tcgetattr(0)\n"
+        "termios.tcsetattr(0, termios.TCSANOW, [a, b, c, local & ~termios.ECHO, *more])\n"
+        "signal.signal(signal.SIGINT, lambda number, _: signals.note(number))\n"
+        "os.write(1, b'\\x1b[?1049h\\x1b[?25l')\n"
+        "os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, check=False,
+        env=environment(tmp_path, TERM="xterm-256color", PYTHONPATH=str(Path(__file__).parents[2])),
+    )  # fmt: skip
+    seen = os.read(ours, 1 << 16)
+    assert done.returncode == 130
+    assert termios.tcgetattr(theirs) == before
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l")
+    assert seen.rindex(b"\x1b[?1049l") > seen.rindex(b"\x1b[?1049h")
+    os.close(ours)
+    os.close(theirs)
