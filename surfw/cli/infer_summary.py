@@ -5,7 +5,7 @@ from __future__ import annotations  # what comes from torch's rooms is named in 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surfw.cli.status import duration, rate
+from surfw.cli.status import duration, percent, rate
 from surfw.config import MB, count, format_size, is_server_url
 
 if TYPE_CHECKING:
@@ -111,11 +111,6 @@ def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice |
     how = "" if plan["limited_by"] == "default" else f" (--memory-budget {-(-advice.budget_bytes // MB)}MB)"
     speed = rate(advice.tokens_per_second)
     return f"{waited}; {format_size(advice.more_bytes)} more memory{how} would allow up to {speed} tok/s"
-
-
-def percent(share: float) -> str:
-    """Format a share: `61 %`."""
-    return f"{share * 100:.0f} %"
 
 
 def encoder_text(result: InferenceResult) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
 from surfw.cli.screen import Screen, dimmed, has_styles
-from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
+from surfw.cli.status import MOST_LINES, duration, percent, run_parts, spinner, status_lines
 from surfw.cli.streams import can_draw, one_line
 from surfw.models.progress import Pace
 
@@ -401,7 +401,7 @@ def figures_table(
         rows.append(("time per output token (TPOT)", render.seconds(token_seconds)))
     rows += [
         ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
-        ("hit rate", f"{cache['hit_rate']:.0%}".replace("%", " %")),
+        ("hit rate", percent(cache["hit_rate"])),
         ("stalled, computing", f"{render.seconds(spent['stall_seconds'])}, {render.seconds(spent['compute_seconds'])}"),
         ("fetch latency p50 / p95", render.latencies(latency)),
         ("fetched", format_size(cache["fetched_bytes"])),

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surfw.cli import render
-from surfw.config import count, format_size
+from surfw.config import count, format_size, printable
 from surfw.wire import ClientFacts, Rates, ServerEvent, ServerStats
 
 _GAP = 2
@@ -216,6 +216,7 @@ def fit_table(
 
     Those of `hide` are left out in any case.
     """
+    rows = [[printable(cell) for cell in row] for row in rows]  # as it is shown, so that it is measured as that
     kept = [place for place in range(len(columns)) if place not in hide]
     wide = [
         max(column.least, cell_len(column.heading), *(cell_len(row[place]) for row in rows))

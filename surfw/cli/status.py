@@ -53,7 +53,7 @@ def run_parts(run: "RunFigures", place: str) -> list[str]:
     if run.layer:
         parts.append(f"layer {run.layer}/{run.layers}")
     if run.stall_share is not None:
-        parts.append(f"waits for {place} {run.stall_share * 100:.0f} %")
+        parts.append(f"waits for {place} {percent(run.stall_share)}")
     if run.kept_layers is not None:
         parts.append(f"{run.kept_layers} of {run.layers} layers kept")
     if run.eta_seconds is not None:
@@ -69,6 +69,11 @@ def spinner(seconds: float) -> str:
 def rate(per_second: float) -> str:
     """Format a number per second: `0.12`, `1.08`, `23.5`, `117`."""
     return f"{per_second:.{2 if per_second < 10 else 1 if per_second < 100 else 0}f}"
+
+
+def percent(share: float) -> str:
+    """Format a share: `55 %`."""
+    return f"{share * 100:.0f} %"
 
 
 def duration(seconds: float) -> str:
