@@ -218,6 +218,11 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
             f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
             "expect nonsense, and shorten the prompt"
         )
+    elif positions is not None and model.model.can_generate() and prompt_tokens + request.max_new_tokens > positions:
+        remarks.append(
+            f"prompt and answer may have {prompt_tokens + request.max_new_tokens} tokens, and {name} was made for "
+            f"{positions} (max_position_embeddings): expect nonsense beyond, or ask for fewer (max_new_tokens)"
+        )
     return remarks
 
 

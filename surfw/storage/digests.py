@@ -82,6 +82,7 @@ class _DigestLog:
         self.known: dict[str, Digests] = {}
         self._path = surfw_home() / "digests" / f"{key}.jsonl"
         self._read_bytes = 0
+        self._has_failed = False
         self._lock = threading.Lock()
 
     def refresh(self, sizes: Mapping[str, int]) -> Mapping[str, Digests]:
@@ -118,4 +119,7 @@ class _DigestLog:
                 finally:
                     os.close(fd)
             except OSError as exc:
-                logger.warning("%s cannot be written, so digests are computed again next time: %s", self._path, exc)
+                if not self._has_failed:  # once is enough
+                    why = exc.strerror
+                    logger.warning("%s cannot be written, so digests are computed again next time: %s", self._path, why)
+                self._has_failed = True
