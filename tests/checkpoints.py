@@ -23,8 +23,7 @@ def save_llama(path: Path, *, layers: int = 4, hidden: int = 64, seed: int = 0, 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        vocab_size=len(tokenizer.get_vocab()),
-        **settings,
+        **{"vocab_size": len(tokenizer.get_vocab())} | settings,
     )
     model = LlamaForCausalLM(config)
     model.generation_config.pad_token_id = 2

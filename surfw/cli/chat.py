@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surfw.cli import options, signals
+from surfw.cli.streams import expect_utf8
 from surfw.config import display_url, surfw_home
 from surfw.errors import ConfigurationError, ModelClosedError, SurfwError
 
@@ -61,6 +62,7 @@ def chat(
         bool, typer.Option("--raw", help="Go on as one text, without the chat template, as base models do.")
     ] = False,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be repeated.")] = None,
+    ignore_eos: options.IgnoreEos = False,
     configuration: options.Configuration,
     quiet: options.Quiet = False,
 ) -> None:
@@ -70,11 +72,12 @@ def chat(
     """
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends an answer cannot be empty", param_hint="--stop")
+    options.check_system(system, raw=raw)
     if place is not None:
         from surfw.cli.sources import choose_model
 
         configuration = choose_model(configuration, place)
-    converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
+    converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
 
 
 def sees_person() -> bool:
@@ -88,6 +91,7 @@ def converse(
     system: str | None = None,
     raw: bool = False,
     stop: Sequence[str] = (),
+    ignore_eos: bool = False,
     quiet: bool = False,
 ) -> None:
     """Open the model and hold a session with it: with the person at the terminal, or with the lines of a pipe."""
@@ -100,8 +104,9 @@ def converse(
 
         settings = configuration.settings
         conversation = Conversation(
-            streaming, system=system, raw=raw, stop=stop, max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k, seed=settings.seed,
+            streaming, system=system, raw=raw, stop=stop, ignore_eos=ignore_eos,
+            max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p,
+            top_k=settings.top_k, seed=settings.seed,
         )  # fmt: skip
         view.follow(streaming, source, settings.max_new_tokens)
         if is_interactive:
@@ -134,7 +139,7 @@ def _answer_lines(conversation: "Conversation", view: "ChatView") -> None:
     """Take each line of stdin as a turn."""
     for number, line in enumerate(sys.stdin or (), 1):
         if text := line.rstrip("\n"):
-            _expect_text(text, f"line {number}")
+            expect_utf8(text, f"line {number}")
             with view.answering() as shown:
                 turn = conversation.ask(text, on_text=shown.on_text, on_token=shown.on_token)
             view.conclude(turn)
@@ -157,6 +162,7 @@ class _Session:
         from surfw.cli.chat_prompt import LineEditor
 
         with ThreadPoolExecutor(1, thread_name_prefix="surfw-chat") as self._answers:
+            self._answers.submit(_nothing).result()  # starts the thread, while nothing is lost by a Ctrl-C
             self._greet()
             self._loop(LineEditor(surfw_home() / "history", list(COMMANDS)))
 
@@ -186,7 +192,7 @@ class _Session:
         self._view.note(f"{name}{how} · /help · Ctrl-C stops an answer, Ctrl-D ends the session")
 
     def _take(self, text: str) -> None:
-        """Answer a message or obey a command; whatever fails, the session goes on."""
+        """Answer a message or obey a command; after a `SurfwError` the session goes on, unless the model is closed."""
         word, _, rest = text.strip().partition(" ")
         try:
             if text.startswith("/"):
@@ -206,7 +212,7 @@ class _Session:
                 self._view.note("the conversation is as it was; /reset begins a new one")
 
     def _answer(self, text: str) -> None:
-        _expect_text(text, "the message")
+        expect_utf8(text, "the message")
         with self._view.answering() as shown:
             turn = self._ask(text, shown)
         self._view.conclude(turn)
@@ -214,11 +220,12 @@ class _Session:
     def _ask(self, text: str, shown: "View") -> "Turn":
         """Ask in a thread of its own, which Ctrl-C stops, and any other end of this as well."""
         with _stopped_by_signal(self._conversation):
-            asking = self._answers.submit(self._conversation.ask, text, on_text=shown.on_text, on_token=shown.on_token)
             try:
-                return asking.result()
-            except BaseException:
-                _end(self._conversation, asking)
+                return self._answers.submit(
+                    self._conversation.ask, text, on_text=shown.on_text, on_token=shown.on_token
+                ).result()
+            except BaseException:  # of `submit` too, which may have begun the answer
+                _end(self._conversation, self._answers.submit(_nothing))
                 raise
 
     def _reset(self, _: str) -> None:
@@ -252,11 +259,15 @@ class _Session:
         self._view.help(COMMANDS)
 
 
-def _end(conversation: "Conversation", asking: "Future[Turn]") -> None:
-    """Stop an answer that nobody wants any more, which may only be about to begin."""
-    while not asking.done():
+def _nothing() -> None:
+    """Work that is done as soon as all work before it is."""
+
+
+def _end(conversation: "Conversation", after: "Future[None]") -> None:
+    """Stop an answer that nobody wants any more, and that may only be about to begin; work after it tells its end."""
+    while not after.done():
         conversation.stop()
-        wait([asking], 0.05)
+        wait([after], 0.05)
 
 
 @contextmanager
@@ -281,11 +292,6 @@ def _stopped_by_signal(conversation: "Conversation") -> Iterator[None]:
     finally:
         if signal.getsignal(signal.SIGINT) is stop:
             signal.signal(signal.SIGINT, before)
-
-
-def _expect_text(text: str, what: str) -> None:
-    if text != text.encode(errors="replace").decode() and "\ufffd" not in text:
-        raise ConfigurationError(f"{what} is not valid UTF-8; write it in that encoding")
 
 
 def _as_json(model: str, conversation: "Conversation") -> str:

@@ -4,6 +4,7 @@ All of it is prompt_toolkit's, and drawn on stderr. The history is a file of our
 by others and grows without end; where it cannot be read or written, the session has a history of its own.
 """
 
+import errno
 import json
 import os
 import sys
@@ -21,8 +22,9 @@ from surfw.files import read_regular
 
 _PROMPT: StyleAndTextTuples = [("bold", "> ")]
 _KEPT_ENTRIES = 1000
+_MOST_ENTRY_BYTES = 64_000
 _MOST_BYTES = 4_000_000
-"""A file that has grown larger is cut to the last entries when it is read; one that is far larger is not read."""
+"""A file that has grown larger is cut to the last entries when it is read; one that is far larger begins anew."""
 
 
 class LineEditor:
@@ -64,7 +66,10 @@ class PrivateHistory(History):
         """Return the entries, the newest first."""
         try:
             data = read_regular(self._path, 2 * _MOST_BYTES)
-        except OSError:
+        except OSError as exc:
+            if exc.errno == errno.EFBIG:
+                with suppress(OSError):
+                    self._write([], os.O_TRUNC)
             return []
         lines = data.decode(errors="replace").splitlines()
         if len(lines) > 2 * _KEPT_ENTRIES or len(data) > _MOST_BYTES:
@@ -74,10 +79,13 @@ class PrivateHistory(History):
         return [entry for line in reversed(lines) if (entry := _parse(line))]
 
     def store_string(self, string: str) -> None:
-        """Add an entry."""
+        """Add an entry, unless it is so long that nobody wrote it by hand."""
+        line = json.dumps(string)
+        if len(line) > _MOST_ENTRY_BYTES:
+            return
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._write([json.dumps(string)], os.O_APPEND)
+            self._write([line], os.O_APPEND)
 
     def _write(self, lines: Sequence[str], how: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK | how  # or opening a FIFO waits for its reader

@@ -120,6 +120,8 @@ def _summary(turn: "Turn") -> str:
     parts.append(f"prompt of {count(turn.prompt_tokens, 'token')}, {turn.cached_tokens} cached")
     if turn.ending == "length":
         parts.append("cut at the most new tokens (--max-new-tokens)")
+    if turn.ending == "positions":
+        parts.append("the model has no more positions; /reset begins anew")
     if turn.ending == "stopped":
         parts.append("stopped" if turn.text else "stopped; your message is not kept")
     return " · ".join(parts)

@@ -12,6 +12,7 @@ import typer
 
 from surfw.cli import chat, options
 from surfw.cli.addresses import Mistake
+from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
 from surfw.errors import ConfigurationError, UnsupportedModelError
 
@@ -52,7 +53,7 @@ def infer(
         str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a prompt; ids are printed too.")
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the generation; may be repeated.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")] = False,
+    ignore_eos: options.IgnoreEos = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
     configuration: options.Configuration,
@@ -83,7 +84,7 @@ def infer(
         _run(None, configuration, view, explain=True, json=json)
         return
     if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
-        chat.converse(configuration, system=system, raw=raw, stop=stop or (), quiet=quiet)
+        chat.converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
         return
     if explain and quiet and not json:
         raise typer.BadParameter(
@@ -276,10 +277,7 @@ def _check_together(
     Raises:
         Mistake: two of them do.
     """
-    if system is not None and raw:
-        raise Mistake(
-            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
-        )
+    options.check_system(system, raw=raw)
     if system is not None and ids is not None:
         raise Mistake("--system does not go with --prompt-ids, which are taken as they are")
     if configuration.origins["live"].kind == "argument" and configuration.settings.live and (json or quiet):
@@ -297,8 +295,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
         prompt = _read_stdin(quiet=quiet).rstrip("\n")
     if prompt is None or (is_piped and not prompt):
         raise Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
-    if "\ufffd" not in prompt and prompt != prompt.encode(errors="replace").decode():
-        raise ConfigurationError("the prompt is not valid UTF-8; write it in that encoding")
+    expect_utf8(prompt, "the prompt")
     if not prompt.strip():
         raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
     return prompt

@@ -44,6 +44,7 @@ Place = Annotated[
     ),
 ]
 """Which model is run."""
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Continue after the model's end token.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 ConfigFile = Annotated[
     Path | None,
@@ -237,6 +238,18 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         return run
 
     return decorate
+
+
+def check_system(system: str | None, *, raw: bool) -> None:
+    """Refuse a system message where there is no chat template for it.
+
+    Raises:
+        Mistake: `--system` and `--raw` were given.
+    """
+    if system is not None and raw:
+        raise Mistake(
+            "--system does not go with --raw: a system message is part of the chat template, which --raw leaves out"
+        )
 
 
 def commands_with(name: str) -> list[str]:

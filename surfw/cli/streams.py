@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any, Protocol
 
 from surfw.config import printable
+from surfw.errors import ConfigurationError
 
 
 class OutputError(Exception):
@@ -139,6 +140,16 @@ def set_screen(screen: Screen | None) -> None:
 def one_line(text: str) -> str:
     """Return a text as one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
+
+
+def expect_utf8(text: str, what: str) -> None:
+    """Refuse a text that was read or typed, if bytes of it were not UTF-8: Python keeps those as surrogates.
+
+    Raises:
+        ConfigurationError: some were not.
+    """
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigurationError(f"{what} is not valid UTF-8; write it in that encoding")
 
 
 def can_draw(stream: IO[str] | None) -> bool:

@@ -1,10 +1,10 @@
 """A conversation with a model: its messages, and the KV cache that holds what the model has read of them.
 
 The prompt of a turn is the whole conversation, as the chat template renders it; without a template it is one text, in
-which each message begins on a new line. `generate()` is given that prompt and the cache of the turns before, and goes
-on where the cache ends. The cache holds exactly the tokens that `_Memory` says, and these begin the prompt: where a
-template rewrites the past, or the tokenizer joins what stood on both sides of a border, it is cropped to the tokens
-that both have, and where it cannot be cropped, a new one is made.
+which what the person says begins on a new line, and each answer goes on with it. `generate()` is given that prompt and
+the cache of the turns before, and goes on where the cache ends. The cache holds exactly the tokens that `_Memory` says,
+and these begin the prompt: where a template rewrites the past, or the tokenizer joins what stood on both sides of a
+border, it is cropped to the tokens that both have, and where it cannot be cropped, a new one is made.
 """
 
 import threading
@@ -26,14 +26,16 @@ from surfw.models.inference import (
     encode_prompt,
 )
 from surfw.models.streaming import StreamingModel
+from surfw.models.text_stream import INCOMPLETE, space_before
 from surfw.runtime.kv_cache import cache_bytes, cache_name, output_cache
 from surfw.runtime.run import Run, current_run
 
 _GOES_ON = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 """Layers of caches that take several tokens after others. Recurrent states, for one, take one at a time."""
 
-Ending = Literal["end", "length", "stopped"]
-"""Why an answer ended: by itself, at the most tokens it may have, or because somebody stopped it."""
+Ending = Literal["end", "length", "positions", "stopped"]
+"""Why an answer ended: by itself, at the most tokens it may have, at the model's last position, or because somebody
+stopped it."""
 
 
 @dataclass(kw_only=True)
@@ -161,6 +163,8 @@ class Conversation:
     ) -> Turn:
         """Say something, and wait for the answer. What was said of a stopped one is part of the conversation.
 
+        A character of which an answer has only the beginning is left out of its message.
+
         After an error, and after an answer that was stopped before its first token, the conversation is as it was.
 
         Args:
@@ -177,13 +181,10 @@ class Conversation:
             self._run = run = current_run.get() or Run()
             outer = current_run.set(run)
             try:
-                turn = self._answer(text, run, on_text=on_text, on_token=on_token)
+                return self._answer(text, run, on_text=on_text, on_token=on_token)
             finally:
                 current_run.reset(outer)
                 self._run = None
-            if turn.ending != "stopped" or turn.text:
-                self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": turn.text}]
-            return turn
 
     def _answer(
         self, text: str, run: Run, *, on_text: Callable[[str], None], on_token: Callable[[int, float], None]
@@ -210,8 +211,8 @@ class Conversation:
         except Exception:
             if not _is_stopped(run):
                 raise
-            return Turn(
-                text=str(self._tokenizer.decode(produced, skip_special_tokens=True)),
+            turn = Turn(
+                text=str(self._tokenizer.decode(produced, skip_special_tokens=True)).rstrip(INCOMPLETE),
                 token_ids=produced,
                 prompt_tokens=len(prompt_ids),
                 ttft_seconds=times[0] if times else None,
@@ -220,8 +221,25 @@ class Conversation:
                 cached_tokens=cached_tokens,
                 ending="stopped",
             )
-        is_cut = len(result.token_ids) == request.max_new_tokens and result.token_ids[-1] not in self._ends
-        return Turn(**vars(result), cached_tokens=cached_tokens, ending="length" if is_cut else "end")
+        else:
+            turn = Turn(**vars(result), cached_tokens=cached_tokens, ending=self._why_ended(result, request))
+        if turn.ending != "stopped" or turn.text:
+            content = self._content(turn, prompt_ids)
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+        return turn
+
+    def _why_ended(self, result: InferenceResult, request: InferenceRequest) -> Ending:
+        """Why an answer ended that nobody stopped."""
+        if len(result.token_ids) < request.max_new_tokens or result.token_ids[-1] in self._ends:
+            return "end"
+        return "length" if request.max_new_tokens == self._request.max_new_tokens else "positions"
+
+    def _content(self, turn: Turn, prompt_ids: Sequence[int]) -> str:
+        """The message of an answer: no half of a character, and in one text with the prompt the space between them."""
+        text = turn.text.rstrip(INCOMPLETE)
+        if self.has_template or not text:
+            return text
+        return space_before(self._tokenizer, prompt_ids, turn.token_ids[0]) + text
 
     def _encode(self, text: str) -> tuple[InferenceRequest, dict[str, torch.Tensor]]:
         """The turn's request, and the model's inputs: the whole conversation.

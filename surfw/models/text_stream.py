@@ -12,7 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "\ufffd"
+INCOMPLETE = "\ufffd"
+"""What a tokenizer shows of a character that is not complete."""
+
 _CONTEXT_TOKENS = 8
 
 
@@ -43,7 +45,7 @@ class TextStream:
         """Return how much of a text cannot change any more."""
         if getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
             return text.rfind(" ") + 1
-        return len(text.rstrip(_INCOMPLETE))
+        return len(text.rstrip(INCOMPLETE))
 
     def _give(self, text: str) -> None:
         if len(text) > self._given:

@@ -11,15 +11,24 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from surfw.cli import chat
+from surfw.cli.app import app
 from surfw.cli.chat_prompt import PrivateHistory
+from surfw.cli.chat_view import _summary
+from surfw.cli.streams import expect_utf8
+from surfw.errors import ConfigurationError
+from surfw.models.conversation import Ending, Turn
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.cli.test_streams import EVIL, on_a_terminal, steering
@@ -191,7 +200,6 @@ def test_each_line_of_a_pipe_is_a_turn(home: Path) -> None:
     ("arguments", "text"),
     [
         (["encoder"], "encoder (BertForMaskedLM) does not generate text, so there is no conversation with it"),
-        (["talker", "--raw", "--system", "Be brief."], "talker takes no system message: the conversation is raw"),
         (["nothing"], "has no model 'nothing'"),
     ],
 )
@@ -203,6 +211,78 @@ def test_two_names_are_one_too_many(home: Path) -> None:
     done = surfw(home, "chat", "talker", "--model", "encoder")
     assert done.returncode == 2
     assert "--model does not go with MODEL 'talker'; give one of them" in done.stderr
+
+
+def test_a_system_message_is_refused_before_a_model_is_opened(tmp_path: Path) -> None:
+    done = surfw(tmp_path, "chat", "nothing", "--raw", "--system", "Be brief.", stdin="Hello\n")
+    assert done.returncode == 2
+    assert "--system does not go with --raw: a system message is part of the chat template" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["chat", "talker"], ["infer", "talker"]])
+def test_an_answer_may_go_on_after_the_end_token(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(chat, "converse", lambda _, **options: given.update(options))
+    monkeypatch.setattr(chat, "sees_person", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    app([*arguments, "--ignore-eos"], standalone_mode=False)
+    assert given["ignore_eos"] is True
+
+
+class _Talk:
+    """A conversation whose answer lasts until it is stopped."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+
+    def ask(self, _text: str, **_: Any) -> None:
+        assert self.stopped.wait(60)
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+
+class _Interrupted(ThreadPoolExecutor):
+    """Has Ctrl-C come when a message has been handed over, and not before."""
+
+    def submit(self, work: Any, /, *args: Any, **options: Any) -> Any:
+        asking = super().submit(work, *args, **options)
+        if args:
+            raise KeyboardInterrupt
+        return asking
+
+
+def test_an_answer_is_stopped_that_was_only_about_to_begin() -> None:
+    talk: Any = _Talk()
+    session = chat._Session(talk, talk, talk)
+    with _Interrupted(1) as session._answers:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                session._ask("Hello", Mock())
+            assert talk.stopped.is_set()
+        finally:
+            talk.stop()
+
+
+def test_what_is_not_utf8_is_refused_whatever_else_it_holds() -> None:
+    expect_utf8("a character that is lost: \ufffd", "line 1")
+    for text in ("\udcff", "\ufffd and \udcff"):
+        with pytest.raises(ConfigurationError, match="line 1 is not valid UTF-8"):
+            expect_utf8(text, "line 1")
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        ("end", " cached"),
+        ("length", "cut at the most new tokens (--max-new-tokens)"),
+        ("positions", "the model has no more positions; /reset begins anew"),
+        ("stopped", "stopped"),
+    ],
+)
+def test_why_an_answer_ended(ending: Ending, said: str) -> None:
+    turn = Turn(text="a", token_ids=[1], prompt_tokens=1, ending=ending)
+    assert _summary(turn).endswith(said)
 
 
 def test_the_first_error_ends_a_pipe(home: Path) -> None:
@@ -243,6 +323,18 @@ def test_the_history_is_bounded_private_and_optional(tmp_path: Path) -> None:
     found = list(PrivateHistory(path).load_history_strings())
     assert (len(found), found[0]) == (1000, "entry 4999")
     assert len(path.read_text().splitlines()) == 1000
+
+
+def test_no_entry_makes_the_history_unreadable(tmp_path: Path) -> None:
+    path = tmp_path / "history"
+    history = PrivateHistory(path)
+    history.store_string("one")
+    history.store_string("x" * 9_000_000)
+    assert list(PrivateHistory(path).load_history_strings()) == ["one"]
+    path.write_text(json.dumps("x" * 9_000_000) + "\n")
+    assert list(PrivateHistory(path).load_history_strings()) == []
+    history.store_string("two")
+    assert list(PrivateHistory(path).load_history_strings()) == ["two"]
 
 
 def test_a_history_that_cannot_be_kept(tmp_path: Path) -> None:

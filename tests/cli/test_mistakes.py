@@ -33,6 +33,7 @@ MISTAKES = [
     ("infer second a --model org/first", 2, "--model does not go with MODEL 'second'; give one of them"),
     ("infer ./store a --source ./store", 2, "--source does not go with MODEL './store', which is a source; give one"),
     ("infer --prompt a --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
+    ("chat --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("infer --prompt-ids 1 --system b", 2, "--system does not go with --prompt-ids, which are taken as they are"),
     ("infer --prompt a --live --json", 2, "--live does not go with --json; give one of them"),
     ("infer --prompt a --cache-layers 2 --memory-budget 2GB", 2, "--memory-budget: does not go with --cache-layers"),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from surfw.chunking import prepare_model, write_model
 from surfw.errors import ConfigurationError, UnsupportedModelError
@@ -55,6 +56,16 @@ def save_other(path: Path, name: str, settings: dict[str, Any]) -> None:
     made.save_pretrained(path)
 
 
+def save_metaspace(path: Path) -> None:
+    """A LLaMA with a tokenizer of the SentencePiece kind, whose tokens are words with the space before them."""
+    save_llama(path, vocab_size=300, eos_token_id=None)
+    words = {f"\u2581w{n}": n for n in range(299)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "<unk>": 299}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(path)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("conversation")
@@ -64,6 +75,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "forgetful" / "chat_template.jinja").write_text(FORGETFUL)
     for name, settings in MODELS.items():
         save_other(folder / name, name, settings)
+    save_metaspace(folder / "metaspace")
     save_bert(folder / "bert")
     save_other(folder / "t5", "t5", {})
     return folder
@@ -81,14 +93,14 @@ def store(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def opened(store: Path) -> Iterator[Callable[..., StreamingModel]]:
     """Opens models of the store by name; they are closed in the end."""
-    models: list[StreamingModel] = []
+    made: list[StreamingModel] = []
 
     def open_model(name: str, **options: Any) -> StreamingModel:
-        models.append(StreamingModel.open(lambda: open_storage_source(open_backend(store)), name, **options))
-        return models[-1]
+        made.append(StreamingModel.open(lambda: open_storage_source(open_backend(store)), name, **options))
+        return made[-1]
 
     yield open_model
-    for model in models:
+    for model in made:
         model.close()
 
 
@@ -118,7 +130,7 @@ def expect_fresh(checkpoints: Path, name: str, conversation: Conversation, said:
     turn = conversation.ask(said)
     assert turn.prompt_tokens == len(ids)
     assert turn.token_ids == fresh(checkpoints, name, ids, count)
-    assert conversation.messages == [*messages, {"role": "assistant", "content": turn.text}]
+    assert conversation.messages == [*messages, {"role": "assistant", "content": turn.text.rstrip("\ufffd")}]
     return turn
 
 
@@ -251,7 +263,38 @@ def test_an_answer_ends_where_the_positions_do(opened: Callable[..., StreamingMo
     conversation = Conversation(opened("llama"), max_new_tokens=1000, ignore_eos=True)
     turn = conversation.ask("Weights arrive")
     assert turn.prompt_tokens + len(turn.token_ids) == 256
-    assert turn.ending == "length"
+    assert turn.ending == "positions"
+    short = Conversation(opened("llama"), max_new_tokens=3, ignore_eos=True)
+    assert short.ask("Weights arrive").ending == "length"
+
+
+def test_the_space_before_an_answer_is_part_of_one_text(opened: Callable[..., StreamingModel]) -> None:
+    model = opened("metaspace")
+    conversation = Conversation(model, max_new_tokens=6)
+    first = conversation.ask("w1 w2 w3")
+    assert not first.text.startswith(" "), "as such tokenizers have it"
+    assert conversation.messages[-1]["content"] == f" {first.text}"
+    assert conversation.ask("w4 w5").cached_tokens > first.prompt_tokens
+
+
+def test_half_a_character_is_no_part_of_the_conversation(opened: Callable[..., StreamingModel]) -> None:
+    model = opened("llama")
+    tokenizer: Any = model.tokenizer
+    conversation = Conversation(model, max_new_tokens=200, temperature=1, seed=1, ignore_eos=True)
+    seen: list[int] = []
+
+    def stop(token: int, _: float) -> None:
+        seen.append(token)
+        text = tokenizer.decode(seen, skip_special_tokens=True)
+        if text.endswith("\ufffd") and text.rstrip("\ufffd"):
+            conversation.stop()
+
+    turn = conversation.ask(SAID[0], on_token=stop)
+    assert turn.ending == "stopped"
+    assert tokenizer.decode(turn.token_ids, skip_special_tokens=True).endswith("\ufffd")
+    assert turn.text
+    assert not turn.text.endswith("\ufffd")
+    assert conversation.messages[-1]["content"] == turn.text
 
 
 def test_memory_for_the_whole_conversation(opened: Callable[..., StreamingModel]) -> None:
