@@ -254,7 +254,7 @@ def check_system(system: str | None, *, raw: bool) -> None:
 
 def commands_with(name: str) -> list[str]:
     """Return the commands that have this setting as an option."""
-    return [command.replace("_", " ").strip() for command, names in _OFFERED.items() if name in names]
+    return sorted(command.replace("_", " ").strip() for command, names in _OFFERED.items() if name in names)
 
 
 def _join_words(args: Sequence[str]) -> Iterator[str]:
