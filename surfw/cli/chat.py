@@ -49,11 +49,7 @@ _PATIENCE_SIGNALS = 2
 """How often Ctrl-C is taken as a wish to stop the answer; then it ends the session."""
 
 
-@options.with_settings(
-    "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
-    "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts",
-    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
-)  # fmt: skip
+@options.with_settings(*options.RUN_SETTINGS)
 def chat(
     *,
     place: options.Place = None,

@@ -106,7 +106,7 @@ def _last(lines: Sequence[str]) -> list[str]:
 
 
 def _parse(line: str) -> str | None:
-    """An entry of the file; None for a line that is none."""
+    """The entry that a line of the file holds; None if it holds something else."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from surfw.cli import render
-from surfw.cli.infer_view import choose_view
+from surfw.cli.infer_view import choose_view, memory_used
 from surfw.cli.streams import one_line
 from surfw.config import count, format_size
 
@@ -80,15 +80,13 @@ class ChatView:
 
     def facts(self, facts: "ConversationFacts", statistics: "Statistics") -> None:
         """Show how long the conversation is, and what the session took so far."""
-        cache, time, plan = statistics["cache"], statistics["time"], statistics["plan"]
+        cache, time = statistics["cache"], statistics["time"]
         bound = "" if facts.positions is None else f" of {facts.positions}"
-        budget = plan["budget_bytes"] if plan is not None else None
-        used = format_size(cache["resident_bytes"])
         stalled, computing = render.seconds(time["stall_seconds"]), render.seconds(time["compute_seconds"])
         rows = [
             ("conversation", f"{count(facts.turns, 'turn')}, {facts.tokens}{bound} tokens"),
             ("KV cache", format_size(facts.kv_cache_bytes)),
-            ("weights in memory", used if budget is None else f"{used} of a budget of {format_size(budget)}"),
+            ("weights in memory", memory_used(statistics)),
             ("fetched", format_size(cache["fetched_bytes"])),
             ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
             ("stalled, computing", f"{stalled}, {computing}"),

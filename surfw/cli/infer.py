@@ -35,11 +35,7 @@ Examples:
 _PATIENCE_SECONDS = 1.0
 
 
-@options.with_settings(
-    "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "max_new_tokens", "temperature",
-    "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout", "retry_attempts",
-    "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
-)  # fmt: skip
+@options.with_settings(*options.RUN_SETTINGS)
 def infer(
     *,
     place: options.Place = None,

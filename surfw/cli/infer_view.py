@@ -405,14 +405,14 @@ def figures_table(
         ("stalled, computing", f"{render.seconds(spent['stall_seconds'])}, {render.seconds(spent['compute_seconds'])}"),
         ("fetch latency p50 / p95", render.latencies(latency)),
         ("fetched", format_size(cache["fetched_bytes"])),
-        ("weights in memory", _memory_used(statistics)),
+        ("weights in memory", memory_used(statistics)),
     ]
     if generates:
         rows.append(("KV cache", format_size(cache["kv_cache_bytes"])))
     return render.pair_table("", rows)
 
 
-def _memory_used(statistics: Statistics) -> str:
+def memory_used(statistics: Statistics) -> str:
     """Format the memory that weights take, and their budget."""
     from surfw.config import format_size
 

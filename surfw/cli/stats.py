@@ -132,7 +132,7 @@ def _watch(watch: Watch, every: float, *, json: bool) -> None:
 
 
 def _print_each(watch: Watch, every: float, show: Callable[[], None]) -> None:
-    """Show each reading, and say once on stderr when there are none."""
+    """Show each reading; say once on stderr that the server does not answer."""
     was_away = False
     while True:
         if not watch.away:
