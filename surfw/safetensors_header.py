@@ -110,6 +110,15 @@ def parse_header(header: bytes, file_bytes: int) -> Header:
     return Header(tuple(tensors), metadata)
 
 
+def is_header(data: bytes, file_bytes: int) -> bool:
+    """Return whether these bytes are the length and the header of a file of `file_bytes` bytes, and nothing more."""
+    try:
+        parse_header(data[PREFIX_BYTES:], file_bytes)
+        return header_length(data, file_bytes) == len(data) - PREFIX_BYTES
+    except HeaderError:
+        return False
+
+
 def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
     """The safetensors header of a chunk's file, padded with spaces so that the payload starts at a multiple of 4096.
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from blake3 import blake3
 
@@ -42,7 +43,7 @@ from surfw.manifest import (
     payload_digest,
     read_digests,
 )
-from surfw.safetensors_header import encode_header
+from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, encode_header, is_header
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
@@ -57,13 +58,16 @@ _JOURNAL_BYTES = 256 * MIB
 Progress = Callable[[int, str], None]
 """Called with the bytes just finished and the name of their chunk, from a worker thread."""
 
+Outcome = Literal["new", "unchanged", "replaced"]
+"""What became of a chunk: it was written, was there already, or was written because what was there is damaged."""
+
 
 async def write_model(
     prepared: PreparedModel,
     backend: StorageBackend,
     *,
     progress: Progress = lambda *_: None,
-    on_unchanged: Callable[[str], object] = lambda _: None,
+    on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
     """Write a prepared model into a store, and publish it. An empty place becomes a store.
 
@@ -71,7 +75,7 @@ async def write_model(
         prepared: the model.
         backend: the storage.
         progress: see `Progress`.
-        on_unchanged: called with the name of each chunk that was in the store already.
+        on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
     Raises:
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
@@ -80,7 +84,7 @@ async def write_model(
     await store.create()
     source = PayloadReader(prepared)
     writer = ChunkWriter(store.backend, source, model=prepared.name, key=prepared.key, progress=progress)
-    writer.on_unchanged = on_unchanged
+    writer.on_outcome = on_outcome
     with writer.locked():
         try:
             async with writer.lease.renewed():
@@ -106,7 +110,7 @@ class ChunkWriter:
         self.progress = progress
         self.folder = backend.spool() / key
         self.lease = WriteLease(backend, model, self.folder)
-        self.on_unchanged: Callable[[str], object] = lambda _: None
+        self.on_outcome: Callable[[str, Outcome], object] = lambda *_: None
         self._model = model
         self._journal = self.folder / "journal.jsonl"
         self._stop = threading.Event()
@@ -144,7 +148,7 @@ class ChunkWriter:
             for index, planned in enumerate(plan.chunks):
                 if planned.name in forms and await self._is_stored(forms[planned.name]):
                     self.progress(planned.payload_bytes, planned.name)
-                    self.on_unchanged(planned.name)
+                    self.on_outcome(planned.name, "unchanged")
                     continue
                 scratch = self.folder / f"{index:06d}.tmp"
                 writing = asyncio.to_thread(self._write_file, planned, scratch)
@@ -236,44 +240,53 @@ class ChunkWriter:
         location = Location(blob_key(found.digest, ".safetensors"), len(header), len(header) + size)
         return Form("none", size, *found, (location,))
 
-    async def _place(self, form: Form) -> tuple[Form, bool]:
-        """Where the payload will lie, and whether it lies there: it may have been stored before.
+    async def _place(self, form: Form) -> tuple[Form, Outcome]:
+        """Where the payload will lie, and what becomes of it.
 
-        That is behind our header, or behind that of an equal payload that is already stored.
+        That is behind our header, or behind that of an equal payload that is already stored, whole and undamaged.
         """
         (ours,) = form.locations
         size = await self._size(ours.object)
+        if size is None:
+            return form, "new"
         there = Location(ours.object, size - form.stored_bytes, size)
-        if there == ours or there.start <= 0:
-            return form, there == ours
+        with suppress(StorageError):  # what cannot be read is damaged too
+            if await self._is_whole(there, form.digest):
+                return replace(form, locations=(there,)), "unchanged"
+        return form, "replaced"
+
+    async def _is_whole(self, at: Location, digest: str) -> bool:
+        """Whether an object has a payload with this digest, behind a header."""
+        if not PREFIX_BYTES < at.start <= PREFIX_BYTES + MAX_HEADER_BYTES:
+            return False
         seen = blake3()
-        for start in range(there.start, there.stop, PIECE_BYTES):
-            seen.update(await self.backend.load_range(there.object, start, min(start + PIECE_BYTES, there.stop)))
-        is_equal = seen.hexdigest() == form.digest
-        return replace(form, locations=(there,)) if is_equal else form, is_equal
+        for start in range(at.start, at.stop, PIECE_BYTES):
+            seen.update(await self.backend.load_range(at.object, start, min(start + PIECE_BYTES, at.stop)))
+        return seen.hexdigest() == digest and is_header(await self.backend.load_range(at.object, 0, at.start), at.stop)
 
     async def _finish(self, name: str, form: Form, scratch: Path, forms: dict[str, Form]) -> None:
-        """Make a chunk's file durable, put it in its place, and note in `forms` and in the journal that it is done."""
+        """Put a chunk's file in its place, durably, and note in `forms` and in the journal that it is done."""
 
         def sync() -> None:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"), scratch.open("rb") as file:
                 os.fsync(file.fileno())
                 forget_pages(file.fileno())
 
-        if self.backend.local_path(form.locations[0].object):  # else the file is only a step of an upload
-            await asyncio.to_thread(sync)
-        await self.lease.hold([form.locations[0].object])
+        key = form.locations[0].object
+        await self.lease.hold([key])
         async with self._placing(form):
-            placed, was_there = await self._place(form)
-            if placed == form:
-                await self.backend.adopt(form.locations[0].object, scratch)
-            # else an equal payload is there already, behind another header, and stays; `write` removes ours
+            placed, outcome = await self._place(form)
+            if outcome == "unchanged":
+                await asyncio.to_thread(scratch.unlink)
+            else:
+                if self.backend.local_path(key):  # else the file is only a step of an upload
+                    await asyncio.to_thread(sync)
+                await self.backend.adopt(key, scratch)
         entry = {"chunk": name, "bytes": form.stored_bytes, "start": placed.locations[0].start}
         with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
             journal.write(encode_line(entry | Digests(form.digest, form.blocks).document()))
         forms[name] = placed
-        if was_there:
-            self.on_unchanged(name)
+        self.on_outcome(name, outcome)
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:
@@ -313,11 +326,11 @@ class ChunkWriter:
         """Whether a chunk of the journal is still in the storage, in full length."""
         return await self._size(form.locations[0].object) == form.locations[0].stop
 
-    async def _size(self, key: str) -> int:
-        """The length of an object; 0 if it does not exist."""
+    async def _size(self, key: str) -> int | None:
+        """The length of an object; None if it does not exist."""
         with suppress(NotFoundError):
             return await self.backend.size(key)
-        return 0
+        return None
 
 
 def _lock(file: Path) -> int | None:

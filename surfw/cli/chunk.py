@@ -3,6 +3,7 @@
 Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the commands of `store` do; scripts use them.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from surfw.config import count, display_url, format_size
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
-    from surfw.chunking import PreparedModel
+    from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
     from surfw.storage import StorageBackend
     from surfw.storage.origins import PlacedOptions
@@ -171,8 +172,8 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         step("")
         facts = _facts(prepared, least_bytes, token_bytes)
         if not wanted.dry_run:
-            manifest, unchanged = _write(prepared, backend, wanted, placed, quiet=json or quiet)
-            _show_result(facts, manifest, unchanged, wanted, display_url(settings.store), json=json)
+            manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
+            _show_result(facts, manifest, outcomes, wanted, display_url(settings.store), json=json)
             return
         if wanted.in_place:
             asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
@@ -184,15 +185,15 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
 
 def _write(
     prepared: "PreparedModel", backend: "StorageBackend", wanted: _Wanted, placed: "PlacedOptions", *, quiet: bool
-) -> "tuple[Manifest, int]":
-    """Write a model; returns its manifest, and how many of its chunks were there already."""
+) -> "tuple[Manifest, Counter[Outcome]]":
+    """Write a model; returns its manifest, and what became of how many of its chunks, if they were copied."""
     import asyncio
 
     from surfw.chunking import write_model
     from surfw.chunking.in_place import write_in_place
     from surfw.cli import render
 
-    unchanged: list[str] = []
+    outcomes: Counter[Outcome] = Counter()
     with render.byte_bar("chunking", prepared.plan.payload_bytes, quiet=quiet) as update:
 
         def progress(size: int, chunk: str) -> None:
@@ -201,26 +202,44 @@ def _write(
         if wanted.in_place:
             writing = write_in_place(prepared, backend, origin_options=placed, progress=progress)
         else:
-            writing = write_model(prepared, backend, progress=progress, on_unchanged=unchanged.append)
-        return asyncio.run(writing), len(unchanged)
+            writing = write_model(
+                prepared, backend, progress=progress, on_outcome=lambda _, outcome: outcomes.update([outcome])
+            )
+        return asyncio.run(writing), outcomes
 
 
 def _show_result(
-    facts: Mapping[str, Any], manifest: "Manifest", unchanged: int, wanted: _Wanted, place: str, *, json: bool
+    facts: Mapping[str, Any],
+    manifest: "Manifest",
+    outcomes: "Counter[Outcome]",
+    wanted: _Wanted,
+    place: str,
+    *,
+    json: bool,
 ) -> None:
     from surfw.cli import render
 
     if json:
-        render.print_json({**facts, "store": place, "digest": manifest.digest, "unchanged_chunks": unchanged})
+        counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
+        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts})
         return
-    how = ", which points at the checkpoint" if wanted.in_place else ""
-    if unchanged:
-        some = "all" if unchanged == len(manifest.chunks) else f"{unchanged} of {len(manifest.chunks)}"
-        how = f"; {some} chunks were there already"
+    how = ", which points at the checkpoint" if wanted.in_place else _tell(outcomes)
     render.say(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{format_size(manifest.payload_bytes)} in {place}{how}"
     )
+
+
+def _tell(outcomes: "Counter[Outcome]") -> str:
+    """Say what became of the chunks; nothing where all are new."""
+    if outcomes.keys() <= {"new"}:
+        return ""
+    if outcomes.keys() == {"unchanged"}:
+        return "; all chunks were there already"
+    words: Mapping[Outcome, str] = {
+        "new": "new", "unchanged": "there already", "replaced": "damaged in the store and replaced",
+    }  # fmt: skip
+    return "; " + ", ".join(f"{outcomes[outcome]} {text}" for outcome, text in words.items() if outcomes[outcome])
 
 
 def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:

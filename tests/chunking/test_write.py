@@ -467,18 +467,32 @@ def test_space_is_compared_before_anything_is_written(tmp_path: Path, monkeypatc
         expect(11_999)
 
 
-def test_chunks_that_were_there_already_are_named(backend: FilesystemBackend) -> None:
+def test_it_is_told_what_became_of_each_chunk(backend: FilesystemBackend) -> None:
     def write(key: str, count: int) -> list[str]:
-        unchanged: list[str] = []
+        def told(name: str, outcome: str) -> None:
+            outcomes[name] = outcome
+            assert len(list(writer.folder.glob("*.tmp"))) <= 1, "but for the next one, no chunk lies there twice"
+
+        outcomes: dict[str, str] = {}
         writer = make(backend, Payloads(chunks), key=key)
-        writer.on_unchanged = unchanged.append
+        writer.on_outcome = told
         run(writer, planned(chunks[:count]))
-        return unchanged
+        return list(outcomes.values())
 
     chunks = toys()
-    assert write("k", 2) == []
-    assert write("k", 2) == ["layers.0", "layers.1"], "the journal has them"
-    assert write("other", 4) == ["layers.0", "layers.1"], "their blobs are there"
+    assert write("k", 2) == ["new"] * 2
+    assert write("k", 2) == ["unchanged"] * 2, "the journal has them"
+    assert write("other", 4) == ["unchanged", "unchanged", "new", "new"], "their blobs are there"
+    before = marks(backend.base)
+    assert write("again", 4) == ["unchanged"] * 4
+    assert marks(backend.base) == before, "what is whole stays as it is"
+    for at in (8, -1):  # in the header, and in the payload
+        blob = backend.local_path(blob_key(chunks[1][0].id, ".safetensors"))
+        data = bytearray(blob.read_bytes())
+        data[at] ^= 1
+        blob.write_bytes(data)
+        assert write(f"mend {at}", 3) == ["unchanged", "replaced", "unchanged"]
+        assert blob.read_bytes() == encode_header(chunks[1][0].tensors) + chunks[1][1]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
