@@ -255,19 +255,29 @@ def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], 
 
 
 def _facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> dict[str, Any]:
-    """What `--json` prints of the plan."""
+    """What `--json` prints of the plan: also under the keys that `show` has for the same things."""
+    parts = [
+        {
+            "name": one.name,
+            "kind": one.kind,
+            "tensors": len(one.tensors),
+            "bytes": one.payload_bytes,
+            "payload_bytes": one.payload_bytes,
+        }
+        for one in prepared.plan.chunks
+    ]
     return {
         "model": prepared.name,
+        "name": prepared.name,
         "class": prepared.class_name,
+        "class_name": prepared.class_name,
         "dtype": prepared.dtype,
         "payload_bytes": prepared.plan.payload_bytes,
         "layers": _layer_count(prepared),
         "least_budget_bytes": least_bytes,
         "kv_token_bytes": token_bytes,
-        "chunks": [
-            {"name": chunk.name, "kind": chunk.kind, "tensors": len(chunk.tensors), "bytes": chunk.payload_bytes}
-            for chunk in prepared.plan.chunks
-        ],
+        "chunks": parts,
+        "parts": parts,
     }
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any, TypeVar
 
@@ -42,7 +43,10 @@ def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> Non
     """Show one model of the store."""
     with _busy(settings, quiet=json or quiet):
         details = asyncio.run(describe_model(settings.store, name, storage_options=settings.storage_options))
-    render.show(details, _show_details, json=json)
+    if json:
+        render.print_json(_document(details))
+    else:
+        _show_details(details)
 
 
 def remove_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:
@@ -158,6 +162,13 @@ def _show_models(models: Sequence[StoredModel]) -> None:
     for one in models:
         if one.origin is not None:
             render.say(f"{one.name}: not copied; its weights, {format_size(one.payload_bytes)}, lie in {one.origin}")
+
+
+def _document(model: ModelDetails) -> dict[str, Any]:
+    """What `--json` prints of a model: also under the keys that `chunk` has for the same things."""
+    facts = asdict(model)
+    parts = [part | {"bytes": part["payload_bytes"]} for part in facts["parts"]]
+    return facts | {"model": model.name, "class": model.class_name, "parts": parts}
 
 
 def _show_details(model: ModelDetails) -> None:

@@ -37,6 +37,10 @@ def test_chunk_says_what_it_made(home: Path, tmp_path: Path) -> None:
     assert facts["model"] == "org/copy"
     assert facts["layers"] == 4
     assert facts["payload_bytes"] == sum(chunk["bytes"] for chunk in facts["chunks"])
+    shown = json.loads(surfw(tmp_path, "show", "org/copy", "--json").stdout)
+    shared = {"model", "name", "class", "class_name", "dtype", "payload_bytes", "layers", "store", "digest", "parts"}
+    assert {key: facts[key] for key in shared} == {key: shown[key] for key in shared}
+    assert facts["chunks"] == facts["parts"]
     assert (tmp_path / "store" / "models" / "org" / "copy.json").is_file()
 
 

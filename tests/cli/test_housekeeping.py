@@ -129,11 +129,11 @@ def test_show_says_what_a_model_is_made_of(home: Path) -> None:
     listed = json.loads(surfw(home, "list", "--json").stdout)["models"][0]
     assert {name: facts.pop(name) for name in listed} == listed
     assert facts == {
-        "store": f"{home}/store", "digest": facts["digest"],
+        "store": f"{home}/store", "digest": facts["digest"], "model": "org/first", "class": "ToyModel",
         "files": [{"name": "tokenizer.json", "bytes": 21}, {"name": "vocab.txt", "bytes": 8}],
         "parts": [
-            {"name": "layers.0", "kind": "layer", "tensors": 1, "payload_bytes": 5000},
-            {"name": "layers.1", "kind": "layer", "tensors": 1, "payload_bytes": 6000},
+            {"name": "layers.0", "kind": "layer", "tensors": 1, "payload_bytes": 5000, "bytes": 5000},
+            {"name": "layers.1", "kind": "layer", "tensors": 1, "payload_bytes": 6000, "bytes": 6000},
         ],
     }  # fmt: skip
     shown = surfw(home, "show", "org/first").stdout
