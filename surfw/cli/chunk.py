@@ -108,6 +108,7 @@ def chunk(
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
+    options.check_option("dtype", dtype)
     wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)
     try:
         with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time

@@ -186,11 +186,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     for seen, meant in find_misspelt_variables().items():
         logging.getLogger("surfw.cli").warning("%s is no variable of surfw's; did you mean %s?", seen, meant)
     for name, value in arguments.items():
-        try:
-            if value is not None:
-                SETTINGS[name].check(value, SETTINGS[name].option)
-        except ConfigurationError as exc:
-            raise Mistake(str(exc)) from exc
+        check_option(name, value)
     found = trace_settings(config or context.find_root().params.get("config"), arguments)
     loaded = Configuration(
         Settings(**{name: value for name, (value, _) in found.items()}),
@@ -198,6 +194,19 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     )
     _check_size(loaded, "memory_budget")
     return loaded
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value of a setting's option; None is one that was not given.
+
+    Raises:
+        Mistake: it cannot be used.
+    """
+    try:
+        if value is not None:
+            SETTINGS[name].check(value, SETTINGS[name].option)
+    except ConfigurationError as exc:
+        raise Mistake(str(exc)) from exc
 
 
 def _check_size(loaded: Configuration, name: str) -> None:

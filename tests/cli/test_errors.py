@@ -117,9 +117,8 @@ def test_absurd_sizes(changes: dict[str, int], broken: Path, tmp_path: Path) -> 
     assert not (tmp_path / "store").exists()
 
 
-def test_bad_name_and_bad_dtype(checkpoint: Path, tmp_path: Path) -> None:
+def test_bad_name(checkpoint: Path, tmp_path: Path) -> None:
     assert "'../x'" in complaint(surfw(tmp_path, "chunk", str(checkpoint), "--name", "../x"))
-    assert "'int3'" in complaint(surfw(tmp_path, "chunk", str(checkpoint), "--dtype", "int3"))
     assert not (tmp_path / "store").exists()
 
 

@@ -90,7 +90,7 @@ def test_what_can_be_refused_at_once_is_refused_before_torch_is_imported(tmp_pat
         "infer --prompt a --source ./nosuch": "(named with --source)\nsurfw: error: there is no folder ",
         "infer --prompt a --source ./store --model nosuch": "/store holds no model yet; put one there with ",
         "chunk ./my-model --name ../x": "model name '../x' cannot be used",
-        "chunk ./my-model --dtype bfloat61": "dtype 'bfloat61' is not one of float32",
+        "chunk ./my-model --dtype bfloat61": "--dtype is 'bfloat61', expected one of float32",
         "chunk ./my-model --in-place --store memory://x": "a remote store, which cannot point at local files",
         "chunk ./nosuch": "./nosuch is not a directory here",
         "chunk ./my-model": "its shards lack their index: download model.safetensors.index.json",

@@ -41,6 +41,7 @@ MISTAKES = [
     ("infer --prompt a --memory-budget 500", 2, "--memory-budget is 500, which is 500 bytes; did you mean 500MB?"),
     ("infer --prompt a --memory-budget much", 2, "--memory-budget is 'much', expected a size such as 1.2GB"),
     ("infer --prompt a --dtype bfloat61", 2, "--dtype is 'bfloat61', expected one of float32, fp32"),
+    ("chunk ./nowhere --dtype bfloat61", 2, "--dtype is 'bfloat61', expected one of float32, fp32"),
     ("infer --prompt a --temperature -1", 2, "Invalid value for '--temperature': '-1' is not a number >= 0"),
     ("infer --prompt-ids 1,x", 2, "'1,x' is not a list of ids such as 1,2,3"),
     ("serve --cache-mb 5", 2, "Invalid value for '--cache-mb': '5' is not a whole number >= 17"),
