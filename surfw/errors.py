@@ -24,6 +24,7 @@ The command line turns any of them into one line on stderr and exit code 1.
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 __all__ = [
     "CheckpointError",
@@ -164,8 +165,16 @@ class UnknownModelError(ModelError):
             path = (
                 " (a model's name is wanted here, no path)" if name.startswith((".", "/", "~")) or "://" in name else ""
             )
-            text = f"{where} has no model {name[:80]!r}{path}; it has: {_some(self.known)}"
+            meant = "" if path else _suggest(name, self.known)
+            text = f"{where} has no model {name[:80]!r}{path}; it has: {_some(self.known)}{meant}"
         super().__init__(text)
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """The model that was probably meant, as a question; empty if none is called like it. A last part is enough."""
+    full = {one.rpartition("/")[2]: one for one in known} | {one: one for one in known}
+    near = get_close_matches(name[:80], full, 1)
+    return f"; did you mean {full[near[0]]}?" if near else ""
 
 
 def _some(names: Sequence[str]) -> str:

@@ -108,6 +108,26 @@ class View:
     is_mapped: bool = True
 
 
+def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
+    """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.
+
+    Args:
+        name: what was given.
+        known: the full names of all models.
+        where: names the place in errors.
+
+    Raises:
+        UnknownModelError: no model or several models match.
+    """
+    if name is None:
+        matches = known
+    else:
+        matches = [name] if name in known else [one for one in known if one.rpartition("/")[2] == name]
+    if len(matches) != 1:
+        raise UnknownModelError(name, known, where=where)
+    return matches[0]
+
+
 class ChunkSource(ABC):
     """Manifests and verified stored bytes, from somewhere. Use it as an async context manager, or `close()` it."""
 
@@ -193,14 +213,7 @@ class ChunkSource(ABC):
         Raises:
             UnknownModelError: no model or several models match.
         """
-        known = await self.models()
-        if name is None:
-            matches = known
-        else:
-            matches = [name] if name in known else [one for one in known if one.rpartition("/")[2] == name]
-        if len(matches) != 1:
-            raise UnknownModelError(name, known, where=self.url)
-        return matches[0]
+        return find_model(name, await self.models(), where=self.url)
 
     async def __aenter__(self) -> Self:
         """Enter the context. Nothing is opened."""

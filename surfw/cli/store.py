@@ -3,7 +3,7 @@
 `housekeeping` does it and shows the result.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,10 +35,10 @@ Examples:
   surfw verify my-model --json
 """
 
-Name = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="Its name in the store, in full.", autocompletion=completion.models_in_store),
-]
+
+def _name(meaning: str) -> Any:
+    """Make the argument that names a model."""
+    return typer.Argument(metavar="NAME", help=meaning, autocompletion=completion.models_in_store)
 
 
 @options.with_settings("store", "storage_options")
@@ -51,7 +51,11 @@ def list_(*, configuration: options.Configuration, json: options.Json = False, q
 
 @options.with_settings("store", "storage_options")
 def show(
-    *, name: Name, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False
+    *,
+    name: Annotated[str, _name("Its name in the store, or a unique last part.")],
+    configuration: options.Configuration,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show one model of a store: its chunks, sizes and files."""
     from surfw.cli import housekeeping
@@ -61,7 +65,11 @@ def show(
 
 @options.with_settings("store", "storage_options")
 def rm(
-    *, name: Name, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False
+    *,
+    name: Annotated[str, _name("Its name in the store, in full.")],
+    configuration: options.Configuration,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Remove a model from a store. Its blobs stay until 'surfw prune'."""
     from surfw.cli import housekeeping
@@ -86,14 +94,7 @@ def prune(
 @options.with_settings("store", "storage_options")
 def verify(
     *,
-    name: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="NAME",
-            help="A model's name in the store. [default: all models]",
-            autocompletion=completion.models_in_store,
-        ),
-    ] = None,
+    name: Annotated[str | None, _name("Its name in the store, or a unique last part. [default: all models]")] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -36,7 +36,7 @@ from surfw.manifest import (
     parse_stored_manifest,
     payload_digest,
 )
-from surfw.source import locate_damage
+from surfw.source import find_model, locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digests import LearnedDigests
@@ -167,6 +167,16 @@ class Store:
         """Return the names of all manifests, also those that a model cannot have."""
         keys = await self.backend.list(MODELS)
         return [key.removeprefix(MODELS).removesuffix(".json") for key in keys if key.endswith(".json")]
+
+    async def resolve(self, model: str) -> str:
+        """Return the full name of a model, given in full or by a unique last part.
+
+        Raises:
+            UnknownModelError: no model or several models match.
+        """
+        if _is_model_name(model) and await self.backend.exists(manifest_key(model)):
+            return model  # a web server need not list the others
+        return find_model(model, await self.models(), where=self.url)
 
     async def expect_name(self, model: str) -> None:
         """Check that a model may have this name.

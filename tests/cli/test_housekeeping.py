@@ -124,6 +124,14 @@ def test_the_commands_do_what_the_options_of_chunk_do(home: Path) -> None:
     assert surfw(home, "list").stdout.splitlines()[-1] == f"1 model, 11.1 kB in {home}/store"
 
 
+def test_the_last_part_of_a_name_is_enough_to_look_and_not_to_remove(home: Path) -> None:
+    for command in ("show", "verify"):
+        part, full = surfw(home, command, "first", "--json"), surfw(home, command, "org/first", "--json")
+        assert (part.returncode, part.stdout) == (0, full.stdout)
+    assert complaint(surfw(home, "rm", "first")).endswith("; did you mean org/first?")
+    assert len(json.loads(surfw(home, "list", "--json").stdout)["models"]) == 2
+
+
 def test_show_says_what_a_model_is_made_of(home: Path) -> None:
     facts = json.loads(surfw(home, "show", "org/first", "--json").stdout)
     listed = json.loads(surfw(home, "list", "--json").stdout)["models"][0]

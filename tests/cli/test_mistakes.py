@@ -62,6 +62,8 @@ MISTAKES = [
     ("serve 127.0.0.1:8765", 1, "ws://127.0.0.1:8765 is the address of a server, and not a storage; give it to surfw"),
     ("serve --host 0.0.0.0 --port 0", 1, "--insecure"),
     ("rm third", 1, "/store has no model 'third'; it has: org/first, second"),
+    ("rm first", 1, "/store has no model 'first'; it has: org/first, second; did you mean org/first?"),
+    ("verify org/frist", 1, "/store has no model 'org/frist'; it has: org/first, second; did you mean org/first?"),
     ("show ./second", 1, "has no model './second' (a model's name is wanted here, no path); it has: org/first, second"),
     ("list --store ./nowhere", 1, "/nowhere is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"),
     ("--config nowhere.toml config", 1, "settings file nowhere.toml cannot be read: No such file or directory; name"),

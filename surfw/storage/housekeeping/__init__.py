@@ -164,7 +164,7 @@ class Housekeeping:
         )
 
     async def remove(self, model: str) -> Removed:
-        """Remove a model, and give up unfinished work on it. Its blobs stay until `prune`.
+        """Remove the model with exactly this name, and give up unfinished work on it. Its blobs stay until `prune`.
 
         Servers notice within seconds, and refuse it from then on.
 
@@ -191,7 +191,7 @@ class Housekeeping:
         """Read every byte of one model, or of all, and compare every digest.
 
         Args:
-            model: its name in full; default: all.
+            model: its name, in full or a unique last part; default: all.
             progress: called with the bytes done, the bytes in all, and the part that was read.
 
         Raises:
@@ -199,8 +199,6 @@ class Housekeeping:
             StorageError: the storage does not answer. Damaged or missing parts are not an error: the
                 result lists them.
         """
-        if model is not None:
-            await self._store.expect_name(model)
         return await verify(self._store, model, progress=progress or (lambda *_: None))
 
     async def close(self) -> None:

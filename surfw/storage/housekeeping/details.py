@@ -48,25 +48,25 @@ class ModelDetails(StoredModel):
 
 
 async def describe_model(url: str, model: str, *, storage_options: Mapping[str, Any] | None = None) -> ModelDetails:
-    """Describe the model with exactly this name.
+    """Describe a model.
 
     Args:
         url: the store: a folder or a storage URL.
-        model: its name.
+        model: its name, in full or a unique last part.
         storage_options: for the storage.
 
     Raises:
-        UnknownModelError: there is no such model.
+        UnknownModelError: no model or several models match.
         ManifestError: its manifest is not valid.
         StorageError: the store cannot be read.
     """
     backend = open_backend(url, storage_options)
     store = Store(backend, PlacedOptions(backend.url, storage_options or {}))
     try:
-        await store.expect_name(model)
         await store.check()
-        manifest = await store.facts(model)
-        others = [one for one in (await survey(store)).manifests if one.name != model]
+        name = await store.resolve(model)
+        manifest = await store.facts(name)
+        others = [one for one in (await survey(store)).manifests if one.name != name]
     finally:
         await store.close(owned=True)
     uses = Counter(key for one in (manifest, *others) for key in objects_of(one))

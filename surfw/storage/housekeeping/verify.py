@@ -78,7 +78,7 @@ class _Part:
 async def verify(store: Store, model: str | None, *, progress: Steps) -> Verified:
     """See `Housekeeping.verify`."""
     await store.check()
-    names = await store.models() if model is None else [model]
+    names = await store.models() if model is None else [await store.resolve(model)]
     parts: dict[Form, _Part] = {}
     damage, undigested = [], []
     for name in names:
