@@ -1,10 +1,12 @@
 """Local files that others may have put there: only regular ones are opened, and none is read further than it may be.
 
-A FIFO would wait for its writer, a device may have no end, a sparse file may be larger than any memory.
+A FIFO would wait for its writer, a device may have no end, a sparse file may be larger than any memory. What errors say
+of a file that stands in a folder's place, and of who lacks rights, is here too.
 """
 
 import errno
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -36,3 +38,26 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
         if size > most_bytes:
             raise OSError(errno.EFBIG, f"it has {size} bytes, expected at most {most_bytes}", str(path))
         return file.read(size)
+
+
+def describe_file(path: Path) -> str:
+    """Say of a file that stands where a folder was expected what it is, and which folder to name instead."""
+    if path.suffix.lower() == ".gguf":
+        return (
+            f"{path} is a GGUF file, and surfw reads checkpoints of safetensors; name the folder of the original "
+            "model, with its config.json"
+        )
+    if path.suffix not in {".safetensors", ".bin", ".pt", ".pth"}:
+        return f"{path} is a file, expected a folder; name the one that is meant"
+    folder = path.parent
+    if (folder / "config.json").exists():
+        return f"{path} is a file of weights, expected the folder that holds it: {folder}"
+    return f"{path} is a file of weights, expected the folder of a checkpoint; {folder} has no config.json"
+
+
+def user_name() -> str:
+    """Return who this process is when it asks for a file: a user's name, or the number of one that has none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 
+from surfw.files import user_name
 from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
 from tests.services.s3 import s3
@@ -17,6 +19,7 @@ from tests.services.s3 import s3
 __all__ = ["redis_url", "s3"]
 
 TESTS = Path(__file__).parent
+_NOBODY = 65534
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -61,6 +64,21 @@ def require(reason: str) -> NoReturn:
     if os.environ.get("SURFW_REQUIRE_SERVICES"):
         pytest.fail(f"SURFW_REQUIRE_SERVICES is set, but {reason}")
     pytest.skip(reason)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[str]:
+    """Take the rights to a folder from this process, which is not root as long; yields who it is."""
+    is_root = os.geteuid() == 0
+    folder.chmod(0)
+    if is_root:
+        os.seteuid(_NOBODY)
+    try:
+        yield user_name()
+    finally:
+        if is_root:
+            os.seteuid(0)
+        folder.chmod(0o700)
 
 
 @pytest.fixture(scope="session", autouse=True)

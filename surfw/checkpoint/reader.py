@@ -22,6 +22,7 @@ from surfw.checkpoint.layout import (
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
 from surfw.config import quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from surfw.files import describe_file
 from surfw.manifest import Pin
 
 _SNAPSHOTS, _CACHED = "snapshots", "models--"
@@ -210,10 +211,13 @@ def _local_directory(model: str) -> Path | None:
         if path.is_dir():
             return path
         is_file = path.is_file()
+    except PermissionError:
+        with translate_errors(model):
+            raise
     except (OSError, RuntimeError):  # such as a name that is too long, or the home of nobody
         return None
     if is_file:
-        raise CheckpointError(f"{model} is a file; give the directory that holds it and its config.json")
+        raise CheckpointError(describe_file(path))
     if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1:
         raise CheckpointError(f"{model} is not a directory here; give the directory of a checkpoint, or a hub id")
     return None

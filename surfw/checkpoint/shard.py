@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from surfw.errors import CheckpointError, UnsupportedModelError
-from surfw.files import open_regular
+from surfw.files import open_regular, user_name
 from surfw.manifest import nbytes
 from surfw.safetensors_header import (
     PREFIX_BYTES,
@@ -189,5 +189,10 @@ def translate_errors(where: Path | str) -> Iterator[None]:
     """Turn the operating system's errors about a file into `CheckpointError`."""
     try:
         yield
+    except PermissionError as exc:
+        raise CheckpointError(
+            f"{where} cannot be read: permission denied for user {user_name()}; give that user the rights to it, or "
+            "name another checkpoint"
+        ) from exc
     except OSError as exc:
         raise CheckpointError(f"{where} cannot be read: {exc.strerror or exc}") from exc

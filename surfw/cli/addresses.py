@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -128,8 +127,8 @@ def _is_surfw(address: Address, seconds: float) -> bool:
 
 
 def is_here(text: str) -> bool:
-    """Whether there is a folder of that name."""
-    return Path(text).expanduser().is_dir()
+    """Whether there is a file or folder of that name."""
+    return os.path.exists(os.path.expanduser(text))  # noqa: PTH110, PTH111 - it is False for an impossible path
 
 
 def _has_path(url: str) -> bool:

@@ -19,6 +19,7 @@ import fsspec
 
 from surfw.config import BLOCK_BYTES, DEFAULT_SILENCE_SECONDS, PIECE_BYTES, display_text, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError, SurfwError
+from surfw.files import user_name
 from surfw.storage.base import (
     ChangedObjectError,
     RangedBackend,
@@ -64,13 +65,24 @@ def translate_errors(what: str) -> Iterator[None]:
     except FileNotFoundError as exc:
         raise NotFoundError(f"{what}: not found") from exc
     except PermissionError as exc:
-        raise StorageError(f"{what}: permission denied ({exc.strerror or exc})") from exc
+        raise StorageError(f"{what}: permission denied{_explain_denial(exc)}") from exc
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"{what}: no space is left; free some and run the same command again") from exc
         raise StorageError(f"{what}: {display_text(exc.strerror or str(exc)) or type(exc).__name__}") from exc
     except ImportError as exc:
         raise ConfigurationError(f"{what}: {exc}") from exc
+
+
+def _explain_denial(exc: PermissionError) -> str:
+    """Who may not use which file, and what to do; of a storage elsewhere, what it says besides."""
+    if exc.filename is not None:
+        return (
+            f": user {user_name()} may not use {display_text(str(exc.filename))}; give that user the rights, or name "
+            "another folder (--store, --source, SURFW_HOME)"
+        )
+    why = display_text(exc.strerror or str(exc))
+    return "" if why.lower() in {"", "permission denied"} else f" ({why})"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from checkpoint.samples import CONFIG, arrays, entry, pack, read, write_config, 
 from surfw.checkpoint import SourceTensor, open_checkpoint, open_directory
 from surfw.checkpoint.reader import folder_name
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from tests.conftest import locked
 
 
 def test_a_single_file(tmp_path):
@@ -233,8 +234,19 @@ def test_what_can_only_be_a_path_does_not_reach_the_hub(model, tmp_path, monkeyp
 
 def test_a_file_is_not_its_directory(tmp_path):
     write_single(tmp_path)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; give the directory that holds it"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file of weights, expected the folder that"):
         open_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_without_rights_is_named_with_who_lacks_them(tmp_path):
+    write_single(tmp_path / "mine" / "tiny")
+    for folder in (tmp_path / "mine", tmp_path / "mine" / "tiny"):
+        with locked(folder) as user, pytest.raises(CheckpointError) as caught:
+            open_checkpoint(str(tmp_path / "mine" / "tiny"))
+        assert str(caught.value) == (
+            f"{tmp_path}/mine/tiny cannot be read: permission denied for user {user}; give that user the rights to it, "
+            "or name another checkpoint"
+        )
 
 
 def test_a_directory_has_no_revisions(tmp_path):

@@ -27,6 +27,7 @@ MISTAKES = [
         2,
         "'Weight streaming is' is no model's name; for a prompt alone write --prompt 'We",
     ),
+    (f"infer '{'Weight streaming is ' * 20}'", 2, " is no model's name; for a prompt alone write --prompt 'Weight"),
     ("infer", 2, "there is no prompt: give either --prompt or --prompt-ids, or pipe one in"),
     ("infer --prompt a --prompt-ids 1", 2, "give either --prompt or --prompt-ids, and not both"),
     ("infer my-model a --prompt b", 2, "--prompt does not go with PROMPT 'a'; give one of them"),
@@ -54,6 +55,10 @@ MISTAKES = [
     # Places and names.
     ("chunk ./nowhere", 1, "./nowhere is not a directory here; give the directory of a checkpoint, or a hub id"),
     ("chunk org/name", 1, "(HF_HUB_OFFLINE is set); check the network and the name, or give a local directory"),
+    ("chunk ./model.gguf", 1, "model.gguf is a GGUF file, and surfw reads checkpoints of safetensors; name the fol"),
+    ("chunk model.safetensors", 1, "model.safetensors is a file of weights, expected the folder of a checkpoint;"),
+    ("infer model.safetensors a", 1, "model.safetensors is a file of weights, expected the folder of a checkp"),
+    ("infer ./store/surfw.json a", 1, "/store/surfw.json is a file, expected a folder; name the one that is meant"),
     ("infer --prompt a --source ./nowhere", 1, "; name that of a checkpoint, or of a store, which 'surfw chunk MODEL'"),
     ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
@@ -79,10 +84,12 @@ VARIABLES = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose default store has two models."""
+    """A home whose default store has two models; beside it are two files of weights."""
     home = tmp_path_factory.mktemp("home")
     make_store(home / "store", "org/first", (5000, 6000))
     make_store(home / "store", "second", (7000,), seed=1)
+    for name in ("model.safetensors", "model.gguf"):
+        (home / name).touch()
     return home
 
 

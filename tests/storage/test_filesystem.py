@@ -5,6 +5,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from surfw.errors import ConfigurationError, NotFoundError, StorageError, Storag
 from surfw.storage import FilesystemBackend, FsspecBackend, filesystem, open_backend
 from surfw.storage.filesystem import create_file, read_file_into
 from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.store import Store, is_checkpoint
+from tests.conftest import locked
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -47,6 +50,22 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
             FilesystemBackend(tmp_path / "file", create=create)
     with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
         FilesystemBackend(tmp_path / "file" / "below")
+
+
+def test_a_folder_without_rights_is_named_with_who_lacks_them(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine") as user:
+        for url in (tmp_path / "mine", tmp_path / "mine" / "store"):
+            store = Store(FilesystemBackend(url, create=False))
+            for work in (store.create, store.check, partial(is_checkpoint, store.backend)):
+                with pytest.raises(StorageError) as caught:
+                    asyncio.run(work())
+                assert str(caught.value) == (
+                    f"surfw.json in {url}: permission denied: user {user} may not use {url}/surfw.json; give that user "
+                    "the rights, or name another folder (--store, --source, SURFW_HOME)"
+                )
+        with pytest.raises(StorageError, match=rf"^making the folder .*: permission denied: user {user} may not use /"):
+            FilesystemBackend(tmp_path / "mine" / "store")
 
 
 def test_objects_are_files_below_the_folder(backend: FilesystemBackend) -> None:
@@ -205,7 +224,7 @@ def test_a_foreign_key_is_found_without_walking_everything(
     ("foreign", "ours", "text"),
     [
         (FileNotFoundError(2, "No such file"), NotFoundError, "loading x: not found"),
-        (PermissionError(13, "Permission denied"), StorageError, "loading x: permission denied (Permission denied)"),
+        (PermissionError(13, "Permission denied"), StorageError, "loading x: permission denied"),
         (OSError(errno.ENOSPC, "full"), StorageFullError, "loading x: no space is left"),
         (OSError(errno.EDQUOT, "quota"), StorageFullError, "loading x: no space is left"),
         (TimeoutError("too slow"), StorageError, "loading x: too slow"),
