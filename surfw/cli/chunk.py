@@ -287,7 +287,7 @@ def _show_plan(prepared: "PreparedModel", least_bytes: int, token_bytes: int) ->
 
     chunks = prepared.plan.chunks
     rows = [(one.name, one.kind, str(len(one.tensors)), format_size(one.payload_bytes)) for one in chunks]
-    render.out.print(render.table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size"), fold=True))
+    render.print_table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size"))
     for_tokens = f", and {format_size(token_bytes)} for each token of a generation" if token_bytes else ""
     render.say(
         f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "

@@ -42,7 +42,7 @@ def config(
         render.print_json(shown)
         return
     rows = [(name, _text(one["value"]), one["from"]) for name, one in shown.items()]
-    render.out.print(render.table(("setting", "value", "from"), rows, fold=True))
+    render.print_table(("setting", "value", "from"), rows)
 
 
 def _shown(name: str, value: Any) -> Any:

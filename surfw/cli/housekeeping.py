@@ -158,7 +158,7 @@ def _show_models(models: Sequence[StoredModel]) -> None:
             )
             for one in models
         ]
-        render.out.print(render.table(headings, rows, numbers=headings[3:], fold=True))
+        render.print_table(headings, rows, numbers=headings[3:])
     for one in models:
         if one.origin is not None:
             render.say(f"{one.name}: not copied; its weights, {format_size(one.payload_bytes)}, lie in {one.origin}")
@@ -185,11 +185,11 @@ def _show_details(model: ModelDetails) -> None:
         ("digest", model.digest),
     ]
     if model.origin is not None:
-        rows[4] = ("weights lie in", f"{model.origin}; they were not copied")
-    render.out.print(render.table(("model", model.name), rows, fold=True))
+        rows[4] = ("origin", f"{model.origin}; the weights were not copied")
+    render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")
-    render.out.print(render.table(headings, map(_row, _alike(model.parts)), numbers=headings[2:], fold=True))
+    render.print_table(headings, map(_row, _alike(model.parts)), numbers=headings[2:])
 
 
 def _alike(parts: Sequence[StoredChunk]) -> list[list[StoredChunk]]:

@@ -10,7 +10,9 @@ from dataclasses import asdict
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.padding import Padding
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.segment import Segment
 from rich.table import Table
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+_GAP = 2
+"""Columns between two cells of a table."""
 
 
 class _CleanConsole(Console):
@@ -66,8 +71,8 @@ def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text on stdout as one line."""
-    out.print(one_line(text), soft_wrap=True)
+    """Print a text on stdout as one line, which a terminal shows broken between words."""
+    out.print(one_line(text), soft_wrap=not out.is_terminal)
 
 
 def pair_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
@@ -80,21 +85,46 @@ def pair_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = (), fold: bool = False
-) -> Table:
-    """Make a table. The columns in `numbers` are aligned to the right; with `fold`, others are broken, never cut."""
-    made = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> Table:
+    """Make a table. The columns in `numbers` are aligned to the right; what does not fit is cut."""
+    made = Table(box=None, padding=(0, _GAP, 0, 0), header_style="bold")
     for heading in headings:
-        made.add_column(
-            heading,
-            justify="right" if heading in numbers else "left",
-            overflow="fold" if fold else "ellipsis",
-            no_wrap=fold and heading in numbers,
-        )
+        made.add_column(heading, justify="right" if heading in numbers else "left", overflow="ellipsis")
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """Print a table on stdout that is broken between words, and never cut.
+
+    On a terminal that is too narrow for its words, each row is a line, and what belongs to it stands below.
+    """
+    body = [tuple(row) for row in rows]
+    columns = list(zip(headings, *body, strict=True))
+    full = [max(map(cell_len, cells)) for cells in columns]
+    words = [max(cell_len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
+    least = [most if cells[0] in numbers else word for cells, most, word in zip(columns, full, words, strict=True)]
+    room = out.width - _GAP * len(columns) - sum(least)
+    if room < 0 and out.is_terminal:
+        _print_stacked(headings, body)
+        return
+    made = table(headings, body, numbers=numbers)
+    for column, most, width in zip(made.columns, full, least, strict=True):
+        column.overflow, column.no_wrap = "fold", column.header in numbers
+        if room >= 0:
+            column.width = min(most, width + room)
+            room -= column.width - width
+    out.print(made)
+
+
+def _print_stacked(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print each row as a line, and its other cells below, behind their headings; a single one needs none."""
+    is_pair = len(headings) == 2
+    for first, *rest in [headings, *rows] if is_pair else rows:
+        named = rest if is_pair else [f"{name} {cell}" for name, cell in zip(headings[1:], rest, strict=True) if cell]
+        out.print(Text(first, "bold", overflow="fold"))
+        out.print(Padding(Text(", ".join(named), overflow="fold"), (0, 0, 0, _GAP)))
 
 
 @contextmanager
