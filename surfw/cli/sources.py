@@ -1,8 +1,9 @@
-"""Which model a command runs: which source is read when none is named, how it is opened, and the demo model.
+"""Which model a command runs: the source that its weights come from, how it is opened, and the demo model.
 
-In order: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting `store`, if it is a
-folder with models; the demo model. A server that answers and does not let us in is an error: falling back to the store
-in silence might run other weights than those that were meant.
+The source is the first of these: the setting `source`; a surfw server at the setting `port` of 127.0.0.1; the setting
+`store`, if it was set or has models; the demo model, if no other was named. The model `demo` is always that one, unless
+there is a `--source`. A server that answers and does not let us in is an error: falling back to the store in silence
+might run other weights than those that were meant.
 """
 
 import asyncio

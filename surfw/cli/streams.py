@@ -4,8 +4,9 @@ A stream may be closed, full, or a pipe that nobody reads. If stdout cannot be w
 line on stderr and exit code 1; what cannot be written to stderr is lost, and changes nothing.
 
 Every text is cleaned here, on its way out, so that no command can forget to: on stderr always, on stdout if that is a
-terminal. Into a file or a pipe, stdout is written as it is, byte for byte. Only rich and progress bars, which steer a
-terminal on purpose, write past this, as `rich_proxied_file`; `surfw.cli.render` cleans what it gives to rich.
+terminal; a file or a pipe gets what is written. What steers a terminal on purpose, as rich, progress bars and
+`surfw.cli.screen` do, writes to the stream's `rich_proxied_file`, where nothing is cleaned. Texts from outside are
+cleaned before they are given to those.
 """
 
 import io

@@ -1,8 +1,8 @@
 """Tokens into text, as they come: whatever can no longer change is given at once.
 
-A token may end within a character, which takes up to four bytes and as many tokens. A tokenizer shows what is not
-complete as U+FFFD, at the end. So that is held back, and nothing else is, but for a few old tokenizers that take spaces
-out before punctuation (`clean_up_tokenization_spaces`): there, the last word is.
+A token may end within a character: that has up to four bytes, and each of them may be a token. Until it is complete,
+tokenizers show U+FFFD at the end of the text, and that is held back. A few old tokenizers remove spaces before
+punctuation (`clean_up_tokenization_spaces`): with those, all that follows the last space is held back.
 
 Invariant: the pieces put together are what the tokenizer makes of all tokens at once.
 """
