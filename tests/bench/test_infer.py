@@ -114,7 +114,7 @@ def test_what_people_see(checkpoint: Path, store: Path, tmp_path: Path) -> None:
         *(f"surfw: round 1 of 1: {what}" for what in ("reads of the store", "surfw", "reads of the store", "resident")),
     ]
     heading, ours, theirs = done.stdout.splitlines()[:3]
-    assert heading.split() == ["tokens/s", "surfw", "is", "TTFT", "memory"]
+    assert heading.split() == ["tok/s", "surfw", "is", "TTFT", "memory"]
     assert ours.startswith("surfw ")
     assert theirs.startswith("resident ")
     assert "streamed per token" in done.stdout

@@ -158,7 +158,7 @@ def test_explain_alone_is_the_result(home: Path) -> None:
     shown = surfw(home, *arguments, "tiny").stdout.splitlines()
     assert shown[0].startswith("memory budget ")
     assert "everything: 4 layers" in shown[1]
-    assert shown[-1].split()[:2] == ["bottleneck", "computing:"]
+    assert shown[-1].split()[:4] == ["what", "limits", "it", "computing;"]
     facts = json.loads(surfw(home, *arguments, "bert", "--json").stdout)
     assert facts.keys() == {"model", "source", "explain"}
     assert (facts["explain"]["unit"], facts["explain"]["bytes_per_pass"]) == ("passes", 0)
