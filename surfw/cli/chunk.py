@@ -108,11 +108,8 @@ def chunk(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)
-    try:
-        with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
-            _chunk(wanted, settings, step, json=json, quiet=quiet)
-    except KeyboardInterrupt as exc:
-        raise KeyboardInterrupt("" if dry_run else "the same command goes on where it stopped") from exc
+    with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
+        _chunk(wanted, settings, step, json=json, quiet=quiet)
 
 
 def _only_task(
@@ -202,7 +199,10 @@ def _write(
             writing = write_in_place(prepared, backend, origin_options=placed, progress=progress)
         else:
             writing = write_model(prepared, backend, progress=progress, on_unchanged=unchanged.append)
-        return asyncio.run(writing), len(unchanged)
+        try:
+            return asyncio.run(writing), len(unchanged)
+        except KeyboardInterrupt as exc:
+            raise KeyboardInterrupt("the same command goes on where it stopped") from exc
 
 
 def _show_result(

@@ -235,7 +235,9 @@ def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Path, tmp_path: 
 
 def test_the_command_says_it_in_a_line(checkpoint: Path, tmp_path: Path) -> None:
     assert "'vllm' is no peer" in complaint(surfw(tmp_path, "bench", "infer", str(checkpoint), "--against", "vllm"))
-    assert "size 'x' is not understood" in complaint(surfw(tmp_path, "bench", "infer", str(checkpoint), "--cap", "x"))
+    wrong = surfw(tmp_path, "bench", "infer", str(checkpoint), "--cap", "x")
+    assert wrong.returncode == 2
+    assert wrong.stderr.endswith("\nError: --cap is 'x', expected a size such as 1.2GB\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -277,7 +277,7 @@ def test_what_changes_nothing_is_a_warning(home: Path) -> None:
         return done.stderr.splitlines()
 
     assert warnings("tiny", "Weights", "--seed", "5") == [
-        "surfw: warning: the seed changes nothing without sampling; give a temperature, top_p or top_k to sample"
+        "surfw: warning: the seed changes nothing without sampling; give --temperature, --top-p or --top-k to sample"
     ]
     assert warnings("tiny", "Weights", "--seed", "5", "--temperature", "1") == []
     assert warnings("bert", "Weights", "--temperature", "1", "--seed", "5") == [
