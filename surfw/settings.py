@@ -123,7 +123,10 @@ class Settings:
         metavar="NAMES",
     )
     cache_layers: int | None = _setting(
-        None, "Layers kept in memory; one more may be in flight.", shown="what fits", least=1
+        None,
+        "Layers in memory: the one that runs, and those that are kept; one more may be in flight.",
+        shown="what fits",
+        least=1,
     )
     memory_budget: str | None = _setting(
         None,

@@ -6,7 +6,8 @@
 - One file per command: `chunk`, `serve`, `infer`, `chat`, `stats`, `config`, `bench`; `store` has the small ones that
   keep a store in order, and `housekeeping` does their work. Beside `infer` is its choice of `sources`. A `…_view` shows
   a typed result to people.
-- `addresses`: what an address means, for all commands. `completion`: what shells offer on Tab.
+- `addresses`: what an address means, for all commands. `completion`: what shells offer on Tab. `wording`: errors of the
+  library in options' words.
 
 A new command is a function in a file of its own, with the options of its settings (`options.with_settings`), that `app`
 registers. It imports what it needs when it runs, so that `surfw --help` imports neither torch, transformers nor rich.

@@ -1,10 +1,12 @@
 """The application: its commands, and how an error becomes a line on stderr and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, 129 ended by SIGHUP.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, 129 ended by SIGHUP, 141 where
+nobody reads stdout any more.
 """
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated, Any, TextIO
@@ -14,6 +16,7 @@ import typer
 from surfw import __version__
 from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, store, streams
 from surfw.cli.addresses import Mistake
+from surfw.cli.wording import with_options
 from surfw.errors import SurfwError, UninitializedWeightsWarning
 
 app = typer.Typer(
@@ -101,7 +104,7 @@ def run() -> int:
     try:
         streams.finish()
     except streams.OutputError as exc:
-        code = code or _fail(str(exc))
+        code = code or _report(exc)
     return code
 
 
@@ -119,7 +122,7 @@ def _run() -> int:
     except KeyboardInterrupt:
         return signals.exit_code()
     except (SurfwError, streams.OutputError) as exc:
-        return _fail(str(exc))
+        return _report(exc)
     except Exception as exc:
         if os.environ.get("SURFW_DEBUG"):
             raise
@@ -137,10 +140,17 @@ class _ToStderr(logging.StreamHandler[TextIO]):
 
 
 class _Remark(streams.OneLine):
-    """Format a record as `surfw: warning: …`, on one line."""
+    """Format a record as `surfw: warning: …`, on one line, in words of the command line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return f"surfw: {record.levelname.lower()}: {super().format(record)}"
+        return f"surfw: {record.levelname.lower()}: {with_options(super().format(record))}"
+
+
+def _report(error: Exception) -> int:
+    """Print an error, and return the exit code; a reader that has left, such as `head`, has seen what it wanted."""
+    if isinstance(error, streams.OutputError) and error.is_unread:
+        return 128 + signal.SIGPIPE
+    return _fail(with_options(str(error)))
 
 
 def _fail(message: str) -> int:

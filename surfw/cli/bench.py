@@ -141,6 +141,8 @@ def infer(
     quiet: options.Quiet = False,
 ) -> None:
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
+    for option, size in (("--memory-budget", memory_budget), ("--cap", cap)):
+        options.check_size(option, size)
     from surfw.bench.comparison import Comparison
     from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render

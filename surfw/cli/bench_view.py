@@ -30,7 +30,7 @@ def show_rows(result: Result) -> None:
 def show_comparison(result: InferResult) -> None:
     """Print how fast each was, and what a reader has to know about it."""
     _show_table(
-        ("", "tokens/s", "spread", "surfw is", "TTFT", "memory", "and cache"),
+        ("", "tok/s", "spread", "surfw is", "TTFT", "memory", "and cache"),
         [
             (
                 row.name,
@@ -48,7 +48,7 @@ def show_comparison(result: InferResult) -> None:
     if ceilings:
         render.out.print()
         _show_table(
-            ("after the first token", "tokens/s", "ceiling", "share", "streamed per token"),
+            ("after the first token", "tok/s", "ceiling", "share", "streamed per token"),
             [
                 (
                     row.name,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from surfw.cli import render
 from surfw.cli.infer_view import choose_view, memory_used
 from surfw.cli.streams import one_line
+from surfw.cli.wording import with_options
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class ChatView:
 
     def error(self, exc: Exception) -> None:
         """Say what went wrong, in a line, while the session goes on."""
-        print(f"surfw: error: {one_line(str(exc))}", file=sys.stderr, flush=True)
+        print(f"surfw: error: {one_line(with_options(str(exc)))}", file=sys.stderr, flush=True)
 
     def help(self, commands: Mapping[str, str]) -> None:
         """Show the commands and what they do, and the keys."""
@@ -114,7 +115,7 @@ def _without_echo() -> Iterator[None]:
 def _summary(turn: "Turn") -> str:
     parts = [count(len(turn.token_ids), "token")]
     if turn.tokens_per_second is not None and turn.ttft_seconds is not None:
-        parts += [f"{turn.tokens_per_second:.2f} tokens/s", f"first after {render.seconds(turn.ttft_seconds)}"]
+        parts += [f"{turn.tokens_per_second:.2f} tok/s", f"first after {render.seconds(turn.ttft_seconds)}"]
     parts.append(f"prompt of {count(turn.prompt_tokens, 'token')}, {turn.cached_tokens} cached")
     if turn.ending == "length":
         parts.append("cut at the most new tokens (--max-new-tokens)")

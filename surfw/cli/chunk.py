@@ -110,11 +110,8 @@ def chunk(
         )
     options.check_option("dtype", dtype)
     wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)
-    try:
-        with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
-            _chunk(wanted, settings, step, json=json, quiet=quiet)
-    except KeyboardInterrupt as exc:
-        raise KeyboardInterrupt("" if dry_run else "the same command goes on where it stopped") from exc
+    with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
+        _chunk(wanted, settings, step, json=json, quiet=quiet)
 
 
 def _only_task(
@@ -206,7 +203,10 @@ def _write(
             writing = write_model(
                 prepared, backend, progress=progress, on_outcome=lambda _, outcome: outcomes.update([outcome])
             )
-        return asyncio.run(writing), outcomes
+        try:
+            return asyncio.run(writing), outcomes
+        except KeyboardInterrupt as exc:
+            raise KeyboardInterrupt("the same command goes on where it stopped") from exc
 
 
 def _show_result(

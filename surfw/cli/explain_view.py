@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from surfw.models.explain import Explanation
 
 _SHOWN_NAMES = 3
-_PLACES = {"link": "the link", "storage": "storage", "compute": "computing"}
+_LIMITS = {"link": "reading over the link", "storage": "reading from storage", "compute": "computing"}
 
 
 def facts(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
                 "read in a pass",
                 f"{format_size(one.bytes_per_pass)}, {place} at {_rate(one.bytes_per_second)} (measured)",
             ),
-            ("reading allows", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
+            ("ceiling by reading", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
         ]
-    rows.append(("computing allows", _computing(one)))
-    rows.append(("bottleneck", _bottleneck(one)))
+    rows.append(("ceiling by computing", _computing(one)))
+    rows.append(("what limits it", _limit(one)))
     if one.more_bytes_per_pass is not None:
-        rows.append(("1 GB more would bring", _more(one)))
+        rows.append(("with 1 GB more", _more(one)))
     return rows
 
 
@@ -108,22 +108,22 @@ def _computing(one: "Explanation") -> str:
     return f"{_speed(one.computing_ceiling, one)} ({render.seconds(one.compute_seconds)} in a pass, {how})"
 
 
-def _bottleneck(one: "Explanation") -> str:
-    if one.ceiling is None:
-        return _PLACES[one.bottleneck]
-    return f"{_PLACES[one.bottleneck]}: at most {_speed(one.ceiling, one)}"
+def _limit(one: "Explanation") -> str:
+    what = _LIMITS[one.bottleneck]
+    return what if one.ceiling is None else f"{what}; the ceiling is {_speed(one.ceiling, one)}"
 
 
 def _more(one: "Explanation") -> str:
     if one.more_bytes_per_pass == 0:
-        reads = "nothing would be read any more"
+        reads = "nothing is read any more"
     else:
         reads = f"{format_size(one.more_bytes_per_pass or 0)} read in a pass"
-    return f"{reads}, at most {_speed(one.more_ceiling, one)}" if one.more_ceiling is not None else reads
+    return reads if one.more_ceiling is None else f"{reads}; the ceiling is {_speed(one.more_ceiling, one)}"
 
 
 def _speed(per_second: float, one: "Explanation") -> str:
-    return f"{per_second:.{2 if per_second < 100 else 0}f} {one.unit}/s"
+    unit = "tok" if one.unit == "tokens" else one.unit
+    return f"{per_second:.{2 if per_second < 100 else 0}f} {unit}/s"
 
 
 def _rate(bytes_per_second: float) -> str:

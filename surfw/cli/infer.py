@@ -14,13 +14,16 @@ from surfw.cli import chat, options
 from surfw.cli.addresses import Mistake
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
-from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from surfw.cli.infer_summary import Report
     from surfw.cli.infer_view import View
+    from surfw.cli.sources import ChosenSource
     from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.streaming import StreamingModel
+    from surfw.settings import Settings
+    from surfw.wire import ServerStats
 
 EXAMPLES = """\b
 Examples:
@@ -33,6 +36,8 @@ Examples:
 """
 
 _PATIENCE_SECONDS = 1.0
+_STATS_SECONDS = 1.0
+"""How long a summary waits for what the server says of its cache."""
 
 
 @options.with_settings(*options.RUN_SETTINGS)
@@ -137,17 +142,33 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
-                opened = _Opened(streaming, source, time.perf_counter() - start)
+                opened = _Opened(streaming, source, time.perf_counter() - start, lambda: _ask_server(chosen, settings))
                 _answer(opened, make_request(), configuration, view, explain=explain, json=json)
+
+
+def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | None":
+    """What the server says of itself; None if it is none, or says nothing soon.
+
+    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then.
+    """
+    from surfw.client import read_stats
+
+    if not chosen.is_server or settings.dtype not in {None, "auto"}:
+        return None
+    try:
+        return read_stats(chosen.url, token=settings.token, timeout_seconds=_STATS_SECONDS)
+    except SurfwError:
+        return None
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """An open model, where its weights come from, and how long it took to open it."""
+    """An open model, where its weights come from, how long it took to open it, and who asks its server for more."""
 
     streaming: "StreamingModel"
     source: str
     load_seconds: float
+    ask_server: "Callable[[], ServerStats | None]"
 
     def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
         """Put together what a run came to."""
@@ -167,6 +188,7 @@ class _Opened:
             peak_rss_bytes=peak_rss_bytes(),
             advice=advice,
             is_whole=is_whole,
+            ask_server=self.ask_server,
         )
 
 
@@ -202,7 +224,7 @@ def _answer(
     try:
         with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
             result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SurfwError):
         view.stopped(opened.report(view.result_so_far(len(ids)), is_whole=False))
         raise
     report = opened.report(result)

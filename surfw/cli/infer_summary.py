@@ -9,9 +9,12 @@ from surfw.cli.status import duration, percent, rate
 from surfw.config import MB, count, format_size, is_server_url
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from surfw.models.explain import Advice
     from surfw.models.inference import InferenceResult
     from surfw.models.statistics import PlanFacts, RunTimes, Statistics
+    from surfw.wire import ServerStats
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
@@ -30,6 +33,7 @@ class Report:
         peak_rss_bytes: the most memory that the process used.
         advice: what more memory would bring, if that is known.
         is_whole: False for a run that was interrupted.
+        ask_server: returns what the server that the weights came from says of itself; None if it is no server.
     """
 
     model: str
@@ -40,6 +44,7 @@ class Report:
     peak_rss_bytes: int
     advice: Advice | None = None
     is_whole: bool = True
+    ask_server: Callable[[], ServerStats | None] = lambda: None
 
     def facts(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -78,7 +83,25 @@ def summary(report: Report) -> str:
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
+    if report.is_whole:
+        parts += _server_cache(statistics, report.ask_server)
     return "; ".join(parts)
+
+
+def _server_cache(statistics: Statistics, ask_server: Callable[[], ServerStats | None]) -> list[str]:
+    """Say of a run that mostly waited if the cache of its server is too small, so that passes find nothing in it."""
+    from surfw.models.statistics import stall_share
+    from surfw.wire import find_shortage
+
+    plan = statistics["plan"]
+    if plan is None or not plan["bytes_per_pass"] or stall_share(statistics["time"]) < _MOSTLY:
+        return []
+    stats = ask_server()
+    if stats is None or (shortage := find_shortage(stats, plan["bytes_per_pass"])) is None:
+        return []
+    cache, one = format_size(stats["cache"]["capacity_bytes"]), format_size(plan["bytes_per_pass"])
+    small = f"the server's cache of {cache} is smaller than one pass ({one}), so it reads its storage each time"
+    return [small, f"--cache-mb {shortage['cache_mb']} there would help"]
 
 
 def _took(result: InferenceResult, time: RunTimes) -> str:

@@ -113,7 +113,7 @@ class View:
 
     def end_text(self) -> None:
         """End the answer's last line, if there is one."""
-        if self._tokens:
+        if self._tokens and self._answer != "nothing":
             print(flush=True)
 
     def done(self, report: Report) -> None:
@@ -123,7 +123,8 @@ class View:
         print(encoder_text(report.result) or "", flush=True)
 
     def stopped(self, report: Report) -> None:
-        """Say what a run came to that was interrupted."""
+        """End the answer of a run that was interrupted, or failed, and say what it came to."""
+        self.end_text()
 
     def _print(self, text: str) -> None:
         sys.stdout.write(text)
@@ -174,6 +175,7 @@ class PlainView(View):
 
     def stopped(self, report: Report) -> None:
         """Print a summary of what there was."""
+        super().stopped(report)
         if report.result.token_ids:
             self.note(summary(report))
 
@@ -279,8 +281,8 @@ class LiveView(View):
         self._conclude(report)
 
     def stopped(self, report: Report) -> None:
-        """Say what a run came to that was interrupted; what it has said stays."""
-        self.close()
+        """Say what a run came to; what it has said stays."""
+        super().stopped(report)
         if report.result.token_ids:
             self._conclude(report)
 

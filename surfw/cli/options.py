@@ -18,8 +18,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from surfw.cli import completion, signals
-from surfw.cli.addresses import Mistake
-from surfw.config import suggest_size
+from surfw.cli.addresses import Mistake, is_here
+from surfw.config import is_size, suggest_size
 from surfw.errors import ConfigurationError
 from surfw.setting import Setting
 from surfw.settings import (
@@ -148,12 +148,12 @@ class Command(TyperCommand):
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         """Read the command line."""
         with _in_kind_words(args):
-            return super().parse_args(ctx, [*_join_words(args)])
+            return super().parse_args(ctx, [*_join_words(ctx, args)])
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run it. If it is interrupted, say so on stderr, with the text that the interruption may carry."""
         try:
-            signals.begin()
+            signals.begin(quiet=bool(ctx.params.get("quiet")))
             return super().invoke(ctx)
         except KeyboardInterrupt as exc:
             signals.say(str(exc))
@@ -210,19 +210,34 @@ def check_option(name: str, value: Any) -> None:
 
 
 def _check_size(loaded: Configuration, name: str) -> None:
-    """Refuse a size that must have lost its unit.
+    """Refuse a setting's size that must have lost its unit.
 
     Raises:
         ConfigurationError: it stands in a variable or a file.
-        BadParameter: it was given as an option.
+        Mistake: it was given as an option.
     """
     size, origin = getattr(loaded.settings, name), loaded.origins[name]
-    if size is None or (meant := suggest_size(size)) is None:
-        return
-    text = f"is {size}, which is {size} bytes; did you mean {meant}?"
     if origin.kind == "argument":
-        raise Mistake(f"{SETTINGS[name].option} {text}")
-    raise ConfigurationError(f"{origin.name if origin.kind == 'variable' else f'{origin.name}: {name}'} {text}")
+        check_size(SETTINGS[name].option, size)
+    elif size is not None and suggest_size(size):
+        where = origin.name if origin.kind == "variable" else f"{origin.name}: {name}"
+        raise ConfigurationError(_ask_for_unit(where, size))
+
+
+def check_size(option: str, size: str | None) -> None:
+    """Refuse an option's size that is none, or that must have lost its unit.
+
+    Raises:
+        Mistake: it is one of these.
+    """
+    if size is not None and not is_size(size):
+        raise Mistake(f"{option} is {size!r}, expected a size such as 1.2GB")
+    if size is not None and suggest_size(size):
+        raise Mistake(_ask_for_unit(option, size))
+
+
+def _ask_for_unit(where: str, size: str) -> str:
+    return f"{where} is {size}, which is {size} bytes; did you mean {suggest_size(size)}?"
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -272,22 +287,40 @@ def commands_with(name: str) -> list[str]:
     return sorted(command.replace("_", " ").strip() for command, names in _OFFERED.items() if name in names)
 
 
-def _join_words(args: Sequence[str]) -> Iterator[str]:
-    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`."""
-    known = {setting.option: setting.words for setting in SETTINGS.values() if setting.words}
+def _join_words(ctx: typer.Context, args: Sequence[str]) -> Iterator[str]:
+    """Make one option of a switch and the word that follows it: `--live full` is `--live-full`.
+
+    Raises:
+        Mistake: another word follows.
+    """
+    offered = {option for parameter in ctx.command.params for option in parameter.opts}
+    known = {one.option: one.words for one in SETTINGS.values() if one.words and one.option in offered}
     left = deque(args)
     while left:
         arg = left.popleft()
-        option, _, word = arg.partition("=")
+        option, mark, word = arg.partition("=")
         if word in known.get(option, ()):
             yield f"{option}-{word}"
         elif left and left[0] in known.get(arg, ()):
             yield f"{arg}-{left.popleft()}"
+        elif option in known and (mark or _is_word(left)):
+            wrong, expected = word if mark else left[0], " or ".join(known[option])
+            others = "" if mark else f"; a name or a prompt goes before {option}"
+            raise Mistake(f"{option} is {wrong!r}, expected {expected}, or nothing{others}", ctx=ctx)
         else:
             yield arg
         if arg == "--":
             yield from left
             return
+
+
+def _is_word(left: Sequence[str]) -> bool:
+    """Whether what follows a switch must be meant for it: a word of letters, and no name or prompt after it.
+
+    In `--live my-model 'a prompt'` they are arguments of the command, and so is a folder that is here.
+    """
+    word, following = [*left, "", ""][:2]
+    return word.isalpha() and not is_here(word) and (not following or (following != "-" and following[0] == "-"))
 
 
 def _word_parameter(setting: Setting, word: str) -> inspect.Parameter:

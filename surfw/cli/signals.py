@@ -3,8 +3,8 @@
 - Before a command runs, while its code is imported, and after it ran, there is nothing to clean up: a signal ends the
   process at once, with a line on stderr.
 - While it runs, a signal does what SIGINT does at that moment: it raises `KeyboardInterrupt`, or calls the handler that
-  an event loop has installed. During an import it waits for the import's end: an interrupted import of numpy cannot be
-  repeated, and fails later with unrelated errors.
+  an event loop has installed. During an import it waits for the import's end, and says so: an interrupted import of
+  numpy cannot be repeated, and fails later with unrelated errors.
 - A second signal ends the process at once.
 
 The exit code is 128 plus the signal's number, as in a shell: 130, 143 or 129.
@@ -27,22 +27,33 @@ _IMPORT = "<frozen importlib._bootstrap>"
 _LOOK_SECONDS = 0.01
 _received: list[int] = []
 _modes: list[Any] | None = None
+_is_quiet = _has_said = False
 
 is_full_screen = False
 """Whether a view has turned the terminal to its other screen."""
 
+is_line_open = False
+"""Whether the terminal's cursor stands behind something in its line."""
+
 
 def set_up() -> None:
     """Make these signals end the process at once, with a line, unless it was started to ignore them."""
-    global _modes  # noqa: PLW0603 - the terminal is the process's
+    global _modes, _has_said  # noqa: PLW0603 - the terminal is the process's
     _received.clear()
+    _has_said = False
     with suppress(OSError, termios.error):
         _modes = termios.tcgetattr(0)
     _handle_all(_end_with_line)
 
 
-def begin() -> None:
-    """Make these signals interrupt the command, until `conclude`. Does nothing without `set_up`."""
+def begin(*, quiet: bool = False) -> None:
+    """Make these signals interrupt the command, until `conclude`. Does nothing without `set_up`.
+
+    Args:
+        quiet: do not say that an interruption waits for the end of an import.
+    """
+    global _is_quiet  # noqa: PLW0603 - there is one command in a process
+    _is_quiet = quiet
     for number in ENDING:
         if signal.getsignal(number) is _end_with_line:
             signal.signal(number, _interrupt)
@@ -62,6 +73,7 @@ def note(number: int) -> None:
 
     Code that handles signals itself calls this, and then ends by itself.
     """
+    _note_echo(number)
     _received.append(number)
     _handle_all(_end_at_once)
 
@@ -77,14 +89,30 @@ def exit_code() -> int:
 
 
 def say(then: str = "") -> None:
-    """Say on stderr that the command was interrupted, and what follows from that."""
-    print(_line(_received[0] if _received else signal.SIGINT, then), file=sys.stderr)
+    """Say on stderr that the command was interrupted, and what follows from that; if nothing does, only once."""
+    global _has_said  # noqa: PLW0603 - of this process
+    if then or not _has_said:
+        _has_said = True
+        print(_line(_received[0] if _received else signal.SIGINT, then), file=sys.stderr, flush=True)
 
 
 def _line(number: int, then: str = "") -> str:
-    begin = "\n" if os.isatty(2) else ""  # the terminal shows ^C where the output ended
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-    return f"{begin}surfw: interrupted{by}{f'; {then}' if then else ''}"
+    return f"{_new_line()}surfw: interrupted{by}{f'; {then}' if then else ''}"
+
+
+def _new_line() -> str:
+    """What leads to a line of its own; a spinner of rich's makes one for all that is printed."""
+    is_spinning = type(sys.stderr).__module__.startswith("rich.")
+    return "\n" if is_line_open and not is_spinning and os.isatty(2) else ""
+
+
+def _note_echo(number: int) -> None:
+    """The terminal has shown `^C`, unless it was told not to show what is typed."""
+    global is_line_open  # noqa: PLW0603 - the terminal is the process's
+    with suppress(OSError, termios.error):
+        if number == signal.SIGINT and termios.tcgetattr(2)[3] & termios.ECHO:
+            is_line_open = True
 
 
 def _handle_all(handler: "signal._HANDLER") -> None:
@@ -105,6 +133,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _raise_after_import(_: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename == _IMPORT:
+            if not (_is_quiet or _has_said):
+                with suppress(RuntimeError):  # what was interrupted may be writing there just now
+                    say("ends after this import")
             signal.signal(signal.SIGALRM, _raise_after_import)
             signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
             return
@@ -113,11 +144,13 @@ def _raise_after_import(_: int, frame: FrameType | None) -> None:
 
 
 def _end_with_line(number: int, _: FrameType | None) -> NoReturn:
+    _note_echo(number)
     _end(number, _line(number))
 
 
 def _end_at_once(number: int, _: FrameType | None) -> NoReturn:
-    _end(number, "surfw: ended at once, without cleaning up")
+    _note_echo(number)
+    _end(number, f"{_new_line()}surfw: ended at once, without cleaning up")
 
 
 def _end(number: int, line: str) -> NoReturn:

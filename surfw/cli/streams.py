@@ -1,29 +1,47 @@
 """The streams that a command prints to; no text from outside can steer a terminal through them.
 
 A stream may be closed, full, or a pipe that nobody reads. If stdout cannot be written to, the command ends with one
-line on stderr and exit code 1; what cannot be written to stderr is lost, and changes nothing.
+line on stderr and exit code 1; if nobody reads it any more, in silence and with exit code 141, as other tools do. What
+cannot be written to stderr is lost, and changes nothing.
 
 Every text is cleaned here, on its way out, so that no command can forget to: on stderr always, on stdout if that is a
 terminal; a file or a pipe gets what is written. What steers a terminal on purpose, as rich, progress bars and
 `surfw.cli.screen` do, writes to the stream's `rich_proxied_file`, where nothing is cleaned. Texts from outside are
 cleaned before they are given to those.
+
+On a terminal, long lines of stderr are broken between words.
 """
 
 import io
 import logging
 import os
+import re
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import IO, Any, Protocol
 
+from surfw.cli import signals
 from surfw.config import printable
 from surfw.errors import ConfigurationError
 
+_UNSEEN = re.compile(r"\x1b7.*?\x1b8|\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]| (\x1b\[J)?\x08", re.DOTALL)
+"""What `surfw.cli.screen` and rich send that leaves the cursor where it was, or moves it up and down."""
+
 
 class OutputError(Exception):
-    """Something cannot be written to stdout."""
+    """Something cannot be written to stdout.
+
+    Attributes:
+        is_unread: whether stdout is a pipe whose reader has left, as `head` does when it has seen enough.
+    """
+
+    def __init__(self, message: str, *, is_unread: bool) -> None:
+        """Keep beside the text whether somebody has left."""
+        super().__init__(message)
+        self.is_unread = is_unread
 
 
 class Screen(Protocol):
@@ -67,6 +85,8 @@ class Output(io.TextIOWrapper):
             OutputError: it cannot be written to stdout.
         """
         text = printable(text, lines=True) if self._cleans else text
+        if self._is_terminal and not self._is_stdout:
+            text = break_lines(text, self._columns)
         with self._stepping_aside(text):
             return self.write_verbatim(text)
 
@@ -81,6 +101,13 @@ class Output(io.TextIOWrapper):
             yield
             self.flush()
 
+    @property
+    def _columns(self) -> int:
+        """The width of the terminal's window; 0 if that is not known."""
+        with suppress(OSError):
+            return os.get_terminal_size(self.fileno()).columns
+        return 0
+
     def write_verbatim(self, text: str) -> int:
         """Write a text as it is.
 
@@ -89,6 +116,8 @@ class Output(io.TextIOWrapper):
         """
         with self._no_further():
             super().write(text)
+        if self._is_terminal and (seen := _UNSEEN.sub("", text)):
+            signals.is_line_open = not seen.endswith(("\n", "\r"))
         return len(text)
 
     def flush(self) -> None:
@@ -106,7 +135,8 @@ class Output(io.TextIOWrapper):
         try:
             yield
         except OSError as exc:
-            self.failure = OutputError(f"stdout cannot be written to: {exc.strerror}; what was printed is not complete")
+            text = f"stdout cannot be written to: {exc.strerror}; what was printed is not complete"
+            self.failure = OutputError(text, is_unread=isinstance(exc, BrokenPipeError))
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
@@ -141,6 +171,18 @@ def set_screen(screen: Screen | None) -> None:
 def one_line(text: str) -> str:
     """Return a text as one line that cannot steer a terminal."""
     return printable(" ".join(text.split()))
+
+
+def break_lines(text: str, columns: int) -> str:
+    """Break lines that are longer than a window between words; a word that is longer stays whole.
+
+    Args:
+        text: whole lines.
+        columns: of the window; 0 breaks nothing.
+    """
+    longest = max(map(len, text.split("\n")))
+    wrapper = textwrap.TextWrapper(max(columns, 1), break_long_words=False, break_on_hyphens=False)
+    return text if not 0 < columns < longest else "\n".join(map(wrapper.fill, text.split("\n")))
 
 
 def expect_utf8(text: str, what: str) -> None:

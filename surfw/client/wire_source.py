@@ -14,7 +14,7 @@ from functools import partial
 from ssl import SSLContext
 from typing import TypeVar
 
-from surfw.client.connect import Endpoint, open_link
+from surfw.client.connect import START_ONE, Endpoint, open_link
 from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
@@ -118,11 +118,11 @@ class WireSource(ChunkSource):
         try:
             await self._persistently(attempt, download.failed)
         except ConnectionFailedError as exc:
-            first = download.first_failure
-            last = "" if str(exc) == first else f"; the last attempt: {exc}"
+            first, last = (text.removesuffix(f"; {START_ONE}") for text in (download.first_failure, str(exc)))
+            later = "" if last == first else f"; the last attempt: {last}"
             raise ConnectionFailedError(
-                f"{first}, after {download.reached_bytes} of {size} bytes of chunk {read.chunk.name}{last}; "
-                "see what became of it, and run it again",
+                f"{first}, after {download.reached_bytes} of {size} bytes of chunk {read.chunk.name}{later}; "
+                "see what became of the server, and run it again",
                 transient=exc.transient,
             ) from exc
         self.fetched_bytes += size

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from surfw.chunking import PreparedModel
-from surfw.config import MIB, expect
+from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Form, Manifest
 from surfw.metrics import Metrics
@@ -28,7 +28,7 @@ from surfw.runtime.engine import Engine
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
-from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, rss_bytes
+from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
 from surfw.runtime.plan import Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases, Schedule
@@ -115,6 +115,8 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         if limit.budget_bytes is None and limit.cache_layers is None:
             found = find_default_budget()
             limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+        elif limit.budget_bytes is not None:
+            _warn_beyond_memory(limit.budget_bytes)
         engine = Engine(
             manifest,
             model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
@@ -151,6 +153,16 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     )
     engine.warm()
     return parts
+
+
+def _warn_beyond_memory(budget_bytes: int) -> None:
+    there = read_smallest_limit()
+    if budget_bytes > there.limit_bytes:
+        logger.warning(
+            "the memory budget of %s is more than the memory that there is: %s allows %s; weights beyond that are "
+            "swapped out, or end the process",
+            format_size(budget_bytes), there.place, format_size(there.limit_bytes),
+        )  # fmt: skip
 
 
 def model_needs(

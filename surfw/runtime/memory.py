@@ -57,6 +57,11 @@ def read_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     return [_machine_limit(root), *_group_limits(root, 1), *_group_limits(root, 2)]
 
 
+def read_smallest_limit(root: Path = Path("/")) -> MemoryLimit:
+    """The smallest of these limits: more memory than that, there is none for this process."""
+    return min(read_limits(root), key=lambda one: one.limit_bytes)
+
+
 def _machine_limit(root: Path) -> MemoryLimit:
     """The whole memory, of which what is not available is in use.
 

@@ -33,6 +33,7 @@ from surfw.wire.reports import (
     ServerEvent,
     ServerHealth,
     ServerStats,
+    find_shortage,
     parse_stats,
 )
 from surfw.wire.sessions import ClientSession, ServerSession
@@ -67,6 +68,7 @@ __all__ = [
     "bearer",
     "binary_header",
     "check_token",
+    "find_shortage",
     "is_loopback",
     "is_meant",
     "parse_stats",

@@ -136,6 +136,12 @@ class ServerHealth(TypedDict):
     models: list[str]
 
 
+def find_shortage(stats: ServerStats, pass_bytes: int) -> CacheShortage | None:
+    """How a server's cache falls short for a client that reads so many bytes in each pass; None if it does not."""
+    shortage = stats.get("cache_shortage")
+    return shortage if pass_bytes > stats["cache"]["capacity_bytes"] else None
+
+
 def parse_stats(data: bytes) -> ServerStats:
     """Parse the JSON of `/stats`.
 

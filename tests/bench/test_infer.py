@@ -114,7 +114,7 @@ def test_what_people_see(checkpoint: Path, store: Path, tmp_path: Path) -> None:
         *(f"surfw: round 1 of 1: {what}" for what in ("reads of the store", "surfw", "reads of the store", "resident")),
     ]
     heading, ours, theirs = done.stdout.splitlines()[:3]
-    assert heading.split() == ["tokens/s", "surfw", "is", "TTFT", "memory"]
+    assert heading.split() == ["tok/s", "surfw", "is", "TTFT", "memory"]
     assert ours.startswith("surfw ")
     assert theirs.startswith("resident ")
     assert "streamed per token" in done.stdout
@@ -235,7 +235,9 @@ def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Path, tmp_path: 
 
 def test_the_command_says_it_in_a_line(checkpoint: Path, tmp_path: Path) -> None:
     assert "'vllm' is no peer" in complaint(surfw(tmp_path, "bench", "infer", str(checkpoint), "--against", "vllm"))
-    assert "size 'x' is not understood" in complaint(surfw(tmp_path, "bench", "infer", str(checkpoint), "--cap", "x"))
+    wrong = surfw(tmp_path, "bench", "infer", str(checkpoint), "--cap", "x")
+    assert wrong.returncode == 2
+    assert wrong.stderr.endswith("\nError: --cap is 'x', expected a size such as 1.2GB\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -60,7 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Terminal:
-    """A terminal of 80 columns, and the command that runs in it."""
+    """A terminal of 200 columns, and the command that runs in it."""
 
     def __init__(self, ours: int, process: Any) -> None:
         self._ours = ours
@@ -88,7 +88,7 @@ def terminal(home: Path, *command: str, has_imports: bool = True) -> Iterator[Te
     Only there does Ctrl-C become a signal while nobody reads keys.
     """
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     env = environment(home, TERM="xterm-256color", PROMPT_TOOLKIT_NO_CPR="1")
     process: Any
     if has_imports:

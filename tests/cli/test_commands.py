@@ -162,7 +162,7 @@ def test_explain_alone_is_the_result(home: Path) -> None:
     shown = surfw(home, *arguments, "tiny").stdout.splitlines()
     assert shown[0].startswith("memory budget ")
     assert "everything: 4 layers" in shown[1]
-    assert shown[-1].split()[:2] == ["bottleneck", "computing:"]
+    assert shown[-1].split()[:4] == ["what", "limits", "it", "computing;"]
     facts = json.loads(surfw(home, *arguments, "bert", "--json").stdout)
     assert facts.keys() == {"model", "source", "explain"}
     assert (facts["explain"]["unit"], facts["explain"]["bytes_per_pass"]) == ("passes", 0)
@@ -281,7 +281,7 @@ def test_what_changes_nothing_is_a_warning(home: Path) -> None:
         return done.stderr.splitlines()
 
     assert warnings("tiny", "Weights", "--seed", "5") == [
-        "surfw: warning: the seed changes nothing without sampling; give a temperature, top_p or top_k to sample"
+        "surfw: warning: the seed changes nothing without sampling; give --temperature, --top-p or --top-k to sample"
     ]
     assert warnings("tiny", "Weights", "--seed", "5", "--temperature", "1") == []
     assert warnings("bert", "Weights", "--temperature", "1", "--seed", "5") == [

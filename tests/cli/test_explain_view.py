@@ -8,10 +8,13 @@ import pytest
 from rich.console import Console
 
 from surfw.cli.explain_view import explanation_rows, facts, show
-from surfw.cli.infer_summary import limits
+from surfw.cli.infer_summary import Report, limits, summary
 from surfw.models import Explanation
 from surfw.models.explain import Advice
+from surfw.models.inference import InferenceResult
 from surfw.settings import SettingOrigin
+from surfw.wire import ServerStats
+from tests.wire.test_reports import WITH_MORE
 
 STREAMED = Explanation(
     model="toy", source="/store", limited_by="memory_budget", budget_bytes=1_000_000_000, cache_layers=None,
@@ -43,10 +46,10 @@ def test_what_is_streamed_is_told_from_the_budget_to_the_bottleneck() -> None:
         "peak": "932.5 MB; the least it runs with is 264.5 MB",
         "outside of the budget": "414.0 MB of the process itself, and activations",
         "read in a pass": "1.3 GB, from storage at 2.64 GB/s (measured)",
-        "reading allows": "2.00 tokens/s (bandwidth ÷ bytes in a pass)",
-        "computing allows": "8.00 tokens/s (125.0 ms in a pass, measured)",
-        "bottleneck": "storage: at most 2.00 tokens/s",
-        "1 GB more would bring": "264.0 MB read in a pass, at most 8.00 tokens/s",
+        "ceiling by reading": "2.00 tok/s (bandwidth ÷ bytes in a pass)",
+        "ceiling by computing": "8.00 tok/s (125.0 ms in a pass, measured)",
+        "what limits it": "reading from storage; the ceiling is 2.00 tok/s",
+        "with 1 GB more": "264.0 MB read in a pass; the ceiling is 8.00 tok/s",
     }
 
 
@@ -54,8 +57,8 @@ def test_where_everything_fits_nothing_is_said_of_reading() -> None:
     found = rows(FITS, DEFAULT)
     assert found["memory budget"] == "1.0 GB, which is what memory there is, less a headroom"
     assert found["stays in memory"] == "everything: 22 layers and 3 other parts, 2.2 GB; nothing is streamed"
-    assert found["bottleneck"] == "computing: at most 8.00 tokens/s"
-    assert not {"read in a pass", "reading allows", "1 GB more would bring", "the rest passes through"} & found.keys()
+    assert found["what limits it"] == "computing; the ceiling is 8.00 tok/s"
+    assert not {"read in a pass", "ceiling by reading", "with 1 GB more", "the rest passes through"} & found.keys()
 
 
 @pytest.mark.parametrize(
@@ -69,15 +72,15 @@ def test_where_everything_fits_nothing_is_said_of_reading() -> None:
             "memory budget", "none: 2 layers and one more in flight, as --cache-layers says",
         ),
         ({"policy": "lru"}, ARGUMENT, "the rest passes through", "a ring of 2 buffers of 88.1 MB (policy lru)"),
-        ({"more_bytes_per_pass": 0}, ARGUMENT, "1 GB more would bring",
-         "nothing would be read any more, at most 8.00 tokens/s"),
-        ({"compute_share": 0.25}, ARGUMENT, "computing allows",
-         "8.00 tokens/s (125.0 ms in a pass, measured on 25% of the weights)"),
-        ({"compute_seconds": None, "computing_ceiling": None}, ARGUMENT, "computing allows",
+        ({"more_bytes_per_pass": 0}, ARGUMENT, "with 1 GB more",
+         "nothing is read any more; the ceiling is 8.00 tok/s"),
+        ({"compute_share": 0.25}, ARGUMENT, "ceiling by computing",
+         "8.00 tok/s (125.0 ms in a pass, measured on 25% of the weights)"),
+        ({"compute_seconds": None, "computing_ceiling": None}, ARGUMENT, "ceiling by computing",
          "not known: it could not be measured in a few seconds"),
         ({"source": "ws://h:1", "bytes_per_second": 4e6}, ARGUMENT, "read in a pass",
          "1.3 GB, over the link at 4.0 MB/s (measured)"),
-        ({"unit": "passes"}, ARGUMENT, "bottleneck", "storage: at most 2.00 passes/s"),
+        ({"unit": "passes"}, ARGUMENT, "what limits it", "reading from storage; the ceiling is 2.00 passes/s"),
     ],
 )  # fmt: skip
 def test_each_case_has_its_words(change: dict[str, Any], origin: SettingOrigin, row: str, text: str) -> None:
@@ -98,6 +101,35 @@ def test_every_row_is_printed(is_terminal: bool) -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == len(rows(STREAMED))
     assert all(text in line for text, line in zip(rows(STREAMED).values(), lines, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stall_seconds", "pass_bytes", "is_whole", "is_said"),
+    [(9, 1_500_000, True, True), (1, 1_500_000, True, False), (9, 5, True, False), (9, 1_500_000, False, False)],
+)
+def test_a_run_that_waited_for_a_server_with_a_small_cache_says_so(
+    stall_seconds: int, pass_bytes: int, is_whole: bool, is_said: bool
+) -> None:
+    asked: list[ServerStats] = []
+
+    def ask() -> ServerStats:
+        asked.append(WITH_MORE)
+        return WITH_MORE
+
+    statistics: Any = {
+        "cache": {"refetched_blocks": 0},
+        "time": {"stall_seconds": stall_seconds, "compute_seconds": 10 - stall_seconds},
+        "plan": {"bytes_per_pass": pass_bytes, "limited_by": "default"},
+    }
+    said = summary(
+        Report(
+            model="org/b", source="ws://h:1", result=InferenceResult(prompt_tokens=3), load_seconds=1,
+            statistics=statistics, peak_rss_bytes=1, is_whole=is_whole, ask_server=ask,
+        )
+    )  # fmt: skip
+    clause = "; the server's cache of 5 B is smaller than one pass (1.5 MB), so it reads its storage each time; "
+    assert (f"{clause}--cache-mb 30 there would help" in said) == is_said
+    assert len(asked) == (stall_seconds == 9 and is_whole), "nobody is asked who is not to blame"
 
 
 def test_a_run_that_waited_says_what_would_help() -> None:

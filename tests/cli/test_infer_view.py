@@ -58,7 +58,7 @@ def test_a_table_beside_the_text_or_below_it(home: Path, columns: int) -> None:
 def test_a_terminal_that_knows_no_codes_gets_none(home: Path, option: str) -> None:
     options = {"full": ["--live", "full"], "--no-live": ["--no-live"], "plain": []}[option]
     term = "xterm-256color" if option == "--no-live" else "dumb"
-    with terminal(home, [SURFW, *DEMO, "14", *options], TERM=term) as (window, process):
+    with terminal(home, [SURFW, *DEMO, "14", *options], columns=200, TERM=term) as (window, process):
         pass
     assert process.returncode == 0
     seen = window.seen.decode()
@@ -88,6 +88,31 @@ def test_what_was_said_stays_after_ctrl_c(home: Path) -> None:
     assert "tok/s" in text
     assert text.endswith("surfw: interrupted")
     assert "/300 tokens" not in text
+    assert window.rows()[-2], "no line is left empty before it"
+
+
+@pytest.mark.parametrize("options", [["--no-live"], ["-q"]])
+def test_a_line_of_text_ends_before_what_is_said_of_ctrl_c(home: Path, options: list[str]) -> None:
+    command = [SURFW, *DEMO, "300", "--ignore-eos", *options]
+    with terminal(home, command, controls=True) as (window, process):
+        window.wait_until(lambda: window.shows("a way to run"))
+        window.type(b"\x03")
+    assert process.returncode == 130
+    *before, text, last = window.rows()
+    assert (last, text == "") == ("surfw: interrupted", False)
+    assert any(row.startswith("surfw: stopped after ") for row in [*before, text]) == (options == ["--no-live"])
+
+
+def test_ctrl_c_in_the_first_seconds_is_answered_at_once(home: Path) -> None:
+    """Of the spinner, nothing is left, whether it waits for an import or not."""
+    with terminal(home, [SURFW, *DEMO, "4"], controls=True) as (window, process):
+        window.wait_until(lambda: b"importing torch" in window.seen)
+        window.type(b"\x03")
+    assert process.returncode == 130
+    (said,) = [row for row in window.rows() if row.startswith("surfw: interrupted")]
+    assert said in {"surfw: interrupted; ends after this import", "surfw: interrupted"}
+    assert "importing" not in shown(window.rows())
+    assert "" not in window.rows()
 
 
 def test_a_pipe_gets_each_token_at_once(home: Path) -> None:

@@ -37,10 +37,16 @@ MISTAKES = [
     ("chat --system b --raw", 2, "--system does not go with --raw: a system message is part of the chat"),
     ("infer --prompt-ids 1 --system b", 2, "--system does not go with --prompt-ids, which are taken as they are"),
     ("infer --prompt a --live --json", 2, "--live does not go with --json; give one of them"),
+    ("infer --prompt a --live half", 2, "--live is 'half', expected full, or nothing; a name or a prompt goes before"),
+    ("infer --live half --prompt a", 2, "--live is 'half', expected full, or nothing; a name or a prompt goes before"),
+    ("serve --live=half", 2, "Error: --live is 'half', expected full, or nothing"),
+    ("infer --live my-model a b", 2, "Got unexpected extra argument(s) (b)"),
     ("infer --prompt a --cache-layers 2 --memory-budget 2GB", 2, "--memory-budget: does not go with --cache-layers"),
     ("infer --prompt a --memory-budget 2", 2, "--memory-budget is 2, which is 2 bytes; did you mean 2GB?"),
     ("infer --prompt a --memory-budget 500", 2, "--memory-budget is 500, which is 500 bytes; did you mean 500MB?"),
     ("infer --prompt a --memory-budget much", 2, "--memory-budget is 'much', expected a size such as 1.2GB"),
+    ("bench infer ./m --memory-budget 2", 2, "--memory-budget is 2, which is 2 bytes; did you mean 2GB?"),
+    ("bench infer ./m --cap much", 2, "--cap is 'much', expected a size such as 1.2GB"),
     ("infer --prompt a --dtype bfloat61", 2, "--dtype is 'bfloat61', expected one of float32, fp32"),
     ("chunk ./nowhere --dtype bfloat61", 2, "--dtype is 'bfloat61', expected one of float32, fp32"),
     ("infer --prompt a --temperature -1", 2, "Invalid value for '--temperature': '-1' is not a number >= 0"),
@@ -62,7 +68,7 @@ MISTAKES = [
     ("infer --prompt a --source ./nowhere", 1, "; name that of a checkpoint, or of a store, which 'surfw chunk MODEL'"),
     ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
-    ("infer ./store a", 1, "/store holds 2 models; choose one with --model (model=): org/first, second"),
+    ("infer ./store a", 1, "/store holds 2 models; choose one with --model: org/first, second"),
     ("infer ./store a --model third", 1, "/store has no model 'third'; it has: org/first, second"),
     ("serve 127.0.0.1:8765", 1, "ws://127.0.0.1:8765 is the address of a server, and not a storage; give it to surfw"),
     ("serve --host 0.0.0.0 --port 0", 1, "--insecure"),
@@ -79,6 +85,7 @@ VARIABLES = [
     ({"SURFW_MEMORY_BUGDET": "2GB"}, 0, "did you mean SURFW_MEMORY_BUDGET?"),
     ({"SURFW_CACHE_MB": "5"}, 1, "SURFW_CACHE_MB is '5', expected a whole number >= 17"),
     ({"SURFW_MEMORY_BUDGET": "2"}, 1, "SURFW_MEMORY_BUDGET is 2, which is 2 bytes; did you mean 2GB?"),
+    ({"SURFW_LIVE": "half"}, 1, "SURFW_LIVE is 'half', expected true, false or full"),
 ]
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from surfw.cli.streams import break_lines
 from surfw.storage import Store, open_backend
-from tests.cli.run import SURFW, environment
+from tests.cli.run import SURFW, environment, surfw
+from tests.cli.terminal import terminal
 from tests.servers import serve
 from tests.wire.test_reports import STATS, WITH_MORE
 
@@ -185,9 +187,11 @@ def test_without_stderr_the_result_is_the_same(name: str, redirection: str, plac
     assert (refused.returncode, refused.stdout) == (1, b"")
 
 
-def test_a_reader_that_leaves(places: dict[str, str]) -> None:
+@pytest.mark.parametrize("form", [["--json"], []])
+def test_a_reader_that_leaves(form: list[str], places: dict[str, str]) -> None:
+    """As `head` does: that is no error, and the exit code is the one of other tools."""
     with subprocess.Popen(
-        [SURFW, "stats", places["SERVER"], "--json", "--watch", "--every", "0.1"],
+        [SURFW, "stats", places["SERVER"], *form, "--watch", "--every", "0.1"],
         env=environment(Path(places["STORE"]).parent), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         assert process.stdout is not None
@@ -195,5 +199,32 @@ def test_a_reader_that_leaves(places: dict[str, str]) -> None:
         assert process.stdout.readline()
         process.stdout.close()
         said = process.stderr.read()
+    assert (process.returncode, said) == (141, b"")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_reader_that_was_never_there(name: str, places: dict[str, str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [SURFW, *(places.get(one, one) for one in COMMANDS[name])]
+    done = subprocess.run(
+        command, env=environment(Path(places["STORE"]).parent), stdin=subprocess.DEVNULL, stdout=writing,
+        stderr=subprocess.PIPE, timeout=120, check=False,
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 141, done.stderr
+    assert b"error" not in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_long_lines_are_broken_between_words(tmp_path: Path) -> None:
+    assert break_lines("one two three\n\nfour\n", 8) == "one two\nthree\n\nfour\n"
+    assert break_lines("a /path/that/is-longer b", 8) == "a\n/path/that/is-longer\nb"
+    assert break_lines("one two three", 0) == "one two three"
+    mistake = ("infer", "./nowhere", "a")
+    with terminal(tmp_path, [SURFW, *mistake], columns=46) as (window, process):
+        pass
     assert process.returncode == 1
-    assert said == b"surfw: error: stdout cannot be written to: Broken pipe; what was printed is not complete\n"
+    words = surfw(tmp_path, *mistake).stderr.split()
+    assert len(words) > 20
+    assert {one for one in words if len(one) < 46} <= set(" ".join(window.rows()).split())

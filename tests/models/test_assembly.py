@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +102,14 @@ def test_the_least_budget_is_one_and_works(case: dict[str, Any]) -> None:
             assert model.plan.peak_bytes <= least
             for _ in range(2):
                 assert torch.equal(model(**case["inputs"]).logits, expected)
+
+
+def test_a_budget_of_more_than_there_is_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build("gpt2").save_pretrained(tmp_path / "m")
+    for budget in ("999TB", "64MB"):
+        StreamingModel.open(str(tmp_path / "m"), memory_budget=budget).close()
+    (line,) = [one for one in caplog.messages if "budget" in one]
+    pattern = r"the memory budget of 999\.00 TB is more than the memory that there is: /\S+ allows [0-9.]+ [GT]B; .*"
+    assert re.fullmatch(pattern, line)

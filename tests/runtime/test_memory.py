@@ -24,6 +24,7 @@ from surfw.runtime.memory import (
     headroom_bytes,
     peak_rss_bytes,
     read_limits,
+    read_smallest_limit,
 )
 from tests.runtime.machines import (
     HYBRID_MOUNTS,
@@ -43,6 +44,14 @@ GROUPS = Path("/sys/fs/cgroup/memory")
 def spare_bytes(root: Path) -> int:
     """The default budget of a machine."""
     return find_default_budget(root).budget_bytes
+
+
+def test_the_smallest_limit_is_that_of_the_machine_or_of_a_group(tmp_path: Path) -> None:
+    root = machine(tmp_path, groups="0::/a/b\n", mounts=V2_MOUNTS)
+    group_v2(root, "a/b", high=9_000 * MIB)
+    assert read_smallest_limit(root).limit_bytes == 9_000 * MIB
+    group_v2(root, "a/b", limit=90_000 * MIB)
+    assert read_smallest_limit(root) == MemoryLimit(root / "proc/meminfo", 16_000 * MIB, 4_000 * MIB)
 
 
 @pytest.fixture(autouse=True)

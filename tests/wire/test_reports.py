@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.errors import RemoteProtocolError
-from surfw.wire import ServerStats, parse_stats
+from surfw.wire import ServerStats, find_shortage, parse_stats
 
 STATS: ServerStats = {
     "server": {"version": "1", "uptime_seconds": 2},
@@ -44,6 +44,12 @@ def test_statistics_are_read_as_they_were_written() -> None:
     assert parse_stats(json.dumps(WITH_MORE).encode()) == WITH_MORE
     with_redis = STATS | {"redis": {"url": "redis://h", "reachable": False}}
     assert parse_stats(json.dumps(with_redis).encode()) == with_redis
+
+
+def test_a_cache_is_too_small_for_who_reads_more_than_it_holds_in_each_pass() -> None:
+    assert find_shortage(WITH_MORE, 6) == WITH_MORE["cache_shortage"]
+    assert find_shortage(WITH_MORE, 5) is None
+    assert find_shortage(STATS, 6) is None
 
 
 @pytest.mark.parametrize("key", sorted(WITH_MORE))

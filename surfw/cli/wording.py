@@ -1,0 +1,36 @@
+"""The library's advice in words of the command line: options where it says arguments. Pure.
+
+The library writes for both, such as `--model (model=)`; here, what is meant for Python goes.
+"""
+
+import re
+
+from surfw.settings import SETTINGS
+
+_PATTERNS = {
+    r"(--[a-z-]+(?: [a-z]+)?) \([a-z_]+=[^()]*\)": r"\1",  # --model (model=)
+    r"\([a-z_]+, (--[a-z-]+)\)": r"(\1)",  # (memory_budget, --memory-budget)
+} | {rf"\b{name}='([^']*)'": rf"{setting.option} \1" for name, setting in SETTINGS.items()}
+
+PHRASES = {
+    "(max_new_tokens)": "(--max-new-tokens)",
+    "give a temperature, top_p or top_k": "give --temperature, --top-p or --top-k",
+    "ssl= or SSL_CERT_FILE": "SSL_CERT_FILE",
+    "(ssl=, from Python)": "(from Python)",
+    "give sse='aws:kms' with it": "give --storage-option sse=aws:kms with it",
+    "named by endpoint_url or": "named by --storage-option endpoint_url=URL or",
+    "give them as arguments, in": "give them in",
+    "name its class (model_class=…), or register it with AutoConfig.register and AutoModel.register": (
+        "a newer transformers may; a class of your own can be named from Python"
+    ),
+}
+"""What the library says, and what the command line says instead."""
+
+
+def with_options(text: str) -> str:
+    """Return an error or a warning of the library with options instead of arguments."""
+    for pattern, option in _PATTERNS.items():
+        text = re.sub(pattern, option, text)
+    for phrase, other in PHRASES.items():
+        text = text.replace(phrase, other)
+    return text
