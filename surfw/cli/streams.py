@@ -14,25 +14,21 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import IO, Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any
 
 from surfw.config import printable
 from surfw.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from surfw.cli.screen import Screen
 
 
 class OutputError(Exception):
     """Something cannot be written to stdout."""
 
 
-class Screen(Protocol):
-    """Whoever draws on the terminal, see `surfw.cli.screen`."""
-
-    def stepping_aside(self, text: str) -> AbstractContextManager[None]:
-        """Let somebody else write this text."""
-
-
-_screens: list[Screen] = []
+_screens: list["Screen"] = []
 
 
 class Output(io.TextIOWrapper):
@@ -132,7 +128,7 @@ class OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
-def set_screen(screen: Screen | None) -> None:
+def set_screen(screen: "Screen | None") -> None:
     """Have a screen step aside for whatever is written to a terminal from now on; None for no screen."""
     _screens[:] = [] if screen is None else [screen]
 
