@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
 """Sets a title, clears the screen in two ways, overwrites the line, and turns the writing around."""
+STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 
 @contextmanager
@@ -128,6 +130,19 @@ def test_what_a_model_generates_is_cleaned_for_a_terminal_and_exact_in_a_file(tm
     done = subprocess.run([sys.executable, "-c", PRINTS, text], capture_output=True, check=True)
     assert done.stdout == f"{text}\n".encode()
     assert steering(done.stderr.decode()) == set()
+
+
+NOTES = "from surfw.cli.chat_view import ChatView; ChatView(is_interactive=True, live=False, quiet=False).note('a')"
+
+
+@pytest.mark.parametrize(
+    "command", [[SURFW, "chunk", "org/name"], [sys.executable, "-c", NOTES]], ids=["chunk", "chat"]
+)
+def test_what_is_noted_has_no_styles_where_none_are_wanted(command: list[str], tmp_path: Path) -> None:
+    _, seen = on_a_terminal(tmp_path, *command, TERM="xterm-256color")
+    assert STYLE.search(seen)
+    _, seen = on_a_terminal(tmp_path, *command, TERM="xterm-256color", NO_COLOR="1")
+    assert not STYLE.search(seen)
 
 
 COMMANDS = {
