@@ -186,7 +186,9 @@ def printing_to(stdout: TextIO, stderr: TextIO, columns: int = 80, rows: int = 2
         def put(target: str, new: object) -> None:
             patches.enter_context(patch(target, new))
 
-        variables = environment(Path("home"), **{"TERM": "xterm-256color", "SURFW_STORE": "store"} | extra)
+        variables = environment(
+            Path("home"), **{"TERM": "xterm-256color", "NO_COLOR": "", "SURFW_STORE": "store"} | extra
+        )
         patches.enter_context(patch.dict(os.environ, variables, clear=True))
         for name, stream in (("stdin", None), ("stdout", stdout), ("stderr", stderr)):
             put(f"sys.{name}", stream)
@@ -387,9 +389,9 @@ def test_a_view_shows_what_it_did(name: str) -> None:
 @pytest.mark.parametrize("name", VIEWS)
 def test_without_styles_a_view_shows_the_same(name: str) -> None:
     shown = {}
-    for variables in ({"NO_COLOR": ""}, {"NO_COLOR": "1"}):
+    for value in ("", "1"):
         window = Window(80, 24)
-        with prepared(name), printing_to(window, window, **variables) as clock:  # type: ignore[arg-type]
+        with prepared(name), printing_to(window, window, NO_COLOR=value) as clock:
             VIEWS[name](lambda _: None, clock)
         shown[bool(STYLE.search(window.getvalue()))] = window.rows()
     assert shown[True] == shown[False]

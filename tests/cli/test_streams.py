@@ -3,8 +3,6 @@
 import asyncio
 import http.server
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -12,11 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from surfw.storage import Store, open_backend
 from tests.cli.run import SURFW, environment
+from tests.cli.terminal import terminal
 from tests.servers import serve
 from tests.wire.test_reports import STATS, WITH_MORE
 
@@ -53,20 +53,11 @@ def evil_server() -> Iterator[str]:
 
 
 def on_a_terminal(home: Path, *command: str, **extra: str) -> tuple[int, str]:
-    """Run a command whose stdout and stderr are a terminal: its exit code, and what that saw."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        command, env=environment(home, **extra), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
-    ) as it:
-        os.close(theirs)
-        seen = b""
-        try:
-            while piece := os.read(ours, 1 << 16):
-                seen += piece
-        except OSError:  # Linux's way to say that the other end is closed
-            pass
-        os.close(ours)
-    return it.returncode, seen.decode().replace("\r\n", "\n")
+    """Run a command on a terminal that knows no codes, if `extra` does not say so: its exit code, and what that saw."""
+    options: dict[str, Any] = {"TERM": "dumb"} | extra
+    with terminal(home, command, controls=True, **options) as (window, process):
+        pass
+    return process.wait(), window.seen.decode().replace("\r\n", "\n")
 
 
 def steering(text: str) -> set[str]:
