@@ -1,4 +1,4 @@
-"""Brings generated parts of the repository up to date: completions, and what pages show of commands and settings.
+"""Brings generated parts of the repository up to date: completions, screens, and what pages show.
 
 `python -m tests.regenerate`, in the repository's root.
 """
@@ -143,6 +143,10 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     for path, script in completions().items():
         path.write_text(script)
+    from tests.cli import test_screens  # which needs torch
+
+    for name in test_screens.VIEWS:
+        (test_screens.FOLDER / f"{name}.txt").write_text(test_screens.draw(name))
     for page, text in pages_now().items():
         (ROOT / page).write_text(text)
     for page in sorted({one.page for one in pages.blocks("console") if not one.is_generated}):

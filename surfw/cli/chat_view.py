@@ -7,10 +7,12 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal
 
 from surfw.cli import render
-from surfw.cli.infer_view import choose_view, memory_used
+from surfw.cli.figures import session_table
+from surfw.cli.infer_view import choose_view
+from surfw.cli.status import duration, rate
 from surfw.cli.streams import one_line
 from surfw.cli.wording import with_options
-from surfw.config import count, format_size
+from surfw.config import count
 
 if TYPE_CHECKING:
     from surfw.cli.infer_view import View
@@ -81,18 +83,7 @@ class ChatView:
 
     def facts(self, facts: "ConversationFacts", statistics: "Statistics") -> None:
         """Show how long the conversation is, and what the session took so far."""
-        cache, time = statistics["cache"], statistics["time"]
-        bound = "" if facts.positions is None else f" of {facts.positions}"
-        stalled, computing = render.seconds(time["stall_seconds"]), render.seconds(time["compute_seconds"])
-        rows = [
-            ("conversation", f"{count(facts.turns, 'turn')}, {facts.tokens}{bound} tokens"),
-            ("KV cache", format_size(facts.kv_cache_bytes)),
-            ("weights in memory", memory_used(statistics)),
-            ("fetched", format_size(cache["fetched_bytes"])),
-            ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
-            ("stalled, computing", f"{stalled}, {computing}"),
-        ]
-        render.err.print(render.pair_table("", rows))
+        render.err.print(session_table(facts, statistics))
 
 
 @contextmanager
@@ -115,7 +106,7 @@ def _without_echo() -> Iterator[None]:
 def _summary(turn: "Turn") -> str:
     parts = [count(len(turn.token_ids), "token")]
     if turn.tokens_per_second is not None and turn.ttft_seconds is not None:
-        parts += [f"{turn.tokens_per_second:.2f} tok/s", f"first after {render.seconds(turn.ttft_seconds)}"]
+        parts += [f"{rate(turn.tokens_per_second)} tok/s", f"first after {duration(turn.ttft_seconds)}"]
     parts.append(f"prompt of {count(turn.prompt_tokens, 'token')}, {turn.cached_tokens} cached")
     if turn.ending == "length":
         parts.append("cut at the most new tokens (--max-new-tokens)")

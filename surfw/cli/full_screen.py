@@ -47,7 +47,7 @@ class _Whole:
 
 
 class FullScreen:
-    """Shows views, one after the other; a context manager."""
+    """Shows views, one after the other; a context manager, also for `async with`."""
 
     def __init__(self, console: Console) -> None:
         """Show on this console, which is a terminal."""
@@ -97,3 +97,17 @@ class FullScreen:
         self._console.print(self._view)
         for line in self._held.lines:
             sys.stderr.write(line)
+
+    async def __aenter__(self) -> Self:
+        """Turn to the other screen, as `with` does; the event loop does not wait for the terminal."""
+        import asyncio
+
+        return await asyncio.to_thread(self.__enter__)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Turn back, as at the end of `with`."""
+        import asyncio
+
+        await asyncio.to_thread(self.__exit__, kind, exc, trace)

@@ -13,17 +13,14 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
-from surfw.cli.screen import Screen, dimmed, has_styles
-from surfw.cli.status import MOST_LINES, duration, percent, run_parts, spinner, status_lines
+from surfw.cli.screen import Screen, dimmed
+from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
 from surfw.cli.streams import can_draw, one_line
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from surfw.models.explain import Explanation
     from surfw.models.inference import InferenceResult
-    from surfw.models.statistics import Statistics
     from surfw.models.streaming import StreamingModel
     from surfw.settings import SettingOrigin
 
@@ -227,7 +224,7 @@ class LiveView(View):
         from surfw.cli import render
 
         with self._screen.stepping_aside("\n"):
-            render.err.print(Text(f"surfw: {one_line(text)}"), style="dim" if has_styles() else "")
+            render.err.print(Text(f"surfw: {one_line(text)}"), style="dim")
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
@@ -287,13 +284,12 @@ class LiveView(View):
             self._conclude(report)
 
     def _conclude(self, report: Report) -> None:
-        from surfw.cli import render
-
         if self._shows_table:
-            result = report.result
-            render.err.print(
-                figures_table(report.statistics, result.ttft_seconds, result.tpot_seconds, generates=bool(self._tokens))
-            )
+            from surfw.cli import figures, render
+
+            result, generates = report.result, bool(self._tokens)
+            first, each = result.ttft_seconds, result.tpot_seconds
+            render.err.print(figures.run_table(report.statistics, first, each, generates=generates))
         self.note(summary(report))
 
     def _print(self, text: str) -> None:
@@ -331,7 +327,7 @@ class LiveView(View):
 
     def _below(self, size: os.terminal_size) -> list[str]:
         """The status, in at most a third of the window, and the table, as far as there is room."""
-        from surfw.cli import render
+        from surfw.cli import figures, render
 
         model, now = self._model, time.monotonic()
         parts = self._phase_parts(now) if model is None else self._run_parts(model, now)
@@ -341,7 +337,7 @@ class LiveView(View):
             return lines
         times, generates = self._pace.times, model.model.can_generate()
         first = times[0] if times else None
-        table = figures_table(model.statistics(), first, self._pace.seconds_per_token, generates=generates)
+        table = figures.run_table(model.statistics(), first, self._pace.seconds_per_token, generates=generates)
         room = max(0, size.lines - len(lines) - _SIDE_ROWS)
         rows = render.lines(table, min(_TABLE_COLUMNS, size.columns - 1))[:room]
         if self._column is None:
@@ -379,49 +375,6 @@ def choose_view(
     if live is False or not can_draw(sys.stderr):
         return PlainView(shown)
     return LiveView("text" if shown == "ids" and sys.stdout.isatty() else shown, table=live == "full")
-
-
-def figures_table(
-    statistics: Statistics, first_seconds: float | None, token_seconds: float | None, *, generates: bool
-) -> Table:
-    """Make the table of all figures of a run; those that people ask for most come first.
-
-    Args:
-        statistics: of the model.
-        first_seconds: when the first token came.
-        token_seconds: the mean time of every further token.
-        generates: whether the model does; others have no KV cache.
-    """
-    from surfw.cli import render
-    from surfw.config import format_size
-
-    cache, spent, latency = statistics["cache"], statistics["time"], statistics["fetch_latency_seconds"]
-    rows = []
-    if first_seconds is not None and generates:
-        rows.append(("time to first token (TTFT)", render.seconds(first_seconds)))
-    if token_seconds is not None:
-        rows.append(("time per output token (TPOT)", render.seconds(token_seconds)))
-    rows += [
-        ("hits / prefetched / stalls", f"{cache['hits']} / {cache['prefetched']} / {cache['stalls']}"),
-        ("hit rate", percent(cache["hit_rate"])),
-        ("stalled, computing", f"{render.seconds(spent['stall_seconds'])}, {render.seconds(spent['compute_seconds'])}"),
-        ("fetch latency p50 / p95", render.latencies(latency)),
-        ("fetched", format_size(cache["fetched_bytes"])),
-        ("weights in memory", memory_used(statistics)),
-    ]
-    if generates:
-        rows.append(("KV cache", format_size(cache["kv_cache_bytes"])))
-    return render.pair_table("", rows)
-
-
-def memory_used(statistics: Statistics) -> str:
-    """Format the memory that weights take, and their budget."""
-    from surfw.config import format_size
-
-    used, plan = format_size(statistics["cache"]["resident_bytes"]), statistics["plan"]
-    if plan is None or plan["budget_bytes"] is None:
-        return used
-    return f"{used} of a budget of {format_size(plan['budget_bytes'])}"
 
 
 def _is_kept(number: int) -> bool:

@@ -8,14 +8,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.padding import Padding
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from surfw.cli.screen import has_styles
@@ -29,6 +37,9 @@ T = TypeVar("T", bound="DataclassInstance")
 
 _GAP = 2
 """Columns between two cells of a table."""
+_FULL_BAR_COLUMNS = 72
+_STYLES: Literal["auto"] | None = "auto" if has_styles() else None
+"""With None, rich sends no codes for colours, and none for bold and dim text either."""
 
 
 class _CleanConsole(Console):
@@ -52,8 +63,8 @@ class _CleanConsole(Console):
         self._file = new_file
 
 
-out = _CleanConsole(highlight=False, markup=False, emoji=False)
-err = _CleanConsole(stderr=True, highlight=False, markup=False, emoji=False)
+out = _CleanConsole(highlight=False, markup=False, emoji=False, color_system=_STYLES)
+err = _CleanConsole(stderr=True, highlight=False, markup=False, emoji=False, color_system=_STYLES)
 
 
 def print_json(value: Any) -> None:
@@ -71,7 +82,7 @@ def show(result: T, view: Callable[[T], None], *, json: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a text on stdout as one line, which a terminal shows broken between words."""
+    """Print a text on stdout as one line; a terminal that is too narrow gets it broken between words."""
     out.print(one_line(text), soft_wrap=not out.is_terminal)
 
 
@@ -134,16 +145,13 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
     Yields:
         A function that takes `advance` or `completed` and `total`, in bytes, and a new `description`.
     """
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=quiet or not err.is_terminal,
-        transient=True,
-    ) as progress:
+    whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
+    figures: list[ProgressColumn] = [DownloadColumn(**whole), TimeRemainingColumn(**whole)]
+    if err.width >= _FULL_BAR_COLUMNS:
+        figures = [BarColumn(), figures[0], TransferSpeedColumn(**whole), figures[1]]
+    name = TextColumn("{task.description}", table_column=Column(overflow="ellipsis"))
+    is_off = quiet or not can_draw(sys.stderr)
+    with Progress(name, *figures, console=err, disable=is_off, transient=True) as progress:
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
 
 
@@ -201,16 +209,6 @@ def seconds(value: float) -> str:
 def latencies(percentiles: Mapping[str, float]) -> str:
     """Format percentiles; a dash stands for what never happened."""
     return " / ".join(seconds(value) if value else "–" for value in percentiles.values())
-
-
-def duration(seconds: float) -> str:
-    """Format how long something took or has lasted: `45 s`, `3 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
-    minutes, rest = divmod(max(0, int(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((place for place, (number, _) in enumerate(parts) if number), 0)
-    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number) or "0 s"
 
 
 def time_of_day(since_1970: float) -> str:

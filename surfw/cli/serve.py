@@ -143,10 +143,10 @@ async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
     from surfw.wire import rates_between
 
     stats, rates, read = server.stats(details=True), None, time.monotonic()
-    with FullScreen(render.err) as screen:
+    async with FullScreen(render.err) as screen:  # a terminal that is not read stops no server
         while True:
             view = ServerView(stats=stats, rates=rates, live=True, where=server.url, remark="Ctrl-C stops")
-            await asyncio.to_thread(screen.show, view)  # a terminal that is not read stops no server
+            await asyncio.to_thread(screen.show, view)
             while time.monotonic() < read + _READ_SECONDS:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), LOOK_SECONDS)

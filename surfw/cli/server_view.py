@@ -1,7 +1,8 @@
 """What `serve` and `stats` show of a server: its statistics, in as many lines and columns as there is room for.
 
 A view gets statistics and nothing else. Every line of it fits the width: columns that do not fit are left out, and only
-what has no bound, such as a path, is shortened at its end. In a full screen it takes no more lines than there are.
+what has no bound, such as a path, is shortened at its end. In a full screen it takes no more lines than there are;
+where that is too few for the tables, or too narrow, it says the same in words, as much as there is room for.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surfw.cli import render
+from surfw.cli.status import age, status_lines
 from surfw.config import count, format_size, printable
 from surfw.wire import ClientFacts, Rates, ServerEvent, ServerStats
 
@@ -22,9 +24,11 @@ _FACTS_GAP = _NAMES_WIDTH + _GAP
 _SHOWN_EVENTS = 10
 _NONE = "–"
 _TIME_WIDTH = 8
+_LEAST_WIDTH = 44
+"""What the tables of figures and facts need."""
 _LEAST_TEXT = 20
 """The least room for a text that may be shortened, such as a model's name."""
-_BAD_EVENTS = {"closed", "refused", "failed", "storage", "cache"}
+_BAD_EVENTS = {"closed", "refused", "failed", "storage", "redis", "cache"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +53,38 @@ class ServerView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay it out."""
-        width = options.max_width
-        is_full = options.height is not None
-        head = [*self._head(width, self.remark if is_full else ""), *_warnings(self.stats), Text()]
-        figures: list[RenderableType] = [self._figures(width), _facts(self.stats, width)]
+        width, height = options.max_width, options.height
+        head: list[RenderableType] = list(self._head(width, self.remark if height is not None else ""))
+        figures: list[RenderableType] = [
+            *_warnings(self.stats),
+            Text(),
+            self._figures(width),
+            _facts(self.stats, width),
+        ]
+
+        def count_lines(parts: Sequence[RenderableType]) -> int:
+            return sum(len(console.render_lines(part, options.update(height=None))) for part in parts)
+
+        if height is not None and (width < _LEAST_WIDTH or count_lines([*head, *figures]) > height):
+            parts = [*_brief_warnings(self.stats), *_brief(self.stats, self.rates)]
+            fitting = [part for part in parts if cell_len(part) < width]
+            figures = [Text(line) for line in status_lines(fitting, width, most=max(1, height - count_lines(head)))]
         yield from head
         yield from figures
         clients, events = self.stats.get("connections", []), self.stats.get("events", [])
         sent_to = self.rates.sent_to if self.rates else {}
         shown = len(clients), min(len(events), _SHOWN_EVENTS)
-        if options.height is not None:
-            lines = sum(len(console.render_lines(part, options.update(height=None))) for part in (*head, *figures))
-            shown = share_lines(options.height - lines, len(clients), len(events))
+        if height is not None:
+            shown = share_lines(height - count_lines([*head, *figures]), len(clients), len(events))
         if shown[0]:
             busiest = sorted(clients, key=lambda one: -sent_to.get(one["number"], 0))
             yield from self._clients(busiest[: shown[0]], sent_to, width)
         if shown[1]:
-            yield from _events(events[-shown[1] :], width if options.height is not None else None)
+            yield from _events(events[-shown[1] :], width if height is not None else None)
 
     def _head(self, width: int, remark: str) -> Iterator[RenderableType]:
         server = self.stats["server"]
-        parts = [f"surfw {server['version']}", self.where, f"up {render.duration(server['uptime_seconds'])}"]
+        parts = [f"surfw {server['version']}", self.where, f"up {age(server['uptime_seconds'])}"]
         yield Text(join_fitting([*parts, remark], width), style="bold", no_wrap=True, overflow="ellipsis")
         if self.away:
             yield Text(self.away, style="bold red")
@@ -102,7 +117,7 @@ class ServerView:
                 _per_second(sent_to.get(one["number"])),
                 format_size(one["bytes_sent"]),
                 one["address"],
-                render.duration(one["connected_seconds"]),
+                age(one["connected_seconds"]),
                 one["name"] or _NONE,
             )
             for one in clients
@@ -120,7 +135,7 @@ class ServerView:
         yield Text(
             f"clients ({len(clients)} of {total})" if total > len(clients) else f"clients ({total})", style="bold"
         )
-        yield fit_table(columns, rows, width, drop=(5, 4, 3), hide=() if self.live else (1,))
+        yield fit_table(columns, rows, width, drop=(5, 4, 3, 2, 1), hide=() if self.live else (1,))
 
 
 def _now(rates: Rates | None) -> tuple[str, str, str, str]:
@@ -174,7 +189,7 @@ def _events(events: Sequence[ServerEvent], width: int | None) -> Iterator[Render
     if width is None:
         table.add_column(overflow="fold")
     else:
-        table.add_column(no_wrap=True, overflow="ellipsis", width=width - _TIME_WIDTH - _GAP)
+        table.add_column(no_wrap=True, overflow="ellipsis", width=max(1, width - _TIME_WIDTH - _GAP))
     for one in events:
         style = "yellow" if one["kind"] in _BAD_EVENTS else ""
         table.add_row(render.time_of_day(one["time"]), Text(one["text"], style=style))
@@ -226,7 +241,7 @@ def fit_table(
     for place in drop:
         if sum(needs[one] + _GAP for one in kept) - _GAP <= width:
             break
-        kept.remove(place)
+        kept = [one for one in kept if one != place]
     left = width - sum(wide[place] + _GAP for place in kept if not columns[place].flexible)
     has_header = any(columns[place].heading for place in kept)
     table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, show_header=has_header, header_style="dim")
@@ -278,12 +293,24 @@ def share_lines(room: int, clients: int, events: int) -> tuple[int, int]:
 
 def status_line(stats: ServerStats, rates: Rates | None) -> str:
     """Say in a line what a server does, for a log; without rates, what it has done since its start."""
+    span = "now" if rates else f"in {age(stats['server']['uptime_seconds'])}"
+    return f"{span}: {', '.join(_brief(stats, rates))}"
+
+
+def _brief(stats: ServerStats, rates: Rates | None) -> list[str]:
+    """Say what a server does, the most important first; without rates, what it has done since its start."""
     if rates is not None:
         sent, read, requests, hits = _now(rates)
     else:
         sent, requests = format_size(stats["bytes_sent"]), f"{stats['requests']['total']:,}"
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
         hits = f"{stats['cache']['hit_rate']:.1%}"
-    span = "now" if rates else f"in {render.duration(stats['server']['uptime_seconds'])}"
-    clients = count(stats["clients"], "client")
-    return f"{span}: sent {sent}, read {read}, requests {requests}, hits {hits}, {clients}"
+    return [f"sent {sent}", f"read {read}", f"requests {requests}", f"hits {hits}", count(stats["clients"], "client")]
+
+
+def _brief_warnings(stats: ServerStats) -> Iterator[str]:
+    """Say in few words what somebody should do something about."""
+    if not stats["storage"]["healthy"]:
+        yield "storage NOT reachable"
+    if "cache_shortage" in stats:
+        yield f"--cache-mb {stats['cache_shortage']['cache_mb']} would help"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surfw.cli import options, signals
+from surfw.cli.addresses import Mistake, read_server
 from surfw.cli.streams import can_draw
 from surfw.config import DEFAULT_HOST, display_url
 
@@ -21,6 +22,8 @@ Examples:
   surfw stats --watch --every 10 >> server.log
   surfw stats --json
 """
+
+_EVERY_SECONDS = 1.0
 
 
 @options.with_settings("connect_timeout", "token_file")
@@ -36,15 +39,18 @@ def stats(
         bool,
         typer.Option("--watch", help="Keep showing them until Ctrl-C: on the whole screen, or a line each in a pipe."),
     ] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings with --watch.")] = 1.0,
+    every: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds between two readings with --watch. [default: 1]")
+    ] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
-    from surfw.cli.addresses import read_server
 
+    if every is not None and not watch:
+        raise Mistake("--every needs --watch; add it, or leave --every out")
     settings = configuration.settings
     address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
     where = display_url(address)
@@ -66,7 +72,7 @@ def stats(
         try:
             with render.busy(f"asking {where}", quiet=json or quiet):
                 first = Watch(look, where)
-            _watch(first, every, json=json)
+            _watch(first, every or _EVERY_SECONDS, json=json)
         except KeyboardInterrupt:
             if signals.exit_code() != signals.INTERRUPTED:
                 raise
@@ -78,7 +84,7 @@ class Watch:
     Attributes:
         where: the server's address, as it may be shown.
         stats: the latest statistics.
-        rates: what happened since those before; None if those are not known.
+        rates: what happened since those before; None if that is not known.
         away: that it does not answer, since when and why; empty if it does.
     """
 
@@ -108,6 +114,7 @@ class Watch:
             stats = self._look()
         except ConnectionFailedError as exc:
             why = str(exc).partition(";")[0]
+            self.rates = None
             self.away = self.away or f"not reachable since {render.time_of_day(time.time())}, trying again ({why})"
             return
         self.rates = None if self.away else rates_between(self.stats, stats)

@@ -77,12 +77,20 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format how long something took: `0.35 s`, `2.1 s`, `33 s`, `2:05 min`, `1:02:05 h`."""
+    """Format how long something took: `0.35 s`, `2.1 s`, `33 s`, `2 min 5 s`, `1 h 2 min`."""
     if seconds < 0.995:
         return f"{seconds:.2f} s"
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 59.5 else f"{clock(seconds)} {'min' if seconds < 3599.5 else 'h'}"
+    return f"{seconds:.1f} s" if seconds < 9.95 else age(round(seconds))
+
+
+def age(seconds: float) -> str:
+    """Format how long something has lasted, in whole units: `45 s`, `3 min 12 s`, `2 h 5 min`, `3 d 4 h`."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
+    first = next((place for place, (number, _) in enumerate(parts) if number), 0)
+    return " ".join(f"{number} {unit}" for number, unit in parts[first : first + 2] if number) or "0 s"
 
 
 def clock(seconds: float) -> str:

@@ -20,8 +20,8 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import IO, Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any
 
 from surfw.cli import signals
 from surfw.config import printable
@@ -29,6 +29,8 @@ from surfw.errors import ConfigurationError
 
 _UNSEEN = re.compile(r"\x1b7.*?\x1b8|\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]| (\x1b\[J)?\x08", re.DOTALL)
 """What `surfw.cli.screen` and rich send that leaves the cursor where it was, or moves it up and down."""
+if TYPE_CHECKING:
+    from surfw.cli.screen import Screen
 
 
 class OutputError(Exception):
@@ -44,14 +46,7 @@ class OutputError(Exception):
         self.is_unread = is_unread
 
 
-class Screen(Protocol):
-    """Whoever draws on the terminal, see `surfw.cli.screen`."""
-
-    def stepping_aside(self, text: str) -> AbstractContextManager[None]:
-        """Let somebody else write this text."""
-
-
-_screens: list[Screen] = []
+_screens: list["Screen"] = []
 
 
 class Output(io.TextIOWrapper):
@@ -163,7 +158,7 @@ class OneLine(logging.Formatter):
         return one_line(super().format(record))
 
 
-def set_screen(screen: Screen | None) -> None:
+def set_screen(screen: "Screen | None") -> None:
     """Have a screen step aside for whatever is written to a terminal from now on; None for no screen."""
     _screens[:] = [] if screen is None else [screen]
 

@@ -57,13 +57,15 @@ class ConversationFacts:
 
     Attributes:
         turns: messages that were answered.
-        tokens: of the conversation, that the KV cache holds.
+        tokens: of all that was said, in the chat template where there is one.
+        cached_tokens: of those, what the KV cache holds; 0 where the next turn reads all of them again.
         positions: tokens that the model has positions for; None if there is no bound.
         kv_cache_bytes: memory that the KV cache takes.
     """
 
     turns: int
     tokens: int
+    cached_tokens: int
     positions: int | None
     kv_cache_bytes: int
 
@@ -108,6 +110,7 @@ class Conversation:
         self._model = model
         self._tokenizer: PreTrainedTokenizerBase = tokenizer
         self._request = InferenceRequest(prompt="", **options)
+        self._tokens = 0
         self._memory = _Memory()
         self._run: Run | None = None
         self._lock = threading.Lock()
@@ -138,6 +141,7 @@ class Conversation:
         """Forget all messages, and give the memory of the KV cache back. The system message stays."""
         with self._lock:
             self.messages.clear()
+            self._tokens = 0
             self._memory = _Memory()
 
     def stop(self) -> None:
@@ -149,7 +153,8 @@ class Conversation:
         """How long it is."""
         return ConversationFacts(
             turns=sum(message["role"] == "user" for message in self.messages),
-            tokens=len(self._memory.token_ids),
+            tokens=self._tokens,
+            cached_tokens=len(self._memory.token_ids),
             positions=self._positions,
             kv_cache_bytes=cache_bytes(self._memory.cache),
         )
@@ -226,6 +231,7 @@ class Conversation:
         if turn.ending != "stopped" or turn.text:
             content = self._content(turn, prompt_ids)
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": content}]
+            self._tokens = turn.prompt_tokens + len(turn.token_ids)
         return turn
 
     def _why_ended(self, result: InferenceResult, request: InferenceRequest) -> Ending:

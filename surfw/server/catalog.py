@@ -21,12 +21,10 @@ from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModel
 from surfw.manifest import Chunk, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Reader, SingleFlight
-from surfw.server.journal import Journal
+from surfw.server.journal import Journal, Sparse
 from surfw.server.sending import Document
 from surfw.storage import Store
 from surfw.wire import Get, GetFile
-
-log = logging.getLogger("surfw.server")
 
 FRESH_SECONDS = 2.0
 """How old the listing may be when a chunk or a file is looked up. So much later, a removed model is gone here too."""
@@ -78,6 +76,7 @@ class Catalog:
         """The models in the last listing."""
         self._store = store
         self._journal = journal or Journal()
+        self._outages = Sparse(self._journal, "storage", logging.WARNING)
         self._was_listed = False
         self._fresh_seconds = fresh_seconds
         self._listed = float("-inf")
@@ -152,7 +151,7 @@ class Catalog:
             try:
                 await self.models(reader)
             except StorageError as exc:  # what is in the cache can be served without the storage
-                log.warning("the models of %s cannot be listed: %s", self._store.url, exc)
+                self._outages.note("the models of the store cannot be listed", str(exc))
         return self._entries.get(model) or await self.read(model, reader)
 
     async def _read(self, name: str, _: Reader) -> Entry:

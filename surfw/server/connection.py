@@ -6,7 +6,6 @@ server does wrong is an `error` for the request; the details, such as where thin
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,8 +41,6 @@ from surfw.wire import (
     Request,
     ServerSession,
 )
-
-log = logging.getLogger("surfw.server")
 
 _HELLO_SECONDS = 10
 _REASON_BYTES = 120
@@ -200,7 +197,7 @@ class Connection:
     def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
         del self.open_requests[request.id]
         if not task.cancelled() and (exc := task.exception()):
-            log.error("%s: answering %s failed, which is a bug in surfw", self._peer, request, exc_info=exc)
+            self._log.bugs.note(f"{self._peer} cannot be answered, which is a bug in surfw", str(request), trace=exc)
             self._fail(request, "internal", "the server failed; its log says more")
 
     def _fail(self, request: Request, code: str, text: str) -> None:

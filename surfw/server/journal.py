@@ -35,9 +35,25 @@ class Journal:
         """Start with none."""
         self._entries: deque[_Entry] = deque(maxlen=KEPT_EVENTS)
 
-    def note(self, kind: str, text: str, details: str = "", *, level: int = logging.INFO) -> None:
-        """Log an event, and keep it; `kind` is one of those that `ServerEvent` lists."""
-        log.log(level, "%s%s", text, f": {details}" if details else "")
+    def note(
+        self,
+        kind: str,
+        text: str,
+        details: str = "",
+        *,
+        level: int = logging.INFO,
+        trace: BaseException | None = None,
+    ) -> None:
+        """Log an event, and keep it.
+
+        Args:
+            kind: one of those that `ServerEvent` lists.
+            text: for everybody who may see the statistics.
+            details: for the log and the server's own screen.
+            level: of the line in the log.
+            trace: an exception whose traceback goes to the log.
+        """
+        log.log(level, "%s%s", text, f": {details}" if details else "", exc_info=trace)
         self._entries.append(_Entry(time.time(), kind, text, details))
 
     def recent(self, *, details: bool = False) -> list[ServerEvent]:
@@ -65,12 +81,12 @@ class Sparse:
         self._most = self._left = most
         self._next = float("-inf")
         self._counted = 0
-        self._last = ("", "")
+        self._last: tuple[str, str, BaseException | None] = ("", "", None)
 
-    def note(self, text: str, details: str = "") -> None:
+    def note(self, text: str, details: str = "", *, trace: BaseException | None = None) -> None:
         """Note the event, or count it."""
         self._counted += 1
-        self._last = text, details
+        self._last = text, details, trace
         if time.monotonic() >= self._next:
             self._left, self._next = self._most, time.monotonic() + _SPARSE_SECONDS
         if self._left:
@@ -81,12 +97,13 @@ class Sparse:
         """Note the last event that was counted, with the number of the others."""
         if not self._counted:
             return
-        text, details = self._last
+        text, details, trace = self._last
         if self._counted > 1:
             more = f" (and {self._counted - 1} times more before)"
             text, details = (text, details + more) if details else (text + more, "")
-        self._journal.note(self._kind, text, details, level=self._level)
+        self._journal.note(self._kind, text, details, level=self._level, trace=trace)
         self._counted = 0
+        self._last = ("", "", None)
 
 
 class ClientLog:
@@ -100,8 +117,9 @@ class ClientLog:
         self.refusals = Sparse(journal, "refused", logging.INFO)
         self.failures = Sparse(journal, "failed", logging.WARNING)
         self.changes = Sparse(journal, "failed", logging.ERROR)
+        self.bugs = Sparse(journal, "failed", logging.ERROR)
 
     def flush(self) -> None:
         """Note what was counted, of each kind."""
-        for kind in (self.arrivals, self.departures, self.closings, self.refusals, self.failures, self.changes):
+        for kind in vars(self).values():
             kind.flush()

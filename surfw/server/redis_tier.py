@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 from surfw.config import display_url, printable
 from surfw.errors import ConfigurationError
+from surfw.server.journal import Journal
 from surfw.wire import RedisState
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
-
-log = logging.getLogger("surfw.server")
 
 _SECONDS = 1.0
 """How long Redis may take to answer, its connection included."""
@@ -36,6 +35,7 @@ class RedisTier:
         self.url = display_url(url)
         self._secret_url = url
         self._client: Redis | None = None
+        self._journal = Journal()
         self._reachable: bool | None = None  # not known until it is asked
         _make_client(url, self.url)
 
@@ -44,14 +44,15 @@ class RedisTier:
         """Where it is, and whether it answered when it was last asked."""
         return {"url": self.url, "reachable": bool(self._reachable)}
 
-    async def open(self) -> None:
-        """Connect. If it cannot be reached, log a warning, and go on."""
+    async def open(self, journal: Journal) -> None:
+        """Connect. If it cannot be reached, go on; the journal notes that, and when it changes."""
+        self._journal = journal
         self._client = _make_client(self._secret_url, self.url)
         self._reachable = None
         await self.check()
 
     async def check(self) -> None:
-        """Find out whether it answers now, within a second; log it if that has changed."""
+        """Find out whether it answers now, within a second; note it if that has changed."""
         if self._client is None:
             return
         from redis.exceptions import RedisError
@@ -67,9 +68,10 @@ class RedisTier:
         was_reachable, self._reachable = self._reachable, not reason
         if was_reachable is not self._reachable:
             if reason:
-                log.warning("Redis at %s cannot be reached, and the server goes on without it: %s", self.url, reason)
+                text = f"Redis at {self.url} cannot be reached, and the server goes on without it"
+                self._journal.note("redis", text, reason, level=logging.WARNING)
             else:
-                log.info("Redis at %s is reached", self.url)
+                self._journal.note("redis", f"Redis at {self.url} is reached")
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""

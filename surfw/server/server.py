@@ -324,7 +324,7 @@ class AdvancedWeightServer(WeightServer):
 
     async def _prepare(self) -> None:
         await super()._prepare()
-        await self._redis.open()
+        await self._redis.open(self._journal)
 
     async def _release(self) -> None:
         await self._redis.close()

@@ -85,7 +85,8 @@ class ServerEvent(TypedDict):
     """Something that happened, when (in seconds since 1970), and of which kind.
 
     Kinds are `joined`, `left`, `closed` (for breaking the protocol), `refused`, `failed` (a request, because of the
-    storage), `storage` (slow, away or back), `models` (came or went) and `cache`. Later versions may have more.
+    storage), `storage` (slow, away or back), `redis` (away or there), `models` (came or went) and `cache`. Later
+    versions may have more.
     """
 
     time: float

@@ -8,13 +8,16 @@ from pathlib import Path
 from tests.services import warm
 
 SURFW = str(Path(sys.executable).parent / "surfw")
+_NO_SERVER = "1"
+"""A port at which nobody serves, whoever has started a server on this machine."""
 
 
 def environment(home: Path, **extra: str) -> dict[str, str]:
-    """The environment of a command: nothing of the tester's own, no hub, and no size of a window that it is not in."""
+    """The environment of a command: nothing of the tester's own, no hub or server, and no size of another window."""
     not_ours = ("SURFW_", "HF_", "COLUMNS", "LINES")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
-    return clean | {"SURFW_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "TERM": "dumb"} | extra
+    own = {"SURFW_HOME": str(home), "SURFW_PORT": _NO_SERVER, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
+    return clean | own | {"TERM": "dumb"} | extra
 
 
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:

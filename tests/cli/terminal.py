@@ -8,7 +8,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +19,31 @@ from rich.cells import cell_len
 from tests.cli.run import SURFW, environment
 from tests.services import warm
 
+CTRL_C, CTRL_D = "\x03", "\x04"
+
 _SECONDS = 60.0
 _TAKE_TERMINAL = (
     "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
 )
 
 
-class _Screen(pyte.HistoryScreen):
-    """Pyte's terminal, with two things that it leaves out."""
+class Display(pyte.HistoryScreen):
+    """Pyte's terminal, with two things that it leaves out; rows that scroll out at the top are kept."""
+
+    def __init__(self, columns: int, rows: int) -> None:
+        super().__init__(columns, rows, history=1000, ratio=0.5)
+        self.set_mode(pyte.modes.LNM)  # as a terminal's driver does it
+
+    def window(self) -> list[str]:
+        """The rows in the window."""
+        return [row.rstrip() for row in self.display]
+
+    def rows(self) -> list[str]:
+        """All rows, from the oldest that has scrolled out to the last that is not empty."""
+        rows = ["".join(row[at].data for at in sorted(row)).rstrip() for row in self.history.top] + self.window()
+        while rows and not rows[-1]:
+            rows.pop()
+        return rows
 
     def draw(self, data: str) -> None:
         """Show text; a letter of two cells that does not fit at the end of a row goes to the next."""
@@ -59,13 +75,13 @@ class Terminal:
 
     Attributes:
         seen: all that the process has written.
-        screen: what is shown of it; rows that scroll out at the top are kept.
+        screen: what is shown of it.
     """
 
     def __init__(self, columns: int, rows: int) -> None:
-        self.screen = _Screen(columns, rows, history=1000, ratio=0.5)
-        self.screen.set_mode(pyte.modes.LNM)  # as a terminal's driver does it
+        self.screen = Display(columns, rows)
         self.seen = b""
+        self._read = 0
         self._stream = pyte.ByteStream(self.screen)
         self._changed = threading.Condition()
         self.ours, self.theirs = pty.openpty()
@@ -73,18 +89,14 @@ class Terminal:
 
     def resize(self, columns: int, rows: int) -> None:
         """Make the window larger or smaller; as in a terminal that does not wrap its lines anew."""
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         with self._changed:
+            fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
             self.screen.resize(rows, columns)
 
     def rows(self) -> list[str]:
         """All rows, from the oldest that has scrolled out to the last that is not empty."""
         with self._changed:
-            gone = ["".join(row[at].data for at in sorted(row)).rstrip() for row in self.screen.history.top]
-            rows = [*gone, *(row.rstrip() for row in self.screen.display)]
-        while rows and not rows[-1]:
-            rows.pop()
-        return rows
+            return self.screen.rows()
 
     def shows(self, text: str) -> bool:
         """Whether a text is to be seen, or was and has scrolled out."""
@@ -92,14 +104,28 @@ class Terminal:
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
         """Wait for something that the process writes."""
-        end = time.monotonic() + _SECONDS
-        while not is_so():
-            with self._changed:
-                assert self._changed.wait(end - time.monotonic()), self.rows()
+        with self._changed:
+            assert self._changed.wait_for(is_so, _SECONDS), self.rows()
 
-    def type(self, keys: bytes) -> None:
+    def wait_for(self, is_so: Callable[[list[str]], bool]) -> list[str]:
+        """Wait until the window is as it should be; returns its rows, those that have scrolled out left out."""
+        with self._changed:
+            self.wait_until(lambda: is_so(self.screen.window()))
+            return self.screen.window()
+
+    def wait_for_text(self, text: str) -> list[str]:
+        """Wait until a text stands in the window; returns its rows."""
+        return self.wait_for(lambda rows: any(text in row for row in rows))
+
+    def read_to(self, text: str) -> None:
+        """Wait until the process has written this, also between codes; what it wrote before is done with."""
+        wanted = text.encode()
+        self.wait_until(lambda: wanted in self.seen[self._read :])
+        self._read = self.seen.index(wanted, self._read) + len(wanted)
+
+    def type(self, keys: str) -> None:
         """Type something."""
-        os.write(self.ours, keys)
+        os.write(self.ours, keys.encode())
 
     def follow(self) -> None:
         """Show what the process writes, until it ends."""
@@ -131,7 +157,8 @@ def terminal(
     """
     window = Terminal(columns, rows)
     out = window.theirs if stdout is None else stdout.fileno()
-    variables = environment(home, **{"TERM": "xterm-256color"} | extra)
+    own = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers it where the cursor is
+    variables = environment(home, **own | extra)
     process: subprocess.Popen[bytes] | warm.Process
     if command[0] == SURFW and not controls:
         process = warm.start(command, stdin=window.theirs, stdout=out, stderr=window.theirs, env=variables)

@@ -1,21 +1,13 @@
 """A session with a model, at a real terminal and in a pipe."""
 
-import fcntl
 import json
 import os
-import pty
-import select
 import signal
 import stat
-import struct
 import subprocess
 import sys
-import termios
 import threading
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -31,8 +23,8 @@ from surfw.errors import ConfigurationError
 from surfw.models.conversation import Ending, Turn
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
+from tests.cli.terminal import CTRL_C, CTRL_D, terminal
 from tests.cli.test_streams import EVIL, on_a_terminal, steering
-from tests.services import warm
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
@@ -41,7 +33,7 @@ TEMPLATE = (
 TALK = ("chat", "talker", "--max-new-tokens", "700", "--temperature", "1", "--seed", "1")
 """An answer that is long enough to be stopped, and has words."""
 
-UP, CTRL_C, CTRL_D = "\x1b[A", "\x03", "\x04"
+UP = "\x1b[A"
 PROMPT, ANSWER = "\x1b[0;1m>", "/700 tokens"
 """What prompt_toolkit writes before a message, and what stands in the status once an answer has begun."""
 
@@ -59,91 +51,45 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-class Terminal:
-    """A terminal of 200 columns, and the command that runs in it."""
-
-    def __init__(self, ours: int, process: Any) -> None:
-        self._ours = ours
-        self.process = process
-        self.seen = ""
-
-    def send(self, text: str) -> None:
-        os.write(self._ours, text.encode())
-
-    def wait_for(self, text: str, seconds: float = 60) -> str:
-        """Read until the text has come; what came before it is done with."""
-        end = time.monotonic() + seconds
-        while text not in self.seen:
-            assert time.monotonic() < end, f"no {text!r} in {self.seen!r}"
-            if select.select([self._ours], [], [], 0.1)[0]:
-                self.seen += os.read(self._ours, 1 << 16).decode(errors="replace")
-        before, _, self.seen = self.seen.partition(text)
-        return before
-
-
-@contextmanager
-def terminal(home: Path, *command: str, has_imports: bool = True) -> Iterator[Terminal]:
-    """A command at a terminal: one that has its imports done; or one that starts anew, and that the terminal controls.
-
-    Only there does Ctrl-C become a signal while nobody reads keys.
-    """
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
-    env = environment(home, TERM="xterm-256color", PROMPT_TOOLKIT_NO_CPR="1")
-    process: Any
-    if has_imports:
-        process = warm.start(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
-    else:
-        opening = ["sh", "-c", 'exec "$@" <"$0"', os.ttyname(theirs)]  # which makes it the terminal of the session
-        process = subprocess.Popen([*opening, *command], env=env, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    try:
-        yield Terminal(ours, process)
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
 def test_a_session(home: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    with terminal(home, SURFW, *TALK, has_imports=False) as it:
-        it.wait_for("Ctrl-D ends the session")
-        it.wait_for(PROMPT)
-        it.send("Weights arrive\r")
-        it.wait_for("reading the prompt")
-        it.wait_for(ANSWER)
-        it.send(CTRL_C)
-        it.wait_for("stopped")
-        it.wait_for(PROMPT)
-        it.send(UP)
-        it.wait_for("arrive")
-        it.send(" again\r")
-        it.wait_for(" cached")
-        it.wait_for(PROMPT)
-        it.send("not sent" + CTRL_C)
-        it.wait_for("Ctrl-C again, or Ctrl-D, ends the session")
-        it.wait_for(PROMPT)
-        it.send("/stats\r")
-        it.wait_for("2 turns")
-        it.send(f"/save {saved}\r")
-        it.wait_for("saved in")
-        it.send(f"/save {saved}\r")
-        it.wait_for("is there already, and is not overwritten; name a new file")
-        it.send(f"/save {saved.with_suffix('.txt')}\r")
-        it.wait_for("saved in")
-        it.send("/nonsense\r")
-        it.wait_for("there is no command '/nonsense'; /help lists them")
-        it.send("/reset\r")
-        it.wait_for("a new conversation")
-        it.send(" /help is a message here\r")
-        it.wait_for("reading the prompt")
-        it.wait_for(ANSWER)
-        it.send(CTRL_C)
-        it.wait_for("stopped")
-        it.wait_for(PROMPT)
-        it.send(CTRL_D)
-        assert it.process.wait(60) == 0
+    with terminal(home, [SURFW, *TALK], controls=True) as (it, process):
+        it.read_to("Ctrl-D ends the session")
+        it.read_to(PROMPT)
+        it.type("Weights arrive\r")
+        it.read_to("reading the prompt")
+        it.read_to(ANSWER)
+        it.type(CTRL_C)
+        it.read_to("stopped")
+        it.read_to(PROMPT)
+        it.type(UP)
+        it.read_to("arrive")
+        it.type(" again\r")
+        it.read_to("cached")
+        it.read_to(PROMPT)
+        it.type("not sent" + CTRL_C)
+        it.read_to("Ctrl-C again, or Ctrl-D, ends the session")
+        it.read_to(PROMPT)
+        it.type("/stats\r")
+        it.read_to("2 turns")
+        it.type(f"/save {saved}\r")
+        it.read_to("saved in")
+        it.type(f"/save {saved}\r")
+        it.read_to("is there already, and is not overwritten; name a new file")
+        it.type(f"/save {saved.with_suffix('.txt')}\r")
+        it.read_to("saved in")
+        it.type("/nonsense\r")
+        it.read_to("there is no command '/nonsense'; /help lists them")
+        it.type("/reset\r")
+        it.read_to("a new conversation")
+        it.type(" /help is a message here\r")
+        it.read_to("reading the prompt")
+        it.read_to(ANSWER)
+        it.type(CTRL_C)
+        it.read_to("stopped")
+        it.read_to(PROMPT)
+        it.type(CTRL_D)
+        assert process.wait(60) == 0
     document = json.loads(saved.read_text())
     assert document["model"] == "talker"
     roles = [message["role"] for message in document["messages"]]
@@ -160,25 +106,25 @@ def test_a_session(home: Path, tmp_path: Path) -> None:
     ("where", "number", "code"), [("at the prompt", signal.SIGTERM, 143), ("during an answer", signal.SIGHUP, 129)]
 )
 def test_other_signals_end_it(where: str, number: signal.Signals, code: int, home: Path) -> None:
-    with terminal(home, SURFW, *TALK) as it:
-        it.wait_for(PROMPT)
+    with terminal(home, [SURFW, *TALK]) as (it, process):
+        it.read_to(PROMPT)
         if where == "during an answer":
-            it.send("Weights arrive\r")
-            it.wait_for("reading the prompt")
-            it.wait_for(ANSWER)
-        it.process.send_signal(number)
-        it.wait_for(f"surfw: interrupted by {number.name}")
-        assert it.process.wait(60) == code
+            it.type("Weights arrive\r")
+            it.read_to("reading the prompt")
+            it.read_to(ANSWER)
+        process.send_signal(number)
+        it.read_to(f"surfw: interrupted by {number.name}")
+        assert process.wait(60) == code
 
 
 def test_ctrl_c_twice_ends_it_and_infer_without_a_prompt_begins_it(home: Path) -> None:
-    with terminal(home, SURFW, "infer", "--model", "talker") as it:
-        it.wait_for(PROMPT)
-        it.send(CTRL_C)
-        it.wait_for("Ctrl-C again")
-        it.wait_for(PROMPT)
-        it.send(CTRL_C)
-        assert it.process.wait(60) == 0
+    with terminal(home, [SURFW, "infer", "--model", "talker"]) as (it, process):
+        it.read_to(PROMPT)
+        it.type(CTRL_C)
+        it.read_to("Ctrl-C again")
+        it.read_to(PROMPT)
+        it.type(CTRL_C)
+        assert process.wait(60) == 0
 
 
 def test_each_line_of_a_pipe_is_a_turn(home: Path) -> None:

@@ -26,7 +26,7 @@ def write(folder: Path, text: str) -> str:
 
 def test_config_shows_every_setting_and_where_it_comes_from(tmp_path: Path) -> None:
     file = write(tmp_path, 'port = 9000\nlive = true\nstore = "s3://key:secret@bucket/models"')
-    shown = json.loads(surfw(tmp_path, "config", "--config", file, "--json", SURFW_HOST="::1").stdout)
+    shown = json.loads(surfw(tmp_path, "config", "--config", file, "--json", SURFW_HOST="::1", SURFW_PORT="").stdout)
     assert list(shown) == [*SETTINGS, "token"]
     assert shown["port"] == {"value": 9000, "from": file}
     assert shown["live"] == {"value": True, "from": file}
@@ -34,7 +34,7 @@ def test_config_shows_every_setting_and_where_it_comes_from(tmp_path: Path) -> N
     assert shown["seed"] == {"value": None, "from": "default"}
     assert shown["token"] == {"value": "not set", "from": "default"}
     assert "secret" not in shown["store"]["value"]
-    table = surfw(tmp_path, "--config", file, "config").stdout
+    table = surfw(tmp_path, "--config", file, "config", SURFW_PORT="").stdout
     assert ["port", "9000"] in [line.split()[:2] for line in table.splitlines()]
     assert "secret" not in table
 
@@ -54,7 +54,7 @@ def test_the_file_is_named_before_or_after_the_command_or_by_a_variable(tmp_path
     other.write_text("[tool.surfw]\nport = 2\n")
 
     def port(*arguments: str, **extra: str) -> int:
-        return int(json.loads(surfw(tmp_path, *arguments, "--json", **extra).stdout)["port"]["value"])
+        return int(json.loads(surfw(tmp_path, *arguments, "--json", SURFW_PORT="", **extra).stdout)["port"]["value"])
 
     assert port("--config", file, "config") == port("config", "--config", file) == 1
     assert port("config", SURFW_CONFIG=file) == 1
@@ -144,10 +144,12 @@ def test_a_server_and_its_clients_share_one_file(tmp_path: Path) -> None:
     with serve(tmp_path / "store", "--token-file", str(tmp_path / "token")) as served:
         port = served.url.rpartition(":")[2]
         file = write(tmp_path, f'port = {port}\ntoken_file = "{tmp_path / "token"}"\nmax_new_tokens = 1')
-        done = surfw(tmp_path, "--config", file, "infer", "--prompt-ids", "5,6")
+        done = surfw(tmp_path, "--config", file, "infer", "--prompt-ids", "5,6", SURFW_PORT="")
         assert "(the server on this machine)" in done.stderr
         assert done.returncode == 0
-        assert json.loads(surfw(tmp_path, "--config", file, "stats", "--json").stdout)["models"] == ["tiny"]
+        assert json.loads(surfw(tmp_path, "--config", file, "stats", "--json", SURFW_PORT="").stdout)["models"] == [
+            "tiny"
+        ]
         assert surfw(tmp_path, "stats", served.url, SURFW_TOKEN="s3cret").returncode == 0
         assert "token" in complaint(surfw(tmp_path, "stats", served.url, SURFW_TOKEN="wrong"))
 

@@ -1,8 +1,11 @@
 """A full screen tells its view how high it is, holds back what is logged, and leaves its last view behind."""
 
+import asyncio
 import io
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import pytest
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -81,3 +84,36 @@ def test_what_is_waited_for_is_no_markup(monkeypatch: pytest.MonkeyPatch) -> Non
     with render.busy("reading a[/b]", quiet=False) as step:
         step("reading [old]/a[/b]")
     assert "reading [old]/a[/b]" in terminal.getvalue()
+
+
+class Unread(io.StringIO):
+    """A terminal that takes nothing until somebody else has had a turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read = threading.Event()
+
+    def write(self, text: str) -> int:
+        assert self.read.wait(60)
+        return super().write(text)
+
+
+def test_an_event_loop_does_not_wait_for_the_terminal() -> None:
+    terminal = Unread()
+    screen = FullScreen(Console(file=terminal, force_terminal=True, highlight=False, width=60, height=20))
+
+    async def others(does: Coroutine[Any, Any, object]) -> None:
+        """Do it while nobody reads the terminal, which the loop itself does afterwards."""
+        terminal.read.clear()
+        doing = asyncio.create_task(does)
+        await asyncio.sleep(0)
+        terminal.read.set()
+        await doing
+
+    async def main() -> None:
+        await others(screen.__aenter__())
+        await asyncio.to_thread(screen.show, "the last view")
+        await others(screen.__aexit__(None, None, None))
+
+    asyncio.run(main())
+    assert terminal.getvalue().rindex("the last view") > terminal.getvalue().rindex("\x1b[?1049l")

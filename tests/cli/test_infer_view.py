@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import SURFW, environment, surfw
-from tests.cli.terminal import terminal
+from tests.cli.terminal import CTRL_C, terminal
 from tests.services import warm
 
 SAYS = "Weight streaming is a way to run a model whose weights do not fit into memory."
@@ -80,7 +80,7 @@ def test_no_colour(home: Path) -> None:
 def test_what_was_said_stays_after_ctrl_c(home: Path) -> None:
     with terminal(home, [SURFW, *DEMO, "300", "--ignore-eos"], controls=True) as (window, process):
         window.wait_until(lambda: window.shows("/300 tokens") and window.shows("is a way to run"))
-        window.type(b"\x03")
+        window.type(CTRL_C)
     assert process.returncode == 130
     text = "\n".join(window.rows())
     assert "Weight streaming is a way to run" in text

@@ -57,6 +57,7 @@ MISTAKES = [
     ("chunk", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
     ("chunk list", 2, "list is no checkpoint here; did you mean 'surfw list'? For a directory write ./list"),
     ("chunk --list --prune", 2, "give one of --list and --prune at a time"),
+    ("stats --every 5", 2, "--every needs --watch; add it, or leave --every out"),
     ("stats ./store", 2, "./store is not the address of a server; expected HOST:PORT or ws://HOST:PORT"),
     # Places and names.
     ("chunk ./nowhere", 1, "./nowhere is not a directory here; give the directory of a checkpoint, or a hub id"),

@@ -1,5 +1,6 @@
 """`serve` and `stats --watch`, on real terminals and in pipes, with a server that goes away and comes back."""
 
+import contextlib
 import json
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.run import SURFW, environment, surfw
-from tests.cli.window import on_terminal
+from tests.cli.terminal import CTRL_C, terminal
 from tests.servers import serve
 from tests.services.processes import free_port
 from tests.stores import make_store
@@ -65,11 +66,11 @@ def start_client(url: str) -> subprocess.Popen[str]:
 def test_serve(columns: int, lines: int, store: Path, client: list[subprocess.Popen[str]]) -> None:
     port = free_port()
     command = [SURFW, "serve", "--port", str(port), "--cache-mb", "17", "--store", str(store)]
-    with on_terminal(store.parent, *command, columns=columns, lines=lines) as terminal:
-        terminal.wait_for_text("memory, CPU")
-        assert terminal.seen.startswith(b"surfw: opening "), "the first sign of life"
+    with terminal(store.parent, command, columns=columns, rows=lines, controls=True) as (window, process):
+        window.wait_for_text("memory, CPU")
+        assert window.seen.startswith(b"surfw: opening "), "the first sign of life"
         client.append(start_client(f"ws://127.0.0.1:{port}"))
-        shown = terminal.wait_for_text("  the cache of ")
+        shown = window.wait_for_text("  the cache of ")
         assert shown[0].startswith("surfw ")
         assert (f"ws://127.0.0.1:{port}" in shown[0], "Ctrl-C stops" in shown[0]) == (True, columns > 46)
         text = " ".join(shown)
@@ -77,43 +78,46 @@ def test_serve(columns: int, lines: int, store: Path, client: list[subprocess.Po
         assert "toy/model" in text
         assert ("says it is" in text) == (columns > 46)
         assert len([line for line in shown if line[2:3] == line[5:6] == ":"]) == 2, "each event in a line"
-        terminal.resize(60, 26)
-        shown = terminal.wait_for(lambda lines: any(len(line) == 60 and line.endswith("…") for line in lines))
+        window.resize(60, 26)
+        shown = window.wait_for(lambda lines: any(len(line) == 60 and line.endswith("…") for line in lines))
         assert sum(line.startswith("memory, CPU") for line in shown) == 1, "nothing is left of the other size"
-        terminal.press("\x03")
-        assert terminal.end() == 0
-        assert terminal.seen.rindex(b"memory, CPU") > terminal.seen.rindex(b"\x1b[?1049l"), "the last figures stay"
+        window.type(CTRL_C)
+    assert process.returncode == 0
+    assert window.seen.rindex(b"memory, CPU") > window.seen.rindex(b"\x1b[?1049l"), "the last figures stay"
 
 
 def test_a_terminal_on_which_nothing_can_be_drawn_gets_lines(store: Path) -> None:
     command = [SURFW, "serve", "--port", "0", "--store", str(store)]
-    with on_terminal(store.parent, *command, TERM="dumb") as terminal:
-        terminal.wait_for_text(" serves ")
-        assert b"\x1b" not in terminal.seen
-        terminal.press("\x03")
-        assert terminal.end() == 0
+    with terminal(store.parent, command, controls=True, TERM="dumb") as (window, process):
+        window.wait_for_text(" serves ")
+        assert b"\x1b" not in window.seen
+        window.type(CTRL_C)
+    assert process.returncode == 0
 
 
 def test_watching_a_server_that_is_started_again(store: Path) -> None:
     port = str(free_port())
-    with on_terminal(store.parent, SURFW, "stats", f"127.0.0.1:{port}", "--watch") as terminal:
-        assert terminal.end() == 1, "an address at which there never was a server is a mistake"
-        assert b"connection refused" in terminal.seen
-    with serve(store, "--port", port) as served:
-        watching = on_terminal(store.parent, SURFW, "stats", served.url, "--watch", "--every", "0.1")
-        terminal = watching.__enter__()
-        terminal.wait_for_text("0.0/s")
-    try:
-        away = terminal.wait_for_text("not reachable since")
-        assert re.search(r"not reachable since \d\d:\d\d:\d\d, trying again \(.*connection refused\)", " ".join(away))
-        assert any(line.startswith("memory, CPU") for line in away), "the last figures stay meanwhile"
-        with serve(store, "--port", port):
-            terminal.wait_for(lambda lines: any("0.0/s" in line for line in lines) and "not reach" not in lines[1])
-            terminal.press("\x03")
-            assert terminal.end() == 0
-        assert b"interrupted" not in terminal.seen
-    finally:
-        watching.__exit__(None, None, None)
+    with terminal(store.parent, [SURFW, "stats", f"127.0.0.1:{port}", "--watch"], controls=True) as (window, process):
+        pass
+    assert process.returncode == 1, "an address at which there never was a server is a mistake"
+    assert b"connection refused" in window.seen
+    with contextlib.ExitStack() as first:
+        served = first.enter_context(serve(store, "--port", port))
+        command = [SURFW, "stats", served.url, "--watch", "--every", "0.1"]
+        with terminal(store.parent, command, controls=True) as (window, process):
+            window.wait_for_text("0.0/s")
+            first.close()
+            away = window.wait_for_text("not reachable since")
+            assert re.search(
+                r"not reachable since \d\d:\d\d:\d\d, trying again \(.*connection refused\)", " ".join(away)
+            )
+            assert any(line.startswith("memory, CPU") for line in away), "the last figures stay meanwhile"
+            with serve(store, "--port", port):
+                window.wait_for(lambda lines: any("0.0/s" in line for line in lines) and "not reach" not in lines[1])
+                window.type(CTRL_C)
+                process.wait(60)
+    assert process.returncode == 0
+    assert b"interrupted" not in window.seen
 
 
 def test_watching_into_a_pipe(store: Path) -> None:

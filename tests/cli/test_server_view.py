@@ -1,6 +1,7 @@
 """What is shown of a server fits every window, with and without what older servers do not report."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from surfw.cli import render
 from surfw.cli.server_view import Column, ServerView, fit_table, join_fitting, list_fitting, share_lines, status_line
+from surfw.cli.status import age
 from surfw.wire import Rates, ServerStats
 from tests.wire.test_reports import STATS, WITH_MORE
 
@@ -55,7 +57,10 @@ def test_a_window_of_the_usual_size() -> None:
     assert len(lines) == 24
 
 
-@pytest.mark.parametrize(("width", "height"), [(46, 24), (80, 24), (200, 50), (30, 10), (80, 8), (20, 3)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(46, 24), (80, 24), (200, 50), (30, 24), (30, 10), (30, 8), (80, 8), (20, 3), (5, 2)],
+)
 @pytest.mark.parametrize("stats", [STATS, WITH_MORE, BUSY], ids=["older", "newer", "busy"])
 def test_every_window_is_enough(width: int, height: int, stats: ServerStats) -> None:
     view = ServerView(stats=stats, rates=RATES, live=True, where="ws://127.0.0.1:8765", remark="Ctrl-C ends")
@@ -64,6 +69,23 @@ def test_every_window_is_enough(width: int, height: int, stats: ServerStats) -> 
     if width >= 46 and height >= 24:
         assert len(lines) <= height
         assert any(line.startswith("memory, CPU") for line in lines)
+
+
+def test_a_window_that_is_too_small_for_tables_has_words() -> None:
+    view = ServerView(stats=BUSY, rates=RATES, live=True, where="ws://127.0.0.1:8765", remark="Ctrl-C ends")
+    assert [line for line in screen(view, 30, 8) if line] == [
+        "surfw 0.9.0 · up 3 min 12 s",
+        "--cache-mb 2220 would help",
+        "sent 41.2 MB/s",
+        "read 38.1 MB/s",
+        "requests 1,234.5/s",
+        "hits 50.0% · 25 clients",
+    ]
+    away = replace(view, stats=STATS | {"storage": {"url": "/store", "healthy": False}}, rates=None)
+    assert screen(away, 80, 8)[1:3] == [
+        "storage NOT reachable · sent 9 B · read – · requests 7 · hits 50.0%",
+        "10 clients",
+    ]
 
 
 def test_a_narrow_window_leaves_columns_out_and_cuts_no_number() -> None:
@@ -158,8 +180,8 @@ def test_a_line_for_a_log() -> None:
         (-5, "0 s"),
     ],
 )
-def test_durations(seconds: float, text: str) -> None:
-    assert render.duration(seconds) == text
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text
 
 
 def test_the_latest_time_that_a_server_can_name() -> None:

@@ -55,6 +55,6 @@ def test_numbers_as_people_read_them() -> None:
     assert [rate(one) for one in (0.123, 1.083, 23.46, 117.4)] == ["0.12", "1.08", "23.5", "117"]
     assert [clock(one) for one in (0, 8.6, 87.1, 3725)] == ["0:00", "0:09", "1:27", "1:02:05"]
     assert [duration(one) for one in (0.354, 2.14, 9.96, 33.2, 59.7, 125, 3725)] == [
-        "0.35 s", "2.1 s", "10 s", "33 s", "1:00 min", "2:05 min", "1:02:05 h",
+        "0.35 s", "2.1 s", "10 s", "33 s", "1 min", "2 min 5 s", "1 h 2 min",
     ]  # fmt: skip
     assert len({spinner(tenths / 10) for tenths in range(10)}) == 10

@@ -4,13 +4,14 @@ import asyncio
 import http.server
 import json
 import os
-import pty
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
 """Sets a title, clears the screen in two ways, overwrites the line, and turns the writing around."""
+STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 
 @contextmanager
@@ -53,20 +55,11 @@ def evil_server() -> Iterator[str]:
 
 
 def on_a_terminal(home: Path, *command: str, **extra: str) -> tuple[int, str]:
-    """Run a command whose stdout and stderr are a terminal: its exit code, and what that saw."""
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        command, env=environment(home, **extra), stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
-    ) as it:
-        os.close(theirs)
-        seen = b""
-        try:
-            while piece := os.read(ours, 1 << 16):
-                seen += piece
-        except OSError:  # Linux's way to say that the other end is closed
-            pass
-        os.close(ours)
-    return it.returncode, seen.decode().replace("\r\n", "\n")
+    """Run a command on a terminal that knows no codes, if `extra` does not say so: its exit code, and what that saw."""
+    options: dict[str, Any] = {"TERM": "dumb"} | extra
+    with terminal(home, command, controls=True, **options) as (window, process):
+        pass
+    return process.wait(), window.seen.decode().replace("\r\n", "\n")
 
 
 def steering(text: str) -> set[str]:
@@ -130,6 +123,19 @@ def test_what_a_model_generates_is_cleaned_for_a_terminal_and_exact_in_a_file(tm
     done = subprocess.run([sys.executable, "-c", PRINTS, text], capture_output=True, check=True)
     assert done.stdout == f"{text}\n".encode()
     assert steering(done.stderr.decode()) == set()
+
+
+NOTES = "from surfw.cli.chat_view import ChatView; ChatView(is_interactive=True, live=False, quiet=False).note('a')"
+
+
+@pytest.mark.parametrize(
+    "command", [[SURFW, "chunk", "org/name"], [sys.executable, "-c", NOTES]], ids=["chunk", "chat"]
+)
+def test_what_is_noted_has_no_styles_where_none_are_wanted(command: list[str], tmp_path: Path) -> None:
+    _, seen = on_a_terminal(tmp_path, *command, TERM="xterm-256color")
+    assert STYLE.search(seen)
+    _, seen = on_a_terminal(tmp_path, *command, TERM="xterm-256color", NO_COLOR="1")
+    assert not STYLE.search(seen)
 
 
 COMMANDS = {

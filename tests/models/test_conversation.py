@@ -150,10 +150,13 @@ def test_without_a_template_all_goes_on_as_one_text(
     conversation = Conversation(opened(name), max_new_tokens=6)
     assert not conversation.has_template
     turns = [expect_fresh(checkpoints, name, conversation, said) for said in [*SAID, *SAID]]
+    facts = conversation.facts()
+    assert facts.tokens == turns[-1].prompt_tokens + len(turns[-1].token_ids)
     known = [turn.cached_tokens > 0 for turn in turns]
     assert turns[-1].prompt_tokens > 2 * WINDOW
     if name == "mamba":
         assert not any(known), "a recurrent state takes one token at a time"
+        assert (facts.cached_tokens, facts.kv_cache_bytes) == (0, 0)
     elif "sliding_window" not in MODELS[name]:  # there, a border that the tokenizer moves costs the cache
         assert known == [False, True, True, True, True, True]
 
@@ -301,7 +304,7 @@ def test_memory_for_the_whole_conversation(opened: Callable[..., StreamingModel]
     """The budget is what the first turn needs, and a little more."""
     free = opened("llama")
     probe = Conversation(free, max_new_tokens=6)
-    per_token = probe.ask(SAID[0]) and probe.facts().kv_cache_bytes // probe.facts().tokens
+    per_token = probe.ask(SAID[0]) and probe.facts().kv_cache_bytes // probe.facts().cached_tokens
     model = opened("llama", memory_budget=free.statistics()["cache"]["resident_bytes"] + 120 * per_token)
     conversation = Conversation(model, max_new_tokens=6)
     conversation.ask(SAID[0])
@@ -309,7 +312,7 @@ def test_memory_for_the_whole_conversation(opened: Callable[..., StreamingModel]
     conversation.ask(SAID[1])
     assert model.plan.reserved_bytes > first > 0
     facts = conversation.facts()
-    assert facts.kv_cache_bytes == facts.tokens * per_token <= model.plan.reserved_bytes
+    assert facts.kv_cache_bytes == facts.cached_tokens * per_token <= model.plan.reserved_bytes
 
 
 def test_a_conversation_that_does_not_fit_the_budget(opened: Callable[..., StreamingModel]) -> None:

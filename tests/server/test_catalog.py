@@ -10,6 +10,7 @@ import pytest
 
 from surfw.errors import RefusedError, StorageError
 from surfw.server.catalog import Catalog
+from surfw.server.journal import Journal
 from surfw.storage import StorageBackend, Store
 from surfw.wire import Get, GetFile
 from tests.peers import until
@@ -133,10 +134,13 @@ def test_what_is_known_is_served_while_the_storage_cannot_be_listed(tmp_path: Pa
 
     async def main() -> None:
         backend = Unlisted(tmp_path)
-        catalog = Catalog(Store(backend), fresh_seconds=0)
+        journal = Journal()
+        catalog = Catalog(Store(backend), journal, fresh_seconds=0)
         known = await catalog.chunk(get)
         backend.away = True
         assert await catalog.chunk(get) == known
+        told = [(event["kind"], event["text"]) for event in journal.recent(details=True)]
+        assert told == [("storage", "the models of the store cannot be listed: away")]
         with pytest.raises(StorageError, match="away"):
             await catalog.read("b")
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +12,7 @@ from surfw.client import open_wire_source
 from surfw.client.connect import probe
 from surfw.config import MIB
 from surfw.server import pages
+from surfw.server.connection import Connection
 from surfw.server.journal import KEPT_EVENTS, Journal, Sparse
 from surfw.server.reception import show_address
 from tests.peers import bare_client, serving, until, whole
@@ -167,6 +169,26 @@ def test_a_storage_that_fails_and_comes_back(tmp_path: Path) -> None:
             ]
 
     asyncio.run(main())
+
+
+def test_a_request_that_fails_because_of_a_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_store(tmp_path, sizes=[100])
+    monkeypatch.setattr(Connection, "_send_answer", Mock(side_effect=ValueError("a bug")))
+
+    async def main() -> None:
+        async with serving(tmp_path) as server, bare_client(server.url) as client:
+            await client.say("models", id=0)
+            assert (await client.hear_text())["code"] == "internal"
+            mine = show_address(client.websocket.local_address)
+            assert told(server, "failed") == [f"{mine} cannot be answered, which is a bug in surfw"]
+
+    asyncio.run(main())
+    (record,) = [record for record in caplog.records if "which is a bug in surfw: ListModels" in record.message]
+    assert record.levelname == "ERROR"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "a bug"
 
 
 def test_a_slow_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

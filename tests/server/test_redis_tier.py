@@ -80,6 +80,9 @@ def test_without_redis_the_server_serves_and_finds_it_when_it_comes(
                 assert server.stats()["redis"] == {"url": shown, "reachable": True}
             assert (await server.health())["ready"]
             assert server.stats()["redis"] == {"url": shown, "reachable": False}
+            events = [event["text"] for event in server.stats()["events"] if event["kind"] == "redis"]
+            away = f"Redis at {shown} cannot be reached, and the server goes on without it"
+            assert events == [away, f"Redis at {shown} is reached", away]
 
     with caplog.at_level(logging.INFO, logger="surfw.server"):
         asyncio.run(main())
