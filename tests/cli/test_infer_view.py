@@ -96,7 +96,7 @@ def test_a_line_of_text_ends_before_what_is_said_of_ctrl_c(home: Path, options: 
     command = [SURFW, *DEMO, "300", "--ignore-eos", *options]
     with terminal(home, command, controls=True) as (window, process):
         window.wait_until(lambda: window.shows("a way to run"))
-        window.type(b"\x03")
+        window.type("\x03")
     assert process.returncode == 130
     *before, text, last = window.rows()
     assert (last, text == "") == ("surfw: interrupted", False)
@@ -107,7 +107,7 @@ def test_ctrl_c_in_the_first_seconds_is_answered_at_once(home: Path) -> None:
     """Of the spinner, nothing is left, whether it waits for an import or not."""
     with terminal(home, [SURFW, *DEMO, "4"], controls=True) as (window, process):
         window.wait_until(lambda: b"importing torch" in window.seen)
-        window.type(b"\x03")
+        window.type("\x03")
     assert process.returncode == 130
     (said,) = [row for row in window.rows() if row.startswith("surfw: interrupted")]
     assert said in {"surfw: interrupted; ends after this import", "surfw: interrupted"}

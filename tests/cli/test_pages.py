@@ -39,7 +39,8 @@ def test_the_cpu_build_is_the_release_that_was_tried() -> None:
 @pytest.mark.parametrize("example", SETTINGS_FILES, ids=str)
 def test_an_example_of_a_settings_file_is_one(example: Block, tmp_path: Path) -> None:
     (tmp_path / "surfw.toml").write_text(example.text)
-    shown = json.loads(surfw(tmp_path, "--config", str(tmp_path / "surfw.toml"), "config", "--json").stdout)
+    command = ["--config", str(tmp_path / "surfw.toml"), "config", "--json"]
+    shown = json.loads(surfw(tmp_path, *command, SURFW_PORT="").stdout)
     given = {name: one["value"] for name, one in shown.items() if one["from"] == str(tmp_path / "surfw.toml")}
     assert given == tomllib.loads(example.text)["tool"]["surfw"]
 

@@ -176,7 +176,7 @@ def test_a_result_that_cannot_be_printed_is_an_error_in_one_line(name: str, plac
     for redirection, reason in list(kinds.items())[: 1 if name == "infer" else 2]:
         done = run_in_shell(places, COMMANDS[name], redirection)
         errors = [line for line in done.stderr.decode().splitlines() if "surfw: source: " not in line]
-        errors = [line for line in errors if " serves " not in line]
+        errors = [line for line in errors if " serves " not in line and "importing torch" not in line]
         assert done.returncode == 1, done.stderr
         assert errors == [f"surfw: error: stdout cannot be written to: {reason}; what was printed is not complete"]
 
