@@ -303,7 +303,7 @@ def _join_words(ctx: typer.Context, args: Sequence[str]) -> Iterator[str]:
             yield f"{option}-{word}"
         elif left and left[0] in known.get(arg, ()):
             yield f"{arg}-{left.popleft()}"
-        elif option in known and (mark or _is_word(left)):
+        elif option in known and (mark or _is_word(left)) and not ctx.resilient_parsing:
             wrong, expected = word if mark else left[0], " or ".join(known[option])
             others = "" if mark else f"; a name or a prompt goes before {option}"
             raise Mistake(f"{option} is {wrong!r}, expected {expected}, or nothing{others}", ctx=ctx)

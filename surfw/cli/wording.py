@@ -5,12 +5,11 @@ The library writes for both, such as `--model (model=)`; here, what is meant for
 
 import re
 
-from surfw.settings import SETTINGS
-
 _PATTERNS = {
     r"(--[a-z-]+(?: [a-z]+)?) \([a-z_]+=[^()]*\)": r"\1",  # --model (model=)
     r"\([a-z_]+, (--[a-z-]+)\)": r"(\1)",  # (memory_budget, --memory-budget)
-} | {rf"\b{name}='([^']*)'": rf"{setting.option} \1" for name, setting in SETTINGS.items()}
+    r"\bon_missing='([^']*)'": r"--on-missing \1",
+}
 
 PHRASES = {
     "(max_new_tokens)": "(--max-new-tokens)",

@@ -40,6 +40,7 @@ def complete(home: Path, line: str, **extra: str) -> list[str]:
         ("surfw infer --source other --model ", ["third"]),
         ("surfw infer --dtype b", ["bfloat16", "bf16"]),
         ("surfw chunk --dtype float3", ["float32"]),
+        ("surfw infer --live gemma ", []),
         ("surfw infer --policy ", ["auto", "lru"]),
         ("surfw list --store nowhere --js", ["--json"]),
         ("surfw show --store nowhere ", []),

@@ -18,6 +18,7 @@ from surfw.cli.wording import PHRASES, with_options
         ("to go beyond it (memory_budget, --memory-budget)", "to go beyond it (--memory-budget)"),
         ("ask for fewer (max_new_tokens)", "ask for fewer (--max-new-tokens)"),
         ("set a token and TLS (ssl=, from Python)", "set a token and TLS (from Python)"),
+        ("unknown dtype='fp8' in config.json", "unknown dtype='fp8' in config.json"),
         (
             "a.toml: max_new_tokens is 0 (a file of [tool.surfw])",
             "a.toml: max_new_tokens is 0 (a file of [tool.surfw])",
