@@ -8,7 +8,9 @@ were logged meanwhile, which would have torn it apart.
 import logging
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,19 +23,6 @@ _KEPT_WARNINGS = 50
 
 LOOK_SECONDS = 0.2
 """How often to look whether the window has another size."""
-
-
-class _Held:
-    """A stream that keeps the latest lines."""
-
-    def __init__(self) -> None:
-        self.lines: deque[str] = deque(maxlen=_KEPT_WARNINGS)
-
-    def write(self, text: str) -> None:
-        self.lines.append(text)
-
-    def flush(self) -> None:
-        """Do nothing; `FullScreen` writes them in the end."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +46,8 @@ class FullScreen:
         )
         self._view: RenderableType = ""
         self._size = console.size
-        self._held = _Held()
-        self._handlers: list[tuple[logging.Handler, logging.Handler]] = []
+        self._held: deque[str] = deque(maxlen=_KEPT_WARNINGS)
+        self._holding: list[tuple[logging.Handler, Callable[[logging.LogRecord], bool]]] = []
 
     def show(self, view: RenderableType) -> None:
         """Show a view instead of the one before."""
@@ -72,14 +61,11 @@ class FullScreen:
 
     def __enter__(self) -> Self:
         """Turn to the other screen, and hold back what is logged."""
-        logger = logging.getLogger("surfw")
-        for handler in [one for one in logger.handlers if isinstance(one, logging.StreamHandler)]:
-            held: logging.StreamHandler[Any] = logging.StreamHandler(self._held)
-            held.setFormatter(handler.formatter)
-            held.setLevel(handler.level)
-            logger.removeHandler(handler)
-            logger.addHandler(held)
-            self._handlers.append((handler, held))
+        for handler in logging.getLogger("surfw").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                hold_back = partial(self._hold_back, handler)
+                handler.addFilter(hold_back)
+                self._holding.append((handler, hold_back))
         signals.is_full_screen = True
         self._live.start()
         return self
@@ -90,13 +76,16 @@ class FullScreen:
         """Turn back, print the last view, and log what was held back."""
         self._live.stop()
         signals.is_full_screen = False
-        logger = logging.getLogger("surfw")
-        for handler, held in self._handlers:
-            logger.removeHandler(held)
-            logger.addHandler(handler)
         self._console.print(self._view)
-        for line in self._held.lines:
+        for handler, hold_back in self._holding:
+            handler.removeFilter(hold_back)
+        for line in tuple(self._held):
             sys.stderr.write(line)
+
+    def _hold_back(self, handler: "logging.StreamHandler[Any]", record: logging.LogRecord) -> bool:
+        """Keep a line for later, as a filter of its handler, which has no moment without a place for it."""
+        self._held.append(handler.format(record) + handler.terminator)
+        return False
 
     async def __aenter__(self) -> Self:
         """Turn to the other screen, as `with` does; the event loop does not wait for the terminal."""

@@ -38,9 +38,11 @@ def log() -> Iterator[io.StringIO]:
 
 def test_what_it_shows_and_what_it_leaves(log: io.StringIO, capsys: pytest.CaptureFixture[str]) -> None:
     terminal, view = io.StringIO(), Asks()
+    handlers = list(logging.getLogger("surfw").handlers)
     with FullScreen(Console(file=terminal, force_terminal=True, highlight=False, width=60, height=20)) as screen:
         screen.show(view)
         screen.redraw()
+        assert logging.getLogger("surfw").handlers == handlers, "none was away for a moment, which would lose a line"
         logging.getLogger("surfw.server").warning("torn")
         assert log.getvalue() == ""
         assert "torn" not in terminal.getvalue()
