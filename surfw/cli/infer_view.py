@@ -8,14 +8,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, Self
 
+from surfw.cli import signals
 from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
 from surfw.cli.screen import Screen, dimmed
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
-from surfw.cli.streams import can_draw, one_line
+from surfw.cli.streams import OutputError, can_draw, one_line
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ class View:
         )
 
     def phase(self, text: str) -> None:
-        """Say what is going on, which may take a while."""
+        """Say what is going on, which may take a while; a Ctrl-C that has waited for an import ends it here."""
+        signals.check()
 
     def note(self, text: str) -> None:
         """Say something, in a line that stays."""
@@ -121,7 +123,8 @@ class View:
 
     def stopped(self, report: Report) -> None:
         """End the answer of a run that was interrupted, or failed, and say what it came to."""
-        self.end_text()
+        with suppress(OutputError):  # Ctrl-C has ended the reader of a pipe too; `streams.finish` tells of the rest
+            self.end_text()
 
     def _print(self, text: str) -> None:
         sys.stdout.write(text)
@@ -143,6 +146,7 @@ class PlainView(View):
 
     def phase(self, text: str) -> None:
         """Say what is going on, once it has taken long."""
+        super().phase(text)
         self.close()
         self._timer = threading.Timer(_SLOW_SECONDS, self.note, [text])
         self._timer.daemon = True
@@ -215,6 +219,7 @@ class LiveView(View):
 
     def phase(self, text: str) -> None:
         """Say what is going on, beside the spinner."""
+        super().phase(text)
         self._phase, self._phase_began = text, time.monotonic()
 
     def note(self, text: str) -> None:

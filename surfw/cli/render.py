@@ -26,6 +26,7 @@ from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
+from surfw.cli import signals
 from surfw.cli.screen import has_styles
 from surfw.cli.streams import can_draw, one_line
 from surfw.config import escape_json, printable
@@ -164,14 +165,16 @@ def busy(what: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         quiet: show nothing.
 
     Yields:
-        A function that takes what goes on from then on; an empty text takes the spinner away.
+        A function that takes what goes on from then on; an empty text takes the spinner away. A Ctrl-C that has
+        waited for an import ends the command there.
     """
     if quiet or not can_draw(sys.stderr):
-        yield lambda _: None
+        yield lambda _: signals.check()
         return
     status = err.status("")
 
     def step(now: str) -> None:
+        signals.check()
         if now:
             status.update(Text(one_line(now)))
             status.start()

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import termios
+import threading
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
@@ -28,6 +29,7 @@ _LOOK_SECONDS = 0.01
 _received: list[int] = []
 _modes: list[Any] | None = None
 _is_quiet = _has_said = False
+_waits_for_import = False
 
 is_full_screen = False
 """Whether a view has turned the terminal to its other screen."""
@@ -38,9 +40,9 @@ is_line_open = False
 
 def set_up() -> None:
     """Make these signals end the process at once, with a line, unless it was started to ignore them."""
-    global _modes, _has_said  # noqa: PLW0603 - the terminal is the process's
+    global _modes, _has_said, _waits_for_import  # noqa: PLW0603 - the terminal is the process's
     _received.clear()
-    _has_said = False
+    _has_said = _waits_for_import = False
     with suppress(OSError, termios.error):
         _modes = termios.tcgetattr(0)
     _handle_all(_end_with_line)
@@ -81,6 +83,12 @@ def note(number: int) -> None:
 def is_interrupted() -> bool:
     """Whether a signal was noted: later failures may be its consequence."""
     return bool(_received)
+
+
+def check() -> None:
+    """Raise the `KeyboardInterrupt` that has waited for an import's end, before another import begins."""
+    if _waits_for_import and threading.current_thread() is threading.main_thread():
+        _raise_after_import(sys._getframe())  # noqa: SLF001 - `inspect`, which wraps it, is slow to import
 
 
 def exit_code() -> int:
@@ -127,20 +135,28 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if callable(of_loop) and of_loop is not _interrupt:
         of_loop(number, frame)
     else:  # no loop runs, or a shell's background job ignores SIGINT, and no other signal
-        _raise_after_import(number, frame)
+        _raise_after_import(frame)
 
 
-def _raise_after_import(_: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_filename == _IMPORT:
-            if not (_is_quiet or _has_said):
-                with suppress(RuntimeError):  # what was interrupted may be writing there just now
-                    say("ends after this import")
-            signal.signal(signal.SIGALRM, _raise_after_import)
-            signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
-            return
+def _raise_after_import(frame: FrameType | None) -> None:
+    """Raise `KeyboardInterrupt` here, or a moment after the import that this is in."""
+    global _waits_for_import  # noqa: PLW0603 - of this process
+    while frame is not None and frame.f_code.co_filename != _IMPORT:
         frame = frame.f_back
-    raise KeyboardInterrupt
+    _waits_for_import = frame is not None
+    if not _waits_for_import:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
+    if not (_is_quiet or _has_said):
+        with suppress(RuntimeError):  # what was interrupted may be writing there just now
+            say("ends after this import")
+    signal.signal(signal.SIGALRM, _look_again)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS)
+
+
+def _look_again(_: int, frame: FrameType | None) -> None:
+    if _waits_for_import:
+        _raise_after_import(frame)
 
 
 def _end_with_line(number: int, _: FrameType | None) -> NoReturn:

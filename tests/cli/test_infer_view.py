@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_a_line_of_text_ends_before_what_is_said_of_ctrl_c(home: Path, options: 
     *before, text, last = window.rows()
     assert (last, text == "") == ("surfw: interrupted", False)
     assert any(row.startswith("surfw: stopped after ") for row in [*before, text]) == (options == ["--no-live"])
+
+
+@pytest.mark.parametrize("options", [[], ["--no-live"]])
+def test_after_ctrl_c_a_summary_comes_though_the_reader_of_the_text_has_ended_too(
+    home: Path, options: list[str]
+) -> None:
+    pipeline = f"trap : INT; {shlex.join([SURFW, *DEMO, '300', '--ignore-eos', *options])} | cat"
+    with terminal(home, ["sh", "-c", pipeline], controls=True) as (window, _):
+        window.wait_until(lambda: window.shows("a way to run"))
+        window.type(CTRL_C)
+    text = shown(window.rows())
+    assert "surfw: stopped after " in text
+    assert text.endswith("surfw: interrupted")
 
 
 def test_ctrl_c_in_the_first_seconds_is_answered_at_once(home: Path) -> None:

@@ -172,6 +172,31 @@ def test_an_import_is_ended_before_a_command_runs_and_comes_to_its_end_within_on
     assert (tmp_path / "passed").exists() == (module != "typer")
 
 
+BETWEEN_IMPORTS = """
+from surfw.cli import render, signals
+from surfw.cli.infer_view import choose_view
+signals.set_up()
+signals.begin()
+try:
+    with render.busy("", quiet=True) as step, choose_view("text", live=False, json=False, quiet=False) as view:
+        import interrupted
+        {tell}("importing another")
+        print("goes on")
+except KeyboardInterrupt:
+    print("ends")
+"""
+
+
+@pytest.mark.parametrize("tell", ["step", "view.phase"])
+def test_no_other_import_begins_after_the_one_that_a_signal_waits_for(tell: str, tmp_path: Path) -> None:
+    (tmp_path / "interrupted.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-c", BETWEEN_IMPORTS.format(tell=tell)], capture_output=True, text=True, check=False,
+        env=environment(tmp_path, PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), str(tmp_path)])),
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("ends\n", "surfw: interrupted; ends after this import\n")
+
+
 SLOW_TO_END = """
 import time
 from surfw.cli.app import app
