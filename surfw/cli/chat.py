@@ -39,7 +39,7 @@ Examples:
 COMMANDS = {
     "/reset": "forget the conversation and begin a new one",
     "/system": "TEXT: set the system message; without a text, remove it",
-    "/stats": "show how long the conversation is, and what it took",
+    "/stats": "show how long the conversation is, and what the whole session took",
     "/save": "FILE: write the conversation to a new file, as text or .json",
     "/help": "show this",
     "/quit": "end the session",

@@ -16,7 +16,7 @@ from surfw.cli.column import BETWEEN, TextColumn
 from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
 from surfw.cli.screen import Screen, dimmed
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
-from surfw.cli.streams import OutputError, can_draw, one_line
+from surfw.cli.streams import OutputError, break_lines, can_draw, one_line
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ class LiveView(View):
         from surfw.cli import render
 
         with self._screen.stepping_aside("\n"):
-            render.err.print(Text(f"surfw: {one_line(text)}"), style="dim")
+            render.err.print(Text(break_lines(f"surfw: {one_line(text)}", render.err.width)), style="dim")
 
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""

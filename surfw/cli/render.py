@@ -39,8 +39,6 @@ T = TypeVar("T", bound="DataclassInstance")
 _GAP = 2
 """Columns between two cells of a table."""
 _FULL_BAR_COLUMNS = 72
-_STYLES: Literal["auto"] | None = "auto" if has_styles() else None
-"""With None, rich sends no codes for colours, and none for bold and dim text either."""
 
 
 class _CleanConsole(Console):
@@ -64,8 +62,14 @@ class _CleanConsole(Console):
         self._file = new_file
 
 
-out = _CleanConsole(highlight=False, markup=False, emoji=False, color_system=_STYLES)
-err = _CleanConsole(stderr=True, highlight=False, markup=False, emoji=False, color_system=_STYLES)
+def make_console(**options: Any) -> Console:
+    """Make a console of surfw's; the options are rich's."""
+    # with None, rich sends no codes for bold and dim text either
+    styles: Literal["auto"] | None = "auto" if has_styles() else None
+    return _CleanConsole(highlight=False, markup=False, emoji=False, color_system=styles, **options)
+
+
+out, err = make_console(), make_console(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -147,9 +151,9 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
         A function that takes `advance` or `completed` and `total`, in bytes, and a new `description`.
     """
     whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
-    figures: list[ProgressColumn] = [DownloadColumn(**whole), TimeRemainingColumn(**whole)]
+    figures: list[ProgressColumn] = [DownloadColumn(**whole), TimeRemainingColumn(**whole), TextColumn("left", **whole)]
     if err.width >= _FULL_BAR_COLUMNS:
-        figures = [BarColumn(), figures[0], TransferSpeedColumn(**whole), figures[1]]
+        figures = [BarColumn(), figures[0], TransferSpeedColumn(**whole), *figures[1:]]
     name = TextColumn("{task.description}", table_column=Column(overflow="ellipsis"))
     is_off = quiet or not can_draw(sys.stderr)
     with Progress(name, *figures, console=err, disable=is_off, transient=True) as progress:

@@ -29,6 +29,10 @@ from surfw.errors import ConfigurationError
 
 _UNSEEN = re.compile(r"\x1b7.*?\x1b8|\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]| (\x1b\[J)?\x08", re.DOTALL)
 """What `surfw.cli.screen` and rich send that leaves the cursor where it was, or moves it up and down."""
+_BEFORE_UNIT = re.compile(r"(?<=[0-9]) (?=(?:%|s|ms|min|h|d|tok/s|[kMGT]?B(?:/s)?)(?![A-Za-z]))")
+_HELD = "\0"
+"""Stands for a space that no line ends at."""
+
 if TYPE_CHECKING:
     from surfw.cli.screen import Screen
 
@@ -169,7 +173,7 @@ def one_line(text: str) -> str:
 
 
 def break_lines(text: str, columns: int) -> str:
-    """Break lines that are longer than a window between words; a word that is longer stays whole.
+    """Break lines that are longer than a window between words; a word that is longer stays whole, as a quantity does.
 
     Args:
         text: whole lines.
@@ -177,7 +181,10 @@ def break_lines(text: str, columns: int) -> str:
     """
     longest = max(map(len, text.split("\n")))
     wrapper = textwrap.TextWrapper(max(columns, 1), break_long_words=False, break_on_hyphens=False)
-    return text if not 0 < columns < longest else "\n".join(map(wrapper.fill, text.split("\n")))
+    if not 0 < columns < longest:
+        return text
+    lines = _BEFORE_UNIT.sub(_HELD, text).split("\n")
+    return "\n".join(map(wrapper.fill, lines)).replace(_HELD, " ")
 
 
 def expect_utf8(text: str, what: str) -> None:

@@ -28,7 +28,8 @@ from surfw.cli.app import app
 from surfw.cli.chat_view import ChatView
 from surfw.cli.infer_summary import Report
 from surfw.cli.infer_view import LiveView, choose_view
-from surfw.cli.screen import has_styles
+from surfw.cli.streams import break_lines
+from surfw.config import printable
 from surfw.errors import ConnectionFailedError
 from surfw.models.conversation import ConversationFacts, Turn
 from surfw.models.explain import Advice
@@ -176,6 +177,21 @@ class Window(io.StringIO):
             return self._display.rows()
 
 
+class Stderr(io.StringIO):
+    """Writes to a window as `surfw.cli.streams.Output` writes to a terminal."""
+
+    def __init__(self, window: Window, columns: int) -> None:
+        super().__init__()
+        self.rich_proxied_file = window
+        self._columns = columns
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return self.rich_proxied_file.write(break_lines(printable(text, lines=True), self._columns))
+
+
 @contextlib.contextmanager
 def printing_to(stdout: TextIO, stderr: TextIO, columns: int = 80, rows: int = 24, **extra: str) -> Iterator[Clock]:
     """Have the commands print there, and look at this clock."""
@@ -196,10 +212,7 @@ def printing_to(stdout: TextIO, stderr: TextIO, columns: int = 80, rows: int = 2
             put(f"surfw.cli.{name}.time", clock)
         put("surfw.cli.screen._FALLBACK", size)
         for name in ("out", "err"):
-            console = render._CleanConsole(
-                stderr=name == "err", width=columns, height=rows, get_time=clock.monotonic, highlight=False,
-                markup=False, emoji=False, color_system="auto" if has_styles() else None,
-            )  # fmt: skip
+            console = render.make_console(stderr=name == "err", width=columns, height=rows, get_time=clock.monotonic)
             put(f"surfw.cli.render.{name}", console)
         yield clock
 
@@ -358,13 +371,13 @@ def draw(name: str) -> str:
         def picture(moment: str, size: str = f"{columns} × {rows}", window: Window = window) -> None:
             sections.append((f"{size}, {moment}", window.rows()))
 
-        with prepared(name), printing_to(window, window, columns, rows) as clock:
+        with prepared(name), printing_to(window, Stderr(window, columns), columns, rows) as clock:
             VIEWS[name](picture, clock)
     if name in IN_PIPES:
         out, err, dumb = io.StringIO(), io.StringIO(), Window(80, 24)
         with prepared(name), printing_to(out, err) as clock:
             VIEWS[name](lambda _: None, clock)
-        with prepared(name), printing_to(dumb, dumb, TERM="dumb") as clock:
+        with prepared(name), printing_to(dumb, Stderr(dumb, 80), TERM="dumb") as clock:
             VIEWS[name](lambda _: None, clock)
         assert "\x1b" not in out.getvalue() + err.getvalue() + dumb.getvalue()
         sections += [("a pipe, stdout", out.getvalue().splitlines()), ("a pipe, stderr", err.getvalue().splitlines())]
@@ -391,7 +404,7 @@ def test_without_styles_a_view_shows_the_same(name: str) -> None:
     shown = {}
     for value in ("", "1"):
         window = Window(80, 24)
-        with prepared(name), printing_to(window, window, NO_COLOR=value) as clock:
+        with prepared(name), printing_to(window, Stderr(window, 80), NO_COLOR=value) as clock:
             VIEWS[name](lambda _: None, clock)
         shown[bool(STYLE.search(window.getvalue()))] = window.rows()
     assert shown[True] == shown[False]

@@ -227,6 +227,10 @@ def test_long_lines_are_broken_between_words(tmp_path: Path) -> None:
     assert break_lines("one two three\n\nfour\n", 8) == "one two\nthree\n\nfour\n"
     assert break_lines("a /path/that/is-longer b", 8) == "a\n/path/that/is-longer\nb"
     assert break_lines("one two three", 0) == "one two three"
+    assert (
+        break_lines("after 1.9 s, 1.60 tok/s, 61 % or 4.1 MB/s", 10) == "after\n1.9 s,\n1.60 tok/s,\n61 % or\n4.1 MB/s"
+    )
+    assert break_lines("in 3 steps, of 4 big ones", 7) == "in 3\nsteps,\nof 4\nbig\nones"
     mistake = ("infer", "./nowhere", "a")
     with terminal(tmp_path, [SURFW, *mistake], columns=46) as (window, process):
         pass
