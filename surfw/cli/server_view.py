@@ -7,6 +7,7 @@ where that is too few for the tables, or too narrow, it says the same in words, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -66,7 +67,8 @@ class ServerView:
             return sum(len(console.render_lines(part, options.update(height=None))) for part in parts)
 
         if height is not None and (width < _LEAST_WIDTH or count_lines([*head, *figures]) > height):
-            parts = [*_brief_warnings(self.stats), *_brief(self.stats, self.rates)]
+            since = [] if self.rates else ["since the start"]
+            parts = [*_brief_warnings(self.stats), *since, *_brief(self.stats, self.rates)]
             fitting = [part for part in parts if cell_len(part) < width]
             figures = [Text(line) for line in status_lines(fitting, width, most=max(1, height - count_lines(head)))]
         yield from head
@@ -75,7 +77,9 @@ class ServerView:
         sent_to = self.rates.sent_to if self.rates else {}
         shown = len(clients), min(len(events), _SHOWN_EVENTS)
         if height is not None:
-            shown = share_lines(height - count_lines([*head, *figures]), len(clients), len(events))
+            shown = share_lines(
+                height - count_lines([*head, *figures]), len(clients), len(events), prefers_events=bool(self.away)
+            )
         if shown[0]:
             busiest = sorted(clients, key=lambda one: -sent_to.get(one["number"], 0))
             yield from self._clients(busiest[: shown[0]], sent_to, width)
@@ -85,7 +89,9 @@ class ServerView:
     def _head(self, width: int, remark: str) -> Iterator[RenderableType]:
         server = self.stats["server"]
         parts = [f"surfw {server['version']}", self.where, f"up {age(server['uptime_seconds'])}"]
-        yield Text(join_fitting([*parts, remark], width), style="bold", no_wrap=True, overflow="ellipsis")
+        last = f" · {remark}" if remark else ""
+        line = join_fitting(parts, width - cell_len(last)) + last
+        yield Text(line, style="bold", no_wrap=True, overflow="ellipsis")
         if self.away:
             yield Text(self.away, style="bold red")
 
@@ -96,7 +102,7 @@ class ServerView:
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
         uses = f"hits {cache['hits']:,}, misses {cache['misses']:,}, coalesced {cache['coalesced']:,}"
         names = ("sent", "from storage", "requests", "cache hits")
-        totals = (format_size(stats["bytes_sent"]), read, f"{requests['total']:,}", f"{cache['hit_rate']:.1%}")
+        totals = (format_size(stats["bytes_sent"]), read, f"{requests['total']:,}", _percent(cache["hit_rate"]))
         details = ("", "", f"{requests['in_flight']} in flight", uses)
         columns = [
             Column(least=_NAMES_WIDTH),
@@ -146,7 +152,7 @@ def _now(rates: Rates | None) -> tuple[str, str, str, str]:
         _per_second(rates.sent_bytes),
         _per_second(rates.read_bytes),
         f"{rates.requests:,.1f}/s",
-        _NONE if rates.hit_rate is None else f"{rates.hit_rate:.1%}",
+        _NONE if rates.hit_rate is None else _percent(rates.hit_rate),
     )
 
 
@@ -162,7 +168,7 @@ def _facts(stats: ServerStats, width: int) -> Table:
             "cache",
             join_fitting([f"{used}, {cache['policy']}", f"evictions {cache['evictions']:,}"], width - _FACTS_GAP),
         ),
-        ("latency", join_fitting([render.latencies(latency), " / ".join(latency)], width - _FACTS_GAP)),
+        ("latency", _latencies_fitting(latency, width - _FACTS_GAP)),
         ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
     ]
     if not stats.get("connections"):
@@ -171,6 +177,17 @@ def _facts(stats: ServerStats, width: int) -> Table:
         redis = stats["redis"]
         rows.append(("redis", f"{'healthy' if redis['reachable'] else 'NOT reachable'}, {redis['url']}"))
     return fit_table([Column(least=_NAMES_WIDTH), Column(flexible=True)], rows, width)
+
+
+def _latencies_fitting(percentiles: Mapping[str, float], width: int) -> str:
+    """Format as many percentiles as fit a line with their names, from the first on."""
+    line = _NONE
+    for shown in range(len(percentiles), 0, -1):
+        first = dict(islice(percentiles.items(), shown))
+        line = f"{render.latencies(first)} · {' / '.join(first)}"
+        if cell_len(line) <= width:
+            break
+    return line
 
 
 def _warnings(stats: ServerStats) -> Iterator[RenderableType]:
@@ -196,6 +213,10 @@ def _events(events: Sequence[ServerEvent], width: int | None) -> Iterator[Render
     yield Text()
     yield Text("events", style="bold")
     yield table
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %"
 
 
 def _per_second(rate: float | None) -> str:
@@ -278,14 +299,17 @@ def list_fitting(names: Sequence[str], width: int) -> str:
     return render.list_names(names, 1)
 
 
-def share_lines(room: int, clients: int, events: int) -> tuple[int, int]:
+def share_lines(room: int, clients: int, events: int, *, prefers_events: bool = False) -> tuple[int, int]:
     """Share the lines that are left between clients and events; each list also takes a line of space, and headings.
 
-    Each gets half, or what the other one leaves.
+    Each gets half, or what the other one leaves. Where there is room for one of them only, that is the clients, or the
+    events if those are preferred.
     """
     client_heads, event_heads = 3 if clients else 0, 2 if events else 0
     room -= client_heads + event_heads
     if room < (clients > 0) + (events > 0):
+        if prefers_events:
+            return 0, min(events, max(0, room + client_heads))
         return min(clients, max(0, room + event_heads)), 0
     few = min(clients, max(room // 2, room - events))
     return few, min(events, room - few)
@@ -304,7 +328,7 @@ def _brief(stats: ServerStats, rates: Rates | None) -> list[str]:
     else:
         sent, requests = format_size(stats["bytes_sent"]), f"{stats['requests']['total']:,}"
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
-        hits = f"{stats['cache']['hit_rate']:.1%}"
+        hits = _percent(stats["cache"]["hit_rate"])
     return [f"sent {sent}", f"read {read}", f"requests {requests}", f"hits {hits}", count(stats["clients"], "client")]
 
 
@@ -312,5 +336,7 @@ def _brief_warnings(stats: ServerStats) -> Iterator[str]:
     """Say in few words what somebody should do something about."""
     if not stats["storage"]["healthy"]:
         yield "storage NOT reachable"
+    if "redis" in stats and not stats["redis"]["reachable"]:
+        yield "redis NOT reachable"
     if "cache_shortage" in stats:
         yield f"--cache-mb {stats['cache_shortage']['cache_mb']} would help"

@@ -74,17 +74,19 @@ def test_every_window_is_enough(width: int, height: int, stats: ServerStats) -> 
 def test_a_window_that_is_too_small_for_tables_has_words() -> None:
     view = ServerView(stats=BUSY, rates=RATES, live=True, where="ws://127.0.0.1:8765", remark="Ctrl-C ends")
     assert [line for line in screen(view, 30, 8) if line] == [
-        "surfw 0.9.0 · up 3 min 12 s",
+        "surfw 0.9.0 · Ctrl-C ends",
         "--cache-mb 2220 would help",
         "sent 41.2 MB/s",
         "read 38.1 MB/s",
         "requests 1,234.5/s",
-        "hits 50.0% · 25 clients",
+        "hits 50.0 % · 25 clients",
     ]
+    alone = replace(view, stats=BUSY | {"redis": {"url": "redis://h", "reachable": False}})
+    assert "redis NOT reachable" in screen(alone, 30, 8)
     away = replace(view, stats=STATS | {"storage": {"url": "/store", "healthy": False}}, rates=None)
     assert screen(away, 80, 8)[1:3] == [
-        "storage NOT reachable · sent 9 B · read – · requests 7 · hits 50.0%",
-        "10 clients",
+        "storage NOT reachable · since the start · sent 9 B · read – · requests 7",
+        "hits 50.0 % · 10 clients",
     ]
 
 
@@ -137,6 +139,20 @@ def test_lines_are_shared(room: int, clients: int, events: int, shared: tuple[in
     assert share_lines(room, clients, events) == shared
 
 
+def test_where_only_one_list_has_room_it_can_be_the_events() -> None:
+    assert share_lines(6, 4, 9, prefers_events=True) == (0, 4)
+    assert share_lines(6, 4, 0, prefers_events=True) == (3, 0)
+    assert share_lines(20, 5, 50, prefers_events=True) == (5, 10)
+
+
+def test_a_narrow_window_names_the_latencies_that_it_shows_and_says_how_to_stop() -> None:
+    stats = BUSY | {"requests": BUSY["requests"] | {"latency_seconds": {"p50": 0.0123, "p95": 0.187, "p99": 1.04}}}
+    view = ServerView(stats=stats, where="ws://127.0.0.1:8765", remark="Ctrl-C stops")
+    lines = screen(view, 46, 24)
+    assert lines[0] == "surfw 0.9.0 · up 3 min 12 s · Ctrl-C stops"
+    assert "latency       12.3 ms / 187.0 ms · p50 / p95" in lines
+
+
 def test_columns_are_left_out_in_order() -> None:
     columns = [Column(heading="name", flexible=True), Column(heading="a"), Column(heading="bbbb", right=True)]
     rows = [("x" * 40, "1", "2")]
@@ -161,9 +177,9 @@ def test_lines_of_parts_and_of_names() -> None:
 
 def test_a_line_for_a_log() -> None:
     assert status_line(WITH_MORE, RATES) == (
-        "now: sent 41.2 MB/s, read 38.1 MB/s, requests 1,234.5/s, hits 50.0%, 10 clients"
+        "now: sent 41.2 MB/s, read 38.1 MB/s, requests 1,234.5/s, hits 50.0 %, 10 clients"
     )
-    assert status_line(STATS, None) == "in 2 s: sent 9 B, read –, requests 7, hits 50.0%, 10 clients"
+    assert status_line(STATS, None) == "in 2 s: sent 9 B, read –, requests 7, hits 50.0 %, 10 clients"
 
 
 @pytest.mark.parametrize(
