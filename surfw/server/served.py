@@ -105,6 +105,7 @@ class ServedStore:
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self.look()
+            self._absences.flush()
             if not self.pages.healthy:
                 self._journal.note("storage", f"the storage {self.url} answers again")
             self.pages.healthy = True
@@ -130,6 +131,7 @@ class ServedStore:
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
         self._closed = True
+        self._absences.flush()
         await self.catalog.close()
         await self.digests.close()
         await self.pages.close()
