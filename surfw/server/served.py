@@ -23,6 +23,7 @@ from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
 from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.backends import refuse_file
 from surfw.storage.origins import PlacedOptions, private_stores
 from surfw.storage.store import is_checkpoint
 from surfw.wire import CacheShortage
@@ -68,6 +69,7 @@ class ServedStore:
         if isinstance(source, StorageBackend):
             backend, place = source, str(source.url)
         else:
+            refuse_file(source)
             backend, place = open_backend(private or source, {} if private else self._options), str(source)
         self.store = Store(backend, PlacedOptions(place, self._options))
         self.url = display_url(place) if private else self.store.url

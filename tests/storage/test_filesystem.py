@@ -52,7 +52,7 @@ def test_a_folder_that_is_only_named_is_not_made(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     for create in (True, False):
-        with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name the one that is"):
+        with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name another$"):
             FilesystemBackend(tmp_path / "file", create=create)
     with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
         FilesystemBackend(tmp_path / "file" / "below")
