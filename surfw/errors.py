@@ -171,9 +171,9 @@ class UnknownModelError(ModelError):
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
-    """The model that was probably meant, as a question; empty if none is called like it. A last part is enough."""
+    """Which of several models was probably meant, as a question, or nothing. A last part is enough to be like one."""
     full = {one.rpartition("/")[2]: one for one in known} | {one: one for one in known}
-    near = get_close_matches(name[:80], full, 1)
+    near = get_close_matches(name[:80], full, 1) if len(known) > 1 else ()
     return f"; did you mean {full[near[0]]}?" if near else ""
 
 

@@ -48,7 +48,8 @@ def test_errors_keep_what_a_program_needs_beside_the_text() -> None:
         ("./b", ["b"], "here has no model './b' (a model's name is wanted here, no path); it has: b"),
         ("m", ["b/m", "a/m", "c"], "here has 2 models 'm'; give the name in full: a/m, b/m"),
         ("two", ["org/two", "one"], "here has no model 'two'; it has: one, org/two; did you mean org/two?"),
-        ("modle", ["org/model"], "here has no model 'modle'; it has: org/model; did you mean org/model?"),
+        ("modle", ["org/model", "x"], "here has no model 'modle'; it has: org/model, x; did you mean org/model?"),
+        ("modle", ["org/model"], "here has no model 'modle'; it has: org/model"),
     ],
 )
 def test_an_unknown_model_names_the_known_ones(name: str | None, known: list[str], text: str) -> None:

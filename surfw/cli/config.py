@@ -55,7 +55,7 @@ def _shown(name: str, value: Any) -> Any:
 def _text(value: Any) -> str:
     """Return a value as a person writes it."""
     if value is None or value == {}:
-        return ""
+        return "not set"
     if isinstance(value, dict):
         return ", ".join(f"{name}={_text(one)}" for name, one in value.items())
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ T = TypeVar("T", bound="DataclassInstance")
 
 _GAP = 2
 """Columns between two cells of a table."""
+_PIECES = re.compile(r"[^\s/]*/\s*|[^\s/]+\s*")
+"""What stays together in a cell: words, and parts of a path."""
 _FULL_BAR_COLUMNS = 72
 
 
@@ -112,26 +115,51 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Se
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
-    """Print a table on stdout that is broken between words, and never cut.
+    """Print a table on stdout that is never cut. A pipe gets each row as one line.
 
-    On a terminal that is too narrow for its words, each row is a line, and what belongs to it stands below.
+    On a terminal it is broken between words, and after the slashes of paths. Where that is too narrow even for those,
+    each row is a line, and what belongs to it stands below.
     """
     body = [tuple(row) for row in rows]
     columns = list(zip(headings, *body, strict=True))
     full = [max(map(cell_len, cells)) for cells in columns]
-    words = [max(cell_len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
-    least = [most if cells[0] in numbers else word for cells, most, word in zip(columns, full, words, strict=True)]
+    made = table(headings, body, numbers=numbers)
+    if not out.is_terminal:
+        made.width = sum(full) + _GAP * len(columns)
+        out.print(made, crop=False)
+        return
+    least = [
+        most if cells[0] in numbers else max(map(_longest_piece, cells))
+        for cells, most in zip(columns, full, strict=True)
+    ]
     room = out.width - _GAP * len(columns) - sum(least)
-    if room < 0 and out.is_terminal:
+    if room < 0:
         _print_stacked(headings, body)
         return
-    made = table(headings, body, numbers=numbers)
-    for column, most, width in zip(made.columns, full, least, strict=True):
-        column.overflow, column.no_wrap = "fold", column.header in numbers
-        if room >= 0:
-            column.width = min(most, width + room)
-            room -= column.width - width
+    widths = []
+    for most, width in zip(full, least, strict=True):
+        widths.append(min(most, width + room))
+        room -= widths[-1] - width
+    folded = ([_fold(cell, width) for cell, width in zip(row, widths, strict=True)] for row in body)
+    made = table(headings, folded, numbers=numbers)
+    for column, width in zip(made.columns, widths, strict=True):
+        column.width, column.overflow = width, "fold"
     out.print(made)
+
+
+def _longest_piece(cell: str) -> int:
+    """The columns that the longest piece of a cell takes."""
+    return max((cell_len(piece.rstrip()) for piece in _PIECES.findall(cell)), default=0)
+
+
+def _fold(cell: str, width: int) -> str:
+    """Break a cell between its pieces into lines of this width; a piece that is longer stays whole."""
+    folded = [""]
+    for piece in _PIECES.findall(cell):
+        if folded[-1] and cell_len(folded[-1] + piece.rstrip()) > width:
+            folded.append("")
+        folded[-1] += piece
+    return "\n".join(line.rstrip() for line in folded)
 
 
 def _print_stacked(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -139,8 +167,9 @@ def _print_stacked(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> No
     is_pair = len(headings) == 2
     for first, *rest in [headings, *rows] if is_pair else rows:
         named = rest if is_pair else [f"{name} {cell}" for name, cell in zip(headings[1:], rest, strict=True) if cell]
-        out.print(Text(first, "bold", overflow="fold"))
-        out.print(Padding(Text(", ".join(named), overflow="fold"), (0, 0, 0, _GAP)))
+        out.print(Text(_fold(first, out.width), "bold", overflow="fold"))
+        below = _fold(", ".join(named), out.width - _GAP)
+        out.print(Padding(Text(below, overflow="fold"), (0, 0, 0, _GAP)))
 
 
 @contextmanager

@@ -56,10 +56,12 @@ class ChosenSource:
             NotAStoreError: it is neither.
         """
         from surfw.storage import open_backend
+        from surfw.storage.backends import refuse_file
         from surfw.storage.origins import is_local_url
         from surfw.storage.store import is_checkpoint
 
         if is_local_url(self.url):
+            refuse_file(self.url)
             asyncio.run(is_checkpoint(open_backend(self.url)))
 
 

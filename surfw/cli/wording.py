@@ -16,6 +16,7 @@ PHRASES = {
     "give a temperature, top_p or top_k": "give --temperature, --top-p or --top-k",
     "ssl= or SSL_CERT_FILE": "SSL_CERT_FILE",
     "(ssl=, from Python)": "(from Python)",
+    "or use another folder": "or use another folder (--store, --source, SURFW_HOME)",
     "give sse='aws:kms' with it": "give --storage-option sse=aws:kms with it",
     "named by endpoint_url or": "named by --storage-option endpoint_url=URL or",
     "give them as arguments, in": "give them in",

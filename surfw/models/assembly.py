@@ -158,10 +158,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
 def _warn_beyond_memory(budget_bytes: int) -> None:
     there = read_smallest_limit()
     if budget_bytes > there.limit_bytes:
+        size = format_size(there.limit_bytes)
+        limit = f"this machine has {size}" if there.place.name == "meminfo" else f"the limit in {there.place} is {size}"
         logger.warning(
-            "the memory budget of %s is more than the memory that there is: %s allows %s; weights beyond that are "
-            "swapped out, or end the process",
-            format_size(budget_bytes), there.place, format_size(there.limit_bytes),
+            "the memory budget of %s is more than there is: %s; weights beyond that are swapped out, or end the "
+            "process",
+            format_size(budget_bytes), limit,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from surfw.retry import RetryPolicy
 from surfw.runtime.run import IoThread, run_in_executor
 from surfw.source import ChunkSource
 from surfw.storage import StorageBackend, open_backend
+from surfw.storage.backends import refuse_file
 from surfw.storage.origins import PlacedOptions
 from surfw.storage.store import is_checkpoint
 from surfw.storage.store_source import open_storage_source
@@ -233,6 +234,7 @@ def _locate(
 
 async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float, place: str) -> ChunkSource:
     """A source over a store; or over a plain checkpoint, which is read from where it is."""
+    refuse_file(place)
     backend = open_backend(place, options, silence_timeout=silence_timeout)
     is_plain = await is_checkpoint(backend)
     if is_plain:

@@ -97,6 +97,7 @@ class Catalog:
     async def _list(self, *_: object) -> Sequence[str]:
         before, self.names = self.names, tuple(await self._store.models())
         self._listed = time.monotonic()
+        self._outages.flush()
         if self._was_listed:
             self._note_changes(before)
         self._was_listed = True
@@ -187,6 +188,7 @@ class Catalog:
         """Stop reading, and forget everything."""
         await self._listings.close()
         await self._reads.close()
+        self._outages.flush()
         self._entries.clear()
 
     async def chunk(self, request: Get, reader: Reader | None = None) -> Sequence[Location]:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from surfw.config import printable
+from surfw.config import count, printable
 from surfw.wire import ServerEvent
 
 log = logging.getLogger("surfw.server")
@@ -99,7 +99,7 @@ class Sparse:
             return
         text, details, trace = self._last
         if self._counted > 1:
-            more = f" (and {self._counted - 1} times more before)"
+            more = f" (and {count(self._counted - 1, 'time')} more before)"
             text, details = (text, details + more) if details else (text + more, "")
         self._journal.note(self._kind, text, details, level=self._level, trace=trace)
         self._counted = 0

@@ -23,6 +23,7 @@ from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
 from surfw.storage import StorageBackend, Store, open_backend
+from surfw.storage.backends import refuse_file
 from surfw.storage.origins import PlacedOptions, private_stores
 from surfw.storage.store import is_checkpoint
 from surfw.wire import CacheShortage
@@ -68,6 +69,7 @@ class ServedStore:
         if isinstance(source, StorageBackend):
             backend, place = source, str(source.url)
         else:
+            refuse_file(source)
             backend, place = open_backend(private or source, {} if private else self._options), str(source)
         self.store = Store(backend, PlacedOptions(place, self._options))
         self.url = display_url(place) if private else self.store.url
@@ -105,6 +107,7 @@ class ServedStore:
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
                 await self.look()
+            self._absences.flush()
             if not self.pages.healthy:
                 self._journal.note("storage", f"the storage {self.url} answers again")
             self.pages.healthy = True
@@ -130,6 +133,7 @@ class ServedStore:
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
         self._closed = True
+        self._absences.flush()
         await self.catalog.close()
         await self.digests.close()
         await self.pages.close()

@@ -19,6 +19,7 @@ from typing import Any
 
 from surfw.config import DEFAULT_SILENCE_SECONDS, display_text, display_url, is_server_url
 from surfw.errors import ConfigurationError, StorageError, SurfwError
+from surfw.files import describe_file
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import FilesystemBackend
 from surfw.storage.fsspec_backend import FsspecBackend
@@ -56,9 +57,9 @@ def open_backend(
             like a mistyped URL.
     """
     text, given = read_address(str(url)), dict(options or {})
-    scheme, mark, rest = text.partition("://")
-    if not mark or scheme == "file":
-        folder = FilesystemBackend(rest if mark else text, create=False)
+    scheme, _, rest = text.partition("://")
+    if (path := _local_path(text)) is not None:
+        folder = FilesystemBackend(path, create=False)
         folder.silence_timeout = silence_timeout  # for what its manifests point at
         return folder
     patience = {"silence_timeout": silence_timeout}
@@ -84,6 +85,24 @@ def open_backend(
         raise ConfigurationError("storage option url is the address itself; leave it out")
     kind = HubBackend if scheme == "hf" else FsspecBackend
     return kind(text, **patience | given)
+
+
+def refuse_file(url: str | Path) -> None:
+    """Refuse a file at the address of what is to be read, a store or a checkpoint, and name the folder that is meant.
+
+    Raises:
+        ConfigurationError: it is a file, or looks like a mistyped URL.
+    """
+    path = _local_path(read_address(str(url)))
+    full = None if path is None else Path(path).expanduser().absolute()
+    if full and os.path.isfile(full):  # noqa: PTH113 - it is False for an impossible path, which fails where it is used
+        raise ConfigurationError(describe_file(full))
+
+
+def _local_path(address: str) -> str | None:
+    """The path at an address; None if it is elsewhere."""
+    scheme, mark, rest = address.partition("://")
+    return address if not mark else rest if scheme == "file" else None
 
 
 @contextmanager

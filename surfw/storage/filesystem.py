@@ -14,7 +14,7 @@ import fsspec
 
 from surfw.config import PIECE_BYTES, display_url
 from surfw.errors import ConfigurationError, NotFoundError, StorageError
-from surfw.files import describe_file, open_regular, read_regular
+from surfw.files import open_regular, read_regular
 from surfw.storage.base import ChangedObjectError, check_key, check_prefix
 from surfw.storage.fsspec_backend import FsspecBackend, translate_errors
 from surfw.threads import in_thread
@@ -40,7 +40,7 @@ class FilesystemBackend(FsspecBackend):
             )
         self.base = Path(base_dir).expanduser().absolute()
         if os.path.isfile(self.base):  # noqa: PTH113 - it is False for an impossible path, which fails where it is used
-            raise ConfigurationError(describe_file(self.base))
+            raise ConfigurationError(f"{self.base} is a file, expected a folder; name another")
         super().__init__(str(self.base))
         if create:
             with translate_errors(f"making the folder {self.base}"):

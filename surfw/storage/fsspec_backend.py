@@ -7,6 +7,7 @@ here and nowhere else.
 
 import asyncio
 import errno
+import os
 import shutil
 import sys
 import tempfile
@@ -75,14 +76,20 @@ def translate_errors(what: str) -> Iterator[None]:
 
 
 def _explain_denial(exc: PermissionError) -> str:
-    """Who may not use which file, and what to do; of a storage elsewhere, what it says besides."""
+    """Who may not use which file, and what to do; of a storage elsewhere, what it says besides.
+
+    A file that can be seen is one that is meant. Where none can, another folder may be.
+    """
     if exc.filename is not None:
-        return (
-            f": user {user_name()} may not use {display_text(str(exc.filename))}; give that user the rights, or name "
-            "another folder (--store, --source, SURFW_HOME)"
-        )
+        other = "" if os.path.lexists(exc.filename) else ", or use another folder"
+        return f": user {user_name()} may not use {display_text(str(exc.filename))}; give that user the rights{other}"
     why = display_text(exc.strerror or str(exc))
     return "" if why.lower() in {"", "permission denied"} else f" ({why})"
+
+
+def is_denial(exc: BaseException | None) -> bool:
+    """Whether an error comes from missing rights, so that nothing is wrong with what is stored."""
+    return exc is not None and (isinstance(exc, PermissionError) or is_denial(exc.__cause__))
 
 
 @contextmanager

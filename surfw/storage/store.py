@@ -40,6 +40,7 @@ from surfw.source import find_model, locate_damage
 from surfw.storage.base import StorageBackend
 from surfw.storage.custom import AdaptedBackend, adapt_backend
 from surfw.storage.digests import LearnedDigests
+from surfw.storage.fsspec_backend import is_denial
 from surfw.storage.origins import Objects, PlacedOptions
 
 logger = logging.getLogger("surfw.storage")
@@ -260,7 +261,6 @@ class Store:
             StorageError: the manifest could not be read.
         """
         key = manifest_key(model)
-        advice = "; move it away, and chunk the model again" if self.backend.local_path(key) else ""
         try:
             with suppress(NotFoundError):
                 return await self.backend.load_capped(key, MANIFEST_BYTES)
@@ -268,6 +268,8 @@ class Store:
                 raise UnknownModelError(model, await self.models(), where=self.url)
             return await self.backend.load_capped(key, MANIFEST_BYTES)  # published meanwhile, or a broken link
         except StorageError as exc:
+            is_movable = self.backend.local_path(key) is not None and not is_denial(exc)
+            advice = "; move it away, and chunk the model again" * is_movable
             raise StorageError(f"the manifest of model {model} cannot be read: {exc}{advice}") from exc
 
     async def manifest_revision(self, model: str) -> str | None:

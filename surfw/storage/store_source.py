@@ -17,6 +17,7 @@ from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, payload_digest, with_digests
 from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage, read_again
 from surfw.storage.base import ChangedObjectError, StorageBackend
+from surfw.storage.fsspec_backend import is_denial
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
 from surfw.storage.origins import PlacedOptions, explain_change
 from surfw.storage.ranges import Check, ObjectRange, ObjectRead
@@ -260,9 +261,8 @@ def _naming(chunk: Chunk, where: str) -> Iterator[None]:
         raise
     except StorageError as exc:
         kind = NotFoundError if isinstance(exc, NotFoundError) else StorageError
-        raise kind(
-            f"chunk {chunk.name} in {where} cannot be read: {exc}; put its file back, or chunk the model again"
-        ) from exc
+        advice = "" if is_denial(exc) else "; put its file back, or chunk the model again"
+        raise kind(f"chunk {chunk.name} in {where} cannot be read: {exc}{advice}") from exc
 
 
 async def open_storage_source(

@@ -66,6 +66,8 @@ MISTAKES = [
     ("chunk model.safetensors", 1, "model.safetensors is a file of weights, expected the folder of a checkpoint;"),
     ("infer model.safetensors a", 1, "model.safetensors is a file of weights, expected the folder of a checkp"),
     ("infer ./store/surfw.json a", 1, "/store/surfw.json is a file, expected a folder; name the one that is meant"),
+    ("list --store model.safetensors", 1, "/model.safetensors is a file, expected a folder; name another"),
+    ("serve model.safetensors", 1, "/model.safetensors is a file of weights, expected the folder of a checkpoint"),
     ("infer --prompt a --source ./nowhere", 1, "; name that of a checkpoint, or of a store, which 'surfw chunk MODEL'"),
     ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),

@@ -50,7 +50,30 @@ def test_where_its_words_do_not_fit_each_row_is_a_line_and_what_belongs_to_it(mo
         "model.layers.0 … model.layers.21 (22)",
         "  kind layer, tensors 9, size 88.1 MB each",
     ]
-    assert len(shown(monkeypatch, 46, terminal=False)) > len(ROWS) + 1, "in a pipe, rows stay rows"
+
+
+def test_in_a_pipe_each_row_is_one_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, 30, terminal=False) == shown(monkeypatch, 80)
+
+
+def test_paths_are_broken_after_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("store", "/srv/somewhere/far/below/models", "default"), ("model", "not set", "default")]
+    table = partial(render.print_table, ("setting", "value", "from"), rows)
+    assert shown(monkeypatch, 40, show=table) == [
+        "setting  value                 from",
+        "store    /srv/somewhere/far/   default",
+        "         below/models",
+        "model    not set               default",
+    ]
+    assert shown(monkeypatch, 24, show=table) == [
+        "store",
+        "  value /srv/somewhere/",
+        "  far/below/models, from",
+        "  default",
+        "model",
+        "  value not set, from",
+        "  default",
+    ]
 
 
 def test_a_line_is_broken_between_words_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,18 @@ def test_what_is_known_is_served_while_the_storage_cannot_be_listed(tmp_path: Pa
         assert told == [("storage", "the models of the store cannot be listed: away")]
         with pytest.raises(StorageError, match="away"):
             await catalog.read("b")
+        for _ in range(3):
+            await catalog.chunk(get)
+        backend.away = False
+        await catalog.models()
+        backend.away = True
+        await catalog.chunk(get)
+        await catalog.close()
+        assert [event["text"] for event in journal.recent(details=True)] == [
+            "the models of the store cannot be listed: away",
+            "the models of the store cannot be listed: away (and 2 times more before)",
+            "the models of the store cannot be listed: away",
+        ]
 
     asyncio.run(main())
 

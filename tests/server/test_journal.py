@@ -163,10 +163,10 @@ def test_a_storage_that_fails_and_comes_back(tmp_path: Path) -> None:
                 assert not (await server.health())["ready"]
             (tmp_path / "elsewhere").rename(tmp_path / "store")
             assert (await server.health())["ready"]
-            assert told(server, "storage") == [
-                f"the storage {tmp_path / 'store'} cannot be reached",
-                f"the storage {tmp_path / 'store'} answers again",
-            ]
+            lost = f"the storage {tmp_path / 'store'} cannot be reached"
+            assert told(server, "storage") == [lost, lost, f"the storage {tmp_path / 'store'} answers again"]
+            counted = [event["text"] for event in server.stats(details=True)["events"] if lost in event["text"]]
+            assert counted[1].endswith(" (and 1 time more before)")
 
     asyncio.run(main())
 

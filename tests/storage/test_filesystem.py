@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from surfw.errors import ConfigurationError, NotFoundError, StorageError, StorageFullError
-from surfw.storage import FilesystemBackend, FsspecBackend, filesystem, open_backend
+from surfw.files import read_regular, user_name
+from surfw.storage import FilesystemBackend, FsspecBackend, filesystem, local_reader, open_backend
 from surfw.storage.filesystem import create_file, read_file_into
 from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.housekeeping import Housekeeping
 from surfw.storage.store import Store, is_checkpoint
+from surfw.storage.store_source import open_storage_source
 from tests.conftest import locked
+from tests.peers import whole
+from tests.stores import make_store
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -46,7 +52,7 @@ def test_a_folder_that_is_only_named_is_not_made(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     for create in (True, False):
-        with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name the one that is"):
+        with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name another$"):
             FilesystemBackend(tmp_path / "file", create=create)
     with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
         FilesystemBackend(tmp_path / "file" / "below")
@@ -62,10 +68,42 @@ def test_a_folder_without_rights_is_named_with_who_lacks_them(tmp_path: Path) ->
                     asyncio.run(work())
                 assert str(caught.value) == (
                     f"surfw.json in {url}: permission denied: user {user} may not use {url}/surfw.json; give that user "
-                    "the rights, or name another folder (--store, --source, SURFW_HOME)"
+                    "the rights, or use another folder"
                 )
         with pytest.raises(StorageError, match=rf"^making the folder .*: permission denied: user {user} may not use /"):
             FilesystemBackend(tmp_path / "mine" / "store")
+
+
+def test_a_file_without_rights_is_not_to_be_moved_away_or_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_store(tmp_path, "a", [10])
+    blob, file = (tmp_path / name for name in (manifest.chunks[0].forms[0].locations[0].object, "models/a.json"))
+    denied = f"permission denied: user {user_name()} may not use {{}}; give that user the rights"
+
+    async def read_chunk() -> None:
+        async with await open_storage_source(FilesystemBackend(tmp_path)) as source:
+            await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local_reader, "open_regular", Mock(side_effect=PermissionError(13, "no", str(blob))))
+        with pytest.raises(StorageError, match=r"^chunk .* cannot be read: ") as caught:
+            asyncio.run(read_chunk())
+        assert str(caught.value).endswith(denied.format(blob))
+
+    def read(path: Path, most_bytes: int) -> bytes:
+        if path == file:
+            raise PermissionError(13, "no", str(path))
+        return read_regular(path, most_bytes)
+
+    monkeypatch.setattr(filesystem, "read_regular", read)
+    with pytest.raises(StorageError) as caught:
+        asyncio.run(Store(FilesystemBackend(tmp_path)).manifest("a"))
+    told = f"the manifest of model a cannot be read: models/a.json in {tmp_path}: {denied.format(file)}"
+    assert str(caught.value) == told
+    with pytest.raises(StorageError) as caught:
+        asyncio.run(Housekeeping(tmp_path).prune())
+    assert str(caught.value).endswith(f"{told}; nothing is removed")
 
 
 def test_objects_are_files_below_the_folder(backend: FilesystemBackend) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from surfw.errors import ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Manifest, check_model_name
 from surfw.storage.base import StorageBackend
-from surfw.storage.fsspec_backend import translate_errors
+from surfw.storage.fsspec_backend import is_denial, translate_errors
 from surfw.storage.housekeeping.leases import ABANDONED_SECONDS, LeaseRecord, PruneLease, in_batches, read_leases
 from surfw.storage.store import MODELS, PRUNES, Store, belongs, is_blob, manifest_key, objects_of
 from surfw.threads import to_its_end
@@ -107,9 +107,8 @@ async def survey(store: Store) -> Survey:
             continue
         except (ManifestError, StorageError) as exc:
             seen = f"{MODELS}{name}.json: {exc}"
-            unclear[seen] = StorageError(
-                f"{unknown}, because of {seen}; nothing is removed. Use the surfw that wrote it, or move it away"
-            )
+            advice = "" if is_denial(exc) else ". Use the surfw that wrote it, or move it away"
+            unclear[seen] = StorageError(f"{unknown}, because of {seen}; nothing is removed{advice}")
             unclear[seen].__cause__ = exc
     keys = await store.backend.list()
     left_alone = [key for key in keys if not belongs(key)]
