@@ -64,6 +64,9 @@ OnMissing = Literal["error", "uninitialized"]
 Policy = Literal["auto", "lru"]
 """Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
 
+CodecChoice = Literal["auto", "none", "lossless"]
+"""Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""
+
 DTYPES = {
     "float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "bfloat16": "bfloat16",
     "bf16": "bfloat16", "float64": "float64",
@@ -159,6 +162,15 @@ def check_policy(choice: str) -> None:
         ConfigurationError: it is not.
     """
     _check_choice("policy", choice, get_args(Policy))
+
+
+def check_codec(choice: str) -> None:
+    """Check which form of chunks is to be read.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    _check_choice("codec", choice, get_args(CodecChoice))
 
 
 def _check_choice(name: str, choice: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from surfw.codec.lossless import FRAME_BYTES, encode_frame, item_bytes_of
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotFoundError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, TensorInfo, Use, digest_blocks, nbytes, payload_digest
@@ -77,7 +78,8 @@ class ToySource(ChunkSource):
             self.before_fetch(read)
             if self.gate is not None:
                 await self.gate.passes(read.chunk.name)
-            read.destination[:] = self.payloads[read.chunk.id][read.start : read.stop]
+            stored = self.payloads[read.chunk.id if read.form.codec == "none" else read.form.digest]
+            read.destination[:] = stored[read.start : read.stop]
             for block, seen in find_damage(read.form, read.start // BLOCK_BYTES, read.destination).items():
                 raise IntegrityError(describe_damage(read.chunk, read.form, block, seen, where=self.url))
 
@@ -163,6 +165,33 @@ def toy_needs(manifest: Manifest) -> Needs:
     }
     kinds = {chunk.name: chunk.kind for chunk in manifest.chunks}
     return describe_needs(manifest.name, kinds, sizes, manifest.order)
+
+
+def coded_model(made: Sequence[tuple[Chunk, bytes]], *, plain: bool = True) -> tuple[Manifest, ToySource]:
+    """A model of these chunks in the form `lossless`, beside the plain one or alone."""
+    chunks, stored = [], {chunk.id: payload for chunk, payload in made}
+    for chunk, payload in made:
+        form, coded = code(chunk, payload)
+        stored[form.digest] = coded
+        chunks.append(replace(chunk, forms=(*chunk.forms, form) if plain else (form,)))
+    manifest = toy_manifest(chunks)
+    return manifest, ToySource({manifest.name: manifest}, stored)
+
+
+def code(chunk: Chunk, payload: bytes) -> tuple[Form, bytes]:
+    """The form `lossless` of a chunk, and its stored bytes."""
+    starts = range(0, len(payload), FRAME_BYTES)
+    frames = [
+        bytes(
+            encode_frame(
+                memoryview(payload)[start : start + FRAME_BYTES],
+                item_bytes_of(chunk.tensors, start, start + FRAME_BYTES),
+            )
+        )
+        for start in starts
+    ]
+    stored = b"".join(frames)
+    return Form("lossless", len(stored), *digest_blocks([stored]), (), tuple(map(len, frames))), stored
 
 
 def damage(chunk: Chunk) -> Chunk:

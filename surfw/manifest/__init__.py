@@ -6,7 +6,8 @@ documented in `surfw/storage/FORMAT.md`. Its rules, checked whenever one is pars
 - In a store, a line with its BLAKE3 stands before the JSON: see `parse_stored_manifest`.
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
 - A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
-  verified alone. For codec `none` the stored bytes are the payload itself.
+  verified alone. For codec `none` the stored bytes are the payload itself; for `lossless` they are its parts of
+  1 MiB, each compressed alone, whose stored sizes are listed (format version 3).
 - The locations and files of a model that was not copied lie in another storage, its *origin*, and each object is
   pinned to its revision. Digests may then be missing (format version 2) until all bytes of a chunk have been read.
 - Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
@@ -25,6 +26,7 @@ from surfw.manifest.digests import (
     read_digests,
 )
 from surfw.manifest.facts import (
+    CODED_VERSION,
     DTYPE_BITS,
     FORMAT,
     IN_PLACE_VERSION,
@@ -50,8 +52,8 @@ from surfw.manifest.parser import (
 )
 
 __all__ = [
-    "DTYPE_BITS", "FORMAT", "IN_PLACE_VERSION", "VERSION", "Chunk", "Digester", "Digests", "Form", "Location",
-    "Manifest", "ModelFile", "Origin", "Pin", "TensorInfo", "Use", "check_model_name", "count_blocks",
+    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "IN_PLACE_VERSION", "VERSION", "Chunk", "Digester", "Digests", "Form",
+    "Location", "Manifest", "ModelFile", "Origin", "Pin", "TensorInfo", "Use", "check_model_name", "count_blocks",
     "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest", "has_digest", "nbytes",
     "parse_digests", "parse_manifest", "parse_stored_manifest", "payload_digest", "read_digests", "with_digests",
 ]  # fmt: skip

@@ -15,6 +15,9 @@ VERSION = 1
 IN_PLACE_VERSION = 2
 """The version of manifests with an origin, or with chunks whose digests are not known yet."""
 
+CODED_VERSION = 3
+"""The version of manifests with chunks in other forms than `none`."""
+
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
@@ -56,11 +59,12 @@ class Form:
     """One way in which a chunk's bytes are stored.
 
     Attributes:
-        codec: how stored bytes become payload bytes; `none` means they are the same.
+        codec: how stored bytes become payload bytes; `none` means they are the same. See `surfw.codec`.
         stored_bytes: length of the stored bytes.
         digest: BLAKE3 of the stored bytes, hex; empty until all of them have been read (see `is_known`).
         blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
         locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
+        frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; none for `none`.
     """
 
     codec: str
@@ -68,6 +72,7 @@ class Form:
     digest: str
     blocks: bytes = field(repr=False)
     locations: tuple[Location, ...] = ()
+    frames: tuple[int, ...] = field(default=(), repr=False)
 
     @property
     def is_known(self) -> bool:
@@ -237,6 +242,13 @@ class Manifest:
         return replace(self, chunks=chunks, files=files, origin=None)
 
     @property
+    def version(self) -> int:
+        """The version of the format that it needs."""
+        if any(form.codec != "none" for chunk in self.chunks for form in chunk.forms):
+            return CODED_VERSION
+        return VERSION if self.origin is None and self.is_known else IN_PLACE_VERSION
+
+    @property
     def is_known(self) -> bool:
         """Whether all chunks have digests."""
         return all(form.is_known for chunk in self.chunks for form in chunk.forms)
@@ -249,7 +261,7 @@ class Manifest:
         """The manifest as JSON, the same bytes for equal manifests."""
         document = {
             "format": FORMAT,
-            "version": VERSION if self.origin is None and self.is_known else IN_PLACE_VERSION,
+            "version": self.version,
             "name": self.name,
             "class": self.class_name,
             "dtype": self.dtype,
@@ -292,6 +304,7 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
         "forms": [
             {"codec": form.codec, "stored_bytes": form.stored_bytes}
             | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
+            | ({"frames": list(form.frames)} if form.frames else {})
             | (
                 {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
                 if form.locations

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surfw.config import MANIFEST_BYTES, MAX_JSON_DEPTH
+from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
+    CODED_VERSION,
     DTYPE_BITS,
     FORMAT,
     IN_PLACE_VERSION,
@@ -69,7 +70,8 @@ def parse_manifest(data: bytes, *, where: str) -> Manifest:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as exc:
-        raise ManifestError(f"the manifest from {where} is not JSON: {str(exc)[:200]}") from exc
+        complaint = f"the manifest from {where} is not JSON: {str(exc)[:200]}"
+        raise ManifestError(complaint, advice="chunk the model again") from exc
     try:
         return _Parser(where).manifest(document)
     except (KeyError, TypeError, AttributeError, ValueError) as exc:
@@ -160,10 +162,11 @@ class _Parser:
     def manifest(self, document: Any) -> Manifest:
         self.require(isinstance(document, dict) and document.get("format") == FORMAT, f"its format is not {FORMAT!r}")
         version = document.get("version")
-        if isinstance(version, bool) or version not in {VERSION, IN_PLACE_VERSION}:
+        if isinstance(version, bool) or version not in {VERSION, IN_PLACE_VERSION, CODED_VERSION}:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} and {IN_PLACE_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION}, {IN_PLACE_VERSION} and {CODED_VERSION}. Chunk the model again, or use the surfw that "
+                "wrote it"
             )
         self.in_place = version == IN_PLACE_VERSION
         generation = document["generation_config"]
@@ -208,7 +211,7 @@ class _Parser:
             tensor.offset + tensor.nbytes == end for tensor, end in zip(tensors, ends[1:], strict=True)
         )
         self.require(gapless, f"the tensors of chunk {name} leave gaps, overlap, or do not add up to {size} bytes")
-        forms = tuple(self.form(form, name) for form in self.items(document["forms"], f"forms of {name}"))
+        forms = tuple(self.form(form, name, size) for form in self.items(document["forms"], f"forms of {name}"))
         chunk = Chunk(name, document["kind"], self.digest(document["id"], f"the id of {name}"), size, tensors, forms)
         codecs = [form.codec for form in forms]
         self.require(bool(forms) and len(set(codecs)) == len(codecs), f"chunk {name} has no forms, or one twice")
@@ -229,9 +232,10 @@ class _Parser:
         self.require(tensor.nbytes <= _MAX_BYTES, f"tensor {name} would have {tensor.nbytes} bytes")
         return tensor
 
-    def form(self, document: Any, chunk: str) -> Form:
+    def form(self, document: Any, chunk: str, payload_bytes: int) -> Form:
         codec = self.text(document["codec"], f"a codec of chunk {chunk}")
         size = self.size(document["stored_bytes"], f"stored_bytes of chunk {chunk}")
+        frames = self.frames(document.get("frames", []), chunk, payload_bytes, size) if codec == "lossless" else ()
         digest, blocks = "", b""
         if not self.in_place or "digest" in document:
             digest = self.digest(document["digest"], f"the digest of {chunk}")
@@ -248,7 +252,18 @@ class _Parser:
             covered = sum(at.stop - at.start for at in locations)
             forward = all(at.start <= at.stop for at in locations)
             self.require(forward and covered == size, f"the locations of chunk {chunk} do not add up to {size} bytes")
-        return Form(codec, size, digest, blocks, locations)
+        return Form(codec, size, digest, blocks, locations, frames)
+
+    def frames(self, document: Any, chunk: str, payload_bytes: int, stored_bytes: int) -> tuple[int, ...]:
+        """The sizes of a chunk's frames: one for each MiB of its payload, none longer than that part of it."""
+        sizes = [self.size(size, f"a frame of chunk {chunk}") for size in self.items(document, f"frames of {chunk}")]
+        starts = range(0, payload_bytes, BLOCK_BYTES)
+        fitting = len(sizes) == len(starts) and all(
+            0 < size <= min(BLOCK_BYTES, payload_bytes - start) for size, start in zip(sizes, starts, strict=True)
+        )
+        self.require(fitting, f"the frames of chunk {chunk} are not one for each MiB of its payload, none longer")
+        self.require(sum(sizes) == stored_bytes, f"the frames of chunk {chunk} do not add up to {stored_bytes} bytes")
+        return tuple(sizes)
 
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")

@@ -118,10 +118,11 @@ class Catalog:
                 more = f" and {len(names) - _MOST_NOTED} more" if len(names) > _MOST_NOTED else ""
                 self._journal.note("models", f"{count(len(names), 'model')} {what}: {few}{more}")
 
-    def payload_bytes(self, model: str) -> int:
-        """Return how large a model is, in bytes of tensors; 0 if it is not known at the moment."""
+    def pass_bytes(self, model: str) -> int:
+        """Return the least that a client reads of a whole model; 0 if that is not known at the moment."""
         entry = self._entries.get(model)
-        return entry.manifest.payload_bytes if entry else 0
+        chunks = entry.manifest.chunks if entry else ()
+        return sum(min(form.stored_bytes for form in chunk.forms) for chunk in chunks)
 
     async def read(self, model: str, reader: Reader | None = None) -> Entry:
         """Return the model as it is in the store now."""
@@ -226,7 +227,7 @@ class Catalog:
 def _without_details(manifest: Manifest) -> Manifest:
     """The part of a manifest that requests are looked up in; the rest, most of a large one, is only ever sent."""
     chunks = tuple(
-        replace(chunk, tensors=(), forms=tuple(replace(form, blocks=b"") for form in chunk.forms))
+        replace(chunk, tensors=(), forms=tuple(replace(form, blocks=b"", frames=()) for form in chunk.forms))
         for chunk in manifest.chunks
     )
     return replace(manifest, config={}, generation_config=None, ties={}, chunks=chunks, order=())

@@ -119,7 +119,7 @@ class ServedStore:
 
     def note_reading(self, model: str) -> None:
         """A client reads this model: note if the cache is too small for it, and for none that was read before."""
-        size, known = self.catalog.payload_bytes(model), self.cache_shortage
+        size, known = self.catalog.pass_bytes(model), self.cache_shortage
         if size <= max(self.pages.cache.capacity_bytes, known["pass_bytes"] if known else 0):
             return
         helpful_mb = -(-(size + MIN_CACHE_BYTES) // (_MB_STEP * MB)) * _MB_STEP

@@ -2,16 +2,20 @@
 
 - What several models share is read once.
 - Two pieces of 8 MiB are in memory: one is verified while the next is read.
+- Coded forms are decoded, and compared with the id of their chunk.
 - Damaged or missing parts are findings; a storage that does not answer is an error.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 from blake3 import blake3
 
+from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES, PIECE_BYTES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, count_blocks, has_digest
@@ -65,7 +69,8 @@ class Verified:
 class _Part:
     """A chunk or a tokenizer file to be read: of models that share it, the first is named.
 
-    A file has no digests of blocks, and is a whole object, not a range of one.
+    A file has no digests of blocks, and is a whole object, not a range of one. Of a coded form, `payload` is the size
+    and the digest of what it decodes to.
     """
 
     model: str
@@ -73,13 +78,14 @@ class _Part:
     form: Form
     is_file: bool = False
     has_header: bool = False  # of safetensors, before the payload
+    payload: tuple[int, str] | None = None
 
 
 async def verify(store: Store, model: str | None, *, progress: Steps) -> Verified:
     """See `Housekeeping.verify`."""
     await store.check()
     names = await store.models() if model is None else [await store.resolve(model)]
-    parts: dict[Form, _Part] = {}
+    parts: dict[tuple[Form, tuple[int, str] | None], _Part] = {}
     damage, undigested = [], []
     for name in names:
         try:
@@ -95,9 +101,9 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         if not is_digested:
             undigested.append(name)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
-            parts.setdefault(part.form, part)
-    done, total = 0, sum(form.stored_bytes for form in parts)
-    for form, part in parts.items():
+            parts.setdefault((part.form, part.payload), part)
+    done, total = 0, sum(form.stored_bytes for form, _ in parts)
+    for (form, _), part in parts.items():
 
         def tell(read_bytes: int, before: int = done, name: str = part.name) -> None:
             progress(before + read_bytes, total, name)
@@ -129,7 +135,8 @@ def _parts_of(manifest: Manifest) -> Iterator[_Part]:
         for form in chunk.forms:
             if form.is_known:
                 has_header = manifest.origin is None and form.codec == "none" and len(form.locations) == 1
-                yield _Part(manifest.name, chunk.name, form, has_header=has_header)
+                payload = (chunk.payload_bytes, chunk.id) if form.codec == "lossless" else None
+                yield _Part(manifest.name, chunk.name, form, has_header=has_header, payload=payload)
     for file in manifest.files:
         form = Form("none", file.size, file.digest, b"", (Location(file.object, 0, file.size),))
         yield _Part(manifest.name, file.path, form, is_file=True)
@@ -148,6 +155,8 @@ async def _verify(store: Store, part: _Part, tell: Callable[[int], object]) -> s
                 return f"{location.object} has {size} bytes, expected {location.stop}"
         # A damaged block is read again by itself, but a file as a whole.
         complaint = await (_retried(store, form, read) if part.is_file else read())
+        if not complaint and part.payload:
+            complaint = await _retried(store, form, partial(_decode, store, form, *part.payload))
         if complaint or not part.has_header:
             return complaint
         return await _retried(store, form, partial(_read_header, store, form.locations[0]))
@@ -219,6 +228,32 @@ async def _read_through(store: Store, part: _Part, tell: Callable[[int], object]
         blocks = count_blocks(form.stored_bytes)
         return f"block {damaged[0]} is damaged ({len(damaged)} of {blocks} blocks are)"
     return "" if whole.hexdigest() == form.digest else f"its digest is {whole.hexdigest()}, expected {form.digest}"
+
+
+async def _decode(store: Store, form: Form, payload_bytes: int, digest: str) -> str:
+    """What is wrong with the payload that intact stored bytes decode to; a few MiB of them are in memory at a time."""
+    whole, at, ends = blake3(), 0, [*accumulate(form.frames)]
+    frame_of = memoryview(bytearray(FRAME_BYTES))
+
+    def decode(coded: memoryview, first: int, sizes: Sequence[int]) -> None:
+        start = 0
+        for index, size in enumerate(sizes, first):
+            into = frame_of[: min(FRAME_BYTES, payload_bytes - index * FRAME_BYTES)]
+            decode_frame(coded[start : start + size], into)
+            whole.update(into)
+            start += size
+
+    while at < len(ends):
+        start = ends[at] - form.frames[at]
+        last = max(at + 1, bisect_right(ends, start + PIECE_BYTES))
+        coded = memoryview(bytearray(ends[last - 1] - start))
+        await _read(store, form, start, coded)
+        try:
+            await in_thread(decode, coded, at, form.frames[at:last])
+        except (ValueError, RuntimeError) as exc:
+            return f"it cannot be decoded: {exc}"
+        at = last
+    return "" if whole.hexdigest() == digest else f"it decodes to BLAKE3 {whole.hexdigest()}, expected {digest}"
 
 
 async def _read_block(store: Store, form: Form, block: int, destination: memoryview) -> str | None:
