@@ -22,6 +22,7 @@ from surfw.config import (
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
     DTYPES,
+    CodecChoice,
     OnMissing,
     Policy,
     default_store,
@@ -137,6 +138,7 @@ class Settings:
         has_form=is_size,
     )
     policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
+    codec: CodecChoice = _setting("auto", "Which form of the weights is read: what is faster, or one of them.")  # noqa: RUF009 - it makes a field
     dtype: str | None = _setting(
         None,
         "Run in this dtype, such as bfloat16.",

@@ -29,6 +29,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "cache_layers": (1, 2, 3),
     "memory_budget": ("1.2GB", "500 MiB", "4096"),
     "policy": ("lru", "auto", "lru"),
+    "codec": ("none", "auto", "lossless"),
     "dtype": ("float32", "bfloat16", "float16"),
     "max_new_tokens": (1, 2, 3),
     "temperature": (0.0, 0.5, 1.5),

@@ -87,10 +87,11 @@ def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
     rows = []
     if one.reading_ceiling is not None and one.bytes_per_second is not None:
         place = "over the link" if is_server_url(one.source) else "from storage"
+        coded = "" if one.codec == "none" else f" ({one.codec})"
         rows += [
             (
                 "read in a pass",
-                f"{format_size(one.bytes_per_pass)}, {place} at {_rate(one.bytes_per_second)} (measured)",
+                f"{format_size(one.bytes_per_pass)}{coded}, {place} at {_rate(one.bytes_per_second)} (measured)",
             ),
             ("ceiling by reading", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
         ]

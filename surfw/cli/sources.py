@@ -170,6 +170,7 @@ def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Ite
         chosen.url,
         settings.model,
         memory_bytes=0 if is_streamed else budget,
+        codec=settings.codec,
         token=settings.token if chosen.is_server else None,
         storage_options=None if chosen.is_server else settings.storage_options,
         retry=settings.retry,
@@ -195,6 +196,7 @@ def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[s
         cache_size=settings.cache_layers,
         memory_budget=settings.memory_budget,
         policy=settings.policy,
+        codec=settings.codec,
         dtype=settings.dtype,
         on_missing=settings.on_missing,
     )

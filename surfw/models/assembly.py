@@ -6,7 +6,7 @@ depends on the model and its dtypes alone, never on where weights come from.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from surfw.chunking import PreparedModel
+from surfw.chunking.forms import codecs_of
+from surfw.codec.lossless import DECODING_BYTES
 from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Form, Manifest
@@ -25,6 +27,7 @@ from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.engine import Engine
+from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
@@ -34,6 +37,7 @@ from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
+from surfw.storage.origins import is_local_url
 
 logger = logging.getLogger("surfw.models")
 
@@ -64,6 +68,7 @@ class ModelParts:
     model: PreTrainedModel
     layers: tuple[str, ...]
     engine: Engine
+    forms: FormChoice
     tables: StreamedTables
     hooks: StreamingHooks
     kv: KvReserve
@@ -110,6 +115,9 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
+    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
+    if settings.codec not in {"auto", *(form.codec for chunk in manifest.chunks for form in chunk.forms)}:
+        logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
     limit = settings.limit
     with deciding:
         if limit.budget_bytes is None and limit.cache_layers is None:
@@ -121,7 +129,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             manifest,
             model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
             limit,
-            Loader(client.source, manifest, dtypes),
+            Loader(client.source, manifest, dtypes, forms),
             io=client.io,
             metrics=metrics,
             phases=find_phases(manifest, skeleton),
@@ -145,6 +153,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         model=skeleton.model,
         layers=tuple(name for name in used if manifest.by_name[name].kind == "layer"),
         engine=engine,
+        forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
         hooks=StreamingHooks(skeleton, manifest, engine, tables),
@@ -190,10 +199,12 @@ def model_needs(
     )
     looked_up = {name for unit in tables.values() for name in unit.looked_up}
     others = {name for unit in tables.values() for name in unit.others}
+    is_coded = any(form.codec != "none" for chunk in manifest.chunks for form in chunk.forms)
+    decoding_bytes = DECODING_BYTES if is_coded else 0
     return replace(
         known,
-        overhead_bytes=buffered_bytes,
-        in_flight_bytes=IN_FLIGHT_BYTES,
+        overhead_bytes=buffered_bytes + decoding_bytes,
+        in_flight_bytes=IN_FLIGHT_BYTES + decoding_bytes,
         scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
         tables=frozenset(manifest.home[name].name for name in looked_up) - known.fixed,
         table_bytes=2 * ROWS_BYTES + sum(manifest.tensors[name].nbytes for name in others),
@@ -215,10 +226,15 @@ def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
     )
 
 
-def plan_least_budget(prepared: PreparedModel) -> tuple[int, int]:
+def plan_least_budget(prepared: PreparedModel, codecs: Sequence[str] = ("none",)) -> tuple[int, int]:
     """The least budget in bytes of a model that is still to be chunked, and what each token adds for the KV cache."""
     name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
-    manifest = prepared.manifest([one.chunk("", Form("none", one.payload_bytes, "", b"")) for one in planned])
+    manifest = prepared.manifest(
+        [
+            one.chunk("", *(Form(codec, one.payload_bytes, "", b"") for codec in codecs_of(one.payload_bytes, codecs)))
+            for one in planned
+        ]
+    )
     config = read_config(dict(prepared.config), where=name)
     count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
     skeleton = build_skeleton(

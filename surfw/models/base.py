@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, Policy, expect
+from surfw.config import CodecChoice, OnMissing, Policy, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.models.client import Source
@@ -54,8 +54,8 @@ class StreamingBaseModel(ModelLifetime):
         model_class: the class to build; None takes the one in the model's configuration, from transformers or
             registered there.
         model_types: the configuration's `model_type`s that this class is for; empty for any.
-        metrics: counters `hits`, `prefetched`, `stalls`, `fetched_bytes`; spans `stall`, `forward`; latencies `fetch`,
-            `inference`.
+        metrics: counters `hits`, `prefetched`, `stalls`, `fetched_bytes`, `decoded_bytes`; spans `stall`, `forward`,
+            `decode`; latencies `fetch`, `inference`.
     """
 
     model_class: ClassVar[type[PreTrainedModel] | None] = None
@@ -72,6 +72,7 @@ class StreamingBaseModel(ModelLifetime):
         dtype: str | None = None,
         on_missing: OnMissing = "error",
         policy: Policy = "auto",
+        codec: CodecChoice = "auto",
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         """Note what is wanted; the first use opens it: a call, `warmup`, entering its context.
@@ -92,6 +93,8 @@ class StreamingBaseModel(ModelLifetime):
                 warning. The only way ever to do so.
             policy: which layers stay where not all fit. `auto`: a part of them that is chosen once, for the order in
                 which they run; `lru`: those that were used last.
+            codec: which form of the weights is read where the source has several: `auto` takes the one that the run is
+                faster with, as measured; `none` or `lossless` that one wherever it is there. The result is the same.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
                 `WeightClient`.
 
@@ -109,6 +112,7 @@ class StreamingBaseModel(ModelLifetime):
             prefetch=prefetch,
             dtype=dtype,
             on_missing=on_missing,
+            codec=codec,
             model_class=self.model_class,
         )
         super().__init__(source, model, settings, **connection)

@@ -4,6 +4,7 @@ The plan says what is read in a pass; a measurement says how fast. The ceiling i
 per pass, and cannot be above what computing alone allows. Nothing is rendered here.
 """
 
+from collections import Counter
 from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -44,6 +45,7 @@ class Explanation:
         least_budget_bytes: the smallest budget that the model runs with.
         base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
             budget.
+        codec: the form in which most of the weights are read: `none`, or `lossless` where that is faster.
         bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
         bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
         compute_seconds: how long the modules of a pass take while nothing is read; None if it could not be measured.
@@ -75,6 +77,7 @@ class Explanation:
     peak_bytes: int
     least_budget_bytes: int
     base_bytes: int
+    codec: str = "none"
     bytes_per_pass: int
     bytes_per_second: float | None
     compute_seconds: float | None
@@ -131,8 +134,13 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
     """The explanation of a model's plan, with these measurements."""
     engine, manifest = parts.engine, parts.manifest
     plan, limit = engine.plan, engine.limit
-    # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in.
-    stored = sum(manifest.by_name[name].payload_bytes for name in plan.sizes) / max(1, sum(plan.sizes.values()))
+    # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in, and where
+    # coded forms are read.
+    read: Counter[str] = Counter()
+    for name in plan.sizes:
+        form = parts.forms.form(manifest.by_name[name])
+        read[form.codec] += form.stored_bytes
+    stored = read.total() / max(1, sum(plan.sizes.values()))
     speed = bytes_per_second / stored if bytes_per_second and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = plan.ceiling(speed) if speed else None
@@ -159,6 +167,7 @@ def explain_plan(parts: ModelParts, computing: Computing | None, bytes_per_secon
         peak_bytes=plan.peak_bytes + plan.reserved_bytes,
         least_budget_bytes=engine.least_budget_bytes,
         base_bytes=parts.base_bytes,
+        codec=max(read, key=read.__getitem__, default="none"),
         bytes_per_pass=round(plan.bytes_per_pass * stored),
         bytes_per_second=bytes_per_second,
         compute_seconds=computing.seconds if computing else None,

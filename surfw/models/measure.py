@@ -19,7 +19,6 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from surfw.codec import choose_form
 from surfw.config import BLOCK_BYTES, MB, MIB
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.assembly import ModelParts
@@ -67,7 +66,7 @@ class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that take
 def measure_reading(parts: ModelParts) -> float | None:
     """Stored bytes per second, from reading streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = parts.engine.plan, parts.manifest
-    streamed = ((chunk, choose_form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
+    streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
     return parts.client.run(lambda source: _read_for_a_while(source, manifest, forms)) if forms else None
 

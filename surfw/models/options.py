@@ -10,7 +10,17 @@ from typing import Any, TypedDict
 import torch
 from transformers import PreTrainedModel
 
-from surfw.config import OnMissing, Policy, check_on_missing, check_policy, expect, is_size, parse_size
+from surfw.config import (
+    CodecChoice,
+    OnMissing,
+    Policy,
+    check_codec,
+    check_on_missing,
+    check_policy,
+    expect,
+    is_size,
+    parse_size,
+)
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
 from surfw.runtime.plan import Limit
@@ -36,6 +46,7 @@ class ModelOptions(ConnectionOptions, total=False):
     dtype: str | None
     on_missing: OnMissing
     policy: Policy
+    codec: CodecChoice
 
 
 class OpenOptions(ModelOptions, total=False):
@@ -57,6 +68,7 @@ class OpenSettings:
     prefetch: bool
     dtype: str | None
     on_missing: OnMissing
+    codec: CodecChoice
     model_class: type[PreTrainedModel] | None
 
     def __post_init__(self) -> None:
@@ -65,6 +77,7 @@ class OpenSettings:
         check_model_class(self.model_class)
         check_on_missing(self.on_missing)
         check_policy(self.limit.policy)
+        check_codec(self.codec)
 
 
 def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, kind: type | UnionType = int) -> None:

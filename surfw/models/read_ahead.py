@@ -16,12 +16,14 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surfw.codec import choose_form
+from surfw.config import CodecChoice
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
 from surfw.source import ChunkSource, Read, View
 from surfw.storage import StorageBackend
+from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
 
 if TYPE_CHECKING:
@@ -42,20 +44,24 @@ _KEPT_SHARE = 8
 class ReadAhead(ChunkSource):
     """A source, and what was read ahead of one of its models."""
 
-    def __init__(self, source: ChunkSource, manifest: Manifest, wanted: str | None) -> None:
+    def __init__(
+        self, source: ChunkSource, manifest: Manifest, wanted: str | None, codec: CodecChoice = "auto"
+    ) -> None:
         """Nothing is read yet.
 
         Args:
             source: where weights come from; closed with this.
             manifest: of the model.
             wanted: the name it was asked for by.
+            codec: which forms are read; `auto` takes coded ones from another machine, and others from this one.
         """
         self.url = source.url
         self._source = source
         self._manifest = manifest
         self._wanted = wanted
         self._files: dict[str, asyncio.Task[bytes]] = {}
-        self._chunks: dict[str, asyncio.Task[View | None]] = {}
+        self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
+        self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
 
@@ -69,7 +75,8 @@ class ReadAhead(ChunkSource):
         used = dict.fromkeys(name for use in self._manifest.order for name in use.chunks)
         for priority, name in enumerate(used, 1):
             chunk = self._manifest.by_name[name]
-            self._chunks[name] = _start(self._read(chunk, choose_form(chunk), priority))
+            form = choose_form(chunk, self._codec)
+            self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
@@ -102,7 +109,7 @@ class ReadAhead(ChunkSource):
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
-        task = self._chunks.pop(chunk.name, None) if manifest is self._manifest else None
+        task = self._chunks.pop((chunk.name, form.codec), None) if manifest is self._manifest else None
         return await (task or self._source.view(manifest, chunk, form))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
@@ -148,6 +155,7 @@ class ReadAheadClient(WeightClient):
         model: str | None,
         *,
         memory_bytes: int | None,
+        codec: CodecChoice = "auto",
         **connection: "Unpack[ConnectionOptions]",
     ) -> None:
         """Note where the weights are; nothing is contacted before `begin`.
@@ -156,6 +164,7 @@ class ReadAheadClient(WeightClient):
             source: as of `WeightClient`.
             model: its name there, in full or a unique last part; None for the only one.
             memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
+            codec: as of `StreamingBaseModel`.
             **connection: as of `WeightClient`.
         """
         super().__init__(source, **connection)
@@ -164,7 +173,7 @@ class ReadAheadClient(WeightClient):
         async def open_ahead() -> ChunkSource:
             opened = await open_source()
             try:
-                return ReadAhead(opened, await opened.manifest(await opened.resolve(model)), model)
+                return ReadAhead(opened, await opened.manifest(await opened.resolve(model)), model, codec)
             except BaseException:
                 await opened.close()
                 raise

@@ -41,7 +41,10 @@ class InferenceStats(TypedDict):
 
 
 class CacheCounts(TypedDict):
-    """What was found in memory, as `CacheInfo` has it, and what is there, in bytes."""
+    """What was found in memory, as `CacheInfo` has it, and what is there, in bytes.
+
+    `fetched_bytes` are stored bytes; `decoded_bytes` are the payload of those that came in coded forms.
+    """
 
     hits: int
     misses: int
@@ -50,15 +53,17 @@ class CacheCounts(TypedDict):
     hit_rate: float
     resident_bytes: int
     fetched_bytes: int
+    decoded_bytes: int
     refetched_blocks: int
     kv_cache_bytes: int
 
 
 class RunTimes(TypedDict):
-    """How long all runs waited for weights, and the rest of their time."""
+    """How long all runs waited for weights, and the rest of their time; and how long weights were decoded meanwhile."""
 
     stall_seconds: float
     compute_seconds: float
+    decode_seconds: float
 
 
 class PlanFacts(TypedDict):
@@ -119,10 +124,15 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
             "hit_rate": hit_rate(hits, misses),
             "resident_bytes": parts.engine.resident_bytes if parts else 0,
             "fetched_bytes": metrics.count("fetched_bytes"),
+            "decoded_bytes": metrics.count("decoded_bytes"),
             "refetched_blocks": refetched_blocks,
             "kv_cache_bytes": parts.kv.held_bytes if parts else 0,
         },
-        "time": {"stall_seconds": metrics.seconds("stall"), "compute_seconds": _compute_seconds(metrics)},
+        "time": {
+            "stall_seconds": metrics.seconds("stall"),
+            "compute_seconds": _compute_seconds(metrics),
+            "decode_seconds": metrics.seconds("decode"),
+        },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(parts) if parts else None,
     }

@@ -234,6 +234,8 @@ class Engine:
             if self.table.is_ready([chunk]):
                 return self.host.tensors(self.host[chunk])[name].detach().clone()
         with self._reading:
+            if self.manifest.home[name].form("none") is None:  # no part of it can be read alone
+                return self.host.read(chunk)[name].detach().clone()
             return self._outside.tensor(name)
 
     def warm(self) -> None:

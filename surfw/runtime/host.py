@@ -17,7 +17,7 @@ from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, buffer_capacity
-from surfw.runtime.loader import Loader, as_parameter
+from surfw.runtime.loader import Loader, as_parameter, buffer_bytes
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
@@ -80,6 +80,13 @@ class HostTier:
         contents.load = self._io.submit(self._fill(contents, slot.size_bytes, priority))
         self._contents[slot.name] = contents
         self._in_flight[slot.name] = contents.load
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a chunk in memory of their own, beside all slots."""
+        chunk = self._manifest.by_name[name]
+        buffer = Buffer(buffer_bytes(chunk, self._loader.dtypes))
+        self._io.run(self._loader.load(chunk, buffer, priority=0))
+        return self._loader.tensors(chunk, buffer)
 
     def collect(self) -> Iterator[tuple[str, bool]]:
         """The chunks whose loads have ended since this was asked last, and whether they failed."""
@@ -148,7 +155,12 @@ class HostTier:
             stored_bytes = contents.chunk.payload_bytes
         else:
             contents.memory = buffer = contents.memory or Buffer(size_bytes)
-            in_pieces = self._plan.in_pieces
-            stored_bytes = await self._loader.load(contents.chunk, buffer, priority=priority, in_pieces=in_pieces)
+            stored_bytes = await self._loader.load(
+                contents.chunk,
+                buffer,
+                priority=priority,
+                in_pieces=self._plan.in_pieces,
+                may_map=self._plan.everything_fits,
+            )
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)

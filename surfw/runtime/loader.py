@@ -2,22 +2,31 @@
 
 Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of.
 Where it runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)`
-casts them.
+casts them. Coded bytes arrive at the end of the buffer, and are decoded into its beginning while the rest arrives; what
+a chunk decodes to is compared with its id the first time.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 
-from surfw.codec import choose_form
-from surfw.config import ALIGNMENT, BLOCK_BYTES
-from surfw.manifest import Chunk, Manifest
+from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
+from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB
+from surfw.errors import IntegrityError
+from surfw.manifest import Chunk, Form, Manifest, payload_digest
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
+from surfw.runtime.forms import FormChoice
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read, View
-from surfw.threads import in_thread
+from surfw.threads import cancel_all, in_thread, to_its_end
+
+_SEGMENT_BYTES = 4 * MIB
+"""Coded bytes are fetched in parts of this size, several at a time, and each part is decoded when it is there."""
+
+_SEGMENTS_AHEAD = 4
 
 
 class Loader:
@@ -28,16 +37,26 @@ class Loader:
     """
 
     def __init__(
-        self, source: ChunkSource, manifest: Manifest, dtypes: Mapping[str, torch.dtype] | None = None
+        self,
+        source: ChunkSource,
+        manifest: Manifest,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        forms: FormChoice | None = None,
     ) -> None:
-        """Name the source, the model, and the dtypes of the tensors that do not get the stored one."""
+        """Name the source, the model, the dtypes of tensors that do not get the stored one, and what chooses forms."""
         self.source = source
         self.manifest = manifest
         self.dtypes = dtypes or {}
+        self.forms = forms or FormChoice()
         self._scratch_turn = asyncio.Semaphore(1)
         self._piece_turn = asyncio.Semaphore(1)
+        self._decode_turn = asyncio.Semaphore(1)
+        self._decoders = decoders()  # no thread runs before there is something to decode
+        self._proven: set[tuple[str, str]] = set()  # ids of chunks, and digests of forms that decode to them
 
-    async def load(self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False) -> int:
+    async def load(
+        self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False, may_map: bool = False
+    ) -> int:
         """Fill the buffer with the chunk's tensors.
 
         Args:
@@ -45,6 +64,7 @@ class Loader:
             buffer: at least `buffer_bytes` large.
             priority: the source's; lower ones go first.
             in_pieces: ask for no more than a block of any chunk at a time, so that the source never holds much; slower.
+            may_map: whether coded bytes may be mapped where the source can do that.
 
         Returns:
             How many stored bytes were fetched for it.
@@ -53,13 +73,16 @@ class Loader:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
             StorageError, WireError: they could not be read.
         """
+        form = self.forms.form(chunk)
         if not _casts(chunk, self.dtypes):
-            return await self._read(chunk, buffer, priority, in_pieces=in_pieces)
-        async with self._scratch_turn:
-            scratch = Buffer(buffer_bytes(chunk, {}))
-            count = await self._read(chunk, scratch, priority, in_pieces=in_pieces)
-            await in_thread(self._cast, chunk, scratch, buffer)
-        return count
+            await self._read(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
+        else:
+            async with self._scratch_turn:
+                scratch = Buffer(buffer_bytes(chunk, {}))
+                await self._read(chunk, form, scratch, priority, in_pieces=in_pieces, may_map=may_map)
+                await in_thread(self._cast, chunk, scratch, buffer)
+        self.forms.loaded(chunk.payload_bytes)
+        return form.stored_bytes
 
     async def map(self, chunk: Chunk) -> View | None:
         """The chunk's tensors where they are stored, if they can be used there as they are.
@@ -68,9 +91,10 @@ class Loader:
             IntegrityError: bytes are not what the manifest promises.
             StorageError: they could not be read.
         """
-        if _casts(chunk, self.dtypes) or choose_form(chunk).codec != "none":
+        form = self.forms.form(chunk)
+        if form.codec != "none" or _casts(chunk, self.dtypes):
             return None
-        return await self.source.view(self.manifest, chunk, choose_form(chunk))
+        return await self.source.view(self.manifest, chunk, form)
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
         """Views over filled memory, by tensor name; they keep it alive.
@@ -81,17 +105,90 @@ class Loader:
             return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
         return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
 
-    async def _read(self, chunk: Chunk, buffer: Buffer, priority: int, *, in_pieces: bool) -> int:
+    async def _read(
+        self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
+    ) -> None:
         """The chunk's stored tensors into a buffer, each at its place there."""
-        form = choose_form(chunk)
-        step = BLOCK_BYTES if in_pieces else max(1, form.stored_bytes)
-        for start in range(0, form.stored_bytes, step):
-            stop = min(start + step, form.stored_bytes)
-            async with self._piece_turn if in_pieces else nullcontext():
-                read = Read(chunk, form, start, stop, buffer.view[start:stop])
-                await self.source.fetch(self.manifest, [read], priority=priority)
+        place = buffer.view[: chunk.payload_bytes]
+        if form.codec != "none":
+            await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
+        else:
+            step = BLOCK_BYTES if in_pieces else max(1, form.stored_bytes)
+            for start in range(0, form.stored_bytes, step):
+                await self._fetch(_part(chunk, form, place, start, step), priority, in_pieces=in_pieces)
         spread(buffer.view, _sizes(chunk, {}))
-        return form.stored_bytes
+
+    async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
+        """One part of a chunk; where it is one of many small pieces, one at a time."""
+        async with self._piece_turn if in_pieces else nullcontext():
+            with self.forms.reading.transfer(read.stop - read.start):
+                await self.source.fetch(self.manifest, [read], priority=priority)
+
+    async def _read_coded(
+        self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
+    ) -> None:
+        """The payload of a chunk out of its coded form; parts of that are decoded while others are on their way.
+
+        Raises:
+            IntegrityError: it does not decode, or to something else.
+        """
+        place = buffer.view[: chunk.payload_bytes]
+        view = await self.source.view(self.manifest, chunk, form) if may_map else None
+        lead = _lead(chunk, form)
+        coded = buffer.view[lead : lead + form.stored_bytes] if view is None else view.memory
+        decoder = FrameDecoder(coded, place, form.frames, lead=lead if view is None else None)
+        step = BLOCK_BYTES if in_pieces else _SEGMENT_BYTES
+        starts = deque(range(0, form.stored_bytes, step) if view is None else ())
+        fetching: deque[asyncio.Task[None]] = deque()
+        decoding = asyncio.create_task(self._decode(chunk, decoder, 0 if view is None else form.stored_bytes))
+        arrived = 0
+        try:
+            while starts or fetching:
+                while starts and len(fetching) < (1 if in_pieces else _SEGMENTS_AHEAD):
+                    start = starts.popleft()
+                    part = _part(chunk, form, coded, start, step)
+                    fetching.append(asyncio.create_task(self._fetch(part, priority, in_pieces=in_pieces)))
+                await fetching[0]
+                fetching.popleft()
+                arrived = min(arrived + step, form.stored_bytes)
+                await decoding
+                decoding = asyncio.create_task(self._decode(chunk, decoder, arrived))
+            await decoding
+        finally:
+            await cancel_all([*fetching, decoding])
+        await self._prove(chunk, form, place)
+
+    async def _decode(self, chunk: Chunk, decoder: FrameDecoder, arrived: int) -> None:
+        """Decode what has arrived and is not decoded yet, in several threads; one chunk at a time."""
+        if not (size_bytes := decoder.payload_bytes(arrived)):
+            return
+        loop = asyncio.get_running_loop()
+        async with self._decode_turn:
+            if not self.forms.decoding.bytes:  # the threads have begun before time counts
+                await to_its_end(asyncio.gather(*(loop.run_in_executor(self._decoders, int) for _ in range(DECODERS))))
+            with self.forms.decode(size_bytes):
+                works = [loop.run_in_executor(self._decoders, decoder.decode, arrived) for _ in range(DECODERS)]
+                try:
+                    await to_its_end(_all(works))
+                except IntegrityError as exc:
+                    where = f"chunk {chunk.name} from {self.source.url}"
+                    raise IntegrityError(f"{where}: {exc}; chunk the model again") from exc
+
+    async def _prove(self, chunk: Chunk, form: Form, payload: memoryview) -> None:
+        """Compare a decoded payload with the chunk's id, once: from then on the digests of the form stand for it.
+
+        Raises:
+            IntegrityError: it is another payload.
+        """
+        if (chunk.id, form.digest) in self._proven:
+            return
+        seen = await in_thread(payload_digest, payload)
+        if seen != chunk.id:
+            raise IntegrityError(
+                f"chunk {chunk.name} from {self.source.url} decodes from its form {form.codec!r} to a payload with "
+                f"BLAKE3 {seen[:16]}…, the manifest promises {chunk.id[:16]}…; chunk the model again"
+            )
+        self._proven.add((chunk.id, form.digest))
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         cast = self.tensors(chunk, buffer)
@@ -99,9 +196,30 @@ class Loader:
             cast[name].copy_(tensor)
 
 
+async def _all(works: Sequence["asyncio.Future[None]"]) -> None:
+    """Wait until all have ended; the first failure is raised then."""
+    for outcome in await asyncio.gather(*works, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
+
+
+def _lead(chunk: Chunk, form: Form) -> int:
+    """Where coded bytes begin in a chunk's buffer: at a page, so that devices can write there directly."""
+    return buffer_capacity(chunk.payload_bytes - form.stored_bytes) if chunk.payload_bytes > form.stored_bytes else 0
+
+
+def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -> Read:
+    """A read of some of a chunk's stored bytes, into the memory for all of them."""
+    stop = min(start + length, form.stored_bytes)
+    return Read(chunk, form, start, stop, into[start:stop])
+
+
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """How large a buffer the chunk's tensors need, with these dtypes instead of the stored ones."""
-    return plan_layout(_sizes(chunk, dtypes))[1]
+    """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
+    needed = plan_layout(_sizes(chunk, dtypes))[1]
+    if _casts(chunk, dtypes):
+        return needed  # coded bytes arrive in scratch memory, as all stored bytes do
+    return max([needed, *(_lead(chunk, form) + form.stored_bytes for form in chunk.forms if form.codec != "none")])
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:

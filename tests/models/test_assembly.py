@@ -66,7 +66,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         asyncio.run(write_model(prepared, open_backend(folder / "store")))
     with prepare_model(str(folder / "m")) as prepared:
         asyncio.run(write_in_place(prepared, open_backend(folder / "in-place")))
-    done = surfw(folder, "chunk", str(folder / "m"), "--dry-run", "--json")
+    done = surfw(folder, "chunk", str(folder / "m"), "--codec", "none", "--dry-run", "--json")
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     resident = auto.from_pretrained(folder / "m", dtype=getattr(torch, dtype or stored)).eval()
     with ExitStack() as stack:

@@ -115,7 +115,10 @@ def test_what_is_kept_is_bounded(tmp_path: Path) -> None:
         async with ahead:
             await ahead.begin(memory_bytes=memory_bytes)
             await settle(ahead)
-            return [(task := ahead._chunks.get(f"layers.{index}")) and task.result() is not None for index in range(4)]
+            return [
+                (task := ahead._chunks.get((f"layers.{index}", "none"))) and task.result() is not None
+                for index in range(4)
+            ]
 
     assert asyncio.run(chunks_read(8 * MIB, is_far=False)) == [True] * 4, "page cache"
     assert asyncio.run(chunks_read(8 * MIB, is_far=True)) == [True, False, False, False], "an eighth of the memory"

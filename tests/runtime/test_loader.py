@@ -200,9 +200,9 @@ def test_what_cannot_be_used_as_it_is_stored_is_not_mapped() -> None:
     chunk, payload = toy_chunk("c", [("F32", (16,)), ("F32", (16,))])
     assert isinstance(mapped(chunk, payload)[1], View)
     assert mapped(chunk, payload, {"c.t1": torch.bfloat16})[1] is None
-    packed = replace(chunk, forms=(replace(chunk.forms[0], codec="lossless"),))
-    manifest = toy_manifest([packed])
-    with pytest.raises(ManifestError, match="is stored as lossless"):
-        asyncio.run(Loader(Mapped({"toy": manifest}, {}), manifest).map(packed))
+    packed = replace(chunk, forms=(replace(chunk.forms[0], codec="future"),))
+    loader = Loader(Mapped({"toy": toy_manifest([packed])}, {}), toy_manifest([packed]))
+    with pytest.raises(ManifestError, match="is stored as future; this surfw decodes none, lossless"):
+        asyncio.run(loader.map(packed))
     manifest = toy_manifest([chunk])
     assert asyncio.run(Loader(ToySource({"toy": manifest}, {}), manifest).map(chunk)) is None
