@@ -2,13 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.write import Progress, write_model
+from surfw.codec import DEFAULT_CODECS, check_codecs
 from surfw.config import OnMissing, display_url, expect
 from surfw.errors import ConfigurationError
 from surfw.storage import StorageBackend, open_backend
@@ -56,6 +57,7 @@ class ModelChunker:
         dtype: str | None = None,
         model_class: Any = None,
         on_missing: OnMissing = "error",
+        codecs: Sequence[str] = DEFAULT_CODECS,
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -72,6 +74,8 @@ class ModelChunker:
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
+            codecs: the forms to store of each chunk, `none` and `lossless`; where both are asked for, a coded one is
+                kept where it is at least 10 % smaller.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
 
@@ -93,6 +97,7 @@ class ModelChunker:
         self._storage_options = dict(storage_options or {})
         self._backend = storage_backend
         self._output_dir = os.fspath(DEFAULT_OUTPUT_DIR if output_dir is None else output_dir)
+        self._codecs = check_codecs(codecs)
         self._progress = progress or (lambda *_: None)
         self._prepare = partial(
             prepare_model,
@@ -119,7 +124,7 @@ class ModelChunker:
             if backend is None:
                 backend = open_backend(self._output_dir, self._storage_options)
             try:
-                manifest = await write_model(prepared, backend, progress=self._progress)
+                manifest = await write_model(prepared, backend, codecs=self._codecs, progress=self._progress)
             finally:
                 if self._backend is None:
                     await backend.close()

@@ -38,10 +38,10 @@ class PlannedChunk:
         """Bytes of its tensors."""
         return sum(tensor.info.nbytes for tensor in self.tensors)
 
-    def chunk(self, chunk_id: str, form: Form) -> Chunk:
-        """The chunk as its manifest describes it, stored in this form."""
+    def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
+        """The chunk as its manifest describes it, stored in these forms."""
         infos = tuple(tensor.info for tensor in self.tensors)
-        return Chunk(self.name, self.kind, chunk_id, self.payload_bytes, infos, (form,))
+        return Chunk(self.name, self.kind, chunk_id, self.payload_bytes, infos, forms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 - Blobs first, the manifest last: a model is visible only when all of it is there and durable.
 - Bytes go through a few buffers of 8 MiB; only a converted tensor is held whole, with its sources.
+- All forms of a chunk are made of one reading of its payload, and each is a blob of its own.
 - While one chunk is written, the one before it is synced and put in its place.
 - A blob is in the writer's lease before it is looked for or put in place, so that nobody prunes it: see
   `storage.housekeeping.leases`.
@@ -11,20 +12,22 @@
 
 import asyncio
 import fcntl
+import logging
 import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from blake3 import blake3
 
 from surfw.checkpoint.layout import read_small
+from surfw.chunking.forms import LEAST_GAIN, FormFiles, PayloadSource, Written, decode_entry, encode_entry, scratch_file
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
@@ -32,18 +35,13 @@ from surfw.errors import ManifestError, NotFoundError, StorageError, StorageFull
 from surfw.files import read_regular
 from surfw.manifest import (
     Chunk,
-    Digester,
-    Digests,
     Form,
     Location,
     Manifest,
     ModelFile,
-    decode_line,
-    encode_line,
     payload_digest,
-    read_digests,
 )
-from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, encode_header, is_header
+from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, is_header
 from surfw.storage.base import StorageBackend
 from surfw.storage.filesystem import create_file, forget_pages
 from surfw.storage.fsspec_backend import translate_errors
@@ -51,7 +49,12 @@ from surfw.storage.housekeeping.leases import WriteLease
 from surfw.storage.store import MARKER, Store, blob_key, objects_of
 from surfw.threads import to_its_end
 
+logger = logging.getLogger("surfw.chunking")
+
 _BUFFERS = 3
+_OUTCOMES: Sequence["Outcome"] = ("replaced", "new", "unchanged")
+"""What is said of a chunk whose forms came to different ends: the first of these."""
+
 _LOOK_SECONDS = 0.05
 _JOURNAL_BYTES = 256 * MIB
 
@@ -62,10 +65,32 @@ Outcome = Literal["new", "unchanged", "replaced"]
 """What became of a chunk: it was written, was there already, or was written because what was there is damaged."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What is to be written.
+
+    Attributes:
+        name: the model's name.
+        key: identifies the work; work with the same key can be resumed.
+        plan: its chunks.
+        payloads: where their bytes come from.
+        files: what reads each tokenizer file, by name.
+        manifest: makes the manifest of the chunks and files that were written.
+    """
+
+    name: str
+    key: str
+    plan: ChunkPlan
+    payloads: PayloadSource
+    files: Mapping[str, Callable[[], Awaitable[bytes]]]
+    manifest: Callable[[Sequence[Chunk], Sequence[ModelFile]], Manifest]
+
+
 async def write_model(
     prepared: PreparedModel,
     backend: StorageBackend,
     *,
+    codecs: Sequence[str] = ("none",),
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -74,24 +99,51 @@ async def write_model(
     Args:
         prepared: the model.
         backend: the storage.
+        codecs: the forms to write of each chunk. Beside `none`, a coded form is kept where it is at least 10 % smaller.
         progress: see `Progress`.
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
     Raises:
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
     """
+    contents = Contents(
+        name=prepared.name,
+        key=prepared.key,
+        plan=prepared.plan,
+        payloads=PayloadReader(prepared),
+        files={
+            path.name: partial(asyncio.to_thread, read_small, path, FILE_BYTES)
+            for _, path in sorted(prepared.checkpoint.files.items())
+        },
+        manifest=prepared.manifest,
+    )
+    return await write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+
+
+async def write_contents(
+    contents: Contents,
+    backend: StorageBackend,
+    *,
+    codecs: Sequence[str],
+    progress: Progress,
+    on_outcome: Callable[[str, Outcome], object],
+) -> Manifest:
+    """Write a model, and publish it; arguments and errors as of `write_model`."""
     store = Store(backend)
     await store.create()
-    source = PayloadReader(prepared)
-    writer = ChunkWriter(store.backend, source, model=prepared.name, key=prepared.key, progress=progress)
+    key = contents.key
+    if tuple(codecs) != ("none",):
+        key = payload_digest(f"{key} {' '.join(codecs)}".encode())[:32]
+    writer = ChunkWriter(store.backend, contents.payloads, model=contents.name, key=key, progress=progress)
     writer.on_outcome = on_outcome
+    writer.codecs = codecs
     with writer.locked():
+        await writer.expect_space(store, contents.plan)
         try:
             async with writer.lease.renewed():
-                await writer.expect_space(store, prepared.plan)
-                chunks = await writer.write(prepared.plan)
-                files = [await writer.write_file(path) for _, path in sorted(prepared.checkpoint.files.items())]
-                manifest = prepared.manifest(chunks, files)
+                chunks = await writer.write(contents.plan)
+                files = [await writer.write_file(name, await read()) for name, read in contents.files.items()]
+                manifest = contents.manifest(chunks, files)
                 await writer.publish(store, manifest)
                 return manifest
         except StorageError as exc:
@@ -102,7 +154,7 @@ class ChunkWriter:
     """Writes the chunks of one plan into one storage; everything is to be called under `locked`."""
 
     def __init__(
-        self, backend: StorageBackend, source: PayloadReader, *, model: str, key: str, progress: Progress
+        self, backend: StorageBackend, source: PayloadSource, *, model: str, key: str, progress: Progress
     ) -> None:
         """`key` identifies plan and source, so that only the same work is resumed."""
         self.backend = backend
@@ -111,6 +163,7 @@ class ChunkWriter:
         self.folder = backend.spool() / key
         self.lease = WriteLease(backend, model, self.folder)
         self.on_outcome: Callable[[str, Outcome], object] = lambda *_: None
+        self.codecs: Sequence[str] = ("none",)
         self._model = model
         self._journal = self.folder / "journal.jsonl"
         self._stop = threading.Event()
@@ -127,35 +180,45 @@ class ChunkWriter:
             return
         done = self._read_journal()
         sizes = Counter(chunk.payload_bytes for chunk in plan.chunks if chunk.name not in done)
+        coded_bytes = (1 - LEAST_GAIN) * sum(sizes.elements()) if len(self.codecs) > 1 else 0
         free = await asyncio.to_thread(lambda: shutil.disk_usage(self.folder).free)
-        if sum(sizes.elements()) > free:
+        if sum(sizes.elements()) + coded_bytes > free:
             for model in await store.models():
                 with suppress(ManifestError, StorageError):
                     sizes -= Counter(chunk.payload_bytes for chunk in (await store.facts(model)).chunks)
         needed = sum(sizes.elements())
+        if coded_bytes and needed + coded_bytes > free:
+            if needed <= free:
+                logger.warning(
+                    "%s has no space for other forms of %s beside the plain one: %s are free; free some, and chunk it "
+                    "again, or name the one form to store (--codec)",
+                    self.backend.url, self._model, format_size(free),
+                )  # fmt: skip
+            self.codecs = ("none",)
         if needed > free:
+            less = ", or store the compressed form alone (--codec lossless)" if "none" in self.codecs else ""
             raise StorageFullError(
                 f"{self.backend.url} has no space for {self._model}: {format_size(needed)} ({needed} bytes) are to be "
-                f"written, and {format_size(free)} ({free} bytes) are free; free some, or name another store"
+                f"written, and {format_size(free)} ({free} bytes) are free; free some, name another store{less}"
             )
 
     async def write(self, plan: ChunkPlan) -> list[Chunk]:
         """Write the chunks that are not in the storage yet, and return all of them."""
-        forms = self._read_journal()
-        await self.lease.hold(form.locations[0].object for form in forms.values())
+        done = self._read_journal()
+        await self.lease.hold(place.object for one in done.values() for form in one.forms for place in form.locations)
         finishing: asyncio.Task[None] | None = None
         try:
             for index, planned in enumerate(plan.chunks):
-                if planned.name in forms and await self._is_stored(forms[planned.name]):
+                if planned.name in done and await self._is_stored(done[planned.name]):
                     self.progress(planned.payload_bytes, planned.name)
                     self.on_outcome(planned.name, "unchanged")
                     continue
-                scratch = self.folder / f"{index:06d}.tmp"
-                writing = asyncio.to_thread(self._write_file, planned, scratch)
-                form = await to_its_end(writing, on_cancel=self._stop.set)
+                scratch = self.folder / f"{index:06d}"
+                writing = asyncio.to_thread(self._write_forms, planned, scratch)
+                written = await to_its_end(writing, on_cancel=self._stop.set)
                 if finishing:
                     await finishing
-                finishing = asyncio.create_task(self._finish(planned.name, form, scratch, forms))
+                finishing = asyncio.create_task(self._finish(planned.name, written, scratch, done))
             if finishing:
                 await finishing
         except BaseException:
@@ -166,16 +229,15 @@ class ChunkWriter:
                 await asyncio.gather(finishing, return_exceptions=True)
             for scratch in self.folder.glob("*.tmp"):
                 scratch.unlink(missing_ok=True)
-        return [planned.chunk(forms[planned.name].digest, forms[planned.name]) for planned in plan.chunks]
+        return [planned.chunk(done[planned.name].id, *done[planned.name].forms) for planned in plan.chunks]
 
-    async def write_file(self, file: Path) -> ModelFile:
+    async def write_file(self, name: str, data: bytes) -> ModelFile:
         """Write a tokenizer file."""
-        data = await asyncio.to_thread(read_small, file, FILE_BYTES)
         digest = payload_digest(data)
-        key = blob_key(digest, file.suffix or ".bin")
+        key = blob_key(digest, Path(name).suffix or ".bin")
         await self.lease.hold([key])
         await self.backend.save(key, data)
-        return ModelFile(file.name, len(data), digest, key)
+        return ModelFile(name, len(data), digest, key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -210,62 +272,67 @@ class ChunkWriter:
         with suppress(OSError):  # others are at work there
             self.folder.parent.rmdir()
 
-    def _write_file(self, planned: PlannedChunk, scratch: Path) -> Form:
-        """Stream a chunk into a file; the hash of one piece is computed while the next is read and written."""
-        header = encode_header([tensor.info for tensor in planned.tensors])
+    def _write_forms(self, planned: PlannedChunk, scratch: Path) -> Written:
+        """Stream a chunk into a file for each form; a piece is hashed and coded while the next is read and written."""
         size = planned.payload_bytes
-        digester = Digester()
         buffers = [memoryview(bytearray(min(size, PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // PIECE_BYTES)))]
         with (
             translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
-            ThreadPoolExecutor(1, "surfw-hash") as hashing,
-            scratch.open("wb", buffering=0) as out,
+            FormFiles(planned, scratch, self.codecs) as files,
         ):
-            _write_all(out.fileno(), memoryview(header))
-
-            pending: list[Future[None]] = []
             for index, start in enumerate(range(0, size, PIECE_BYTES)):
                 if self._stop.is_set():
                     raise StorageError(f"writing chunk {planned.name} was stopped")
-                if len(pending) == len(buffers):
-                    pending.pop(0).result()  # the buffer's previous piece has been digested
+                if index >= len(buffers):
+                    files.settle()  # the buffer's previous piece is not needed any more
                 piece = buffers[index % len(buffers)][: min(PIECE_BYTES, size - start)]
                 self.source.read_into(planned, start, piece)
-                pending.append(hashing.submit(digester.update, piece))
-                _write_all(out.fileno(), piece)
+                files.add(piece)
                 self.progress(len(piece), planned.name)
-            for job in pending:
-                job.result()
-        found = digester.result()
-        location = Location(blob_key(found.digest, ".safetensors"), len(header), len(header) + size)
-        return Form("none", size, *found, (location,))
+            return files.finish()
 
     async def _place(self, form: Form) -> tuple[Form, Outcome]:
-        """Where the payload will lie, and what becomes of it.
+        """Where the stored bytes will lie, and what becomes of them.
 
-        That is behind our header, or behind that of an equal payload that is already stored, whole and undamaged.
+        A payload may lie behind our header, or behind that of an equal one that is already stored, whole and undamaged.
         """
         (ours,) = form.locations
         size = await self._size(ours.object)
         if size is None:
             return form, "new"
         there = Location(ours.object, size - form.stored_bytes, size)
-        with suppress(StorageError):  # what cannot be read is damaged too
-            if await self._is_whole(there, form.digest):
-                return replace(form, locations=(there,)), "unchanged"
+        if there == ours and self.backend.local_path(ours.object) is None:
+            return form, "unchanged"  # far away, a size that fits has to do: reading takes as long as writing
+        if await self._is_whole(there, form):
+            return replace(form, locations=(there,)), "unchanged"
         return form, "replaced"
 
-    async def _is_whole(self, at: Location, digest: str) -> bool:
-        """Whether an object has a payload with this digest, behind a header."""
-        if not PREFIX_BYTES < at.start <= PREFIX_BYTES + MAX_HEADER_BYTES:
+    async def _is_whole(self, at: Location, form: Form) -> bool:
+        """Whether an object has these stored bytes; payloads lie behind a header, and nothing else does."""
+        has_header = form.codec == "none"
+        if not (PREFIX_BYTES < at.start <= PREFIX_BYTES + MAX_HEADER_BYTES if has_header else at.start == 0):
             return False
         seen = blake3()
         for start in range(at.start, at.stop, PIECE_BYTES):
             seen.update(await self.backend.load_range(at.object, start, min(start + PIECE_BYTES, at.stop)))
-        return seen.hexdigest() == digest and is_header(await self.backend.load_range(at.object, 0, at.start), at.stop)
+        if seen.hexdigest() != form.digest:
+            return False
+        return not has_header or is_header(await self.backend.load_range(at.object, 0, at.start), at.stop)
 
-    async def _finish(self, name: str, form: Form, scratch: Path, forms: dict[str, Form]) -> None:
-        """Put a chunk's file in its place, durably, and note in `forms` and in the journal that it is done."""
+    async def _finish(self, name: str, written: Written, scratch: Path, done: dict[str, Written]) -> None:
+        """Put a chunk's files in their places, durably, and note in `done` and in the journal that it is done."""
+        placed, outcomes = [], set[Outcome]()
+        for form in written.forms:
+            found, outcome = await self._finish_form(name, form, scratch_file(scratch, form.codec))
+            placed.append(found)
+            outcomes.add(outcome)
+        done[name] = Written(written.id, tuple(placed))
+        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
+            journal.write(encode_entry(name, self.codecs, done[name]))
+        self.on_outcome(name, next(one for one in _OUTCOMES if one in outcomes))
+
+    async def _finish_form(self, name: str, form: Form, scratch: Path) -> tuple[Form, Outcome]:
+        """The form where it lies now, and what became of it."""
 
         def sync() -> None:
             with translate_errors(f"writing chunk {name} to {self.backend.url}"), scratch.open("rb") as file:
@@ -282,11 +349,7 @@ class ChunkWriter:
                 if self.backend.local_path(key):  # else the file is only a step of an upload
                     await asyncio.to_thread(sync)
                 await self.backend.adopt(key, scratch)
-        entry = {"chunk": name, "bytes": form.stored_bytes, "start": placed.locations[0].start}
-        with translate_errors(f"writing the journal in {self.folder}"), self._journal.open("ab") as journal:
-            journal.write(encode_line(entry | Digests(form.digest, form.blocks).document()))
-        forms[name] = placed
-        self.on_outcome(name, outcome)
+        return placed, outcome
 
     @asynccontextmanager
     async def _placing(self, form: Form) -> AsyncIterator[None]:
@@ -306,25 +369,24 @@ class ChunkWriter:
             file.unlink(missing_ok=True)  # before it is unlocked, so that a waiting writer makes a new one
             os.close(fd)
 
-    def _read_journal(self) -> dict[str, Form]:
+    def _read_journal(self) -> dict[str, Written]:
         """The chunks that an earlier run finished; lines that are cut off or damaged do not count."""
-        done: dict[str, Form] = {}
+        done: dict[str, Written] = {}
         with translate_errors(f"reading the journal in {self.folder}"):
-            written = read_regular(self._journal, _JOURNAL_BYTES) if self._journal.exists() else b""
-        for line in written.splitlines():
+            journal = read_regular(self._journal, _JOURNAL_BYTES) if self._journal.exists() else b""
+        for line in journal.splitlines():
             try:
-                entry = decode_line(line)
-                size, start = entry["bytes"], entry["start"]
-                digests = read_digests(entry, size)
-                location = Location(blob_key(digests.digest, ".safetensors"), start, start + size)
-                done[entry["chunk"]] = Form("none", size, *digests, (location,))
+                name, codecs, written = decode_entry(line)
+                if codecs == tuple(self.codecs):  # others are there when the disk has got more room, or less
+                    done[name] = written
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
         return done
 
-    async def _is_stored(self, form: Form) -> bool:
+    async def _is_stored(self, written: Written) -> bool:
         """Whether a chunk of the journal is still in the storage, in full length."""
-        return await self._size(form.locations[0].object) == form.locations[0].stop
+        places = [place for form in written.forms for place in form.locations]
+        return all([await self._size(place.object) == place.stop for place in places])
 
     async def _size(self, key: str) -> int | None:
         """The length of an object; None if it does not exist."""
@@ -345,8 +407,3 @@ def _lock(file: Path) -> int | None:
                     opened.pop_all()
                     return fd
     return None
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]

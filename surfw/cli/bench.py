@@ -102,7 +102,8 @@ def infer(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of resident, accelerate, airllm, llama.cpp, lru, separated by commas. [default: all that can run]",
+            help="Of resident, accelerate, airllm, llama.cpp, lru, none, lossless, separated by commas. "
+            "[default: all that can run]",
         ),
     ] = None,
     gguf: Annotated[str | None, typer.Option(metavar="FILE", help="The same model for llama.cpp.")] = None,
@@ -169,6 +170,33 @@ def infer(
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
+
+
+@app.command(
+    "start",
+    cls=options.Command,
+    epilog="Example:  surfw bench start 10.0.0.5:8765 --download http://10.0.0.5:8000/my-model",
+)
+def start(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A server (host:port), a folder, or a storage URL.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    download: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The checkpoint's own files, to be downloaded and loaded with transformers."),
+    ] = None,
+    codec: Annotated[
+        str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, separated by commas.")
+    ] = "auto,none,lossless",
+    rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """From the start of `surfw infer` to its first token, against downloading everything and loading it then."""
+    from surfw.bench.start import bench_start
+
+    codecs = [name.strip() for name in codec.split(",")]
+    say = partial(_say, quiet=quiet)
+    _show(bench_start(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say), json=json)
 
 
 def _say(text: str, *, quiet: bool) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from surfw.cli import completion, options
 from surfw.cli.addresses import Mistake
-from surfw.config import count, display_url, format_size
+from surfw.config import display_url
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ Examples:
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
   surfw chunk s3://bucket/my-model --in-place
+  surfw chunk my-model --from ./store --store s3://bucket/store
 """
 
 _TASKS = {"list": "list", "show": "show", "rm": "rm", "remove": "rm", "prune": "prune", "verify": "verify"}
@@ -43,6 +44,7 @@ class _Wanted:
     name: str | None
     revision: str | None
     dtype: str | None
+    codecs: tuple[str, ...]
     dry_run: bool
     in_place: bool
 
@@ -65,6 +67,20 @@ def chunk(
             help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
         ),
     ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Forms to store: none, lossless, or both with a comma. [default: none, and lossless where that is at "
+            "least 10 % smaller]",
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
     in_place: Annotated[
         bool,
@@ -85,33 +101,57 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--in-place": in_place, "--on-missing": configuration.origins["on_missing"].kind == "argument",
+        "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
-        from surfw.cli import housekeeping
-
-        match task:
-            case "--list":
-                housekeeping.list_models(settings, json=json, quiet=quiet)
-            case "--remove":
-                housekeeping.remove_model(settings, remove or "", json=json, quiet=quiet)
-            case "--prune":
-                housekeeping.prune(settings, dry_run=dry_run, json=json, quiet=quiet)
-            case "--verify":
-                housekeeping.verify(settings, model, json=json, quiet=quiet)
+        _do(task, settings, model=model, remove=remove, dry_run=dry_run, json=json, quiet=quiet)
         return
     if model is None:
         raise typer.BadParameter(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
+    if source is not None:
+        for option in ("--revision", "--dtype", "--in-place", "--on-missing"):
+            if chunking[option]:
+                raise typer.BadParameter("is for checkpoints, and does not go with --from", param_hint=option)
+        from surfw.cli import render
+        from surfw.cli.copy import Copy, copy_model
+
+        wanted_copy = Copy(model=model, source=source, name=name, codecs=_read_codecs(codec), dry_run=dry_run)
+        with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
+            copy_model(wanted_copy, configuration, step, json=json, quiet=quiet)
+        return
     if model in _TASKS and not Path(model).is_dir():
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     options.check_option("dtype", dtype)
-    wanted = _Wanted(model=model, name=name, revision=revision, dtype=dtype, dry_run=dry_run, in_place=in_place)
+    if codec is not None and in_place:
+        raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
+    wanted = _Wanted(
+        model=model, name=name, revision=revision, dtype=dtype, codecs=_read_codecs(codec), dry_run=dry_run,
+        in_place=in_place,
+    )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
         _chunk(wanted, settings, step, json=json, quiet=quiet)
+
+
+def _do(
+    task: str, settings: Settings, *, model: str | None, remove: str | None, dry_run: bool, json: bool, quiet: bool
+) -> None:
+    """Do what a hidden option asks for."""
+    from surfw.cli import housekeeping
+
+    match task:
+        case "--list":
+            housekeeping.list_models(settings, json=json, quiet=quiet)
+        case "--remove":
+            housekeeping.remove_model(settings, remove or "", json=json, quiet=quiet)
+        case "--prune":
+            housekeeping.prune(settings, dry_run=dry_run, json=json, quiet=quiet)
+        case "--verify":
+            housekeeping.verify(settings, model, json=json, quiet=quiet)
 
 
 def _only_task(
@@ -138,13 +178,30 @@ def _only_task(
     return task
 
 
+def _read_codecs(names: str | None) -> tuple[str, ...]:
+    """The codecs of an option.
+
+    Raises:
+        BadParameter: it names others.
+    """
+    from surfw.codec import DEFAULT_CODECS, check_codecs
+    from surfw.errors import ConfigurationError
+
+    try:
+        return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
     import asyncio
 
     from surfw.chunking import prepare_model
+    from surfw.chunking.forms import estimate_coded_bytes
     from surfw.chunking.in_place import build_manifest, check_reach
-    from surfw.cli import render
+    from surfw.chunking.prepare import PayloadReader
+    from surfw.cli import chunk_view, render
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
@@ -166,19 +223,24 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     ) as prepared:
         from surfw.models.assembly import plan_least_budget  # torch is there by now
 
-        least_bytes, token_bytes = plan_least_budget(prepared)
+        least_bytes, token_bytes = plan_least_budget(prepared, ("none",) if wanted.in_place else wanted.codecs)
         step("")
-        facts = _facts(prepared, least_bytes, token_bytes)
+        facts = chunk_view.plan_facts(prepared, least_bytes, token_bytes)
         if not wanted.dry_run:
             manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
-            _show_result(facts, manifest, outcomes, wanted, display_url(settings.store), json=json)
+            place = display_url(settings.store)
+            chunk_view.show_result(facts, manifest, outcomes, place, is_in_place=wanted.in_place, json=json)
             return
+        if "lossless" in wanted.codecs and not wanted.in_place:
+            step("trying how well the weights compress")
+            facts["lossless_estimate_bytes"] = estimate_coded_bytes(prepared.plan, PayloadReader(prepared))
+            step("")
         if wanted.in_place:
             asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
         if json:
             render.print_json(facts)
         else:
-            _show_plan(prepared, least_bytes, token_bytes)
+            chunk_view.show_plan(prepared, facts)
 
 
 def _write(
@@ -201,46 +263,16 @@ def _write(
             writing = write_in_place(prepared, backend, origin_options=placed, progress=progress)
         else:
             writing = write_model(
-                prepared, backend, progress=progress, on_outcome=lambda _, outcome: outcomes.update([outcome])
+                prepared,
+                backend,
+                codecs=wanted.codecs,
+                progress=progress,
+                on_outcome=lambda _, outcome: outcomes.update([outcome]),
             )
         try:
             return asyncio.run(writing), outcomes
         except KeyboardInterrupt as exc:
             raise KeyboardInterrupt("the same command goes on where it stopped") from exc
-
-
-def _show_result(
-    facts: Mapping[str, Any],
-    manifest: "Manifest",
-    outcomes: "Counter[Outcome]",
-    wanted: _Wanted,
-    place: str,
-    *,
-    json: bool,
-) -> None:
-    from surfw.cli import render
-
-    if json:
-        counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
-        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts})
-        return
-    how = ", which points at the checkpoint" if wanted.in_place else _tell(outcomes)
-    render.say(
-        f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
-        f"{format_size(manifest.payload_bytes)} in {place}{how}"
-    )
-
-
-def _tell(outcomes: "Counter[Outcome]") -> str:
-    """Say what became of the chunks; nothing where all are new."""
-    if outcomes.keys() <= {"new"}:
-        return ""
-    if outcomes.keys() == {"unchanged"}:
-        return "; all chunks were there already"
-    words: Mapping[Outcome, str] = {
-        "new": "new", "unchanged": "there already", "replaced": "damaged in the store and replaced",
-    }  # fmt: skip
-    return "; " + ", ".join(f"{outcomes[outcome]} {text}" for outcome, text in words.items() if outcomes[outcome])
 
 
 def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:
@@ -253,48 +285,3 @@ def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], 
     if not quiet and render.err.is_terminal:
         render.err.print(f"surfw: asking the hub for {model}", style="dim", soft_wrap=True)
     return render.busy("", quiet=quiet)
-
-
-def _facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> dict[str, Any]:
-    """What `--json` prints of the plan: also under the keys that `show` has for the same things."""
-    parts = [
-        {
-            "name": one.name,
-            "kind": one.kind,
-            "tensors": len(one.tensors),
-            "bytes": one.payload_bytes,
-            "payload_bytes": one.payload_bytes,
-        }
-        for one in prepared.plan.chunks
-    ]
-    return {
-        "model": prepared.name,
-        "name": prepared.name,
-        "class": prepared.class_name,
-        "class_name": prepared.class_name,
-        "dtype": prepared.dtype,
-        "payload_bytes": prepared.plan.payload_bytes,
-        "layers": _layer_count(prepared),
-        "least_budget_bytes": least_bytes,
-        "kv_token_bytes": token_bytes,
-        "chunks": parts,
-        "parts": parts,
-    }
-
-
-def _show_plan(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> None:
-    from surfw.cli import render
-
-    chunks = prepared.plan.chunks
-    rows = [(one.name, one.kind, str(len(one.tensors)), format_size(one.payload_bytes)) for one in chunks]
-    render.print_table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size"))
-    for_tokens = f", and {format_size(token_bytes)} for each token of a generation" if token_bytes else ""
-    render.say(
-        f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "
-        f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}; "
-        f"the smallest budget for weights that can run it: {format_size(least_bytes)}{for_tokens}. Nothing was written."
-    )
-
-
-def _layer_count(prepared: "PreparedModel") -> int:
-    return sum(chunk.kind == "layer" for chunk in prepared.plan.chunks)

@@ -315,7 +315,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
         raise Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     expect_utf8(prompt, "the prompt")
     if not prompt.strip():
-        raise ConfigurationError("the prompt is empty; write one after --prompt, or pipe one in with --prompt -")
+        raise ConfigurationError("the prompt is empty; write a text, or pipe one in with --prompt -")
     return prompt
 
 

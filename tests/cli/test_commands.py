@@ -38,9 +38,10 @@ def test_chunk_says_what_it_made(home: Path, tmp_path: Path) -> None:
     assert facts["layers"] == 4
     assert facts["payload_bytes"] == sum(chunk["bytes"] for chunk in facts["chunks"])
     shown = json.loads(surfw(tmp_path, "show", "org/copy", "--json").stdout)
-    shared = {"model", "name", "class", "class_name", "dtype", "payload_bytes", "layers", "store", "digest", "parts"}
+    shared = {"model", "name", "class", "class_name", "dtype", "payload_bytes", "layers", "store", "digest"}
     assert {key: facts[key] for key in shared} == {key: shown[key] for key in shared}
-    assert facts["chunks"] == facts["parts"]
+    parts = [{key: one[key] for key in ("name", "kind", "tensors", "payload_bytes")} for one in facts["chunks"]]
+    assert [{key: one[key] for key in parts[0]} for one in shown["parts"]] == parts
     assert (tmp_path / "store" / "models" / "org" / "copy.json").is_file()
 
 
@@ -64,13 +65,13 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
         "tpot_seconds", "tokens_per_second", "cache", "time", "plan", "peak_rss_bytes",
     }  # fmt: skip
     assert facts["cache"].keys() == {
-        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "refetched_blocks",
-        "kv_cache_bytes",
+        "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "decoded_bytes",
+        "refetched_blocks", "kv_cache_bytes",
     }  # fmt: skip
     assert facts["plan"].keys() == {
         "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",
     }  # fmt: skip
-    assert facts["time"].keys() == {"stall_seconds", "compute_seconds"}
+    assert facts["time"].keys() == {"stall_seconds", "compute_seconds", "decode_seconds"}
     assert facts["new_tokens"] == len(facts["token_ids"]) > 1
     cache = facts["cache"]
     assert cache["misses"] == cache["prefetched"] + cache["stalls"]

@@ -1,0 +1,124 @@
+"""A model that is chunked already, into another store, or in other forms: from a store, or from a server.
+
+Payloads are read as the runtime reads them, verified, and written as `write` writes those of a checkpoint. A chunk
+keeps its identity: what was read is compared with it before anything becomes visible. Neither torch nor the checkpoint
+is needed.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import accumulate
+
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
+from surfw.chunking.write import Contents, Outcome, Progress, write_contents
+from surfw.codec import choose_form
+from surfw.codec.lossless import FRAME_BYTES, decode_frame
+from surfw.config import BLOCK_BYTES
+from surfw.errors import IntegrityError
+from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
+from surfw.source import ChunkSource, Read
+from surfw.storage import StorageBackend
+
+
+async def copy_model(
+    source: ChunkSource,
+    model: str | None,
+    backend: StorageBackend,
+    *,
+    name: str | None = None,
+    codecs: Sequence[str] = ("none",),
+    progress: Progress = lambda *_: None,
+    on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
+) -> Manifest:
+    """Write a chunked model into a store, and publish it. An empty place becomes a store.
+
+    Args:
+        source: where it is.
+        model: its name there, in full or a unique last part; None for the only one.
+        backend: the storage.
+        name: its name in the store; default: the one that it has.
+        codecs: as of `write_model`.
+        progress: as of `write_model`.
+        on_outcome: as of `write_model`.
+
+    Raises:
+        UnknownModelError: the source has no such model.
+        IntegrityError: what the source delivers is not what it promises.
+        StorageError, WireError: it cannot be read, or the storage cannot take it. Nothing is visible then, and the next
+            run continues where this one stopped.
+    """
+    manifest = await source.manifest(await source.resolve(model))
+    name = check_model_name(name or manifest.name)
+    chunks = tuple(_plan(chunk) for chunk in manifest.chunks)
+    contents = Contents(
+        name=name,
+        key=payload_digest(f"{name} {manifest.digest}".encode())[:32],
+        plan=ChunkPlan(chunks, manifest.order),
+        payloads=SourcePayloads(source, manifest, asyncio.get_running_loop()),
+        files={file.path: partial(source.file, manifest, file.path) for file in manifest.files},
+        manifest=partial(_copied, manifest, name, source.url),
+    )
+    return await write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+
+
+def _plan(chunk: Chunk) -> PlannedChunk:
+    return PlannedChunk(chunk.name, chunk.kind, tuple(PlannedTensor(info, None) for info in chunk.tensors))
+
+
+def _copied(manifest: Manifest, name: str, where: str, chunks: Sequence[Chunk], files: Sequence[ModelFile]) -> Manifest:
+    for ours, theirs in zip(chunks, manifest.chunks, strict=True):
+        is_known = all(form.is_known for form in theirs.forms)
+        if is_known and ours.id != theirs.id:
+            raise IntegrityError(
+                f"chunk {theirs.name} from {where} has a payload with BLAKE3 {ours.id[:16]}…, its manifest promises "
+                f"{theirs.id[:16]}…; chunk the model again"
+            )
+    return replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
+
+
+class SourcePayloads:
+    """Payloads of chunks of a source; besides what is filled, a piece of coded bytes is in memory."""
+
+    def __init__(self, source: ChunkSource, manifest: Manifest, loop: asyncio.AbstractEventLoop) -> None:
+        """Read a model of a source that works in this event loop."""
+        self._source = source
+        self._manifest = manifest
+        self._loop = loop
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        """Fill `destination` with a chunk's payload from byte `start` on, which begins a block, as does its end.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError, WireError: they could not be read.
+        """
+        stored = self._manifest.by_name[chunk.name]
+        form = choose_form(stored)
+        if form.codec == "none":
+            self._fetch(stored, form, start, destination)
+        else:
+            self._decode(stored, form, start, destination)
+
+    def _fetch(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
+        read = Read(chunk, form, start, start + len(destination), destination)
+        asyncio.run_coroutine_threadsafe(self._source.fetch(self._manifest, [read]), self._loop).result()
+
+    def _decode(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
+        first, stop = start // FRAME_BYTES, -(-(start + len(destination)) // FRAME_BYTES)
+        ends = [0, *accumulate(form.frames)]
+        low = ends[first] // BLOCK_BYTES * BLOCK_BYTES  # whole blocks can be verified
+        high = min(-(-ends[stop] // BLOCK_BYTES) * BLOCK_BYTES, form.stored_bytes)
+        coded = memoryview(bytearray(high - low))
+        self._fetch(chunk, form, low, coded)
+        for index in range(first, stop):
+            frame = coded[ends[index] - low : ends[index + 1] - low]
+            into = destination[index * FRAME_BYTES - start :][:FRAME_BYTES]
+            try:
+                decode_frame(frame, into)
+            except (ValueError, RuntimeError) as exc:
+                raise IntegrityError(
+                    f"chunk {chunk.name} from {self._source.url}: frame {index} is not what the codec {form.codec!r} "
+                    f"writes: {exc}; chunk the model again"
+                ) from exc

@@ -1,0 +1,167 @@
+"""The forms of one chunk while it is written: a file for each, and what the journal says of them afterwards."""
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from surfw.chunking.plan import ChunkPlan, PlannedChunk
+from surfw.codec.lossless import FRAME_BYTES, encode_frame, item_bytes_of
+from surfw.manifest import Digester, Digests, Form, Location, decode_line, encode_line, read_digests
+from surfw.safetensors_header import encode_header
+from surfw.storage.store import blob_key
+
+LEAST_GAIN = 0.1
+"""A coded form beside the plain one has to be smaller by this part of it.
+
+A chunk of less than a frame gets none: asking for it takes longer than reading it.
+"""
+
+_SAMPLES = 8
+_ENCODERS = min(4, os.cpu_count() or 1)
+
+
+class PayloadSource(Protocol):
+    """Where payloads come from."""
+
+    def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
+        """Fill `destination` with a chunk's payload from byte `start` on; called with rising `start`, in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A chunk that was written: the BLAKE3 of its payload, and its forms."""
+
+    id: str
+    forms: tuple[Form, ...]
+
+
+class FormFiles:
+    """The files of one chunk's forms, while it is written. Pieces are hashed and coded in threads of their own."""
+
+    def __init__(self, planned: PlannedChunk, scratch: Path, codecs: Sequence[str]) -> None:
+        self._planned = planned
+        self._infos = [tensor.info for tensor in planned.tensors]
+        self._scratch = scratch
+        self._codecs = codecs
+        self._payload, self._coded = Digester(), Digester()
+        self._frames: list[int] = []
+        self._size = 0
+        self._pending: deque[tuple[Future[None], list[Future[bytes | memoryview]]]] = deque()
+        self._open = ExitStack()
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as opened:
+            self._hashing = opened.enter_context(ThreadPoolExecutor(1, "surfw-hash"))
+            self._encoding = opened.enter_context(ThreadPoolExecutor(_ENCODERS, "surfw-encode"))
+            for codec in self._codecs:
+                path = scratch_file(self._scratch, codec)
+                self._files[codec] = opened.enter_context(path.open("wb", buffering=0)).fileno()
+            self._header = encode_header(self._infos)
+            if "none" in self._files:
+                _write_all(self._files["none"], memoryview(self._header))
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.close()
+
+    def add(self, piece: memoryview) -> None:
+        """Write the next piece of the payload, whose memory must not change before it is settled."""
+        encoded = []
+        for at in range(0, len(piece) if "lossless" in self._files else 0, FRAME_BYTES):
+            start = self._size + at
+            item_bytes = item_bytes_of(self._infos, start, start + FRAME_BYTES)
+            encoded.append(self._encoding.submit(encode_frame, piece[at : at + FRAME_BYTES], item_bytes))
+        self._pending.append((self._hashing.submit(self._payload.update, piece), encoded))
+        self._size += len(piece)
+        if "none" in self._files:
+            _write_all(self._files["none"], piece)
+
+    def settle(self) -> None:
+        """Wait until the oldest piece is hashed, and its frames are written."""
+        hashed, encoded = self._pending.popleft()
+        for job in encoded:
+            frame = job.result()
+            _write_all(self._files["lossless"], memoryview(frame))
+            self._coded.update(frame)
+            self._frames.append(len(frame))
+        hashed.result()
+
+    def finish(self) -> Written:
+        """Settle the rest; returns the forms that are worth keeping."""
+        while self._pending:
+            self.settle()
+        payload, size, forms = self._payload.result(), self._size, []
+        if "none" in self._files:
+            place = Location(blob_key(payload.digest, ".safetensors"), len(self._header), len(self._header) + size)
+            forms.append(Form("none", size, *payload, (place,)))
+        coded_bytes = sum(self._frames)
+        is_worth_it = "lossless" in codecs_of(size, self._codecs) and coded_bytes <= (1 - LEAST_GAIN) * size
+        if "lossless" in self._files and (is_worth_it or not forms):
+            coded = self._coded.result()
+            place = Location(blob_key(coded.digest, ".lossless"), 0, coded_bytes)
+            forms.append(Form("lossless", coded_bytes, *coded, (place,), tuple(self._frames)))
+        return Written(payload.digest, tuple(forms))
+
+
+def codecs_of(payload_bytes: int, codecs: Sequence[str]) -> Sequence[str]:
+    """Of these codecs, those that a chunk of that size has forms of, as far as its size decides it."""
+    return codecs if payload_bytes >= FRAME_BYTES or "none" not in codecs else ("none",)
+
+
+def estimate_coded_bytes(plan: ChunkPlan, payloads: PayloadSource) -> int:
+    """About what a model's chunks take in the form `lossless` where they get one, from a frame of the largest ones."""
+    coding = sorted((one for one in plan.chunks if one.payload_bytes >= FRAME_BYTES), key=lambda one: one.payload_bytes)
+    raw = coded = 0
+    for chunk in coding[-_SAMPLES:]:
+        sample = memoryview(bytearray(FRAME_BYTES))
+        payloads.read_into(chunk, 0, sample)
+        item_bytes = item_bytes_of([tensor.info for tensor in chunk.tensors], 0, FRAME_BYTES)
+        raw += len(sample)
+        coded += len(encode_frame(sample, item_bytes))
+    return round(sum(chunk.payload_bytes for chunk in coding) * coded / raw) if raw else 0
+
+
+def scratch_file(scratch: Path, codec: str) -> Path:
+    """The file of one form, from the path that the files of all forms are named after."""
+    return scratch.with_suffix(f".{codec}.tmp")
+
+
+def encode_entry(name: str, codecs: Sequence[str], written: Written) -> bytes:
+    """A line of the journal: a chunk, the codecs that were asked for, and where its forms are stored."""
+    forms = [_encode_form(form) for form in written.forms]
+    return encode_line({"chunk": name, "codecs": list(codecs), "id": written.id, "forms": forms})
+
+
+def decode_entry(line: bytes) -> tuple[str, tuple[str, ...], Written]:
+    """The name of a chunk, the codecs that were asked for, and its forms.
+
+    Raises:
+        ValueError, KeyError, TypeError, RecursionError: the line is damaged, or another surfw has written it.
+    """
+    entry = decode_line(line)
+    written = Written(entry["id"], tuple(_decode_form(form) for form in entry["forms"]))
+    return entry["chunk"], tuple(entry["codecs"]), written
+
+
+def _encode_form(form: Form) -> dict[str, Any]:
+    (place,) = form.locations
+    facts = {"codec": form.codec, "object": place.object, "start": place.start, "stop": place.stop}
+    return facts | Digests(form.digest, form.blocks).document() | {"frames": form.frames}
+
+
+def _decode_form(entry: dict[str, Any]) -> Form:
+    place = Location(entry["object"], entry["start"], entry["stop"])
+    size = place.stop - place.start
+    return Form(entry["codec"], size, *read_digests(entry, size), (place,), tuple(entry["frames"]))
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]

@@ -1,0 +1,73 @@
+"""`surfw chunk MODEL --from SOURCE`: a model that is chunked already, into a store."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surfw.cli import options
+from surfw.config import display_url, is_server_url
+
+if TYPE_CHECKING:
+    from surfw.chunking import Outcome
+    from surfw.manifest import Manifest
+    from surfw.source import ChunkSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """What is to be copied, and how; see the options of `chunk`."""
+
+    model: str
+    source: str
+    name: str | None
+    codecs: tuple[str, ...]
+    dry_run: bool
+
+
+def copy_model(
+    wanted: Copy, configuration: options.Configuration, step: Callable[[str], None], *, json: bool, quiet: bool
+) -> None:
+    """Copy a model that is chunked already, or show what that would write."""
+    from surfw import chunking
+    from surfw.cli import chunk_view, render
+    from surfw.cli.addresses import read_source
+    from surfw.models.client import WeightClient
+    from surfw.storage import open_backend
+    from surfw.storage.origins import PlacedOptions, is_local_url
+
+    settings = configuration.settings
+    url = read_source(wanted.source, seconds=settings.connect_timeout)
+    placed = PlacedOptions(url if is_local_url(settings.store) else settings.store, settings.storage_options)
+    backend = open_backend(settings.store, placed.for_url(settings.store))
+    is_server = is_server_url(url)
+    outcomes: Counter[Outcome] = Counter()
+    with WeightClient(
+        url, token=settings.token if is_server else None, storage_options=None if is_server else placed.for_url(url)
+    ) as client:
+
+        async def find(source: "ChunkSource") -> "Manifest":
+            return await source.manifest(await source.resolve(wanted.model))
+
+        manifest = client.run(find)
+        step("")
+        facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
+        if wanted.dry_run:
+            render.print_json(facts) if json else chunk_view.show_copy(manifest)
+            return
+        with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:
+            try:
+                copied = client.run(
+                    lambda source: chunking.copy_model(
+                        source,
+                        manifest.name,
+                        backend,
+                        name=wanted.name,
+                        codecs=wanted.codecs,
+                        progress=lambda size, chunk: update(advance=size, description=chunk),
+                        on_outcome=lambda _, outcome: outcomes.update([outcome]),
+                    )
+                )
+            except KeyboardInterrupt as exc:
+                raise KeyboardInterrupt("the same command goes on where it stopped") from exc
+    chunk_view.show_result(facts, copied, outcomes, display_url(settings.store), json=json)
