@@ -19,7 +19,7 @@ class Comparison:
 
     Attributes:
         model_dir: the checkpoint, in a local directory.
-        against: names of `PEERS`; None for all that can run.
+        against: names of `PEERS`; None for all that can run, but surfw with one codec.
         gguf: the same model for llama.cpp.
         airllm_dir: a copy of `model_dir` for AirLLM, which writes into it.
         cap_bytes: all the memory that each process can have, page cache included; None for no cap.

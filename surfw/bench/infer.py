@@ -17,6 +17,7 @@ from surfw.bench.infer_result import SURFW, InferResult, make_notes, make_rows
 from surfw.bench.peers import PEERS
 from surfw.bench.process import Outcome, run_peer
 from surfw.bench.result import describe_machine
+from surfw.codec import CODECS, DEFAULT_CODECS
 from surfw.config import display_url, format_size, is_server_url
 from surfw.storage import Store, open_backend
 from surfw.storage.store import MARKER
@@ -52,7 +53,8 @@ def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = 
 def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Who runs, surfw first, and a remark for each peer that does not."""
     names, absent = [SURFW], []
-    for name in PEERS if comparison.against is None else dict.fromkeys(comparison.against):
+    usual = [name for name in PEERS if name not in CODECS]  # surfw with one codec runs where that is asked for
+    for name in usual if comparison.against is None else dict.fromkeys(comparison.against):
         reason = PEERS[name].installed() or PEERS[name].missing(comparison)
         if reason is None:
             names.append(name)
@@ -74,7 +76,7 @@ async def _chunk(model_dir: str, name: str, place: str, on_progress: Callable[[s
             return name
     on_progress(f"chunking {model_dir}")
     with await asyncio.to_thread(prepare_model, model_dir) as prepared:
-        await write_model(prepared, backend)
+        await write_model(prepared, backend, codecs=DEFAULT_CODECS)
         return prepared.name
 
 

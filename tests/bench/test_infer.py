@@ -221,7 +221,7 @@ def test_who_takes_too_long_is_stopped(checkpoint: Path, store: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     assert refused(checkpoint, "vllm", "resident") == (
-        "'vllm' is no peer; there are resident, accelerate, airllm, llama.cpp, lru"
+        "'vllm' is no peer; there are resident, accelerate, airllm, llama.cpp, lru, none, lossless"
     )
     assert "convert_hf_to_gguf.py" in refused(checkpoint, "llama.cpp")
     assert "the gguf file /no.gguf is not there" in refused(checkpoint, "llama.cpp", gguf="/no.gguf")

@@ -1,8 +1,8 @@
 """What surfw is compared with: one file for each, which runs in a process of its own.
 
-Every file but `runai` and `generation` has a function `run` that takes the `Comparison` and measures; `__main__` calls
-it. None of them imports what it measures before that, so that a peer that is not installed can be named. `streaming` is
-surfw itself, and `reads` measures the disk.
+Every file but `runai`, `generation` and `download` has a function `run` that takes the `Comparison` and measures;
+`__main__` calls it. None of them imports what it measures before that, so that a peer that is not installed can be
+named. `streaming` is surfw itself, and `reads` measures the disk.
 """
 
 from collections.abc import Mapping
@@ -56,5 +56,7 @@ PEERS: Mapping[str, Peer] = {
         "convert_hf_to_gguf.py MODEL_DIR --outtype bf16 --outfile FILE",
     ),
     "lru": Peer("lru"),
+    "none": Peer("none"),
+    "lossless": Peer("lossless"),
 }
 """What surfw is compared with, in the order in which they run."""

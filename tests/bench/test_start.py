@@ -1,0 +1,34 @@
+"""`bench start` times whole processes to their first token, beside downloading the checkpoint."""
+
+from pathlib import Path
+
+import pytest
+
+from surfw.bench.start import bench_start
+from surfw.errors import ConfigurationError, SurfwError
+from tests.checkpoints import save_llama
+from tests.cli.run import surfw
+from tests.stores import make_store
+
+
+def test_each_way_is_timed_and_compared_with_the_download(tmp_path: Path) -> None:
+    checkpoint = save_llama(tmp_path / "tiny")
+    assert surfw(tmp_path, "chunk", str(checkpoint)).returncode == 0
+    said: list[str] = []
+    found = bench_start(
+        str(tmp_path / "store"), download=f"file://{checkpoint}", codecs=["none"], rounds=1, on_progress=said.append
+    )
+    ours, theirs = found.rows
+    assert (ours.name, theirs.name) == ("surfw, codec none", "download, then transformers")
+    assert ours.ratio == pytest.approx(theirs.value / ours.value)
+    assert (ours.unit, theirs.ratio, theirs.note) == ("s", 1.0, "the baseline of all others")
+    assert said == ["round 1 of 1: surfw, codec none", "round 1 of 1: download, then transformers"]
+
+
+def test_what_fails_is_named_with_its_last_words(tmp_path: Path) -> None:
+    make_store(tmp_path / "store")
+    says = r"surfw, codec none ended with exit code 1; its last words: surfw: error: .* has no model 'nope'"
+    with pytest.raises(SurfwError, match=says):
+        bench_start(str(tmp_path / "store"), model="nope", codecs=["none"], rounds=1)
+    with pytest.raises(ConfigurationError, match="codec 'zip' is not known; expected some of auto, none, lossless"):
+        bench_start(str(tmp_path / "store"), codecs=["zip"])
