@@ -1,5 +1,6 @@
 """What `chunk` shows of a plan, of a copy, and of what it has written."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from surfw.config import count, format_size
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
+
+logger = logging.getLogger("surfw.chunking")
 
 
 def show_result(
@@ -34,6 +37,8 @@ def show_result(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{format_size(manifest.payload_bytes)}{beside} in {place}{how}"
     )
+    if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
+        logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
 
 
 def _form_bytes(manifest: "Manifest") -> Counter[str]:
