@@ -218,9 +218,11 @@ def _answer(
         explained = {"explain": explain_view.facts(found, configuration.origins)}
         if not json:
             view.explain(found, configuration.origins)
+    most = request.max_new_tokens if streaming.model.can_generate() else 0
+    if most:
+        streaming.leave_room(len(ids), most)  # or say that there is none, before anything is shown
     if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
         view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
-    most = request.max_new_tokens if streaming.model.can_generate() else 0
     try:
         with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
             result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
