@@ -53,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_session(home: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    with terminal(home, [SURFW, *TALK], controls=True) as (it, process):
+    with terminal(home, [SURFW, *TALK], columns=200, controls=True) as (it, process):  # however long the paths are
         it.read_to("Ctrl-D ends the session")
         it.read_to(PROMPT)
         it.type("Weights arrive\r")
