@@ -64,8 +64,8 @@ class Comparison:
         """
         if not (Path(self.model_dir) / "config.json").is_file():
             raise ConfigurationError(
-                f"{self.model_dir} is no checkpoint in a local directory (it has no config.json); name one: what surfw is "
-                "compared with reads it there"
+                f"{self.model_dir} is no checkpoint in a local directory (it has no config.json); name one: what surfw "
+                "is compared with reads it there"
             )
         if unknown := sorted(set(self.against or ()) - PEERS.keys()):
             raise ConfigurationError(f"{unknown[0]!r:.80} is no peer; there are {', '.join(PEERS)}")

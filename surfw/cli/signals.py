@@ -88,7 +88,9 @@ def is_interrupted() -> bool:
 def check() -> None:
     """Raise the `KeyboardInterrupt` that has waited for an import's end, before another import begins."""
     if _waits_for_import and threading.current_thread() is threading.main_thread():
-        _raise_after_import(sys._getframe())  # noqa: SLF001 - `inspect`, which wraps it, is slow to import
+        import inspect  # slow to import, and rarely needed
+
+        _raise_after_import(inspect.currentframe())
 
 
 def exit_code() -> int:

@@ -134,6 +134,7 @@ class HostTier:
         self.spare.clear()
         for load in loads:
             load.cancel()
+        self._loader.close()
 
     def loads(self) -> dict[str, Future[None]]:
         """The loads of all chunks that have a slot, which have ended or will."""

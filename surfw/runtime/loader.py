@@ -54,6 +54,10 @@ class Loader:
         self._decoders = decoders()  # no thread runs before there is something to decode
         self._proven: set[tuple[str, str]] = set()  # ids of chunks, and digests of forms that decode to them
 
+    def close(self) -> None:
+        """Let the threads that decode end, once they have nothing more to do."""
+        self._decoders.shutdown(wait=False)
+
     async def load(
         self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False, may_map: bool = False
     ) -> int:
