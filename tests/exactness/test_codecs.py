@@ -61,9 +61,18 @@ def least_budget(store: Path, name: str) -> int:
         return model.explain().least_budget_bytes
 
 
-@pytest.mark.parametrize("place", ["store", "server"])
-@pytest.mark.parametrize("codec", ["none", "lossless", "auto"])
-@pytest.mark.parametrize("name", [prefix + name for name in DTYPES for prefix in ("", "coded-")])
+CASES = [
+    *((name, codec, "store") for name in DTYPES for codec in ("none", "lossless", "auto")),
+    *((name, "lossless", "server") for name in DTYPES),
+    ("bfloat16", "auto", "server"),
+    *(
+        (f"coded-{name}", "auto", place)
+        for name, place in (("bfloat16", "store"), ("float32", "store"), ("float16", "server"))
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "place"), CASES)
 def test_streamed_equals_resident(
     name: str, codec: CodecChoice, place: str, checkpoints: Path, store: Path, server: Served
 ) -> None:
