@@ -1,10 +1,10 @@
 """Which form of a chunk is read: the one that a run is faster with, by what this very run has measured. Without torch.
 
-Reading, decoding and computing overlap, but decoding and computing share the processors. So, for each byte of payload,
-a run takes
+Reading, decoding and computing overlap, but they share the processors, which reading from a fast source keeps busy as
+well. So decoding is taken to overlap with nothing, and for each byte of payload a run takes
 
     stored as it is:  max(1 ÷ reading, computing)
-    coded:            max(ratio ÷ reading, computing + 1 ÷ decoding)
+    coded:            max(ratio ÷ reading, computing) + 1 ÷ decoding
 
 where reading and decoding are bytes per second, computing is seconds per byte, and ratio is stored bytes ÷ payload
 bytes. Each is measured as bytes over the time in which at least one such thing went on; the last seconds count most.
@@ -142,6 +142,6 @@ class FormChoice:
             return True  # one chunk shows how fast it is
         computing = self._computing.seconds / max(1.0, self._computing.bytes)
         plain = max(1 / reading, computing)
-        coded = max(ratio / reading, computing + 1 / decoding)
+        coded = max(ratio / reading, computing) + 1 / decoding
         self._is_coded = coded < plain / _WORSE if self._is_coded else coded < plain * _BETTER
         return self._is_coded

@@ -191,7 +191,7 @@ def choice(*, reading: float | None, decoding: float | None, computing: float = 
     [
         (0.117 * GB, 3.4 * GB, 0.05, "lossless"),  # a link of 1 Gbit/s
         (2.5 * GB, 2.0 * GB, 0.05, "none"),  # a fast disk, and a slow decoder
-        (2.5 * GB, 6.6 * GB, 0.05, "lossless"),  # and a fast one
+        (1.0 * GB, 6.6 * GB, 0.05, "lossless"),  # a slower disk, and a fast decoder
         (20 * GB, 3.4 * GB, 0.05, "none"),  # a page cache
         (0.117 * GB, 0.1 * GB, 0.05, "none"),  # a tiny processor
         (2.5 * GB, 6.6 * GB, 2.0, "none"),  # computing takes longest: decoding would only add to it
@@ -228,7 +228,7 @@ def test_a_form_is_kept_where_the_other_one_is_hardly_faster() -> None:
         made = FormChoice(is_far=is_far)
         ratio = CHUNK.forms[1].stored_bytes / CHUNK.forms[0].stored_bytes
         made.reading.add(GB, 1)
-        made.decoding.add(GB / 0.96, 1)
+        made.decoding.add(GB / (0.96 - ratio), 1)
         assert ratio < 0.96
         return made.form(CHUNK).codec
 
