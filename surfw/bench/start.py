@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from surfw.bench.process import describe_end
 from surfw.bench.result import Result, Row, describe_machine, summarise
+from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError, SurfwError
 
-CODECS = ("auto", "none", "lossless")
+CODECS: Sequence[str] = get_args(CodecChoice)
 _PROMPT_IDS = "1,2,3,4,5,6,7,8"
 _DOWNLOAD = "download, then transformers"
 _PLAIN = "surfw, codec none"
@@ -44,7 +46,7 @@ def bench_start(
         on_progress: called with a line whenever something begins.
 
     Raises:
-        ConfigurationError: a codec is none.
+        ConfigurationError: there is no such codec.
         SurfwError: one of them failed.
     """
     if unknown := [codec for codec in codecs if codec not in CODECS]:

@@ -117,7 +117,7 @@ class SourcePayloads:
             into = destination[index * FRAME_BYTES - start :][:FRAME_BYTES]
             try:
                 decode_frame(frame, into)
-            except (ValueError, RuntimeError) as exc:
+            except ValueError as exc:
                 raise IntegrityError(
                     f"chunk {chunk.name} from {self._source.url}: frame {index} is not what the codec {form.codec!r} "
                     f"writes: {exc}; chunk the model again"

@@ -64,20 +64,21 @@ def decode_frame(frame: bytes | memoryview, into: memoryview) -> None:
         raise ValueError(
             f"its header says {frame_bytes} bytes for {payload_bytes}; expected {len(frame)} for {len(into)}"
         )
-    _decompress(frame, into)
+    try:
+        _decompress(frame, into)
+    except RuntimeError as exc:  # Blosc's
+        raise ValueError(str(exc)) from exc
 
 
 _own = threading.local()
-"""Of each thread that decodes: `frame`, memory for a copy of one."""
+"""Of each thread that decodes: `frame`, memory for a copy of one, made at its first use."""
 
 
 def decoders() -> ThreadPoolExecutor:
-    """The threads that decode for one model, which need nothing more to begin: memory and Blosc are there."""
+    """The threads that decode for one model; none begins before Blosc is there."""
 
     def prepare() -> None:
         from numcodecs import blosc  # noqa: F401 - so that the first frame does not wait for it
-
-        _own.frame = memoryview(bytearray(FRAME_BYTES))
 
     return ThreadPoolExecutor(DECODERS, "surfw-decode", prepare)
 
@@ -125,7 +126,7 @@ class FrameDecoder:
             into = self._into[self._payload_start(index) : self._payload_start(index + 1)]
             try:
                 decode_frame(frame, into)
-            except (ValueError, RuntimeError) as exc:
+            except ValueError as exc:
                 raise IntegrityError(f"frame {index} is not what the codec 'lossless' writes: {exc}") from exc
 
     def _take(self, arrived: int, reach: int) -> tuple[int, memoryview] | None:

@@ -250,7 +250,7 @@ async def _decode(store: Store, form: Form, payload_bytes: int, digest: str) -> 
         await _read(store, form, start, coded)
         try:
             await in_thread(decode, coded, at, form.frames[at:last])
-        except (ValueError, RuntimeError) as exc:
+        except ValueError as exc:
             return f"it cannot be decoded: {exc}"
         at = last
     return "" if whole.hexdigest() == digest else f"it decodes to BLAKE3 {whole.hexdigest()}, expected {digest}"
