@@ -2,9 +2,7 @@
 
 import asyncio
 import mmap
-import threading
 from collections.abc import Mapping
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import replace
 
@@ -19,8 +17,8 @@ from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.loader import Loader, buffer_bytes
-from surfw.runtime.run import IoThread
 from surfw.source import View
+from tests.runtime.test_loader import cancel_within
 from tests.toys import ToySource, code, coded_model, toy_chunk
 
 
@@ -141,30 +139,9 @@ def test_frames_that_are_none_are_named() -> None:
 
 
 def test_a_load_that_is_cancelled_ends_only_when_nothing_is_decoded_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    began, may_end, ended = threading.Event(), threading.Event(), []
-    decode = FrameDecoder.decode
-
-    def slow(self: FrameDecoder, arrived: int) -> None:
-        began.set()
-        assert may_end.wait(60)
-        decode(self, arrived)
-        ended.append(1)
-
-    monkeypatch.setattr(FrameDecoder, "decode", slow)
-    made = chunk, _ = weights("c", 12 * MIB)
-    manifest, source = coded_model([made])
+    manifest, source = coded_model([weights("c", 12 * MIB)])
     loader = Loader(source, manifest, forms=FormChoice("lossless"))
-    io = IoThread()
-    job = io.submit(loader.load(manifest.chunks[0], Buffer(buffer_bytes(chunk, {})), priority=0))
-    assert began.wait(60)
-    job.cancel()
-    io.run(asyncio.sleep(0))
-    assert not job.done()
-    may_end.set()
-    with pytest.raises(CancelledError):
-        job.result(60)
-    assert ended
-    io.close()
+    assert cancel_within(FrameDecoder, "decode", loader, manifest.chunks[0], monkeypatch) > 0
 
 
 MADE = weights("c", 2 * MIB)
