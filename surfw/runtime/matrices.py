@@ -1,0 +1,323 @@
+"""Quantised matrices, computed with as they lie in memory (`surfw.codec.quantised` describes how).
+
+There are two ways to multiply. For few rows of inputs in bfloat16, kernels of torch read the codes themselves. For many
+rows, and in other dtypes, where these kernels use no vectors, a piece of the matrix at a time is unpacked and
+multiplied as usual. The way is chosen by kind, dtype and number of rows alone, so a weight gives the same bits whether
+it stays in memory or is read for every use. From how many rows on the second way is faster is measured once in a
+process. A kernel that is missing, refuses, or reads another layout than ours shows then, and is not used.
+
+Nothing is kept besides codes and scales, but for what one piece takes (`scratch_bytes`).
+"""
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+
+from surfw.codec.quantised import GROUP, PANEL, Kind, Part
+from surfw.config import ALIGNMENT, MIB
+
+logger = logging.getLogger("surfw.runtime")
+
+PIECE_BYTES = 4 * MIB
+"""What is unpacked of a matrix at a time, at least 64 rows of it."""
+
+_OPERAND_BYTES = 2 * MIB
+_FIRST_ROWS, _MOST_ROWS = 16, 128
+_TIMES = 3
+_MEASURING_SECONDS = 0.03
+"""After so long the measurement ends with what it knows."""
+
+
+class Packed(ABC):
+    """A quantised matrix of N rows and K columns.
+
+    Attributes:
+        shape: N and K.
+        codes: as the form has them.
+        scales: as the form has them.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        self.shape = shape
+        self.codes = codes
+        self.scales = scales
+
+    def multiply(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`torch.nn.functional.linear`.
+
+        Args:
+            inputs: shape (…, K), in a floating-point dtype.
+            bias: shape (N,).
+
+        Returns:
+            Shape (…, N), in the dtype of the inputs.
+        """
+        rows = inputs.reshape(-1, self.shape[1])
+        is_few = rows.dtype is torch.bfloat16 and 0 < len(rows) <= kernel_rows(type(self))
+        product = self.multiply_few(rows) if is_few else self.multiply_many(rows)
+        if bias is not None:
+            product += bias
+        return product.view(*inputs.shape[:-1], self.shape[0])
+
+    def multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product with rows of any dtype, piece by piece."""
+        product = rows.new_empty(len(rows), self.shape[0])
+        step = self._step(PIECE_BYTES, self.shape[1] * rows.dtype.itemsize)
+        for first in range(0, self.shape[0] if len(rows) else 0, step):
+            piece = self.unpack(first, min(first + step, self.shape[0]), rows.dtype)
+            product[:, first : first + step] = rows @ piece
+        return product
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole matrix, in memory of its own."""
+        whole = torch.empty(self.shape, dtype=dtype)
+        step = self._step(PIECE_BYTES, self.shape[1] * dtype.itemsize)
+        for first in range(0, self.shape[0], step):
+            whole[first : first + step] = self.unpack(first, min(first + step, self.shape[0]), dtype).t()
+        return whole
+
+    @classmethod
+    @abstractmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        """A matrix over the stored form that it is a part of."""
+
+    @classmethod
+    @abstractmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        """A matrix of that size with whole numbers of all sizes as values."""
+
+    @abstractmethod
+    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product with a few rows of bfloat16, by torch's kernel."""
+
+    @abstractmethod
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the matrix as columns, shape (K, last - first); valid until the thread unpacks the next ones.
+
+        Args:
+            first: a multiple of `PANEL`.
+            last: end-exclusive.
+            dtype: of the values; code × scale, rounded once.
+        """
+
+    @abstractmethod
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of these ids, which are in range, shape (ids, K)."""
+
+    @staticmethod
+    def _step(most_bytes: int, row_bytes: int) -> int:
+        """How many rows make so many bytes: whole panels, at least one."""
+        return max(1, most_bytes // (row_bytes * PANEL)) * PANEL
+
+
+class _Int8(Packed):
+    """Codes of shape (N, K), int8; scales of shape (N,), float32."""
+
+    kind = "int8"
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        super().__init__(shape, codes, scales)
+        self._scales_of_kernel: torch.Tensor | None = None
+
+    @classmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        rows, columns = part.shape
+        codes = _elements(memory, part.start, rows * columns, torch.int8)
+        return cls((rows, columns), codes.view(rows, columns), _elements(memory, part.scales, rows, torch.float32))
+
+    @classmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        codes = _numbers(-127, 128, rows, columns).to(torch.int8)
+        return cls((rows, columns), codes, _numbers(0, 3, rows).exp2())
+
+    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._scales_of_kernel is None:
+            self._scales_of_kernel = self.scales.to(torch.bfloat16)  # exact, see the format
+        rows = rows.contiguous()
+        if rows.data_ptr() % ALIGNMENT:
+            rows = rows.clone()  # the kernel reads aligned vectors
+        return torch._weight_int8pack_mm(rows, self.codes, self._scales_of_kernel)  # noqa: SLF001 - there is no public one
+
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype)
+        scales = self.scales[first:last, None].to(_scales_dtype(dtype))
+        return torch.mul(self.codes[first:last], scales, out=piece).t()
+
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (self.codes[ids].to(torch.float32) * self.scales[ids, None]).to(dtype)
+
+
+class _Int4(Packed):
+    """Codes of shape (panels, K, 32), uint8, two in each; scales of shape (groups, 64 × panels), bfloat16."""
+
+    kind = "int4"
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        super().__init__(shape, codes, scales)
+        self._codes_of_kernel = codes.view(scales.shape[1], shape[1] // 2)
+        self._scale_bits = scales.view(torch.uint16)
+
+    @classmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        rows, columns = part.shape
+        filled = -(-rows // PANEL) * PANEL
+        codes = _elements(memory, part.start, filled * columns // 2, torch.uint8).view(-1, columns, PANEL // 2)
+        scales = _elements(memory, part.scales, filled * columns // GROUP, torch.bfloat16).view(-1, filled)
+        return cls((rows, columns), codes, scales)
+
+    @classmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        filled = -(-rows // PANEL) * PANEL
+        codes = _numbers(0, 256, filled // PANEL, columns, PANEL // 2).to(torch.uint8)
+        return cls((rows, columns), codes, _numbers(0, 3, columns // GROUP, filled).exp2().to(torch.bfloat16))
+
+    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+        rows, filled = rows.contiguous(), self.scales.shape[1]
+        step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
+        if filled <= step:
+            product = self._multiply_part(rows, self._codes_of_kernel, self._scale_bits)
+        else:
+            codes, bits = torch.split(self._codes_of_kernel, step), torch.split(self._scale_bits, step, dim=1)
+            product = torch.cat([self._multiply_part(rows, *one) for one in zip(codes, bits, strict=True)], dim=1)
+        return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
+
+    @staticmethod
+    def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
+        pairs = scale_bits.to(torch.int32)  # each scale, and behind it the kernel's zero point, which is 0
+        operand = pairs.view(torch.bfloat16).view(len(pairs), len(codes), 2)
+        return torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, operand)  # noqa: SLF001 - there is no public one
+
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)
+        panels, columns, words = codes.shape
+        halves = _SCRATCH.take("codes", (panels, 2, columns, words), torch.int32)  # four codes in each
+        torch.bitwise_and(codes, 0x0F0F0F0F, out=halves[:, 0])
+        torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
+        halves[:, 1].bitwise_and_(0x0F0F0F0F)
+        signed = halves.view(torch.int8).sub_(8).view(panels, 2, -1, GROUP, PANEL // 2)
+        piece = _SCRATCH.take("piece", (columns, panels * PANEL), dtype)
+        scales = self.scales[:, first : first + panels * PANEL].to(_scales_dtype(dtype))
+        torch.mul(
+            signed.permute(2, 3, 0, 1, 4),
+            scales.view(-1, 1, panels, 2, PANEL // 2),
+            out=piece.view(-1, GROUP, panels, 2, PANEL // 2),
+        )
+        return piece[:, : last - first]
+
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        place = ids.remainder(PANEL)
+        pairs = self.codes[ids // PANEL, :, place % (PANEL // 2)]
+        codes = (pairs >> (place // (PANEL // 2) * 4)[:, None].to(torch.uint8)) & 15
+        grouped = codes.to(torch.float32).sub_(8).view(len(ids), self.shape[1] // GROUP, GROUP)
+        return grouped.mul_(self.scales[:, ids].t()[..., None]).view(len(ids), self.shape[1]).to(dtype)
+
+
+def matrix_over(part: Part, memory: memoryview) -> Packed:
+    """A quantised tensor where it lies, in memory that holds the stored form that it is a part of; kept alive."""
+    return _KINDS[part.kind].over(part, memory)
+
+
+def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
+    """The most memory that a thread keeps for matrices of at most so many columns: a piece's values and codes."""
+    values = max(PIECE_BYTES, PANEL * columns * dtype.itemsize)
+    return values + values // dtype.itemsize
+
+
+_KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
+
+
+def kernel_rows(kind: type[Packed]) -> int:
+    """The most rows for which torch's kernel is used; 0 if it is not used at all. Measured once, in a few ms."""
+    with _MEASURING:
+        if kind not in _KERNEL_ROWS:
+            _KERNEL_ROWS[kind] = _measure_kernel(kind.sample(1024, 1024))
+            logger.info("%s: torch's kernel is used for up to %d rows", kind.kind, _KERNEL_ROWS[kind])
+        return _KERNEL_ROWS[kind]
+
+
+_MEASURING = threading.Lock()
+_KERNEL_ROWS: dict[type[Packed], int] = {}
+
+
+def _measure_kernel(packed: Packed) -> int:
+    """Up to which power of two of rows the kernel is faster, from none to `_MOST_ROWS`; 0 if it does not work."""
+    few, many = packed.multiply_few, packed.multiply_many
+    inputs = _numbers(-4, 5, _MOST_ROWS, packed.shape[1]).to(torch.bfloat16)
+    try:
+        is_right = torch.allclose(few(inputs[:5]).float(), many(inputs[:5]).float(), rtol=0.02)
+    except (AttributeError, RuntimeError) as exc:
+        logger.info("%s: torch's kernel is not used: %s", packed.kind, exc)
+        return 0
+    if not is_right:
+        logger.info("%s: torch's kernel is not used: here it reads another layout", packed.kind)
+        return 0
+    deadline = time.perf_counter() + _MEASURING_SECONDS
+
+    def is_faster(rows: int) -> bool:
+        return _shortest(few, inputs[:rows]) < _shortest(many, inputs[:rows])
+
+    rows = _FIRST_ROWS
+    if is_faster(rows):
+        while rows < _MOST_ROWS and time.perf_counter() < deadline and is_faster(2 * rows):
+            rows *= 2
+        return rows
+    rows //= 2
+    while rows and time.perf_counter() < deadline and not is_faster(rows):
+        rows //= 2
+    return rows
+
+
+def _numbers(least: int, stop: int, *shape: int) -> torch.Tensor:
+    """Whole numbers at random, the same at every call; torch's own generator stays as it is."""
+    return torch.randint(least, stop, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shortest(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> float:
+    """The shortest of several times, in seconds."""
+    times = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        multiply(inputs)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is used again and again."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose values are those of whatever used it last."""
+        size_bytes = prod(shape) * dtype.itemsize
+        held = self._memory.get(use)
+        if held is None or len(held) < size_bytes:
+            with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
+                held = self._memory[use] = torch.empty(size_bytes, dtype=torch.uint8)
+        return held[:size_bytes].view(dtype).view(shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def _scales_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scales are multiplied in: float16 does not reach as far as they do."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def _elements(memory: memoryview, place: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Elements in memory, as a view, or as a copy where the place is no multiple of 64."""
+    found = torch.frombuffer(memory, dtype=torch.uint8)[place : place + count * dtype.itemsize]
+    return (found.clone() if found.data_ptr() % ALIGNMENT else found).view(dtype)
