@@ -4,7 +4,9 @@ There are two ways to multiply. For few rows of inputs in bfloat16, kernels of t
 rows, and in other dtypes, where these kernels use no vectors, a piece of the matrix at a time is unpacked and
 multiplied as usual. The way is chosen by kind, dtype and number of rows alone, so a weight gives the same bits whether
 it stays in memory or is read for every use. From how many rows on the second way is faster is measured once in a
-process. A kernel that is missing, refuses, or reads another layout than ours shows then, and is not used.
+process. There it also shows in which order a processor's kernel reads the codes of int4: as they are stored (AVX-512),
+in one that they are brought into for each use (AVX2), or in none that is known here. Then, or where a kernel is missing
+or refuses, the second way is the only one.
 
 Nothing is kept besides codes and scales, but for what one piece takes (`scratch_bytes`).
 """
@@ -14,6 +16,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import ClassVar, Self
 
@@ -27,23 +31,43 @@ logger = logging.getLogger("surfw.runtime")
 PIECE_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
-_OPERAND_BYTES = 2 * MIB
+_OPERAND_BYTES, _REORDERED_BYTES = MIB, MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
 """After so long the measurement ends with what it knows."""
 
 
+Order = Callable[[torch.Tensor], torch.Tensor]
+"""Brings stored codes into the order, and the shape, in which a kernel reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How torch's kernel for a kind of matrices is used.
+
+    Attributes:
+        rows: for how many rows of inputs at most; 0 if it is not used.
+        order: in which it reads the codes.
+    """
+
+    rows: int
+    order: Order
+
+
 class Packed(ABC):
     """A quantised matrix of N rows and K columns.
 
     Attributes:
+        kind: of its form.
+        orders: in which a kernel may read its codes.
         shape: N and K.
         codes: as the form has them.
         scales: as the form has them.
     """
 
     kind: ClassVar[Kind]
+    orders: ClassVar[Sequence[Order]]
 
     def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Take the codes and scales where they are."""
@@ -62,8 +86,11 @@ class Packed(ABC):
             Shape (…, N), in the dtype of the inputs.
         """
         rows = inputs.reshape(-1, self.shape[1])
-        is_few = rows.dtype is torch.bfloat16 and 0 < len(rows) <= kernel_rows(type(self))
-        product = self.multiply_few(rows) if is_few else self.multiply_many(rows)
+        kernel = kernel_of(type(self)) if rows.dtype is torch.bfloat16 else None
+        if kernel and 0 < len(rows) <= kernel.rows:
+            product = self.multiply_few(rows, kernel.order)
+        else:
+            product = self.multiply_many(rows)
         if bias is not None:
             product += bias
         return product.view(*inputs.shape[:-1], self.shape[0])
@@ -96,8 +123,8 @@ class Packed(ABC):
         """A matrix of that size with whole numbers of all sizes as values."""
 
     @abstractmethod
-    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
-        """The product with a few rows of bfloat16, by torch's kernel."""
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
+        """The product with a few rows of bfloat16, by torch's kernel, which reads codes in that order."""
 
     @abstractmethod
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
@@ -119,10 +146,29 @@ class Packed(ABC):
         return max(1, most_bytes // (row_bytes * PANEL)) * PANEL
 
 
+def _as_stored(codes: torch.Tensor) -> torch.Tensor:
+    return codes if codes.dtype is torch.int8 else codes.view(-1, codes.shape[1] // 2)
+
+
+def _in_panels_of_32(codes: torch.Tensor) -> torch.Tensor:
+    """int4's codes as torch's kernel for AVX2 reads them: row j and row j + 16 of 32 rows in byte j of a column."""
+    panels, columns, _ = codes.shape
+    ordered = torch.empty(panels, 2, columns, 4, dtype=torch.int32)
+    step = max(1, _REORDERED_BYTES // (columns * PANEL // 2))
+    for first in range(0, panels, step):
+        quarters = codes[first : first + step].view(torch.complex128)  # 16 bytes at a time
+        low, high = (quarters[..., side].contiguous().view(torch.int32).view(-1, columns, 4) for side in (0, 1))
+        into = ordered[first : first + step]
+        into[:, 0] = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4
+        into[:, 1] = (low >> 4 & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
+    return ordered.view(torch.uint8).view(-1, columns // 2)
+
+
 class _Int8(Packed):
     """Codes of shape (N, K), int8; scales of shape (N,), float32."""
 
     kind = "int8"
+    orders = (_as_stored,)
 
     def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Take the codes and scales where they are."""
@@ -140,13 +186,13 @@ class _Int8(Packed):
         codes = _numbers(-127, 128, rows, columns).to(torch.int8)
         return cls((rows, columns), codes, _numbers(0, 3, rows).exp2())
 
-    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
         if self._scales_of_kernel is None:
             self._scales_of_kernel = self.scales.to(torch.bfloat16)  # exact, see the format
         rows = rows.contiguous()
         if rows.data_ptr() % ALIGNMENT:
             rows = rows.clone()  # the kernel reads aligned vectors
-        return torch._weight_int8pack_mm(rows, self.codes, self._scales_of_kernel)  # noqa: SLF001 - there is no public one
+        return torch._weight_int8pack_mm(rows, order(self.codes), self._scales_of_kernel)  # noqa: SLF001 - there is no public one
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype)
@@ -161,11 +207,11 @@ class _Int4(Packed):
     """Codes of shape (panels, K, 32), uint8, two in each; scales of shape (groups, 64 × panels), bfloat16."""
 
     kind = "int4"
+    orders = (_as_stored, _in_panels_of_32)
 
     def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
         """Take the codes and scales where they are."""
         super().__init__(shape, codes, scales)
-        self._codes_of_kernel = codes.view(scales.shape[1], shape[1] // 2)
         self._scale_bits = scales.view(torch.uint16)
 
     @classmethod
@@ -182,14 +228,14 @@ class _Int4(Packed):
         codes = _numbers(0, 256, filled // PANEL, columns, PANEL // 2).to(torch.uint8)
         return cls((rows, columns), codes, _numbers(0, 3, columns // GROUP, filled).exp2().to(torch.bfloat16))
 
-    def multiply_few(self, rows: torch.Tensor) -> torch.Tensor:
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
         rows, filled = rows.contiguous(), self.scales.shape[1]
         step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
         if filled <= step:
-            product = self._multiply_part(rows, self._codes_of_kernel, self._scale_bits)
+            product = self._multiply_part(rows, order(self.codes), self._scale_bits)
         else:
-            codes, bits = torch.split(self._codes_of_kernel, step), torch.split(self._scale_bits, step, dim=1)
-            product = torch.cat([self._multiply_part(rows, *one) for one in zip(codes, bits, strict=True)], dim=1)
+            parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
+            product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
         return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
     @staticmethod
@@ -237,35 +283,44 @@ def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
 
 
-def kernel_rows(kind: type[Packed]) -> int:
-    """The most rows for which torch's kernel is used; 0 if it is not used at all. Measured once, in a few ms."""
+def kernel_of(kind: type[Packed]) -> Kernel:
+    """How torch's kernel is used for a kind; measured once, in a few milliseconds."""
     with _MEASURING:
-        if kind not in _KERNEL_ROWS:
-            _KERNEL_ROWS[kind] = _measure_kernel(kind.sample(1024, 1024))
-            logger.info("%s: torch's kernel is used for up to %d rows", kind.kind, _KERNEL_ROWS[kind])
-        return _KERNEL_ROWS[kind]
+        if kind not in _KERNELS:
+            sample = kind.sample(1024, 1024)
+            order = _find_order(sample)
+            _KERNELS[kind] = Kernel(_measure(sample, order), order) if order else Kernel(0, _as_stored)
+            logger.info("%s: torch's kernel is used for up to %d rows", kind.kind, _KERNELS[kind].rows)
+        return _KERNELS[kind]
 
 
 _MEASURING = threading.Lock()
-_KERNEL_ROWS: dict[type[Packed], int] = {}
+_KERNELS: dict[type[Packed], Kernel] = {}
 
 
-def _measure_kernel(packed: Packed) -> int:
-    """Up to which power of two of rows the kernel is faster, from none to `_MOST_ROWS`; 0 if it does not work."""
-    few, many = packed.multiply_few, packed.multiply_many
+def _find_order(packed: Packed) -> Order | None:
+    """The order in which the kernel gives the results that it should; None if it does in none."""
+    inputs = _numbers(-4, 5, 5, packed.shape[1]).to(torch.bfloat16)
+    expected = packed.multiply_many(inputs).float()
+    for order in packed.orders:
+        try:
+            seen = packed.multiply_few(inputs, order).float()
+        except (AttributeError, RuntimeError) as exc:
+            logger.info("%s: torch's kernel does not work here: %s", packed.kind, exc)
+            return None
+        if torch.allclose(seen, expected, rtol=0.02):
+            return order
+    return None
+
+
+def _measure(packed: Packed, order: Order) -> int:
+    """Up to which power of two of rows the kernel is faster, from none to `_MOST_ROWS`."""
     inputs = _numbers(-4, 5, _MOST_ROWS, packed.shape[1]).to(torch.bfloat16)
-    try:
-        is_right = torch.allclose(few(inputs[:5]).float(), many(inputs[:5]).float(), rtol=0.02)
-    except (AttributeError, RuntimeError) as exc:
-        logger.info("%s: torch's kernel is not used: %s", packed.kind, exc)
-        return 0
-    if not is_right:
-        logger.info("%s: torch's kernel is not used: here it reads another layout", packed.kind)
-        return 0
+    few = partial(packed.multiply_few, order=order)
     deadline = time.perf_counter() + _MEASURING_SECONDS
 
     def is_faster(rows: int) -> bool:
-        return _shortest(few, inputs[:rows]) < _shortest(many, inputs[:rows])
+        return _shortest(few, inputs[:rows]) < _shortest(packed.multiply_many, inputs[:rows])
 
     rows = _FIRST_ROWS
     if is_faster(rows):

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from surfw.errors import ModelError
 from surfw.manifest import TensorInfo
 from surfw.runtime import matrices, packed
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.matrices import Packed, kernel_rows
+from surfw.runtime.matrices import Kernel, Order, Packed, _as_stored, kernel_of
 from surfw.runtime.packed import PackedParameter, packed_parameter
 from surfw.skeleton.dtypes import safetensors_dtype
 from tests.exactness.families import FAMILIES, VOCABULARY
@@ -52,10 +53,21 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def order_of(kind: Kind) -> Order:
+    """In which torch's kernel reads codes on this processor."""
+    order = matrices._find_order(matrices._KINDS[kind].sample(128, 64))
+    return order or pytest.skip(f"torch's kernel for {kind} does not work here")
+
+
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes all products go one way."""
-    monkeypatch.setattr(matrices, "kernel_rows", lambda _: WAYS[request.param])
+
+    def kernel(kind: type[Packed]) -> Kernel:
+        rows = WAYS[request.param]
+        return Kernel(rows, order_of(kind.kind) if rows else _as_stored)
+
+    monkeypatch.setattr(matrices, "kernel_of", kernel)
     return request.param
 
 
@@ -102,7 +114,7 @@ def test_matrices_of_any_size_in_pieces_of_any_size(kind: Kind, rows: int, colum
         assert torch.equal(weight.packed.unpacked(torch.bfloat16), values.bfloat16())
         assert_near(weight.packed.multiply_many(x), x.double() @ values.double().t(), x)
         x = x.bfloat16()
-        assert_near(weight.packed.multiply_few(x), x.double() @ values.double().t(), x)
+        assert_near(weight.packed.multiply_few(x, order_of(weight.packed.kind)), x.double() @ values.double().t(), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,9 +241,9 @@ def test_inference_mode_and_outside_of_it() -> None:
     x = random(2, 64, dtype=torch.bfloat16)
     matrices._SCRATCH._memory.clear()
     with torch.inference_mode():
-        first = [weight.packed.multiply_few(x), weight.packed.multiply_many(x)]
+        first = [weight.packed.multiply_few(x, order_of(weight.packed.kind)), weight.packed.multiply_many(x)]
     with torch.no_grad():
-        second = [weight.packed.multiply_few(x), weight.packed.multiply_many(x)]
+        second = [weight.packed.multiply_few(x, order_of(weight.packed.kind)), weight.packed.multiply_many(x)]
     assert [raw(one) for one in first] == [raw(one) for one in second]
 
 
@@ -249,7 +261,7 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Packed]]:
     """A kind whose kernel was not measured."""
-    monkeypatch.setattr(matrices, "_KERNEL_ROWS", {})
+    monkeypatch.setattr(matrices, "_KERNELS", {})
     return matrices._KINDS["int8"]
 
 
@@ -257,31 +269,41 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Packed]]:
 def test_the_kernel_is_used_as_far_as_it_is_faster(
     unmeasured: type[Packed], monkeypatch: pytest.MonkeyPatch, many: float, rows: int
 ) -> None:
-    seconds = {"multiply_few": 1.0, "multiply_many": many}
+    seconds = many
 
     def shortest(multiply: Any, inputs: torch.Tensor) -> float:
-        return seconds[multiply.__name__] * (len(inputs) if multiply.__name__ == "multiply_few" else 1)
+        return 1.0 * len(inputs) if isinstance(multiply, partial) else seconds
 
     monkeypatch.setattr(matrices, "_shortest", shortest)
     monkeypatch.setattr(matrices, "_MEASURING_SECONDS", 60)
-    assert kernel_rows(unmeasured) == rows
-    seconds["multiply_many"] = 17
-    assert kernel_rows(unmeasured) == rows  # measured once
+    assert kernel_of(unmeasured).rows == rows
+    seconds = 17
+    assert kernel_of(unmeasured).rows == rows  # measured once
 
 
 @pytest.mark.parametrize(("many", "rows"), [(0.5, 8), (1e9, 16)])
 def test_a_measurement_that_takes_too_long_ends(
     unmeasured: type[Packed], monkeypatch: pytest.MonkeyPatch, many: float, rows: int
 ) -> None:
-    monkeypatch.setattr(matrices, "_shortest", lambda one, _: 1 if one.__name__ == "multiply_few" else many)
+    monkeypatch.setattr(matrices, "_shortest", lambda one, _: 1 if isinstance(one, partial) else many)
     monkeypatch.setattr(matrices, "_MEASURING_SECONDS", 0)
-    assert kernel_rows(unmeasured) == rows
+    assert kernel_of(unmeasured).rows == rows
+
+
+def test_the_order_of_panels_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrices, "_REORDERED_BYTES", 1)
+    stored = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    codes = torch.cat([stored & 15, stored >> 4], dim=2).transpose(0, 1).reshape(32, 6, 32)  # columns, panels, rows
+    expected = (codes[..., :16] | codes[..., 16:] << 4).transpose(0, 1)
+    ordered = matrices._in_panels_of_32(stored)
+    assert ordered.shape == (3 * 64, 16)
+    assert torch.equal(ordered.view(6, 32, 16), expected)
 
 
 @pytest.mark.parametrize("fault", ["missing", "refuses", "other layout"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kernel_that_does_not_work_is_not_used(kind: Kind, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "_KERNEL_ROWS", {})
+    monkeypatch.setattr(matrices, "_KERNELS", {})
     name = {"int8": "_weight_int8pack_mm", "int4": "_weight_int4pack_mm_for_cpu"}[kind]
     kernel = getattr(torch, name)
 
@@ -294,7 +316,7 @@ def test_a_kernel_that_does_not_work_is_not_used(kind: Kind, fault: str, monkeyp
         monkeypatch.delattr(torch, name)
     else:
         monkeypatch.setattr(torch, name, other)
-    assert kernel_rows(matrices._KINDS[kind]) == 0
+    assert kernel_of(matrices._KINDS[kind]).rows == 0
     weight, values = pack(random(64, 96), kind, torch.bfloat16)
     x = random(1, 96, dtype=torch.bfloat16)
     with torch.no_grad():
