@@ -1,8 +1,9 @@
 """`int8` and `int4`: matrices in fewer bits, as they are stored, sent and kept in memory. Without torch.
 
 A chunk in one of these forms is its tensors in payload order, each at a multiple of 64, with zeros between. Matrices
-that are multiplied with (see `plan_parts`) are quantised; all other tensors are as in the payload. Numbers are
-little-endian. A weight is its code times its scale; there are no zero points. N is rows (output channels), K columns.
+that are multiplied with are quantised, each as one or the other (see `plan_parts`); all other tensors are as in the
+payload. Numbers are little-endian. A weight is its code times its scale; there are no zero points. N is rows (output
+channels), K is columns.
 
 int8
     N × K codes from -127 to 127, row by row; then, at a multiple of 64, N scales of rows, as float32. A scale is the
@@ -93,24 +94,23 @@ class Part:
         return -(-self.shape[0] // PANEL)
 
 
-def plan_parts(tensors: Sequence[TensorInfo], kind: Kind, is_multiplied: Callable[[str], bool]) -> tuple[Part, ...]:
-    """Where each tensor of a chunk lies in its form of that kind. Pure.
+def plan_parts(tensors: Sequence[TensorInfo], wanted: Callable[[str], Kind]) -> tuple[Part, ...]:
+    """Where each tensor of a chunk lies in its packed form. Pure.
 
-    Quantised is a matrix of at least `LEAST_WEIGHTS` in float32, float16 or bfloat16 whose columns are a multiple of 16
-    (int8) or of `GROUP` (int4).
+    Quantised are matrices of at least `LEAST_WEIGHTS` in float32, float16 or bfloat16 whose columns are a multiple of
+    16 (int8) or of `GROUP` (int4); what does not fit stays raw.
 
     Args:
         tensors: in payload order.
-        kind: of those that are quantised.
-        is_multiplied: tells of a tensor's name whether its rows are output channels, as those of the weight of
-            `torch.nn.Linear` are, or rows to look up. A shape does not tell: GPT-2's matrices are the other way round.
+        wanted: the kind for a tensor, by its name. Only those whose rows are output channels, as in the weight of
+            `torch.nn.Linear`, or rows to look up may be quantised. A shape does not tell: GPT-2's matrices are the
+            other way round.
     """
     parts: list[Part] = []
     end = 0
     for tensor in tensors:
-        fits = tensor.dtype in _NUMPY and len(tensor.shape) == 2 and kind != "raw"
-        fits = fits and tensor.shape[1] % _COLUMNS[kind] == 0 and tensor.shape[0] * tensor.shape[1] >= LEAST_WEIGHTS
-        taken: Kind = kind if fits and is_multiplied(tensor.name) else "raw"
+        kind = wanted(tensor.name)
+        taken = kind if _fits(tensor, kind) else "raw"
         start = _aligned(end)
         codes_bytes, scales_bytes = _sizes(tensor, taken)
         scales = _aligned(start + codes_bytes) if scales_bytes else start + codes_bytes
@@ -369,6 +369,13 @@ def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
 
 def _aligned(place: int) -> int:
     return -(-place // ALIGNMENT) * ALIGNMENT
+
+
+def _fits(tensor: TensorInfo, kind: Kind) -> bool:
+    if kind == "raw" or tensor.dtype not in _NUMPY or len(tensor.shape) != 2:
+        return False
+    rows, columns = tensor.shape
+    return columns % _COLUMNS[kind] == 0 and rows * columns >= LEAST_WEIGHTS
 
 
 def _sizes(tensor: TensorInfo, kind: Kind) -> tuple[int, int]:

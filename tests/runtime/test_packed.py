@@ -34,7 +34,7 @@ EXACTNESS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5, 
 def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedParameter, torch.Tensor]:
     """A parameter with the weight's values quantised, and these values as float32."""
     info = TensorInfo("weight", safetensors_dtype(weight.dtype), tuple(weight.shape), 0)
-    (part,) = plan_parts([info], kind, lambda _: True)
+    (part,) = plan_parts([info], lambda _: kind)
     assert part.kind == kind
     buffer, place = Buffer(packed_bytes([part])), 0
 
