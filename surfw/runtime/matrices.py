@@ -86,7 +86,7 @@ class Packed(ABC):
             Shape (…, N), in the dtype of the inputs.
         """
         rows = inputs.reshape(-1, self.shape[1])
-        kernel = kernel_of(type(self)) if rows.dtype is torch.bfloat16 else None
+        kernel = kernel_of(self.kind) if rows.dtype is torch.bfloat16 else None
         if kernel and 0 < len(rows) <= kernel.rows:
             product = self.multiply_few(rows, kernel.order)
         else:
@@ -283,19 +283,19 @@ def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
 
 
-def kernel_of(kind: type[Packed]) -> Kernel:
-    """How torch's kernel is used for a kind; measured once, in a few milliseconds."""
+def kernel_of(kind: Kind) -> Kernel:
+    """How torch's kernel is used for a kind; measured at the first call, best while nothing else runs."""
     with _MEASURING:
         if kind not in _KERNELS:
-            sample = kind.sample(1024, 1024)
+            sample = _KINDS[kind].sample(1024, 1024)
             order = _find_order(sample)
             _KERNELS[kind] = Kernel(_measure(sample, order), order) if order else Kernel(0, _as_stored)
-            logger.info("%s: torch's kernel is used for up to %d rows", kind.kind, _KERNELS[kind].rows)
+            logger.info("%s: torch's kernel is used for up to %d rows", kind, _KERNELS[kind].rows)
         return _KERNELS[kind]
 
 
 _MEASURING = threading.Lock()
-_KERNELS: dict[type[Packed], Kernel] = {}
+_KERNELS: dict[Kind, Kernel] = {}
 
 
 def _find_order(packed: Packed) -> Order | None:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from surfw.errors import ModelError
 from surfw.manifest import TensorInfo
 from surfw.runtime import matrices, packed
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.matrices import Kernel, Order, Packed, _as_stored, kernel_of
+from surfw.runtime.matrices import Kernel, Order, _as_stored, kernel_of
 from surfw.runtime.packed import PackedParameter, packed_parameter
 from surfw.skeleton.dtypes import safetensors_dtype
 from tests.exactness.families import FAMILIES, VOCABULARY
@@ -63,9 +63,9 @@ def order_of(kind: Kind) -> Order:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes all products go one way."""
 
-    def kernel(kind: type[Packed]) -> Kernel:
+    def kernel(kind: Kind) -> Kernel:
         rows = WAYS[request.param]
-        return Kernel(rows, order_of(kind.kind) if rows else _as_stored)
+        return Kernel(rows, order_of(kind) if rows else _as_stored)
 
     monkeypatch.setattr(matrices, "kernel_of", kernel)
     return request.param
@@ -259,15 +259,15 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
 
 
 @pytest.fixture
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Packed]]:
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Kind:
     """A kind whose kernel was not measured."""
     monkeypatch.setattr(matrices, "_KERNELS", {})
-    return matrices._KINDS["int8"]
+    return "int8"
 
 
 @pytest.mark.parametrize(("many", "rows"), [(0.5, 0), (1.5, 1), (10, 8), (17, 16), (100, 64), (1e9, 128)])
 def test_the_kernel_is_used_as_far_as_it_is_faster(
-    unmeasured: type[Packed], monkeypatch: pytest.MonkeyPatch, many: float, rows: int
+    unmeasured: Kind, monkeypatch: pytest.MonkeyPatch, many: float, rows: int
 ) -> None:
     seconds = many
 
@@ -283,7 +283,7 @@ def test_the_kernel_is_used_as_far_as_it_is_faster(
 
 @pytest.mark.parametrize(("many", "rows"), [(0.5, 8), (1e9, 16)])
 def test_a_measurement_that_takes_too_long_ends(
-    unmeasured: type[Packed], monkeypatch: pytest.MonkeyPatch, many: float, rows: int
+    unmeasured: Kind, monkeypatch: pytest.MonkeyPatch, many: float, rows: int
 ) -> None:
     monkeypatch.setattr(matrices, "_shortest", lambda one, _: 1 if isinstance(one, partial) else many)
     monkeypatch.setattr(matrices, "_MEASURING_SECONDS", 0)
@@ -316,7 +316,7 @@ def test_a_kernel_that_does_not_work_is_not_used(kind: Kind, fault: str, monkeyp
         monkeypatch.delattr(torch, name)
     else:
         monkeypatch.setattr(torch, name, other)
-    assert kernel_of(matrices._KINDS[kind]).rows == 0
+    assert kernel_of(kind).rows == 0
     weight, values = pack(random(64, 96), kind, torch.bfloat16)
     x = random(1, 96, dtype=torch.bfloat16)
     with torch.no_grad():
