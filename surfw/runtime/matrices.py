@@ -98,18 +98,20 @@ class Packed(ABC):
     def multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
         """The product with rows of any dtype, piece by piece."""
         product = rows.new_empty(len(rows), self.shape[0])
-        step = self._step(PIECE_BYTES, self.shape[1] * rows.dtype.itemsize)
+        dtype = _computed_in(rows.dtype)
+        rows = rows.to(dtype)
+        step = self._step(PIECE_BYTES, self.shape[1] * dtype.itemsize)
         for first in range(0, self.shape[0] if len(rows) else 0, step):
-            piece = self.unpack(first, min(first + step, self.shape[0]), rows.dtype)
-            product[:, first : first + step] = rows @ piece
+            product[:, first : first + step] = rows @ self.unpack(first, min(first + step, self.shape[0]), dtype)
         return product
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole matrix, in memory of its own."""
         whole = torch.empty(self.shape, dtype=dtype)
-        step = self._step(PIECE_BYTES, self.shape[1] * dtype.itemsize)
+        computed = _computed_in(dtype)
+        step = self._step(PIECE_BYTES, self.shape[1] * computed.itemsize)
         for first in range(0, self.shape[0], step):
-            whole[first : first + step] = self.unpack(first, min(first + step, self.shape[0]), dtype).t()
+            whole[first : first + step] = self.unpack(first, min(first + step, self.shape[0]), computed).t()
         return whole
 
     @classmethod
@@ -133,7 +135,7 @@ class Packed(ABC):
         Args:
             first: a multiple of `PANEL`.
             last: end-exclusive.
-            dtype: of the values; code × scale, rounded once.
+            dtype: of the values, not float16; code × scale, rounded once.
         """
 
     @abstractmethod
@@ -196,7 +198,7 @@ class _Int8(Packed):
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype)
-        scales = self.scales[first:last, None].to(_scales_dtype(dtype))
+        scales = self.scales[first:last, None].to(dtype)
         return torch.mul(self.codes[first:last], scales, out=piece).t()
 
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -253,7 +255,7 @@ class _Int4(Packed):
         halves[:, 1].bitwise_and_(0x0F0F0F0F)
         signed = halves.view(torch.int8).sub_(8).view(panels, 2, -1, GROUP, PANEL // 2)
         piece = _SCRATCH.take("piece", (columns, panels * PANEL), dtype)
-        scales = self.scales[:, first : first + panels * PANEL].to(_scales_dtype(dtype))
+        scales = self.scales[:, first : first + panels * PANEL].to(dtype)
         torch.mul(
             signed.permute(2, 3, 0, 1, 4),
             scales.view(-1, 1, panels, 2, PANEL // 2),
@@ -276,8 +278,9 @@ def matrix_over(part: Part, memory: memoryview) -> Packed:
 
 def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
     """The most memory that a thread keeps for matrices of at most so many columns: a piece's values and codes."""
-    values = max(PIECE_BYTES, PANEL * columns * dtype.itemsize)
-    return values + values // dtype.itemsize
+    itemsize = _computed_in(dtype).itemsize
+    values = max(PIECE_BYTES, PANEL * columns * itemsize)
+    return values + values // itemsize
 
 
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
@@ -367,8 +370,8 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
-def _scales_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scales are multiplied in: float16 does not reach as far as they do."""
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of unpacked values: float16 does not reach as far as scales do, and is multiplied slowly."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
