@@ -31,7 +31,7 @@ logger = logging.getLogger("surfw.runtime")
 PIECE_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
-_OPERAND_BYTES, _REORDERED_BYTES = MIB, MIB
+_OPERAND_BYTES, _REORDERED_BYTES = 4 * MIB, MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
@@ -236,13 +236,15 @@ class _Int4(Packed):
         if filled <= step:
             product = self._multiply_part(rows, order(self.codes), self._scale_bits)
         else:
+            step = -(-filled // (-(-filled // step) * PANEL)) * PANEL  # as many parts, of about the same size
             parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
             product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
         return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
     @staticmethod
     def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
-        pairs = scale_bits.to(torch.int32)  # each scale, and behind it the kernel's zero point, which is 0
+        pairs = _SCRATCH.take("operand", scale_bits.shape, torch.int32)
+        pairs.copy_(scale_bits)  # each scale, and behind it the kernel's zero point, which is 0
         operand = pairs.view(torch.bfloat16).view(len(pairs), len(codes), 2)
         return torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, operand)  # noqa: SLF001 - there is no public one
 
@@ -277,10 +279,10 @@ def matrix_over(part: Part, memory: memoryview) -> Packed:
 
 
 def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
-    """The most memory that a thread keeps for matrices of at most so many columns: a piece's values and codes."""
+    """The most memory that a thread keeps for matrices of at most so many columns: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
     values = max(PIECE_BYTES, PANEL * columns * itemsize)
-    return values + values // itemsize
+    return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
 
 
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}

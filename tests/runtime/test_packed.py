@@ -255,6 +255,7 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
     kept = matrices._SCRATCH._memory
     kept.clear()
     weight.packed.multiply_many(random(1, shape[1], dtype=dtype))
+    weight.packed.multiply_few(random(1, shape[1], dtype=torch.bfloat16), order_of(kind))
     assert sum(one.nbytes for one in kept.values()) <= matrices.scratch_bytes(shape[1], dtype)
 
 
