@@ -48,6 +48,9 @@ RECEIVE = "frames are received where they belong, without a copy: the public rec
 TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
 CONTINUED = "which caches can go on with several tokens at once, and be cropped; is_croppable says it of others too"
 REGISTRY = "placing a tensor without torch's checks and hooks, 10 times a layer and token; setattr takes microseconds"
+PACKED = (
+    "products with quantised weights, 4 times as fast for one row as unpacking; used where it gives the same results"
+)
 
 INSIDES = [
     Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
@@ -120,6 +123,8 @@ INSIDES = [
         "torch", "Tensor._make_subclass", "runtime/hooks.py", "a parameter without values, made as torch makes its own"
     ),
     Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/hooks.py", "as torch.overrides documents"),
+    Inside("torch", "_weight_int8pack_mm", "runtime/matrices.py", PACKED),
+    Inside("torch", "_weight_int4pack_mm_for_cpu", "runtime/matrices.py", PACKED),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._buffers", "skeleton/units.py", REGISTRY),
     Inside("torch.nn", "Module._non_persistent_buffers_set", "skeleton/units.py", "buffers that no checkpoint holds"),

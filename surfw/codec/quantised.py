@@ -1,0 +1,389 @@
+"""`int8` and `int4`: matrices in fewer bits, as they are stored, sent and kept in memory. Without torch.
+
+A chunk in one of these forms is its tensors in payload order, each at a multiple of 64, with zeros between. Matrices
+that are multiplied with are quantised, each as one or the other (see `plan_parts`); all other tensors are as in the
+payload. Numbers are little-endian. A weight is its code times its scale; there are no zero points. N is rows (output
+channels), K is columns.
+
+int8
+    N × K codes from -127 to 127, row by row; then, at a multiple of 64, N scales of rows, as float32. A scale is the
+    row's largest absolute weight ÷ 127, rounded to 8 significant bits, so that bfloat16 has it exactly.
+
+int4
+    Rows lie in panels of 64; the last panel is filled up with rows of zeros. Of each panel there are, column by column,
+    32 bytes: byte j has row j in its low half and row j + 32 in its high half, each as code + 8, with codes from -8 to
+    7. So one input meets the 64 rows of a panel side by side, whatever the width of a processor's vectors. Then, at a
+    multiple of 64, the scales as bfloat16: for each group of `GROUP` columns, one for each row of all panels. A scale
+    may be negative: the weight that is furthest from zero is, if nothing is cut off, the code -8.
+
+The scale of a group in int4 is tried out: the shares `_TRIED` of the one that cuts nothing off. The one with the least
+sum of squared errors is taken, the first of equals. Relative errors of normally distributed weights, root mean square:
+0.083 for groups of 32 (4.5 bits a weight), 0.091 for 64 (4.25 bits), 0.097 for 128; 0.0083 for int8. llama.cpp's Q4_0
+(groups of 32, nothing cut off) has 0.086.
+
+The same weights give the same bytes on every machine: all arithmetic is that of float32, one operation at a time,
+rounded half to even; sums are taken in the order that is written here. No scale is smaller than 2^-101, so whether a
+processor knows numbers below the smallest normal one changes nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from surfw.config import ALIGNMENT
+from surfw.errors import CheckpointError
+from surfw.manifest import TensorInfo, nbytes
+
+Kind = Literal["raw", "int8", "int4"]
+"""How a tensor is stored: as in the payload, or quantised."""
+
+GROUP = 32
+"""Columns that share a scale in `int4`."""
+
+PANEL = 64
+"""Rows that lie together in `int4`."""
+
+LEAST_WEIGHTS = 4096
+"""Matrices with fewer stay as they are: they are no part of the size, and often matter more than others."""
+
+_COLUMNS: dict[Kind, int] = {"int8": 16, "int4": GROUP}
+"""What the number of columns has to be a multiple of; for int8, because torch's kernel takes no others."""
+
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_LEAST_SCALE = np.float32(2.0**-100)
+_LIMIT = np.float32(2.0**127)
+_TRIED = tuple(np.float32(share) for share in (1.0, 0.95, 0.9, 0.85, 0.8))
+"""Scales that are tried out for a group, as shares of the one that cuts nothing off."""
+
+_BLOCK_WEIGHTS = 1 << 17
+"""So many weights are worked on at a time: a few of such arrays stay in a processor's cache."""
+
+Floats = npt.NDArray[np.float32]
+Write = Callable[[bytes | memoryview], object]
+"""Takes the next stored bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where one tensor lies in a chunk's packed form. Places are bytes from the form's start, each a multiple of 64.
+
+    Attributes:
+        name: the tensor's.
+        kind: how it is stored.
+        dtype: the safetensors dtype that it has in the payload.
+        shape: as in the payload.
+        start: where its bytes or codes begin.
+        scales: where its scales begin; where it ends, if it has none.
+        stop: where it ends; the next part begins at the next multiple of 64.
+    """
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    scales: int
+    stop: int
+
+    @property
+    def panels(self) -> int:
+        """How many panels of rows an int4 matrix has."""
+        return -(-self.shape[0] // PANEL)
+
+
+def plan_parts(tensors: Sequence[TensorInfo], wanted: Callable[[str], Kind]) -> tuple[Part, ...]:
+    """Where each tensor of a chunk lies in its packed form. Pure.
+
+    Quantised are matrices of at least `LEAST_WEIGHTS` in float32, float16 or bfloat16 whose columns are a multiple of
+    16 (int8) or of `GROUP` (int4); what does not fit stays raw.
+
+    Args:
+        tensors: in payload order.
+        wanted: the kind for a tensor, by its name. Only those whose rows are output channels, as in the weight of
+            `torch.nn.Linear`, or rows to look up may be quantised. A shape does not tell: GPT-2's matrices are the
+            other way round.
+    """
+    parts: list[Part] = []
+    end = 0
+    for tensor in tensors:
+        kind = wanted(tensor.name)
+        taken = kind if _fits(tensor, kind) else "raw"
+        start = _aligned(end)
+        codes_bytes, scales_bytes = _sizes(tensor, taken)
+        scales = _aligned(start + codes_bytes) if scales_bytes else start + codes_bytes
+        end = scales + scales_bytes
+        parts.append(Part(tensor.name, taken, tensor.dtype, tensor.shape, start, scales, end))
+    return tuple(parts)
+
+
+def packed_bytes(parts: Sequence[Part]) -> int:
+    """The size of the form that has these parts."""
+    return parts[-1].stop if parts else 0
+
+
+class PackedEncoder:
+    """Encodes one chunk from its payload, as that comes, in pieces of any size.
+
+    Besides a piece, it holds at most a row (int8) or a panel (int4) that has not come whole, the scales of one tensor,
+    and some MiB to work in.
+    """
+
+    def __init__(self, parts: Sequence[Part], write: Write) -> None:
+        """Hand the stored bytes to `write`, in order."""
+        self._write = write
+        self._written = 0
+        self._coming = list(reversed(parts))
+        self._coder: _Coder | None = None
+
+    def update(self, payload: memoryview) -> None:
+        """Take the next bytes of the payload.
+
+        Raises:
+            CheckpointError: a weight is not finite, or too large.
+        """
+        while len(payload):
+            if self._coder is None or not self._coder.missing:
+                self._begin_next()
+                continue
+            taken = payload[: self._coder.missing]
+            for coded in self._coder.update(taken):
+                self._put(coded)
+            payload = payload[len(taken) :]
+
+    def finish(self) -> None:
+        """Write what is left, once the whole payload has come.
+
+        Raises:
+            CheckpointError: a weight is not finite, or too large.
+        """
+        while self._coming:
+            self._begin_next()
+        self._end()
+
+    def _begin_next(self) -> None:
+        self._end()
+        part = self._coming.pop()
+        self._fill_up(part.start)
+        self._coder = _CODERS[part.kind](part)
+
+    def _end(self) -> None:
+        if self._coder is None:
+            return
+        assert not self._coder.missing, f"the payload ended within {self._coder.part.name}"
+        for coded in self._coder.codes_left():
+            self._put(coded)
+        self._fill_up(self._coder.part.scales)
+        self._put(self._coder.scales())
+        assert self._written == self._coder.part.stop, f"{self._coder.part.name} is not as long as planned"
+        self._coder = None
+
+    def _fill_up(self, place: int) -> None:
+        self._put(bytes(place - self._written))
+
+    def _put(self, coded: bytes | memoryview) -> None:
+        if len(coded):
+            self._write(coded)
+            self._written += len(coded)
+
+
+def decode_tensor(part: Part, stored: bytes | memoryview) -> Floats:
+    """A quantised matrix as float32, of its shape; exactly code × scale.
+
+    Args:
+        part: of kind int8 or int4.
+        stored: the whole form that it is a part of.
+    """
+    rows, columns = part.shape
+    codes = np.frombuffer(stored, np.uint8)[part.start :]
+    scales = np.frombuffer(stored, np.uint8)[part.scales : part.stop]
+    if part.kind == "int8":
+        scales_of_rows: Floats = scales.view("<f4")[:, None]
+        return codes[: rows * columns].view(np.int8).reshape(rows, columns).astype(np.float32) * scales_of_rows
+    pairs = codes[: part.panels * columns * PANEL // 2].reshape(part.panels, columns, PANEL // 2)
+    signed = np.concatenate([pairs & 15, pairs >> 4], axis=2).astype(np.float32) - np.float32(8)
+    of_groups = _widen(scales.view("<u2")).reshape(columns // GROUP, 1, part.panels, PANEL)
+    grouped = signed.transpose(1, 0, 2).reshape(columns // GROUP, GROUP, part.panels, PANEL)
+    return np.ascontiguousarray((grouped * of_groups).reshape(columns, -1).T[:rows])
+
+
+class _Coder:
+    """Encodes one tensor: cuts what comes into whole units, and codes those. This one leaves them as they are.
+
+    Attributes:
+        part: the tensor.
+        missing: bytes of its payload that have not come.
+    """
+
+    def __init__(self, part: Part, unit_bytes: int = 1) -> None:
+        self.part = part
+        self.missing = nbytes(part.dtype, part.shape)
+        self._unit_bytes = unit_bytes
+        self._begun = bytearray()  # of a unit
+
+    def update(self, payload: memoryview) -> Iterator[bytes | memoryview]:
+        """The stored bytes of the units that are whole now."""
+        self.missing -= len(payload)
+        if self._begun:
+            taken = payload[: self._unit_bytes - len(self._begun)]
+            self._begun += taken
+            payload = payload[len(taken) :]
+            if len(self._begun) < self._unit_bytes:
+                return
+            yield from self.codes_left()
+        whole = len(payload) // self._unit_bytes * self._unit_bytes
+        yield from self._code(payload[:whole])
+        self._begun += payload[whole:]
+
+    def codes_left(self) -> Iterator[bytes | memoryview]:
+        """The stored bytes of a unit that is not whole, or has just become so."""
+        begun, self._begun = self._begun, bytearray()
+        if begun:
+            yield from self._code(memoryview(begun))
+
+    def scales(self) -> bytes:
+        """What is stored behind the codes."""
+        return b""
+
+    def _code(self, payload: memoryview) -> Iterator[bytes | memoryview]:
+        yield payload
+
+
+class _Int8Coder(_Coder):
+    """Row by row."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part, part.shape[1] * nbytes(part.dtype, (1,)))
+        self._scales: list[Floats] = []
+
+    def _code(self, payload: memoryview) -> Iterator[bytes]:
+        step = max(1, _BLOCK_WEIGHTS // self.part.shape[1]) * self._unit_bytes
+        for start in range(0, len(payload), step):
+            stored = np.frombuffer(payload[start : start + step], _NUMPY[self.part.dtype])
+            weights = _floats(stored.reshape(-1, self.part.shape[1]), self.part.dtype)
+            scales = _widen(_bfloat16(np.maximum(_largest(self.part, weights) / np.float32(127), _LEAST_SCALE)))
+            self._scales.append(scales)
+            yield np.rint(weights / scales[:, None]).astype(np.int8).tobytes()
+
+    def scales(self) -> bytes:
+        return np.concatenate(self._scales).astype("<f4").tobytes()
+
+
+class _Int4Coder(_Coder):
+    """Panel by panel, each in slices of columns."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__(part, PANEL * part.shape[1] * nbytes(part.dtype, (1,)))
+        self._scales: list[npt.NDArray[np.uint16]] = []
+
+    def _code(self, payload: memoryview) -> Iterator[bytes]:
+        columns = self.part.shape[1]
+        step = _BLOCK_WEIGHTS // PANEL
+        for start in range(0, len(payload), self._unit_bytes):
+            stored = np.frombuffer(payload[start : start + self._unit_bytes], _NUMPY[self.part.dtype])
+            panel = stored.reshape(-1, columns)
+            scales = []
+            for first in range(0, columns, step):
+                weights = _floats(np.ascontiguousarray(panel[:, first : first + step]), self.part.dtype)
+                _largest(self.part, weights)
+                groups = np.zeros((GROUP, weights.shape[1] // GROUP, PANEL), np.float32)
+                groups[..., : len(weights)] = weights.reshape(len(weights), -1, GROUP).transpose(2, 1, 0)
+                codes, of_groups = _quantise_groups(groups)
+                scales.append(of_groups)
+                stored_codes = (codes + np.float32(8)).astype(np.uint8).transpose(1, 0, 2)
+                yield (stored_codes[..., : PANEL // 2] | stored_codes[..., PANEL // 2 :] << 4).tobytes()
+            self._scales.append(np.concatenate(scales))
+
+    def scales(self) -> bytes:
+        return np.concatenate(self._scales, axis=1).astype("<u2").tobytes()
+
+
+_CODERS: dict[Kind, Callable[[Part], _Coder]] = {"raw": _Coder, "int8": _Int8Coder, "int4": _Int4Coder}
+
+
+def _quantise_groups(groups: Floats) -> tuple[Floats, npt.NDArray[np.uint16]]:
+    """The codes of groups, which lie along the first axis, and their scales, as the bits of bfloat16."""
+    highest, lowest = groups.max(axis=0), groups.min(axis=0)
+    base = np.where(highest > -lowest, highest, lowest) / np.float32(-8)
+    base[np.abs(base) < _LEAST_SCALE] = _LEAST_SCALE
+    relative = groups / base
+    least, best = np.full_like(base, np.inf), np.ones_like(base)
+    for share in _TRIED:
+        errors = relative / share
+        errors -= _nearest_codes(errors)
+        total = _sum_of_squares(errors) * (share * share)
+        best[total < least] = share
+        np.minimum(total, least, out=least)
+    scales = _bfloat16(base * best)
+    return _nearest_codes(groups / _widen(scales)), scales
+
+
+def _nearest_codes(relative: Floats) -> Floats:
+    codes = np.rint(relative)
+    np.maximum(codes, np.float32(-8), out=codes)
+    return np.minimum(codes, np.float32(7), out=codes)
+
+
+def _sum_of_squares(values: Floats) -> Floats:
+    """Over the first axis, whose length is a power of two: halves are added, so that the order is fixed."""
+    values = values * values
+    while half := len(values) // 2:
+        values = values[:half] + values[half:]
+    total: Floats = values[0]
+    return total
+
+
+def _largest(part: Part, weights: Floats) -> Floats:
+    """The largest absolute weight of each row.
+
+    Raises:
+        CheckpointError: one is not finite, or too large.
+    """
+    largest: Floats = np.abs(weights).max(axis=1)
+    if not (largest < _LIMIT).all():
+        wrong = weights[~(np.abs(weights) < _LIMIT)][0]
+        raise CheckpointError(
+            f"{part.name} has the weight {wrong:.3g}; {part.kind} takes finite ones below 2^127: "
+            "keep this model in a form with all bits, none or lossless"
+        )
+    return largest
+
+
+def _floats(stored: npt.NDArray[np.generic], dtype: str) -> Floats:
+    """Stored elements as float32, exactly."""
+    return _widen(stored.astype(np.uint16)) if dtype == "BF16" else stored.astype(np.float32)
+
+
+def _widen(bits: npt.NDArray[np.uint16]) -> Floats:
+    """bfloat16 as float32, exactly."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
+    """The bits of finite values as bfloat16, rounded half to even."""
+    bits = values.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def _aligned(place: int) -> int:
+    return -(-place // ALIGNMENT) * ALIGNMENT
+
+
+def _fits(tensor: TensorInfo, kind: Kind) -> bool:
+    if kind == "raw" or tensor.dtype not in _NUMPY or len(tensor.shape) != 2:
+        return False
+    rows, columns = tensor.shape
+    return columns % _COLUMNS[kind] == 0 and rows * columns >= LEAST_WEIGHTS
+
+
+def _sizes(tensor: TensorInfo, kind: Kind) -> tuple[int, int]:
+    """Bytes of what a tensor is stored as: codes (or all of it), and scales."""
+    if kind == "raw":
+        return tensor.nbytes, 0
+    rows, columns = tensor.shape
+    if kind == "int8":
+        return rows * columns, rows * 4
+    filled = -(-rows // PANEL) * PANEL
+    return filled * columns // 2, filled * columns // GROUP * 2

@@ -1,0 +1,383 @@
+"""Quantised matrices, computed with as they lie in memory (`surfw.codec.quantised` describes how).
+
+There are two ways to multiply. For few rows of inputs in bfloat16, kernels of torch read the codes themselves. For many
+rows, and in other dtypes, where these kernels use no vectors, a piece of the matrix at a time is unpacked and
+multiplied as usual. The way is chosen by kind, dtype and number of rows alone, so a weight gives the same bits whether
+it stays in memory or is read for every use. From how many rows on the second way is faster is measured once in a
+process. There it also shows in which order a processor's kernel reads the codes of int4: as they are stored (AVX-512),
+in one that they are brought into for each use (AVX2), or in none that is known here. Then, or where a kernel is missing
+or refuses, the second way is the only one.
+
+Nothing is kept besides codes and scales, but for what one piece takes (`scratch_bytes`).
+"""
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import ClassVar, Self
+
+import torch
+
+from surfw.codec.quantised import GROUP, PANEL, Kind, Part
+from surfw.config import ALIGNMENT, MIB
+
+logger = logging.getLogger("surfw.runtime")
+
+PIECE_BYTES = 4 * MIB
+"""What is unpacked of a matrix at a time, at least 64 rows of it."""
+
+_OPERAND_BYTES, _REORDERED_BYTES = 4 * MIB, MIB
+_FIRST_ROWS, _MOST_ROWS = 16, 128
+_TIMES = 3
+_MEASURING_SECONDS = 0.03
+"""After so long the measurement ends with what it knows."""
+
+
+Order = Callable[[torch.Tensor], torch.Tensor]
+"""Brings stored codes into the order, and the shape, in which a kernel reads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How torch's kernel for a kind of matrices is used.
+
+    Attributes:
+        rows: for how many rows of inputs at most; 0 if it is not used.
+        order: in which it reads the codes.
+    """
+
+    rows: int
+    order: Order
+
+
+class Packed(ABC):
+    """A quantised matrix of N rows and K columns.
+
+    Attributes:
+        kind: of its form.
+        orders: in which a kernel may read its codes.
+        shape: N and K.
+        codes: as the form has them.
+        scales: as the form has them.
+    """
+
+    kind: ClassVar[Kind]
+    orders: ClassVar[Sequence[Order]]
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        self.shape = shape
+        self.codes = codes
+        self.scales = scales
+
+    def multiply(self, inputs: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`torch.nn.functional.linear`.
+
+        Args:
+            inputs: shape (…, K), in a floating-point dtype.
+            bias: shape (N,).
+
+        Returns:
+            Shape (…, N), in the dtype of the inputs.
+        """
+        rows = inputs.reshape(-1, self.shape[1])
+        kernel = kernel_of(self.kind) if rows.dtype is torch.bfloat16 else None
+        if kernel and 0 < len(rows) <= kernel.rows:
+            product = self.multiply_few(rows, kernel.order)
+        else:
+            product = self.multiply_many(rows)
+        if bias is not None:
+            product += bias
+        return product.view(*inputs.shape[:-1], self.shape[0])
+
+    def multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
+        """The product with rows of any dtype, piece by piece."""
+        product = rows.new_empty(len(rows), self.shape[0])
+        dtype = _computed_in(rows.dtype)
+        rows = rows.to(dtype)
+        step = self._step(PIECE_BYTES, self.shape[1] * dtype.itemsize)
+        for first in range(0, self.shape[0] if len(rows) else 0, step):
+            product[:, first : first + step] = rows @ self.unpack(first, min(first + step, self.shape[0]), dtype)
+        return product
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole matrix, in memory of its own."""
+        whole = torch.empty(self.shape, dtype=dtype)
+        computed = _computed_in(dtype)
+        step = self._step(PIECE_BYTES, self.shape[1] * computed.itemsize)
+        for first in range(0, self.shape[0], step):
+            whole[first : first + step] = self.unpack(first, min(first + step, self.shape[0]), computed).t()
+        return whole
+
+    @classmethod
+    @abstractmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        """A matrix over the stored form that it is a part of."""
+
+    @classmethod
+    @abstractmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        """A matrix of that size with whole numbers of all sizes as values."""
+
+    @abstractmethod
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
+        """The product with a few rows of bfloat16, by torch's kernel, which reads codes in that order."""
+
+    @abstractmethod
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the matrix as columns, shape (K, last - first); valid until the thread unpacks the next ones.
+
+        Args:
+            first: a multiple of `PANEL`.
+            last: end-exclusive.
+            dtype: of the values, not float16; code × scale, rounded once.
+        """
+
+    @abstractmethod
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The rows of these ids, which are in range, shape (ids, K)."""
+
+    @staticmethod
+    def _step(most_bytes: int, row_bytes: int) -> int:
+        """How many rows make so many bytes: whole panels, at least one."""
+        return max(1, most_bytes // (row_bytes * PANEL)) * PANEL
+
+
+def _as_stored(codes: torch.Tensor) -> torch.Tensor:
+    return codes if codes.dtype is torch.int8 else codes.view(-1, codes.shape[1] // 2)
+
+
+def _in_panels_of_32(codes: torch.Tensor) -> torch.Tensor:
+    """int4's codes as torch's kernel for AVX2 reads them: row j and row j + 16 of 32 rows in byte j of a column."""
+    panels, columns, _ = codes.shape
+    ordered = torch.empty(panels, 2, columns, 4, dtype=torch.int32)
+    step = max(1, _REORDERED_BYTES // (columns * PANEL // 2))
+    for first in range(0, panels, step):
+        quarters = codes[first : first + step].view(torch.complex128)  # 16 bytes at a time
+        low, high = (quarters[..., side].contiguous().view(torch.int32).view(-1, columns, 4) for side in (0, 1))
+        into = ordered[first : first + step]
+        into[:, 0] = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4
+        into[:, 1] = (low >> 4 & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
+    return ordered.view(torch.uint8).view(-1, columns // 2)
+
+
+class _Int8(Packed):
+    """Codes of shape (N, K), int8; scales of shape (N,), float32."""
+
+    kind = "int8"
+    orders = (_as_stored,)
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        super().__init__(shape, codes, scales)
+        self._scales_of_kernel: torch.Tensor | None = None
+
+    @classmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        rows, columns = part.shape
+        codes = _elements(memory, part.start, rows * columns, torch.int8)
+        return cls((rows, columns), codes.view(rows, columns), _elements(memory, part.scales, rows, torch.float32))
+
+    @classmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        codes = _numbers(-127, 128, rows, columns).to(torch.int8)
+        return cls((rows, columns), codes, _numbers(0, 3, rows).exp2())
+
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
+        if self._scales_of_kernel is None:
+            self._scales_of_kernel = self.scales.to(torch.bfloat16)  # exact, see the format
+        rows = rows.contiguous()
+        if rows.data_ptr() % ALIGNMENT:
+            rows = rows.clone()  # the kernel reads aligned vectors
+        return torch._weight_int8pack_mm(rows, order(self.codes), self._scales_of_kernel)  # noqa: SLF001 - there is no public one
+
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype)
+        scales = self.scales[first:last, None].to(dtype)
+        return torch.mul(self.codes[first:last], scales, out=piece).t()
+
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (self.codes[ids].to(torch.float32) * self.scales[ids, None]).to(dtype)
+
+
+class _Int4(Packed):
+    """Codes of shape (panels, K, 32), uint8, two in each; scales of shape (groups, 64 × panels), bfloat16."""
+
+    kind = "int4"
+    orders = (_as_stored, _in_panels_of_32)
+
+    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
+        """Take the codes and scales where they are."""
+        super().__init__(shape, codes, scales)
+        self._scale_bits = scales.view(torch.uint16)
+
+    @classmethod
+    def over(cls, part: Part, memory: memoryview) -> Self:
+        rows, columns = part.shape
+        filled = -(-rows // PANEL) * PANEL
+        codes = _elements(memory, part.start, filled * columns // 2, torch.uint8).view(-1, columns, PANEL // 2)
+        scales = _elements(memory, part.scales, filled * columns // GROUP, torch.bfloat16).view(-1, filled)
+        return cls((rows, columns), codes, scales)
+
+    @classmethod
+    def sample(cls, rows: int, columns: int) -> Self:
+        filled = -(-rows // PANEL) * PANEL
+        codes = _numbers(0, 256, filled // PANEL, columns, PANEL // 2).to(torch.uint8)
+        return cls((rows, columns), codes, _numbers(0, 3, columns // GROUP, filled).exp2().to(torch.bfloat16))
+
+    def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
+        rows, filled = rows.contiguous(), self.scales.shape[1]
+        step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
+        if filled <= step:
+            product = self._multiply_part(rows, order(self.codes), self._scale_bits)
+        else:
+            step = -(-filled // (-(-filled // step) * PANEL)) * PANEL  # as many parts, of about the same size
+            parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
+            product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
+        return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
+
+    @staticmethod
+    def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
+        pairs = _SCRATCH.take("operand", scale_bits.shape, torch.int32)
+        pairs.copy_(scale_bits)  # each scale, and behind it the kernel's zero point, which is 0
+        operand = pairs.view(torch.bfloat16).view(len(pairs), len(codes), 2)
+        return torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, operand)  # noqa: SLF001 - there is no public one
+
+    def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)
+        panels, columns, words = codes.shape
+        halves = _SCRATCH.take("codes", (panels, 2, columns, words), torch.int32)  # four codes in each
+        torch.bitwise_and(codes, 0x0F0F0F0F, out=halves[:, 0])
+        torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
+        halves[:, 1].bitwise_and_(0x0F0F0F0F)
+        signed = halves.view(torch.int8).sub_(8).view(panels, 2, -1, GROUP, PANEL // 2)
+        piece = _SCRATCH.take("piece", (columns, panels * PANEL), dtype)
+        scales = self.scales[:, first : first + panels * PANEL].to(dtype)
+        torch.mul(
+            signed.permute(2, 3, 0, 1, 4),
+            scales.view(-1, 1, panels, 2, PANEL // 2),
+            out=piece.view(-1, GROUP, panels, 2, PANEL // 2),
+        )
+        return piece[:, : last - first]
+
+    def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        place = ids.remainder(PANEL)
+        pairs = self.codes[ids // PANEL, :, place % (PANEL // 2)]
+        codes = (pairs >> (place // (PANEL // 2) * 4)[:, None].to(torch.uint8)) & 15
+        grouped = codes.to(torch.float32).sub_(8).view(len(ids), self.shape[1] // GROUP, GROUP)
+        return grouped.mul_(self.scales[:, ids].t()[..., None]).view(len(ids), self.shape[1]).to(dtype)
+
+
+def matrix_over(part: Part, memory: memoryview) -> Packed:
+    """A quantised tensor where it lies, in memory that holds the stored form that it is a part of; kept alive."""
+    return _KINDS[part.kind].over(part, memory)
+
+
+def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
+    """The most memory that a thread keeps for matrices of at most so many columns: values, codes and scales."""
+    itemsize = _computed_in(dtype).itemsize
+    values = max(PIECE_BYTES, PANEL * columns * itemsize)
+    return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
+
+
+_KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
+
+
+def kernel_of(kind: Kind) -> Kernel:
+    """How torch's kernel is used for a kind; measured at the first call, best while nothing else runs."""
+    with _MEASURING:
+        if kind not in _KERNELS:
+            sample = _KINDS[kind].sample(1024, 1024)
+            order = _find_order(sample)
+            _KERNELS[kind] = Kernel(_measure(sample, order), order) if order else Kernel(0, _as_stored)
+            logger.info("%s: torch's kernel is used for up to %d rows", kind, _KERNELS[kind].rows)
+        return _KERNELS[kind]
+
+
+_MEASURING = threading.Lock()
+_KERNELS: dict[Kind, Kernel] = {}
+
+
+def _find_order(packed: Packed) -> Order | None:
+    """The order in which the kernel gives the results that it should; None if it does in none."""
+    inputs = _numbers(-4, 5, 5, packed.shape[1]).to(torch.bfloat16)
+    expected = packed.multiply_many(inputs).float()
+    for order in packed.orders:
+        try:
+            seen = packed.multiply_few(inputs, order).float()
+        except (AttributeError, RuntimeError) as exc:
+            logger.info("%s: torch's kernel does not work here: %s", packed.kind, exc)
+            return None
+        if torch.allclose(seen, expected, rtol=0.02):
+            return order
+    return None
+
+
+def _measure(packed: Packed, order: Order) -> int:
+    """Up to which power of two of rows the kernel is faster, from none to `_MOST_ROWS`."""
+    inputs = _numbers(-4, 5, _MOST_ROWS, packed.shape[1]).to(torch.bfloat16)
+    few = partial(packed.multiply_few, order=order)
+    deadline = time.perf_counter() + _MEASURING_SECONDS
+
+    def is_faster(rows: int) -> bool:
+        return _shortest(few, inputs[:rows]) < _shortest(packed.multiply_many, inputs[:rows])
+
+    rows = _FIRST_ROWS
+    if is_faster(rows):
+        while rows < _MOST_ROWS and time.perf_counter() < deadline and is_faster(2 * rows):
+            rows *= 2
+        return rows
+    rows //= 2
+    while rows and time.perf_counter() < deadline and not is_faster(rows):
+        rows //= 2
+    return rows
+
+
+def _numbers(least: int, stop: int, *shape: int) -> torch.Tensor:
+    """Whole numbers at random, the same at every call; torch's own generator stays as it is."""
+    return torch.randint(least, stop, shape, generator=torch.Generator().manual_seed(0))
+
+
+def _shortest(multiply: Callable[[torch.Tensor], object], inputs: torch.Tensor) -> float:
+    """The shortest of several times, in seconds."""
+    times = []
+    for _ in range(_TIMES):
+        start = time.perf_counter()
+        multiply(inputs)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class _Scratch(threading.local):
+    """Memory of a thread that is used again and again."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor whose values are those of whatever used it last."""
+        size_bytes = prod(shape) * dtype.itemsize
+        held = self._memory.get(use)
+        if held is None or len(held) < size_bytes:
+            with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
+                held = self._memory[use] = torch.empty(size_bytes, dtype=torch.uint8)
+        return held[:size_bytes].view(dtype).view(shape)
+
+
+_SCRATCH = _Scratch()
+
+
+def _computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of unpacked values: float16 does not reach as far as scales do, and is multiplied slowly."""
+    return torch.float32 if dtype is torch.float16 else dtype
+
+
+def _elements(memory: memoryview, place: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Elements in memory, as a view, or as a copy where the place is no multiple of 64."""
+    found = torch.frombuffer(memory, dtype=torch.uint8)[place : place + count * dtype.itemsize]
+    return (found.clone() if found.data_ptr() % ALIGNMENT else found).view(dtype)

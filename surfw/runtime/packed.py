@@ -1,0 +1,170 @@
+"""Quantised matrices, which stay as they are in memory, and are computed with like that (`surfw.codec.quantised`).
+
+A packed parameter stands in a module where an ordinary one would. It knows the shape, and the dtype that the model
+computes with; its codes and scales are views of a chunk's memory. `linear`, products with its transpose and `embedding`
+are computed from them. For anything else it gets its values as a whole, in memory of their own; that is logged once.
+
+There are no gradients: a backward pass through a packed parameter fails.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from surfw.codec.quantised import Part
+from surfw.errors import ModelError
+from surfw.runtime.hooks import AbsentBuffer, AbsentParameter
+from surfw.runtime.matrices import Packed, matrix_over
+
+logger = logging.getLogger("surfw.runtime")
+
+
+class PackedParameter(AbsentParameter):
+    """Stands for a parameter whose values are quantised.
+
+    Attributes:
+        packed: its codes and scales.
+    """
+
+    packed: Packed
+
+    def __new__(cls, packed: Packed, dtype: torch.dtype) -> Self:
+        """Stand for a parameter of that dtype; it wants gradients as `surfw.runtime.loader.as_parameter` explains."""
+        like = torch.empty(packed.shape, dtype=dtype, device="meta")
+        parameter = super().__new__(cls, like, partial(_unpack_whole, packed, dtype), partial(_compute, packed, dtype))
+        parameter.packed = packed
+        parameter.requires_grad_()
+        return parameter
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for the transpose, and for where it lies, which no other absent tensor can."""
+        if args and isinstance(weight := args[0], PackedParameter):
+            if func is torch.Tensor.untyped_storage:
+                return weight.packed.codes.untyped_storage()
+            if _is_transpose(func, args[1:], kwargs):
+                return PackedTranspose(weight.packed, weight.dtype)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
+        """Its facts."""
+        return f"<{self.packed.kind} weight, {self.dtype}, {tuple(self.shape)}>"
+
+
+class PackedTranspose(AbsentBuffer):
+    """The transpose of a packed parameter."""
+
+    def __new__(cls, packed: Packed, dtype: torch.dtype) -> Self:
+        """Stand for the transpose in that dtype."""
+        like = torch.empty(packed.shape[::-1], dtype=dtype, device="meta")
+        load = partial(_unpack_whole, packed, dtype)
+        return super().__new__(cls, like, lambda: load().t(), partial(_compute_transposed, packed, dtype))
+
+
+def packed_parameter(part: Part, memory: memoryview, dtype: torch.dtype) -> PackedParameter:
+    """A parameter over a quantised tensor where it lies.
+
+    Args:
+        part: of kind int8 or int4.
+        memory: the stored form that it is a part of; kept alive.
+        dtype: what the model computes with.
+    """
+    return PackedParameter(matrix_over(part, memory), dtype)
+
+
+class _Multiplied(torch.autograd.Function):
+    """A product whose backward pass fails, instead of leaving gradients out."""
+
+    @staticmethod
+    def forward(_: Any, packed: Packed, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return packed.multiply(inputs, bias)
+
+    @staticmethod
+    def backward(*_: Any) -> Any:
+        raise ModelError("int8 and int4 weights have no gradients; open the model with weights that are not quantised")
+
+
+def _multiply(packed: Packed, dtype: torch.dtype, inputs: Any, *, bias: torch.Tensor | None = None) -> Any:
+    """As torch's `linear`; NotImplemented where that would fail, or convert."""
+    fits = type(inputs) is torch.Tensor and inputs.dtype is dtype and inputs.device.type == "cpu"
+    if not fits or not inputs.dim() or inputs.shape[-1] != packed.shape[1]:
+        return NotImplemented
+    if not torch.is_grad_enabled():
+        return packed.multiply(inputs, bias)
+    return _Multiplied.apply(packed, inputs, bias)  # type: ignore[no-untyped-call]  # torch's has no types
+
+
+def _compute(
+    packed: Packed, dtype: torch.dtype, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What torch is asked to do with a packed parameter as its weight; NotImplemented where that takes all values."""
+    if function in {nn.functional.linear, nn.functional.embedding}:
+        names = _LINEAR if function is nn.functional.linear else _EMBEDDING
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        del given["weight"]
+        compute = _multiply if function is nn.functional.linear else _embedding
+        return compute(packed, dtype, given.pop("input"), **given)
+    return NotImplemented
+
+
+def _embedding(
+    packed: Packed,
+    dtype: torch.dtype,
+    ids: Any,
+    *,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    **_: Any,
+) -> Any:
+    """As torch's; what only gradients would need makes no difference."""
+    rows, columns = packed.shape
+    fits = type(ids) is torch.Tensor and ids.dtype in {torch.int32, torch.int64} and ids.device.type == "cpu"
+    padded = padding_idx is not None and not -rows <= padding_idx < rows
+    if not fits or padded or max_norm is not None:
+        return NotImplemented
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise IndexError("index out of range in self")
+    return packed.look_up(ids.reshape(-1).long(), dtype).view(*ids.shape, columns)
+
+
+def _compute_transposed(
+    packed: Packed, dtype: torch.dtype, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    is_product = function in _PRODUCTS and len(args) == 2 and not kwargs
+    return _multiply(packed, dtype, args[0]) if is_product else NotImplemented
+
+
+_LINEAR = ("input", "weight", "bias")
+_EMBEDDING = ("input", "weight", "padding_idx", "max_norm")  # the others are for gradients
+_TRANSPOSED = {torch.t, torch.Tensor.t, *(getattr(torch.Tensor, name).__get__ for name in ("T", "mT"))}
+_PRODUCTS = {torch.matmul, torch.mm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.__matmul__}
+
+
+def _is_transpose(function: Any, others: Sequence[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether that is asked for: as DeBERTa and Falcon do, which multiply with the transpose of a weight themselves."""
+    if kwargs:
+        return False
+    if function in _TRANSPOSED:
+        return True
+    return function in {torch.transpose, torch.Tensor.transpose} and {one % 2 for one in others} == {0, 1}
+
+
+def _unpack_whole(packed: Packed, dtype: torch.dtype) -> torch.Tensor:
+    if not _said:
+        _said.append(packed)
+        logger.warning(
+            "an %s weight of shape %s is unpacked as a whole: the model does more with it than multiply or look up; "
+            "this takes time and memory, and is not said again",
+            packed.kind,
+            packed.shape,
+        )
+    return packed.unpacked(dtype)
+
+
+_said: list[Packed] = []
