@@ -64,7 +64,7 @@ OnMissing = Literal["error", "uninitialized"]
 Policy = Literal["auto", "lru"]
 """Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
 
-CodecChoice = Literal["auto", "none", "lossless"]
+CodecChoice = Literal["auto", "none", "lossless", "int8", "int4"]
 """Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""
 
 DTYPES = {

@@ -120,9 +120,9 @@ INSIDES = [
         "chat templates, as transformers renders them, in a process of their own",
     ),
     Inside(
-        "torch", "Tensor._make_subclass", "runtime/hooks.py", "a parameter without values, made as torch makes its own"
+        "torch", "Tensor._make_subclass", "runtime/absent.py", "a parameter without values, made as torch makes its own"
     ),
-    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/hooks.py", "as torch.overrides documents"),
+    Inside("torch", "_C.DisableTorchFunctionSubclass", "runtime/absent.py", "as torch.overrides documents"),
     Inside("torch", "_weight_int8pack_mm", "runtime/matrices.py", PACKED),
     Inside("torch", "_weight_int4pack_mm_for_cpu", "runtime/matrices.py", PACKED),
     Inside("torch.nn", "Module._parameters", "skeleton/units.py", REGISTRY),

@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
+from surfw.codec import PACKED_CODECS
 from surfw.codec.lossless import FRAME_BYTES, encode_frame, item_bytes_of
-from surfw.manifest import Digester, Digests, Form, Location, decode_line, encode_line, read_digests
+from surfw.manifest import (
+    Digester,
+    Digests,
+    Form,
+    Location,
+    decode_line,
+    encode_line,
+    packed_bytes,
+    plan_parts,
+    read_digests,
+)
 from surfw.safetensors_header import encode_header
 from surfw.storage.store import blob_key
 
@@ -40,6 +51,38 @@ class Written:
     forms: tuple[Form, ...]
 
 
+class _PackedFile:
+    """The file of one packed form, which is encoded in a thread of its own."""
+
+    def __init__(self, codec: str, planned: PlannedChunk, file: int) -> None:
+        from surfw.codec.quantised import PackedEncoder  # here: it brings numpy
+
+        self._codec, self._kinds, self._file = codec, planned.kinds(codec), file
+        parts = plan_parts([tensor.info for tensor in planned.tensors], self._kinds)
+        self._bytes, self._digester = packed_bytes(parts), Digester()
+        self._encoder: PackedEncoder = PackedEncoder(parts, self._write)
+        self._thread = ThreadPoolExecutor(1, f"surfw-{codec}")
+
+    def add(self, piece: memoryview) -> Future[None]:
+        """Encode the next piece of the payload."""
+        return self._thread.submit(self._encoder.update, piece)
+
+    def finish(self) -> Form:
+        """The form, once all is encoded."""
+        self._thread.submit(self._encoder.finish).result()
+        digests = self._digester.result()
+        place = Location(blob_key(digests.digest, ".packed"), 0, self._bytes)
+        return Form(self._codec, self._bytes, *digests, (place,), kinds=self._kinds)
+
+    def close(self) -> None:
+        """End its thread."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def _write(self, coded: bytes | memoryview) -> None:
+        _write_all(self._file, memoryview(coded))
+        self._digester.update(coded)
+
+
 class FormFiles:
     """The files of one chunk's forms, while it is written. Pieces are hashed and coded in threads of their own."""
 
@@ -47,11 +90,12 @@ class FormFiles:
         self._planned = planned
         self._infos = [tensor.info for tensor in planned.tensors]
         self._scratch = scratch
-        self._codecs = codecs
+        self._codecs = codecs_of(planned, codecs)
         self._payload, self._coded = Digester(), Digester()
         self._frames: list[int] = []
         self._size = 0
-        self._pending: deque[tuple[Future[None], list[Future[bytes | memoryview]]]] = deque()
+        self._pending: deque[tuple[list[Future[None]], list[Future[bytes | memoryview]]]] = deque()
+        self._packed: list[_PackedFile] = []
         self._open = ExitStack()
         self._files: dict[str, int] = {}
 
@@ -61,7 +105,10 @@ class FormFiles:
             self._encoding = opened.enter_context(ThreadPoolExecutor(_ENCODERS, "surfw-encode"))
             for codec in self._codecs:
                 path = scratch_file(self._scratch, codec)
-                self._files[codec] = opened.enter_context(path.open("wb", buffering=0)).fileno()
+                self._files[codec] = file = opened.enter_context(path.open("wb", buffering=0)).fileno()
+                if self._planned.kinds(codec):
+                    self._packed.append(_PackedFile(codec, self._planned, file))
+                    opened.callback(self._packed[-1].close)
             self._header = encode_header(self._infos)
             if "none" in self._files:
                 _write_all(self._files["none"], memoryview(self._header))
@@ -78,20 +125,22 @@ class FormFiles:
             start = self._size + at
             item_bytes = item_bytes_of(self._infos, start, start + FRAME_BYTES)
             encoded.append(self._encoding.submit(encode_frame, piece[at : at + FRAME_BYTES], item_bytes))
-        self._pending.append((self._hashing.submit(self._payload.update, piece), encoded))
+        hashed = self._hashing.submit(self._payload.update, piece)
+        self._pending.append(([hashed, *(packed.add(piece) for packed in self._packed)], encoded))
         self._size += len(piece)
         if "none" in self._files:
             _write_all(self._files["none"], piece)
 
     def settle(self) -> None:
         """Wait until the oldest piece is hashed, and its frames are written."""
-        hashed, encoded = self._pending.popleft()
-        for job in encoded:
-            frame = job.result()
+        taken, encoded = self._pending.popleft()
+        for coded in encoded:
+            frame = coded.result()
             _write_all(self._files["lossless"], memoryview(frame))
             self._coded.update(frame)
             self._frames.append(len(frame))
-        hashed.result()
+        for job in taken:
+            job.result()
 
     def finish(self) -> Written:
         """Settle the rest; returns the forms that are worth keeping."""
@@ -102,17 +151,30 @@ class FormFiles:
             place = Location(blob_key(payload.digest, ".safetensors"), len(self._header), len(self._header) + size)
             forms.append(Form("none", size, *payload, (place,)))
         coded_bytes = sum(self._frames)
-        is_worth_it = "lossless" in codecs_of(size, self._codecs) and coded_bytes <= (1 - LEAST_GAIN) * size
-        if "lossless" in self._files and (is_worth_it or not forms):
+        if "lossless" in self._files and (not forms or coded_bytes <= (1 - LEAST_GAIN) * size):
             coded = self._coded.result()
             place = Location(blob_key(coded.digest, ".lossless"), 0, coded_bytes)
             forms.append(Form("lossless", coded_bytes, *coded, (place,), tuple(self._frames)))
-        return Written(payload.digest, tuple(forms))
+        return Written(payload.digest, (*forms, *(packed.finish() for packed in self._packed)))
 
 
-def codecs_of(payload_bytes: int, codecs: Sequence[str]) -> Sequence[str]:
-    """Of these codecs, those that a chunk of that size has forms of, as far as its size decides it."""
-    return codecs if payload_bytes >= FRAME_BYTES or "none" not in codecs else ("none",)
+def codecs_of(planned: PlannedChunk, codecs: Sequence[str]) -> tuple[str, ...]:
+    """Of these codecs, those that a chunk has forms of, as far as what it holds decides it; if there is none, `none`.
+
+    A chunk without matrices has no packed form, and a small one no compressed form beside the plain one.
+    """
+    is_small = planned.payload_bytes < FRAME_BYTES and "none" in codecs
+    left_out = {"lossless"} if is_small else set[str]()
+    left_out |= {codec for codec in PACKED_CODECS if not planned.kinds(codec)}
+    return tuple(codec for codec in codecs if codec not in left_out) or ("none",)
+
+
+def planned_form(planned: PlannedChunk, codec: str) -> Form:
+    """A form that a chunk will have, as far as it is known before anything is read: coded ones are no larger."""
+    if kinds := planned.kinds(codec):
+        size = packed_bytes(plan_parts([tensor.info for tensor in planned.tensors], kinds))
+        return Form(codec, size, "", b"", kinds=kinds)
+    return Form(codec, planned.payload_bytes, "", b"")
 
 
 def estimate_coded_bytes(plan: ChunkPlan, payloads: PayloadSource) -> int:
@@ -153,13 +215,14 @@ def decode_entry(line: bytes) -> tuple[str, tuple[str, ...], Written]:
 def _encode_form(form: Form) -> dict[str, Any]:
     (place,) = form.locations
     facts = {"codec": form.codec, "object": place.object, "start": place.start, "stop": place.stop}
-    return facts | Digests(form.digest, form.blocks).document() | {"frames": form.frames}
+    return facts | Digests(form.digest, form.blocks).document() | {"frames": form.frames, "kinds": form.kinds}
 
 
 def _decode_form(entry: dict[str, Any]) -> Form:
     place = Location(entry["object"], entry["start"], entry["stop"])
     size = place.stop - place.start
-    return Form(entry["codec"], size, *read_digests(entry, size), (place,), tuple(entry["frames"]))
+    digests, kinds = read_digests(entry, size), tuple(entry.get("kinds", ()))
+    return Form(entry["codec"], size, *digests, (place,), tuple(entry["frames"]), kinds)
 
 
 def _write_all(fd: int, data: memoryview) -> None:

@@ -8,8 +8,9 @@ of 64 by themselves, and only the few small ones at the end have to be moved apa
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from surfw.codec import PACKED_CODECS
 from surfw.config import ALIGNMENT
-from surfw.manifest import Chunk, Form, TensorInfo, Use
+from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +20,13 @@ class PlannedTensor:
     Attributes:
         info: its name, dtype, shape and place in the payload.
         copy_of: the source tensor whose bytes it has; None where it has to be converted.
+        is_matrix: whether it is the weight of `torch.nn.Linear` or of embeddings, and of nothing else: only such are
+            quantised.
     """
 
     info: TensorInfo
     copy_of: str | None
+    is_matrix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,18 @@ class PlannedChunk:
     def payload_bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    def kinds(self, codec: str) -> tuple[Kind, ...]:
+        """How a packed form of that codec holds each tensor; none if there is nothing to quantise, or no such codec.
+
+        `int4` has the matrices of layers in int4, and embeddings and heads in int8, as these matter more.
+        """
+        wanted: Sequence[Kind] = ("int4", "int8") if codec == "int4" and self.kind == "layer" else ("int8",)
+        kinds: list[Kind] = []
+        for tensor in self.tensors:
+            fitting = [kind for kind in wanted if tensor.is_matrix and fits(tensor.info, kind)]
+            kinds.append(fitting[0] if fitting else "raw")
+        return tuple(kinds) if codec in PACKED_CODECS and set(kinds) != {"raw"} else ()
 
     def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
         """The chunk as its manifest describes it, stored in these forms."""

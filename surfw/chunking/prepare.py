@@ -185,6 +185,7 @@ def _plan_model(
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
     from surfw.skeleton.loading import plan_loading
+    from surfw.skeleton.units import matrices_of
 
     on_step(f"planning the chunks of {name}")
     config = read_config(clean, where=where, model_class=model_class)
@@ -201,12 +202,12 @@ def _plan_model(
             "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
             name, cls.__name__, len(loading.unused), loading.unused[0],
         )  # fmt: skip
-    tensors = {}
+    tensors, matrices = {}, matrices_of(skeleton.units, loading.ties)
     for target, recipe in loading.recipes.items():
         target_dtype, shape = recipe.targets[target]
         info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
         as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
-        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None)
+        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None, target in matrices)
     units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
     plan = plan_chunks(units, tensors, loading.ties)
     if not plan.chunks:

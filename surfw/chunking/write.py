@@ -27,9 +27,20 @@ from typing import Literal
 from blake3 import blake3
 
 from surfw.checkpoint.layout import read_small
-from surfw.chunking.forms import LEAST_GAIN, FormFiles, PayloadSource, Written, decode_entry, encode_entry, scratch_file
+from surfw.chunking.forms import (
+    LEAST_GAIN,
+    FormFiles,
+    PayloadSource,
+    Written,
+    codecs_of,
+    decode_entry,
+    encode_entry,
+    planned_form,
+    scratch_file,
+)
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
+from surfw.codec import PACKED_CODECS
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
 from surfw.errors import ManifestError, NotFoundError, StorageError, StorageFullError
 from surfw.files import read_regular
@@ -179,22 +190,26 @@ class ChunkWriter:
         if self.backend.local_path(MARKER) is None:
             return
         done = self._read_journal()
-        sizes = Counter(chunk.payload_bytes for chunk in plan.chunks if chunk.name not in done)
-        coded_bytes = (1 - LEAST_GAIN) * sum(sizes.elements()) if len(self.codecs) > 1 else 0
+        left = {chunk: codecs_of(chunk, self.codecs) for chunk in plan.chunks if chunk.name not in done}
+        packed_bytes = sum(
+            planned_form(chunk, codec).stored_bytes for chunk in left for codec in left[chunk] if chunk.kinds(codec)
+        )
+        sizes = Counter(chunk.payload_bytes for chunk in left if not set(left[chunk]).issubset(PACKED_CODECS))
+        coded_bytes = (1 - LEAST_GAIN) * sum(sizes.elements()) if {"none", "lossless"}.issubset(self.codecs) else 0
         free = await asyncio.to_thread(lambda: shutil.disk_usage(self.folder).free)
-        if sum(sizes.elements()) + coded_bytes > free:
+        if sum(sizes.elements()) + packed_bytes + coded_bytes > free:
             for model in await store.models():
                 with suppress(ManifestError, StorageError):
                     sizes -= Counter(chunk.payload_bytes for chunk in (await store.facts(model)).chunks)
-        needed = sum(sizes.elements())
+        needed = sum(sizes.elements()) + packed_bytes
         if coded_bytes and needed + coded_bytes > free:
             if needed <= free:
                 logger.warning(
-                    "%s has no space for other forms of %s beside the plain one: %s are free; free some, and chunk it "
-                    "again, or name the one form to store (--codec)",
+                    "%s has no space for compressed forms of %s beside the others: %s are free; free some, and chunk "
+                    "it again, or name the forms to store (--codec)",
                     self.backend.url, self._model, format_size(free),
                 )  # fmt: skip
-            self.codecs = ("none",)
+            self.codecs = tuple(codec for codec in self.codecs if codec != "lossless")
         if needed > free:
             less = ", or store the compressed form alone (--codec lossless)" if "none" in self.codecs else ""
             raise StorageFullError(

@@ -1,12 +1,21 @@
-"""Stored bytes ⇄ tensor bytes. A codec is known by the name its forms carry; `none` stores the payload itself."""
+"""Stored bytes ⇄ tensor bytes. A codec is known by the name its forms carry; `none` stores the payload itself.
+
+`none` and `lossless` are exact. `int8` and `int4` are not: nothing takes them unless they are
+asked for, or all that there is.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from operator import is_
 
 from surfw.errors import ConfigurationError, ManifestError
-from surfw.manifest import Chunk, Form
+from surfw.manifest import Chunk, Form, Manifest
 
-CODECS: Sequence[str] = ("none", "lossless")
-"""The codecs this surfw can decode, those that need no decoding first."""
+PACKED_CODECS: Sequence[str] = ("int8", "int4")
+"""The codecs whose forms hold quantised weights, the more exact first."""
+
+CODECS: Sequence[str] = ("none", "lossless", *PACKED_CODECS)
+"""The codecs this surfw can read: those that need no decoding first, those that are not exact last."""
 
 DEFAULT_CODECS = ("none", "lossless")
 """The forms that are stored of a model. A coded one is kept where it is at least 10 % smaller."""
@@ -36,3 +45,50 @@ def choose_form(chunk: Chunk, codec: str = "none") -> Form:
             return form
     offered = ", ".join(form.codec for form in chunk.forms)
     raise ManifestError(f"chunk {chunk.name} is stored as {offered}; this surfw decodes {', '.join(CODECS)}")
+
+
+def stored_codecs(manifest: Manifest) -> tuple[str, ...]:
+    """The codecs that any chunk of a model has a form of, in the order of `CODECS`."""
+    stored = {form.codec for chunk in manifest.chunks for form in chunk.forms}
+    return tuple(sorted(stored, key=lambda codec: [*CODECS, codec].index(codec)))
+
+
+def packed_codec(manifest: Manifest) -> str | None:
+    """The packed codec that a run of this manifest reads, as `for_run` made it; None if all weights are exact."""
+    return next((form.codec for chunk in manifest.chunks for form in chunk.forms if form.is_packed), None)
+
+
+def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
+    """The manifest with the forms that a run may read: the exact ones, or those of the packed codec it asks for.
+
+    Chunks without weights to quantise have exact forms only, and those are read beside packed ones. `auto` reads packed
+    forms only where a model has no exact ones. What is left is one packed form of a chunk, or exact ones.
+
+    Args:
+        manifest: as the source has it; returned as it is if there is nothing to leave out.
+        codec: what was asked for: `auto`, or one of `CODECS`.
+        where: the source, for errors.
+
+    Raises:
+        ConfigurationError: the model is not stored so.
+    """
+    stored = stored_codecs(manifest)
+    if codec == "auto" and not all(map(_exact_forms, manifest.chunks)):
+        codec = next((one for one in PACKED_CODECS if one in stored), codec)
+    chunks = []
+    for chunk in manifest.chunks:
+        packed = chunk.form(codec) if codec in PACKED_CODECS else None
+        forms = (packed,) if packed else _exact_forms(chunk)
+        chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
+    if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
+        advice = "ask for one of these, or chunk its checkpoint again"
+        if all(map(_exact_forms, manifest.chunks)):
+            advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+        raise ConfigurationError(
+            f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
+        )
+    return manifest if all(map(is_, chunks, manifest.chunks)) else replace(manifest, chunks=tuple(chunks))
+
+
+def _exact_forms(chunk: Chunk) -> tuple[Form, ...]:
+    return tuple(form for form in chunk.forms if not form.is_packed)

@@ -27,30 +27,12 @@ processor knows numbers below the smallest normal one changes nothing.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from surfw.config import ALIGNMENT
 from surfw.errors import CheckpointError
-from surfw.manifest import TensorInfo, nbytes
-
-Kind = Literal["raw", "int8", "int4"]
-"""How a tensor is stored: as in the payload, or quantised."""
-
-GROUP = 32
-"""Columns that share a scale in `int4`."""
-
-PANEL = 64
-"""Rows that lie together in `int4`."""
-
-LEAST_WEIGHTS = 4096
-"""Matrices with fewer stay as they are: they are no part of the size, and often matter more than others."""
-
-_COLUMNS: dict[Kind, int] = {"int8": 16, "int4": GROUP}
-"""What the number of columns has to be a multiple of; for int8, because torch's kernel takes no others."""
+from surfw.manifest import GROUP, PANEL, Kind, Part, nbytes
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _LEAST_SCALE = np.float32(2.0**-100)
@@ -64,64 +46,6 @@ _BLOCK_WEIGHTS = 1 << 17
 Floats = npt.NDArray[np.float32]
 Write = Callable[[bytes | memoryview], object]
 """Takes the next stored bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Where one tensor lies in a chunk's packed form. Places are bytes from the form's start, each a multiple of 64.
-
-    Attributes:
-        name: the tensor's.
-        kind: how it is stored.
-        dtype: the safetensors dtype that it has in the payload.
-        shape: as in the payload.
-        start: where its bytes or codes begin.
-        scales: where its scales begin; where it ends, if it has none.
-        stop: where it ends; the next part begins at the next multiple of 64.
-    """
-
-    name: str
-    kind: Kind
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    scales: int
-    stop: int
-
-    @property
-    def panels(self) -> int:
-        """How many panels of rows an int4 matrix has."""
-        return -(-self.shape[0] // PANEL)
-
-
-def plan_parts(tensors: Sequence[TensorInfo], wanted: Callable[[str], Kind]) -> tuple[Part, ...]:
-    """Where each tensor of a chunk lies in its packed form. Pure.
-
-    Quantised are matrices of at least `LEAST_WEIGHTS` in float32, float16 or bfloat16 whose columns are a multiple of
-    16 (int8) or of `GROUP` (int4); what does not fit stays raw.
-
-    Args:
-        tensors: in payload order.
-        wanted: the kind for a tensor, by its name. Only those whose rows are output channels, as in the weight of
-            `torch.nn.Linear`, or rows to look up may be quantised. A shape does not tell: GPT-2's matrices are the
-            other way round.
-    """
-    parts: list[Part] = []
-    end = 0
-    for tensor in tensors:
-        kind = wanted(tensor.name)
-        taken = kind if _fits(tensor, kind) else "raw"
-        start = _aligned(end)
-        codes_bytes, scales_bytes = _sizes(tensor, taken)
-        scales = _aligned(start + codes_bytes) if scales_bytes else start + codes_bytes
-        end = scales + scales_bytes
-        parts.append(Part(tensor.name, taken, tensor.dtype, tensor.shape, start, scales, end))
-    return tuple(parts)
-
-
-def packed_bytes(parts: Sequence[Part]) -> int:
-    """The size of the form that has these parts."""
-    return parts[-1].stop if parts else 0
 
 
 class PackedEncoder:
@@ -365,25 +289,3 @@ def _bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
     """The bits of finite values as bfloat16, rounded half to even."""
     bits = values.view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-
-
-def _aligned(place: int) -> int:
-    return -(-place // ALIGNMENT) * ALIGNMENT
-
-
-def _fits(tensor: TensorInfo, kind: Kind) -> bool:
-    if kind == "raw" or tensor.dtype not in _NUMPY or len(tensor.shape) != 2:
-        return False
-    rows, columns = tensor.shape
-    return columns % _COLUMNS[kind] == 0 and rows * columns >= LEAST_WEIGHTS
-
-
-def _sizes(tensor: TensorInfo, kind: Kind) -> tuple[int, int]:
-    """Bytes of what a tensor is stored as: codes (or all of it), and scales."""
-    if kind == "raw":
-        return tensor.nbytes, 0
-    rows, columns = tensor.shape
-    if kind == "int8":
-        return rows * columns, rows * 4
-    filled = -(-rows // PANEL) * PANEL
-    return filled * columns // 2, filled * columns // GROUP * 2

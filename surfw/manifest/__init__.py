@@ -7,7 +7,8 @@ documented in `surfw/storage/FORMAT.md`. Its rules, checked whenever one is pars
 - A chunk's identity is the BLAKE3 of its tensor payload: the tensors' bytes, in the manifest's order, without gaps.
 - A chunk lists *forms*. A form's stored bytes are digested per block of 1 MiB, so that any run of blocks can be
   verified alone. For codec `none` the stored bytes are the payload itself; for `lossless` they are its parts of
-  1 MiB, each compressed alone, whose stored sizes are listed (format version 3).
+  1 MiB, each compressed alone, whose stored sizes are listed (format version 3). `int8` and `int4` hold quantised
+  weights; how each tensor is held is listed, and where it lies follows from that (format version 4).
 - The locations and files of a model that was not copied lie in another storage, its *origin*, and each object is
   pinned to its revision. Digests may then be missing (format version 2) until all bytes of a chunk have been read.
 - Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
@@ -30,9 +31,11 @@ from surfw.manifest.facts import (
     DTYPE_BITS,
     FORMAT,
     IN_PLACE_VERSION,
+    PACKED_VERSION,
     VERSION,
     Chunk,
     Form,
+    Kind,
     Location,
     Manifest,
     ModelFile,
@@ -50,10 +53,12 @@ from surfw.manifest.parser import (
     parse_manifest,
     parse_stored_manifest,
 )
+from surfw.manifest.parts import GROUP, PANEL, Part, fits, packed_bytes, parts_of, plan_parts
 
 __all__ = [
-    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "IN_PLACE_VERSION", "VERSION", "Chunk", "Digester", "Digests", "Form",
-    "Location", "Manifest", "ModelFile", "Origin", "Pin", "TensorInfo", "Use", "check_model_name", "count_blocks",
-    "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest", "has_digest", "nbytes",
-    "parse_digests", "parse_manifest", "parse_stored_manifest", "payload_digest", "read_digests", "with_digests",
+    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "GROUP", "IN_PLACE_VERSION", "PACKED_VERSION", "PANEL", "VERSION", "Chunk",
+    "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile", "Origin", "Part", "Pin", "TensorInfo",
+    "Use", "check_model_name", "count_blocks", "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest",
+    "fits", "has_digest", "nbytes", "packed_bytes", "parse_digests", "parse_manifest", "parse_stored_manifest",
+    "parts_of", "payload_digest", "plan_parts", "read_digests", "with_digests",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from surfw.errors import NotFoundError
 from surfw.manifest.digests import Digests, payload_digest
@@ -17,6 +17,12 @@ IN_PLACE_VERSION = 2
 
 CODED_VERSION = 3
 """The version of manifests with chunks in other forms than `none`."""
+
+PACKED_VERSION = 4
+"""The version of manifests with chunks in the forms `int8` and `int4`."""
+
+Kind = Literal["raw", "int8", "int4"]
+"""How a packed form holds a tensor: as in the payload, or quantised."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -64,7 +70,8 @@ class Form:
         digest: BLAKE3 of the stored bytes, hex; empty until all of them have been read (see `is_known`).
         blocks: BLAKE3 of each block of 1 MiB of the stored bytes (the last may be shorter), raw digests joined.
         locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
-        frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; none for `none`.
+        frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; only of `lossless`.
+        kinds: how each of the chunk's tensors is held; only of packed forms, `int8` and `int4`.
     """
 
     codec: str
@@ -73,6 +80,12 @@ class Form:
     blocks: bytes = field(repr=False)
     locations: tuple[Location, ...] = ()
     frames: tuple[int, ...] = field(default=(), repr=False)
+    kinds: tuple[Kind, ...] = field(default=(), repr=False)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it holds quantised weights: it is not exact, and stays as it is in memory."""
+        return bool(self.kinds)
 
     @property
     def is_known(self) -> bool:
@@ -244,7 +257,10 @@ class Manifest:
     @property
     def version(self) -> int:
         """The version of the format that it needs."""
-        if any(form.codec != "none" for chunk in self.chunks for form in chunk.forms):
+        forms = [form for chunk in self.chunks for form in chunk.forms]
+        if any(form.is_packed for form in forms):
+            return PACKED_VERSION
+        if any(form.codec != "none" for form in forms):
             return CODED_VERSION
         return VERSION if self.origin is None and self.is_known else IN_PLACE_VERSION
 
@@ -305,6 +321,7 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
             {"codec": form.codec, "stored_bytes": form.stored_bytes}
             | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
             | ({"frames": list(form.frames)} if form.frames else {})
+            | ({"kinds": list(form.kinds)} if form.kinds else {})
             | (
                 {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
                 if form.locations

@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
@@ -14,9 +14,11 @@ from surfw.manifest.facts import (
     DTYPE_BITS,
     FORMAT,
     IN_PLACE_VERSION,
+    PACKED_VERSION,
     VERSION,
     Chunk,
     Form,
+    Kind,
     Location,
     Manifest,
     ModelFile,
@@ -25,9 +27,11 @@ from surfw.manifest.facts import (
     TensorInfo,
     Use,
 )
+from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
@@ -162,11 +166,10 @@ class _Parser:
     def manifest(self, document: Any) -> Manifest:
         self.require(isinstance(document, dict) and document.get("format") == FORMAT, f"its format is not {FORMAT!r}")
         version = document.get("version")
-        if isinstance(version, bool) or version not in {VERSION, IN_PLACE_VERSION, CODED_VERSION}:
+        if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION}, {IN_PLACE_VERSION} and {CODED_VERSION}. Chunk the model again, or use the surfw that "
-                "wrote it"
+                f"{VERSION} to {PACKED_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
         self.in_place = version == IN_PLACE_VERSION
         generation = document["generation_config"]
@@ -211,7 +214,9 @@ class _Parser:
             tensor.offset + tensor.nbytes == end for tensor, end in zip(tensors, ends[1:], strict=True)
         )
         self.require(gapless, f"the tensors of chunk {name} leave gaps, overlap, or do not add up to {size} bytes")
-        forms = tuple(self.form(form, name, size) for form in self.items(document["forms"], f"forms of {name}"))
+        forms = tuple(
+            self.form(form, name, size, tensors) for form in self.items(document["forms"], f"forms of {name}")
+        )
         chunk = Chunk(name, document["kind"], self.digest(document["id"], f"the id of {name}"), size, tensors, forms)
         codecs = [form.codec for form in forms]
         self.require(bool(forms) and len(set(codecs)) == len(codecs), f"chunk {name} has no forms, or one twice")
@@ -232,10 +237,11 @@ class _Parser:
         self.require(tensor.nbytes <= _MAX_BYTES, f"tensor {name} would have {tensor.nbytes} bytes")
         return tensor
 
-    def form(self, document: Any, chunk: str, payload_bytes: int) -> Form:
+    def form(self, document: Any, chunk: str, payload_bytes: int, tensors: Sequence[TensorInfo]) -> Form:
         codec = self.text(document["codec"], f"a codec of chunk {chunk}")
         size = self.size(document["stored_bytes"], f"stored_bytes of chunk {chunk}")
         frames = self.frames(document.get("frames", []), chunk, payload_bytes, size) if codec == "lossless" else ()
+        kinds = self.kinds(document["kinds"], chunk, tensors, size) if codec in {"int8", "int4"} else ()
         digest, blocks = "", b""
         if not self.in_place or "digest" in document:
             digest = self.digest(document["digest"], f"the digest of {chunk}")
@@ -252,7 +258,7 @@ class _Parser:
             covered = sum(at.stop - at.start for at in locations)
             forward = all(at.start <= at.stop for at in locations)
             self.require(forward and covered == size, f"the locations of chunk {chunk} do not add up to {size} bytes")
-        return Form(codec, size, digest, blocks, locations, frames)
+        return Form(codec, size, digest, blocks, locations, frames, kinds)
 
     def frames(self, document: Any, chunk: str, payload_bytes: int, stored_bytes: int) -> tuple[int, ...]:
         """The sizes of a chunk's frames: one for each MiB of its payload, none longer than that part of it."""
@@ -264,6 +270,17 @@ class _Parser:
         self.require(fitting, f"the frames of chunk {chunk} are not one for each MiB of its payload, none longer")
         self.require(sum(sizes) == stored_bytes, f"the frames of chunk {chunk} do not add up to {stored_bytes} bytes")
         return tuple(sizes)
+
+    def kinds(self, document: Any, chunk: str, tensors: Sequence[TensorInfo], stored_bytes: int) -> tuple[Kind, ...]:
+        """How a packed form holds each tensor; its size follows from that."""
+        kinds = self.items(document, f"kinds of {chunk}")
+        known = len(kinds) == len(tensors) and all(kind in get_args(Kind) for kind in kinds)
+        self.require(known, f"the kinds of chunk {chunk} are not raw, int8 or int4 for each tensor")
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            self.require(fits(tensor, kind), f"tensor {tensor.name} cannot be {kind}")
+        size = packed_bytes(plan_parts(tensors, kinds))
+        self.require(size == stored_bytes, f"the parts of chunk {chunk} add up to {size} bytes, not {stored_bytes}")
+        return tuple(kinds)
 
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")

@@ -15,11 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from surfw.chunking import PreparedModel
-from surfw.chunking.forms import codecs_of
+from surfw.chunking.forms import codecs_of, planned_form
+from surfw.codec import PACKED_CODECS, for_run, packed_codec, stored_codecs
 from surfw.codec.lossless import DECODING_BYTES
 from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
-from surfw.manifest import Form, Manifest
+from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
@@ -31,6 +32,7 @@ from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
 from surfw.runtime.plan import Needs, describe_needs, least_bytes
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
@@ -111,12 +113,17 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         UnsupportedModelError: its class or configuration cannot be used here.
         ManifestError: configuration and chunks do not belong together.
     """
+    manifest = for_run(manifest, settings.codec, where=client.url)
+    if settings.codec == "auto" and (packed := packed_codec(manifest)):
+        logger.warning("%s: weights are %s, not exact; nothing else is stored of them", manifest.name, packed)
     dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
+    for kind in {kind for chunk in manifest.chunks for form in chunk.forms for kind in form.kinds} - {"raw"}:
+        kernel_of(kind)  # measured now, while nothing computes
     forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
-    if settings.codec not in {"auto", *(form.codec for chunk in manifest.chunks for form in chunk.forms)}:
+    if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
     limit = settings.limit
     with deciding:
@@ -199,7 +206,7 @@ def model_needs(
     )
     looked_up = {name for unit in tables.values() for name in unit.looked_up}
     others = {name for unit in tables.values() for name in unit.others}
-    is_coded = any(form.codec != "none" for chunk in manifest.chunks for form in chunk.forms)
+    is_coded = any(form.codec not in {"none", *PACKED_CODECS} for chunk in manifest.chunks for form in chunk.forms)
     decoding_bytes = DECODING_BYTES if is_coded else 0
     return replace(
         known,
@@ -230,11 +237,9 @@ def plan_least_budget(prepared: PreparedModel, codecs: Sequence[str] = ("none",)
     """The least budget in bytes of a model that is still to be chunked, and what each token adds for the KV cache."""
     name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
     manifest = prepared.manifest(
-        [
-            one.chunk("", *(Form(codec, one.payload_bytes, "", b"") for codec in codecs_of(one.payload_bytes, codecs)))
-            for one in planned
-        ]
+        [one.chunk("", *(planned_form(one, codec) for codec in codecs_of(one, codecs))) for one in planned]
     )
+    manifest = for_run(manifest, "auto", where=name)
     config = read_config(dict(prepared.config), where=name)
     count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
     skeleton = build_skeleton(

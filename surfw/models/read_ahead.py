@@ -15,7 +15,7 @@ import os
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from surfw.codec import choose_form
+from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
@@ -57,7 +57,7 @@ class ReadAhead(ChunkSource):
         """
         self.url = source.url
         self._source = source
-        self._manifest = manifest
+        self._manifest = for_run(manifest, codec, where=source.url)
         self._wanted = wanted
         self._files: dict[str, asyncio.Task[bytes]] = {}
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"

@@ -17,7 +17,8 @@ from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, buffer_capacity
-from surfw.runtime.loader import Loader, as_parameter, buffer_bytes
+from surfw.runtime.loader import Loader, as_parameter, buffer_bytes, packed_form
+from surfw.runtime.packed import PackedParameter
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
@@ -110,7 +111,9 @@ class HostTier:
         if not contents.tensors:
             assert contents.memory is not None, f"{contents.chunk.name} is loaded and has no memory"
             views = self._loader.tensors(contents.chunk, contents.memory)
-            contents.tensors = {name: as_parameter(view) for name, view in views.items()}
+            contents.tensors = {
+                name: view if isinstance(view, PackedParameter) else as_parameter(view) for name, view in views.items()
+            }
         return contents.tensors
 
     def evict(self, slot: Slot) -> None:
@@ -153,7 +156,8 @@ class HostTier:
         if contents.memory is None:
             contents.memory = await self._loader.map(contents.chunk)
         if isinstance(contents.memory, View):
-            stored_bytes = contents.chunk.payload_bytes
+            form = packed_form(contents.chunk)
+            stored_bytes = form.stored_bytes if form else contents.chunk.payload_bytes
         else:
             contents.memory = buffer = contents.memory or Buffer(size_bytes)
             stored_bytes = await self._loader.load(

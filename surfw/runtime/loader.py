@@ -3,7 +3,8 @@
 Where the model runs in the dtype it is stored in, the bytes arrive in the very buffer that the tensors are views of.
 Where it runs in another one, they arrive in a scratch buffer and are cast from there, as `from_pretrained(dtype=…)`
 casts them. Coded bytes arrive at the end of the buffer, and are decoded into its beginning while the rest arrives; what
-a chunk decodes to is compared with its id the first time.
+a chunk decodes to is compared with its id the first time. Packed forms stay as they are: their matrices become packed
+parameters, and what has to be cast of their other tensors lies behind them.
 """
 
 import asyncio
@@ -16,9 +17,11 @@ import torch
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError
-from surfw.manifest import Chunk, Form, Manifest, payload_digest
+from surfw.manifest import Chunk, Form, Manifest, parts_of, payload_digest
+from surfw.runtime import matrices
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
+from surfw.runtime.packed import packed_parameter
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read, View
 from surfw.threads import cancel_all, in_thread, to_its_end
@@ -78,7 +81,11 @@ class Loader:
             StorageError, WireError: they could not be read.
         """
         form = self.forms.form(chunk)
-        if not _casts(chunk, self.dtypes):
+        if form.is_packed:
+            await self._read_as_it_is(chunk, form, buffer.view[: form.stored_bytes], priority, in_pieces=in_pieces)
+            if _plan_casts(chunk, form, self.dtypes)[0]:
+                await in_thread(_cast_raw_parts, chunk, form, buffer, self.dtypes)
+        elif not _casts(chunk, self.dtypes):
             await self._read(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
         else:
             async with self._scratch_turn:
@@ -96,15 +103,21 @@ class Loader:
             StorageError: they could not be read.
         """
         form = self.forms.form(chunk)
-        if form.codec != "none" or _casts(chunk, self.dtypes):
+        if form.is_packed:
+            is_usable = not _plan_casts(chunk, form, self.dtypes)[0]
+        else:
+            is_usable = form.codec == "none" and not _casts(chunk, self.dtypes)
+        if not is_usable:
             return None
         return await self.source.view(self.manifest, chunk, form)
 
     def tensors(self, chunk: Chunk, memory: Buffer | View) -> dict[str, torch.Tensor]:
-        """Views over filled memory, by tensor name; they keep it alive.
+        """Tensors over filled memory, by their names; they keep it alive. Quantised ones are packed parameters.
 
         Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
         """
+        if form := packed_form(chunk):
+            return _packed_views(chunk, form, memory.memory if isinstance(memory, View) else memory.view, self.dtypes)
         if isinstance(memory, View):
             return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
         return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
@@ -117,10 +130,15 @@ class Loader:
         if form.codec != "none":
             await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
         else:
-            step = BLOCK_BYTES if in_pieces else max(1, form.stored_bytes)
-            for start in range(0, form.stored_bytes, step):
-                await self._fetch(_part(chunk, form, place, start, step), priority, in_pieces=in_pieces)
+            await self._read_as_it_is(chunk, form, place, priority, in_pieces=in_pieces)
         spread(buffer.view, _sizes(chunk, {}))
+
+    async def _read_as_it_is(
+        self, chunk: Chunk, form: Form, into: memoryview, priority: int, *, in_pieces: bool
+    ) -> None:
+        step = BLOCK_BYTES if in_pieces else max(1, form.stored_bytes)
+        for start in range(0, form.stored_bytes, step):
+            await self._fetch(_part(chunk, form, into, start, step), priority, in_pieces=in_pieces)
 
     async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
         """One part of a chunk; where it is one of many small pieces, one at a time."""
@@ -220,6 +238,8 @@ def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
+    if form := packed_form(chunk):
+        return _plan_casts(chunk, form, dtypes)[1]
     needed = plan_layout(_sizes(chunk, dtypes))[1]
     if _casts(chunk, dtypes):
         return needed  # coded bytes arrive in scratch memory, as all stored bytes do
@@ -227,8 +247,21 @@ def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Memory that loading the chunk takes besides its buffer: what it is cast from. One chunk is cast at a time."""
+    """Memory that a chunk takes besides its buffer: what it is cast from, or what its matrices are unpacked into.
+
+    It is used for one chunk at a time.
+    """
+    if form := packed_form(chunk):
+        quantised = [info for info, kind in zip(chunk.tensors, form.kinds, strict=True) if kind != "raw"]
+        return max(
+            matrices.scratch_bytes(info.shape[1], dtypes.get(info.name, torch_dtype(info.dtype))) for info in quantised
+        )
     return buffer_capacity(buffer_bytes(chunk, {})) if _casts(chunk, dtypes) else 0
+
+
+def packed_form(chunk: Chunk) -> Form | None:
+    """The form that a chunk is read in, if that is a packed one: then a run has no other of it (`codec.for_run`)."""
+    return next((form for form in chunk.forms if form.is_packed), None)
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
@@ -242,6 +275,41 @@ def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
 
 def _casts(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> bool:
     return any(tensor.name in dtypes for tensor in chunk.tensors)
+
+
+def _plan_casts(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, int], int]:
+    """Where the raw tensors of a packed form begin that do not get their stored dtype, and where all of it ends."""
+    places, end = {}, form.stored_bytes
+    for part in parts_of(chunk, form):
+        if part.kind == "raw" and part.name in dtypes:
+            places[part.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + (part.stop - part.start) // torch_dtype(part.dtype).itemsize * dtypes[part.name].itemsize
+    return places, end
+
+
+def _cast_raw_parts(chunk: Chunk, form: Form, buffer: Buffer, dtypes: Mapping[str, torch.dtype]) -> None:
+    stored, cast = (_packed_views(chunk, form, buffer.view, given) for given in ({}, dtypes))
+    for name in _plan_casts(chunk, form, dtypes)[0]:
+        cast[name].copy_(stored[name])
+
+
+def _packed_views(
+    chunk: Chunk, form: Form, memory: memoryview, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.Tensor]:
+    """Packed parameters, and views of raw tensors, over a packed form and what was cast behind it."""
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    behind, _ = _plan_casts(chunk, form, dtypes)
+    found: dict[str, torch.Tensor] = {}
+    for part in parts_of(chunk, form):
+        stored = torch_dtype(part.dtype)
+        dtype = dtypes.get(part.name, stored)
+        if part.kind != "raw":
+            found[part.name] = packed_parameter(part, memory, dtype)
+            continue
+        size = (part.stop - part.start) // stored.itemsize * dtype.itemsize
+        start = behind.get(part.name, part.start)
+        found[part.name] = flat[start : start + size].view(dtype).view(part.shape)
+    return found
 
 
 def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:

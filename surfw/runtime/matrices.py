@@ -23,8 +23,8 @@ from typing import ClassVar, Self
 
 import torch
 
-from surfw.codec.quantised import GROUP, PANEL, Kind, Part
 from surfw.config import ALIGNMENT, MIB
+from surfw.manifest import GROUP, PANEL, Kind, Part
 
 logger = logging.getLogger("surfw.runtime")
 

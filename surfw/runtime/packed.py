@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from surfw.codec.quantised import Part
 from surfw.errors import ModelError
-from surfw.runtime.hooks import AbsentBuffer, AbsentParameter
+from surfw.manifest import Part
+from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.matrices import Packed, matrix_over
 
 logger = logging.getLogger("surfw.runtime")

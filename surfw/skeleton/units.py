@@ -5,7 +5,7 @@ largest other module that holds weights and no such list (embeddings, norms, hea
 module with layers inside form a unit of their own, written `path.*`. No architecture is named.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,20 @@ class Unit:
 def find_units(model: nn.Module) -> list[Unit]:
     """The units of a model in registration order; every slot belongs to exactly one of them."""
     return list(_visit(model, "", set()))
+
+
+def matrices_of(units: Iterable[Unit], ties: Mapping[str, str]) -> frozenset[str]:
+    """The stored tensors that are weights of `torch.nn.Linear` or of embeddings, and of nothing else.
+
+    Args:
+        units: of the model.
+        ties: tensors that are stored under another name.
+    """
+    matrices, others = set[str](), set[str]()
+    for slot in (slot for unit in units for slot in unit.slots):
+        is_matrix = isinstance(slot.module, nn.Linear | nn.Embedding) and slot.leaf == "weight"
+        (matrices if is_matrix else others).add(ties.get(slot.name, slot.name))
+    return frozenset(matrices - others)
 
 
 def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surfw.codec.quantised import GROUP, PANEL, Kind, PackedEncoder, Part, decode_tensor, packed_bytes, plan_parts
+from surfw.codec.quantised import PackedEncoder, decode_tensor
 from surfw.config import MIB
 from surfw.errors import CheckpointError
-from surfw.manifest import TensorInfo, nbytes, payload_digest
+from surfw.manifest import GROUP, PANEL, Kind, Part, TensorInfo, fits, nbytes, packed_bytes, payload_digest, plan_parts
 
 DTYPES = ["F32", "F16", "BF16"]
 KINDS: list[Kind] = ["int8", "int4"]
@@ -41,7 +41,7 @@ def encode(parts: Sequence[Part], payload: bytes, *, piece: int = 1 << 30) -> by
 
 def encode_matrix(kind: Kind, weights: np.ndarray, dtype: str = "F32", *, piece: int = 1 << 30) -> tuple[Part, bytes]:
     """One matrix, which must be quantised."""
-    (part,) = plan_parts(infos_of((dtype, weights.shape)), lambda _: kind)
+    (part,) = plan_parts(infos_of((dtype, weights.shape)), [kind])
     assert part.kind == kind
     return part, encode([part], in_dtype(weights, dtype).tobytes(), piece=piece)
 
@@ -89,15 +89,15 @@ def random_weights(seed: int, rows: int, columns: int, *, size: float = 0.02) ->
     ],
 )
 def test_what_is_quantised(dtype: str, shape: tuple[int, ...], int8: Kind, int4: Kind) -> None:
-    infos = infos_of((dtype, shape))
-    assert plan_parts(infos, lambda _: "int8")[0].kind == int8
-    assert plan_parts(infos, lambda _: "int4")[0].kind == int4
-    assert plan_parts(infos, lambda _: "raw")[0].kind == "raw"
+    (info,) = infos_of((dtype, shape))
+    assert fits(info, "int8") == (int8 == "int8")
+    assert fits(info, "int4") == (int4 == "int4")
+    assert fits(info, "raw")
 
 
 def test_every_part_has_its_place() -> None:
     infos = infos_of(("BF16", (100, 128)), ("BF16", (7,)), ("BF16", (100, 128)), ("F32", (0,)), ("U8", (3,)))
-    parts = plan_parts(infos, lambda name: "int4" if name == "t0" else "raw")
+    parts = plan_parts(infos, ["int4", *["raw"] * 4])
     assert [(part.kind, part.start, part.scales, part.stop) for part in parts] == [
         ("int4", 0, 128 * 128 // 2, 128 * 128 // 2 + 128 * 128 // GROUP * 2),
         ("raw", 9216, 9230, 9230),
@@ -106,7 +106,7 @@ def test_every_part_has_its_place() -> None:
         ("raw", 34880, 34883, 34883),
     ]
     assert packed_bytes(parts) == 34883
-    assert packed_bytes(plan_parts([], lambda _: "int8")) == 0
+    assert packed_bytes(plan_parts([], [])) == 0
 
 
 def test_the_layout_is_the_one_described() -> None:
@@ -142,7 +142,7 @@ def test_a_weight_gets_the_nearest_code(
         size = min(max(size, 1e-4), 1.0)
     payload = in_dtype(random_weights(seed, rows, columns, size=size), dtype)
     weights = as_floats(payload)
-    (part,) = plan_parts(infos_of((dtype, weights.shape)), lambda _: kind)
+    (part,) = plan_parts(infos_of((dtype, weights.shape)), [kind])
     stored = encode([part], payload.tobytes(), piece=piece)
     decoded, scales = decode_tensor(part, stored), scales_of(part, stored)
     lowest, highest = (-127, 127) if kind == "int8" else (-8, 7)
@@ -199,7 +199,7 @@ def test_weights_that_are_no_numbers_are_refused(kind: Kind, dtype: str, wrong: 
 def test_other_tensors_stay_as_they_are() -> None:
     infos = infos_of(("BF16", (64, 64)), ("F32", (3, 5)), ("F32", (0, 4)), ("BOOL", (7,)), ("F32", (64, 64)))
     payload = random.Random(1).randbytes(8192) + b"\xff" * 60 + b"1234567" + bytes(4 * 64 * 64)
-    parts = plan_parts(infos, lambda name: "int8" if name == "t4" else "raw")
+    parts = plan_parts(infos, [*["raw"] * 4, "int8"])
     for piece in (1, 333, 1 << 20):
         stored = encode(parts, payload, piece=piece)
         for info, part in zip(infos[:4], parts, strict=False):
@@ -227,7 +227,7 @@ def test_the_bytes_are_the_same_on_every_machine(kind: Kind, dtype: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_encoding_takes_little_memory(kind: Kind) -> None:
-    parts = plan_parts(infos_of(("F32", (4096, 4096))), lambda _: kind)
+    parts = plan_parts(infos_of(("F32", (4096, 4096))), [kind])
     piece = memoryview(random_weights(1, 64, 4096).tobytes())
     encoder = PackedEncoder(parts, lambda _: None)
     tracemalloc.start()

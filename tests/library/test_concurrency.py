@@ -20,7 +20,7 @@ from surfw import (
     StreamingModel,
     WeightClient,
 )
-from surfw.runtime.hooks import AbsentParameter
+from surfw.runtime.absent import AbsentParameter
 from surfw.storage import FilesystemBackend
 from tests.library.conftest import run
 from tests.library.test_calls import IDS, MASK, logits, resident

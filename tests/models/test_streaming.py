@@ -21,7 +21,7 @@ from surfw.errors import (
     UnknownModelError,
 )
 from surfw.models import StreamingModel
-from surfw.runtime.hooks import AbsentParameter
+from surfw.runtime.absent import AbsentParameter
 from surfw.source import ChunkSource
 from surfw.storage import FilesystemBackend, open_backend
 from surfw.storage.store_source import StorageSource, open_storage_source

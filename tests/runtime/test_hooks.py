@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from surfw.errors import ManifestError, ModelError, StorageError
-from surfw.runtime.hooks import AbsentBuffer, AbsentParameter, StreamingHooks
+from surfw.runtime.absent import AbsentBuffer, AbsentParameter
+from surfw.runtime.hooks import StreamingHooks
 from tests.runtime.nets import Streamed, describe, raw, skeleton_of, streamed
 
 X = torch.linspace(-1, 1, 2 * 8).reshape(2, 8)

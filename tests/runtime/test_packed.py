@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from surfw.codec.quantised import Kind, PackedEncoder, decode_tensor, packed_bytes, plan_parts
+from surfw.codec.quantised import PackedEncoder, decode_tensor
 from surfw.errors import ModelError
-from surfw.manifest import TensorInfo
+from surfw.manifest import Kind, TensorInfo, packed_bytes, plan_parts
 from surfw.runtime import matrices, packed
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.matrices import Kernel, Order, _as_stored, kernel_of
@@ -34,7 +34,7 @@ EXACTNESS = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5, 
 def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedParameter, torch.Tensor]:
     """A parameter with the weight's values quantised, and these values as float32."""
     info = TensorInfo("weight", safetensors_dtype(weight.dtype), tuple(weight.shape), 0)
-    (part,) = plan_parts([info], lambda _: kind)
+    (part,) = plan_parts([info], [kind])
     assert part.kind == kind
     buffer, place = Buffer(packed_bytes([part])), 0
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from surfw.config import MIB
 from surfw.errors import IntegrityError
-from surfw.runtime.hooks import AbsentParameter
+from surfw.runtime.absent import AbsentParameter
 from surfw.runtime.rows import tables_of
 from surfw.skeleton.build import Skeleton
 from surfw.storage import Store, open_backend

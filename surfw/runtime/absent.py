@@ -1,0 +1,137 @@
+"""Stands in a module while a weight is away: an absent tensor.
+
+It knows its shape and dtype and holds nothing. Asking for its facts is free. Computing with it, which happens where a
+model uses a weight outside of the forward of the module that owns it, loads the weight first, unless a part of it is
+enough for the result. So no model ever computes with weights that are missing. Below, it lies on the meta device, where
+torch itself refuses to compute. Changing it in place is refused: the change would be lost with the memory that it was
+made in.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from surfw.errors import ModelError
+
+_FACTS = {
+    "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset", "is_floating_point", "is_complex",
+    "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
+    "detach_",
+}  # fmt: skip
+_VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
+_READS = {"__index__", "__int__", "__invert__"}
+_CONVERSIONS = {"to", "cpu", "float", "double", "half", "bfloat16"}
+
+Load = Callable[[], torch.Tensor]
+"""Brings the whole weight."""
+Apply = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]
+"""The result of a function of torch whose second argument, or whose `weight`, is the absent tensor; NotImplemented if
+the whole weight has to be brought for it."""
+
+
+class _Absent(torch.Tensor):
+    """Loads itself when torch is asked to compute with it."""
+
+    _surfw_load: Load
+    _surfw_apply: Apply | None
+
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
+        """Take the facts from a tensor on the meta device."""
+        absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
+        absent._surfw_load, absent._surfw_apply = load, apply
+        return absent
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer for the facts; for everything else, put the real tensors where the absent ones are."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in {"__get__", "__set__", "__delete__"}:
+            attribute = func.__self__.__name__
+            if attribute == "device":
+                return torch.device("cpu")
+            if attribute == "is_meta":
+                return False
+            known = attribute not in _VALUES
+        else:
+            known = name in _FACTS
+        if not known:
+            result = _without_values(func, name, args, kwargs)
+            if result is not NotImplemented:
+                return result
+            args = _present(args)
+            kwargs = {key: _present(value) for key, value in kwargs.items()}
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on, see torch.overrides
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A copy has its values, and is a parameter where this stands for one."""
+        values = copy.deepcopy(self._surfw_load().detach(), memo)
+        return torch.nn.Parameter(values, self.requires_grad) if isinstance(self, torch.nn.Parameter) else values
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's has no types
+        """Its facts, as there are no values."""
+        return f"<absent weight, {self.dtype}, {tuple(self.shape)}>"
+
+
+class AbsentParameter(_Absent, torch.nn.Parameter):
+    """Stands for a parameter."""
+
+
+class AbsentBuffer(_Absent):
+    """Stands for a buffer that is part of the checkpoint."""
+
+
+def _without_values(function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What can be answered without the values of an absent tensor; NotImplemented if it cannot.
+
+    Raises:
+        ModelError: the values would be changed.
+    """
+    if name == "share_memory_":  # there are no values to be shared: each process reads its own
+        return args[0]
+    if _changes_absent(name, args, kwargs):
+        raise ModelError(
+            "a streamed weight cannot be changed in place, as it is read anew for every use; put a parameter of your "
+            "own in its place (module.weight = torch.nn.Parameter(...)), and for another dtype open the model with "
+            "dtype=..."
+        )
+    if name == "_has_compatible_shallow_copy_type":  # asked by `Module.to`, which sets `data` if it is so
+        return True
+    if name == "__set__":  # its own data once more, as `Module.to` does where there is nothing to convert
+        return None
+    if name in _CONVERSIONS and _converts_to_itself(function, args, kwargs):
+        return args[0]
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    apply = weight._surfw_apply if isinstance(weight, _Absent) else None  # noqa: SLF001 - ours
+    return apply(function, args, kwargs) if apply else NotImplemented
+
+
+def _changes_absent(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether torch is asked to write to an absent tensor."""
+    if name == "__set__":
+        return args[1] is not args[0]
+    is_in_place = (name.endswith("_") and not name.endswith("__")) or (name.startswith("__i") and name not in _READS)
+    written = [kwargs.get("out")]
+    if is_in_place or name == "__setitem__":
+        first = next(iter([*args, *kwargs.values()]), None)  # of `torch.nn.init`, it has a name
+        written += first if isinstance(first, tuple | list) else [first]
+    return any(isinstance(one, _Absent) for one in written)
+
+
+def _converts_to_itself(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on the CPU."""
+    like = torch.empty(0, dtype=args[0].dtype)
+    return function(like, *args[1:], **kwargs) is like
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, _Absent):
+        return value._surfw_load()  # noqa: SLF001 - ours
+    if type(value) in {tuple, list}:
+        return type(value)(_present(one) for one in value)
+    return value
