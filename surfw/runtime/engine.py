@@ -28,6 +28,7 @@ from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.host import Contents, HostTier
 from surfw.runtime.loader import Loader
+from surfw.runtime.packed import values_of
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
 from surfw.runtime.rows import RowReader, TableUnit
 from surfw.runtime.run import IoThread, Run
@@ -232,10 +233,10 @@ class Engine:
             self._sync()
             chunk = self.manifest.home[name].name
             if self.table.is_ready([chunk]):
-                return self.host.tensors(self.host[chunk])[name].detach().clone()
+                return values_of(self.host.tensors(self.host[chunk])[name])
         with self._reading:
             if self.manifest.home[name].form("none") is None:  # no part of it can be read alone
-                return self.host.read(chunk)[name].detach().clone()
+                return values_of(self.host.read(chunk)[name])
             return self._outside.tensor(name)
 
     def warm(self) -> None:

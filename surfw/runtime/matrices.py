@@ -202,7 +202,7 @@ class _Int8(Packed):
         return torch.mul(self.codes[first:last], scales, out=piece).t()
 
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (self.codes[ids].to(torch.float32) * self.scales[ids, None]).to(dtype)
+        return int8_values(self.codes[ids], self.scales[ids], dtype)
 
 
 class _Int4(Packed):
@@ -271,6 +271,11 @@ class _Int4(Packed):
         codes = (pairs >> (place // (PANEL // 2) * 4)[:, None].to(torch.uint8)) & 15
         grouped = codes.to(torch.float32).sub_(8).view(len(ids), self.shape[1] // GROUP, GROUP)
         return grouped.mul_(self.scales[:, ids].t()[..., None]).view(len(ids), self.shape[1]).to(dtype)
+
+
+def int8_values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values of rows of an int8 matrix: codes of shape (rows, K), int8, and scales of shape (rows,), float32."""
+    return (codes.to(torch.float32) * scales[:, None]).to(dtype)
 
 
 def matrix_over(part: Part, memory: memoryview) -> Packed:

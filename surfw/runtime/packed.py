@@ -78,6 +78,11 @@ def packed_parameter(part: Part, memory: memoryview, dtype: torch.dtype) -> Pack
     return PackedParameter(matrix_over(part, memory), dtype)
 
 
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter or a view, packed or not, in memory of their own."""
+    return tensor.packed.unpacked(tensor.dtype) if isinstance(tensor, PackedParameter) else tensor.detach().clone()
+
+
 class _Multiplied(torch.autograd.Function):
     """A product whose backward pass fails, instead of leaving gradients out."""
 

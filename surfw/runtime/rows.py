@@ -1,7 +1,8 @@
 """Tables of embeddings that are looked up without being in memory: only the blocks that their rows lie in are read.
 
 An embedding uses one row of its table for each token. To look ids up, the rows of the distinct ones are gathered into a
-small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table. `tables_of` finds
+small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table. Rows of a quantised
+table get their values first. `tables_of` finds
 such tables in a model by what its modules are; no architecture is named. The rest of a module that holds one (a norm,
 small embeddings, a bias) is read alone, once, and stays.
 
@@ -16,7 +17,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -25,10 +26,11 @@ from torch import nn
 
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import ManifestError, ModelClosedError
-from surfw.manifest import Chunk, Form, Manifest, TensorInfo
+from surfw.manifest import Chunk, Form, Manifest, Part, TensorInfo, parts_of
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.loader import as_parameter
+from surfw.runtime.loader import as_parameter, packed_form
+from surfw.runtime.matrices import int8_values, matrix_over
 from surfw.runtime.run import IoThread, Run
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import torch_dtype
@@ -101,11 +103,18 @@ class RowReader:
         different, places = torch.unique(ids, return_inverse=True)
         if different.numel() and not 0 <= int(different[0]) <= int(different[-1]) < info.shape[0]:
             raise IndexError("index out of range in self")
-        width = info.nbytes // info.shape[0] if info.shape[0] else 0
-        starts = (info.offset + row * width for row in different.tolist())
+        rows, dtype = different.tolist(), self._dtype(info)
         self._metrics.add("row_reads")
-        table = self._assemble(chunk, info, [(start, start + width) for start in starts])
-        return torch.nn.functional.embedding(places, table.view(len(different), *info.shape[1:]))
+        part = _part_of(chunk, name)
+        if part and part.kind == "int8":
+            codes = self._rows(chunk, rows, part.start, info.shape[1]).view(torch.int8)
+            scales = self._rows(chunk, rows, part.scales, 4).view(torch.float32)
+            table = int8_values(codes.view(len(rows), info.shape[1]), scales, dtype)
+        else:
+            width = info.nbytes // info.shape[0] if info.shape[0] else 0
+            stored = self._rows(chunk, rows, part.start if part else info.offset, width)
+            table = stored.view(torch_dtype(info.dtype)).to(dtype)
+        return torch.nn.functional.embedding(places, table.view(len(rows), *info.shape[1:]))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The whole tensor of that name, in memory of its own.
@@ -114,22 +123,35 @@ class RowReader:
             SurfwError: a block could not be read, or the run was interrupted.
         """
         chunk, info = self._manifest.home[name], self._manifest.tensors[name]
-        return self._assemble(chunk, info, [(info.offset, info.offset + info.nbytes)]).view(info.shape)
+        part = _part_of(chunk, name)
+        start, stop = (part.start, part.stop) if part else (info.offset, info.offset + info.nbytes)
+        stored, dtype = self._assemble(chunk, [(start, stop)]), self._dtype(info)
+        if part and part.kind != "raw":
+            alone = replace(part, start=0, scales=part.scales - start, stop=stop - start)
+            return matrix_over(alone, stored.numpy().data).unpacked(dtype)
+        return stored.view(torch_dtype(info.dtype)).to(dtype).view(info.shape)
 
     def clear(self) -> None:
         """Give all memory back."""
         self._scratch = None
         self._kept.clear()
 
-    def _assemble(self, chunk: Chunk, info: TensorInfo, ranges: Sequence[Range]) -> torch.Tensor:
-        """The elements in sorted ranges of equal lengths, one range behind the other, as the model computes with."""
+    def _dtype(self, info: TensorInfo) -> torch.dtype:
+        """What the model computes with."""
+        return self._dtypes.get(info.name, torch_dtype(info.dtype))
+
+    def _rows(self, chunk: Chunk, rows: Sequence[int], first: int, width: int) -> torch.Tensor:
+        """The bytes of sorted rows of a width, the first row of which begins at a stored byte."""
+        return self._assemble(chunk, [(first + row * width, first + (row + 1) * width) for row in rows])
+
+    def _assemble(self, chunk: Chunk, ranges: Sequence[Range]) -> torch.Tensor:
+        """The stored bytes in sorted ranges of equal lengths, one range behind the other."""
         stored = torch.empty(sum(stop - start for start, stop in ranges), dtype=torch.uint8)
         view, done = stored.numpy().data, 0
         for piece in self._pieces(chunk, ranges):
             view[done : done + piece.nbytes] = piece
             done += piece.nbytes
-        dtype = torch_dtype(info.dtype)
-        return stored.view(dtype).to(self._dtypes.get(info.name, dtype))
+        return stored
 
     def _pieces(self, chunk: Chunk, ranges: Sequence[Range]) -> Iterator[memoryview]:
         """The bytes of each range; valid until the next one is asked for."""
@@ -186,7 +208,7 @@ class RowReader:
         Returns:
             Where the others go, and what reads them: each run of neighbours at once.
         """
-        form, missing = plain_form(chunk), {}
+        form, missing = form_in_parts(chunk), {}
         for place, block in enumerate(blocks):
             into = scratch[place * BLOCK_BYTES :][: min(BLOCK_BYTES, form.stored_bytes - block * BLOCK_BYTES)]
             if kept := self._kept.get((chunk.name, block)):
@@ -233,17 +255,29 @@ class RowReader:
             self._kept.popitem(last=False)
 
 
-def plain_form(chunk: Chunk) -> Form:
-    """The form of a chunk whose stored bytes are its tensors' bytes.
+def form_in_parts(chunk: Chunk) -> Form:
+    """The form of a chunk of which parts can be read alone: the packed one, if the run reads that, or the plain one.
 
     Raises:
         ManifestError: the chunk is stored otherwise.
     """
-    form = chunk.form("none")
+    form = packed_form(chunk) or chunk.form("none")
     if form is None:
         offered = ", ".join(form.codec for form in chunk.forms)
         raise ManifestError(f"chunk {chunk.name} is stored as {offered}, expected none: its parts cannot be read alone")
     return form
+
+
+def _part_of(chunk: Chunk, name: str) -> Part | None:
+    """Where a tensor lies in the packed form of its chunk; None if the run reads another one."""
+    form = packed_form(chunk)
+    return next(part for part in parts_of(chunk, form) if part.name == name) if form else None
+
+
+def _has_rows(chunk: Chunk, name: str) -> bool:
+    """Whether rows of a tensor lie together, in a form that parts can be read of: those of int4 do not."""
+    part = _part_of(chunk, name)
+    return part.kind != "int4" if part else chunk.form("none") is not None
 
 
 def plan_groups(ranges: Iterable[Range], most_blocks: int) -> Iterator[tuple[list[Range], list[int]]]:
@@ -353,17 +387,18 @@ def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB)
 
     A table is a matrix of at least `least_bytes` in a unit outside of the layers that is the weight of embeddings and
     of nothing else. The unit's other tensors must be smaller than its tables, and all have to be in chunks that are
-    stored as they are: no part of others can be read alone.
+    stored as they are, or packed: no part of others can be read alone.
     """
     home, stored, found = manifest.home, manifest.tensors, {}
     for unit in (unit for unit in skeleton.units if unit.kind == "part"):
         names = {slot: name for slot in unit.slots if (name := manifest.ties.get(slot.name, slot.name)) in stored}
         embeddings = {slot for slot in names if isinstance(slot.module, nn.Embedding) and slot.leaf == "weight"}
         only = {names[slot] for slot in embeddings} - {names[slot] for slot in names if slot not in embeddings}
-        tables = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
+        large = {name for name in only if stored[name].nbytes >= least_bytes and len(stored[name].shape) == 2}
+        tables = {name for name in large if _has_rows(home[name], name)}
         others = dict.fromkeys(name for name in names.values() if name not in tables)
         size = {name: stored[name].nbytes for name in names.values()}
-        in_parts = all(home[name].form("none") for name in names.values())
+        in_parts = all(packed_form(home[name]) or home[name].form("none") for name in names.values())
         if tables and in_parts and sum(size[name] for name in others) < sum(size[name] for name in tables):
             chunks = dict.fromkeys(home[name].name for name in names.values())
             looked_up = dict.fromkeys(name for name in names.values() if name in tables)

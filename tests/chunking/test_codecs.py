@@ -104,7 +104,7 @@ def test_a_form_that_has_vanished_is_written_again(backend: FilesystemBackend, t
     assert path.read_bytes() == before
 
 
-def test_a_disk_without_room_for_both_gets_the_plain_form(
+def test_a_disk_without_room_for_both_gets_the_form_in_parts(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with prepare_model(str(checkpoint)) as prepared:

@@ -29,12 +29,11 @@ TOLERANCE = {"bfloat16": 0.03, "float16": 0.003, "float32": 1e-5}
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaMA in each dtype, whose head is tied, and whose layers have more than a block in each form."""
+    """A LLaMA in each dtype, whose layers have more than a block in each form; the head of one is not tied."""
     folder = tmp_path_factory.mktemp("packed")
-    save_llama(folder / "float32", layers=3, hidden=640, vocab_size=1000, tie_word_embeddings=True)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder / "float32")
-    for name in ("bfloat16", "float16"):
-        copy.deepcopy(model).to(getattr(torch, name)).save_pretrained(folder / name)
+    for name in TOLERANCE:
+        settings = {"layers": 3, "hidden": 640, "vocab_size": 1000, "dtype": getattr(torch, name)}
+        save_llama(folder / name, tie_word_embeddings=name != "bfloat16", **settings)
     return folder
 
 
@@ -88,7 +87,8 @@ def test_packed_weights_compute_what_their_values_give(
     with StreamingModel.open(str(store), name) as exact, torch.no_grad():
         assert torch.equal(exact(IDS).logits, resident(IDS).logits)  # it is never read unless it is asked for
     full = asyncio.run(stored_manifest(store, name))
-    assert quantised(resident, full, store, codec) == 3 * 7 + 1
+    is_tied = name != "bfloat16"
+    assert quantised(resident, full, store, codec) == 3 * 7 + 2 - is_tied
     with torch.no_grad():
         want = resident(IDS).logits
     with StreamingModel.open(str(store), name, codec=codec) as model:

@@ -76,14 +76,14 @@ class RowWise:
     metrics: Metrics
 
 
-def write(family: Family, path: Path, dtype: torch.dtype | None = None) -> tuple[Any, Manifest]:
+def write(family: Family, path: Path, dtype: torch.dtype | None = None, codec: str = "none") -> tuple[Any, Manifest]:
     """A model in a store at `path`: the resident one, and the manifest."""
     torch.manual_seed(0)
     family.build().save_pretrained(path / "source")
     cls = getattr(transformers, family.class_name)
     resident = copy.deepcopy(cls.from_pretrained(path / "source", dtype=dtype or "auto").eval())
     prepared = prepare_model(str(path / "source"), name="model")
-    return resident, asyncio.run(write_model(prepared, open_backend(path / "store")))
+    return resident, asyncio.run(write_model(prepared, open_backend(path / "store"), codecs=(codec,)))
 
 
 @contextmanager
@@ -92,6 +92,7 @@ def row_wise(
     path: Path,
     *,
     dtype: torch.dtype | None = None,
+    codec: str = "none",
     piece_bytes: int = BLOCK_BYTES,
     keep_bytes: int = 8 * BLOCK_BYTES,
     url: str | None = None,
@@ -100,7 +101,7 @@ def row_wise(
 
     It is read directly, or from a server over the store, whose address is the URL.
     """
-    resident, manifest = write(family, path, dtype)
+    resident, manifest = write(family, path, dtype, codec)
     io, metrics, run = IoThread(), Metrics(), Run()
     source = io.run(open_wire_source(url)) if url else Recorded(open_backend(path / "store"))
     skeleton = open_skeleton(manifest, dtype)

@@ -16,7 +16,7 @@ from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError, ManifestError, ModelClosedError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.rows import plain_form, plan_groups, plan_runs
+from surfw.runtime.rows import form_in_parts, plan_groups, plan_runs
 from surfw.source import Read
 from tests.runtime.nets import raw
 from tests.runtime.parts import Parts, parts_of
@@ -269,7 +269,7 @@ def test_runs_arrive_in_one_fetch_and_are_counted() -> None:
 
 def test_a_run_that_is_not_whole_blocks_is_refused() -> None:
     with parts_of(TABLE) as parts, pytest.raises(ValueError, match="range 0-5 of chunk c is not made of whole blocks"):
-        Read(parts.chunk, plain_form(parts.chunk), 0, 5, memoryview(bytearray(5)))
+        Read(parts.chunk, form_in_parts(parts.chunk), 0, 5, memoryview(bytearray(5)))
 
 
 def test_damage_is_reported_to_who_waits_and_not_counted() -> None:
@@ -331,6 +331,6 @@ def test_a_chunk_that_is_stored_otherwise_has_no_parts() -> None:
     error = "chunk c is stored as lossless, expected none: its parts cannot be read alone"
     with parts_of(TABLE, codec="lossless") as parts:
         with pytest.raises(ManifestError, match=error):
-            plain_form(parts.chunk)
+            form_in_parts(parts.chunk)
         with pytest.raises(ManifestError, match=error):
             parts.reader().lookup("t0", torch.tensor([0]))

@@ -11,6 +11,7 @@ from torch import nn
 
 from surfw.config import MIB
 from surfw.errors import IntegrityError
+from surfw.models import StreamingModel
 from surfw.runtime.absent import AbsentParameter
 from surfw.runtime.rows import tables_of
 from surfw.skeleton.build import Skeleton
@@ -93,6 +94,19 @@ def test_with_all_tables_outside_of_memory_the_bits_are_the_same(name: str, tmp_
         assert opened.metrics.count("row_reads") > 0
         assert opened.engine.acquired, "layers come whole"
         assert not opened.engine.acquired & set(opened.units), "no unit with a table does"
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_rows_of_a_quantised_table_have_the_values_of_the_whole(dtype: torch.dtype | None, tmp_path: Path) -> None:
+    with row_wise(FAMILIES["bert"], tmp_path, dtype=dtype, codec="int8") as opened:
+        name = str(dtype or torch.float32).removeprefix("torch.")
+        with StreamingModel.open(str(tmp_path / "store"), dtype=name) as whole:
+            for batch in (1, 2):
+                ids = given(opened.resident, batch)
+                assert torch.equal(opened.model(**ids).logits, whole(**ids).logits)
+        assert opened.metrics.count("row_reads") == 2
+        assert not opened.engine.acquired & set(opened.units)
+        assert {kind for chunk in opened.manifest.chunks for form in chunk.forms for kind in form.kinds} >= {"int8"}
 
 
 @pytest.mark.parametrize("name", TABLES)
