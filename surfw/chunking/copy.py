@@ -1,8 +1,8 @@
 """A model that is chunked already, into another store, or in other forms: from a store, or from a server.
 
 Payloads are read as the runtime reads them, verified, and written as `write` writes those of a checkpoint. A chunk
-keeps its identity: what was read is compared with it before anything becomes visible. Neither torch nor the checkpoint
-is needed.
+keeps its identity: what was read is compared with it before anything becomes visible. The checkpoint is not needed, and
+torch only to tell which weights can be quantised. Quantised forms that are there already are copied as they are.
 """
 
 import asyncio
@@ -12,11 +12,12 @@ from functools import partial
 from itertools import accumulate
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
+from surfw.chunking.prepare import find_matrices
 from surfw.chunking.write import Contents, Outcome, Progress, write_contents
-from surfw.codec import choose_form
+from surfw.codec import DEFAULT_CODECS, PACKED_CODECS, choose_form, exact_forms, stored_codecs
 from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES
-from surfw.errors import IntegrityError
+from surfw.errors import ConfigurationError, IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend
@@ -28,7 +29,7 @@ async def copy_model(
     backend: StorageBackend,
     *,
     name: str | None = None,
-    codecs: Sequence[str] = ("none",),
+    codecs: Sequence[str] | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -39,19 +40,21 @@ async def copy_model(
         model: its name there, in full or a unique last part; None for the only one.
         backend: the storage.
         name: its name in the store; default: the one that it has.
-        codecs: as of `write_model`.
+        codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms.
         progress: as of `write_model`.
         on_outcome: as of `write_model`.
 
     Raises:
         UnknownModelError: the source has no such model.
+        ConfigurationError: a form cannot be made of what is there.
         IntegrityError: what the source delivers is not what it promises.
         StorageError, WireError: it cannot be read, or the storage cannot take it. Nothing is visible then, and the next
             run continues where this one stopped.
     """
     manifest = await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
-    chunks = tuple(_plan(chunk) for chunk in manifest.chunks)
+    codecs = codecs or _default_codecs(manifest)
+    chunks = await asyncio.to_thread(_plan, manifest, codecs)
     contents = Contents(
         name=name,
         key=payload_digest(f"{name} {manifest.digest}".encode())[:32],
@@ -63,8 +66,27 @@ async def copy_model(
     return await write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
 
 
-def _plan(chunk: Chunk) -> PlannedChunk:
-    return PlannedChunk(chunk.name, chunk.kind, tuple(PlannedTensor(info, None) for info in chunk.tensors))
+def _default_codecs(manifest: Manifest) -> Sequence[str]:
+    is_exact = all(map(exact_forms, manifest.chunks))
+    return DEFAULT_CODECS if is_exact else [codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS]
+
+
+def _plan(manifest: Manifest, codecs: Sequence[str]) -> tuple[PlannedChunk, ...]:
+    """The chunks to write; torch is needed where a form is to be made that is not there."""
+    new = {codec for codec in codecs if codec in PACKED_CODECS} - set(stored_codecs(manifest))
+    matrices = find_matrices(manifest) if new else frozenset[str]()
+    planned = []
+    for chunk in manifest.chunks:
+        packed = tuple(form for form in chunk.forms if form.is_packed)
+        missing = set(codecs) - {form.codec for form in packed}
+        if missing and not exact_forms(chunk):
+            raise ConfigurationError(
+                f"{manifest.name} is stored as {', '.join(form.codec for form in packed)} alone, of which "
+                f"{min(missing)} cannot be made; leave that out, or chunk its checkpoint"
+            )
+        tensors = tuple(PlannedTensor(info, None, info.name in matrices) for info in chunk.tensors)
+        planned.append(PlannedChunk(chunk.name, chunk.kind, tensors, chunk.id, packed))
+    return tuple(planned)
 
 
 def _copied(manifest: Manifest, name: str, where: str, chunks: Sequence[Chunk], files: Sequence[ModelFile]) -> Manifest:
@@ -96,10 +118,20 @@ class SourcePayloads:
         """
         stored = self._manifest.by_name[chunk.name]
         form = choose_form(stored)
+        assert not form.is_packed, "there is an exact one"
         if form.codec == "none":
             self._fetch(stored, form, start, destination)
         else:
             self._decode(stored, form, start, destination)
+
+    def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
+        """Fill `destination` with bytes of a form from byte `start` on, which begins a block, as does its end.
+
+        Raises:
+            IntegrityError: bytes are not what the manifest promises.
+            StorageError, WireError: they could not be read.
+        """
+        self._fetch(self._manifest.by_name[chunk.name], form, start, destination)
 
     def _fetch(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
         read = Read(chunk, form, start, start + len(destination), destination)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -42,6 +42,9 @@ class PayloadSource(Protocol):
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
         """Fill `destination` with a chunk's payload from byte `start` on; called with rising `start`, in a thread."""
 
+    def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
+        """Fill `destination` with verified bytes of a form that is copied, likewise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
@@ -71,7 +74,7 @@ class _PackedFile:
         """The form, once all is encoded."""
         self._thread.submit(self._encoder.finish).result()
         digests = self._digester.result()
-        place = Location(blob_key(digests.digest, ".packed"), 0, self._bytes)
+        place = Location(_packed_key(digests.digest), 0, self._bytes)
         return Form(self._codec, self._bytes, *digests, (place,), kinds=self._kinds)
 
     def close(self) -> None:
@@ -106,7 +109,7 @@ class FormFiles:
             for codec in self._codecs:
                 path = scratch_file(self._scratch, codec)
                 self._files[codec] = file = opened.enter_context(path.open("wb", buffering=0)).fileno()
-                if self._planned.kinds(codec):
+                if self._planned.kinds(codec) and not self._planned.copied(codec):
                     self._packed.append(_PackedFile(codec, self._planned, file))
                     opened.callback(self._packed[-1].close)
             self._header = encode_header(self._infos)
@@ -117,6 +120,20 @@ class FormFiles:
 
     def __exit__(self, *exc: object) -> None:
         self._open.close()
+
+    @property
+    def copied(self) -> list[Form]:
+        """The forms that are copied as they are: `copy` takes their bytes."""
+        return [form for codec in self._codecs if (form := self._planned.copied(codec))]
+
+    @property
+    def needs_payload(self) -> bool:
+        """Whether there are other forms too."""
+        return len(self.copied) < len(self._codecs)
+
+    def copy(self, form: Form, piece: memoryview) -> None:
+        """Write the next piece of a form that is copied."""
+        _write_all(self._files[form.codec], piece)
 
     def add(self, piece: memoryview) -> None:
         """Write the next piece of the payload, whose memory must not change before it is settled."""
@@ -155,7 +172,10 @@ class FormFiles:
             coded = self._coded.result()
             place = Location(blob_key(coded.digest, ".lossless"), 0, coded_bytes)
             forms.append(Form("lossless", coded_bytes, *coded, (place,), tuple(self._frames)))
-        return Written(payload.digest, (*forms, *(packed.finish() for packed in self._packed)))
+        forms += [packed.finish() for packed in self._packed]
+        for form in self.copied:
+            forms.append(replace(form, locations=(Location(_packed_key(form.digest), 0, form.stored_bytes),)))
+        return Written(payload.digest if self.needs_payload else self._planned.id, tuple(forms))
 
 
 def codecs_of(planned: PlannedChunk, codecs: Sequence[str]) -> tuple[str, ...]:
@@ -177,6 +197,12 @@ def planned_form(planned: PlannedChunk, codec: str) -> Form:
     return Form(codec, planned.payload_bytes, "", b"")
 
 
+def planned_bytes(plan: ChunkPlan, codec: str) -> int:
+    """What a model takes in the one form of a codec, as far as that is known before anything is read."""
+    forms = (planned_form(chunk, one) for chunk in plan.chunks for one in codecs_of(chunk, (codec,)))
+    return sum(form.stored_bytes for form in forms)
+
+
 def estimate_coded_bytes(plan: ChunkPlan, payloads: PayloadSource) -> int:
     """About what a model's chunks take in the form `lossless` where they get one, from a frame of the largest ones."""
     coding = sorted((one for one in plan.chunks if one.payload_bytes >= FRAME_BYTES), key=lambda one: one.payload_bytes)
@@ -188,6 +214,10 @@ def estimate_coded_bytes(plan: ChunkPlan, payloads: PayloadSource) -> int:
         raw += len(sample)
         coded += len(encode_frame(sample, item_bytes))
     return round(sum(chunk.payload_bytes for chunk in coding) * coded / raw) if raw else 0
+
+
+def _packed_key(digest: str) -> str:
+    return blob_key(digest, ".packed")
 
 
 def scratch_file(scratch: Path, codec: str) -> Path:

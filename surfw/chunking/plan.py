@@ -31,11 +31,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedChunk:
-    """A chunk to write: see `manifest.Chunk`."""
+    """A chunk to write: see `manifest.Chunk`.
+
+    Attributes:
+        id: its identity, where that is known before its payload is read.
+        packed: forms with quantised weights that are there already, and are copied as they are.
+    """
 
     name: str
     kind: str
     tensors: tuple[PlannedTensor, ...]
+    id: str = ""
+    packed: tuple[Form, ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -47,12 +54,18 @@ class PlannedChunk:
 
         `int4` has the matrices of layers in int4, and embeddings and heads in int8, as these matter more.
         """
+        if copied := self.copied(codec):
+            return copied.kinds
         wanted: Sequence[Kind] = ("int4", "int8") if codec == "int4" and self.kind == "layer" else ("int8",)
         kinds: list[Kind] = []
         for tensor in self.tensors:
             fitting = [kind for kind in wanted if tensor.is_matrix and fits(tensor.info, kind)]
             kinds.append(fitting[0] if fitting else "raw")
         return tuple(kinds) if codec in PACKED_CODECS and set(kinds) != {"raw"} else ()
+
+    def copied(self, codec: str) -> Form | None:
+        """The form of that codec that is copied as it is, if there is one."""
+        return next((form for form in self.packed if form.codec == codec), None)
 
     def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
         """The chunk as its manifest describes it, stored in these forms."""

@@ -28,7 +28,7 @@ from surfw.config import (
     display_url,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
-from surfw.manifest import Chunk, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
+from surfw.manifest import Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
     refuse_kernels,
     sanitise,
@@ -230,6 +230,25 @@ def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, whe
     warnings.warn(f"{seen}; it is chunked without them", UninitializedWeightsWarning, stacklevel=2)
 
 
+def find_matrices(manifest: Manifest) -> frozenset[str]:
+    """The tensors of a chunked model that may be quantised: see `PlannedTensor.is_matrix`. This takes torch.
+
+    Raises:
+        UnsupportedModelError: its class or configuration cannot be used here.
+    """
+    from surfw.skeleton.build import build_skeleton, read_config, resolve_class
+    from surfw.skeleton.dtypes import parse_dtype
+    from surfw.skeleton.units import matrices_of
+
+    clean, *_ = sanitise(manifest.config, manifest.generation_config, where=manifest.name)
+    config = read_config(clean, where=manifest.name)
+    cls = resolve_class(manifest.class_name, config, where=manifest.name)
+    tensor_count = len(manifest.tensors) + len(manifest.ties)
+    dtype = parse_dtype(manifest.dtype)
+    skeleton = build_skeleton(config, cls, dtype, tensor_count=tensor_count, where=manifest.name)
+    return matrices_of(skeleton.units, manifest.ties)
+
+
 class PayloadReader:
     """The payloads of chunks: source bytes as they are, or what transformers converts them to."""
 
@@ -253,6 +272,10 @@ class PayloadReader:
                 into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
                 if high == end:
                     self._converted.pop(tensor.info.name, None)
+
+    def read_form_into(self, chunk: PlannedChunk, form: Form, start: int, destination: memoryview) -> None:
+        """A checkpoint has no forms to copy."""
+        raise NotImplementedError
 
     def _convert(self, name: str) -> memoryview:
         if name not in self._converted:

@@ -295,16 +295,32 @@ class ChunkWriter:
             translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
             FormFiles(planned, scratch, self.codecs) as files,
         ):
-            for index, start in enumerate(range(0, size, PIECE_BYTES)):
-                if self._stop.is_set():
-                    raise StorageError(f"writing chunk {planned.name} was stopped")
+            for index, start in enumerate(range(0, size if files.needs_payload else 0, PIECE_BYTES)):
+                self._expect_to_go_on(planned)
                 if index >= len(buffers):
                     files.settle()  # the buffer's previous piece is not needed any more
                 piece = buffers[index % len(buffers)][: min(PIECE_BYTES, size - start)]
                 self.source.read_into(planned, start, piece)
                 files.add(piece)
                 self.progress(len(piece), planned.name)
+            for form in files.copied:
+                self._copy(planned, form, files)
+            if not files.needs_payload:
+                self.progress(size, planned.name)
             return files.finish()
+
+    def _copy(self, planned: PlannedChunk, form: Form, files: FormFiles) -> None:
+        """Copy a form as it is."""
+        buffer = memoryview(bytearray(min(form.stored_bytes, PIECE_BYTES)))
+        for start in range(0, form.stored_bytes, PIECE_BYTES):
+            self._expect_to_go_on(planned)
+            piece = buffer[: form.stored_bytes - start]
+            self.source.read_form_into(planned, form, start, piece)
+            files.copy(form, piece)
+
+    def _expect_to_go_on(self, planned: PlannedChunk) -> None:
+        if self._stop.is_set():
+            raise StorageError(f"writing chunk {planned.name} was stopped")
 
     async def _place(self, form: Form) -> tuple[Form, Outcome]:
         """Where the stored bytes will lie, and what becomes of them.

@@ -71,8 +71,8 @@ def chunk(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Forms to store: none, lossless, or both with a comma. [default: none, and lossless where that is at "
-            "least 10 % smaller]",
+            help="Forms to store: none, lossless, int8, int4, or several with commas; int8 and int4 are not exact. "
+            "[default: none, and lossless where that is at least 10 % smaller]",
         ),
     ] = None,
     source: Annotated[
@@ -118,7 +118,8 @@ def chunk(
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
 
-        wanted_copy = Copy(model=model, source=source, name=name, codecs=_read_codecs(codec), dry_run=dry_run)
+        codecs = None if codec is None else _read_codecs(codec)
+        wanted_copy = Copy(model=model, source=source, name=name, codecs=codecs, dry_run=dry_run)
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
             copy_model(wanted_copy, configuration, step, json=json, quiet=quiet)
         return
@@ -198,10 +199,11 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     import asyncio
 
     from surfw.chunking import prepare_model
-    from surfw.chunking.forms import estimate_coded_bytes
+    from surfw.chunking.forms import estimate_coded_bytes, planned_bytes
     from surfw.chunking.in_place import build_manifest, check_reach
     from surfw.chunking.prepare import PayloadReader
     from surfw.cli import chunk_view, render
+    from surfw.codec import PACKED_CODECS
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
@@ -226,6 +228,12 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         least_bytes, token_bytes = plan_least_budget(prepared, ("none",) if wanted.in_place else wanted.codecs)
         step("")
         facts = chunk_view.plan_facts(prepared, least_bytes, token_bytes)
+        if packed := [codec for codec in wanted.codecs if codec in PACKED_CODECS]:
+            facts["packed_forms"] = [
+                {"codec": codec, "bytes": planned_bytes(prepared.plan, codec)}
+                | {"least_budget_bytes": plan_least_budget(prepared, (codec,))[0]}
+                for codec in packed
+            ]
         if not wanted.dry_run:
             manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
             place = display_url(settings.store)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import render
+from surfw.codec import exact_forms
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
@@ -30,12 +31,10 @@ def show_result(
         forms = {"form_bytes": dict(_form_bytes(manifest))}
         render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms})
         return
-    coded = _form_bytes(manifest)["lossless"]
-    beside = f", and {format_size(coded)} compressed without loss," if coded else ""
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
     render.say(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
-        f"{format_size(manifest.payload_bytes)}{beside} in {place}{how}"
+        f"{_describe_forms(manifest)} in {place}{how}"
     )
     if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
         logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
@@ -47,6 +46,17 @@ def _form_bytes(manifest: "Manifest") -> Counter[str]:
     for chunk in manifest.chunks:
         found.update({form.codec: form.stored_bytes for form in chunk.forms})
     return found
+
+
+def _describe_forms(manifest: "Manifest") -> str:
+    """The size of the weights, and of each form besides the plain one."""
+    sizes = _form_bytes(manifest)
+    words = {"lossless": "compressed without loss", "int8": "as int8", "int4": "as int4"}
+    others = [f"{format_size(sizes[codec])} {text}" for codec, text in words.items() if sizes[codec]]
+    if all(map(exact_forms, manifest.chunks)):
+        others.insert(0, format_size(manifest.payload_bytes))
+    *first, last = others
+    return f"{', '.join(first)}, and {last}," if first else last
 
 
 def _tell(outcomes: "Counter[Outcome]") -> str:
@@ -96,6 +106,9 @@ def show_plan(prepared: "PreparedModel", facts: Mapping[str, Any]) -> None:
     for_tokens = f", and {format_size(per_token)} for each token of a generation" if per_token else ""
     coded = facts.get("lossless_estimate_bytes")
     without_loss = f", and about {format_size(coded)} compressed without loss" if coded else ""
+    for form in facts.get("packed_forms", ()):
+        least_of_form = format_size(form["least_budget_bytes"])
+        render.say(f"as {form['codec']}: {format_size(form['bytes'])}; the smallest budget: {least_of_form}")
     render.say(
         f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "
         f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}{without_loss}; "

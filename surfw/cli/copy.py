@@ -21,7 +21,7 @@ class Copy:
     model: str
     source: str
     name: str | None
-    codecs: tuple[str, ...]
+    codecs: tuple[str, ...] | None
     dry_run: bool
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli.status import duration, percent, rate
+from surfw.codec import PACKED_CODECS
 from surfw.config import MB, count, format_size, is_server_url
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Report:
         facts = {
             "model": self.model,
             "source": self.source,
+            "codec": statistics["plan"]["codec"] if statistics["plan"] else None,
             "text": result.text,
             "token_ids": result.token_ids,
             "prompt_tokens": result.prompt_tokens,
@@ -80,6 +82,8 @@ def summary(report: Report) -> str:
     """Say what a run took, why it was not faster, and what would help most."""
     result, statistics = report.result, report.statistics
     parts = [("" if report.is_whole else "stopped after ") + _took(result, statistics["time"])]
+    if (plan := statistics["plan"]) and plan["codec"] in PACKED_CODECS:
+        parts.append(f"weights are {plan['codec']}, not exact")
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))

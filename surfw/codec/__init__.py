@@ -47,6 +47,11 @@ def choose_form(chunk: Chunk, codec: str = "none") -> Form:
     raise ManifestError(f"chunk {chunk.name} is stored as {offered}; this surfw decodes {', '.join(CODECS)}")
 
 
+def exact_forms(chunk: Chunk) -> tuple[Form, ...]:
+    """The forms of a chunk that its payload can be had from."""
+    return tuple(form for form in chunk.forms if not form.is_packed)
+
+
 def stored_codecs(manifest: Manifest) -> tuple[str, ...]:
     """The codecs that any chunk of a model has a form of, in the order of `CODECS`."""
     stored = {form.codec for chunk in manifest.chunks for form in chunk.forms}
@@ -73,22 +78,18 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
         ConfigurationError: the model is not stored so.
     """
     stored = stored_codecs(manifest)
-    if codec == "auto" and not all(map(_exact_forms, manifest.chunks)):
+    if codec == "auto" and not all(map(exact_forms, manifest.chunks)):
         codec = next((one for one in PACKED_CODECS if one in stored), codec)
     chunks = []
     for chunk in manifest.chunks:
         packed = chunk.form(codec) if codec in PACKED_CODECS else None
-        forms = (packed,) if packed else _exact_forms(chunk)
+        forms = (packed,) if packed else exact_forms(chunk)
         chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
     if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
         advice = "ask for one of these, or chunk its checkpoint again"
-        if all(map(_exact_forms, manifest.chunks)):
+        if all(map(exact_forms, manifest.chunks)):
             advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
         raise ConfigurationError(
             f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
         )
     return manifest if all(map(is_, chunks, manifest.chunks)) else replace(manifest, chunks=tuple(chunks))
-
-
-def _exact_forms(chunk: Chunk) -> tuple[Form, ...]:
-    return tuple(form for form in chunk.forms if not form.is_packed)

@@ -2,6 +2,7 @@
 
 from typing import TypedDict
 
+from surfw.codec import packed_codec
 from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
@@ -67,8 +68,12 @@ class RunTimes(TypedDict):
 
 
 class PlanFacts(TypedDict):
-    """The facts of the plan that decide how fast a run is."""
+    """The facts of the plan that decide how fast a run is.
 
+    `codec` is `int8` or `int4` where weights are not exact; else `lossless` if any were decoded, or `none`.
+    """
+
+    codec: str
     limited_by: LimitedBy
     budget_bytes: int | None
     reserved_bytes: int
@@ -134,7 +139,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
             "decode_seconds": metrics.seconds("decode"),
         },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
-        "plan": _plan_facts(parts) if parts else None,
+        "plan": _plan_facts(metrics, parts) if parts else None,
     }
 
 
@@ -159,9 +164,10 @@ def stall_share(time: RunTimes) -> float:
     return time["stall_seconds"] / seconds if seconds else 0.0
 
 
-def _plan_facts(parts: ModelParts) -> PlanFacts:
+def _plan_facts(metrics: Metrics, parts: ModelParts) -> PlanFacts:
     plan = parts.engine.plan
     return {
+        "codec": packed_codec(parts.manifest) or ("lossless" if metrics.count("decoded_bytes") else "none"),
         "limited_by": parts.limited_by,
         "budget_bytes": plan.budget_bytes,
         "reserved_bytes": plan.reserved_bytes,

@@ -61,7 +61,7 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
     done = surfw(home, "infer", "--source", str(home / "store"), "--model", "tiny", "--prompt", "Weights", "--json")
     facts = json.loads(done.stdout)
     assert facts.keys() == {
-        "model", "source", "text", "token_ids", "prompt_tokens", "new_tokens", "load_seconds", "ttft_seconds",
+        "model", "source", "codec", "text", "token_ids", "prompt_tokens", "new_tokens", "load_seconds", "ttft_seconds",
         "tpot_seconds", "tokens_per_second", "cache", "time", "plan", "peak_rss_bytes",
     }  # fmt: skip
     assert facts["cache"].keys() == {
@@ -69,7 +69,7 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
         "refetched_blocks", "kv_cache_bytes",
     }  # fmt: skip
     assert facts["plan"].keys() == {
-        "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",
+        "codec", "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",
     }  # fmt: skip
     assert facts["time"].keys() == {"stall_seconds", "compute_seconds", "decode_seconds"}
     assert facts["new_tokens"] == len(facts["token_ids"]) > 1

@@ -119,7 +119,7 @@ def test_a_run_that_waited_for_a_server_with_a_small_cache_says_so(
     statistics: Any = {
         "cache": {"refetched_blocks": 0},
         "time": {"stall_seconds": stall_seconds, "compute_seconds": 10 - stall_seconds},
-        "plan": {"bytes_per_pass": pass_bytes, "limited_by": "default"},
+        "plan": {"codec": "none", "bytes_per_pass": pass_bytes, "limited_by": "default"},
     }
     said = summary(
         Report(

@@ -60,7 +60,8 @@ STATISTICS: Statistics = {
     "time": {"stall_seconds": 19.1, "compute_seconds": 12.2},
     "fetch_latency_seconds": {"p50": 0.0921, "p95": 1.31},
     "plan": {
-        "limited_by": "memory_budget", "budget_bytes": 400_000_000, "reserved_bytes": 0, "pinned": 7, "streamed": 18,
+        "codec": "none", "limited_by": "memory_budget", "budget_bytes": 400_000_000, "reserved_bytes": 0, "pinned": 7,
+        "streamed": 18,
         "bytes_per_pass": 1_500_000_000,
     },
 }  # fmt: skip

@@ -32,8 +32,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA in each dtype, whose layers have more than a block in each form; the head of one is not tied."""
     folder = tmp_path_factory.mktemp("packed")
     for name in TOLERANCE:
-        settings = {"layers": 3, "hidden": 640, "vocab_size": 1000, "dtype": getattr(torch, name)}
-        save_llama(folder / name, tie_word_embeddings=name != "bfloat16", **settings)
+        save_llama(folder / name, layers=3, hidden=640, vocab_size=1000, tie_word_embeddings=name != "bfloat16")
+        model = transformers.LlamaForCausalLM.from_pretrained(folder / name)
+        copy.deepcopy(model).to(getattr(torch, name)).save_pretrained(folder / name)
     return folder
 
 
