@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.services import warm
@@ -20,10 +21,15 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     return clean | own | {"TERM": "dumb"} | extra
 
 
+def imports(command: Sequence[str]) -> Sequence[str]:
+    """What a command imports."""
+    return warm.MODELS if {"bench", "chat", "chunk", "infer"} & set(command) else warm.COMMANDS
+
+
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, in a process that has its imports done."""
-    modules = warm.MODELS if {"bench", "chat", "chunk", "infer"} & set(arguments) else warm.COMMANDS
-    return warm.run([SURFW, *arguments], modules=modules, input=stdin, env=environment(home, **extra))
+    command = [SURFW, *arguments]
+    return warm.run(command, modules=imports(command), input=stdin, env=environment(home, **extra))
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:

@@ -17,9 +17,10 @@ import pytest
 
 from surfw.cli.streams import break_lines
 from surfw.storage import Store, open_backend
-from tests.cli.run import SURFW, environment, surfw
+from tests.cli.run import SURFW, environment, imports, surfw
 from tests.cli.terminal import terminal
 from tests.servers import serve
+from tests.services import warm
 from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
@@ -213,14 +214,15 @@ def test_a_reader_that_was_never_there(name: str, places: dict[str, str]) -> Non
     reading, writing = os.pipe()
     os.close(reading)
     command = [SURFW, *(places.get(one, one) for one in COMMANDS[name])]
-    done = subprocess.run(
-        command, env=environment(Path(places["STORE"]).parent), stdin=subprocess.DEVNULL, stdout=writing,
-        stderr=subprocess.PIPE, timeout=120, check=False,
+    process = warm.start(
+        command, modules=imports(command), env=environment(Path(places["STORE"]).parent), stdin=subprocess.DEVNULL,
+        stdout=writing, stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(writing)
-    assert done.returncode == 141, done.stderr
-    assert b"error" not in done.stderr
-    assert b"Traceback" not in done.stderr
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 141, said
+    assert "error" not in said
+    assert "Traceback" not in said
 
 
 def test_long_lines_are_broken_between_words(tmp_path: Path) -> None:
