@@ -1,17 +1,29 @@
 """`bench start` times whole processes to their first token, beside downloading the checkpoint."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
 
 import pytest
 
+from surfw.bench import start
 from surfw.bench.start import bench_start
 from surfw.errors import ConfigurationError, SurfwError
 from tests.checkpoints import save_llama
 from tests.cli.run import surfw
+from tests.services import warm
 from tests.stores import make_store
 
 
-def test_each_way_is_timed_and_compared_with_the_download(tmp_path: Path) -> None:
+def _start(command: list[str], *, stdin: int, stdout: int, stderr: IO[str]) -> warm.Process:
+    return warm.start(command, stdin=stdin, stdout=stdout, stderr=stderr.fileno())
+
+
+def test_each_way_is_timed_and_compared_with_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With processes that have their imports done; the next test starts one as users do."""
+    parts = {"Popen": _start, "PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+    monkeypatch.setattr(start, "subprocess", SimpleNamespace(**parts))
     checkpoint = save_llama(tmp_path / "tiny")
     assert surfw(tmp_path, "chunk", str(checkpoint)).returncode == 0
     said: list[str] = []

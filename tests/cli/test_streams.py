@@ -182,14 +182,21 @@ def test_a_result_that_cannot_be_printed_is_an_error_in_one_line(name: str, plac
         assert errors == [f"surfw: error: stdout cannot be written to: {reason}; what was printed is not complete"]
 
 
+WITHOUT_STDERR = ["2>&-", "2>/dev/full", "2>&- <&-"]
+
+
 @pytest.mark.parametrize("name", ["config", "stats", "list"])
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- <&-"])
+@pytest.mark.parametrize("redirection", WITHOUT_STDERR)
 def test_without_stderr_the_result_is_the_same(name: str, redirection: str, places: dict[str, str]) -> None:
     done = run_in_shell(places, COMMANDS[name], redirection)
     assert done.returncode == 0
     assert done.stdout
     for failing in (f">&- {redirection}", f">/dev/full {redirection}"):
         assert run_in_shell(places, COMMANDS[name], failing).returncode == 1
+
+
+@pytest.mark.parametrize("redirection", WITHOUT_STDERR)
+def test_without_stderr_an_error_is_its_exit_code(redirection: str, places: dict[str, str]) -> None:
     refused = run_in_shell(places, ["chunk", "./nowhere"], redirection)
     assert (refused.returncode, refused.stdout) == (1, b"")
 
