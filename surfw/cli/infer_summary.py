@@ -5,6 +5,7 @@ from __future__ import annotations  # what comes from torch's rooms is named in 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from surfw.cli.addresses import is_on_this_machine
 from surfw.cli.status import duration, percent, rate
 from surfw.config import MB, count, format_size, is_server_url
 
@@ -70,9 +71,9 @@ class Report:
 
 
 def place_of(source: str) -> str:
-    """Say in a word what a run waits for: `link`, `disk`, or `storage` that is somewhere else."""
+    """Say in a word what a run waits for: `link`, `server` on this machine, `disk`, or `storage` somewhere else."""
     if is_server_url(source):
-        return "link"
+        return "server" if is_on_this_machine(source) else "link"
     return "storage" if "://" in source and not source.startswith("file://") else "disk"
 
 
@@ -142,7 +143,7 @@ def encoder_text(result: InferenceResult) -> str | None:
         lines = []
         for one in result.predictions:
             place = f"token {one['position']}: " if "position" in one else ""
-            lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
+            lines.append(place + ", ".join(f"{c['text']} ({percent(c['probability'], 1)})" for c in one["candidates"]))
         return "\n".join(lines)
     values = result.embedding
     if values is None:
