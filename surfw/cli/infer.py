@@ -14,7 +14,7 @@ from surfw.cli import chat, options
 from surfw.cli.addresses import Mistake
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
-from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.errors import SurfwError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from surfw.cli.infer_summary import Report
@@ -317,7 +317,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
         raise Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     expect_utf8(prompt, "the prompt")
     if not prompt.strip():
-        raise ConfigurationError("the prompt is empty; write a text, or pipe one in with --prompt -")
+        raise Mistake("the prompt is empty; write a text, or pipe one in with --prompt -")
     return prompt
 
 

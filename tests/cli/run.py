@@ -26,10 +26,10 @@ def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subproc
     return warm.run([SURFW, *arguments], modules=modules, input=stdin, env=environment(home, **extra))
 
 
-def complaint(done: subprocess.CompletedProcess[str]) -> str:
+def complaint(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
     """The one line a failed command says; fails the test if there is more, or another exit code."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("surfw: error: ")]
     rest = [line for line in lines if not line.startswith(("surfw: error: ", "surfw: source: ", "surfw: warning: "))]
-    assert (done.returncode, len(errors), rest) == (1, 1, []), (done.returncode, done.stderr[-2000:])
+    assert (done.returncode, len(errors), rest) == (code, 1, []), (done.returncode, done.stderr[-2000:])
     return errors[0].removeprefix("surfw: error: ")
