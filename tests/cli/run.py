@@ -17,6 +17,7 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     not_ours = ("SURFW_", "HF_", "COLUMNS", "LINES")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
     own = {"SURFW_HOME": str(home), "SURFW_PORT": _NO_SERVER, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
+    own["OMP_NUM_THREADS"] = "1"  # so that no summary speaks of other work on the tester's machine
     return clean | own | {"TERM": "dumb"} | extra
 
 

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from surfw.cli.explain_view import explanation_rows, facts, show
-from surfw.cli.infer_summary import Report, limits, summary
+from surfw.cli.infer_summary import Report, limits, queued_seconds, summary
 from surfw.models import Explanation
 from surfw.models.explain import Advice
 from surfw.models.inference import InferenceResult
@@ -133,6 +133,23 @@ def test_a_run_that_waited_for_a_server_with_a_small_cache_says_so(
     clause = "; the server's cache of 5 B is smaller than one pass (1.5 MB), so it reads its storage each time; "
     assert (f"{clause}--cache-mb 30 there would help" in said) == is_said
     assert len(asked) == (stall_seconds == 9 and is_whole), "nobody is asked who is not to blame"
+
+
+def test_a_run_beside_other_work_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    time = {"stall_seconds": 1, "compute_seconds": 9}
+    statistics: Any = {"cache": {"refetched_blocks": 0}, "time": time, "plan": None}
+    alone = Report(
+        model="m", source="/s", result=InferenceResult(prompt_tokens=3), load_seconds=1, statistics=statistics,
+        peak_rss_bytes=1, queued_seconds=1,
+    )  # fmt: skip
+    hint = "; other work kept its threads waiting for a processor; OMP_NUM_THREADS=1 may be faster then"
+    assert hint not in summary(alone)
+    beside = replace(alone, queued_seconds=8)
+    assert summary(beside).endswith(hint)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert hint not in summary(beside)
+    assert queued_seconds() >= 0
 
 
 def test_a_run_that_waited_says_what_would_help() -> None:
