@@ -38,7 +38,7 @@ def test_on_a_terminal_the_text_stays_and_the_status_goes(home: Path) -> None:
     rows = window.rows()
     assert rows[-3] == SAYS
     assert rows[-2].startswith("surfw: 14 tokens in ")
-    assert "waited for the link" in shown(rows[-2:])
+    assert "waited for the server" in shown(rows[-2:])
     assert "/14 tokens" not in shown(rows)
 
 
