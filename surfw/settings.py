@@ -138,7 +138,9 @@ class Settings:
         has_form=is_size,
     )
     policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
-    codec: CodecChoice = _setting("auto", "Which form of the weights is read: what is faster, or one of them.")  # noqa: RUF009 - it makes a field
+    codec: CodecChoice = _setting(
+        "auto", "Which form of the weights is read: what is faster, or one of them; int8 and int4 are not exact."
+    )  # noqa: RUF009 - it makes a field
     dtype: str | None = _setting(
         None,
         "Run in this dtype, such as bfloat16.",

@@ -15,10 +15,12 @@ from typing import get_args
 
 from surfw.bench.process import describe_end
 from surfw.bench.result import Result, Row, describe_machine, summarise
+from surfw.codec import DEFAULT_CODECS
 from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError, SurfwError
 
 CODECS: Sequence[str] = get_args(CodecChoice)
+EXACT: Sequence[str] = ("auto", *(codec for codec in CODECS if codec in DEFAULT_CODECS))
 _PROMPT_IDS = "1,2,3,4,5,6,7,8"
 _DOWNLOAD = "download, then transformers"
 _LOCAL = "transformers, from the same folder"
@@ -30,7 +32,7 @@ def bench_start(
     *,
     model: str | None = None,
     download: str | None = None,
-    codecs: Sequence[str] = CODECS,
+    codecs: Sequence[str] = EXACT,
     arguments: Sequence[str] = (),
     rounds: int = 3,
     on_progress: Callable[[str], object] = lambda _: None,

@@ -74,8 +74,8 @@ class ModelChunker:
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
-            codecs: the forms to store of each chunk, `none` and `lossless`; where both are asked for, a coded one is
-                kept where it is at least 10 % smaller.
+            codecs: the forms to store of each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
+                Beside `none`, `lossless` is kept where it is at least 10 % smaller.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
 

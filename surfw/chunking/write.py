@@ -110,7 +110,8 @@ async def write_model(
     Args:
         prepared: the model.
         backend: the storage.
-        codecs: the forms to write of each chunk. Beside `none`, a coded form is kept where it is at least 10 % smaller.
+        codecs: the forms to write of each chunk. Beside `none`, `lossless` is kept where it is at least 10 % smaller;
+            `int8` and `int4` are written where there are weights to quantise.
         progress: see `Progress`.
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 

@@ -189,7 +189,7 @@ def start(
         ),
     ] = None,
     codec: Annotated[
-        str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, separated by commas.")
+        str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, int8, int4, separated by commas.")
     ] = "auto,none,lossless",
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
     json: options.Json = False,

@@ -93,8 +93,9 @@ class StreamingBaseModel(ModelLifetime):
                 warning. The only way ever to do so.
             policy: which layers stay where not all fit. `auto`: a part of them that is chosen once, for the order in
                 which they run; `lru`: those that were used last.
-            codec: which form of the weights is read where the source has several: `auto` takes the one that the run is
-                faster with, as measured; `none` or `lossless` that one wherever it is there. The result is the same.
+            codec: which form of the weights is read where the source has several: `auto` takes the exact one that the
+                run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
+                the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
                 `WeightClient`.
 

@@ -45,7 +45,7 @@ class Explanation:
         least_budget_bytes: the smallest budget that the model runs with.
         base_bytes: resident memory of the process before the first weight came; neither that nor activations are in a
             budget.
-        codec: the form in which most of the weights are read: `none`, or `lossless` where that is faster.
+        codec: the form in which most of the weights are read: `none`, `lossless` where that is faster, or a packed one.
         bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
         bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
         measured_bytes: how many bytes the measurement read; None if nothing is streamed.
