@@ -138,9 +138,10 @@ class Settings:
         has_form=is_size,
     )
     policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field
-    codec: CodecChoice = _setting(
-        "auto", "Which form of the weights is read: what is faster, or one of them; int8 and int4 are not exact."
-    )  # noqa: RUF009 - it makes a field
+    codec: CodecChoice = _setting(  # noqa: RUF009 - it makes a field
+        "auto",
+        "Which form of the weights is read: what is faster, or one of them; int8 and int4 are not exact.",
+    )
     dtype: str | None = _setting(
         None,
         "Run in this dtype, such as bfloat16.",
