@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import render
-from surfw.codec import exact_forms
+from surfw.codec import exact_forms, form_bytes
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def show_result(
     """Show what was written: one JSON object, or a line."""
     if json:
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
-        forms = {"form_bytes": dict(_form_bytes(manifest))}
+        forms = {"form_bytes": form_bytes(manifest)}
         render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms})
         return
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
@@ -40,19 +40,11 @@ def show_result(
         logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
 
 
-def _form_bytes(manifest: "Manifest") -> Counter[str]:
-    """How many bytes are stored in forms of each codec."""
-    found: Counter[str] = Counter()
-    for chunk in manifest.chunks:
-        found.update({form.codec: form.stored_bytes for form in chunk.forms})
-    return found
-
-
 def _describe_forms(manifest: "Manifest") -> str:
     """The size of the weights, and of each form besides the plain one."""
-    sizes = _form_bytes(manifest)
+    sizes = form_bytes(manifest)
     words = {"lossless": "compressed without loss", "int8": "as int8", "int4": "as int4"}
-    others = [f"{format_size(sizes[codec])} {text}" for codec, text in words.items() if sizes[codec]]
+    others = [f"{format_size(sizes[codec])} {text}" for codec, text in words.items() if codec in sizes]
     if all(map(exact_forms, manifest.chunks)):
         others.insert(0, format_size(manifest.payload_bytes))
     *first, last = others

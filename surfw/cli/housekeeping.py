@@ -188,6 +188,7 @@ def _show_details(model: ModelDetails) -> None:
             "in the store",
             f"{format_size(model.stored_bytes)}, {format_size(model.shared_bytes)} shared with other models",
         ),
+        ("forms", ", ".join(f"{codec} {format_size(size)}" for codec, size in model.form_bytes.items())),
         ("files", ", ".join(file.name for file in model.files) or "none, so that it takes no text"),
         ("digest", model.digest),
     ]

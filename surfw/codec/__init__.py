@@ -4,6 +4,7 @@
 asked for, or all that there is.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import is_
@@ -56,6 +57,14 @@ def stored_codecs(manifest: Manifest) -> tuple[str, ...]:
     """The codecs that any chunk of a model has a form of, in the order of `CODECS`."""
     stored = {form.codec for chunk in manifest.chunks for form in chunk.forms}
     return tuple(sorted(stored, key=lambda codec: [*CODECS, codec].index(codec)))
+
+
+def form_bytes(manifest: Manifest) -> dict[str, int]:
+    """How many bytes are stored in forms of each codec."""
+    found: Counter[str] = Counter()
+    for chunk in manifest.chunks:
+        found.update({form.codec: form.stored_bytes for form in chunk.forms})
+    return dict(found)
 
 
 def packed_codec(manifest: Manifest) -> str | None:

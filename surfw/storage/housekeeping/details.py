@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from surfw.codec import form_bytes
 from surfw.storage.backends import open_backend
 from surfw.storage.housekeeping import StoredModel, summarise
 from surfw.storage.housekeeping.prune import survey
@@ -37,12 +38,14 @@ class ModelDetails(StoredModel):
     Attributes:
         store: where it lies.
         digest: BLAKE3 of its manifest: equal for equal models.
+        form_bytes: what is stored in forms of each codec.
         files: of its tokenizer.
         parts: its chunks, in the order of its modules.
     """
 
     store: str
     digest: str
+    form_bytes: Mapping[str, int]
     files: tuple[StoredFile, ...]
     parts: tuple[StoredChunk, ...]
 
@@ -74,6 +77,7 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         **asdict(summarise(manifest, objects_of(manifest), uses)),
         store=store.url,
         digest=manifest.digest,
+        form_bytes=form_bytes(manifest),
         files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),
         parts=tuple(
             StoredChunk(name=chunk.name, kind=chunk.kind, tensors=len(chunk.tensors), payload_bytes=chunk.payload_bytes)
