@@ -1,8 +1,9 @@
 """surfw against its peers on the same generation, in the same run, under the same cap on memory.
 
 Everything runs in a process of its own. A round lets each peer run once, so that whatever else the machine does falls
-on all of them. Just before and after surfw, a process under the same cap reads the store's files for a moment: its rate
-is the bandwidth of that round, measured while neither a model nor imports of one press on the memory.
+on all of them; who was first in a round is last in the next one. Just before and after surfw, a process under the same
+cap reads the store's files for a moment: its rate is the bandwidth of that round, measured while neither a model nor
+imports of one press on the memory.
 """
 
 import asyncio
@@ -88,9 +89,11 @@ def _run_rounds(
     bandwidths: list[float | None] = []
     for number in range(1, work.rounds + 1):
         where = f"round {number} of {work.rounds}"
-        before = _bandwidth(work, where, on_progress)
-        after = None
-        for name in names:
+        before = after = None
+        turn = (number - 1) % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            if name == SURFW:
+                before = _bandwidth(work, where, on_progress)
             if all(one.failed is None for one in outcomes[name]):
                 on_progress(f"{where}: {name}")
                 outcomes[name].append(
