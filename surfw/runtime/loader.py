@@ -80,18 +80,19 @@ class Loader:
             IntegrityError: bytes are not what the manifest promises; the buffer holds nothing usable.
             StorageError, WireError: they could not be read.
         """
-        with self.forms.loading(chunk) as form:
-            if form.is_packed:
-                await self._read_as_it_is(chunk, form, buffer.view[: form.stored_bytes], priority, in_pieces=in_pieces)
-                if _plan_casts(chunk, form, self.dtypes)[0]:
-                    await in_thread(_cast_raw_parts, chunk, form, buffer, self.dtypes)
-            elif not _casts(chunk, self.dtypes):
-                await self._read(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
-            else:
-                async with self._scratch_turn:
-                    scratch = Buffer(buffer_bytes(chunk, {}))
-                    await self._read(chunk, form, scratch, priority, in_pieces=in_pieces, may_map=may_map)
-                    await in_thread(self._cast, chunk, scratch, buffer)
+        form = self.forms.form(chunk)
+        if form.is_packed:
+            await self._read_as_it_is(chunk, form, buffer.view[: form.stored_bytes], priority, in_pieces=in_pieces)
+            if _plan_casts(chunk, form, self.dtypes)[0]:
+                await in_thread(_cast_raw_parts, chunk, form, buffer, self.dtypes)
+        elif not _casts(chunk, self.dtypes):
+            await self._read(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
+        else:
+            async with self._scratch_turn:
+                scratch = Buffer(buffer_bytes(chunk, {}))
+                await self._read(chunk, form, scratch, priority, in_pieces=in_pieces, may_map=may_map)
+                await in_thread(self._cast, chunk, scratch, buffer)
+        self.forms.loaded(chunk.payload_bytes)
         return form.stored_bytes
 
     async def map(self, chunk: Chunk) -> View | None:

@@ -13,6 +13,7 @@ from surfw.codec.lossless import FrameDecoder
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, TensorInfo, digest_blocks
+from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.loader import Loader, buffer_bytes
@@ -145,12 +146,70 @@ def test_a_load_that_is_cancelled_ends_only_when_nothing_is_decoded_any_more(mon
 
 MADE = weights("c", 2 * MIB)
 CHUNK = coded_model([MADE])[0].chunks[0]
+GB = 10**9
+
+
+def choice(*, reading: float | None, decoding: float | None, computing: float = 0.0, is_far: bool = False) -> str:
+    """The codec that is chosen at these rates, in bytes per second; `computing` in seconds per GB."""
+    metrics = Metrics()
+    metrics.add_seconds("forward", computing + 1)
+    metrics.add_seconds("stall", 1)
+    made = FormChoice(is_far=is_far, metrics=metrics)
+    if reading:
+        made.reading.add(reading, 1)
+    if decoding:
+        made.decoding.add(decoding, 1)
+    made.loaded(GB)
+    return made.form(CHUNK).codec
+
+
+@pytest.mark.parametrize(
+    ("reading", "decoding", "computing", "expected"),
+    [
+        (0.117 * GB, 3.4 * GB, 0.05, "lossless"),  # a link of 1 Gbit/s
+        (2.5 * GB, 2.0 * GB, 0.05, "none"),  # a fast disk, and a slow decoder
+        (1.0 * GB, 6.6 * GB, 0.05, "lossless"),  # a slower disk, and a fast decoder
+        (20 * GB, 3.4 * GB, 0.05, "none"),  # a page cache
+        (0.117 * GB, 0.1 * GB, 0.05, "none"),  # a tiny processor
+        (2.5 * GB, 6.6 * GB, 2.0, "none"),  # computing takes longest: decoding would only add to it
+    ],
+)
+def test_the_form_is_taken_that_a_run_is_faster_with(
+    reading: float, decoding: float, computing: float, expected: str
+) -> None:
+    assert choice(reading=reading, decoding=decoding, computing=computing) == expected
+
+
+@pytest.mark.parametrize("is_far", [True, False])
+def test_each_form_is_tried_before_there_are_rates(is_far: bool) -> None:
+    assert choice(reading=None, decoding=None, is_far=is_far) == ("lossless" if is_far else "none")
+    assert choice(reading=GB, decoding=None, is_far=is_far) == "lossless"
 
 
 @pytest.mark.parametrize("codec", ["none", "lossless"])
 def test_a_codec_that_is_asked_for_is_taken_wherever_it_is_there(codec: str) -> None:
     assert FormChoice(codec).form(CHUNK).codec == codec
     assert FormChoice(codec).form(MADE[0]).codec == "none"
+
+
+def test_of_many_plain_loads_one_tries_whether_decoding_has_become_faster() -> None:
+    made = FormChoice()
+    made.reading.add(100 * GB, 1)
+    made.decoding.add(GB, 1)
+    chosen = [made.form(CHUNK).codec for _ in range(100)]
+    assert chosen.count("lossless") == 2
+
+
+def test_a_form_is_kept_where_the_other_one_is_hardly_faster() -> None:
+    def choose(is_far: bool) -> str:
+        made = FormChoice(is_far=is_far)
+        ratio = CHUNK.forms[1].stored_bytes / CHUNK.forms[0].stored_bytes
+        made.reading.add(GB, 1)
+        made.decoding.add(GB / (0.96 - ratio), 1)
+        assert ratio < 0.96
+        return made.form(CHUNK).codec
+
+    assert (choose(True), choose(False)) == ("lossless", "none")
 
 
 def test_a_rate_counts_the_time_in_which_anything_went_on() -> None:
