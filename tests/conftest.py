@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ __all__ = ["redis_url", "s3"]
 TESTS = Path(__file__).parent
 _NOBODY = 65534
 
+# What was compiled is kept (.gitignore names it), also where PYTHONDONTWRITEBYTECODE is set: else each process of xdist
+# spends 5 seconds on the tests' own files, and each command a tenth of one on surfw's.
+sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
