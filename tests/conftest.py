@@ -15,9 +15,9 @@ from hypothesis import settings as hypothesis_settings
 from surfw.files import user_name
 from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
-from tests.services.s3 import s3
+from tests.services.s3 import _botocore_reads_its_data_once, s3
 
-__all__ = ["redis_url", "s3"]
+__all__ = ["_botocore_reads_its_data_once", "redis_url", "s3"]
 
 TESTS = Path(__file__).parent
 _NOBODY = 65534
