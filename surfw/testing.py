@@ -19,6 +19,7 @@ event loop of its own, as surfw may use one backend on several loops, one after 
 
 import asyncio
 import io
+from array import array
 from typing import Any
 
 from surfw.errors import NotFoundError, StorageError
@@ -35,7 +36,7 @@ KEY = "blobs/ab/abcd.bin"
 """The key that most of the tests use."""
 
 _EVERY_BYTE = bytes(range(256))
-_LARGE = b"".join(index.to_bytes(8, "big") for index in range((33 << 17) + 3))
+_LARGE = array("Q", range((33 << 17) + 3)).tobytes()
 
 OBJECTS = {
     KEY: _EVERY_BYTE,

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,16 @@ from hypothesis import settings as hypothesis_settings
 from surfw.files import user_name
 from surfw.settings import CONFIG_VARIABLE, SETTINGS, TOKEN_VARIABLE
 from tests.services.redis import redis_url
-from tests.services.s3 import s3
+from tests.services.s3 import _botocore_reads_its_data_once, s3
 
-__all__ = ["redis_url", "s3"]
+__all__ = ["_botocore_reads_its_data_once", "redis_url", "s3"]
 
 TESTS = Path(__file__).parent
 _NOBODY = 65534
 
+# What was compiled is kept (.gitignore names it), also where PYTHONDONTWRITEBYTECODE is set: else each process of xdist
+# spends 5 seconds on the tests' own files, and each command a tenth of one on surfw's.
+sys.dont_write_bytecode = False
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -1,5 +1,6 @@
 """The house rules hold: import contracts, linter, types."""
 
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,31 @@ BIN = Path(sys.executable).parent
 def test_house_rules(command: list[str]) -> None:
     done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_types_are_seen_from_outside(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(
+        "import asyncio\n"
+        "from surfw import ModelChunker, StreamingLlamaModel, StreamingModel, WeightServer\n"
+        "async def main() -> float:\n"
+        "    info = await ModelChunker('x').chunk_model()\n"
+        "    async with WeightServer(model_path=info.store, port=0) as server:\n"
+        "        model = await StreamingModel.open_async(server.url, model='x', memory_budget='1GB', policy='lru')\n"
+        "        async for text in model.stream('a'):\n"
+        "            print(text.upper())\n"
+        "        async for token in model.stream([1]):\n"
+        "            print(token + 1)\n"
+        "        async with StreamingLlamaModel('x', websocket_uri=server.url, cache_size=5, token=None) as other:\n"
+        "            return other.get_cache_info()['hit_rate'] + len(await model.warmup([0]))\n"
+        "asyncio.run(main())\n"
+    )
+    # With the rules and the cache of the check before: alone it would take as long.
+    rules = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
+    seen = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(
+        [str(BIN / "mypy"), *rules, "user.py"], capture_output=True, text=True, check=False, cwd=tmp_path, env=seen
+    )
+    assert done.stdout == "Success: no issues found in 1 source file\n"
 
 
 def test_nothing_at_the_top_level_but_what_belongs_there() -> None:

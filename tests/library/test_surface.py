@@ -3,7 +3,6 @@
 import ast
 import inspect
 import json
-import os
 import subprocess
 import sys
 import typing
@@ -133,27 +132,3 @@ def test_the_library_is_silent(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_types_are_seen_from_outside(tmp_path: Path) -> None:
-    (tmp_path / "user.py").write_text(
-        "import asyncio\n"
-        "from surfw import ModelChunker, StreamingLlamaModel, StreamingModel, WeightServer\n"
-        "async def main() -> float:\n"
-        "    info = await ModelChunker('x').chunk_model()\n"
-        "    async with WeightServer(model_path=info.store, port=0) as server:\n"
-        "        model = await StreamingModel.open_async(server.url, model='x', memory_budget='1GB', policy='lru')\n"
-        "        async for text in model.stream('a'):\n"
-        "            print(text.upper())\n"
-        "        async for token in model.stream([1]):\n"
-        "            print(token + 1)\n"
-        "        async with StreamingLlamaModel('x', websocket_uri=server.url, cache_size=5, token=None) as other:\n"
-        "            return other.get_cache_info()['hit_rate'] + len(await model.warmup([0]))\n"
-        "asyncio.run(main())\n"
-    )
-    rules = "[mypy]\nstrict=true\nfollow_imports=silent\n"
-    (tmp_path / "mypy.ini").write_text(rules + "[mypy-torch.*,transformers.*]\nfollow_imports=skip\n")  # they take long
-    command = [sys.executable, "-m", "mypy", "--no-incremental", "user.py"]
-    seen = os.environ | {"MYPYPATH": str(STUB.parent.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=seen)
-    assert done.stdout == "Success: no issues found in 1 source file\n"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import botocore.loaders
 import botocore.session
 import pytest
 
@@ -21,6 +22,17 @@ def _client(endpoint: str, key: str, secret: str) -> Any:
     return botocore.session.Session().create_client(
         "s3", endpoint_url=endpoint, region_name="us-east-1", aws_access_key_id=key, aws_secret_access_key=secret
     )
+
+
+_loaded = functools.cache(botocore.loaders.JSONFileLoader().load_file)
+
+
+@pytest.fixture(scope="session")
+def _botocore_reads_its_data_once() -> Iterator[None]:
+    """Each session parses 1 MB of JSON about S3, a tenth of a second, and each backend makes two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.loaders.JSONFileLoader, "load_file", lambda _, path: _loaded(path))
+        yield
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class S3Service:
 
 
 @pytest.fixture(scope="session")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Service]:
+def s3(tmp_path_factory: pytest.TempPathFactory, _botocore_reads_its_data_once: None) -> Iterator[S3Service]:
     """A real S3 server with its data in memory. All tests share it, in all processes: take a bucket of your own."""
     from tests.conftest import require
 

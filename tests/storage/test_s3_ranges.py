@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ HALVES = [(0, 17 * MIB), (17 * MIB, SIZE)]
 ONE_BY_ONE = 1
 """No two ranges at a time, so that a test knows which is the next one."""
 
-DATA = b"".join(index.to_bytes(4, "big") for index in range(SIZE // 4 + 1))[:SIZE]
+DATA = array("I", range(SIZE // 4 + 1)).tobytes()[:SIZE]
 
 
 @pytest.fixture(autouse=True)
