@@ -239,7 +239,7 @@ def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
     if form := packed_form(chunk):
-        return _plan_casts(chunk, form, dtypes)[1]
+        return _plan_operands(chunk, form, dtypes)[1]
     needed = plan_layout(_sizes(chunk, dtypes))[1]
     if _casts(chunk, dtypes):
         return needed  # coded bytes arrive in scratch memory, as all stored bytes do
@@ -287,6 +287,16 @@ def _plan_casts(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> 
     return places, end
 
 
+def _plan_operands(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, int], int]:
+    """Where the operands of a packed form's matrices begin, behind all else, and where they end."""
+    places, end = {}, _plan_casts(chunk, form, dtypes)[1]
+    for part in parts_of(chunk, form):
+        if size := matrices.operand_bytes(part):
+            places[part.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
+            end = start + size
+    return places, end
+
+
 def _cast_raw_parts(chunk: Chunk, form: Form, buffer: Buffer, dtypes: Mapping[str, torch.dtype]) -> None:
     stored, cast = (_packed_views(chunk, form, buffer.view, given) for given in ({}, dtypes))
     for name in _plan_casts(chunk, form, dtypes)[0]:
@@ -299,12 +309,16 @@ def _packed_views(
     """Packed parameters, and views of raw tensors, over a packed form and what was cast behind it."""
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     behind, _ = _plan_casts(chunk, form, dtypes)
+    operands, end = _plan_operands(chunk, form, dtypes)
+    has_room = len(flat) >= end  # mapped files have none
     found: dict[str, torch.Tensor] = {}
     for part in parts_of(chunk, form):
         stored = torch_dtype(part.dtype)
         dtype = dtypes.get(part.name, stored)
         if part.kind != "raw":
-            found[part.name] = packed_parameter(part, memory, dtype)
+            place, size = operands.get(part.name), matrices.operand_bytes(part)
+            operand = flat[place : place + size] if has_room and place is not None else None
+            found[part.name] = packed_parameter(part, memory, dtype, operand)
             continue
         size = (part.stop - part.start) // stored.itemsize * dtype.itemsize
         start = behind.get(part.name, part.start)

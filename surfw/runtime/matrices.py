@@ -8,7 +8,9 @@ process. There it also shows in which order a processor's kernel reads the codes
 in one that they are brought into for each use (AVX2), or in none that is known here. Then, or where a kernel is missing
 or refuses, the second way is the only one.
 
-Nothing is kept besides codes and scales, but for what one piece takes (`scratch_bytes`).
+Besides codes and scales, a matrix keeps the scales once more as its kernel reads them (`operand_bytes`): to bring them
+there for every use took a third of the time of a product with one row. A thread keeps what one piece takes
+(`scratch_bytes`).
 """
 
 import logging
@@ -31,7 +33,7 @@ logger = logging.getLogger("surfw.runtime")
 PIECE_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
-_OPERAND_BYTES, _REORDERED_BYTES = 4 * MIB, MIB
+_REORDERED_BYTES = MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
@@ -116,8 +118,8 @@ class Packed(ABC):
 
     @classmethod
     @abstractmethod
-    def over(cls, part: Part, memory: memoryview) -> Self:
-        """A matrix over the stored form that it is a part of."""
+    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:
+        """A matrix over the stored form that it is a part of, with memory of `operand_bytes`, if there is some."""
 
     @classmethod
     @abstractmethod
@@ -178,7 +180,7 @@ class _Int8(Packed):
         self._scales_of_kernel: torch.Tensor | None = None
 
     @classmethod
-    def over(cls, part: Part, memory: memoryview) -> Self:
+    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:  # noqa: ARG003 - it needs none
         rows, columns = part.shape
         codes = _elements(memory, part.start, rows * columns, torch.int8)
         return cls((rows, columns), codes.view(rows, columns), _elements(memory, part.scales, rows, torch.float32))
@@ -211,18 +213,21 @@ class _Int4(Packed):
     kind = "int4"
     orders = (_as_stored, _in_panels_of_32)
 
-    def __init__(self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor) -> None:
-        """Take the codes and scales where they are."""
+    def __init__(
+        self, shape: tuple[int, int], codes: torch.Tensor, scales: torch.Tensor, memory: torch.Tensor | None = None
+    ) -> None:
+        """Take the codes and scales where they are; `memory` is for the scales as the kernel reads them."""
         super().__init__(shape, codes, scales)
-        self._scale_bits = scales.view(torch.uint16)
+        self._memory = memory
+        self._operand: torch.Tensor | None = None
 
     @classmethod
-    def over(cls, part: Part, memory: memoryview) -> Self:
+    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:
         rows, columns = part.shape
         filled = -(-rows // PANEL) * PANEL
         codes = _elements(memory, part.start, filled * columns // 2, torch.uint8).view(-1, columns, PANEL // 2)
         scales = _elements(memory, part.scales, filled * columns // GROUP, torch.bfloat16).view(-1, filled)
-        return cls((rows, columns), codes, scales)
+        return cls((rows, columns), codes, scales, operand)
 
     @classmethod
     def sample(cls, rows: int, columns: int) -> Self:
@@ -231,22 +236,20 @@ class _Int4(Packed):
         return cls((rows, columns), codes, _numbers(0, 3, columns // GROUP, filled).exp2().to(torch.bfloat16))
 
     def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
-        rows, filled = rows.contiguous(), self.scales.shape[1]
-        step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
-        if filled <= step:
-            product = self._multiply_part(rows, order(self.codes), self._scale_bits)
-        else:
-            step = -(-filled // (-(-filled // step) * PANEL)) * PANEL  # as many parts, of about the same size
-            parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
-            product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
-        return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
+        operand = self._operand
+        if operand is None:
+            operand = self._operand = self._make_operand()
+        product = torch._weight_int4pack_mm_for_cpu(rows.contiguous(), order(self.codes), GROUP, operand)  # noqa: SLF001 - there is no public one
+        return product if product.shape[1] == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
-    @staticmethod
-    def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
-        pairs = _SCRATCH.take("operand", scale_bits.shape, torch.int32)
-        pairs.copy_(scale_bits)  # each scale, and behind it the kernel's zero point, which is 0
-        operand = pairs.view(torch.bfloat16).view(len(pairs), len(codes), 2)
-        return torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, operand)  # noqa: SLF001 - there is no public one
+    def _make_operand(self) -> torch.Tensor:
+        """Scales as the kernel reads them, shape (groups, 64 × panels, 2): behind each its zero point, which is 0."""
+        with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
+            memory = self._memory
+            pairs = torch.empty(self.scales.shape, dtype=torch.int32) if memory is None else memory.view(torch.int32)
+            pairs = pairs.view(self.scales.shape)
+            pairs.copy_(self.scales.view(torch.uint16))
+            return pairs.view(torch.bfloat16).view(*self.scales.shape, 2)
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)
@@ -278,16 +281,27 @@ def int8_values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return (codes.to(torch.float32) * scales[:, None]).to(dtype)
 
 
-def matrix_over(part: Part, memory: memoryview) -> Packed:
-    """A quantised tensor where it lies, in memory that holds the stored form that it is a part of; kept alive."""
-    return _KINDS[part.kind].over(part, memory)
+def matrix_over(part: Part, memory: memoryview, operand: torch.Tensor | None = None) -> Packed:
+    """A quantised tensor where it lies.
+
+    Args:
+        part: of kind int8 or int4.
+        memory: the stored form that it is a part of; kept alive.
+        operand: memory of `operand_bytes`, at a multiple of 64; allocated when it is needed if it is None.
+    """
+    return _KINDS[part.kind].over(part, memory, operand)
+
+
+def operand_bytes(part: Part) -> int:
+    """What a matrix keeps besides its codes and scales: those of int4 again, as the kernel reads them."""
+    return 2 * (part.stop - part.scales) if part.kind == "int4" else 0
 
 
 def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
     """The most memory that a thread keeps for matrices of at most so many columns: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
     values = max(PIECE_BYTES, PANEL * columns * itemsize)
-    return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
+    return values + values // itemsize + PANEL * columns // GROUP * itemsize
 
 
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}

@@ -67,15 +67,18 @@ class PackedTranspose(AbsentBuffer):
         return super().__new__(cls, like, lambda: load().t(), partial(_compute_transposed, packed, dtype))
 
 
-def packed_parameter(part: Part, memory: memoryview, dtype: torch.dtype) -> PackedParameter:
+def packed_parameter(
+    part: Part, memory: memoryview, dtype: torch.dtype, operand: torch.Tensor | None = None
+) -> PackedParameter:
     """A parameter over a quantised tensor where it lies.
 
     Args:
         part: of kind int8 or int4.
         memory: the stored form that it is a part of; kept alive.
         dtype: what the model computes with.
+        operand: as of `matrix_over`.
     """
-    return PackedParameter(matrix_over(part, memory), dtype)
+    return PackedParameter(matrix_over(part, memory, operand), dtype)
 
 
 def values_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from surfw.codec.quantised import PackedEncoder, decode_tensor
+from surfw.config import ALIGNMENT
 from surfw.errors import ModelError
 from surfw.manifest import Kind, TensorInfo, packed_bytes, plan_parts
 from surfw.runtime import matrices, packed
@@ -36,7 +37,8 @@ def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedPa
     info = TensorInfo("weight", safetensors_dtype(weight.dtype), tuple(weight.shape), 0)
     (part,) = plan_parts([info], [kind])
     assert part.kind == kind
-    buffer, place = Buffer(packed_bytes([part])), 0
+    kept = -(-packed_bytes([part]) // ALIGNMENT) * ALIGNMENT
+    buffer, place = Buffer(kept + matrices.operand_bytes(part)), 0
 
     def write(coded: bytes | memoryview) -> None:
         nonlocal place
@@ -46,7 +48,9 @@ def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedPa
     encoder = PackedEncoder([part], write)
     encoder.update(memoryview(raw(weight)))
     encoder.finish()
-    return packed_parameter(part, buffer.view, dtype), torch.from_numpy(np.array(decode_tensor(part, buffer.view)))
+    operand = torch.frombuffer(buffer.view, dtype=torch.uint8)[kept : kept + matrices.operand_bytes(part)]
+    values = torch.from_numpy(np.array(decode_tensor(part, buffer.view)))
+    return packed_parameter(part, buffer.view, dtype, operand), values
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -109,7 +113,6 @@ def test_matrices_of_any_size_in_pieces_of_any_size(kind: Kind, rows: int, colum
     x = random(2, columns, seed=1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(matrices, "PIECE_BYTES", piece)
-        patch.setattr(matrices, "_OPERAND_BYTES", piece)
         assert torch.equal(weight.packed.unpacked(torch.float32), values)
         assert torch.equal(weight.packed.unpacked(torch.bfloat16), values.bfloat16())
         assert_near(weight.packed.multiply_many(x), x.double() @ values.double().t(), x)
@@ -257,6 +260,9 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
     weight.packed.multiply_many(random(1, shape[1], dtype=dtype))
     weight.packed.multiply_few(random(1, shape[1], dtype=torch.bfloat16), order_of(kind))
     assert sum(one.nbytes for one in kept.values()) <= matrices.scratch_bytes(shape[1], dtype)
+    if kind == "int4":
+        bits = weight.packed._memory.view(torch.int32).view(weight.packed.scales.shape)
+        assert torch.equal(bits, weight.packed.scales.view(torch.uint16).int()), "in the memory given for it"
 
 
 @pytest.fixture
