@@ -40,9 +40,16 @@ from surfw.chunking.forms import (
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
-from surfw.codec import PACKED_CODECS
+from surfw.codec import PACKED_CODECS, exact_forms
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
-from surfw.errors import ManifestError, NotFoundError, StorageError, StorageFullError
+from surfw.errors import (
+    ConfigurationError,
+    ManifestError,
+    NotFoundError,
+    StorageError,
+    StorageFullError,
+    UnknownModelError,
+)
 from surfw.files import read_regular
 from surfw.manifest import (
     Chunk,
@@ -116,6 +123,7 @@ async def write_model(
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
     Raises:
+        ConfigurationError: the store has the model in exact forms, and none of `codecs` is exact.
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
     """
     contents = Contents(
@@ -150,6 +158,7 @@ async def write_contents(
     writer.on_outcome = on_outcome
     writer.codecs = codecs
     with writer.locked():
+        await _expect_exact_forms(store, contents.name, codecs)
         await writer.expect_space(store, contents.plan)
         try:
             async with writer.lease.renewed():
@@ -160,6 +169,23 @@ async def write_contents(
                 return manifest
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
+
+
+async def _expect_exact_forms(store: Store, name: str, codecs: Sequence[str]) -> None:
+    """Make sure that a model does not lose its exact forms, which nothing could bring back.
+
+    Raises:
+        ConfigurationError: it is stored in such forms, and would not be any more.
+    """
+    if not set(codecs).issubset(PACKED_CODECS):
+        return
+    with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
+        if all(map(exact_forms, (await store.facts(name)).chunks)):
+            raise ConfigurationError(
+                f"{store.url} has {name} with all bits, which {' and '.join(codecs)} alone would replace; keep 'none' "
+                "or 'lossless' beside it (codecs, --codec), choose another name (name, --name), or remove the model "
+                "first"
+            )
 
 
 class ChunkWriter:

@@ -276,6 +276,7 @@ class _Parser:
         kinds = self.items(document, f"kinds of {chunk}")
         known = len(kinds) == len(tensors) and all(kind in get_args(Kind) for kind in kinds)
         self.require(known, f"the kinds of chunk {chunk} are not raw, int8 or int4 for each tensor")
+        self.require(set(kinds) != {"raw"}, f"a form of chunk {chunk} has no quantised tensor")
         for tensor, kind in zip(tensors, kinds, strict=True):
             self.require(fits(tensor, kind), f"tensor {tensor.name} cannot be {kind}")
         size = packed_bytes(plan_parts(tensors, kinds))

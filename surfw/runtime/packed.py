@@ -103,6 +103,8 @@ def _multiply(packed: Packed, dtype: torch.dtype, inputs: Any, *, bias: torch.Te
     fits = type(inputs) is torch.Tensor and inputs.dtype is dtype and inputs.device.type == "cpu"
     if not fits or not inputs.dim() or inputs.shape[-1] != packed.shape[1]:
         return NotImplemented
+    if bias is not None and bias.dtype is not dtype:
+        return NotImplemented
     if not torch.is_grad_enabled():
         return packed.multiply(inputs, bias)
     return _Multiplied.apply(packed, inputs, bias)  # type: ignore[no-untyped-call]  # torch's has no types
