@@ -9,6 +9,7 @@ open at a time, and the memory beside its weights is that of one batch.
 """
 
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from surfw.config import MIB
 from surfw.errors import ConfigurationError, ModelError, UnsupportedModelError
 from surfw.models.streaming import StreamingModel
+from surfw.skeleton.guards import foreign_errors
 
 _PASSAGE_TOKENS = 512
 _BATCH_TOKENS = 2048
@@ -214,6 +216,39 @@ class Reference:
     @property
     def _tokens(self) -> int:
         return sum(len(one) - self._generates for one in self.passages)
+
+
+def measure_forms(
+    reference: StreamingModel,
+    open_form: Callable[[str], StreamingModel],
+    codecs: Sequence[str],
+    *,
+    most_tokens: int,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> dict[str, Quality]:
+    """Measure quantised forms on the text that comes with surfw.
+
+    Args:
+        reference: the unquantised model, not open yet; closed again before the others are opened.
+        open_form: makes the model with the form of a codec, not open yet.
+        codecs: of the forms to measure.
+        most_tokens: stop after so many of the text.
+        on_step: called with what goes on.
+
+    Raises:
+        UnsupportedModelError: the model has no tokenizer, or takes no text.
+        SurfwError: it could not be run.
+    """
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="surfw-quality-") as folder:
+        with reference, foreign_errors("the text that comes with surfw"):
+            on_step("running the unquantised model")
+            kept = Reference(reference, held_out_text(), Path(folder), most_tokens=most_tokens)
+        for codec in codecs:
+            on_step(f"running the model as {codec}")
+            with open_form(codec) as model:
+                found[codec] = kept.compare(kept.outputs_of(model))
+    return found
 
 
 def _passage_tokens(config: Any) -> int:

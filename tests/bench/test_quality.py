@@ -74,6 +74,9 @@ def test_of_a_model_in_a_store_the_forms_that_it_has(text: str, tmp_path: Path) 
         ConfigurationError, match=r"bert is stored as none in .*, not as int8; store it so: surfw chunk"
     ):
         bench_quality(work)
+    asyncio.run(write("int4"))
+    with pytest.raises(ConfigurationError, match=r"without its exact weights.*name its checkpoint"):
+        bench_quality(work)
     asyncio.run(write("none", "int8"))
     found = bench_quality(work)
     assert [row.name for row in found.rows] == ["unquantised", "int8"]
