@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surfw.bench.cap import memory_group
 from surfw.bench.peers import PEERS
-from surfw.config import parse_size
+from surfw.config import CodecChoice, Policy, parse_size
 from surfw.errors import ConfigurationError
 
 
@@ -19,10 +19,12 @@ class Comparison:
 
     Attributes:
         model_dir: the checkpoint, in a local directory.
-        against: names of `PEERS`; None for all that can run, but surfw with one codec.
-        gguf: the same model for llama.cpp.
+        against: names of `PEERS`; None for all that are usual and can run.
+        gguf: the same model for `llama.cpp`; None for one that is made of the checkpoint, if that is a plain LLaMA.
         airllm_dir: a copy of `model_dir` for AirLLM, which writes into it.
         cap_bytes: all the memory that each process can have, page cache included; None for no cap.
+        codec: the form of the weights that surfw reads.
+        policy: which layers surfw keeps.
         memory_budget: what surfw's weights may take, as `1.5GB`; None for its own choice.
         store: a folder that is, or becomes, surfw's store, and stays; None for one that is removed afterwards.
         folder: where to write what is removed afterwards; None for the temporary folder. To a peer it is empty.
@@ -40,6 +42,8 @@ class Comparison:
     gguf: str | None = None
     airllm_dir: str | None = None
     cap_bytes: int | None = None
+    codec: CodecChoice = "auto"
+    policy: Policy = "auto"
     memory_budget: str | None = None
     store: str | None = None
     folder: str | None = None

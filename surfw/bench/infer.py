@@ -15,16 +15,16 @@ from pathlib import Path
 
 from surfw.bench.comparison import Bandwidth, Comparison, Measurement
 from surfw.bench.infer_result import SURFW, InferResult, make_notes, make_rows
-from surfw.bench.peers import PEERS
+from surfw.bench.peers import LLAMA_CRASH, PEERS, Peer
 from surfw.bench.process import Outcome, run_peer
 from surfw.bench.result import describe_machine
-from surfw.codec import CODECS, DEFAULT_CODECS
+from surfw.codec import DEFAULT_CODECS
 from surfw.config import display_url, format_size, is_server_url
 from surfw.storage import Store, open_backend
 from surfw.storage.store import MARKER
 
 _LIBRARIES = ("accelerate", "airllm", "llama_cpp_python")
-_SURFW_MODULE, _READS_MODULE = "streaming", "reads"
+_SURFW, _READS_MODULE = Peer("streaming"), "reads"
 
 
 def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = lambda _: None) -> InferResult:
@@ -45,16 +45,17 @@ def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = 
         source, model = comparison.source, comparison.model or Path(comparison.model_dir).resolve().name
         if source is None:
             source = comparison.store or str(Path(folder) / "store")
-            model = asyncio.run(_chunk(comparison.model_dir, model, source, on_progress))
+            model = asyncio.run(_chunk(comparison.model_dir, model, source, _codecs(names), on_progress))
         work = replace(comparison, source=source, model=model, folder=folder)
-        outcomes, bandwidths = _run_rounds(work, names, on_progress)
+        works = {name: _work_of(name, work, on_progress) for name in names}
+        outcomes, bandwidths = _run_rounds(works, on_progress)
     return _conclude(comparison, model, outcomes, bandwidths, absent)
 
 
 def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
     """Who runs, surfw first, and a remark for each peer that does not."""
     names, absent = [SURFW], []
-    usual = [name for name in PEERS if name not in CODECS]  # surfw with one codec runs where that is asked for
+    usual = [name for name, peer in PEERS.items() if peer.is_usual]
     for name in usual if comparison.against is None else dict.fromkeys(comparison.against):
         reason = PEERS[name].installed() or PEERS[name].missing(comparison)
         if reason is None:
@@ -64,7 +65,27 @@ def _choose(comparison: Comparison) -> tuple[list[str], list[str]]:
     return names, absent
 
 
-async def _chunk(model_dir: str, name: str, place: str, on_progress: Callable[[str], None]) -> str:
+def _codecs(names: Sequence[str]) -> tuple[str, ...]:
+    """The forms that a store needs for these."""
+    named = {PEERS[name].options.get("codec") for name in names if name != SURFW}
+    return (*DEFAULT_CODECS, *(codec for codec in PEERS if codec in named and codec not in DEFAULT_CODECS))
+
+
+def _work_of(name: str, work: Comparison, on_progress: Callable[[str], None]) -> Comparison:
+    """What one of them is given; llama.cpp's file is made here, where none is named."""
+    peer = PEERS.get(name, _SURFW)
+    if peer.gguf_kind is None or (peer.is_usual and work.gguf is not None):
+        return replace(work, **peer.options)  # type: ignore[arg-type]  # texts are checked where the model is opened
+    from surfw.bench.peers.gguf_file import write_gguf
+
+    on_progress(f"converting the checkpoint for {name}")
+    file = write_gguf(Path(work.model_dir), Path(work.folder or ".") / f"{peer.gguf_kind}.gguf", peer.gguf_kind)
+    return replace(work, gguf=str(file))
+
+
+async def _chunk(
+    model_dir: str, name: str, place: str, codecs: Sequence[str], on_progress: Callable[[str], None]
+) -> str:
     """Have the model in the store, under this name or the one that chunking gives it; return its name there."""
     from surfw.chunking import prepare_model, write_model
 
@@ -77,28 +98,27 @@ async def _chunk(model_dir: str, name: str, place: str, on_progress: Callable[[s
             return name
     on_progress(f"chunking {model_dir}")
     with await asyncio.to_thread(prepare_model, model_dir) as prepared:
-        await write_model(prepared, backend, codecs=DEFAULT_CODECS)
+        await write_model(prepared, backend, codecs=codecs)
         return prepared.name
 
 
 def _run_rounds(
-    work: Comparison, names: Sequence[str], on_progress: Callable[[str], None]
+    works: Mapping[str, Comparison], on_progress: Callable[[str], None]
 ) -> tuple[dict[str, list[Outcome[Measurement]]], list[float | None]]:
     """The outcomes of each name, and the bandwidth, in each round. What fails does not run again."""
-    outcomes: dict[str, list[Outcome[Measurement]]] = {name: [] for name in names}
+    outcomes: dict[str, list[Outcome[Measurement]]] = {name: [] for name in works}
+    work = works[SURFW]
     bandwidths: list[float | None] = []
     for number in range(1, work.rounds + 1):
         where = f"round {number} of {work.rounds}"
         before = after = None
-        turn = (number - 1) % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+        turn = (number - 1) % len(works)
+        for name in [*list(works)[turn:], *list(works)[:turn]]:
             if name == SURFW:
                 before = _bandwidth(work, where, on_progress)
             if all(one.failed is None for one in outcomes[name]):
                 on_progress(f"{where}: {name}")
-                outcomes[name].append(
-                    run_peer(_SURFW_MODULE if name == SURFW else PEERS[name].module, work, Measurement)
-                )
+                outcomes[name].append(run_peer(PEERS.get(name, _SURFW).module, works[name], Measurement))
                 if name == SURFW and before is not None and work.bandwidth_bytes is None:
                     after = _bandwidth(work, where, on_progress)
         bandwidths.append(before if before is None or after is None else (before + after) / 2)
@@ -130,6 +150,8 @@ def _conclude(
     known = [one for one in bandwidths if one is not None]
     bandwidth = statistics.median(known) if known else None
     notes = [*absent, *make_notes(rows, bandwidth, measured=comparison.bandwidth_bytes is None)]
+    if any(PEERS[row.name].gguf_kind and "was ended by" in (row.failed or "") for row in rows if row.name in PEERS):
+        notes.append(LLAMA_CRASH)
     if comparison.cap_bytes is not None:
         notes.append(f"every process could have {format_size(comparison.cap_bytes)}, its page cache included")
         if not all(one.cold for all_of in outcomes.values() for one in all_of):

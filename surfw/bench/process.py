@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 from surfw.bench.cap import drop_page_cache, memory_group
 from surfw.bench.comparison import Comparison
+from surfw.bench.peers import llama_logits
 from surfw.config import format_size
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ class Outcome(Generic[T]):
     cold: bool = False
 
 
-def run_peer(module: str, work: Comparison, kind: type[T]) -> Outcome[T]:
+def run_peer(module: str, work: Comparison | llama_logits.Work, kind: type[T]) -> Outcome[T]:
     """Run a file of `surfw.bench.peers`; nothing of it is left afterwards, however this ends.
 
     Args:

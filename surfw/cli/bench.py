@@ -13,7 +13,15 @@ if TYPE_CHECKING:
 INFER_EXAMPLES = """\b
 Examples:
   surfw bench infer ./my-model --against resident,accelerate
+  surfw bench infer ./my-model --cap 1.2GB --against accelerate,int4,llama.cpp-q4_0
   surfw bench infer ./my-model --cap 1.2GB --gguf my-model.gguf --airllm-dir ./copy --json
+"""
+
+QUALITY_EXAMPLES = """\b
+Examples:
+  surfw bench quality
+  surfw bench quality my-model --codec int4 --text my-text.txt
+  surfw bench quality ./my-checkpoint --json
 """
 
 _FOLDER = typer.Option(
@@ -102,11 +110,16 @@ def infer(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of resident, accelerate, airllm, llama.cpp, lru, none, lossless, separated by commas. "
-            "[default: all that can run]",
+            help="Of resident, accelerate, airllm, llama.cpp, llama.cpp-q8_0, llama.cpp-q4_0, lru, and the codecs "
+            "none, lossless, int8, int4, separated by commas. [default: all that can run, but quantised ones]",
         ),
     ] = None,
-    gguf: Annotated[str | None, typer.Option(metavar="FILE", help="The same model for llama.cpp.")] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="The same model for llama.cpp. [default: made of the checkpoint, if that is a LLaMA]"
+        ),
+    ] = None,
     airllm_dir: Annotated[
         str | None, typer.Option(metavar="COPY", help="A copy of the checkpoint for AirLLM, which writes into it.")
     ] = None,
@@ -170,6 +183,62 @@ def infer(
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
+
+
+@app.command("quality", cls=options.Command, epilog=QUALITY_EXAMPLES)
+@options.with_settings("store", "storage_options", "memory_budget")
+def quality(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A model's name in the store, or a checkpoint in a local directory. [default: the demo model]",
+        ),
+    ] = None,
+    configuration: options.Configuration,
+    codec: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Of int8, int4, separated by commas. [default: all there are]")
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A text in paragraphs. [default: some plain English that comes with surfw]"),
+    ] = None,
+    folder: Annotated[str | None, _FOLDER] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What int8 and int4 change in a model's answers, against the same model unquantised, and beside llama.cpp.
+
+    Of a checkpoint, the forms are made for the measurement. Models that generate are measured by the perplexity of a
+    text and by the next token's distribution, others by their embeddings.
+    """
+    from dataclasses import replace
+
+    from surfw.checkpoint import demo_checkpoint
+    from surfw.cli.addresses import is_here, is_path
+    from surfw.cli.sources import DEMO
+
+    _say("importing torch", quiet=quiet)
+    from surfw.bench.quality import QualityWork, bench_quality
+    from surfw.cli import bench_view, render
+
+    settings = configuration.settings
+    work = QualityWork(
+        model=model,
+        codecs=None if codec is None else [name.strip() for name in codec.split(",")],
+        text=text,
+        memory_budget=settings.memory_budget,
+        folder=folder,
+    )
+    if model is None or model == DEMO:
+        work = replace(work, checkpoint=str(demo_checkpoint()), model=DEMO)
+    elif is_path(model) or is_here(model):
+        work = replace(work, checkpoint=model, model=None)
+    else:
+        work = replace(work, source=settings.store, storage_options=settings.storage_options)
+    found = bench_quality(work, on_progress=partial(_say, quiet=quiet))
+    render.show(found, bench_view.show_quality, json=json)
 
 
 @app.command(

@@ -1,6 +1,7 @@
 """What `bench` shows people."""
 
 from surfw.bench.infer_result import InferResult
+from surfw.bench.quality import QualityResult
 from surfw.bench.result import Result
 from surfw.cli import render
 from surfw.cli.status import percent
@@ -70,6 +71,34 @@ def show_comparison(result: InferResult) -> None:
     _show_machine(result)
 
 
+def show_quality(result: QualityResult) -> None:
+    """Print how far each form is from the unquantised model."""
+    _show_table(
+        ("", "size", "perplexity", "KL, nats", "same next token", "cosine", "relative error"),
+        [
+            (
+                row.name,
+                "failed" if row.stored_bytes is None else format_size(row.stored_bytes),
+                _number(row.perplexity, 4),
+                _number(row.kl, 2),
+                _percent(row.agreement),
+                "" if row.cosine is None else f"{row.cosine:.5f}",
+                _percent(row.relative_error),
+            )
+            for row in result.rows
+        ],
+    )
+    work = result.work
+    text = "the text that comes with surfw" if work["text"] is None else work["text"]
+    render.out.print(
+        f"\n{work['model']}: {work['tokens']:,} tokens of {text}, in {count(work['passages'], 'passage')}",
+        soft_wrap=True,
+    )
+    for note in result.notes:
+        render.out.print(f"- {note}", soft_wrap=True)
+    _show_machine(result)
+
+
 def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print a table without the columns that are empty."""
     shown = [index for index in range(len(headings)) if any(row[index] for row in rows)]
@@ -77,13 +106,17 @@ def _show_table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     render.out.print(render.table(names, [[row[index] for index in shown] for row in rows], numbers=names[1:]))
 
 
-def _show_machine(result: Result | InferResult) -> None:
+def _show_machine(result: Result | InferResult | QualityResult) -> None:
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items())
     render.out.print(f"on {machine}", style="dim", soft_wrap=True)
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}".replace("%", " %")
 
 
 def _range(low: float | None, high: float | None) -> str:

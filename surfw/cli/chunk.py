@@ -20,6 +20,7 @@ from surfw.settings import Settings
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
+    from surfw.models.quality import Quality
     from surfw.storage import StorageBackend
     from surfw.storage.origins import PlacedOptions
 
@@ -236,8 +237,11 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
             ]
         if not wanted.dry_run:
             manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
-            place = display_url(settings.store)
-            chunk_view.show_result(facts, manifest, outcomes, place, is_in_place=wanted.in_place, json=json)
+            quality = _measure_quality(prepared, manifest, wanted, settings, placed, step)
+            chunk_view.show_result(
+                facts, manifest, outcomes, display_url(settings.store), is_in_place=wanted.in_place, quality=quality,
+                json=json,
+            )  # fmt: skip
             return
         if "lossless" in wanted.codecs and not wanted.in_place:
             step("trying how well the weights compress")
@@ -281,6 +285,30 @@ def _write(
             return asyncio.run(writing), outcomes
         except KeyboardInterrupt as exc:
             raise KeyboardInterrupt("the same command goes on where it stopped") from exc
+
+
+def _measure_quality(
+    prepared: "PreparedModel",
+    manifest: "Manifest",
+    wanted: _Wanted,
+    settings: Settings,
+    placed: "PlacedOptions",
+    step: Callable[[str], None],
+) -> "dict[str, Quality]":
+    """How good the quantised forms are, beside the weights in the store, or else those of the checkpoint."""
+    from surfw.cli import chunk_quality
+    from surfw.codec import PACKED_CODECS, exact_forms, stored_codecs
+
+    codecs = [codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS]
+    url, missing = prepared.checkpoint.url, settings.on_missing
+    written: chunk_quality.Place = (
+        settings.store,
+        {"model": manifest.name, "storage_options": placed.for_url(settings.store), "on_missing": missing},
+    )
+    reference = written
+    if not all(map(exact_forms, manifest.chunks)):
+        reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
+    return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 
 def _busy(model: str, *, quiet: bool) -> AbstractContextManager[Callable[[str], None]]:

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from surfw.cli import render
+from surfw.cli import chunk_quality, render
 from surfw.codec import exact_forms, form_bytes
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
+    from surfw.models.quality import Quality
 
 logger = logging.getLogger("surfw.chunking")
 
@@ -23,19 +24,23 @@ def show_result(
     place: str,
     *,
     is_in_place: bool = False,
+    quality: "Mapping[str, Quality]",
     json: bool,
 ) -> None:
-    """Show what was written: one JSON object, or a line."""
+    """Show what was written: one JSON object, or a line, and one for each quantised form that was measured."""
     if json:
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
         forms = {"form_bytes": form_bytes(manifest)}
-        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms})
+        measured = chunk_quality.facts(quality)
+        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms, **measured})
         return
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
     render.say(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{_describe_forms(manifest)} in {place}{how}"
     )
+    for codec, one in quality.items():
+        render.say(chunk_quality.describe(codec, one))
     if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
         logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
 

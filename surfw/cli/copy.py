@@ -30,8 +30,9 @@ def copy_model(
 ) -> None:
     """Copy a model that is chunked already, or show what that would write."""
     from surfw import chunking
-    from surfw.cli import chunk_view, render
+    from surfw.cli import chunk_quality, chunk_view, render
     from surfw.cli.addresses import read_source
+    from surfw.codec import PACKED_CODECS, stored_codecs
     from surfw.models.client import WeightClient
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
@@ -70,4 +71,11 @@ def copy_model(
                 )
             except KeyboardInterrupt as exc:
                 raise KeyboardInterrupt("the same command goes on where it stopped") from exc
-    chunk_view.show_result(facts, copied, outcomes, display_url(settings.store), json=json)
+        quality = chunk_quality.measure(
+            copied,
+            [codec for codec in PACKED_CODECS if codec in set(stored_codecs(copied)) - set(stored_codecs(manifest))],
+            reference=(client, {"model": manifest.name}),
+            written=(settings.store, {"model": copied.name, "storage_options": placed.for_url(settings.store)}),
+            step=step,
+        )
+    chunk_view.show_result(facts, copied, outcomes, display_url(settings.store), quality=quality, json=json)

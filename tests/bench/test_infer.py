@@ -1,11 +1,11 @@
 """Peers run in processes of their own, on the same work; what cannot be compared is said."""
 
+import asyncio
 import json
 import shutil
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -17,9 +17,12 @@ from surfw.bench.infer import bench_infer
 from surfw.bench.infer_result import InferResult
 from surfw.bench.peers import PEERS
 from surfw.bench.peers.accelerate import place_modules
+from surfw.bench.peers.gguf_file import check_gguf, write_gguf
 from surfw.chunking.library import ModelChunker
 from surfw.cli.app import app
+from surfw.codec import stored_codecs
 from surfw.errors import ConfigurationError
+from surfw.storage import Store, open_backend
 from tests.checkpoints import save_bert, save_llama
 from tests.cli.run import SURFW, complaint, environment, surfw
 from tests.servers import serve
@@ -128,16 +131,15 @@ def test_a_server_is_read_instead_of_a_store_and_its_link_is_the_ceiling(checkpo
 
 
 def test_llama_cpp_generates_as_many(checkpoint: Path, store: Path, tmp_path: Path) -> None:
-    reason = PEERS["llama.cpp"].installed()
-    if reason or not find_spec("gguf"):
-        pytest.skip(reason or "gguf, which writes the model for llama.cpp, is not installed")
-    from tests.bench.gguf_file import write_gguf
-
+    if reason := PEERS["llama.cpp"].installed() or check_gguf(str(checkpoint)):
+        pytest.skip(reason)
     gguf = write_gguf(checkpoint, tmp_path / "tiny.gguf")
-    row = compare(checkpoint, "llama.cpp", gguf=str(gguf), store=str(store)).rows[1]
-    assert (row.name, row.failed, row.new_tokens) == ("llama.cpp", None, TOKENS)
-    assert row.value is not None
-    assert row.value > 0
+    names = ["llama.cpp", "llama.cpp-q8_0"]
+    for row in compare(checkpoint, *names, gguf=str(gguf), store=str(store)).rows[1:]:
+        assert row.name == names.pop(0)
+        assert (row.failed, row.new_tokens) == (None, TOKENS)
+        assert (row.value or 0) > 0
+    assert not names
 
 
 def test_airllm_generates_the_same_few(checkpoint: Path, store: Path, tmp_path: Path) -> None:
@@ -184,7 +186,8 @@ def test_a_peer_that_is_not_installed_is_named(
 def test_without_names_all_run_that_can_and_the_others_are_named(
     checkpoint: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for module in ("accelerate", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, module, None)
     given = {"rounds": 1, "new_tokens": 2, "memory_budget": "650kB", "bandwidth_bytes": 100_000_000}
     found = bench_infer(Comparison(model_dir=str(checkpoint), store=str(store), **given))  # type: ignore[arg-type]
     assert [row.name for row in found.rows] == ["surfw", "resident", "lru"]
@@ -193,6 +196,13 @@ def test_without_names_all_run_that_can_and_the_others_are_named(
     assert all((row.streamed_bytes_per_token or 0) > 0 for row in (ours, lru))
     absent = {note.partition(":")[0] for note in found.notes if note.startswith("not compared with")}
     assert absent == {f"not compared with {name}" for name in ("accelerate", "airllm", "llama.cpp")}
+
+
+def test_a_quantised_form_is_stored_for_who_reads_it(checkpoint: Path, tmp_path: Path) -> None:
+    found = compare(checkpoint, "int4", store=str(tmp_path / "store"))
+    assert [(row.name, row.failed) for row in found.rows] == [("surfw", None), ("int4", None)]
+    manifest = asyncio.run(Store(open_backend(str(tmp_path / "store"))).manifest("tiny"))
+    assert stored_codecs(manifest) == ("none", "int4")
 
 
 def test_a_model_that_fails_in_its_process_says_why_in_its_row(tmp_path: Path) -> None:
@@ -208,9 +218,10 @@ def test_who_takes_too_long_is_stopped(checkpoint: Path, store: Path) -> None:
 
 def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:
     assert refused(checkpoint, "vllm", "resident") == (
-        "'vllm' is no peer; there are resident, accelerate, airllm, llama.cpp, lru, none, lossless"
+        "'vllm' is no peer; there are resident, accelerate, airllm, llama.cpp, llama.cpp-q8_0, llama.cpp-q4_0, lru, "
+        "none, lossless, int8, int4"
     )
-    assert "convert_hf_to_gguf.py" in refused(checkpoint, "llama.cpp")
+    assert "convert_hf_to_gguf.py" in refused(save_bert(tmp_path / "bert"), "llama.cpp")
     assert "the gguf file /no.gguf is not there" in refused(checkpoint, "llama.cpp", gguf="/no.gguf")
     assert "name a copy of it" in refused(checkpoint, "airllm")
     assert "name a copy of it" in refused(checkpoint, "airllm", airllm_dir=str(checkpoint))

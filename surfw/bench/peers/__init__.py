@@ -1,13 +1,16 @@
 """What surfw is compared with: one file for each, which runs in a process of its own.
 
-Every file but `runai`, `generation` and `download` has a function `run` that takes the `Comparison` and measures;
-`__main__` calls it. None of them imports what it measures before that, so that a peer that is not installed can be
-named. `streaming` is surfw itself, and `reads` measures the disk.
+Every file but `runai`, `generation`, `download` and `gguf_file` has a function `run` that takes the `Comparison`, or a
+`Work` of its own, and measures; `__main__` calls it. None of them imports what it measures before that, so that a peer
+that is not installed can be named. `streaming` is surfw itself, and `reads` measures the disk.
 """
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from surfw.bench.comparison import Comparison
 
 
 class Peer(NamedTuple):
@@ -19,6 +22,9 @@ class Peer(NamedTuple):
         installation: how to install that.
         needs: what the `Comparison` must name for it; None for nothing.
         advice: how to make that.
+        gguf_kind: how llama.cpp's file for it is made of the checkpoint, where none is named; see `gguf_file`.
+        options: what surfw's model is opened with for it.
+        is_usual: whether it runs where no names are given.
     """
 
     module: str
@@ -26,15 +32,38 @@ class Peer(NamedTuple):
     installation: str = ""
     needs: str | None = None
     advice: str = ""
+    gguf_kind: str | None = None
+    options: Mapping[str, str] = {}
+    is_usual: bool = True
 
     def installed(self) -> str | None:
         """Return how to install it if that has to be done first."""
         return self.installation if self.package is not None and find_spec(self.package) is None else None
 
-    def missing(self, comparison: object) -> str | None:
+    def missing(self, comparison: "Comparison") -> str | None:
         """Return what it needs and was not given, or None if it has everything."""
-        return self.advice if self.needs is not None and getattr(comparison, self.needs) is None else None
+        from surfw.bench.peers.gguf_file import check_gguf
 
+        if self.needs is None or (self.is_usual and getattr(comparison, self.needs) is not None):
+            return None
+        reason = check_gguf(comparison.model_dir) if self.gguf_kind else ""
+        return None if reason is None else "; ".join(filter(None, (reason, self.advice)))
+
+
+_LLAMA = Peer(
+    "llama_cpp",
+    "llama_cpp",
+    "llama.cpp is not installed; 'pip install llama-cpp-python gguf' compiles it, which takes some minutes",
+    "gguf",
+)
+_SURFW = Peer("streaming", is_usual=False)
+
+LLAMA_CRASH = (
+    "llama.cpp's kernels for AMX crash on some processors; a build without them runs: CMAKE_ARGS='-DGGML_NATIVE=OFF "
+    "-DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON' "
+    "pip install --no-binary :all: llama-cpp-python"
+)
+"""What is said where llama.cpp was ended by a signal."""
 
 PEERS: Mapping[str, Peer] = {
     "resident": Peer("resident"),
@@ -47,16 +76,14 @@ PEERS: Mapping[str, Peer] = {
         "airllm writes into the checkpoint that it is given: name a copy of it, with room for a second one "
         "(airllm_dir, --airllm-dir COPY)",
     ),
-    "llama.cpp": Peer(
-        "llama_cpp",
-        "llama_cpp",
-        "llama.cpp is not installed; 'pip install llama-cpp-python' compiles it, which takes some minutes",
-        "gguf",
-        "llama.cpp needs the model as a GGUF file (gguf, --gguf FILE); llama.cpp's own converter makes one: "
+    "llama.cpp": _LLAMA._replace(
+        gguf_kind="bf16",
+        advice="llama.cpp needs the model as a GGUF file (gguf, --gguf FILE); llama.cpp's own converter makes one: "
         "convert_hf_to_gguf.py MODEL_DIR --outtype bf16 --outfile FILE",
     ),
-    "lru": Peer("lru"),
-    "none": Peer("none"),
-    "lossless": Peer("lossless"),
+    "llama.cpp-q8_0": _LLAMA._replace(gguf_kind="q8_0", is_usual=False),
+    "llama.cpp-q4_0": _LLAMA._replace(gguf_kind="q4_0", is_usual=False),
+    "lru": _SURFW._replace(options={"policy": "lru"}, is_usual=True),
+    **{codec: _SURFW._replace(options={"codec": codec}) for codec in ("none", "lossless", "int8", "int4")},
 }
 """What surfw is compared with, in the order in which they run."""

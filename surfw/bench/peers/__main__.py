@@ -1,7 +1,8 @@
 """`python -m surfw.bench.peers MODULE COMPARISON`: run one file of this package in this process.
 
-COMPARISON is a JSON object. The last line on stdout is one, too: what was measured, or `failed` with the reason. All
-other output goes to stderr. The process ends when its stdin does: then nobody waits for it any longer.
+COMPARISON is a JSON object: a `Comparison`, or the file's own `Work`. The last line on stdout is one, too: what was
+measured, or `failed` with the reason. All other output goes to stderr. The process ends when its stdin does: then
+nobody waits for it any longer.
 """
 
 import json
@@ -25,7 +26,8 @@ def main() -> None:
         os.dup2(2, 1)
         try:
             peer: Any = import_module(f"surfw.bench.peers.{module}")
-            found = asdict(peer.run(Comparison(**json.loads(text))))
+            work = getattr(peer, "Work", Comparison)(**json.loads(text))
+            found = asdict(peer.run(work))
         except Exception as exc:  # noqa: BLE001 - whatever foreign code raises is a result of the comparison
             found = {"failed": f"{type(exc).__name__}: {' '.join(str(exc).split())}"}
         out.write(json.dumps(found) + "\n")

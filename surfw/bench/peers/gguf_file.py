@@ -1,0 +1,148 @@
+"""A LLaMA checkpoint as a GGUF file for llama.cpp, a tensor at a time. Only token ids go in and come out of it."""
+
+import json
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surfw.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("bf16", "q8_0", "q4_0")
+"""How matrices are stored; everything else is float32."""
+
+_LAYER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def check_gguf(model_dir: str) -> str | None:
+    """Why a checkpoint cannot be converted here; None if it can."""
+    if find_spec("gguf") is None:
+        return "gguf, which converts the checkpoint for llama.cpp, is not installed; 'pip install gguf' does it"
+    config = _read_config(Path(model_dir))
+    rope = config.get("rope_parameters") or {}
+    heads = config.get("num_attention_heads", 1)
+    is_plain = (
+        config.get("model_type") == "llama"
+        and rope.get("rope_type", "default") == "default"
+        and not config.get("rope_scaling")
+        and not config.get("attention_bias")
+        and not config.get("mlp_bias")
+        and config.get("head_dim") in {None, config.get("hidden_size", 0) // heads}
+    )
+    if is_plain:
+        return None
+    return f"surfw converts plain LLaMA checkpoints for it, and this one is not: a {config.get('model_type')!a:.40}"
+
+
+def write_gguf(model_dir: Path, path: Path, kind: str = "bf16", *, head: str | None = None) -> Path:
+    """Write it.
+
+    Args:
+        model_dir: a checkpoint that `check_gguf` takes.
+        path: of the file.
+        kind: of `KINDS`, for all matrices.
+        head: of `KINDS`, for the matrix that makes logits; None for `kind`.
+
+    Raises:
+        UnsupportedModelError: the checkpoint cannot be converted here.
+    """
+    if reason := check_gguf(str(model_dir)):
+        raise UnsupportedModelError(f"{model_dir}: {reason}")
+    import gguf
+    from safetensors import safe_open
+
+    config = _read_config(model_dir)
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)  # or else it would hold all tensors in memory
+    _add_config(writer, config, getattr(gguf.LlamaFileType, f"MOSTLY_{kind.upper()}"))
+    _add_vocabulary(writer, config["vocab_size"])
+    tensors = dict(_read_shapes(model_dir))
+    last = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+    for name, shard in tensors.items():
+        with safe_open(shard, "pt") as opened:
+            weight = opened.get_tensor(name)
+        module = name.removesuffix(".weight")
+        if module.endswith(("q_proj", "k_proj")):
+            heads = config["num_attention_heads"]
+            pairs = config.get("num_key_value_heads") or heads
+            weight = _pair_neighbours(weight, heads if module.endswith("q_proj") else pairs)
+        taken = (head or kind) if name == last else kind
+        _add_tensor(writer, f"{_name(module)}.weight", weight, None if weight.dim() == 1 else taken.upper())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _read_config(model_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((model_dir / "config.json").read_text("utf-8"))
+    return found
+
+
+def _read_shapes(model_dir: Path) -> Iterator[tuple[str, Path]]:
+    """The tensors of a checkpoint, and their files."""
+    from safetensors import safe_open
+
+    for shard in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(shard, "pt") as opened:
+            yield from ((name, shard) for name in opened.keys() if name.endswith(".weight"))  # noqa: SIM118 - no dict
+
+
+def _add_config(writer: Any, config: dict[str, Any], file_type: int) -> None:
+    heads = config["num_attention_heads"]
+    writer.add_file_type(file_type)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_dimension_count(config["hidden_size"] // heads)
+    rope = config.get("rope_parameters") or config
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or 10000.0))
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _add_vocabulary(writer: Any, size: int) -> None:
+    """Tokens without a meaning."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [f"<t{index}>" for index in range(len(tokens), size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _add_tensor(writer: Any, name: str, weight: "torch.Tensor", kind: str | None) -> None:
+    import gguf
+
+    data = weight.float().contiguous().numpy()
+    if kind is None:
+        writer.add_tensor(name, data)
+    else:
+        dtype = gguf.GGMLQuantizationType[kind]
+        coded = gguf.quants.quantize(data, dtype)
+        writer.add_tensor(name, coded, raw_shape=coded.shape, raw_dtype=dtype)
+
+
+def _pair_neighbours(weight: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """llama.cpp pairs neighbouring dimensions when it rotates, transformers pairs halves."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def _name(module: str) -> str:
+    if not module.startswith("model.layers."):
+        return _TOP[module]
+    _, _, index, rest = module.split(".", 3)
+    return f"blk.{index}.{_LAYER[rest]}"
