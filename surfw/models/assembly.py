@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
-from surfw.runtime.plan import Needs, describe_needs, least_bytes
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes, plan_residency
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
@@ -132,11 +133,16 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
         elif limit.budget_bytes is not None:
             _warn_beyond_memory(limit.budget_bytes)
+        find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
+        needs = find_needs(keeps_operands=True)
+        keeps_operands = _everything_fits(needs, limit)
+        if not keeps_operands:
+            needs = find_needs()
         engine = Engine(
             manifest,
-            model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
+            needs,
             limit,
-            Loader(client.source, manifest, dtypes, forms),
+            Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands),
             io=client.io,
             metrics=metrics,
             phases=find_phases(manifest, skeleton),
@@ -171,6 +177,13 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     return parts
 
 
+def _everything_fits(needs: Needs, limit: Limit) -> bool:
+    try:
+        return plan_residency(needs, limit).everything_fits
+    except ConfigurationError:
+        return False
+
+
 def _warn_beyond_memory(budget_bytes: int) -> None:
     there = read_smallest_limit()
     if budget_bytes > there.limit_bytes:
@@ -189,6 +202,7 @@ def model_needs(
     tables: Mapping[str, TableUnit],
     *,
     buffered_bytes: int = IN_FLIGHT_BYTES,
+    keeps_operands: bool = False,
 ) -> Needs:
     """What a model needs in memory.
 
@@ -197,11 +211,15 @@ def model_needs(
         dtypes: as of `cast_dtypes`.
         tables: its units that can run without their tables in memory.
         buffered_bytes: what its source holds at most besides the memory it fills.
+        keeps_operands: as of `Loader`.
     """
     known = describe_needs(
         manifest.name,
         {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes)) for chunk in manifest.chunks},
+        {
+            chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes, keeps_operands=keeps_operands))
+            for chunk in manifest.chunks
+        },
         manifest.order,
     )
     looked_up = {name for unit in tables.values() for name in unit.looked_up}

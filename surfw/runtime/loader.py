@@ -45,8 +45,20 @@ class Loader:
         manifest: Manifest,
         dtypes: Mapping[str, torch.dtype] | None = None,
         forms: FormChoice | None = None,
+        *,
+        keeps_operands: bool = False,
     ) -> None:
-        """Name the source, the model, the dtypes of tensors that do not get the stored one, and what chooses forms."""
+        """Nothing is loaded yet.
+
+        Args:
+            source: has the chunks.
+            manifest: the model.
+            dtypes: of tensors that do not get the stored one.
+            forms: chooses the form of a chunk.
+            keeps_operands: whether quantised matrices keep what else would be made for each use (`operand_bytes`);
+                buffers are as large then as `buffer_bytes` says with it.
+        """
+        self._keeps_operands = keeps_operands
         self.source = source
         self.manifest = manifest
         self.dtypes = dtypes or {}
@@ -117,7 +129,8 @@ class Loader:
         Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
         """
         if form := packed_form(chunk):
-            return _packed_views(chunk, form, memory.memory if isinstance(memory, View) else memory.view, self.dtypes)
+            stored = memory.memory if isinstance(memory, View) else memory.view
+            return _packed_views(chunk, form, stored, self.dtypes, keeps_operands=self._keeps_operands)
         if isinstance(memory, View):
             return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
         return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
@@ -236,10 +249,10 @@ def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -
     return Read(chunk, form, start, stop, into[start:stop])
 
 
-def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False) -> int:
     """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
     if form := packed_form(chunk):
-        return _plan_operands(chunk, form, dtypes)[1]
+        return (_plan_operands if keeps_operands else _plan_casts)(chunk, form, dtypes)[1]
     needed = plan_layout(_sizes(chunk, dtypes))[1]
     if _casts(chunk, dtypes):
         return needed  # coded bytes arrive in scratch memory, as all stored bytes do
@@ -304,20 +317,21 @@ def _cast_raw_parts(chunk: Chunk, form: Form, buffer: Buffer, dtypes: Mapping[st
 
 
 def _packed_views(
-    chunk: Chunk, form: Form, memory: memoryview, dtypes: Mapping[str, torch.dtype]
+    chunk: Chunk, form: Form, memory: memoryview, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False
 ) -> dict[str, torch.Tensor]:
     """Packed parameters, and views of raw tensors, over a packed form and what was cast behind it."""
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     behind, _ = _plan_casts(chunk, form, dtypes)
-    operands, end = _plan_operands(chunk, form, dtypes)
-    has_room = len(flat) >= end  # mapped files have none
+    operands, end = _plan_operands(chunk, form, dtypes) if keeps_operands else ({}, 0)
+    with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
+        room = flat if len(flat) >= end else torch.empty(end, dtype=torch.uint8)  # a mapped file has none behind it
     found: dict[str, torch.Tensor] = {}
     for part in parts_of(chunk, form):
         stored = torch_dtype(part.dtype)
         dtype = dtypes.get(part.name, stored)
         if part.kind != "raw":
-            place, size = operands.get(part.name), matrices.operand_bytes(part)
-            operand = flat[place : place + size] if has_room and place is not None else None
+            place = operands.get(part.name)
+            operand = None if place is None else room[place : place + matrices.operand_bytes(part)]
             found[part.name] = packed_parameter(part, memory, dtype, operand)
             continue
         size = (part.stop - part.start) // stored.itemsize * dtype.itemsize

@@ -8,9 +8,9 @@ process. There it also shows in which order a processor's kernel reads the codes
 in one that they are brought into for each use (AVX2), or in none that is known here. Then, or where a kernel is missing
 or refuses, the second way is the only one.
 
-Besides codes and scales, a matrix keeps the scales once more as its kernel reads them (`operand_bytes`): to bring them
-there for every use took a third of the time of a product with one row. A thread keeps what one piece takes
-(`scratch_bytes`).
+The kernel of int4 reads scales in an order of its own. Where memory is given for it (`operand_bytes`), a matrix keeps
+them so; else they are brought there for each use, which takes a third of the time of a product with one row. A thread
+keeps what one piece takes (`scratch_bytes`).
 """
 
 import logging
@@ -33,7 +33,7 @@ logger = logging.getLogger("surfw.runtime")
 PIECE_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
-_REORDERED_BYTES = MIB
+_OPERAND_BYTES, _REORDERED_BYTES = 4 * MIB, MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
@@ -218,6 +218,7 @@ class _Int4(Packed):
     ) -> None:
         """Take the codes and scales where they are; `memory` is for the scales as the kernel reads them."""
         super().__init__(shape, codes, scales)
+        self._scale_bits = scales.view(torch.uint16)
         self._memory = memory
         self._operand: torch.Tensor | None = None
 
@@ -236,20 +237,28 @@ class _Int4(Packed):
         return cls((rows, columns), codes, _numbers(0, 3, columns // GROUP, filled).exp2().to(torch.bfloat16))
 
     def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
-        operand = self._operand
-        if operand is None:
-            operand = self._operand = self._make_operand()
-        product = torch._weight_int4pack_mm_for_cpu(rows.contiguous(), order(self.codes), GROUP, operand)  # noqa: SLF001 - there is no public one
-        return product if product.shape[1] == self.shape[0] else product[:, : self.shape[0]].contiguous()
+        rows, filled = rows.contiguous(), self.scales.shape[1]
+        step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
+        if self._memory is not None:
+            product = _multiply_few(rows, order(self.codes), self._keep_operand(self._memory))
+        elif filled <= step:
+            product = self._multiply_part(rows, order(self.codes), self._scale_bits)
+        else:
+            step = -(-filled // (-(-filled // step) * PANEL)) * PANEL  # as many parts, of about the same size
+            parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
+            product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
+        return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
-    def _make_operand(self) -> torch.Tensor:
-        """Scales as the kernel reads them, shape (groups, 64 × panels, 2): behind each its zero point, which is 0."""
-        with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
-            memory = self._memory
-            pairs = torch.empty(self.scales.shape, dtype=torch.int32) if memory is None else memory.view(torch.int32)
-            pairs = pairs.view(self.scales.shape)
-            pairs.copy_(self.scales.view(torch.uint16))
-            return pairs.view(torch.bfloat16).view(*self.scales.shape, 2)
+    @staticmethod
+    def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
+        pairs = _SCRATCH.take("operand", scale_bits.shape, torch.int32)
+        return _multiply_few(rows, codes, _fill_operand(pairs, scale_bits))
+
+    def _keep_operand(self, memory: torch.Tensor) -> torch.Tensor:
+        if self._operand is None:
+            with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
+                self._operand = _fill_operand(memory.view(torch.int32).view(self.scales.shape), self._scale_bits)
+        return self._operand
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)
@@ -276,6 +285,16 @@ class _Int4(Packed):
         return grouped.mul_(self.scales[:, ids].t()[..., None]).view(len(ids), self.shape[1]).to(dtype)
 
 
+def _fill_operand(pairs: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
+    """Scales as int4's kernel reads them, shape (groups, 64 × panels, 2): behind each its zero point, which is 0."""
+    pairs.copy_(scale_bits)
+    return pairs.view(torch.bfloat16).view(*pairs.shape, 2)
+
+
+def _multiply_few(rows: torch.Tensor, codes: torch.Tensor, operand: torch.Tensor) -> torch.Tensor:
+    return torch._weight_int4pack_mm_for_cpu(rows, codes, GROUP, operand)  # noqa: SLF001 - there is no public one
+
+
 def int8_values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The values of rows of an int8 matrix: codes of shape (rows, K), int8, and scales of shape (rows,), float32."""
     return (codes.to(torch.float32) * scales[:, None]).to(dtype)
@@ -287,13 +306,13 @@ def matrix_over(part: Part, memory: memoryview, operand: torch.Tensor | None = N
     Args:
         part: of kind int8 or int4.
         memory: the stored form that it is a part of; kept alive.
-        operand: memory of `operand_bytes`, at a multiple of 64; allocated when it is needed if it is None.
+        operand: memory of `operand_bytes`, at a multiple of 64, to keep what would be made for each use.
     """
     return _KINDS[part.kind].over(part, memory, operand)
 
 
 def operand_bytes(part: Part) -> int:
-    """What a matrix keeps besides its codes and scales: those of int4 again, as the kernel reads them."""
+    """What a matrix may keep besides its codes and scales: those of int4 again, as the kernel reads them."""
     return 2 * (part.stop - part.scales) if part.kind == "int4" else 0
 
 
@@ -301,7 +320,7 @@ def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
     """The most memory that a thread keeps for matrices of at most so many columns: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
     values = max(PIECE_BYTES, PANEL * columns * itemsize)
-    return values + values // itemsize + PANEL * columns // GROUP * itemsize
+    return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
 
 
 _KINDS: Mapping[Kind, type[Packed]] = {"int8": _Int8, "int4": _Int4}
