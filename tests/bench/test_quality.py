@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -63,21 +63,22 @@ def test_each_form_of_a_checkpoint_is_measured_beside_it(checkpoint: Path, text:
 
 @pytest.mark.usefixtures("alone")
 def test_of_a_model_in_a_store_the_forms_that_it_has(text: str, tmp_path: Path) -> None:
-    async def write(*codecs: str) -> None:
+    async def write(*codecs: str, to: str) -> None:
         with prepare_model(str(save_bert(tmp_path / "bert"))) as prepared:
-            await write_model(prepared, open_backend(store), codecs=codecs)
+            await write_model(prepared, open_backend(to), codecs=codecs)
 
     store = str(tmp_path / "store")
     work = QualityWork(source=store, model="bert", text=text)
-    asyncio.run(write("none"))
+    asyncio.run(write("none", to=store))
     with pytest.raises(
         ConfigurationError, match=r"bert is stored as none in .*, not as int8; store it so: surfw chunk"
     ):
         bench_quality(work)
-    asyncio.run(write("int4"))
+    alone = str(tmp_path / "alone")
+    asyncio.run(write("int4", to=alone))
     with pytest.raises(ConfigurationError, match=r"without its exact weights.*name its checkpoint"):
-        bench_quality(work)
-    asyncio.run(write("none", "int8"))
+        bench_quality(replace(work, source=alone))
+    asyncio.run(write("none", "int8", to=store))
     found = bench_quality(work)
     assert [row.name for row in found.rows] == ["unquantised", "int8"]
     assert 0.99 < (found.rows[1].cosine or 0) < 1

@@ -209,7 +209,7 @@ def test_a_server_that_dies_during_a_fetch(tmp_path: Path) -> None:
     assert (first + out).endswith("\n")
     lines = "\n".join([*before, err.splitlines()[-1]])
     said = complaint(subprocess.CompletedProcess(command, client.returncode, out, lines))
-    assert said.startswith(f"the server at {served.url} ")
+    assert said.startswith((f"the server at {served.url} ", f"no surfw server at {served.url}: ")), "by what came last"
     assert said.count("; ") - said.count("; the last attempt: ") == 1, "one piece of advice"
 
 

@@ -58,7 +58,11 @@ MISTAKES = [
     ("chunk", 2, "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL"),
     ("chunk list", 2, "list is no checkpoint here; did you mean 'surfw list'? For a directory write ./list"),
     ("chunk --list --prune", 2, "give one of --list and --prune at a time"),
-    ("chunk ./nowhere --codec zip", 2, "codec 'zip' is not known; expected none or lossless, or several"),
+    (
+        "chunk ./nowhere --codec zip",
+        2,
+        "codec 'zip' is not known; expected none or lossless or int8 or int4, or several",
+    ),
     ("chunk ./nowhere --codec none --in-place", 2, "nothing is stored with --in-place; leave one of them out"),
     ("chunk second --from ./store --dtype bfloat16", 2, "is for checkpoints, and does not go with --from"),
     ("chunk none --from ./store", 1, "store has no model 'none'; it has: org/first, second"),
