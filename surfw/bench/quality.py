@@ -18,7 +18,7 @@ from surfw.bench.peers import LLAMA_CRASH, PEERS, llama_logits
 from surfw.bench.peers.gguf_file import check_gguf, write_gguf
 from surfw.bench.process import run_peer
 from surfw.bench.result import describe_machine
-from surfw.codec import PACKED_CODECS, choose_form, exact_forms, for_run, stored_codecs
+from surfw.codec import PACKED_CODECS, choose_form, for_run, has_exact_forms, stored_packed_codecs
 from surfw.config import CodecChoice, display_url
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import Manifest
@@ -199,9 +199,8 @@ def _choose_codecs(work: QualityWork, manifest: Manifest, *, where: str) -> Sequ
     Raises:
         ConfigurationError: the model has no exact form, or none of those that were asked for.
     """
-    stored = [codec for codec in PACKED_CODECS if codec in stored_codecs(manifest)]
-    codecs = work.codecs or stored or PACKED_CODECS
-    if not all(map(exact_forms, manifest.chunks)):
+    codecs = work.codecs or stored_packed_codecs(manifest) or PACKED_CODECS
+    if not has_exact_forms(manifest):
         raise ConfigurationError(
             f"{manifest.name} is stored in {where} without its exact weights, which are what forms are compared with; "
             "name its checkpoint, of which all forms are made for the measurement"

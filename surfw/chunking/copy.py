@@ -15,7 +15,15 @@ from itertools import accumulate
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
 from surfw.chunking.prepare import find_matrices
 from surfw.chunking.write import Contents, Outcome, Progress, write_contents
-from surfw.codec import DEFAULT_CODECS, PACKED_CODECS, choose_form, exact_forms, stored_codecs
+from surfw.codec import (
+    DEFAULT_CODECS,
+    PACKED_CODECS,
+    choose_form,
+    exact_forms,
+    has_exact_forms,
+    stored_codecs,
+    stored_packed_codecs,
+)
 from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES
 from surfw.errors import ConfigurationError, IntegrityError, StorageError
@@ -78,13 +86,12 @@ async def copy_model(
 
 
 def _default_codecs(manifest: Manifest) -> Sequence[str]:
-    is_exact = all(map(exact_forms, manifest.chunks))
-    return DEFAULT_CODECS if is_exact else [codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS]
+    return DEFAULT_CODECS if has_exact_forms(manifest) else stored_packed_codecs(manifest)
 
 
 def _plan(manifest: Manifest, codecs: Sequence[str]) -> tuple[PlannedChunk, ...]:
     """The chunks to write; torch is needed where a form is to be made that is not there."""
-    new = {codec for codec in codecs if codec in PACKED_CODECS} - set(stored_codecs(manifest))
+    new = set(codecs).intersection(PACKED_CODECS).difference(stored_codecs(manifest))
     matrices = find_matrices(manifest) if new else frozenset[str]()
     planned = []
     for chunk in manifest.chunks:

@@ -40,7 +40,7 @@ from surfw.chunking.forms import (
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
-from surfw.codec import PACKED_CODECS, exact_forms
+from surfw.codec import PACKED_CODECS, has_exact_forms
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
 from surfw.errors import (
     ConfigurationError,
@@ -180,7 +180,7 @@ async def _expect_exact_forms(store: Store, name: str, codecs: Sequence[str]) ->
     if not set(codecs).issubset(PACKED_CODECS):
         return
     with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
-        if all(map(exact_forms, (await store.facts(name)).chunks)):
+        if has_exact_forms(await store.facts(name)):
             raise ConfigurationError(
                 f"{store.url} has {name} with all bits, which {' and '.join(codecs)} alone would replace; keep 'none' "
                 "or 'lossless' beside it (codecs, --codec), choose another name (name, --name), or remove the model "

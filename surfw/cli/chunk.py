@@ -297,17 +297,17 @@ def _measure_quality(
 ) -> "dict[str, Quality]":
     """How good the quantised forms are, beside the weights in the store, or else those of the checkpoint."""
     from surfw.cli import chunk_quality
-    from surfw.codec import PACKED_CODECS, exact_forms, stored_codecs
+    from surfw.codec import has_exact_forms, stored_packed_codecs
 
-    codecs = [codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS]
     url, missing = prepared.checkpoint.url, settings.on_missing
     written: chunk_quality.Place = (
         settings.store,
         {"model": manifest.name, "storage_options": placed.for_url(settings.store), "on_missing": missing},
     )
     reference = written
-    if not all(map(exact_forms, manifest.chunks)):
+    if not has_exact_forms(manifest):
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
+    codecs = stored_packed_codecs(manifest)
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import chunk_quality, render
-from surfw.codec import exact_forms, form_bytes
+from surfw.codec import form_bytes, has_exact_forms
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _describe_forms(manifest: "Manifest") -> str:
     sizes = form_bytes(manifest)
     words = {"lossless": "compressed without loss", "int8": "as int8", "int4": "as int4"}
     others = [f"{format_size(sizes[codec])} {text}" for codec, text in words.items() if codec in sizes]
-    if all(map(exact_forms, manifest.chunks)):
+    if has_exact_forms(manifest):
         others.insert(0, format_size(manifest.payload_bytes))
     *first, last = others
     return f"{', '.join(first)}, and {last}," if first else last

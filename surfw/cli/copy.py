@@ -32,7 +32,7 @@ def copy_model(
     from surfw import chunking
     from surfw.cli import chunk_quality, chunk_view, render
     from surfw.cli.addresses import read_source
-    from surfw.codec import PACKED_CODECS, stored_codecs
+    from surfw.codec import stored_codecs, stored_packed_codecs
     from surfw.models.client import WeightClient
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
@@ -73,7 +73,7 @@ def copy_model(
                 raise KeyboardInterrupt("the same command goes on where it stopped") from exc
         quality = chunk_quality.measure(
             copied,
-            [codec for codec in PACKED_CODECS if codec in set(stored_codecs(copied)) - set(stored_codecs(manifest))],
+            [codec for codec in stored_packed_codecs(copied) if codec not in stored_codecs(manifest)],
             reference=(client, {"model": manifest.name}),
             written=(settings.store, {"model": copied.name, "storage_options": placed.for_url(settings.store)}),
             step=step,

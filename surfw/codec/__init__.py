@@ -1,7 +1,7 @@
 """Stored bytes ⇄ tensor bytes. A codec is known by the name its forms carry; `none` stores the payload itself.
 
-`none` and `lossless` are exact. `int8` and `int4` are not: nothing takes them unless they are
-asked for, or all that there is.
+`none` and `lossless` are exact. `int8` and `int4` are not: nothing takes them unless they are asked for, or all that
+there is.
 """
 
 from collections import Counter
@@ -53,10 +53,20 @@ def exact_forms(chunk: Chunk) -> tuple[Form, ...]:
     return tuple(form for form in chunk.forms if not form.is_packed)
 
 
+def has_exact_forms(manifest: Manifest) -> bool:
+    """Whether every payload of a model can be had from what is stored."""
+    return all(map(exact_forms, manifest.chunks))
+
+
 def stored_codecs(manifest: Manifest) -> tuple[str, ...]:
     """The codecs that any chunk of a model has a form of, in the order of `CODECS`."""
     stored = {form.codec for chunk in manifest.chunks for form in chunk.forms}
     return tuple(sorted(stored, key=lambda codec: [*CODECS, codec].index(codec)))
+
+
+def stored_packed_codecs(manifest: Manifest) -> tuple[str, ...]:
+    """Those of them that are packed."""
+    return tuple(codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS)
 
 
 def form_bytes(manifest: Manifest) -> dict[str, int]:
@@ -87,8 +97,8 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
         ConfigurationError: the model is not stored so.
     """
     stored = stored_codecs(manifest)
-    if codec == "auto" and not all(map(exact_forms, manifest.chunks)):
-        codec = next((one for one in PACKED_CODECS if one in stored), codec)
+    if codec == "auto" and not has_exact_forms(manifest):
+        codec = next(iter(stored_packed_codecs(manifest)), codec)
     chunks = []
     for chunk in manifest.chunks:
         packed = chunk.form(codec) if codec in PACKED_CODECS else None
@@ -96,7 +106,7 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
         chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
     if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
         advice = "ask for one of these, or chunk its checkpoint again"
-        if all(map(exact_forms, manifest.chunks)):
+        if has_exact_forms(manifest):
             advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
         raise ConfigurationError(
             f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
