@@ -23,7 +23,7 @@ PIECE_BYTES = 8 * MIB
 """What is read, digested or written of a file or object at a time, while the piece before it is worked on."""
 
 ALIGNMENT = 64
-"""Tensors lie at multiples of this in memory, whatever computes with them."""
+"""Tensors lie at multiples of this in memory, whatever computes with them; see `aligned`."""
 
 MIN_FRAME_BYTES, MAX_FRAME_BYTES = 128 * KIB, 512 * KIB
 """What the protocol allows for the payload of a binary frame."""
@@ -88,6 +88,11 @@ _LEAST_MEGABYTES = 128
 """From this number on, whoever forgot the unit of a memory size probably thought of megabytes, not of gigabytes."""
 
 _SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?I?B?)\s*", re.IGNORECASE)
+
+
+def aligned(place: int) -> int:
+    """The first place from this one on where a tensor may begin."""
+    return -(-place // ALIGNMENT) * ALIGNMENT
 
 
 def parse_size(text: str) -> int:

@@ -6,7 +6,7 @@ A form lists the kind of each tensor, and nothing else: all places follow from k
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from surfw.config import ALIGNMENT
+from surfw.config import aligned
 from surfw.manifest.facts import Chunk, Form, Kind, TensorInfo
 
 GROUP = 32
@@ -77,9 +77,9 @@ def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Pa
     parts: list[Part] = []
     end = 0
     for tensor, kind in zip(tensors, kinds, strict=True):
-        start = _aligned(end)
+        start = aligned(end)
         codes_bytes, scales_bytes = _sizes(tensor, kind)
-        scales = _aligned(start + codes_bytes) if scales_bytes else start + codes_bytes
+        scales = aligned(start + codes_bytes) if scales_bytes else start + codes_bytes
         end = scales + scales_bytes
         parts.append(Part(tensor.name, kind, tensor.dtype, tensor.shape, start, scales, end))
     return tuple(parts)
@@ -93,10 +93,6 @@ def parts_of(chunk: Chunk, form: Form) -> tuple[Part, ...]:
 def packed_bytes(parts: Sequence[Part]) -> int:
     """The size of the form that has these parts."""
     return parts[-1].stop if parts else 0
-
-
-def _aligned(place: int) -> int:
-    return -(-place // ALIGNMENT) * ALIGNMENT
 
 
 def _sizes(tensor: TensorInfo, kind: Kind) -> tuple[int, int]:

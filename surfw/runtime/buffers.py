@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 
-from surfw.config import ALIGNMENT
+from surfw.config import aligned
 from surfw.errors import SurfwError
 
 _HUGE = 2 << 20
@@ -20,7 +20,7 @@ def plan_layout(sizes_bytes: Sequence[int]) -> tuple[list[int], int]:
     """Where tensors of these sizes lie, each at a multiple of 64, and the bytes that all of them take."""
     offsets, end = [], 0
     for size in sizes_bytes:
-        offsets.append(-(-end // ALIGNMENT) * ALIGNMENT)
+        offsets.append(aligned(end))
         end = offsets[-1] + size
     return offsets, end
 

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
-from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB
+from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, parts_of, payload_digest
 from surfw.runtime import matrices
@@ -295,7 +295,7 @@ def _plan_casts(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> 
     places, end = {}, form.stored_bytes
     for part in parts_of(chunk, form):
         if part.kind == "raw" and part.name in dtypes:
-            places[part.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
+            places[part.name] = start = aligned(end)
             end = start + (part.stop - part.start) // torch_dtype(part.dtype).itemsize * dtypes[part.name].itemsize
     return places, end
 
@@ -305,7 +305,7 @@ def _plan_operands(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) 
     places, end = {}, _plan_casts(chunk, form, dtypes)[1]
     for part in parts_of(chunk, form):
         if size := matrices.operand_bytes(part):
-            places[part.name] = start = -(-end // ALIGNMENT) * ALIGNMENT
+            places[part.name] = start = aligned(end)
             end = start + size
     return places, end
 
