@@ -15,7 +15,7 @@ from pathlib import Path
 
 from surfw.bench.comparison import Bandwidth, Comparison, Measurement
 from surfw.bench.infer_result import SURFW, InferResult, make_notes, make_rows
-from surfw.bench.peers import LLAMA_CRASH, PEERS, Peer
+from surfw.bench.peers import LLAMA_CRASH, PEERS, STREAMING
 from surfw.bench.process import Outcome, run_peer
 from surfw.bench.result import describe_machine
 from surfw.codec import DEFAULT_CODECS
@@ -24,7 +24,7 @@ from surfw.storage import Store, open_backend
 from surfw.storage.store import MARKER
 
 _LIBRARIES = ("accelerate", "airllm", "llama_cpp_python")
-_SURFW, _READS_MODULE = Peer("streaming"), "reads"
+_READS_MODULE = "reads"
 
 
 def bench_infer(comparison: Comparison, *, on_progress: Callable[[str], None] = lambda _: None) -> InferResult:
@@ -73,7 +73,7 @@ def _codecs(names: Sequence[str]) -> tuple[str, ...]:
 
 def _work_of(name: str, work: Comparison, on_progress: Callable[[str], None]) -> Comparison:
     """What one of them is given; llama.cpp's file is made here, where none is named."""
-    peer = PEERS.get(name, _SURFW)
+    peer = PEERS.get(name, STREAMING)
     if peer.gguf_kind is None or (peer.is_usual and work.gguf is not None):
         return replace(work, **peer.options)  # type: ignore[arg-type]  # texts are checked where the model is opened
     from surfw.bench.peers.gguf_file import write_gguf
@@ -118,7 +118,7 @@ def _run_rounds(
                 before = _bandwidth(work, where, on_progress)
             if all(one.failed is None for one in outcomes[name]):
                 on_progress(f"{where}: {name}")
-                outcomes[name].append(run_peer(PEERS.get(name, _SURFW).module, works[name], Measurement))
+                outcomes[name].append(run_peer(PEERS.get(name, STREAMING).module, works[name], Measurement))
                 if name == SURFW and before is not None and work.bandwidth_bytes is None:
                     after = _bandwidth(work, where, on_progress)
         bandwidths.append(before if before is None or after is None else (before + after) / 2)

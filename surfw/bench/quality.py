@@ -27,9 +27,6 @@ from surfw.models.quality import Quality, Reference, held_out_text
 from surfw.models.streaming import StreamingModel
 from surfw.storage import open_backend
 
-_PEERS = ("llama.cpp", "llama.cpp-q8_0", "llama.cpp-q4_0")
-"""llama.cpp with unquantised weights shows what other arithmetic alone changes."""
-
 _STRANGE_PERPLEXITY = 100
 
 
@@ -247,10 +244,9 @@ def _run_peers(
     assert work.checkpoint is not None, "only a checkpoint is converted"
     passages, file, out = scratch / "passages.json", scratch / "model.gguf", scratch / "logits"
     passages.write_text(json.dumps(reference.passages), "utf-8")
-    for name in _PEERS:
+    kinds = {name: peer.gguf_kind for name, peer in PEERS.items() if peer.gguf_kind is not None}
+    for name, kind in kinds.items():  # with unquantised weights first: what other arithmetic alone changes
         on_progress(name)
-        kind = PEERS[name].gguf_kind
-        assert kind is not None, "llama.cpp reads a GGUF file"
         try:
             write_gguf(Path(work.checkpoint), file, kind, head=None if kind == "bf16" else "q8_0")
         except (ImportError, ValueError, UnsupportedModelError) as exc:

@@ -116,7 +116,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}".replace("%", " %")
+    return "" if value is None else percent(value, 1)
 
 
 def _range(low: float | None, high: float | None) -> str:

@@ -2,9 +2,8 @@
 
 An embedding uses one row of its table for each token. To look ids up, the rows of the distinct ones are gathered into a
 small table, and torch looks the ids up in that: a gather, so the bits are those of the whole table. Rows of a quantised
-table get their values first. `tables_of` finds
-such tables in a model by what its modules are; no architecture is named. The rest of a module that holds one (a norm,
-small embeddings, a bias) is read alone, once, and stays.
+table get their values first. `tables_of` finds such tables in a model by what its modules are; no architecture is
+named. The rest of a module that holds one (a norm, small embeddings, a bias) is read alone, once, and stays.
 
 Invariants: a source delivers whole blocks of 1 MiB, and no block is used that was not verified. Memory is bounded by
 `RowReader.buffer_bytes`, however many rows are asked for (a single range longer than the scratch buffer makes it grow).

@@ -56,7 +56,8 @@ _LLAMA = Peer(
     "llama.cpp is not installed; 'pip install llama-cpp-python gguf' compiles it, which takes some minutes",
     "gguf",
 )
-_SURFW = Peer("streaming", is_usual=False)
+STREAMING = Peer("streaming", is_usual=False)
+"""surfw itself."""
 
 LLAMA_CRASH = (
     "llama.cpp's kernels for AMX crash on some processors; a build without them runs: CMAKE_ARGS='-DGGML_NATIVE=OFF "
@@ -83,7 +84,7 @@ PEERS: Mapping[str, Peer] = {
     ),
     "llama.cpp-q8_0": _LLAMA._replace(gguf_kind="q8_0", is_usual=False),
     "llama.cpp-q4_0": _LLAMA._replace(gguf_kind="q4_0", is_usual=False),
-    "lru": _SURFW._replace(options={"policy": "lru"}, is_usual=True),
-    **{codec: _SURFW._replace(options={"codec": codec}) for codec in ("none", "lossless", "int8", "int4")},
+    "lru": STREAMING._replace(options={"policy": "lru"}, is_usual=True),
+    **{codec: STREAMING._replace(options={"codec": codec}) for codec in ("none", "lossless", "int8", "int4")},
 }
 """What surfw is compared with, in the order in which they run."""
