@@ -115,7 +115,8 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         ManifestError: configuration and chunks do not belong together.
     """
     manifest = for_run(manifest, settings.codec, where=client.url)
-    if settings.codec == "auto" and (packed := packed_codec(manifest)):
+    packed = packed_codec(manifest)
+    if packed and settings.codec == "auto":
         logger.warning("%s: weights are %s, not exact; nothing else is stored of them", manifest.name, packed)
     dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
@@ -134,13 +135,10 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         elif limit.budget_bytes is not None:
             _warn_beyond_memory(limit.budget_bytes)
         find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
-        needs = find_needs(keeps_operands=True)
-        keeps_operands = _everything_fits(needs, limit)
-        if not keeps_operands:
-            needs = find_needs()
+        keeps_operands = packed == "int4" and _everything_fits(find_needs(keeps_operands=True), limit)
         engine = Engine(
             manifest,
-            needs,
+            find_needs(keeps_operands=keeps_operands),
             limit,
             Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands),
             io=client.io,
