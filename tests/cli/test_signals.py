@@ -214,11 +214,12 @@ from surfw.cli.main import main
 def wait() -> None:
     try:
         print("waiting", flush=True)
-        time.sleep(600)
+        while True:
+            time.sleep(0.05)  # a signal just before a long sleep would be answered only after it
     finally:
         print("cleaning", flush=True)
         while True:
-            time.sleep(600)
+            time.sleep(0.05)
 
 main()
 """
