@@ -95,9 +95,10 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
         forms = (packed,) if packed else exact_forms(chunk)
         chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
     if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
-        advice = "ask for one of these, or chunk its checkpoint again"
-        if all(map(exact_forms, manifest.chunks)):
-            advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+        advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+        if not all(map(exact_forms, manifest.chunks)):
+            stored = tuple(one for one in stored if one not in DEFAULT_CODECS)  # those are of some chunks only
+            advice = "ask for one of these, or chunk its checkpoint again"
         raise ConfigurationError(
             f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
         )
