@@ -8,6 +8,8 @@ import typer
 from surfw.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from surfw.bench.result import Result
 
 INFER_EXAMPLES = """\b
@@ -157,6 +159,8 @@ def infer(
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
     for option, size in (("--memory-budget", memory_budget), ("--cap", cap)):
         options.check_size(option, size)
+    names = None if against is None else [name.strip() for name in against.split(",")]
+    _check_against(names or ())  # before torch is imported
     from surfw.bench.comparison import Comparison
     from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render
@@ -165,7 +169,7 @@ def infer(
 
     comparison = Comparison(
         model_dir=model_dir,
-        against=None if against is None else [name.strip() for name in against.split(",")],
+        against=names,
         gguf=gguf,
         airllm_dir=airllm_dir,
         cap_bytes=None if cap is None else parse_size(cap),
@@ -183,6 +187,21 @@ def infer(
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
+
+
+def _check_against(names: "Sequence[str]") -> None:
+    """Check the names of `--against`.
+
+    Raises:
+        BadParameter: one is no peer's.
+    """
+    from surfw.bench.comparison import check_peers
+    from surfw.errors import ConfigurationError
+
+    try:
+        check_peers(names)
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--against") from exc
 
 
 @app.command("quality", cls=options.Command, epilog=QUALITY_EXAMPLES)
