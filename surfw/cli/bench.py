@@ -150,7 +150,9 @@ def infer(
         typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--new-tokens", min=2, help="Tokens to generate.")
+    ] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
     patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
     json: options.Json = False,
