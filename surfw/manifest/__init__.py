@@ -53,12 +53,12 @@ from surfw.manifest.parser import (
     parse_manifest,
     parse_stored_manifest,
 )
-from surfw.manifest.parts import GROUP, PANEL, Part, fits, packed_bytes, parts_of, plan_parts
+from surfw.manifest.parts import GROUP, PANEL, Part, fits, packed_bytes, parts_of, plan_parts, stored_bytes
 
 __all__ = [
     "CODED_VERSION", "DTYPE_BITS", "FORMAT", "GROUP", "IN_PLACE_VERSION", "PACKED_VERSION", "PANEL", "VERSION", "Chunk",
     "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile", "Origin", "Part", "Pin", "TensorInfo",
     "Use", "check_model_name", "count_blocks", "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest",
     "fits", "has_digest", "nbytes", "packed_bytes", "parse_digests", "parse_manifest", "parse_stored_manifest",
-    "parts_of", "payload_digest", "plan_parts", "read_digests", "with_digests",
+    "parts_of", "payload_digest", "plan_parts", "read_digests", "stored_bytes", "with_digests",
 ]  # fmt: skip

@@ -90,6 +90,11 @@ def parts_of(chunk: Chunk, form: Form) -> tuple[Part, ...]:
     return plan_parts(chunk.tensors, form.kinds)
 
 
+def stored_bytes(tensor: TensorInfo, kind: Kind) -> int:
+    """What a tensor takes as that kind, rows that fill a panel up included."""
+    return sum(_sizes(tensor, kind))
+
+
 def packed_bytes(parts: Sequence[Part]) -> int:
     """The size of the form that has these parts."""
     return parts[-1].stop if parts else 0
