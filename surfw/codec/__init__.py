@@ -10,7 +10,7 @@ from dataclasses import replace
 from operator import is_
 
 from surfw.errors import ConfigurationError, ManifestError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Form, Kind, Manifest, Reason, why_exact
 
 PACKED_CODECS: Sequence[str] = ("int8", "int4")
 """The codecs whose forms hold quantised weights, the more exact first."""
@@ -75,6 +75,16 @@ def form_bytes(manifest: Manifest) -> dict[str, int]:
     for chunk in manifest.chunks:
         found.update({form.codec: form.stored_bytes for form in chunk.forms})
     return dict(found)
+
+
+def count_weights(manifest: Manifest, codec: str) -> Counter[Kind | Reason]:
+    """How many weights of a model are int4 and int8 in the forms of a packed codec, and how many are exact, and why."""
+    found: Counter[Kind | Reason] = Counter()
+    for chunk in manifest.chunks:
+        form = chunk.form(codec)
+        kinds: Sequence[Kind] = form.kinds if form else ["raw"] * len(chunk.tensors)
+        found.update(why_exact(one) if kind == "raw" else kind for one, kind in zip(chunk.tensors, kinds, strict=True))
+    return found
 
 
 def packed_codec(manifest: Manifest) -> str | None:

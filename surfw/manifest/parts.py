@@ -5,9 +5,10 @@ A form lists the kind of each tensor, and nothing else: all places follow from k
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from surfw.config import aligned
-from surfw.manifest.facts import Chunk, Form, Kind, TensorInfo
+from surfw.manifest.facts import Chunk, Form, Kind, Reason, TensorInfo
 
 GROUP = 32
 """Columns that share a scale in `int4`."""
@@ -65,6 +66,17 @@ def fits(tensor: TensorInfo, kind: Kind) -> bool:
         return False
     rows, columns = tensor.shape
     return columns % _COLUMNS[kind] == 0 and rows * columns >= LEAST_WEIGHTS
+
+
+def why_exact(tensor: TensorInfo) -> Reason:
+    """Why surfw does not quantise a tensor that is `raw` in every packed form."""
+    if len(tensor.shape) != 2:
+        return "vectors" if len(tensor.shape) < 2 else "others"
+    if fits(tensor, "int8"):
+        return "others"
+    if tensor.dtype not in _DTYPES:
+        return "dtypes"
+    return "small" if prod(tensor.shape) < LEAST_WEIGHTS else "shapes"
 
 
 def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Part, ...]:
