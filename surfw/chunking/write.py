@@ -40,7 +40,7 @@ from surfw.chunking.forms import (
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
-from surfw.codec import CODECS, PACKED_CODECS, has_exact_forms, stored_codecs, stored_packed_codecs
+from surfw.codec import CODECS, PACKED_CODECS, whole_codecs
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
 from surfw.errors import (
     ConfigurationError,
@@ -191,10 +191,9 @@ async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]
 
 
 async def _stored_before(store: Store, name: str) -> tuple[str, ...]:
-    """The codecs of the forms that a store has of a model; the first is exact if the model has all bits."""
+    """The codecs that a store has all weights of a model in; none if it has no such model."""
     with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
-        stored = await store.facts(name)
-        return stored_codecs(stored) if has_exact_forms(stored) else stored_packed_codecs(stored)
+        return whole_codecs(await store.facts(name))
     return ()
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from surfw.cli import render
 from surfw.client import read_stats
+from surfw.codec import PACKED_CODECS
 from surfw.config import DEFAULT_HOST, count, display_url, format_size
 from surfw.errors import IntegrityError, StorageError, SurfwError
 from surfw.settings import Settings
@@ -158,7 +159,7 @@ def _show_models(models: Sequence[StoredModel]) -> None:
             (
                 one.name,
                 one.class_name,
-                one.dtype,
+                one.dtype if set(one.codecs) - set(PACKED_CODECS) else f"{one.dtype} as {', '.join(one.codecs)}",
                 str(one.layers),
                 format_size(one.stored_bytes),
                 format_size(one.shared_bytes),

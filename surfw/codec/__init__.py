@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from operator import is_
 
+from surfw.config import display_url, is_server_url
 from surfw.errors import ConfigurationError, ManifestError
 from surfw.manifest import Chunk, Form, Kind, Manifest, Reason, why_exact
 
@@ -69,6 +70,11 @@ def stored_packed_codecs(manifest: Manifest) -> tuple[str, ...]:
     return tuple(codec for codec in stored_codecs(manifest) if codec in PACKED_CODECS)
 
 
+def whole_codecs(manifest: Manifest) -> tuple[str, ...]:
+    """Those of them that hold all weights of the model, alone or beside plain ones: what a run may ask for."""
+    return tuple(one for one in stored_codecs(manifest) if all(_run_forms(chunk, one) for chunk in manifest.chunks))
+
+
 def form_bytes(manifest: Manifest) -> dict[str, int]:
     """How many bytes are stored in forms of each codec."""
     found: Counter[str] = Counter()
@@ -107,7 +113,7 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
     Raises:
         ConfigurationError: the model is not stored so.
     """
-    whole = [one for one in stored_packed_codecs(manifest) if all(_run_forms(chunk, one) for chunk in manifest.chunks)]
+    whole = [one for one in whole_codecs(manifest) if one in PACKED_CODECS]
     if codec == "auto" and not has_exact_forms(manifest):
         codec = next(iter(whole), codec)
     forms = [_run_forms(chunk, codec) for chunk in manifest.chunks]
@@ -129,7 +135,11 @@ def _run_forms(chunk: Chunk, codec: str) -> tuple[Form, ...]:
 def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str) -> str:
     """What is wrong, and what to do; `whole` names the packed codecs that the model can be run in."""
     stored = stored_codecs(manifest)
-    advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+    which, place = (", STORE being the server's", "STORE") if is_server_url(where) else ("", where)
+    source = f"{manifest.name} --from {where} --store {place}"
+    if manifest.origin is not None:  # what was not copied has one form
+        which, source = "", display_url(manifest.origin.url)
+    advice = f"store it so{which}: surfw chunk {source} --codec {','.join([*stored, codec])}"
     if not has_exact_forms(manifest):
         stored = tuple(whole)  # exact ones are of some chunks only
         advice = "ask for one of these, or chunk its checkpoint again"

@@ -41,6 +41,9 @@ from surfw.storage.origins import is_local_url
 
 logger = logging.getLogger("surfw.models")
 
+_FREE_SHARE = 0.25
+"""What of a budget has to stay free where quantised matrices keep their operands, which saves less than it may cost."""
+
 ROWS_BYTES = 4 * MIB
 """For blocks of tables that are being read, and as much for those that were used last."""
 
@@ -132,7 +135,7 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         elif limit.budget_bytes is not None:
             _warn_beyond_memory(limit.budget_bytes)
         find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
-        keeps_operands = packed == "int4" and _everything_fits(find_needs(keeps_operands=True), limit)
+        keeps_operands = packed == "int4" and _fits_well(find_needs(keeps_operands=True), limit)
         engine = Engine(
             manifest,
             find_needs(keeps_operands=keeps_operands),
@@ -172,7 +175,14 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     return parts
 
 
-def _everything_fits(needs: Needs, limit: Limit) -> bool:
+def _fits_well(needs: Needs, limit: Limit) -> bool:
+    """Whether all weights fit, and leave a part of the budget free.
+
+    What is kept in memory of our own is not mapped. Where that fills a control group, the kernel takes away the pages
+    that hold the code of libraries, again and again.
+    """
+    if limit.budget_bytes is not None:
+        limit = replace(limit, budget_bytes=int(limit.budget_bytes * (1 - _FREE_SHARE)))
     try:
         return plan_residency(needs, limit).everything_fits
     except ConfigurationError:

@@ -80,6 +80,9 @@ def test_what_has_no_matrix_stays_as_it_is(store: Path, checkpoint: Path, tmp_pa
         name: ["none"] if name == "model.norm" else ["int4"] for name in forms
     }
     assert [chunk.id for chunk in alone.chunks] == [chunk.id for chunk in manifest.chunks]
+    listed = json.loads(surfw(tmp_path, "list", "--store", str(tmp_path / "alone"), "--json").stdout)["models"]
+    assert [one["codecs"] for one in listed] == [["int4"]]
+    assert " as int4 " in surfw(tmp_path, "list", "--store", str(tmp_path / "alone")).stdout
 
 
 def test_forms_that_are_stored_no_more_are_said(

@@ -27,8 +27,8 @@ def test_a_store_is_kept_in_order(home: Path) -> None:
     }  # fmt: skip
     first, second = facts["models"]
     assert first == {
-        "name": "org/first", "class_name": "ToyModel", "dtype": "uint8", "layers": 2, "chunks": 2,
-        "payload_bytes": 11000, "stored_bytes": 11000 + 2 * 4096 + 29, "shared_bytes": 29, "origin": None,
+        "name": "org/first", "class_name": "ToyModel", "dtype": "uint8", "codecs": ["none"], "layers": 2,
+        "chunks": 2, "payload_bytes": 11000, "stored_bytes": 11000 + 2 * 4096 + 29, "shared_bytes": 29, "origin": None,
     }  # fmt: skip
     assert facts["stored_bytes"] == first["stored_bytes"] + second["stored_bytes"] - 29
     assert (facts["unneeded_blobs"], facts["unneeded_bytes"]) == (0, 0)

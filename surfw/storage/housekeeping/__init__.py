@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from surfw.codec import whole_codecs
 from surfw.config import display_url, expect
 from surfw.manifest import Manifest
 from surfw.storage.backends import open_backend
@@ -40,6 +41,7 @@ class StoredModel:
         name: its name.
         class_name: the class that is built to run it.
         dtype: the dtype it is built with.
+        codecs: the forms that it can be run in.
         layers: how many of its chunks are layers.
         chunks: how many chunks it has.
         payload_bytes: the size of all its weights.
@@ -51,6 +53,7 @@ class StoredModel:
     name: str
     class_name: str
     dtype: str
+    codecs: tuple[str, ...]
     layers: int
     chunks: int
     payload_bytes: int
@@ -224,6 +227,7 @@ def summarise(manifest: Manifest, objects: Mapping[str, int], uses: Counter[str]
         name=manifest.name,
         class_name=manifest.class_name,
         dtype=manifest.dtype,
+        codecs=whole_codecs(manifest),
         layers=manifest.layer_count,
         chunks=len(manifest.chunks),
         payload_bytes=manifest.payload_bytes,
