@@ -200,16 +200,19 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
 
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
+    import asyncio
+
     from surfw.chunking import prepare_model
     from surfw.chunking.in_place import check_reach
     from surfw.cli import chunk_view, render
-    from surfw.storage import open_backend
+    from surfw.storage import Store, open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
     model = wanted.model
     # A folder takes no options, so those that are given with one are for the checkpoint.
     placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
+    asyncio.run(Store(backend).check_place())  # before what takes time
     if wanted.in_place:
         check_reach(model, backend)
     with prepare_model(
@@ -231,7 +234,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
             _show_plan(planned, facts, backend, wanted, step, json=json)
             return
         manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
-        quality = _measure_quality(prepared, manifest, wanted, settings, placed, step)
+        try:
+            quality = _measure_quality(prepared, manifest, wanted, settings, placed, step)
+        except KeyboardInterrupt as exc:
+            raise KeyboardInterrupt(f"{manifest.name} is stored; only measuring its quality ended early") from exc
         chunk_view.show_result(
             facts, manifest, outcomes, display_url(settings.store), is_in_place=wanted.in_place, quality=quality,
             json=json,

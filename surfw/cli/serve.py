@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surfw.cli import options, signals
-from surfw.cli.addresses import read_address
+from surfw.cli.addresses import is_here, read_address
 from surfw.cli.streams import OneLine, can_draw, one_line
 from surfw.config import display_url
+from surfw.errors import NotAStoreError
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Iterator
 
     from surfw.server import WeightServer
 
@@ -122,7 +124,8 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
             await asyncio.wait([starting])
         if stop.is_set():
             return False
-        await starting  # raises what kept it from starting
+        with _naming_the_store(place):
+            await starting
         if announce:
             render.print_json({"url": server.url, "store": display_url(place)})
         logger.info("%s serves %s", server.url, display_url(place))
@@ -131,6 +134,17 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
         else:
             await stop.wait()
     return True
+
+
+@contextlib.contextmanager
+def _naming_the_store(place: str) -> "Iterator[None]":
+    """Say where models are that were chunked, if there is nothing at the place: it may be meant as a model's name."""
+    try:
+        yield
+    except NotAStoreError as exc:
+        if is_here(place):
+            raise
+        raise NotAStoreError(f"{exc}; all models of the store are served by 'surfw serve' alone") from exc
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:

@@ -165,5 +165,5 @@ def foreign_errors(what: str, advice: str = "") -> Iterator[None]:
     except SurfwError:
         raise
     except Exception as exc:
-        first = str(exc).strip().splitlines()[0] if str(exc).strip() else ""
-        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {first[:300]}{advice}") from exc
+        said = " ".join(str(exc).split())[:300]
+        raise UnsupportedModelError(f"{what} cannot be used: {type(exc).__name__}: {said}{advice}") from exc

@@ -67,6 +67,8 @@ def translate_errors(what: str) -> Iterator[None]:
         raise NotFoundError(f"{what}: not found") from exc
     except PermissionError as exc:
         raise StorageError(f"{what}: permission denied{_explain_denial(exc)}") from exc
+    except NotADirectoryError as exc:
+        raise StorageError(f"{what}: a part of this path is a file, expected folders; name another place") from exc
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFullError(f"{what}: no space is left; free some and run the same command again") from exc

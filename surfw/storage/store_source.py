@@ -69,11 +69,11 @@ class StorageSource(ChunkSource):
                 raise IntegrityError(f"{path} of {manifest.name} in {self.url} is damaged")
             return data
 
-        return await self.store.load_right(
-            lambda: objects.load_capped(entry.object, min(entry.size, FILE_BYTES)),
-            check,
-            forget=lambda: objects.forget(entry.object),
-        )
+        async def load() -> bytes:
+            with _naming(f"{path} of {manifest.name}", self.url):
+                return await objects.load_capped(entry.object, min(entry.size, FILE_BYTES))
+
+        return await self.store.load_right(load, check, forget=lambda: objects.forget(entry.object))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination. Reads of local files with priority 0 overtake the others.
@@ -154,7 +154,7 @@ class StorageSource(ChunkSource):
         files = self._files(form, 0, form.stored_bytes)
         if manifest.origin or len(files) != 1 or files[0].start % mmap.ALLOCATIONGRANULARITY:
             return None
-        with _naming(chunk, self.url):
+        with _naming(f"chunk {chunk.name}", self.url):
             mapped = await in_thread(MappedFile, files[0])
         check = _Verification(form, 0)
         await self._local.check(mapped.memory, check)
@@ -201,7 +201,7 @@ class StorageSource(ChunkSource):
             if not read.form.locations:
                 raise StorageError(f"the manifest says of no place where chunk {read.chunk.name} lies in {self.url}")
             if files := self._files(read.form, read.start, read.stop):
-                with explain_change(), _naming(read.chunk, self.url):
+                with explain_change(), _naming(f"chunk {read.chunk.name}", self.url):
                     await self._local.read(files, read.destination, check, urgent=urgent)
             else:
                 parts = [ObjectRange(*part) for part in segments(read.form.locations, read.start, read.stop)]
@@ -253,8 +253,8 @@ class _Verification:
 
 
 @contextmanager
-def _naming(chunk: Chunk, where: str) -> Iterator[None]:
-    """Name the chunk in errors of its file."""
+def _naming(what: str, where: str) -> Iterator[None]:
+    """Name what a file holds in errors of that file."""
     try:
         yield
     except ChangedObjectError:
@@ -262,7 +262,7 @@ def _naming(chunk: Chunk, where: str) -> Iterator[None]:
     except StorageError as exc:
         kind = NotFoundError if isinstance(exc, NotFoundError) else StorageError
         advice = "" if is_denial(exc) else "; put its file back, or chunk the model again"
-        raise kind(f"chunk {chunk.name} in {where} cannot be read: {exc}{advice}") from exc
+        raise kind(f"{what} in {where} cannot be read: {exc}{advice}") from exc
 
 
 async def open_storage_source(

@@ -86,6 +86,8 @@ MISTAKES = [
     ("infer ./store a --model third", 1, "/store has no model 'third'; it has: org/first, second"),
     ("infer ./plain a", 1, "plain has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
     ("infer ./plain --prompt-ids 9", 1, "token id 9 is not in the vocabulary of plain: expected 0 to 8"),
+    ("chunk ./nowhere --store model.gguf/x", 1, "a part of this path is a file, expected folders; name another place"),
+    ("serve ./nowhere", 1, "; all models of the store are served by 'surfw serve' alone"),
     ("serve 127.0.0.1:8765", 1, "ws://127.0.0.1:8765 is the address of a server, and not a storage; give it to surfw"),
     ("serve --host 0.0.0.0 --port 0", 1, "--insecure"),
     ("rm third", 1, "/store has no model 'third'; it has: org/first, second"),

@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     for create in (True, False):
         with pytest.raises(ConfigurationError, match=r"^/.*/file is a file, expected a folder; name another$"):
             FilesystemBackend(tmp_path / "file", create=create)
-    with pytest.raises(StorageError, match=r"making the folder /.*/file/below: Not a directory"):
+    with pytest.raises(StorageError, match=r"making the folder /.*/file/below: a part of this path is a file"):
         FilesystemBackend(tmp_path / "file" / "below")
 
 
@@ -90,6 +90,14 @@ def test_a_file_without_rights_is_not_to_be_moved_away_or_replaced(
         with pytest.raises(StorageError, match=r"^chunk .* cannot be read: ") as caught:
             asyncio.run(read_chunk())
         assert str(caught.value).endswith(denied.format(blob))
+
+    async def read_file() -> None:
+        async with await open_storage_source(FilesystemBackend(tmp_path)) as source:
+            await source.file(manifest, "vocab.txt")
+
+    (tmp_path / manifest.file("vocab.txt").object).unlink()
+    with pytest.raises(NotFoundError, match=r"^vocab.txt of a in .* cannot be read: .* not found; put its file back, "):
+        asyncio.run(read_file())
 
     def read(path: Path, most_bytes: int) -> bytes:
         if path == file:
@@ -239,7 +247,7 @@ def test_many_readers_and_writers_of_one_key_see_whole_objects(backend: Filesyst
 def test_listing_a_place_that_is_a_file_by_now(tmp_path: Path) -> None:
     backend = FilesystemBackend(tmp_path / "file", create=False)
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StorageError, match=r"listing .*/file: Not a directory"):
+    with pytest.raises(StorageError, match=r"listing .*/file: a part of this path is a file"):
         asyncio.run(backend.list())
 
 
