@@ -26,14 +26,18 @@ from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
+from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.kv_cache import kv_cost
-from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.lender import Lender
+from surfw.runtime.loader import Loader, buffer_bytes, held_bytes, scratch_bytes
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
-from surfw.runtime.plan import Needs, describe_needs, least_bytes
+from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes, needs_behind, plan_residency
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
+from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
 from surfw.skeleton.dtypes import parse_dtype
@@ -74,6 +78,16 @@ class ModelParts:
     kv: KvReserve
     claim: MemoryClaim
     base_bytes: int
+
+    @property
+    def below(self) -> Lender | None:
+        """The engine of host memory, where the model computes on a device."""
+        return self.engine.below if isinstance(self.engine, DeviceEngine) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.engine.device.torch_device if isinstance(self.engine, DeviceEngine) else torch.device("cpu")
 
     @property
     def limited_by(self) -> LimitedBy:
@@ -118,25 +132,22 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
     if settings.codec not in {"auto", *(form.codec for chunk in manifest.chunks for form in chunk.forms)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
-    limit = settings.limit
+    loader = Loader(client.source, manifest, dtypes, forms)
+    needs = model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
+    phases = find_phases(manifest, skeleton)
+    device = open_device(settings.device)
     with deciding:
-        if limit.budget_bytes is None and limit.cache_layers is None:
-            found = find_default_budget()
-            limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
-        elif limit.budget_bytes is not None:
-            _warn_beyond_memory(limit.budget_bytes)
-        engine = Engine(
-            manifest,
-            model_needs(manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes),
-            limit,
-            Loader(client.source, manifest, dtypes, forms),
-            io=client.io,
-            metrics=metrics,
-            phases=find_phases(manifest, skeleton),
-            tables=units,
-            rows_bytes=ROWS_BYTES,
-            prefetch=settings.prefetch,
-        )
+        limit = _decide_limit(settings.limit, is_behind=device is not None)
+        if device is None:
+            engine = Engine(
+                manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
+                rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
+            )  # fmt: skip
+        else:
+            _move_rest(skeleton, device)
+            engine = _open_device_engine(
+                device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
+            )
         claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
@@ -156,12 +167,79 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(skeleton, manifest, engine, tables),
+        hooks=StreamingHooks(
+            skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
+        ),
         claim=claim,
         base_bytes=rss_bytes(),
     )
     engine.warm()
     return parts
+
+
+def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
+    """The limit of host memory: as given, or by what there is. Behind a device, layers are not counted there."""
+    if is_behind and limit.cache_layers is not None:
+        limit = replace(limit, cache_layers=None)
+    if limit.budget_bytes is None and limit.cache_layers is None:
+        found = find_default_budget()
+        return replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    if limit.budget_bytes is not None:
+        _warn_beyond_memory(limit.budget_bytes)
+    return limit
+
+
+def _open_device_engine(
+    device: Device,
+    needs: Needs,
+    settings: OpenSettings,
+    host_limit: Limit,
+    loader: Loader,
+    *,
+    io: IoThread,
+    metrics: Metrics,
+    phases: Phases,
+    units: Mapping[str, TableUnit],
+) -> DeviceEngine:
+    """The engines of a device's memory, and of the host memory behind it, which `needs` and `host_limit` are of."""
+    manifest = loader.manifest
+    budget = settings.device_budget_bytes
+    limit = Limit(
+        budget_bytes=budget, cache_layers=settings.limit.cache_layers, policy=settings.limit.policy, tier="device"
+    )
+    if budget is None and limit.cache_layers is None:
+        found = device.find_budget()
+        limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    near = replace(
+        needs,
+        sizes={
+            chunk.name: -(-held_bytes(chunk, loader.dtypes) // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT or DEVICE_ALIGNMENT
+            for chunk in manifest.chunks
+        },
+        table_bytes=0, overhead_bytes=0, in_flight_bytes=None, scratch={}, working_bytes=device.working_bytes,
+    )  # fmt: skip
+    order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
+    behind = needs_behind(needs, plan_residency(order, limit), order)
+    below = Lender(
+        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics, rows_bytes=ROWS_BYTES,
+        prefetch=settings.prefetch,
+    )  # fmt: skip
+    return DeviceEngine(
+        below, device, near, limit, loader, io=io, metrics=metrics, phases=phases, tables=units,
+        prefetch=settings.prefetch,
+    )  # fmt: skip
+
+
+def _move_rest(skeleton: Skeleton, device: Device) -> None:
+    """Move what no chunk provides to the device: buffers, and parameters that the caller does without."""
+    for module in skeleton.model.modules():
+        registries: tuple[dict[str, Any], ...] = module._buffers, module._parameters  # noqa: SLF001 - torch's
+        for registry in registries:
+            for leaf, tensor in registry.items():
+                if tensor is not None and not tensor.is_meta and tensor.device != device.torch_device:
+                    moved = tensor.detach().to(device.torch_device)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    registry[leaf] = torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
 
 
 def _warn_beyond_memory(budget_bytes: int) -> None:

@@ -190,7 +190,7 @@ def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + SPARE_POSITIONS
     tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
-    ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
+    ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64, device=model.device)
     options: dict[str, Any] = {}
     arguments = inspect.signature(model.forward).parameters.values()
     if model.can_generate() and any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in arguments):

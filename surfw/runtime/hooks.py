@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.engine import Engine
+from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.rows import StreamedTables
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.units import Slot, Unit
@@ -35,6 +36,7 @@ _FACTS = {
     "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
     "detach_",
 }  # fmt: skip
+_CPU = torch.device("cpu")
 _VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
 _READS = {"__index__", "__int__", "__invert__"}
 _CONVERSIONS = {"to", "cpu", "float", "double", "half", "bfloat16"}
@@ -51,11 +53,12 @@ class _Absent(torch.Tensor):
 
     _surfw_load: Load
     _surfw_apply: Apply | None
+    _surfw_device: torch.device
 
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None, device: torch.device = _CPU) -> Self:
+        """Take the facts from a tensor on the meta device; it comes to another device when it is loaded."""
         absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
-        absent._surfw_load, absent._surfw_apply = load, apply
+        absent._surfw_load, absent._surfw_apply, absent._surfw_device = load, apply, device
         return absent
 
     @classmethod
@@ -68,7 +71,9 @@ class _Absent(torch.Tensor):
         if name in {"__get__", "__set__", "__delete__"}:
             attribute = func.__self__.__name__
             if attribute == "device":
-                return torch.device("cpu")
+                return args[0]._surfw_device  # noqa: SLF001 - ours
+            if attribute == "is_cuda":
+                return args[0]._surfw_device.type == "cuda"  # noqa: SLF001 - ours
             if attribute == "is_meta":
                 return False
             known = attribute not in _VALUES
@@ -139,8 +144,8 @@ def _changes_absent(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _converts_to_itself(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on the CPU."""
-    like = torch.empty(0, dtype=args[0].dtype)
+    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on that device."""
+    like = torch.empty(0, dtype=args[0].dtype, device=args[0]._surfw_device)  # noqa: SLF001 - ours
     return function(like, *args[1:], **kwargs) is like
 
 
@@ -187,10 +192,26 @@ class StreamingHooks:
     """The hooks of one model."""
 
     def __init__(
-        self, skeleton: Skeleton, manifest: Manifest, engine: Engine, tables: StreamedTables | None = None
+        self,
+        skeleton: Skeleton,
+        manifest: Manifest,
+        engine: Engine,
+        tables: StreamedTables | None = None,
+        device: torch.device = _CPU,
     ) -> None:
-        """Attach to every unit that the manifest's order names; `tables` says which run without theirs in memory."""
+        """Attach to every unit that the manifest's order names.
+
+        Args:
+            skeleton: the model without weights.
+            manifest: its weights.
+            engine: brings them.
+            tables: says which units run without their tables in memory.
+            device: where the engine brings them.
+        """
         self._engine = engine
+        self._device = device
+        self._staying: dict[str, list[_Place]] = {}  # units whose tensors are left in place until the run ends
+        self._staying_by: ResidencyPlan | None = None
         self._tables = tables
         self._name = manifest.name
         self._without_tables: set[str] = set()  # paths of the units that now run so
@@ -218,6 +239,7 @@ class StreamingHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._staying.clear()
         for places in self._places:
             for place in places:
                 if place.is_ours:
@@ -228,9 +250,17 @@ class StreamingHooks:
         if self._handles:
             self._without_tables.clear()
             self._inside.clear()
+            self._staying.clear()
             for places in self._places:
                 self._take_away(places)
             self._engine.release_all()
+
+    def end_run(self) -> None:
+        """Take away what was left in place while the run went on."""
+        staying, self._staying = self._staying, {}
+        for path, places in staying.items():
+            self._take_away(places)
+            self._engine.release(path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: a copy of the model would have these very hooks."""
@@ -243,7 +273,7 @@ class StreamingHooks:
         for slot in slots:
             kind, stored = AbsentBuffer if slot.is_buffer else AbsentParameter, ties.get(slot.name, slot.name)
             apply = partial(self._apply, unit, stored) if self._tables else None
-            absent = kind(slot.tensor, partial(self._bring, unit, places, stored), apply)
+            absent = kind(slot.tensor, partial(self._bring, unit, places, stored), apply, self._device)
             registry: Any = slot.module._buffers if slot.is_buffer else slot.module._parameters  # noqa: SLF001 - torch's registries
             places.append(_Place(slot, registry, slot.leaf, stored, slot.tensor, absent, absent))
             slot.put(absent)
@@ -268,6 +298,12 @@ class StreamingHooks:
                 break
         if not places:
             return
+        if self._staying:
+            if self._staying_by is not self._engine.plan:
+                self.end_run()  # another plan: what no longer stays has to go first
+            elif unit.path in self._staying:
+                self._engine.passes(unit.path)
+                return
         if self._tables and self._tables.row_wise(unit.path):
             self._engine.observe(unit.path)
             self._without_tables.add(unit.path)
@@ -276,7 +312,9 @@ class StreamingHooks:
         else:
             self._put(places, self._engine.acquire(unit.path))
 
-    def _after(self, unit: Unit, places: Sequence[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _after(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
+        if unit.path in self._staying:
+            return
         if unit.path in self._without_tables:
             self._without_tables.remove(unit.path)
             self._take_away(places)
@@ -285,6 +323,9 @@ class StreamingHooks:
             return  # its weights never came: the forward failed before it began
         if _shares_memory(output, places):
             self._engine.keep(unit.path)
+        if self._engine.stays(unit.path):
+            self._staying[unit.path], self._staying_by = places, self._engine.plan
+            return
         self._take_away(places)
         self._engine.release(unit.path)
 

@@ -106,8 +106,13 @@ class Loader:
         Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
         """
         if isinstance(memory, View):
-            return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
-        return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
+            flat = torch.frombuffer(memory.memory, dtype=torch.uint8)
+            return _views(chunk, flat, [tensor.offset for tensor in chunk.tensors], {})
+        return self.tensors_in(chunk, flat_view(memory))
+
+    def tensors_in(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
+        return _views(chunk, flat, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
 
     async def _read(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
@@ -196,8 +201,13 @@ class Loader:
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         cast = self.tensors(chunk, buffer)
-        for name, tensor in _views(chunk, stored.view, plan_layout(_sizes(chunk, {}))[0], {}).items():
+        for name, tensor in _views(chunk, flat_view(stored), plan_layout(_sizes(chunk, {}))[0], {}).items():
             cast[name].copy_(tensor)
+
+
+def flat_view(buffer: Buffer) -> torch.Tensor:
+    """All of a buffer's memory, as uint8 of shape (capacity,)."""
+    return torch.frombuffer(buffer.view, dtype=torch.uint8)
 
 
 async def _all(works: Sequence["asyncio.Future[None]"]) -> None:
@@ -220,10 +230,15 @@ def _part(chunk: Chunk, form: Form, into: memoryview, start: int, length: int) -
 
 def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
-    needed = plan_layout(_sizes(chunk, dtypes))[1]
+    needed = held_bytes(chunk, dtypes)
     if _casts(chunk, dtypes):
         return needed  # coded bytes arrive in scratch memory, as all stored bytes do
     return max([needed, *(_lead(chunk, form) + form.stored_bytes for form in chunk.forms if form.codec != "none")])
+
+
+def held_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+    """How much of its buffer a chunk takes once it is there: its tensors, with these dtypes for the stored ones."""
+    return plan_layout(_sizes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -253,10 +268,9 @@ def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
 
 
 def _views(
-    chunk: Chunk, memory: memoryview, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
+    chunk: Chunk, flat: torch.Tensor, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
     """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
     found = {}
     for info, size, place in zip(chunk.tensors, _sizes(chunk, dtypes), places, strict=True):
         values = flat[place : place + size]

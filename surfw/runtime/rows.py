@@ -341,11 +341,11 @@ class StreamedTables:
         **__: Any,
     ) -> Any:
         """As torch's `embedding`; what only gradients would need makes no difference."""
-        ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64} and input.device.type == "cpu"
+        ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64}
         padded = padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]
         if not ids or padded or max_norm is not None:
             return NotImplemented
-        return self._rows.lookup(name, input)
+        return self._rows.lookup(name, input.cpu())
 
 
 def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB) -> dict[str, TableUnit]:
