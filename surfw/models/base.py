@@ -31,6 +31,7 @@ from surfw.models.statistics import (
     full_statistics,
     inference_stats,
 )
+from surfw.runtime.engine import Engine
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
 from surfw.threads import refuse_event_loop
@@ -117,7 +118,7 @@ class StreamingBaseModel(ModelLifetime):
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
         """
-        if cache_size is not None and memory_budget is not None:
+        if cache_size is not None and memory_budget is not None and str(device) == "cpu":
             raise ConfigurationError(
                 f"cache_size {cache_size} and memory_budget {memory_budget} exclude each other; give one of them"
             )
@@ -174,6 +175,11 @@ class StreamingBaseModel(ModelLifetime):
     def device(self) -> torch.device:
         """Where the model computes."""
         return self._open_here().device
+
+    @property
+    def engine(self) -> Engine:
+        """What brings its weights; for measurements."""
+        return self._open_here().engine
 
     @property
     def plan(self) -> ResidencyPlan:

@@ -108,7 +108,10 @@ class DeviceEngine(Engine):
         return self.below.anonymous_bytes
 
     def _replan(self, needs: Needs, limit: Limit) -> None:
+        before = self.plan.pinned
         super()._replan(needs, limit)
+        new = [one.name for one in self.manifest.chunks if one.name in self.plan.pinned - before]
+        self._obey(self.table.fetch([name for name in new if self.below.has(name)]))  # while host memory has them
         self.below.pass_on(self.plan.pinned, self._needs.tables - self.plan.pinned)
 
 

@@ -232,6 +232,14 @@ class Engine:
         for _ in names:
             self.metrics.add("hits")
 
+    def pause(self) -> None:
+        """Let a run be interrupted here.
+
+        Raises:
+            SurfwError: it was.
+        """
+        self._run.pause()
+
     def runs_here(self) -> bool:
         """Whether it works for a run of this thread."""
         return self._runner == threading.get_ident()
@@ -298,6 +306,12 @@ class Engine:
     def plan(self) -> ResidencyPlan:
         """What is kept, and what passes through."""
         return self.table.plan
+
+    @property
+    def needs(self) -> Needs:
+        """What the model needs, with the schedule as it is known now."""
+        with self._lock:
+            return self._schedule.apply_to(self._needs)
 
     def plan_with(self, limit: Limit) -> ResidencyPlan:
         """The plan that there would be with another limit; nothing changes.

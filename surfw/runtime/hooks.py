@@ -217,7 +217,8 @@ class StreamingHooks:
         self._without_tables: set[str] = set()  # paths of the units that now run so
         self._inside: list[int] = []  # threads that are within a forward of the model
         self._places: list[list[_Place]] = []
-        self._handles: list[RemovableHandle] = []
+        self._units: list[tuple[Unit, list[_Place]]] = []
+        self._unit_handles: list[RemovableHandle] = []  # none while the tensors of all units stay
         provided = _provided(manifest)
         used = {use.module for use in manifest.order}
         for unit in skeleton.units:
@@ -229,16 +230,18 @@ class StreamingHooks:
                     f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again"
                 )
             self._attach(unit, slots, manifest.ties)
-        self._handles += [
+        self._hook_units()
+        self._handles = [
             skeleton.model.register_forward_pre_hook(self._enter, prepend=True),
             skeleton.model.register_forward_hook(self._leave, always_call=True),
         ]
 
     def detach(self) -> None:
         """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._unit_handles]:
             handle.remove()
         self._handles.clear()
+        self._unit_handles.clear()
         self._staying.clear()
         for places in self._places:
             for place in places:
@@ -251,12 +254,16 @@ class StreamingHooks:
             self._without_tables.clear()
             self._inside.clear()
             self._staying.clear()
+            self._hook_units()
             for places in self._places:
                 self._take_away(places)
             self._engine.release_all()
 
     def end_run(self) -> None:
         """Take away what was left in place while the run went on."""
+        if not self._handles:
+            return  # detached meanwhile
+        self._hook_units()
         staying, self._staying = self._staying, {}
         for path, places in staying.items():
             self._take_away(places)
@@ -278,18 +285,36 @@ class StreamingHooks:
             places.append(_Place(slot, registry, slot.leaf, stored, slot.tensor, absent, absent))
             slot.put(absent)
         self._places.append(places)
-        before, after = partial(self._before, unit, places), partial(self._after, unit, places)
-        self._handles += [
-            unit.module.register_forward_pre_hook(before, prepend=True),
-            unit.module.register_forward_hook(after, always_call=True),
-        ]
+        self._units.append((unit, places))
+
+    def _hook_units(self) -> None:
+        """Have the units' forwards watched, if they are not."""
+        for unit, places in self._units if not self._unit_handles else ():
+            before, after = partial(self._before, unit, places), partial(self._after, unit, places)
+            self._unit_handles += [
+                unit.module.register_forward_pre_hook(before, prepend=True),
+                unit.module.register_forward_hook(after, always_call=True),
+            ]
+
+    def _settle(self) -> None:
+        """Where the tensors of all units stay, watch only the model: then it is as fast as one without hooks."""
+        if len(self._staying) == len(self._units):
+            for handle in self._unit_handles:
+                handle.remove()
+            self._unit_handles.clear()
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         self._inside.append(threading.get_ident())
+        if self._staying and self._staying_by is not self._engine.plan:
+            self.end_run()  # another plan: what no longer stays has to go before anything comes
+        elif not self._unit_handles:
+            self._engine.pause()
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if (thread := threading.get_ident()) in self._inside:
             self._inside.remove(thread)
+        if self._staying and self._unit_handles:
+            self._settle()
 
     def _before(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any) -> None:
         for place in places:
@@ -300,7 +325,7 @@ class StreamingHooks:
             return
         if self._staying:
             if self._staying_by is not self._engine.plan:
-                self.end_run()  # another plan: what no longer stays has to go first
+                self.end_run()
             elif unit.path in self._staying:
                 self._engine.passes(unit.path)
                 return

@@ -74,6 +74,12 @@ class Lender(Engine):
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         return HostTier(self.manifest, loader, io, self.metrics, plan, device=self._device)
 
+    def has(self, name: str) -> bool:
+        """Whether a chunk is in memory."""
+        with self._lock:
+            self._sync()
+            return self.table.is_ready([name])
+
     def lend_ready(self, name: str, *, for_copy: bool = True) -> Contents | None:
         """The contents of a chunk that is in memory, which stays until it is given back; None if it is not there.
 

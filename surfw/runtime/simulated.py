@@ -26,8 +26,9 @@ _GARBAGE = 0xFF
 class _Copy:
     """A copy, and the point in the stream where it ends."""
 
-    into: torch.Tensor
-    source: torch.Tensor
+    into: torch.Tensor | None
+    source: torch.Tensor | None
+    address: int
     wanted: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -74,6 +75,10 @@ class SimulatedDevice(Device):
         weakref.finalize(memory.untyped_storage(), self._free, size_bytes)
         return memory
 
+    def reset_peak(self) -> None:
+        """Count the peak anew."""
+        self.peak_bytes = self.in_use_bytes
+
     def page_lock(self, buffer: Buffer) -> None:
         """Nothing to do."""
         buffer.is_locked = True
@@ -87,7 +92,7 @@ class SimulatedDevice(Device):
                 self._thread = threading.Thread(target=self._work, name="surfw-simulated-device", daemon=True)
                 self._thread.start()
             into.fill_(_GARBAGE)
-            copy = _Copy(into, source)
+            copy = _Copy(into, source, into.data_ptr())
             self._copies.put(copy)
         return copy
 
@@ -97,7 +102,7 @@ class SimulatedDevice(Device):
         copied.synchronize()
         with self._lock:
             self._time += 1
-            self._read[copied.into.data_ptr()] = self._time
+            self._read[copied.address] = self._time
         return None
 
     def wait_for_computing(self, stream: object) -> None:
@@ -107,7 +112,7 @@ class SimulatedDevice(Device):
     def synchronize(self) -> None:
         """Wait for all copies."""
         if self._thread is not None:
-            last = _Copy(torch.empty(0), torch.empty(0))
+            last = _Copy(None, None, 0)
             self._copies.put(last)
             last.synchronize()
 
@@ -124,5 +129,8 @@ class SimulatedDevice(Device):
     def _work(self) -> None:
         while (copy := self._copies.get()) is not None:
             copy.wanted.wait(self._random.uniform(0, self._latest_seconds))
-            copy.into.copy_(copy.source)
+            if copy.into is not None and copy.source is not None:
+                copy.into.copy_(copy.source)
+            copy.into = copy.source = None  # neither memory is kept for it any longer
             copy.done.set()
+            del copy
