@@ -128,7 +128,10 @@ class StreamingBaseModel(ModelLifetime):
                 f"cache_size {cache_size} and device_memory {device_memory} exclude each other; give one of them"
             )
         if device_memory is not None and str(device) == "cpu":
-            raise ConfigurationError(f"device_memory is {device_memory}, and the device is the CPU; name another one")
+            raise ConfigurationError(
+                f"{device_memory} of device memory are given (device_memory, --device-memory), and the device is the "
+                "CPU; name another one (device, --device)"
+            )
         settings = OpenSettings(
             limit=Limit(cache_layers=cache_size, budget_bytes=budget_bytes(memory_budget), policy=policy),
             prefetch=prefetch,

@@ -6,14 +6,13 @@ None of these waits holds up the host. Memory of the device belongs to the strea
 is used again only by later copies.
 """
 
-import re
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
 
-from surfw.config import MIB, format_size
+from surfw.config import MIB, format_size, is_device
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import DefaultBudget
@@ -215,7 +214,7 @@ def check_device(device: str | torch.device) -> str:
         ConfigurationError: it is none.
     """
     name = str(device)
-    if re.fullmatch(rf"cpu|auto|cuda(:\d+)?|{SIMULATED}", name):
+    if is_device(name) or name == SIMULATED:
         return name
     if name.startswith("mps"):
         raise ConfigurationError(f"device {name[:80]!r} cannot be used yet; expected 'cpu', 'cuda' or 'auto'")
