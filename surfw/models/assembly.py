@@ -52,7 +52,7 @@ IN_FLIGHT_BYTES = 6 * MIB
 """What any source of weights holds at most besides the memory it fills, where it is asked for a block at a time: for
 unaligned tensors of a local checkpoint, a huge page for each of its three threads; others hold less."""
 
-LimitedBy = Literal["memory_budget", "cache_layers", "default"]
+LimitedBy = Literal["memory_budget", "device_memory", "cache_layers", "default"]
 """Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
 
 
@@ -93,7 +93,14 @@ class ModelParts:
     def limited_by(self) -> LimitedBy:
         """What limits the weights in memory: a setting, or the memory there was."""
         limit = self.engine.limit
-        return "cache_layers" if limit.cache_layers is not None else "default" if limit.reason else "memory_budget"
+        if limit.cache_layers is not None or limit.reason:
+            return "default" if limit.reason else "cache_layers"
+        return "memory_budget" if self.below is None else "device_memory"
+
+    def synchronize(self) -> None:
+        """Wait until the device has computed all that it was told to; the CPU has."""
+        if isinstance(self.engine, DeviceEngine):
+            self.engine.device.synchronize()
 
     def layer_names(self, indices: Iterable[int]) -> list[str]:
         """The names of layers that are counted from 0 in the order they run, each once."""

@@ -6,6 +6,7 @@ None of these waits holds up the host. Memory of the device belongs to the strea
 is used again only by later copies.
 """
 
+import time
 import weakref
 from abc import ABC, abstractmethod
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ DEVICE_ALIGNMENT = 512
 SIMULATED = "simulated"
 """The device that `surfw.runtime.simulated` stands in for."""
 
+_COPIES = 4
 _WORKING_BYTES = 192 * MIB
 _HEADROOM_BYTES, _HEADROOM_SHARE = 512 * MIB, 0.05
 
@@ -89,6 +91,18 @@ class Device(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Wait on the host until the device has nothing to do."""
+
+    def measure_copying(self, size_bytes: int = 64 * MIB) -> float:
+        """Bytes per second of copies out of page-locked memory; it takes so much memory on both sides."""
+        buffer, memory = Buffer(size_bytes), self.allocate(size_bytes)
+        self.page_lock(buffer)
+        source = torch.frombuffer(buffer.view, dtype=torch.uint8)[:size_bytes]
+        self.copy(memory, source).synchronize()
+        start = time.perf_counter()
+        for _ in range(_COPIES):
+            copied = self.copy(memory, source)
+        copied.synchronize()
+        return _COPIES * size_bytes / (time.perf_counter() - start)
 
     @abstractmethod
     def close(self) -> None:

@@ -26,7 +26,11 @@ _DEMAND = 0
 
 
 class Lender(Engine):
-    """Chunks of one model in host memory, lent to a device. Any thread may borrow."""
+    """Chunks of one model in host memory, lent to a device. Any thread may borrow.
+
+    Attributes:
+        device: reads its memory.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class Lender(Engine):
         Raises:
             ConfigurationError: the limit is too small for the model.
         """
-        self._device = device
+        self.device = device
         self._returned: Future[None] = Future()  # done when a chunk is given back
         tables = [name for name in needs.tables if name not in {*needs.cycle, *needs.before}]
         super().__init__(
@@ -72,7 +76,7 @@ class Lender(Engine):
         self._run = run
 
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
-        return HostTier(self.manifest, loader, io, self.metrics, plan, device=self._device)
+        return HostTier(self.manifest, loader, io, self.metrics, plan, device=self.device)
 
     def has(self, name: str) -> bool:
         """Whether a chunk is in memory."""
