@@ -254,7 +254,7 @@ class _Bench:
     @property
     def _parts(self) -> Any:
         """The engine of the device's memory."""
-        return self._open().engine
+        return self._open()._engine  # noqa: SLF001 - ours
 
     def _open(self) -> StreamingModel:
         assert self._streaming is not None, "it was opened before"
@@ -310,10 +310,10 @@ class _Bench:
     def _capped(self, name: str, source: str, rate: float | None) -> None:
         """Little memory everywhere: all but a few layers come from the source in every pass."""
         with StreamingModel.open(source, device=self._name, cache_size=1) as streaming:
-            behind: Any = streaming.engine
+            behind: Any = streaming._engine  # noqa: SLF001 - ours
             least = behind.below.least_budget_bytes
         with StreamingModel.open(source, device=self._name, cache_size=1, memory_budget=least) as streaming:
-            engine: Any = streaming.engine
+            engine: Any = streaming._engine  # noqa: SLF001 - ours
             ids = prompt(1, self._device.torch_device)
             generate(streaming, ids, 1)
             before, start = streaming.statistics()["cache"]["fetched_bytes"], time.perf_counter()

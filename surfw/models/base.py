@@ -180,7 +180,7 @@ class StreamingBaseModel(ModelLifetime):
         return self._open_here().device
 
     @property
-    def engine(self) -> Engine:
+    def _engine(self) -> Engine:
         """What brings its weights; for measurements."""
         return self._open_here().engine
 

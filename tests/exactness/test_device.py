@@ -52,6 +52,6 @@ def test_streamed_to_a_device_equals_resident(name: str, tmp_path: Path) -> None
 
 def device_engine(streaming: StreamingModel) -> DeviceEngine:
     """The engine of the device's memory."""
-    engine = streaming.engine
+    engine = streaming._engine
     assert isinstance(engine, DeviceEngine)
     return engine
