@@ -1,6 +1,6 @@
 """Devices that a model computes on: their memory, copies into it, and the order of copying and computing.
 
-Copies have a stream of their own; computing has the one that is current where the model runs. Marks order the two, in
+Copies have a stream of their own; computing has the one that is current where the model runs. Events order the two, in
 both directions: computing waits for the copy of what it reads, and a copy waits for those who read its memory before.
 None of these waits holds up the host. Memory of the device belongs to the stream of the copies, so what is given back
 is used again only by later copies.
@@ -29,14 +29,17 @@ _WORKING_BYTES = 192 * MIB
 _HEADROOM_BYTES, _HEADROOM_SHARE = 512 * MIB, 0.05
 
 
-class Mark(Protocol):
-    """A point in the work of a stream."""
+class Copy(Protocol):
+    """A copy that was issued."""
 
     def query(self) -> bool:
-        """Whether the work before it is done."""
+        """Whether it is done."""
 
     def synchronize(self) -> None:
         """Wait on the host until it is."""
+
+    def seconds(self) -> float:
+        """How long it took, once it is done."""
 
 
 class Device(ABC):
@@ -69,19 +72,16 @@ class Device(ABC):
         """Keep a buffer's pages where they are as long as it lives, so that the device reads them itself."""
 
     @abstractmethod
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Mark:
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         """Copy from host memory, after the copies before it.
 
         Args:
             into: memory of the device.
             source: host memory of as many bytes, which stays as it is until the copy is done.
-
-        Returns:
-            The end of the copy.
         """
 
     @abstractmethod
-    def wait(self, copied: Mark) -> object:
+    def wait(self, copied: Copy) -> object:
         """Make what is computed from now on wait for a copy; the stream that it is computed on."""
 
     @abstractmethod
@@ -107,6 +107,23 @@ class Device(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of all that is not memory, once nobody copies any more."""
+
+
+class _CudaCopy:
+    """A copy between two events of its stream; who waits for it on the host sleeps meanwhile."""
+
+    def __init__(self) -> None:
+        self.begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.end: Any = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+
+    def query(self) -> bool:
+        return bool(self.end.query())
+
+    def synchronize(self) -> None:
+        self.end.synchronize()
+
+    def seconds(self) -> float:
+        return float(self.begin.elapsed_time(self.end)) / 1000
 
 
 class CudaDevice(Device):
@@ -159,18 +176,20 @@ class CudaDevice(Device):
         buffer.is_locked = True
         weakref.finalize(buffer, _unregister, runtime, address, buffer.view)
 
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Mark:
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         """Issue it on the stream that copies."""
+        copy = _CudaCopy()
+        copy.begin.record(self._copies)
         with torch.cuda.stream(self._copies):
             into.copy_(source, non_blocking=True)
-        event: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits for it sleeps
-        event.record(self._copies)
-        return event  # type: ignore[no-any-return]
+        copy.end.record(self._copies)
+        return copy
 
-    def wait(self, copied: Mark) -> object:
+    def wait(self, copied: Copy) -> object:
         """Make the current stream wait."""
         stream: Any = torch.cuda.current_stream(self.torch_device)
-        stream.wait_event(copied)
+        assert isinstance(copied, _CudaCopy), "computing waits for copies"
+        stream.wait_event(copied.end)
         return stream
 
     def wait_for_computing(self, stream: Any) -> None:

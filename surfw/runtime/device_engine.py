@@ -59,7 +59,7 @@ class DeviceEngine(Engine):
         self.rows: DeviceRows = DeviceRows(below, device)  # type: ignore[assignment]  # the same to those who use it
 
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
-        return DeviceTier(self.below, loader, io, self.device, plan)
+        return DeviceTier(self.below, loader, io, self.device, metrics=self.metrics, plan=plan)
 
     @contextmanager
     def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:

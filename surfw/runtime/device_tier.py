@@ -16,8 +16,9 @@ import torch
 
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk
+from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.device import Device, Mark
+from surfw.runtime.device import Copy, Device
 from surfw.runtime.host import Contents
 from surfw.runtime.lender import Lender
 from surfw.runtime.loader import Loader, as_parameter, flat_view
@@ -35,7 +36,7 @@ class DeviceContents:
         chunk: the chunk that it holds or receives.
         memory: of its own: uint8, of shape (bytes,).
         load: done when the copy has been issued, or could not be.
-        copied: the end of the copy.
+        copied: the copy.
         stream: on which the chunk was used last; None before.
         is_used: whether it was.
         is_gone: whether the slot is no longer this chunk's, so that nothing may be copied to its memory.
@@ -45,7 +46,7 @@ class DeviceContents:
     chunk: Chunk
     memory: torch.Tensor
     load: "Future[None]" = field(init=False)
-    copied: Mark | None = None
+    copied: Copy | None = None
     stream: object = None
     is_used: bool = False
     is_gone: bool = False
@@ -69,13 +70,16 @@ class DeviceTier:
         spare: the ring's empty memory, all of its size.
     """
 
-    def __init__(self, host: Lender, loader: Loader, io: IoThread, device: Device, plan: ResidencyPlan) -> None:
+    def __init__(
+        self, host: Lender, loader: Loader, io: IoThread, device: Device, *, metrics: Metrics, plan: ResidencyPlan
+    ) -> None:
         """Start empty: chunks come from the host's engine."""
         self.spare: list[torch.Tensor] = []
         self._host = host
         self._loader = loader
         self._io = io
         self._device = device
+        self._metrics = metrics
         self._plan = plan
         self._contents: dict[str, DeviceContents] = {}
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
@@ -199,9 +203,11 @@ class DeviceTier:
         self._returns.add(job)
         job.add_done_callback(self._returns.discard)
 
-    async def _return(self, copied: Mark, name: str) -> None:
+    async def _return(self, copied: Copy, name: str) -> None:
         """Give a chunk back once it is copied."""
         try:
             await in_thread(copied.synchronize)
+            self._metrics.add("copied_bytes", self._plan.sizes[name])
+            self._metrics.add_seconds("copy", copied.seconds())
         finally:
             self._host.give_back(name)

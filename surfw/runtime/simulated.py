@@ -8,6 +8,7 @@ noticed. Tests run models on it, and so does `surfw bench device` where there is
 import queue
 import random
 import threading
+import time
 import weakref
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import torch
 
 from surfw.config import GB
 from surfw.runtime.buffers import Buffer
-from surfw.runtime.device import Device, Mark
+from surfw.runtime.device import Copy, Device
 from surfw.runtime.memory import DefaultBudget
 
 _GARBAGE = 0xFF
@@ -29,6 +30,7 @@ class _Copy:
     into: torch.Tensor | None
     source: torch.Tensor | None
     address: int
+    took_seconds: float = 0.0
     wanted: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -38,6 +40,9 @@ class _Copy:
     def synchronize(self) -> None:
         self.wanted.set()
         self.done.wait()
+
+    def seconds(self) -> float:
+        return self.took_seconds
 
 
 class SimulatedDevice(Device):
@@ -83,7 +88,7 @@ class SimulatedDevice(Device):
         """Nothing to do."""
         buffer.is_locked = True
 
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Mark:
+    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         """Spoil the memory now, and fill it later."""
         with self._lock:
             read = self._read.get(into.data_ptr(), 0)
@@ -96,7 +101,7 @@ class SimulatedDevice(Device):
             self._copies.put(copy)
         return copy
 
-    def wait(self, copied: Mark) -> object:
+    def wait(self, copied: Copy) -> object:
         """Wait for the copy: what computes here has no stream that could."""
         assert isinstance(copied, _Copy), "computing waits for copies"
         copied.synchronize()
@@ -129,8 +134,10 @@ class SimulatedDevice(Device):
     def _work(self) -> None:
         while (copy := self._copies.get()) is not None:
             copy.wanted.wait(self._random.uniform(0, self._latest_seconds))
+            start = time.perf_counter()
             if copy.into is not None and copy.source is not None:
                 copy.into.copy_(copy.source)
+            copy.took_seconds = time.perf_counter() - start
             copy.into = copy.source = None  # neither memory is kept for it any longer
             copy.done.set()
             del copy
