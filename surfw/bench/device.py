@@ -285,16 +285,23 @@ class _Bench:
         engine.relimit(limit)
         budget = limit.budget_bytes or 0
         self._reset_peak()
+        metrics, start = streaming.metrics, time.perf_counter()
+        before = metrics.count("copied_bytes"), metrics.seconds("copy")
         found = self._time(streaming, 1, _NEW_TOKENS)
+        took = time.perf_counter() - start
+        moved, copying = metrics.count("copied_bytes") - before[0], metrics.seconds("copy") - before[1]
         plan = engine.plan
         ceiling = self._rate / plan.bytes_per_pass if plan.bytes_per_pass else None
         kept = len(plan.pinned.intersection(streaming.layers))
+        note = (
+            f"{kept} of {len(streaming.layers)} layers stay, {plan.bytes_per_pass / GB:.2f} GB are copied for each "
+            f"token, budget {budget / GB:.2f} GB, first token after {found.first_seconds:.3f} s, copies ran "
+            f"{copying / took:.0%} of the time, at {moved / max(copying, 1e-9) / GB:.1f} GB/s"
+        )
         self.say(
             _row(
                 name, found.per_second, "tok/s", ceiling=ceiling, share=found.per_second / ceiling if ceiling else None,
-                baseline=self._resident_rate[1], ratio=found.per_second / self._resident_rate[1],
-                note=f"{kept} of {len(streaming.layers)} layers stay, {plan.bytes_per_pass / GB:.2f} GB are copied for "
-                f"each token, budget {budget / GB:.2f} GB, first token after {found.first_seconds:.3f} s",
+                baseline=self._resident_rate[1], ratio=found.per_second / self._resident_rate[1], note=note,
             )
         )  # fmt: skip
         for rows in (1, self._batch) if batch else (1,):
