@@ -296,6 +296,7 @@ def trace_settings(
                 value = _read(setting, origin, arguments, table) | value
         found[name] = value, nearest
     if os.environ.get(TOKEN_VARIABLE) and found["token_file"][1].kind != "argument":
+        _check_token(os.environ[TOKEN_VARIABLE], TOKEN_VARIABLE)
         found["token_file"] = None, SettingOrigin("variable", TOKEN_VARIABLE)  # which holds the token itself
     return found
 

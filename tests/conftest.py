@@ -24,8 +24,9 @@ _NOBODY = 65534
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-# OpenMP's threads sleep while they wait for each other. Spinning, which is the default, takes the CPU from the other
-# processes of the tests, and those that are waited for are among them. It is read once, when torch is imported.
+# Several processes share the CPUs, so each computes with one thread: two that wait for each other beside other work
+# took several times as long. Where there are two, they sleep meanwhile. Read once, when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 hypothesis_settings.register_profile("surfw", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("surfw")  # how fast the machine is decides no test

@@ -1,4 +1,4 @@
-"""From pressing return to the first token: `surfw infer` beside downloading everything and loading it then.
+"""From pressing return to the first token: `surfw infer` beside transformers, which needs everything first.
 
 Each start is a process of its own, as somebody would type it. They take turns, so that whatever else the machine and
 the link do falls on all of them.
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from surfw.bench.process import describe_end
@@ -20,6 +21,7 @@ from surfw.errors import ConfigurationError, SurfwError
 CODECS: Sequence[str] = get_args(CodecChoice)
 _PROMPT_IDS = "1,2,3,4,5,6,7,8"
 _DOWNLOAD = "download, then transformers"
+_LOCAL = "transformers, from the same folder"
 _PLAIN = "surfw, codec none"
 
 
@@ -36,10 +38,11 @@ def bench_start(
     """Measure.
 
     Args:
-        source: a server or a store, as for `surfw infer --source`.
+        source: a server, a store or the folder of a checkpoint, as for `surfw infer --source`.
         model: its name there; None for the only one.
-        download: the URL or folder of the checkpoint's own files behind the same link; None to compare with codec
-            `none` only.
+        download: the URL or folder of the checkpoint's own files behind the same link, which are copied first. Without
+            it, transformers loads a source that is a checkpoint's folder where it is; any other source is compared with
+            codec `none` only.
         codecs: the values of `--codec` to measure.
         arguments: further ones of `surfw infer`, such as `--memory-budget`.
         rounds: how often each starts; medians are reported.
@@ -54,25 +57,27 @@ def bench_start(
     infer = [sys.executable, "-m", "surfw", "infer", "--source", source, "--prompt-ids", _PROMPT_IDS]
     infer += [*(("--model", model) if model else ()), "--max-new-tokens", "1", "--quiet", *arguments]
     commands = {f"surfw, codec {codec}": [*infer, "--codec", codec] for codec in codecs}
+    peer = [sys.executable, "-m", "surfw.bench.peers.download"]
     if download is not None:
-        commands[_DOWNLOAD] = [sys.executable, "-m", "surfw.bench.peers.download", download, _PROMPT_IDS]
+        commands[_DOWNLOAD] = [*peer, download if "://" in download else Path(download).resolve().as_uri(), _PROMPT_IDS]
+    elif (folder := Path(source).expanduser() / "config.json").is_file():
+        commands[_LOCAL] = [*peer, str(folder.parent), _PROMPT_IDS]
+    else:
+        on_progress("without the checkpoint's own files (--download), nothing is compared with transformers")
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds):
         turn = list(commands) if number % 2 == 0 else list(reversed(commands))
         for name in turn:
             on_progress(f"round {number + 1} of {rounds}: {name}")
             seconds[name].append(_time_to_first_byte(name, commands[name]))
-    baselines = [seconds[name] for name in (_DOWNLOAD, _PLAIN) if name in seconds]
-    baseline = summarise(baselines[0]).value if baselines else None
-    what = _DOWNLOAD if _DOWNLOAD in seconds else _PLAIN
-    notes = {what: "the baseline of all others"} if baselines else {}
+    what = next((name for name in (_DOWNLOAD, _LOCAL, _PLAIN) if name in seconds), None)
+    baseline = None if what is None else summarise(seconds[what]).value
     rows = []
     for name, taken in seconds.items():
         spread = summarise(taken)
         ratio = None if baseline is None else baseline / spread.value
-        rows.append(
-            Row(name=name, unit="s", **spread._asdict(), baseline=baseline, ratio=ratio, note=notes.get(name, ""))
-        )
+        note = "the baseline of all others" if name == what else ""
+        rows.append(Row(name=name, unit="s", **spread._asdict(), baseline=baseline, ratio=ratio, note=note))
     return Result(benchmark="start", machine=describe_machine(), rows=tuple(rows))
 
 

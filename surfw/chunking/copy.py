@@ -7,6 +7,7 @@ is needed.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -16,15 +17,16 @@ from surfw.chunking.write import Contents, Outcome, Progress, write_contents
 from surfw.codec import choose_form
 from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES
-from surfw.errors import IntegrityError
+from surfw.errors import IntegrityError, StorageError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
 from surfw.source import ChunkSource, Read
 from surfw.storage import StorageBackend
+from surfw.threads import to_its_end
 
 
 async def copy_model(
     source: ChunkSource,
-    model: str | None,
+    model: str | Manifest | None,
     backend: StorageBackend,
     *,
     name: str | None = None,
@@ -36,7 +38,7 @@ async def copy_model(
 
     Args:
         source: where it is.
-        model: its name there, in full or a unique last part; None for the only one.
+        model: its name there, in full or a unique last part; None for the only one; or its manifest, if that is read.
         backend: the storage.
         name: its name in the store; default: the one that it has.
         codecs: as of `write_model`.
@@ -49,18 +51,27 @@ async def copy_model(
         StorageError, WireError: it cannot be read, or the storage cannot take it. Nothing is visible then, and the next
             run continues where this one stopped.
     """
-    manifest = await source.manifest(await source.resolve(model))
+    manifest = model if isinstance(model, Manifest) else await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
     chunks = tuple(_plan(chunk) for chunk in manifest.chunks)
+    payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())
     contents = Contents(
         name=name,
         key=payload_digest(f"{name} {manifest.digest}".encode())[:32],
         plan=ChunkPlan(chunks, manifest.order),
-        payloads=SourcePayloads(source, manifest, asyncio.get_running_loop()),
+        payloads=payloads,
         files={file.path: partial(source.file, manifest, file.path) for file in manifest.files},
         manifest=partial(_copied, manifest, name, source.url),
     )
-    return await write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+    writing = asyncio.ensure_future(
+        write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+    )
+
+    def stop() -> None:
+        payloads.stop()
+        writing.cancel()
+
+    return await to_its_end(writing, on_cancel=stop)
 
 
 def _plan(chunk: Chunk) -> PlannedChunk:
@@ -86,13 +97,21 @@ class SourcePayloads:
         self._source = source
         self._manifest = manifest
         self._loop = loop
+        self._fetches: set[Future[None]] = set()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Fetch nothing any more; what waits for a fetch fails."""
+        self._is_stopped = True
+        for fetch in list(self._fetches):
+            fetch.cancel()
 
     def read_into(self, chunk: PlannedChunk, start: int, destination: memoryview) -> None:
         """Fill `destination` with a chunk's payload from byte `start` on, which begins a block, as does its end.
 
         Raises:
             IntegrityError: bytes are not what the manifest promises.
-            StorageError, WireError: they could not be read.
+            StorageError, WireError: they could not be read, or reading was stopped.
         """
         stored = self._manifest.by_name[chunk.name]
         form = choose_form(stored)
@@ -103,7 +122,16 @@ class SourcePayloads:
 
     def _fetch(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
         read = Read(chunk, form, start, start + len(destination), destination)
-        asyncio.run_coroutine_threadsafe(self._source.fetch(self._manifest, [read]), self._loop).result()
+        fetch = asyncio.run_coroutine_threadsafe(self._source.fetch(self._manifest, [read]), self._loop)
+        self._fetches.add(fetch)
+        try:
+            if self._is_stopped:
+                fetch.cancel()
+            fetch.result()
+        except CancelledError:
+            raise StorageError(f"copying chunk {chunk.name} was stopped") from None
+        finally:
+            self._fetches.discard(fetch)
 
     def _decode(self, chunk: Chunk, form: Form, start: int, destination: memoryview) -> None:
         first, stop = start // FRAME_BYTES, -(-(start + len(destination)) // FRAME_BYTES)

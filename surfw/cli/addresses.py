@@ -11,6 +11,7 @@ Every command reads addresses with `read_address`, so that what works for one wo
 
 import os
 import re
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ import typer
 
 from surfw.config import display_url, is_server_url
 from surfw.errors import ConnectionFailedError, RefusedError
+from surfw.wire import is_loopback
 
 Kind = Literal["server", "web", "folder", "storage", "hub"]
 
@@ -124,6 +126,23 @@ def _is_surfw(address: Address, seconds: float) -> bool:
         return True
     except ConnectionFailedError:
         return False
+
+
+def is_on_this_machine(url: str) -> bool:
+    """Whether a server's address is one of this machine's own. No name is looked up, and nothing is contacted."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    if is_loopback(host) or host == socket.gethostname().lower():
+        return True
+    try:
+        ((family, *_, address), *_) = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
+        with socket.socket(family, socket.SOCK_DGRAM) as one:
+            one.bind(address)  # which the system allows for its own addresses only
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def is_here(text: str) -> bool:

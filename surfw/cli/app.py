@@ -1,7 +1,7 @@
 """The application: its commands, and how an error becomes a line on stderr and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, 129 ended by SIGHUP, 141 where
-nobody reads stdout any more.
+Exit codes: 0 done, 1 failed, 2 wrong usage or a wrong setting, 130 interrupted, 143 ended by SIGTERM, 129 ended by
+SIGHUP, 141 where nobody reads stdout any more.
 """
 
 import logging
@@ -150,10 +150,10 @@ def _report(error: Exception) -> int:
     """Print an error, and return the exit code; a reader that has left, such as `head`, has seen what it wanted."""
     if isinstance(error, streams.OutputError) and error.is_unread:
         return 128 + signal.SIGPIPE
-    return _fail(with_options(str(error)))
+    return _fail(with_options(str(error)), 2 if isinstance(error, options.WrongSettingError) else 1)
 
 
-def _fail(message: str) -> int:
-    """Print the error as one line on stderr; return exit code 1."""
+def _fail(message: str, code: int = 1) -> int:
+    """Print the error as one line on stderr; return the exit code."""
     print(f"surfw: error: {streams.one_line(message)}", file=sys.stderr)
-    return 1
+    return code

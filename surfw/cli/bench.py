@@ -183,7 +183,11 @@ def start(
     model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
     download: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="The checkpoint's own files, to be downloaded and loaded with transformers."),
+        typer.Option(
+            metavar="URL",
+            help="The checkpoint's own files, to be downloaded and loaded with transformers. "
+            "[default: SOURCE, loaded where it is, if it is a checkpoint's folder]",
+        ),
     ] = None,
     codec: Annotated[
         str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, separated by commas.")
@@ -192,7 +196,7 @@ def start(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """From the start of `surfw infer` to its first token, against downloading everything and loading it then."""
+    """From the start of `surfw infer` to its first token, against transformers, which needs all weights first."""
     from surfw.bench.start import bench_start
 
     codecs = [name.strip() for name in codec.split(",")]

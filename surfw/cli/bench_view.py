@@ -3,6 +3,7 @@
 from surfw.bench.infer_result import InferResult
 from surfw.bench.result import Result
 from surfw.cli import render
+from surfw.cli.status import percent
 from surfw.config import count, format_size
 
 
@@ -54,7 +55,7 @@ def show_comparison(result: InferResult) -> None:
                     row.name,
                     _number(row.decode_value),
                     _number(row.ceiling),
-                    f"{row.share:.0%}",
+                    percent(row.share or 0),
                     format_size(row.streamed_bytes_per_token or 0),
                 )
                 for row in ceilings

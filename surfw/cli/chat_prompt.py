@@ -18,9 +18,10 @@ from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import History
 from prompt_toolkit.output import create_output
 
+from surfw.cli.screen import has_styles
 from surfw.files import read_regular
 
-_PROMPT: StyleAndTextTuples = [("bold", "> ")]
+_PROMPT = "> "
 _KEPT_ENTRIES = 1000
 _MOST_ENTRY_BYTES = 64_000
 _MOST_BYTES = 4_000_000
@@ -51,7 +52,8 @@ class LineEditor:
             KeyboardInterrupt: Ctrl-C was pressed.
             EOFError: Ctrl-D was pressed in an empty line, or the terminal is gone.
         """
-        return self._session.prompt(_PROMPT, handle_sigint=False)
+        sign: StyleAndTextTuples = [("bold" if has_styles() else "", _PROMPT)]
+        return self._session.prompt(sign, handle_sigint=False)
 
 
 class PrivateHistory(History):

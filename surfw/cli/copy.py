@@ -60,7 +60,7 @@ def copy_model(
                 copied = client.run(
                     lambda source: chunking.copy_model(
                         source,
-                        manifest.name,
+                        manifest,
                         backend,
                         name=wanted.name,
                         codecs=wanted.codecs,

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from surfw.cli import render
-from surfw.config import GB, count, format_size, is_server_url
+from surfw.cli.infer_summary import place_of
+from surfw.cli.status import percent
+from surfw.config import GB, count, format_size
 from surfw.settings import SettingOrigin
 
 if TYPE_CHECKING:
     from surfw.models.explain import Explanation
 
 _SHOWN_NAMES = 3
-_LIMITS = {
-    "link": "reading over the link", "storage": "reading from storage", "bus": "copying to the device",
-    "compute": "computing",
-}  # fmt: skip
+_PLACES = {"link": "over the link", "server": "from the server", "disk": "from storage", "storage": "from storage"}
 
 
 def facts(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> dict[str, Any]:
@@ -98,13 +97,12 @@ def _kept(one: "Explanation") -> str:
 def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
     rows = []
     if one.reading_ceiling is not None and one.bytes_per_second is not None:
-        place = "over the link" if is_server_url(one.source) else "from storage"
+        place = _PLACES[place_of(one.source)]
         coded = "" if one.codec == "none" else f" ({one.codec})"
+        how = f"measured just now over {format_size(one.measured_bytes or 0)}"
+        read = f"{format_size(one.bytes_per_pass)}{coded}, {place} at {_rate(one.bytes_per_second)} ({how})"
         rows += [
-            (
-                "read in a pass",
-                f"{format_size(one.bytes_per_pass)}{coded}, {place} at {_rate(one.bytes_per_second)} (measured)",
-            ),
+            ("read in a pass", read),
             ("ceiling by reading", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
         ]
     if one.bus_ceiling is not None and one.bus_bytes_per_second is not None:
@@ -114,18 +112,22 @@ def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
     rows.append(("what limits it", _limit(one)))
     if one.more_bytes_per_pass is not None:
         rows.append(("with 1 GB more", _more(one)))
+    if one.ceiling is not None:
+        rows.append(("how sure that is", "measured in a few seconds; other work on this machine lowers it"))
     return rows
 
 
 def _computing(one: "Explanation") -> str:
     if one.computing_ceiling is None or one.compute_seconds is None:
         return "not known: it could not be measured in a few seconds"
-    how = "measured" if one.compute_share >= 1 else f"measured on {one.compute_share:.0%} of the weights"
-    return f"{_speed(one.computing_ceiling, one)} ({render.seconds(one.compute_seconds)} in a pass, {how})"
+    part = "" if one.compute_share >= 1 else f" on {percent(one.compute_share)} of the weights"
+    took = f"{render.seconds(one.compute_seconds)} in a pass, measured just now{part}"
+    return f"{_speed(one.computing_ceiling, one)} ({took})"
 
 
 def _limit(one: "Explanation") -> str:
-    what = _LIMITS[one.bottleneck]
+    other = {"compute": "computing", "bus": "copying to the device"}
+    what = other.get(one.bottleneck) or f"reading {_PLACES[place_of(one.source)]}"
     return what if one.ceiling is None else f"{what}; the ceiling is {_speed(one.ceiling, one)}"
 
 

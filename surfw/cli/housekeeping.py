@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from surfw.cli import render
 from surfw.client import read_stats
 from surfw.config import DEFAULT_HOST, count, display_url, format_size
-from surfw.errors import IntegrityError, SurfwError
+from surfw.errors import IntegrityError, StorageError, SurfwError
 from surfw.settings import Settings
 from surfw.storage import open_backend
 from surfw.storage.housekeeping import (
@@ -33,10 +33,17 @@ _ASK_SECONDS = 1.0
 
 
 def list_models(settings: Settings, *, json: bool, quiet: bool) -> None:
-    """Show what is in the store."""
+    """Show what is in the store.
+
+    Raises:
+        StorageError: a manifest or a lease is not understood; all that is has been shown by then.
+    """
     with _busy(settings, quiet=json or quiet):
         contents = _run(settings, Housekeeping.contents)
     render.show(contents, _show_contents, json=json)
+    if contents.complaints:
+        what = count(len(contents.complaints), "manifest or lease", "manifests and leases")
+        raise StorageError(f"{what} in {contents.store} not understood, such as {contents.complaints[0]}")
 
 
 def show_model(settings: Settings, name: str, *, json: bool, quiet: bool) -> None:

@@ -14,7 +14,7 @@ from surfw.cli import chat, options
 from surfw.cli.addresses import Mistake
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
-from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.errors import SurfwError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from surfw.cli.infer_summary import Report
@@ -123,6 +123,7 @@ def _run(
     json: bool,
 ) -> None:
     """Run a request, which is made once torch is imported; without one, explain what would limit it."""
+    from surfw.cli.infer_summary import queued_seconds
     from surfw.cli.sources import choose_source, connect, open_model
 
     settings = configuration.settings
@@ -142,7 +143,8 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
-                opened = _Opened(streaming, source, time.perf_counter() - start, lambda: _ask_server(chosen, settings))
+                seconds, queued = time.perf_counter() - start, queued_seconds()
+                opened = _Opened(streaming, source, seconds, queued, lambda: _ask_server(chosen, settings))
                 _answer(opened, make_request(), configuration, view, explain=explain, json=json)
 
 
@@ -163,16 +165,17 @@ def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | 
 
 @dataclass(frozen=True)
 class _Opened:
-    """An open model, where its weights come from, how long it took to open it, and who asks its server for more."""
+    """An open model, where its weights come from, what opening it took, and who asks its server for more."""
 
     streaming: "StreamingModel"
     source: str
     load_seconds: float
+    queued_seconds: float
     ask_server: "Callable[[], ServerStats | None]"
 
     def report(self, result: "InferenceResult", *, is_whole: bool = True) -> "Report":
         """Put together what a run came to."""
-        from surfw.cli.infer_summary import Report
+        from surfw.cli.infer_summary import Report, queued_seconds
         from surfw.runtime.memory import peak_rss_bytes
 
         per_token, share = result.tpot_seconds, result.decode_stall_share
@@ -188,6 +191,7 @@ class _Opened:
             peak_rss_bytes=peak_rss_bytes(),
             advice=advice,
             is_whole=is_whole,
+            queued_seconds=queued_seconds() - self.queued_seconds,
             ask_server=self.ask_server,
         )
 
@@ -317,7 +321,7 @@ def _read_prompt(prompt: str | None, ids: list[int] | None, *, quiet: bool) -> s
         raise Mistake("there is no prompt: give either --prompt or --prompt-ids, or pipe one in")
     expect_utf8(prompt, "the prompt")
     if not prompt.strip():
-        raise ConfigurationError("the prompt is empty; write a text, or pipe one in with --prompt -")
+        raise Mistake("the prompt is empty; write a text, or pipe one in with --prompt -")
     return prompt
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations  # what comes from torch's rooms is named in types only
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surfw.cli.addresses import is_on_this_machine
 from surfw.cli.status import duration, percent, rate
 from surfw.config import MB, count, format_size, is_server_url
 
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 
 _SHOWN_VALUES = 8
 _MOSTLY = 0.5
+_BUSY = 0.5
+"""From this share of a run on, what threads wait for a processor says that other work is going on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,7 @@ class Report:
         peak_rss_bytes: the most memory that the process used.
         advice: what more memory would bring, if that is known.
         is_whole: False for a run that was interrupted.
+        queued_seconds: how long its threads waited for a processor, all together; see `queued_seconds`.
         ask_server: returns what the server that the weights came from says of itself; None if it is no server.
     """
 
@@ -44,6 +51,7 @@ class Report:
     peak_rss_bytes: int
     advice: Advice | None = None
     is_whole: bool = True
+    queued_seconds: float = 0.0
     ask_server: Callable[[], ServerStats | None] = lambda: None
 
     def facts(self) -> dict[str, Any]:
@@ -70,9 +78,9 @@ class Report:
 
 
 def place_of(source: str) -> str:
-    """Say in a word what a run waits for: `link`, `disk`, or `storage` that is somewhere else."""
+    """Say in a word what a run waits for: `link`, `server` on this machine, `disk`, or `storage` somewhere else."""
     if is_server_url(source):
-        return "link"
+        return "server" if is_on_this_machine(source) else "link"
     return "storage" if "://" in source and not source.startswith("file://") else "disk"
 
 
@@ -83,9 +91,31 @@ def summary(report: Report) -> str:
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
+    parts += _busy(report)
     if report.is_whole:
         parts += _server_cache(statistics, report.ask_server)
     return "; ".join(parts)
+
+
+def queued_seconds() -> float:
+    """How long the threads of this process have waited for a processor, all together; 0 where that is not told."""
+    waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, ValueError, IndexError):  # a thread that has ended; another system
+            waited += int(path.read_text().split()[1])
+    return waited / 1e9
+
+
+def _busy(report: Report) -> list[str]:
+    """Say of a run that computed if other work took the processors away, for which its threads wait together."""
+    from surfw.models.statistics import stall_share
+
+    time = report.statistics["time"]
+    spent = time["stall_seconds"] + time["compute_seconds"]
+    is_alone = report.queued_seconds < _BUSY * spent or os.environ.get("OMP_NUM_THREADS") == "1"
+    if not spent or is_alone or stall_share(time) >= _MOSTLY:
+        return []
+    return ["other work kept its threads waiting for a processor; OMP_NUM_THREADS=1 may be faster then"]
 
 
 def _server_cache(statistics: Statistics, ask_server: Callable[[], ServerStats | None]) -> list[str]:
@@ -144,7 +174,7 @@ def encoder_text(result: InferenceResult) -> str | None:
         lines = []
         for one in result.predictions:
             place = f"token {one['position']}: " if "position" in one else ""
-            lines.append(place + ", ".join(f"{c['text']} ({c['probability']:.1%})" for c in one["candidates"]))
+            lines.append(place + ", ".join(f"{c['text']} ({percent(c['probability'], 1)})" for c in one["candidates"]))
         return "\n".join(lines)
     values = result.embedding
     if values is None:

@@ -80,6 +80,10 @@ _COMPLETIONS: Mapping[str, Callable[..., list[str]]] = {
 }
 
 
+class WrongSettingError(ConfigurationError):
+    """A variable, or a settings file, cannot be used as it is. Exit code 2, as that of a wrong option."""
+
+
 @contextmanager
 def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
     """Improve typer's complaints: what was seen and expected, no names of exceptions, a guess at what was meant."""
@@ -178,7 +182,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     """Load the settings from options, variables, and the file named by `--config` before or after the command.
 
     Raises:
-        ConfigurationError: a variable, or what stands in the file, cannot be used.
+        WrongSettingError: a variable, the file, or what stands in it, cannot be used.
         BadParameter: an option cannot be used, or two of them exclude each other.
     """
     given = [SETTINGS[name].option for name in EXCLUSIVE if arguments.get(name) is not None]
@@ -188,13 +192,16 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
         logging.getLogger("surfw.cli").warning("%s is no variable of surfw's; did you mean %s?", seen, meant)
     for name, value in arguments.items():
         check_option(name, value)
-    found = trace_settings(config or context.find_root().params.get("config"), arguments)
-    loaded = Configuration(
-        Settings(**{name: value for name, (value, _) in found.items()}),
-        {name: where for name, (_, where) in found.items()},
-    )
-    for name in ("memory_budget", "device_memory"):
-        _check_size(loaded, name)
+    try:
+        found = trace_settings(config or context.find_root().params.get("config"), arguments)
+        loaded = Configuration(
+            Settings(**{name: value for name, (value, _) in found.items()}),
+            {name: where for name, (_, where) in found.items()},
+        )
+        for name in ("memory_budget", "device_memory"):
+            _check_size(loaded, name)
+    except ConfigurationError as exc:
+        raise WrongSettingError(str(exc)) from exc
     return loaded
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from surfw.cli import render
-from surfw.cli.status import age, status_lines
+from surfw.cli.status import age, percent, status_lines
 from surfw.config import count, format_size, printable
 from surfw.wire import ClientFacts, Rates, ServerEvent, ServerStats
 
@@ -102,7 +102,7 @@ class ServerView:
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
         uses = f"hits {cache['hits']:,}, misses {cache['misses']:,}, coalesced {cache['coalesced']:,}"
         names = ("sent", "from storage", "requests", "cache hits")
-        totals = (format_size(stats["bytes_sent"]), read, f"{requests['total']:,}", _percent(cache["hit_rate"]))
+        totals = (format_size(stats["bytes_sent"]), read, f"{requests['total']:,}", percent(cache["hit_rate"], 1))
         details = ("", "", f"{requests['in_flight']} in flight", uses)
         columns = [
             Column(least=_NAMES_WIDTH),
@@ -152,7 +152,7 @@ def _now(rates: Rates | None) -> tuple[str, str, str, str]:
         _per_second(rates.sent_bytes),
         _per_second(rates.read_bytes),
         f"{rates.requests:,.1f}/s",
-        _NONE if rates.hit_rate is None else _percent(rates.hit_rate),
+        _NONE if rates.hit_rate is None else percent(rates.hit_rate, 1),
     )
 
 
@@ -169,7 +169,7 @@ def _facts(stats: ServerStats, width: int) -> Table:
             join_fitting([f"{used}, {cache['policy']}", f"evictions {cache['evictions']:,}"], width - _FACTS_GAP),
         ),
         ("latency", _latencies_fitting(latency, width - _FACTS_GAP)),
-        ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {resources['cpu_percent']:.0f} %"),
+        ("memory, CPU", f"{format_size(resources['rss_bytes'])}, {percent(resources['cpu_percent'] / 100)}"),
     ]
     if not stats.get("connections"):
         rows.insert(2, ("clients", str(stats["clients"])))
@@ -213,10 +213,6 @@ def _events(events: Sequence[ServerEvent], width: int | None) -> Iterator[Render
     yield Text()
     yield Text("events", style="bold")
     yield table
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.1f} %"
 
 
 def _per_second(rate: float | None) -> str:
@@ -328,7 +324,7 @@ def _brief(stats: ServerStats, rates: Rates | None) -> list[str]:
     else:
         sent, requests = format_size(stats["bytes_sent"]), f"{stats['requests']['total']:,}"
         read = format_size(stats["bytes_read"]) if "bytes_read" in stats else _NONE
-        hits = _percent(stats["cache"]["hit_rate"])
+        hits = percent(stats["cache"]["hit_rate"], 1)
     return [f"sent {sent}", f"read {read}", f"requests {requests}", f"hits {hits}", count(stats["clients"], "client")]
 
 

@@ -41,7 +41,7 @@ def run_parts(run: "RunFigures", place: str) -> list[str]:
 
     Args:
         run: the figures.
-        place: what is waited for: `link`, `disk` or `storage`.
+        place: what is waited for: `link`, `server`, `disk` or `storage`.
     """
     parts = []
     if run.tokens:
@@ -71,9 +71,9 @@ def rate(per_second: float) -> str:
     return f"{per_second:.{2 if per_second < 10 else 1 if per_second < 100 else 0}f}"
 
 
-def percent(share: float) -> str:
-    """Format a share: `55 %`."""
-    return f"{share * 100:.0f} %"
+def percent(share: float, places: int = 0) -> str:
+    """Format a share, with so many decimal places: `55 %`."""
+    return f"{share * 100:.{places}f} %"
 
 
 def duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 What a model needs is known before a byte is read, and calculated in one place: opening a model plans with it,
 explaining one shows its least budget, and so does a dry run of chunking, which has no manifest yet. The least budget
-depends on the model and its dtypes alone, never on where weights come from.
+that is shown depends on the model and its dtypes alone; an error about a budget also names what does for its source.
 """
 
 import logging

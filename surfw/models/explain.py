@@ -14,6 +14,7 @@ from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.measure import (
     READ_SECONDS,
     Computing,
+    Reading,
     RunModel,
     measure_computing,
     measure_copying,
@@ -55,6 +56,7 @@ class Explanation:
         codec: the form in which most of the weights are read: `none`, or `lossless` where that is faster.
         bytes_per_pass: stored bytes that a pass reads, once everything that stays is in memory.
         bytes_per_second: how fast they were read in the measurement; None if nothing is streamed.
+        measured_bytes: how many bytes the measurement read; None if nothing is streamed.
         compute_seconds: how long the modules of a pass take while nothing is read; None if it could not be measured.
         compute_share: the part of the weights that `compute_seconds` was measured on, and scaled up from if below 1.
         unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
@@ -96,6 +98,7 @@ class Explanation:
     codec: str = "none"
     bytes_per_pass: int
     bytes_per_second: float | None
+    measured_bytes: int | None = None
     compute_seconds: float | None
     compute_share: float
     unit: Literal["tokens", "passes"]
@@ -149,13 +152,13 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanat
         computing = measure_computing(parts, run, prompt_tokens)
         parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
         wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)  # so that nothing else is read
-        bytes_per_second = measure_reading(parts)
+        reading = measure_reading(parts)
         copying = measure_copying(parts)
-    return explain_plan(parts, computing, bytes_per_second, copying)
+    return explain_plan(parts, computing, reading, copying)
 
 
 def explain_plan(
-    parts: ModelParts, computing: Computing | None, bytes_per_second: float | None, copying: float | None = None
+    parts: ModelParts, computing: Computing | None, reading: Reading | None, copying: float | None = None
 ) -> Explanation:
     """The explanation of a model's plan, with these measurements; `copying` is bytes per second to the device."""
     engine, manifest, below = parts.engine, parts.manifest, parts.below
@@ -168,7 +171,7 @@ def explain_plan(
         form = parts.forms.form(manifest.by_name[name])
         read[form.codec] += form.stored_bytes
     stored = read.total() / max(1, sum(plan.sizes.values()))
-    speed = bytes_per_second / stored if bytes_per_second and stored else None
+    speed = reading.bytes_per_second / stored if reading and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = behind.ceiling(speed) if speed else None
     by_copying = plan.ceiling(copying) if below and copying else None
@@ -205,7 +208,8 @@ def explain_plan(
         base_bytes=parts.base_bytes,
         codec=max(read, key=read.__getitem__, default="none"),
         bytes_per_pass=round(behind.bytes_per_pass * stored),
-        bytes_per_second=bytes_per_second,
+        bytes_per_second=reading.bytes_per_second if reading else None,
+        measured_bytes=reading.stored_bytes if reading else None,
         compute_seconds=computing.seconds if computing else None,
         compute_share=computing.share if computing else 0.0,
         unit="tokens" if parts.model.can_generate() else "passes",

@@ -60,12 +60,30 @@ class Computing:
     share: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """What reading took.
+
+    Attributes:
+        stored_bytes: how much was read, as it is stored.
+        seconds: for how long.
+    """
+
+    stored_bytes: int
+    seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Stored bytes per second."""
+        return self.stored_bytes / self.seconds
+
+
 class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that takes too long
     """The time for a pass is over."""
 
 
-def measure_reading(parts: ModelParts) -> float | None:
-    """Stored bytes per second, from reading streamed chunks for a while, each at most once; None if there are none."""
+def measure_reading(parts: ModelParts) -> Reading | None:
+    """Read streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = (parts.below or parts.engine).plan, parts.manifest
     streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
@@ -79,7 +97,7 @@ def measure_copying(parts: ModelParts) -> float | None:
     return engine.device.measure_copying() if copies and isinstance(engine, DeviceEngine) else None
 
 
-async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequence[tuple[Chunk, Form]]) -> float:
+async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequence[tuple[Chunk, Form]]) -> Reading:
     """Two reads at a time, as in a run; pieces grow while they arrive quickly."""
     left = deque((chunk, form, 0) for chunk, form in forms)  # and where to go on in each
     allowed = READ_BYTES
@@ -103,7 +121,7 @@ async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequ
                 length = min(2 * length, _LARGEST_PIECE)
 
     await asyncio.gather(*map(read, views))
-    return (READ_BYTES - allowed) / (time.perf_counter() - began)
+    return Reading(stored_bytes=READ_BYTES - allowed, seconds=time.perf_counter() - began)
 
 
 def measure_computing(parts: ModelParts, run: RunModel, prompt_tokens: int) -> Computing | None:

@@ -278,7 +278,7 @@ def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
 def least_bytes(needs: Needs) -> int:
     """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and the overhead.
 
-    The one to show is that of `needs.from_anywhere()`: the same number, whatever the weights are read from.
+    That of `needs.in_pieces()` does for the source at hand, that of `needs.from_anywhere()` for whatever source.
     """
     least = needs.overhead_of(needs.sizes) + sum(needs.sizes.values())
     sizes, overhead = needs.in_memory()
@@ -355,10 +355,12 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
 def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
     """The error about a budget that the model does not run with: one that the user gave, or the default."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
-    runs_without = least_bytes(needs.in_pieces()) <= budget_bytes
-    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and runs_without else ""
-    least = least_bytes(needs.from_anywhere()) + limit.reserved_bytes
+    here = least_bytes(needs.in_pieces())
+    tokens = ", or ask for fewer tokens" if limit.reserved_bytes and here <= budget_bytes else ""
+    least, anywhere = (one + limit.reserved_bytes for one in (here, least_bytes(needs.from_anywhere())))
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
+    if anywhere > least:
+        needed += f", and {format_size(anywhere)} ({anywhere} bytes) from any other source"
     is_device = limit.tier == "device"
     if not limit.reason:
         given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""

@@ -146,8 +146,10 @@ class HttpEndpoints:
         self._looked = time.monotonic()
 
     async def close(self) -> None:
-        """Stop looking at the storage, and forget what was seen."""
+        """Stop looking at the storage, tell what was only counted, and forget what was seen."""
         await self._looks.close()
+        self._refusals.flush()
+        self._full.flush()
         self._looked = float("-inf")
 
 

@@ -16,7 +16,7 @@ from surfw.wire import ServerEvent
 log = logging.getLogger("surfw.server")
 
 KEPT_EVENTS = 50
-_MOST_CHARACTERS = 400
+_MOST_CHARACTERS, _END_CHARACTERS = 400, 100
 _SPARSE_SECONDS = 10
 
 
@@ -62,12 +62,17 @@ class Journal:
             {
                 "time": entry.time,
                 "kind": entry.kind,
-                "text": printable(f"{entry.text}: {entry.details}" if details and entry.details else entry.text)[
-                    :_MOST_CHARACTERS
-                ],
+                "text": _cut(printable(f"{entry.text}: {entry.details}" if details and entry.details else entry.text)),
             }
             for entry in self._entries
         ]
+
+
+def _cut(text: str) -> str:
+    """The text, without its middle where it is long: in the end it says how often it came."""
+    if len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[: _MOST_CHARACTERS - _END_CHARACTERS - 1]}…{text[-_END_CHARACTERS:]}"
 
 
 class Sparse:

@@ -168,8 +168,9 @@ class PageCache:
         return took
 
     async def close(self) -> None:
-        """Stop reading, and forget everything."""
+        """Stop reading, tell what was only counted, and forget everything."""
         await self.reads.close()
+        self._slow.flush()
         self.cache.clear()
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -195,6 +196,29 @@ def test_a_copy_adds_a_form_to_the_very_store(checkpoint: Path, tmp_path: Path) 
     assert [chunk.id for chunk in copied.chunks] == [chunk.id for chunk in original.chunks]
     assert {path: path.stat().st_mtime_ns for path in blobs} == blobs
     assert {form.codec for chunk in copied.chunks for form in chunk.forms} == set(BOTH)
+
+
+def test_a_copy_that_is_cancelled_gives_its_fetch_up(checkpoint: Path, tmp_path: Path) -> None:
+    chunk_into(tmp_path / "store", checkpoint, ("none",))
+
+    async def copy() -> None:
+        async with await open_storage_source(open_backend(tmp_path / "store")) as source:
+            began = asyncio.Event()
+
+            async def fetch(*_: object) -> None:
+                began.set()
+                await asyncio.Event().wait()
+
+            with patch.object(source, "fetch", fetch):
+                manifest = await source.manifest("tiny")
+                copying = asyncio.create_task(copy_model(source, manifest, open_backend(tmp_path / "to")))
+                await began.wait()
+                copying.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await copying
+
+    asyncio.run(copy())
+    assert not list((tmp_path / "to").rglob("models/*"))
 
 
 def republish(store: Path, manifest: Manifest, **changes: object) -> None:

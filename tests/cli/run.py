@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.services import warm
@@ -17,19 +18,25 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     not_ours = ("SURFW_", "HF_", "COLUMNS", "LINES")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(not_ours)}
     own = {"SURFW_HOME": str(home), "SURFW_PORT": _NO_SERVER, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf")}
+    own["OMP_NUM_THREADS"] = "1"  # so that no summary speaks of other work on the tester's machine
     return clean | own | {"TERM": "dumb"} | extra
+
+
+def imports(command: Sequence[str]) -> Sequence[str]:
+    """What a command imports."""
+    return warm.MODELS if {"bench", "chat", "chunk", "infer"} & set(command) else warm.COMMANDS
 
 
 def surfw(home: Path, *arguments: str, stdin: str = "", **extra: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, in a process that has its imports done."""
-    modules = warm.MODELS if {"bench", "chat", "chunk", "infer"} & set(arguments) else warm.COMMANDS
-    return warm.run([SURFW, *arguments], modules=modules, input=stdin, env=environment(home, **extra))
+    command = [SURFW, *arguments]
+    return warm.run(command, modules=imports(command), input=stdin, env=environment(home, **extra))
 
 
-def complaint(done: subprocess.CompletedProcess[str]) -> str:
+def complaint(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
     """The one line a failed command says; fails the test if there is more, or another exit code."""
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("surfw: error: ")]
     rest = [line for line in lines if not line.startswith(("surfw: error: ", "surfw: source: ", "surfw: warning: "))]
-    assert (done.returncode, len(errors), rest) == (1, 1, []), (done.returncode, done.stderr[-2000:])
+    assert (done.returncode, len(errors), rest) == (code, 1, []), (done.returncode, done.stderr[-2000:])
     return errors[0].removeprefix("surfw: error: ")

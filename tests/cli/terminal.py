@@ -16,7 +16,7 @@ from typing import IO
 import pyte
 from rich.cells import cell_len
 
-from tests.cli.run import SURFW, environment
+from tests.cli.run import environment, imports
 from tests.services import warm
 
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -142,17 +142,18 @@ class Terminal:
 @contextmanager
 def terminal(
     home: Path, command: Sequence[str], *, columns: int = 80, rows: int = 24, stdout: IO[bytes] | None = None,
-    controls: bool = False, **extra: str,
+    controls: bool = False, cold: bool = False, **extra: str,
 ) -> Iterator[tuple[Terminal, "subprocess.Popen[bytes] | warm.Process"]]:  # fmt: skip
     """Run a command in a window of its own; it has ended afterwards.
 
     Args:
         home: of the command.
-        command: it runs in a process that has its imports done, if it is surfw.
+        command: it runs in a process that has its imports done.
         columns: of the window.
         rows: of the window.
         stdout: where its stdout goes, if not to the window.
-        controls: the window is its controlling terminal, whose Ctrl-C reaches it; its imports are not done, then.
+        controls: the window is its controlling terminal, whose Ctrl-C reaches it.
+        cold: it does its imports itself, and the window controls it.
         **extra: variables of its environment.
     """
     window = Terminal(columns, rows)
@@ -160,8 +161,11 @@ def terminal(
     own = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}  # nobody answers it where the cursor is
     variables = environment(home, **own | extra)
     process: subprocess.Popen[bytes] | warm.Process
-    if command[0] == SURFW and not controls:
-        process = warm.start(command, stdin=window.theirs, stdout=out, stderr=window.theirs, env=variables)
+    if not cold:
+        process = warm.start(
+            command, modules=imports(command), stdin=window.theirs, stdout=out, stderr=window.theirs, env=variables,
+            controls=controls,
+        )  # fmt: skip
     else:
         process = subprocess.Popen(
             [sys.executable, "-c", _TAKE_TERMINAL, *command], stdin=window.theirs, stdout=out, stderr=window.theirs,

@@ -2,13 +2,14 @@
 
 import asyncio
 import http.server
+import socket
 import threading
 from pathlib import Path
 
 import pytest
 
 from surfw import WeightServer
-from surfw.cli.addresses import Address, Mistake, read_address, read_server, read_source
+from surfw.cli.addresses import Address, Mistake, is_on_this_machine, read_address, read_server, read_source
 from tests.stores import make_store
 
 HERE = {"store", "here/model", "photos:80"}
@@ -78,3 +79,16 @@ def test_a_web_server_is_asked_whether_it_is_a_surfw_server(tmp_path: Path) -> N
 
     for token in (None, "a-secret-of-some-length"):
         asyncio.run(ask(token))
+
+
+def test_an_address_of_this_machine_is_known_without_asking_anybody() -> None:
+    for here in (
+        "ws://127.0.0.1:1",
+        "ws://localhost:1",
+        "wss://[::1]:1",
+        "ws://0.0.0.0",
+        f"ws://{socket.gethostname()}",
+    ):
+        assert is_on_this_machine(here), here
+    for elsewhere in ("ws://203.0.113.7:1", "ws://h:1", "ws://", "ws://[1:1"):
+        assert not is_on_this_machine(elsewhere), elsewhere

@@ -163,7 +163,7 @@ def test_explain_alone_is_the_result(home: Path) -> None:
     shown = surfw(home, *arguments, "tiny").stdout.splitlines()
     assert shown[0].startswith("memory budget ")
     assert "everything: 4 layers" in shown[1]
-    assert shown[-1].split()[:4] == ["what", "limits", "it", "computing;"]
+    assert shown[-2].split()[:4] == ["what", "limits", "it", "computing;"]
     facts = json.loads(surfw(home, *arguments, "bert", "--json").stdout)
     assert facts.keys() == {"model", "source", "explain"}
     assert (facts["explain"]["unit"], facts["explain"]["bytes_per_pass"]) == ("passes", 0)

@@ -73,12 +73,12 @@ def test_the_file_is_named_before_or_after_the_command_or_by_a_variable(tmp_path
 def test_a_mistake_in_the_file_is_one_line_for_every_command(text: str, said: str, tmp_path: Path) -> None:
     file = write(tmp_path, text)
     for command in (["config"], ["serve"], ["stats"], ["infer", "--prompt", "a"], ["chunk", "model"]):
-        assert complaint(surfw(tmp_path, *command, "--config", file)) == f"{file}: {said}"
+        assert complaint(surfw(tmp_path, *command, "--config", file), 2) == f"{file}: {said}"
     assert surfw(tmp_path, "serve", "--help", SURFW_CONFIG=file).returncode == 0, "help needs no settings"
 
 
 def test_a_mistake_in_a_variable_is_one_line_and_one_in_an_option_is_usage(tmp_path: Path) -> None:
-    said = complaint(surfw(tmp_path, "serve", SURFW_PORT="tcp://10.0.0.1:80"))
+    said = complaint(surfw(tmp_path, "serve", SURFW_PORT="tcp://10.0.0.1:80"), 2)
     assert said == "SURFW_PORT is 'tcp://10.0.0.1:80', expected a whole number from 0 to 65535"
     for option in (["--port", "70000"], ["--port", "x"], ["--clients", "0"], ["--cache-mb", "-1"]):
         done = surfw(tmp_path, "serve", *option)
@@ -111,7 +111,7 @@ def test_infer_keeps_within_the_budget_that_is_nearest(tmp_path: Path) -> None:
     both = surfw(tmp_path, *arguments, "--cache-layers", "4", "--memory-budget", "1GB")
     assert both.returncode == 2
     assert "--memory-budget: does not go with --cache-layers; give one of them" in both.stderr
-    wrong = complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="much"))
+    wrong = complaint(surfw(tmp_path, *arguments, SURFW_MEMORY_BUDGET="much"), 2)
     assert wrong == "SURFW_MEMORY_BUDGET is 'much', expected a size such as 1.2GB"
     typed = surfw(tmp_path, *arguments, "--memory-budget", "much")
     assert typed.returncode == 2

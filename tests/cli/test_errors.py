@@ -265,6 +265,7 @@ def test_kill_in_the_middle_of_chunk(checkpoint: Path, tmp_path: Path) -> None:
     assert surfw(tmp_path, "chunk", str(big), "--name", "second").returncode == 0
     assert visible(store / "models") == ["first.json", "second.json"]
     assert {path: path.stat().st_ino for path in finished} == finished, "finished blobs are not written again"
-    assert not (store / "partial").exists()
+    left = [path for path in (store / "partial").rglob("*") if path.suffix != ".tmp"]
+    assert not left, "of the killed one, at most the file stays that it was writing, until it is old enough to prune"
     arguments = ["--source", str(store), "--model", "second", "--prompt", "a", "--max-new-tokens", "2"]
     assert surfw(tmp_path, "infer", *arguments, "-q").returncode == 0

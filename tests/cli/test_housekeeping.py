@@ -81,6 +81,14 @@ def test_what_is_damaged_is_named_and_the_exit_code_says_so(home: Path) -> None:
     assert [one["part"] for one in json.loads(told.stdout)["damage"]] == ["layers.0"]
 
 
+def test_a_damaged_manifest_is_named_and_the_others_are_listed(home: Path) -> None:
+    (home / "store/models/second.json").write_bytes(b"{")
+    for more in ([], ["--json"]):
+        done = surfw(home, "list", *more)
+        assert "org/first" in done.stdout
+        assert complaint(done).startswith(f"1 manifest or lease in {home}/store not understood, such as models/second.")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [

@@ -29,6 +29,7 @@ MISTAKES = [
     ),
     (f"infer '{'Weight streaming is ' * 20}'", 2, " is no model's name; for a prompt alone write --prompt 'Weight"),
     ("infer", 2, "there is no prompt: give either --prompt or --prompt-ids, or pipe one in"),
+    ("infer --prompt ''", 2, "the prompt is empty; write a text, or pipe one in with --prompt -"),
     ("infer --prompt a --prompt-ids 1", 2, "give either --prompt or --prompt-ids, and not both"),
     ("infer my-model a --prompt b", 2, "--prompt does not go with PROMPT 'a'; give one of them"),
     ("infer second a --model org/first", 2, "--model does not go with MODEL 'second'; give one of them"),
@@ -85,15 +86,18 @@ MISTAKES = [
     ("verify org/frist", 1, "/store has no model 'org/frist'; it has: org/first, second; did you mean org/first?"),
     ("show ./second", 1, "has no model './second' (a model's name is wanted here, no path); it has: org/first, second"),
     ("list --store ./nowhere", 1, "/nowhere is not a surfw store yet: nothing was chunked into it; 'surfw chunk MODEL"),
-    ("--config nowhere.toml config", 1, "settings file nowhere.toml cannot be read: No such file or directory; name"),
 ]
 
 VARIABLES = [
     ({"SURFW_MODLE": "a"}, 0, "surfw: warning: SURFW_MODLE is no variable of surfw's; did you mean SURFW_MODEL?"),
     ({"SURFW_MEMORY_BUGDET": "2GB"}, 0, "did you mean SURFW_MEMORY_BUDGET?"),
-    ({"SURFW_CACHE_MB": "5"}, 1, "SURFW_CACHE_MB is '5', expected a whole number >= 17"),
-    ({"SURFW_MEMORY_BUDGET": "2"}, 1, "SURFW_MEMORY_BUDGET is 2, which is 2 bytes; did you mean 2GB?"),
-    ({"SURFW_LIVE": "half"}, 1, "SURFW_LIVE is 'half', expected true, false or full"),
+    ({"SURFW_CACHE_MB": "5"}, 2, "SURFW_CACHE_MB is '5', expected a whole number >= 17"),
+    ({"SURFW_MEMORY_BUDGET": "2"}, 2, "SURFW_MEMORY_BUDGET is 2, which is 2 bytes; did you mean 2GB?"),
+    ({"SURFW_LIVE": "half"}, 2, "SURFW_LIVE is 'half', expected true, false or full"),
+    ({"SURFW_STORAGE_OPTIONS": "a=b"}, 2, "SURFW_STORAGE_OPTIONS is not JSON, expected "),
+    ({"SURFW_TOKEN": "a b"}, 2, "SURFW_TOKEN holds no token, expected one word of printable ASCII characters"),
+    ({"SURFW_CACHE_LAYERS": "2", "SURFW_MEMORY_BUDGET": "2GB"}, 2, "SURFW_MEMORY_BUDGET exclude each other; give"),
+    ({"SURFW_CONFIG": "nowhere.toml"}, 2, "settings file nowhere.toml cannot be read: No such file or directory; name"),
 ]
 
 

@@ -17,9 +17,10 @@ import pytest
 
 from surfw.cli.streams import break_lines
 from surfw.storage import Store, open_backend
-from tests.cli.run import SURFW, environment, surfw
+from tests.cli.run import SURFW, environment, imports, surfw
 from tests.cli.terminal import terminal
 from tests.servers import serve
+from tests.services import warm
 from tests.wire.test_reports import STATS, WITH_MORE
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b2J\r\x7f\u202egpj"
@@ -170,25 +171,49 @@ def run_in_shell(places: dict[str, str], arguments: list[str], redirections: str
     )  # fmt: skip
 
 
+REDIRECTED = {
+    ">&-": "import os, sys; os.close(1); sys.stdout = sys.__stdout__ = None",
+    ">/dev/full": "import os, sys; os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+}
+"""What a process that has its imports done does to be as after a shell's redirection."""
+
+
+def run_redirected(places: dict[str, str], name: str, redirection: str) -> tuple[int, str]:
+    """The exit code of one of `COMMANDS` whose stdout goes there, and what it says."""
+    if name != "infer":
+        done = run_in_shell(places, COMMANDS[name], redirection)
+        return done.returncode, done.stderr.decode()
+    code = f"{REDIRECTED[redirection]}; from surfw.cli.main import main; main()"
+    run = warm.run([sys.executable, "-c", code, *COMMANDS[name]], env=environment(Path(places["STORE"]).parent))
+    return run.returncode, run.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_result_that_cannot_be_printed_is_an_error_in_one_line(name: str, places: dict[str, str]) -> None:
     kinds = {">&-": "Bad file descriptor", ">/dev/full": "No space left on device"}
-    for redirection, reason in list(kinds.items())[: 1 if name == "infer" else 2]:
-        done = run_in_shell(places, COMMANDS[name], redirection)
-        errors = [line for line in done.stderr.decode().splitlines() if "surfw: source: " not in line]
+    for redirection, reason in kinds.items():
+        code, said = run_redirected(places, name, redirection)
+        errors = [line for line in said.splitlines() if "surfw: source: " not in line]
         errors = [line for line in errors if " serves " not in line and "importing torch" not in line]
-        assert done.returncode == 1, done.stderr
+        assert code == 1, said
         assert errors == [f"surfw: error: stdout cannot be written to: {reason}; what was printed is not complete"]
 
 
+WITHOUT_STDERR = ["2>&-", "2>/dev/full", "2>&- <&-"]
+
+
 @pytest.mark.parametrize("name", ["config", "stats", "list"])
-@pytest.mark.parametrize("redirection", ["2>&-", "2>/dev/full", "2>&- <&-"])
+@pytest.mark.parametrize("redirection", WITHOUT_STDERR)
 def test_without_stderr_the_result_is_the_same(name: str, redirection: str, places: dict[str, str]) -> None:
     done = run_in_shell(places, COMMANDS[name], redirection)
     assert done.returncode == 0
     assert done.stdout
     for failing in (f">&- {redirection}", f">/dev/full {redirection}"):
         assert run_in_shell(places, COMMANDS[name], failing).returncode == 1
+
+
+@pytest.mark.parametrize("redirection", WITHOUT_STDERR)
+def test_without_stderr_an_error_is_its_exit_code(redirection: str, places: dict[str, str]) -> None:
     refused = run_in_shell(places, ["chunk", "./nowhere"], redirection)
     assert (refused.returncode, refused.stdout) == (1, b"")
 
@@ -213,14 +238,15 @@ def test_a_reader_that_was_never_there(name: str, places: dict[str, str]) -> Non
     reading, writing = os.pipe()
     os.close(reading)
     command = [SURFW, *(places.get(one, one) for one in COMMANDS[name])]
-    done = subprocess.run(
-        command, env=environment(Path(places["STORE"]).parent), stdin=subprocess.DEVNULL, stdout=writing,
-        stderr=subprocess.PIPE, timeout=120, check=False,
+    process = warm.start(
+        command, modules=imports(command), env=environment(Path(places["STORE"]).parent), stdin=subprocess.DEVNULL,
+        stdout=writing, stderr=subprocess.PIPE,
     )  # fmt: skip
     os.close(writing)
-    assert done.returncode == 141, done.stderr
-    assert b"error" not in done.stderr
-    assert b"Traceback" not in done.stderr
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 141, said
+    assert "error" not in said
+    assert "Traceback" not in said
 
 
 def test_long_lines_are_broken_between_words(tmp_path: Path) -> None:

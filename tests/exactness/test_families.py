@@ -21,6 +21,15 @@ from tests.servers import Served, serve
 NEW_TOKENS = 5
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_threads() -> Iterator[None]:
+    """Compute with two threads, which split products between them; other tests do with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty store."""

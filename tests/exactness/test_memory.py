@@ -200,7 +200,7 @@ def budget_of(place: Place, name: str, setting: Setting) -> int:
         with pytest.raises(ConfigurationError, match=r"needs .* at least") as caught:
             place.open(name, least - 1, setting)
         (told,) = map(int, re.findall(r"\((\d+) bytes\) at least", str(caught.value)))
-        assert told >= least, "it is for whatever source there may be"
+        assert told == least
     least, everything = place.bounds[key]
     assert least < everything
     sizes = dict(zip(BUDGETS, (least, (least + everything) // 2, everything - 1, everything), strict=True))

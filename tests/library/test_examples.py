@@ -97,7 +97,7 @@ def test_a_web_service(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", str(EXAMPLES), "--port", str(port)]
-    service = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    service = warm.start(command, cwd=tmp_path, stderr=subprocess.PIPE)
     assert service.stderr is not None
     try:
         for line in service.stderr:

@@ -81,25 +81,31 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         }
 
 
-def refused(source: str, dtype: str | None, budget: int) -> int:
-    """The least budget that an error names."""
-    with pytest.raises(ConfigurationError, match=r"too small for m, which needs .* at least; give that or more$") as no:
+def refused(source: str, dtype: str | None, budget: int) -> tuple[int, int]:
+    """The least budget that an error names for this source, and for any other."""
+    with pytest.raises(
+        ConfigurationError, match=r"too small for m, which needs .* at least.*; give that or more$"
+    ) as no:
         StreamingModel.open(source, memory_budget=budget, dtype=dtype)
-    return int(str(no.value).split(" bytes) at least")[0].rpartition("(")[2])
+    found = re.search(r"\((\d+) bytes\) at least(?:, and .* \((\d+) bytes\) from any other source)?", str(no.value))
+    assert found is not None
+    return int(found[1]), int(found[2] or found[1])
 
 
-def test_the_least_budget_is_one_and_works(case: dict[str, Any]) -> None:
-    least = refused(case["sources"][0], case["dtype"], 1)
+def test_the_least_budget_of_a_source_works_there_and_the_other_everywhere(case: dict[str, Any]) -> None:
+    _, least = refused(case["sources"][0], case["dtype"], 1)
     if case["dtype"] is None:
         assert case["dry_run"] == least
     with torch.no_grad():
         expected = case["resident"](**case["inputs"]).logits
     for source in case["sources"]:
-        assert refused(source, case["dtype"], least // 4) == least
-        with StreamingModel.open(source, memory_budget=least, dtype=case["dtype"]) as model:
+        here, anywhere = refused(source, case["dtype"], least // 4)
+        assert here <= anywhere == least
+        refused(source, case["dtype"], here - 1)
+        with StreamingModel.open(source, memory_budget=here, dtype=case["dtype"]) as model:
             assert model.explain().least_budget_bytes == least
             assert bool(model.plan.streamed) == case["is_streamed"]
-            assert model.plan.peak_bytes <= least
+            assert model.plan.peak_bytes <= here
             for _ in range(2):
                 assert torch.equal(model(**case["inputs"]).logits, expected)
 

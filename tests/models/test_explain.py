@@ -11,10 +11,11 @@ from surfw.config import GB
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.models import Explanation, StreamingModel, measure
 from surfw.models.explain import explain_plan
-from surfw.models.measure import Computing, measure_reading
+from surfw.models.measure import Computing, Reading, measure_reading
 from tests.servers import serve
 
 IDS = torch.tensor([[5, 6, 7]])
+SLOW, FAST = Reading(stored_bytes=1000, seconds=1.0), Reading(stored_bytes=1000, seconds=1e-9)
 
 
 def check(one: Explanation, model: StreamingModel) -> None:
@@ -32,6 +33,7 @@ def check(one: Explanation, model: StreamingModel) -> None:
     assert one.computing_ceiling == pytest.approx(1 / one.compute_seconds)
     if one.bytes_per_pass:
         assert one.bytes_per_second is not None
+        assert one.measured_bytes
         assert one.reading_ceiling == pytest.approx(one.bytes_per_second / one.bytes_per_pass, rel=0.01)
         assert one.ceiling == min(one.reading_ceiling or 0, one.computing_ceiling)
     else:
@@ -89,12 +91,12 @@ def test_the_least_budget_is_just_enough(store: Path) -> None:
 def test_one_gb_more_is_planned_and_not_guessed(store: Path) -> None:
     with StreamingModel.open(store, "llama", cache_size=1) as model:
         parts = model._open()
-        slow = explain_plan(parts, Computing(seconds=0.5, share=1.0), 1000.0)
+        slow = explain_plan(parts, Computing(seconds=0.5, share=1.0), SLOW)
         assert slow.reading_ceiling == pytest.approx(1000 / slow.bytes_per_pass, rel=0.01)
         assert (slow.bottleneck, slow.ceiling, slow.more_ceiling) == ("storage", slow.reading_ceiling, 2.0)
-        fast = explain_plan(parts, Computing(seconds=0.5, share=0.25), 1e12)
+        fast = explain_plan(parts, Computing(seconds=0.5, share=0.25), FAST)
         assert (fast.bottleneck, fast.ceiling, fast.compute_share) == ("compute", 2.0, 0.25)
-        unknown = explain_plan(parts, None, 1000.0)
+        unknown = explain_plan(parts, None, SLOW)
         assert (unknown.computing_ceiling, unknown.ceiling) == (None, unknown.reading_ceiling)
         limit = parts.engine.limit
         before = model.plan
@@ -161,7 +163,7 @@ def test_over_a_server_reading_is_the_link(store: Path) -> None:
     with serve(store) as served, StreamingModel.open(served.url, "llama", cache_size=1) as model:
         found = model.explain()
         check(found, model)
-        slow = explain_plan(model._open(), Computing(seconds=1e-9, share=1.0), 1.0)
+        slow = explain_plan(model._open(), Computing(seconds=1e-9, share=1.0), SLOW)
         assert (found.source, slow.bottleneck) == (served.url, "link")
 
 
@@ -169,14 +171,18 @@ def test_reading_stops_when_it_has_been_enough(store: Path, monkeypatch: pytest.
     with StreamingModel.open(store, "llama", cache_size=1) as model:
         parts = model._open()
         before = parts.client.source.fetched_bytes
-        assert (measure_reading(parts) or 0) > 0
+        reading = measure_reading(parts)
+        assert reading is not None
+        assert reading.bytes_per_second > 0
         streamed = sum(parts.manifest.by_name[name].payload_bytes for name in model.plan.streamed)
         model.run(lambda _: None)
         whole = parts.client.source.fetched_bytes - before
         assert whole >= streamed
         monkeypatch.setattr(measure, "READ_BYTES", 1)
         again = parts.client.source.fetched_bytes
-        assert (measure_reading(parts) or 0) > 0
+        reading = measure_reading(parts)
+        assert reading is not None
+        assert reading.bytes_per_second > 0
         assert parts.client.source.fetched_bytes - again < streamed
 
 

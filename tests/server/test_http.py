@@ -188,4 +188,6 @@ def test_requests_that_are_refused_write_a_line_now_and_then(tmp_path: Path, cap
                 assert (await asyncio.to_thread(fetch, server.port, "/stats"))[0] == 401
 
     asyncio.run(main())
-    assert sum("no token" in line for line in caplog.messages) == 1
+    first, counted = [line for line in caplog.messages if "no token" in line]
+    assert first.endswith(" is refused: no token")
+    assert counted.endswith(" is refused: no token (and 18 times more before)"), "told at the end"

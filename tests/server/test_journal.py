@@ -115,7 +115,7 @@ def test_whoever_only_looks_for_a_server_leaves_no_trace(tmp_path: Path, caplog:
     assert caplog.messages == []
 
 
-def test_refusals_say_why(tmp_path: Path) -> None:
+def test_refusals_say_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_store(tmp_path, sizes=[100])
 
     async def main() -> None:
@@ -127,11 +127,16 @@ def test_refusals_say_why(tmp_path: Path) -> None:
             first, second = told(server, "refused")
             assert first == f"{mine} is refused: there is no model 'nope' here"
             assert second.endswith(" is refused: all places for clients are taken")
+            assert not await _connects(server.url)
+            assert not await _connects(server.url)
+            assert len(told(server, "refused")) == 2
             await client.websocket.send("garbage")
             await client.closed()
             assert told(server, "closed")[0].startswith(f"{mine} is closed: ")
 
     asyncio.run(main())
+    (counted,) = [line for line in caplog.messages if "more before" in line]
+    assert counted.endswith(" is refused: all places for clients are taken (and 1 time more before)")
 
 
 async def _connects(url: str) -> bool:
@@ -166,7 +171,7 @@ def test_a_storage_that_fails_and_comes_back(tmp_path: Path) -> None:
             lost = f"the storage {tmp_path / 'store'} cannot be reached"
             assert told(server, "storage") == [lost, lost, f"the storage {tmp_path / 'store'} answers again"]
             counted = [event["text"] for event in server.stats(details=True)["events"] if lost in event["text"]]
-            assert " (and 1 time more" in counted[1], "the end of it is cut off where the path is long"
+            assert counted[1].endswith(" (and 1 time more before)"), "however long the path is"
 
     asyncio.run(main())
 

@@ -14,6 +14,7 @@ lock is held and no thread pool is lost. It ends with the process of the tests, 
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import gc
 import importlib
@@ -26,6 +27,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import types
 import warnings
@@ -151,14 +153,22 @@ class Ancestor:
     def __init__(self, modules: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            # Threads of OpenBLAS, which numpy and scipy start at their import, are none of ours at a fork.
+            # Threads of OpenBLAS, which numpy and scipy start at their import, are none of ours at a fork. The models
+            # of these processes are so small that a second thread of torch costs more than it computes.
+            env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-P", __file__, str(theirs.fileno()), *modules],
-                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], env=env,
             )  # fmt: skip
 
     def start(
-        self, args: Sequence[str], streams: Sequence[int | None], env: Mapping[str, str], cwd: str | Path | None
+        self,
+        args: Sequence[str],
+        streams: Sequence[int | None],
+        env: Mapping[str, str],
+        cwd: str | Path | None,
+        *,
+        controls: bool,
     ) -> Process:
         """Start a process; see `start`."""
         ours: list[IO[str] | None] = []
@@ -184,8 +194,8 @@ class Ancestor:
                     passed.append(number if stream is None else stream)
             reading, writing = os.pipe()
             passed.append(end(writing))
-            job = json.dumps({"args": list(args), "env": dict(env), "cwd": str(cwd or Path.cwd())})
-            socket.send_fds(self._control, [job.encode()], passed)
+            job = _Job(list(args), dict(env), str(cwd or Path.cwd()), controls)
+            socket.send_fds(self._control, [json.dumps(job._asdict()).encode()], passed)
         return Process(args, open(reading), ours)  # noqa: PTH123
 
     def end(self) -> None:
@@ -210,6 +220,7 @@ def start(
     stderr: int | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
+    controls: bool = False,
 ) -> Process:
     """Start a process as `subprocess.Popen(…, text=True, start_new_session=True)` would.
 
@@ -221,8 +232,10 @@ def start(
         stderr: …
         env: …
         cwd: …
+        controls: its stdin is a terminal, which is to be the one that controls it.
     """
-    return _ancestor(modules).start(args, (stdin, stdout, stderr), os.environ if env is None else env, cwd)
+    variables = os.environ if env is None else env
+    return _ancestor(modules).start(args, (stdin, stdout, stderr), variables, cwd, controls=controls)
 
 
 def run(
@@ -257,6 +270,7 @@ class _Job(NamedTuple):
     args: list[str]
     env: dict[str, str]
     cwd: str
+    controls: bool
 
 
 def _fork_on_demand(control: socket.socket) -> _Job | None:
@@ -311,6 +325,8 @@ def _take(streams: Sequence[int]) -> None:
 
 def _do(job: _Job) -> None:
     """Go on as a process that was started with these arguments does."""
+    if job.controls:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.chdir(job.cwd)
     os.environ.clear()
     os.environ.update(job.env)
