@@ -6,9 +6,11 @@ None of these waits holds up the host. Memory of the device belongs to the strea
 is used again only by later copies.
 """
 
+import logging
 import time
 import weakref
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,8 @@ from surfw.config import MIB, format_size, is_device
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import DefaultBudget
+
+logger = logging.getLogger("surfw.runtime")
 
 DEVICE_ALIGNMENT = 512
 """Sizes of memory on a device are multiples of this: what torch's allocator on CUDA rounds to."""
@@ -135,6 +139,7 @@ class CudaDevice(Device):
         """Use the device of that index."""
         self.torch_device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(index)
+        self._has_warned = False
         self._copies: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
 
     def find_budget(self) -> DefaultBudget:
@@ -161,20 +166,26 @@ class CudaDevice(Device):
             ) from exc
 
     def page_lock(self, buffer: Buffer) -> None:
-        """Register the buffer with CUDA; it is unregistered before it is unmapped."""
+        """Register the buffer with CUDA; it is unregistered before it is unmapped. Where that fails, warn once."""
         if buffer.is_locked:
             return
         address = torch.frombuffer(buffer.view, dtype=torch.uint8).data_ptr()
         runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self.torch_device):
             code = runtime.cudaHostRegister(address, buffer.capacity_bytes, 0)
-        if int(code):
-            raise SurfwError(
-                f"{buffer.capacity_bytes} bytes of host memory cannot be page-locked for {self.name} (CUDA error "
-                f"{int(code)}); give the weights less host memory (memory_budget, --memory-budget)"
-            )
         buffer.is_locked = True
-        weakref.finalize(buffer, _unregister, runtime, address, buffer.view)
+        if not int(code):
+            weakref.finalize(buffer, _unregister, runtime, address, buffer.view)
+            return
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.torch_device)  # takes note of the error, so that no kernel after it does
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "host memory cannot be page-locked for %s (CUDA error %d), so copies to it are slower; allow the "
+                "process more of it (ulimit -l), or give the weights less (memory_budget, --memory-budget)",
+                self.name, int(code),
+            )  # fmt: skip
 
     def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
         """Issue it on the stream that copies."""
