@@ -32,6 +32,8 @@ class DeviceEngine(Engine):
         device: where the model computes.
     """
 
+    watches_layers = False  # a pass takes milliseconds there, and what watches its layers would be a part of that
+
     def __init__(
         self,
         below: Lender,
@@ -72,9 +74,9 @@ class DeviceEngine(Engine):
             finally:
                 self.below.run = before
 
-    def stays(self, module: str) -> bool:
-        """As of `Engine`: where all of its chunks stay on the device, and a run of this thread goes on."""
-        return self.runs_here() and self.plan.pinned.issuperset(self._schedule.uses[module])
+    def stay(self, module: str) -> bool:
+        """As of `Engine`: also where others are streamed, if all of its chunks stay on the device."""
+        return self._stay(module)
 
     def read(self, name: str) -> torch.Tensor:
         """As of `Engine`, on the device."""

@@ -8,7 +8,7 @@ Invariant: a chunk of the host tier is held from before the copy is issued until
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -26,7 +26,6 @@ from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
 from surfw.threads import in_thread
-
 
 @dataclass(slots=True, eq=False)
 class DeviceContents:
@@ -138,6 +137,9 @@ class DeviceTier:
             views = self._loader.tensors_in(contents.chunk, contents.memory)
             contents.tensors = {name: as_parameter(view) for name, view in views.items()}
         return contents.tensors
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Nothing is mapped."""
 
     def check(self, contents: DeviceContents) -> None:
         """Raise what a load that has ended has failed with."""

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -52,8 +52,11 @@ class Engine:
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
+        watches_layers: whether it is told of each module that runs also where all of them stay; if not, of each pass.
         reached: the chunks of the module that execution has reached last.
     """
+
+    watches_layers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -216,30 +219,28 @@ class Engine:
                     self.manifest.name, module, format_size(self.table[name].size_bytes),
                 )  # fmt: skip
 
-    def stays(self, module: str) -> bool:
-        """Whether a module that has just run keeps its tensors in place until its run ends; it then only `passes`."""
-        return False
+    def stay(self, module: str) -> bool:
+        """Let a module that has just run keep its tensors in place until its run ends; from now on it only `passes`.
 
-    def passes(self, module: str) -> None:
-        """Note that a module runs which has kept its tensors.
+        Returns:
+            Whether it may: in a run of this thread, where nothing is streamed. If not, it is to be released.
+        """
+        return self.plan.everything_fits and self._stay(module)
+
+    def passes(self, modules: Sequence[str]) -> None:
+        """Note that modules run, one after another, which have kept their tensors.
 
         Raises:
-            SurfwError: the run was interrupted.
+            SurfwError: the run was interrupted, or a mapped file has changed since.
         """
-        names = self.reached = self._schedule.uses[module]
         self._run.pause()
         with self._lock:
-            self._learn(module)
-        for _ in names:
-            self.metrics.add("hits")
-
-    def pause(self) -> None:
-        """Let a run be interrupted here.
-
-        Raises:
-            SurfwError: it was.
-        """
-        self._run.pause()
+            for module in modules:
+                self._learn(module)
+        names = [name for module in modules for name in self._schedule.uses[module]]
+        self.host.expect_unchanged(names)
+        self.reached = self._schedule.uses[modules[-1]] if modules else ()
+        self.metrics.add("hits", len(names))
 
     def runs_here(self) -> bool:
         """Whether it works for a run of this thread."""
@@ -418,6 +419,18 @@ class Engine:
                 else:
                     ending = loads[0]  # cancelled by a run that was interrupted before this load had ended
             self._wait(ending)
+
+    def _stay(self, module: str) -> bool:
+        """As `stay`, where the chunks of the module are pinned, and in memory of their own."""
+        names = self._schedule.uses[module]
+        with self._lock:
+            if not self.runs_here() or not self.plan.pinned.issuperset(names):
+                return False
+            if any(self.table[name].in_ring for name in names):
+                return False
+            self._sync()
+            self._obey(self.table.trim())
+            return True
 
     def _wait(self, load: Future[None]) -> None:
         with self.metrics.span("stall"):

@@ -1,7 +1,9 @@
 """Puts a module's weights in place before its forward and takes them away afterwards.
 
 The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it. A parameter
-that its user puts where a streamed one was stays there, and is used.
+that its user puts where a streamed one was stays there, and is used. In a run that streams nothing, weights stay in
+place until it ends (`Engine.stay`).
+
 While its weights are away, absent tensors stand in a module (`surfw.runtime.absent`).
 """
 
@@ -84,6 +86,8 @@ class StreamingHooks:
         self._device = device
         self._staying: dict[str, list[_Place]] = {}  # units whose tensors are left in place until the run ends
         self._staying_by: ResidencyPlan | None = None
+        self._running: list[str] = []  # paths of the units that are within their forwards
+        self._ran: list[str] = []  # units that ran in the model's last forward that was watched
         self._tables = tables
         self._name = manifest.name
         self._without_tables: set[str] = set()  # paths of the units that now run so
@@ -125,6 +129,7 @@ class StreamingHooks:
         if self._handles:
             self._without_tables.clear()
             self._inside.clear()
+            self._running.clear()
             self._staying.clear()
             self._hook_units()
             for places in self._places:
@@ -170,37 +175,47 @@ class StreamingHooks:
 
     def _settle(self) -> None:
         """Where the tensors of all units stay, watch only the model: then it is as fast as one without hooks."""
-        if len(self._staying) == len(self._units):
+        if not self._engine.watches_layers and len(self._staying) == len(self._units):
             for handle in self._unit_handles:
                 handle.remove()
             self._unit_handles.clear()
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         self._inside.append(threading.get_ident())
-        if self._staying and self._staying_by is not self._engine.plan:
-            self.end_run()  # another plan: what no longer stays has to go before anything comes
-        elif not self._unit_handles:
-            self._engine.pause()
+        self._give_up_earlier_plan()
+        if self._unit_handles:
+            self._ran.clear()
+        else:
+            self._engine.passes(self._ran)
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if (thread := threading.get_ident()) in self._inside:
             self._inside.remove(thread)
+        if not self._running:
+            self._give_up_earlier_plan()
         if self._staying and self._unit_handles:
             self._settle()
 
+    def _give_up_earlier_plan(self) -> None:
+        """If there is another plan now, what stays by the earlier one goes before anything comes."""
+        if self._staying and self._staying_by is not self._engine.plan:
+            self.end_run()
+
     def _before(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any) -> None:
+        self._running.append(unit.path)
         for place in places:
             if not place.is_ours:
                 self._give_up_replaced(places)
                 break
         if not places:
             return
-        if self._staying:
-            if self._staying_by is not self._engine.plan:
-                self.end_run()
-            elif unit.path in self._staying:
-                self._engine.passes(unit.path)
-                return
+        if self._inside:
+            self._ran.append(unit.path)
+        if len(self._running) == 1:
+            self._give_up_earlier_plan()
+        if unit.path in self._staying:
+            self._engine.passes((unit.path,))
+            return
         if self._tables and self._tables.row_wise(unit.path):
             self._engine.observe(unit.path)
             self._without_tables.add(unit.path)
@@ -210,6 +225,8 @@ class StreamingHooks:
             self._put(places, self._engine.acquire(unit.path))
 
     def _after(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
+        if unit.path in self._running:
+            self._running.remove(unit.path)
         if unit.path in self._staying:
             return
         if unit.path in self._without_tables:
@@ -220,8 +237,10 @@ class StreamingHooks:
             return  # its weights never came: the forward failed before it began
         if _shares_memory(output, places):
             self._engine.keep(unit.path)
-        if self._engine.stays(unit.path):
-            self._staying[unit.path], self._staying_by = places, self._engine.plan
+        if not self._staying:
+            self._staying_by = self._engine.plan
+        if self._staying_by is self._engine.plan and self._engine.stay(unit.path):
+            self._staying[unit.path] = places
             return
         self._take_away(places)
         self._engine.release(unit.path)

@@ -7,7 +7,7 @@ Invariant: memory that a load may still write to is not used for another chunk.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -73,6 +73,9 @@ class Tier(Protocol):
 
     def tensors(self, contents: Any) -> dict[str, torch.Tensor]:
         """Parameters over a chunk whose load has ended; raises what it failed with."""
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Raise if memory that is mapped has changed since these chunks' tensors were made."""
 
     def evict(self, slot: Slot) -> None:
         """Let go of a slot's contents, cancelling a load that is on its way."""
@@ -167,6 +170,12 @@ class HostTier:
             views = self._loader.tensors(contents.chunk, contents.memory)
             contents.tensors = {name: as_parameter(view) for name, view in views.items()}
         return contents.tensors
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Raise if a mapped file has changed since these chunks' tensors were made."""
+        for name in names:
+            if isinstance(memory := self._contents[name].memory, View):
+                memory.expect_unchanged()
 
     def check(self, contents: Contents) -> None:
         """Raise what a load that has ended has failed with."""

@@ -216,6 +216,10 @@ class SlotTable:
             self._trim(decision)
         return decision
 
+    def trim(self) -> Decision:
+        """Evict what has no place, without letting anything go."""
+        return Decision() if self._everything_fits and self._is_settled else self._trim(Decision())
+
     def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
         """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.
 
