@@ -27,13 +27,16 @@ from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
 from surfw.threads import in_thread
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
 @dataclass(slots=True, eq=False)
 class DeviceContents:
     """What a slot of the device is made of.
 
     Attributes:
         chunk: the chunk that it holds or receives.
-        memory: of its own: uint8, of shape (bytes,).
+        memory: of its own: uint8, of shape (bytes,); empty once the slot is gone.
         load: done when the copy has been issued, or could not be.
         copied: the copy.
         stream: on which the chunk was used last; None before.
@@ -156,11 +159,12 @@ class DeviceTier:
         contents.tensors.clear()
         with self._issuing:
             contents.is_gone = True
+            memory, contents.memory = contents.memory, _NOTHING  # a load that failed may keep the contents
         contents.load.cancel()
         if contents.is_used:
             self._device.wait_for_computing(contents.stream)
-        if slot.in_ring and contents.memory.numel() == self._plan.ring_bytes:
-            self.spare.append(contents.memory)
+        if slot.in_ring and memory.numel() == self._plan.ring_bytes:
+            self.spare.append(memory)
 
     def close(self) -> None:
         """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""

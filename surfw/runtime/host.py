@@ -193,7 +193,9 @@ class HostTier:
         buffer, ring_bytes = contents.memory, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
-        elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
+            return
+        contents.memory = None  # also where a load that failed keeps the contents
+        if slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
             self.spare.append(buffer)  # those of an earlier ring go
 
     def close(self) -> None:
