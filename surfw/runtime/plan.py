@@ -280,7 +280,7 @@ def least_bytes(needs: Needs) -> int:
 
     That of `needs.in_pieces()` does for the source at hand, that of `needs.from_anywhere()` for whatever source.
     """
-    least = needs.overhead_of(needs.sizes) + sum(needs.sizes.values())
+    least = _everything(needs, Limit()).peak_bytes
     sizes, overhead = needs.in_memory()
     for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
         stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
