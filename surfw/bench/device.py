@@ -11,8 +11,8 @@ import gc
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,32 @@ from surfw.bench.device_model import (
     SHAPES,
     Outcome,
     Timing,
-    generate,
+    a_quarter,
     make_model,
     outcome,
     prompt,
     save_model,
     time_generation,
 )
-from surfw.bench.device_peers import PEERS, Peer
-from surfw.bench.result import Result, Row, describe_machine
-from surfw.config import GB, MIB
+from surfw.bench.device_peers import PEERS
+from surfw.bench.device_streaming import NEW_TOKENS, Streaming
+from surfw.bench.result import Result, Row, describe_machine, summarise
+from surfw.config import GB, MIB, CodecChoice
 from surfw.errors import ConfigurationError
-from surfw.models.client import WeightClient
-from surfw.models.streaming import StreamingModel
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.device import SIMULATED, Device, open_device
-from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.loader import flat_view
-from surfw.runtime.plan import Limit, least_bytes
+from surfw.runtime.plan import least_bytes
 from surfw.runtime.simulated import SimulatedDevice
 
-_COPIED_BYTES = {"tiny": 16 * MIB}
-_MOST_COPIED_BYTES = 1024 * MIB
-_NEW_TOKENS = 24
+PARTS = ("streamed", "half", "whole", "packed", *PEERS, "server", "disk")
+"""What can be measured, in that order."""
+
+_COPIED_BYTES, _MOST_COPIED_BYTES = {"tiny": 16 * MIB}, 1024 * MIB
 _LIBRARIES = ("accelerate", "diffusers", "triton")
+_PACKED: Sequence[CodecChoice] = ("int8", "int4")
+_HOST_LAYERS = 2
+_TURNS, _MOST_TURNS = {"tiny": 2}, 6
 
 OnRow = Callable[[Row], object]
 
@@ -54,6 +56,7 @@ def bench_device(
     device: str = "cuda",
     *,
     shape: str = "8b",
+    parts: Sequence[str] | None = None,
     folder: str | None = None,
     disk: str | None = None,
     seconds: float = 480.0,
@@ -65,34 +68,31 @@ def bench_device(
     Args:
         device: where to compute; `simulated` shows that all of this runs, its figures mean nothing.
         shape: one of `SHAPES`.
+        parts: some of `PARTS`; default: all, `disk` only with a folder for it.
         folder: where the checkpoint is written, best into memory; default: the temporary folder.
-        disk: a folder on a disk, for the figures from disk to device; None leaves them out.
+        disk: a folder on a disk, for the figures from disk to device.
         seconds: nothing is begun after so long.
         on_row: called with each row as soon as it is known.
         on_progress: called with a line whenever something begins.
 
     Raises:
-        ConfigurationError: there is no such shape or device.
+        ConfigurationError: there is no such shape, part or device.
     """
     if shape not in SHAPES:
         raise ConfigurationError(f"shape {shape!a:.40} is not known; expected one of {', '.join(SHAPES)}")
+    chosen = PARTS if parts is None else parts
+    if unknown := [one for one in chosen if one not in PARTS]:
+        raise ConfigurationError(f"part {unknown[0]!a:.40} is not known; expected some of {', '.join(PARTS)}")
+    if parts is not None and "disk" in parts and disk is None:
+        raise ConfigurationError("the part 'disk' needs a folder on a disk (disk, --disk)")
     if (opened := open_device(device)) is None:
         raise ConfigurationError(f"device {device!r} is the CPU; name a CUDA device, or {SIMULATED!r}")
     with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder) as place:
-        bench = _Bench(opened, device, shape, Path(place), on_row)
+        bench = _Bench(opened, shape, Path(place), disk, on_row)
         until = time.monotonic() + seconds
-        parts: list[tuple[str, Callable[[], object]]] = [
-            ("copy rates", bench.copies),
-            ("the model", bench.make),
-            ("everything streamed", bench.streamed),
-            ("half on the device", bench.half),
-            ("everything on the device", bench.everything),
-            *((name, lambda peer=peer: bench.peer(peer)) for name, peer in PEERS.items()),
-            ("from a server", bench.server),
-            *((("from disk", lambda: bench.disk(disk)),) if disk is not None else ()),
-        ]
+        works = bench.works([one for one in PARTS if one in chosen and (one != "disk" or disk is not None)])
         try:
-            for name, measure in parts:
+            for name, measure in works:
                 if time.monotonic() > until:
                     bench.say(Row(name=name, value=0, unit="", note="left out: the time was over"))
                     continue
@@ -109,21 +109,33 @@ def bench_device(
 class _Bench:
     """What is measured, and what one part knows of the others."""
 
-    def __init__(self, device: Device, name: str, shape: str, folder: Path, on_row: OnRow) -> None:
+    def __init__(self, device: Device, shape: str, folder: Path, disk: str | None, on_row: OnRow) -> None:
         self.rows: list[Row] = []
         self._device = device
-        self._name = name
+        self._name = SIMULATED if isinstance(device, SimulatedDevice) else device.torch_device
         self._shape = shape
         self._folder = folder
+        self._disk = disk
         self._on_row = on_row
         self._batch = 2 if shape == "tiny" else 16
         self._rate = 0.0  # bytes per second of a copy out of page-locked memory
         self._resident: Any = None
         self._want: dict[int, Outcome] = {}
         self._resident_rate: dict[int, float] = {}
-        self._client: WeightClient | None = None
-        self._streaming: StreamingModel | None = None
-        self._outside_bytes = 0
+        self._streaming: Streaming | None = None
+
+    def works(self, parts: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
+        """What is to be done for these parts, in order."""
+        known: dict[str, Callable[[], object]] = {
+            "streamed": self.streamed, "half": self.half, "whole": self.whole, "packed": self.packed,
+            **{name: partial(self.peer, name) for name in PEERS}, "server": self.server, "disk": self.disk,
+        }  # fmt: skip
+        first: list[tuple[str, Callable[[], object]]] = [("copies", self.copies)]
+        if {*parts} - {"packed"}:
+            first.append(("model", self.make))
+        if {*parts} - {"packed", *PEERS}:
+            first.append(("checkpoint", self.write))
+        return [*first, *((one, known[one]) for one in parts)]
 
     def say(self, row: Row) -> None:
         """A row is known."""
@@ -158,65 +170,106 @@ class _Bench:
             self.say(_row(name, rate / GB, "GB/s"))
 
     def make(self) -> None:
-        """The model on the device, its speed there, and its checkpoint."""
+        """The model on the device, and its speed there."""
         place = self._device.torch_device
         start = time.perf_counter()
-        self._resident = make_model(self._shape, place)
-        size = sum(one.numel() * one.element_size() for one in self._resident.parameters())
+        self._resident = make_model(SHAPES[self._shape], place)
+        size = _size_bytes(self._resident)
         self.say(_row("the model", size / GB, "GB", note=f"made in {time.perf_counter() - start:.1f} s"))
         for rows in (1, self._batch):
-            found = self._time(self._resident, rows, 32 if rows == 1 else 16)
+            found = self._time_resident(rows, 32 if rows == 1 else 16)
             self._resident_rate[rows] = found.per_second
-            self._want[rows] = outcome(self._resident, prompt(rows, place), _NEW_TOKENS if rows == 1 else 16)
+            self._want[rows] = outcome(self._resident, prompt(rows, place), NEW_TOKENS if rows == 1 else 16)
             self.say(_row(f"resident, {_rows(rows)}", found.per_second, "tok/s"))
+
+    def write(self) -> None:
+        """Its checkpoint."""
         start = time.perf_counter()
-        save_model(self._resident, self._folder / "model")
-        self.say(_row("the checkpoint written", size / (time.perf_counter() - start) / GB, "GB/s"))
+        save_model(self._resident, self._checkpoint)
+        rate = _size_bytes(self._resident) / (time.perf_counter() - start)
+        self.say(_row("the checkpoint written", rate / GB, "GB/s"))
 
     def streamed(self) -> None:
         """As little of the device's memory as the model runs with."""
-        self._outside_bytes = self._allocated_bytes()
-        self._client = WeightClient(self._folder / "model")
-        start = time.perf_counter()
-        self._streaming = StreamingModel.open(self._client, device=self._name, cache_size=1)
-        least = self._limit(0)
-        generate(self._streaming, prompt(1, self._device.torch_device), 1)
-        took = time.perf_counter() - start
-        self.say(_row("opened, and read into page-locked memory", took, "s"))
-        self._measure("everything streamed", least, batch=True)
+        name, streaming = "everything streamed", self._open()
+        self._measure(name, streaming, 0, self._resident_rate[1])
+        self._compare(name, streaming, 1)
+        self._compare(name, streaming, self._batch)
+        found = streaming.time(self._batch, 12)
+        self.say(_row(f"{name}, {_rows(self._batch)}", found.per_second, "tok/s"))
+        self._say_peak(name, streaming)
 
     def half(self) -> None:
         """Half of the layers stay on the device; and three quarters."""
-        layers = len(self._open().layers)
+        streaming = self._open()
+        layers = len(streaming.model.layers)
         for name, kept in (("half on the device", layers // 2), ("three quarters on the device", layers * 3 // 4)):
-            self._measure(name, self._limit(kept))
+            self._measure(name, streaming, kept, self._resident_rate[1])
+            self._compare(name, streaming, 1)
+            self._say_peak(name, streaming)
 
-    def everything(self) -> None:
+    def whole(self) -> None:
         """All of it stays on the device; beside resident, in turns."""
-        whole = replace(self._limit(0), budget_bytes=2 * sum(self._parts.plan.sizes.values()) + 4 * GB)
-        self._measure("everything on the device", whole)
-        ours, theirs = [], []
-        for _ in range(3):
-            ours.append(self._time(self._open(), 1, 32).per_second)
-            theirs.append(self._time(self._resident, 1, 32).per_second)
-        value, base = sorted(ours)[1], sorted(theirs)[1]
+        name, streaming = "everything on the device", self._open()
+        self._measure(name, streaming, None, self._resident_rate[1])
+        self._compare(name, streaming, 1)
+        self._say_peak(name, streaming)
+        ours: list[float] = []
+        theirs: list[float] = []
+        turns: list[Callable[[], None]] = [lambda: ours.append(streaming.time(1, 32).per_second)]
+        turns.append(lambda: theirs.append(self._time_resident(1, 32).per_second))
+        for index in range(_TURNS.get(self._shape, _MOST_TURNS)):
+            for turn in turns if index % 2 else turns[::-1]:  # each is first as often
+                turn()
+        found, base = summarise(ours), summarise(theirs)
+        note = f"resident {base.low:.2f} to {base.high:.2f}"
         self.say(
             _row(
-                "everything on the device, in turns with resident", value, "tok/s", baseline=base, ratio=value / base,
-                low=min(ours), high=max(ours),
+                f"{name}, in turns with resident", found.value, "tok/s", base.value, low=found.low, high=found.high,
+                note=note,
             )
         )  # fmt: skip
 
-    def peer(self, measure: Peer) -> None:
+    def packed(self) -> None:
+        """A part of the model in int8 and int4, against the same part in bfloat16; all that can be is streamed."""
+        self._close_streaming()
+        shape = a_quarter(SHAPES[self._shape])
+        plain, store = self._folder / "part", self._folder / "packed"
+        start = time.perf_counter()
+        _store_packed(shape, self._device.torch_device, plain, store)
+        size = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
+        note = f"{size / GB:.2f} GB: {shape['num_hidden_layers']} layers, and as much less of the vocabulary"
+        took = time.perf_counter() - start
+        self.say(_row("a part of the model, made and stored as int8 and int4", took, "s", note=note))
+        baseline = None
+        forms: Sequence[tuple[Path, CodecChoice]] = [(plain, "none"), *((store, codec) for codec in _PACKED)]
+        for source, codec in forms:
+            name = f"a part of the model in {'bf16' if codec == 'none' else codec}"
+            streaming = Streaming(source, self._name, self._batch, codec=codec)
+            try:
+                streaming.generate(1)
+                found = self._measure(f"{name}, streamed", streaming, 0, baseline)
+                self._say_peak(f"{name}, streamed", streaming)
+                seen = streaming.outcome(1, 8)
+                streaming.relimit(None)
+                equal = seen.equals(streaming.outcome(1, 8))
+                self.say(_row(f"{name}, streamed: equal to all of it on the device", float(equal), "equal"))
+                whole = streaming.time(1, NEW_TOKENS).per_second
+                self.say(_row(f"{name}, on the device", whole, "tok/s", note=f"streamed: {found / whole:.3f} of it"))
+            finally:
+                streaming.close()
+                gc.collect()
+            baseline = baseline or found
+
+    def peer(self, name: str) -> None:
         """Another tool, with the resident model's own weights; the rows of surfw that it is to be compared with."""
         self._close_streaming()
-        for name, found, ours in measure(self._resident, self._device.torch_device):
+        for label, found, ours in PEERS[name](self._resident, self._device.torch_device):
             equal = found.tokens[0] == self._want[1].tokens[0][: len(found.tokens[0])]
-            self.say(_row(name, found.per_second, "tok/s", note=f"same tokens as resident: {equal}"))
+            self.say(_row(label, found.per_second, "tok/s", note=f"same tokens as resident: {equal}"))
             mine = next((one for one in self.rows if one.name == ours), None)
             if mine is not None:
-                ratio = mine.value / found.per_second
-                self.say(_row(f"{ours}, against {name}", mine.value, "tok/s", baseline=found.per_second, ratio=ratio))
+                self.say(_row(f"{ours}, against {label}", mine.value, "tok/s", found.per_second))
 
     def server(self) -> None:
         """From a server on this machine, with little host memory, and little of the device's."""
@@ -224,19 +277,19 @@ class _Bench:
         from surfw.chunking.in_place import publish_place
 
         self._close_streaming()
-        store = asyncio.run(publish_place(str(self._folder / "model")))
+        store = asyncio.run(publish_place(str(self._checkpoint)))
         with peer(serve_store, str(store), 256) as served:
             self._capped("over a server", f"ws://127.0.0.1:{served.port}", None)
 
-    def disk(self, folder: str | None) -> None:
+    def disk(self) -> None:
         """From a disk, with little host memory, and little of the device's."""
         from surfw.bench.peers.reads import read_files
 
         self._close_streaming()
-        with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder) as place:
+        with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=self._disk) as place:
             copy = Path(place) / "model"
             start = time.perf_counter()
-            shutil.copytree(self._folder / "model", copy)
+            shutil.copytree(self._checkpoint, copy)
             size = sum(one.stat().st_size for one in copy.glob("*.safetensors"))
             self.say(_row("copied to the disk", size / (time.perf_counter() - start) / GB, "GB/s"))
             rate = read_files(sorted(copy.glob("*.safetensors")), seconds=3.0).bytes_per_second
@@ -246,18 +299,19 @@ class _Bench:
     def close(self) -> None:
         """Let go of everything."""
         self._close_streaming()
-        if self._client is not None:
-            self._client.close()
         self._resident = None
         self._device.close()
 
     @property
-    def _parts(self) -> Any:
-        """The engine of the device's memory."""
-        return self._open()._engine  # noqa: SLF001 - ours
+    def _checkpoint(self) -> Path:
+        return self._folder / "model"
 
-    def _open(self) -> StreamingModel:
-        assert self._streaming is not None, "it was opened before"
+    def _open(self) -> Streaming:
+        if self._streaming is None:
+            start = time.perf_counter()
+            self._streaming = Streaming(self._checkpoint, self._name, self._batch)
+            self._streaming.generate(1)
+            self.say(_row("opened, and read into page-locked memory", time.perf_counter() - start, "s"))
         return self._streaming
 
     def _close_streaming(self) -> None:
@@ -266,105 +320,82 @@ class _Bench:
             self._streaming = None
             gc.collect()
 
-    def _limit(self, kept_layers: int) -> Limit:
-        """A budget of device memory with which so many layers stay, and the KV cache of a batch has its place."""
-        engine = self._parts
-        needs = engine.needs
-        layer = max(engine.plan.sizes[name] for name in self._open().layers)
-        cost = kv_cost(self._open().model.config, torch.bfloat16)
-        reserve = cost.total_bytes(16, 48, sequences=self._batch)
-        budget = least_bytes(needs) + reserve + kept_layers * layer
-        return Limit(budget_bytes=budget, tier="device")
+    def _time_resident(self, rows: int, count: int) -> Timing:
+        ids = prompt(rows, self._device.torch_device)
+        return time_generation(self._resident, ids, count, self._device.synchronize)
 
-    def _time(self, model: Any, rows: int, count: int) -> Timing:
-        return time_generation(model, prompt(rows, self._device.torch_device), count, self._device.synchronize)
+    def _measure(self, name: str, streaming: Streaming, kept_layers: int | None, baseline: float | None) -> float:
+        """One budget: the speed, and its share of what copies allow."""
+        streaming.relimit(kept_layers)
+        found = streaming.measure()
+        speed = found.timing.per_second
+        ceiling = found.ceiling(self._rate)
+        self.say(_row(name, speed, "tok/s", baseline, ceiling, note=found.describe()))
+        return speed
 
-    def _measure(self, name: str, limit: Limit, *, batch: bool = False) -> None:
-        """One budget: speed, share of the copy rate, equality, peak."""
-        streaming, engine = self._open(), self._parts
-        engine.relimit(limit)
-        budget = limit.budget_bytes or 0
-        self._reset_peak()
-        metrics, start = streaming.metrics, time.perf_counter()
-        before = metrics.count("copied_bytes"), metrics.seconds("copy")
-        found = self._time(streaming, 1, _NEW_TOKENS)
-        took = time.perf_counter() - start
-        moved, copying = metrics.count("copied_bytes") - before[0], metrics.seconds("copy") - before[1]
-        plan = engine.plan
-        ceiling = self._rate / plan.bytes_per_pass if plan.bytes_per_pass else None
-        kept = len(plan.pinned.intersection(streaming.layers))
-        note = (
-            f"{kept} of {len(streaming.layers)} layers stay, {plan.bytes_per_pass / GB:.2f} GB are copied for each "
-            f"token, budget {budget / GB:.2f} GB, first token after {found.first_seconds:.3f} s, copies ran "
-            f"{copying / took:.0%} of the time, at {moved / max(copying, 1e-9) / GB:.1f} GB/s"
-        )
-        self.say(
-            _row(
-                name, found.per_second, "tok/s", ceiling=ceiling, share=found.per_second / ceiling if ceiling else None,
-                baseline=self._resident_rate[1], ratio=found.per_second / self._resident_rate[1], note=note,
-            )
-        )  # fmt: skip
-        for rows in (1, self._batch) if batch else (1,):
-            ids = prompt(rows, self._device.torch_device)
-            seen = outcome(streaming, ids, 8 if rows == 1 else 4)
-            self.say(_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
-        if batch:
-            found = self._time(streaming, self._batch, 12)
-            self.say(_row(f"{name}, {_rows(self._batch)}", found.per_second, "tok/s"))
-        peak = self._peak_bytes()
-        self.say(_row(f"{name}: peak of device memory", peak / GB, "GB", ceiling=budget / GB, share=peak / budget))
+    def _compare(self, name: str, streaming: Streaming, rows: int) -> None:
+        seen = streaming.outcome(rows, 8 if rows == 1 else 4)
+        self.say(_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
+
+    def _say_peak(self, name: str, streaming: Streaming) -> None:
+        """The most memory of the device that was taken, beside its budget."""
+        budget = streaming.engine.plan.budget_bytes or 0
+        self.say(_row(f"{name}: peak of device memory", streaming.peak_bytes / GB, "GB", ceiling=budget / GB))
 
     def _capped(self, name: str, source: str, rate: float | None) -> None:
-        """Little memory everywhere: all but a few layers come from the source in every pass."""
-        with StreamingModel.open(source, device=self._name, cache_size=1) as streaming:
-            behind: Any = streaming._engine  # noqa: SLF001 - ours
-            least = behind.below.least_budget_bytes
-        with StreamingModel.open(source, device=self._name, cache_size=1, memory_budget=least) as streaming:
-            engine: Any = streaming._engine  # noqa: SLF001 - ours
-            ids = prompt(1, self._device.torch_device)
-            generate(streaming, ids, 1)
-            before, start = streaming.statistics()["cache"]["fetched_bytes"], time.perf_counter()
-            tokens = generate(streaming, ids, 2)
-            self._device.synchronize()
-            seconds = time.perf_counter() - start
-            read = streaming.statistics()["cache"]["fetched_bytes"] - before
-            reached = read / seconds
-            same = tokens[0] == self._want[1].tokens[0][:2]
-            self.say(
-                _row(
-                    f"{name}, host memory capped", reached / GB, "GB/s", ceiling=None if rate is None else rate / GB,
-                    share=None if rate is None else reached / rate,
-                    note=f"host budget {least / GB:.2f} GB, {engine.below.plan.bytes_per_pass / GB:.2f} GB a pass, "
-                    f"{2 / seconds:.3f} tok/s, same tokens as resident: {same}",
-                )
-            )  # fmt: skip
+        """Little memory everywhere: all but a few layers come from the source in every pass.
 
-    def _allocated_bytes(self) -> int:
-        if self._device.torch_device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device.torch_device)
-        return 0
+        With the least host memory, the source would be read a block at a time. Most have a few layers more.
+        """
+        probe = Streaming(source, self._name, self._batch)
+        try:
+            behind = probe.engine.below
+            layer = max(behind.plan.sizes[one] for one in probe.model.layers)
+            budget = least_bytes(behind.needs) + behind.limit.reserved_bytes + _HOST_LAYERS * layer
+        finally:
+            probe.close()
+        streaming = Streaming(source, self._name, self._batch, memory_budget=budget)
+        try:
+            self._say_capped(name, streaming, budget, rate)
+        finally:
+            streaming.close()
 
-    def _reset_peak(self) -> None:
-        self._device.synchronize()
-        if self._device.torch_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device.torch_device)
-        else:
-            _simulated(self._parts.device).reset_peak()
-
-    def _peak_bytes(self) -> int:
-        """What the streaming model has taken of the device since then, at most."""
-        if self._device.torch_device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device.torch_device) - self._outside_bytes
-        return _simulated(self._parts.device).peak_bytes
+    def _say_capped(self, name: str, streaming: Streaming, budget: int, rate: float | None) -> None:
+        streaming.generate(1)
+        before, start = streaming.model.metrics.count("fetched_bytes"), time.perf_counter()
+        tokens = streaming.generate(2)
+        seconds = time.perf_counter() - start
+        reached = (streaming.model.metrics.count("fetched_bytes") - before) / seconds
+        plan, same = streaming.engine.below.plan, tokens[0] == self._want[1].tokens[0][:2]
+        note = (
+            f"host budget {budget / GB:.2f} GB, {plan.bytes_per_pass / GB:.2f} GB a pass, {2 / seconds:.3f} tok/s, "
+            f"same tokens as resident: {same}"
+        )
+        ceiling = None if rate is None else rate / GB
+        self.say(_row(f"{name}, host memory capped", reached / GB, "GB/s", ceiling=ceiling, note=note))
 
 
-def _simulated(device: Device) -> SimulatedDevice:
-    assert isinstance(device, SimulatedDevice), f"{device.name} is neither CUDA's nor simulated"
-    return device
+def _store_packed(shape: dict[str, Any], device: torch.device, plain: Path, store: Path) -> None:
+    """Make a model of a shape, write its checkpoint, and store it in packed forms."""
+    from surfw.chunking import prepare_model, write_model
+    from surfw.storage import open_backend
+
+    save_model(make_model(shape, device), plain)
+    with prepare_model(str(plain), name="part") as prepared:
+        asyncio.run(write_model(prepared, open_backend(store), codecs=_PACKED))
 
 
-def _row(name: str, value: float, unit: str, **more: Any) -> Row:
-    return Row(name=name, value=value, unit=unit, **more)
+def _size_bytes(model: Any) -> int:
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def _row(
+    name: str, value: float, unit: str, baseline: float | None = None, ceiling: float | None = None, **more: Any
+) -> Row:
+    return Row(
+        name=name, value=value, unit=unit, baseline=baseline, ratio=value / baseline if baseline else None,
+        ceiling=ceiling, share=value / ceiling if ceiling else None, **more,
+    )  # fmt: skip
 
 
 def _rows(count: int) -> str:

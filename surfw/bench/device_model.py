@@ -27,6 +27,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 
 PROMPT_TOKENS = 16
 
+_LEAST_LAYERS = 4
+"""Fewer would all find a place in the ring."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
@@ -56,15 +59,21 @@ class Timing:
     tokens: list[list[int]]
 
 
-def make_model(shape: str, device: torch.device) -> Any:
-    """A LLaMA with seeded random weights, in evaluation mode."""
+def a_quarter(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """A shape with a quarter of the layers, and of the vocabulary: its head weighs as much against them."""
+    layers = max(_LEAST_LAYERS, shape["num_hidden_layers"] // 4)
+    return {**shape, "num_hidden_layers": layers, "vocab_size": max(4 * PROMPT_TOKENS, shape["vocab_size"] // 4)}
+
+
+def make_model(shape: Mapping[str, Any], device: torch.device) -> Any:
+    """A LLaMA of that shape with seeded random weights, in evaluation mode."""
     classes: Any = transformers  # lazily imported, and without types for the check
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            model: Any = classes.LlamaForCausalLM(classes.LlamaConfig(**SHAPES[shape], tie_word_embeddings=False))
+            model: Any = classes.LlamaForCausalLM(classes.LlamaConfig(**shape, tie_word_embeddings=False))
     finally:
         torch.set_default_dtype(before)
     model.eval()

@@ -68,8 +68,8 @@ def _time(model: Any, device: torch.device) -> Timing:
 Peer = Callable[[Any, torch.device], Found]
 
 PEERS: Mapping[str, Peer] = {
-    "accelerate, everything offloaded": accelerate_offload,
-    "accelerate, half on the device": accelerate_half,
+    "accelerate": accelerate_offload,
+    "accelerate-half": accelerate_half,
     "diffusers": diffusers_groups,
 }
 """In the order in which they run; the last one leaves its hooks on the model."""

@@ -25,6 +25,12 @@ Examples:
   surfw bench quality ./my-checkpoint --json
 """
 
+DEVICE_EXAMPLES = """\b
+Examples:
+  surfw bench device --folder /dev/shm --lines figures.jsonl --json
+  surfw bench device --folder /dev/shm --parts streamed,packed
+"""
+
 _FOLDER = typer.Option(
     "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
 )
@@ -276,11 +282,19 @@ def start(
 @app.command(
     "device",
     cls=options.Command,
-    epilog="Example:  surfw bench device --folder /dev/shm --lines figures.jsonl --json",
+    epilog=DEVICE_EXAMPLES,
 )
 def device(
     device: Annotated[str, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, or simulated.")] = "cuda",
     shape: Annotated[str, typer.Option(help="A LLaMA with random weights: tiny, 1b or 8b.")] = "8b",
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of streamed, half, whole, packed, accelerate, accelerate-half, diffusers, server, disk, separated by "
+            "commas. [default: all; disk with --disk]",
+        ),
+    ] = None,
     folder: Annotated[
         str | None,
         typer.Option(
@@ -314,8 +328,8 @@ def device(
             _say(f"{row.name}: {row.value:.4g} {row.unit}", quiet=quiet)
 
         found = bench_device(
-            device, shape=shape, folder=folder, disk=disk, seconds=seconds, on_row=on_row,
-            on_progress=partial(_say, quiet=quiet),
+            device, shape=shape, parts=None if parts is None else [name.strip() for name in parts.split(",")],
+            folder=folder, disk=disk, seconds=seconds, on_row=on_row, on_progress=partial(_say, quiet=quiet),
         )  # fmt: skip
     _show(found, json=json)
 

@@ -13,7 +13,7 @@ from surfw.errors import ConfigurationError
 
 TOY = {
     "hidden_size": 64, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 100, "max_position_embeddings": 128,
+    "num_key_value_heads": 1, "vocab_size": 20_000, "max_position_embeddings": 128,
 }  # fmt: skip
 
 
@@ -21,19 +21,23 @@ def test_every_part_runs_and_each_figure_is_written_as_it_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(device_model.SHAPES, "tiny", TOY)
-    monkeypatch.setattr(bench, "PEERS", {})
     lines = tmp_path / "lines"
     command = ["bench", "device", "--device", "simulated", "--shape", "tiny", "--lines", str(lines), "--json"]
-    done = CliRunner().invoke(app, [*command, "--folder", str(tmp_path)])
+    command += ["--folder", str(tmp_path), "--disk", str(tmp_path), "--parts", "streamed,half,whole,packed,disk"]
+    done = CliRunner().invoke(app, command)
     rows = {row["name"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == [json.loads(line)["name"] for line in lines.read_text().splitlines()]
-    assert [row for row in rows.values() if "failed" in row["note"]] == []
+    assert [row["note"] for row in rows.values() if "failed" in row["note"]] == []
     equal = {name: row["value"] for name, row in rows.items() if row["unit"] == "equal"}
     assert set(equal.values()) == {1.0}
-    assert len(equal) == 5, "streamed alone and in a batch, half, three quarters, everything"
+    assert len(equal) == 8, "streamed alone and in a batch, half, three quarters, everything; the part in three forms"
     assert all(row["share"] <= 1 for name, row in rows.items() if "peak of device memory" in name)
     assert rows["half on the device"]["note"].startswith("4 of 8 layers stay")
-    assert "same tokens as resident: True" in rows["over a server, host memory capped"]["note"]
+    sizes = [float(rows[f"a part of the model in {form}, streamed"]["ceiling"]) for form in ("bf16", "int8", "int4")]
+    assert sizes[1] > 1.8 * sizes[0], "fewer bytes are copied"
+    assert sizes[2] > 3 * sizes[0]
+    assert rows["a part of the model in int8, streamed"]["baseline"]
+    assert "same tokens as resident: True" in rows["from disk, host memory capped"]["note"]
     assert [path.name for path in tmp_path.iterdir()] == ["lines"], "nothing is left"
 
 
@@ -42,3 +46,7 @@ def test_what_cannot_be_measured_is_said() -> None:
         bench.bench_device("simulated", shape="huge")
     with pytest.raises(ConfigurationError, match="device 'cpu' is the CPU"):
         bench.bench_device("cpu")
+    with pytest.raises(ConfigurationError, match="part 'all' is not known; expected some of streamed, half, whole, pa"):
+        bench.bench_device("simulated", parts=["all"])
+    with pytest.raises(ConfigurationError, match=r"part 'disk' needs a folder on a disk \(disk, --disk\)"):
+        bench.bench_device("simulated", parts=["disk"])
