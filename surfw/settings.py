@@ -132,7 +132,7 @@ class Settings:
     )
     memory_budget: str | None = _setting(
         None,
-        "Memory that weights may take; use it instead of cache_layers.",
+        "Memory that weights may take, instead of a number of layers.",
         shown="what memory there is",
         metavar="SIZE",
         form="a size such as 1.2GB",

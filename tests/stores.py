@@ -35,7 +35,7 @@ def make_store(
         name=name,
         class_name="ToyModel",
         dtype="uint8",
-        config={"model_type": "toy"},
+        config={"model_type": "toy", "vocab_size": 9},
         generation_config=None,
         files=tuple(write_file(path, file, data) for file, data in files.items()),
         ties={},

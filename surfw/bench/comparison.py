@@ -13,6 +13,16 @@ from surfw.config import CodecChoice, Policy, parse_size
 from surfw.errors import ConfigurationError
 
 
+def check_peers(names: Sequence[str]) -> None:
+    """Check that all of these are names of `PEERS`.
+
+    Raises:
+        ConfigurationError: one is not.
+    """
+    if unknown := sorted(set(names) - PEERS.keys()):
+        raise ConfigurationError(f"{unknown[0]!r:.80} is no peer; there are {', '.join(PEERS)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """A greedy generation that no end token ends, and who runs it how often.
@@ -71,8 +81,7 @@ class Comparison:
                 f"{self.model_dir} is no checkpoint in a local directory (it has no config.json); name one: what surfw "
                 "is compared with reads it there"
             )
-        if unknown := sorted(set(self.against or ()) - PEERS.keys()):
-            raise ConfigurationError(f"{unknown[0]!r:.80} is no peer; there are {', '.join(PEERS)}")
+        check_peers(self.against or ())
         for name in self.against or ():
             if missing := PEERS[name].missing(self):
                 raise ConfigurationError(missing)

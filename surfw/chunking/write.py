@@ -40,7 +40,7 @@ from surfw.chunking.forms import (
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
-from surfw.codec import PACKED_CODECS, has_exact_forms
+from surfw.codec import CODECS, PACKED_CODECS, has_exact_forms, stored_codecs, stored_packed_codecs
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
 from surfw.errors import (
     ConfigurationError,
@@ -158,7 +158,8 @@ async def write_contents(
     writer.on_outcome = on_outcome
     writer.codecs = codecs
     with writer.locked():
-        await _expect_exact_forms(store, contents.name, codecs)
+        before = await _stored_before(store, contents.name)
+        _expect_exact_forms(store, contents.name, before, codecs)
         await writer.expect_space(store, contents.plan)
         try:
             async with writer.lease.renewed():
@@ -166,26 +167,36 @@ async def write_contents(
                 files = [await writer.write_file(name, await read()) for name, read in contents.files.items()]
                 manifest = contents.manifest(chunks, files)
                 await writer.publish(store, manifest)
-                return manifest
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
+    if lost := [codec for codec in before if codec not in codecs]:
+        logger.warning(
+            "%s was stored as %s too, and is not any more; to keep that, give all of them (codecs, --codec): %s",
+            contents.name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in {*codecs, *lost}),
+        )  # fmt: skip
+    return manifest
 
 
-async def _expect_exact_forms(store: Store, name: str, codecs: Sequence[str]) -> None:
+async def _stored_before(store: Store, name: str) -> tuple[str, ...]:
+    """The codecs of the forms that a store has of a model; the first is exact if the model has all bits."""
+    with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
+        stored = await store.facts(name)
+        return stored_codecs(stored) if has_exact_forms(stored) else stored_packed_codecs(stored)
+    return ()
+
+
+def _expect_exact_forms(store: Store, name: str, before: Sequence[str], codecs: Sequence[str]) -> None:
     """Make sure that a model does not lose its exact forms, which nothing could bring back.
 
     Raises:
         ConfigurationError: it is stored in such forms, and would not be any more.
     """
-    if not set(codecs).issubset(PACKED_CODECS):
-        return
-    with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
-        if has_exact_forms(await store.facts(name)):
-            raise ConfigurationError(
-                f"{store.url} has {name} with all bits, which {' and '.join(codecs)} alone would replace; keep 'none' "
-                "or 'lossless' beside it (codecs, --codec), choose another name (name, --name), or remove the model "
-                "first"
-            )
+    if set(codecs).issubset(PACKED_CODECS) and not set(before).issubset(PACKED_CODECS):
+        raise ConfigurationError(
+            f"{store.url} has {name} with all bits, which {' and '.join(codecs)} alone would replace; keep 'none' "
+            "or 'lossless' beside it (codecs, --codec), choose another name (name, --name), or remove the model "
+            "first"
+        )
 
 
 class ChunkWriter:

@@ -9,6 +9,8 @@ import typer
 from surfw.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from surfw.bench.result import Result, Row
 
 INFER_EXAMPLES = """\b
@@ -155,7 +157,9 @@ def infer(
         typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 16,
+    new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--new-tokens", min=2, help="Tokens to generate.")
+    ] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each, in turn; medians are shown.")] = 3,
     patience: Annotated[float, typer.Option(min=1, help="Seconds that one run may take.")] = 1800,
     json: options.Json = False,
@@ -164,6 +168,8 @@ def infer(
     """Generating tokens, against other ways to run the same model on this machine, each in a process of its own."""
     for option, size in (("--memory-budget", memory_budget), ("--cap", cap)):
         options.check_size(option, size)
+    names = None if against is None else [name.strip() for name in against.split(",")]
+    _check_against(names or ())  # before torch is imported
     from surfw.bench.comparison import Comparison
     from surfw.bench.infer import bench_infer
     from surfw.cli import bench_view, render
@@ -172,7 +178,7 @@ def infer(
 
     comparison = Comparison(
         model_dir=model_dir,
-        against=None if against is None else [name.strip() for name in against.split(",")],
+        against=names,
         gguf=gguf,
         airllm_dir=airllm_dir,
         cap_bytes=None if cap is None else parse_size(cap),
@@ -190,6 +196,21 @@ def infer(
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
+
+
+def _check_against(names: "Sequence[str]") -> None:
+    """Check the names of `--against`.
+
+    Raises:
+        BadParameter: one is no peer's.
+    """
+    from surfw.bench.comparison import check_peers
+    from surfw.errors import ConfigurationError
+
+    try:
+        check_peers(names)
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--against") from exc
 
 
 @app.command("quality", cls=options.Command, epilog=QUALITY_EXAMPLES)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import chunk_quality, render
-from surfw.codec import form_bytes, has_exact_forms
+from surfw.codec import form_bytes, has_exact_forms, stored_packed_codecs
 from surfw.config import count, format_size
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ def show_result(
     json: bool,
 ) -> None:
     """Show what was written: one JSON object, or a line, and one for each quantised form that was measured."""
+    if not has_exact_forms(manifest):
+        codecs = ",".join(["none", *stored_packed_codecs(manifest)])
+        said = "%s: no exact weights are stored; to have them too, chunk the checkpoint with --codec %s"
+        logger.warning(said, manifest.name, codecs)
     if json:
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
         forms = {"form_bytes": form_bytes(manifest)}

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from surfw.cli.infer_summary import Report
     from surfw.cli.infer_view import View
     from surfw.cli.sources import ChosenSource
+    from surfw.manifest import Manifest
     from surfw.models.inference import InferenceRequest, InferenceResult
     from surfw.models.streaming import StreamingModel
     from surfw.settings import Settings
@@ -78,6 +80,7 @@ def infer(
 
         configuration = choose_model(configuration, place)
     from surfw.cli.infer_view import choose_view
+    from surfw.models.read_ahead import expect_prompt
 
     settings = configuration.settings
     if explain and prompt is None and ids is None:
@@ -111,7 +114,8 @@ def infer(
         )
 
     view = choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
-    _run(make_request, configuration, view, explain=explain, json=json)
+    check = partial(expect_prompt, ids=ids)
+    _run(make_request, configuration, view, explain=explain, json=json, check=check)
 
 
 def _run(
@@ -121,8 +125,12 @@ def _run(
     *,
     explain: bool,
     json: bool,
+    check: "Callable[[Manifest], None]" = lambda _: None,
 ) -> None:
-    """Run a request, which is made once torch is imported; without one, explain what would limit it."""
+    """Run a request, which is made once torch is imported; without one, explain what would limit it.
+
+    `check` sees the manifest before.
+    """
     from surfw.cli.infer_summary import queued_seconds
     from surfw.cli.sources import choose_source, connect, open_model
 
@@ -136,7 +144,7 @@ def _run(
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
             with (
-                connect(chosen, settings, explain=explain) as client,
+                connect(chosen, settings, explain=explain, check=check) as client,
                 open_model(client, settings, view.phase) as streaming,
             ):
                 if make_request is None:

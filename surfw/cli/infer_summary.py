@@ -25,6 +25,8 @@ _SHOWN_VALUES = 8
 _MOSTLY = 0.5
 _BUSY = 0.5
 """From this share of a run on, what threads wait for a processor says that other work is going on."""
+_BRIEF_SECONDS = 1.0
+"""A run that computed for less says nothing of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +119,7 @@ def _busy(report: Report) -> list[str]:
     time = report.statistics["time"]
     spent = time["stall_seconds"] + time["compute_seconds"]
     is_alone = report.queued_seconds < _BUSY * spent or os.environ.get("OMP_NUM_THREADS") == "1"
-    if not spent or is_alone or stall_share(time) >= _MOSTLY:
+    if spent < _BRIEF_SECONDS or is_alone or stall_share(time) >= _MOSTLY:
         return []
     return ["other work kept its threads waiting for a processor; OMP_NUM_THREADS=1 may be faster then"]
 

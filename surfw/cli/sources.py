@@ -29,6 +29,7 @@ from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
 
 if TYPE_CHECKING:
+    from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
     from surfw.models.streaming import StreamingModel
 
@@ -157,8 +158,10 @@ def _holds_models(configuration: Configuration) -> bool:
 
 
 @contextlib.contextmanager
-def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Iterator["WeightClient"]:
-    """Connect to the source without torch, and have the model read while torch is imported.
+def connect(
+    chosen: "ChosenSource", settings: Settings, *, explain: bool, check: "Callable[[Manifest], None]" = lambda _: None
+) -> Iterator["WeightClient"]:
+    """Connect to the source without torch, let `check` see the manifest, and have the model read during the imports.
 
     Not its chunks, where they are cast to another dtype, are not all kept, or are to be measured.
     """
@@ -178,7 +181,7 @@ def connect(chosen: "ChosenSource", settings: Settings, *, explain: bool) -> Ite
         connect_timeout=settings.connect_timeout,
         silence_timeout=settings.silence_timeout,
     ) as client:
-        client.begin()
+        client.begin(check)
         yield client
 
 

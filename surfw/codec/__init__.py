@@ -105,9 +105,10 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
         forms = (packed,) if packed else exact_forms(chunk)
         chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
     if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
-        advice = "ask for one of these, or chunk its checkpoint again"
-        if has_exact_forms(manifest):
-            advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+        advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+        if not has_exact_forms(manifest):
+            stored = stored_packed_codecs(manifest)  # the exact ones are of some chunks only
+            advice = "ask for one of these, or chunk its checkpoint again"
         raise ConfigurationError(
             f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
         )

@@ -19,6 +19,7 @@ from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
+from surfw.models.read_ahead import expect_ids, no_tokenizer
 from surfw.models.text_stream import TextStream
 
 logger = logging.getLogger("surfw.models")
@@ -263,13 +264,11 @@ def encode_prompt(
         )
     vocabulary = model.model.config.get_text_config().vocab_size
     if request.prompt_ids is not None:
-        _check_ids(request.prompt_ids, vocabulary, model.manifest.name)
+        expect_ids(request.prompt_ids, vocabulary, model.manifest.name)
         ids = torch.tensor([list(request.prompt_ids)], dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
-        raise ConfigurationError(
-            f"{model.manifest.name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"
-        )
+        raise no_tokenizer(model.manifest.name)
     elif tokenizer.chat_template and not request.raw and model.model.can_generate():
         system = [{"role": "system", "content": request.system}] if request.system else []
         messages = [*system, *request.history, {"role": "user", "content": request.prompt or ""}]
@@ -280,7 +279,7 @@ def encode_prompt(
         )
     else:
         inputs = dict(tokenizer(request.prompt or "", return_tensors="pt"))
-    _check_ids(inputs["input_ids"][0].tolist(), vocabulary, model.manifest.name)
+    expect_ids(inputs["input_ids"][0].tolist(), vocabulary, model.manifest.name)
     accepted = {"input_ids", "attention_mask", "token_type_ids"}
     return {name: value for name, value in inputs.items() if name in accepted}
 
@@ -291,18 +290,6 @@ def continues_prompt(
     """Whether the text that is generated goes on where the prompt ends; it answers it in a chat, or translates it."""
     is_chat = tokenizer is not None and bool(tokenizer.chat_template) and not request.raw
     return model.model.can_generate() and not model.model.config.is_encoder_decoder and not is_chat
-
-
-def _check_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
-    if not all(isinstance(one, int) for one in ids):
-        raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
-    if not ids:
-        raise ConfigurationError("the prompt is empty; give at least one token")
-    for one in ids:
-        if not 0 <= one < vocabulary:
-            raise ConfigurationError(
-                f"token id {one} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
-            )
 
 
 def _generate(

@@ -12,11 +12,12 @@ is kept: whoever has weights fetched does not want them as views.
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice
+from surfw.errors import ConfigurationError
 from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.runtime.buffers import Buffer
@@ -65,8 +66,9 @@ class ReadAhead(ChunkSource):
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
 
-    async def begin(self, *, memory_bytes: int) -> None:
-        """Begin to read the model's files, and its chunks if they fit well into the memory."""
+    async def begin(self, *, memory_bytes: int, check: Callable[[Manifest], None] = lambda _: None) -> None:
+        """Have `check` look at the manifest. Then begin to read the files, and the chunks if they fit into memory."""
+        check(self._manifest)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
         if sum(chunk.payload_bytes for chunk in self._manifest.chunks) > memory_bytes // _MODEL_SHARE:
@@ -181,19 +183,61 @@ class ReadAheadClient(WeightClient):
         self._open_source = open_ahead
         self._memory_bytes = memory_bytes
 
-    def begin(self) -> None:
-        """Open the source, read the manifest, and begin to read the rest.
+    def begin(self, check: Callable[[Manifest], None] = lambda _: None) -> None:
+        """Open the source, read the manifest, and begin to read the rest, if `check` does not refuse the manifest.
 
         Raises:
-            SurfwError: the source cannot be reached, or has no such model.
+            SurfwError: the source cannot be reached, or has no such model; or what `check` raises.
         """
         memory = find_default_budget().budget_bytes if self._memory_bytes is None else self._memory_bytes
 
         async def begin(source: ChunkSource) -> None:
             assert isinstance(source, ReadAhead), "this is what it opens"
-            await source.begin(memory_bytes=memory)
+            await source.begin(memory_bytes=memory, check=check)
 
         self.run(begin)
+
+
+def expect_ids(ids: Sequence[int], vocabulary: int, name: str) -> None:
+    """Check token ids.
+
+    Raises:
+        ConfigurationError: there are none, or one is not in the vocabulary.
+    """
+    if not all(isinstance(one, int) for one in ids):
+        raise ConfigurationError(f"token ids are whole numbers in a list, such as [1, 2, 3], not {str(ids)[:80]}")
+    if not ids:
+        raise ConfigurationError("the prompt is empty; give at least one token")
+    for one in ids:
+        if not 0 <= one < vocabulary:
+            raise ConfigurationError(
+                f"token id {one} is not in the vocabulary of {name}: expected 0 to {vocabulary - 1}"
+            )
+
+
+def expect_prompt(manifest: Manifest, ids: Sequence[int] | None) -> None:
+    """Check a prompt against a manifest, as far as that tells: what is refused here needs no torch to be refused.
+
+    Args:
+        manifest: of a model. If that takes no text, nothing is known here.
+        ids: the prompt as token ids; None if it is a text.
+
+    Raises:
+        ConfigurationError: the model has no tokenizer, or an id is not in its vocabulary.
+    """
+    parts = [one for one in manifest.config.values() if isinstance(one, Mapping)]
+    vocabulary = manifest.config.get("vocab_size")
+    if not isinstance(vocabulary, int) or any("vocab_size" in one for one in parts):
+        return
+    if ids is not None:
+        expect_ids(ids, vocabulary, manifest.name)
+    elif not manifest.files:
+        raise no_tokenizer(manifest.name)
+
+
+def no_tokenizer(name: str) -> ConfigurationError:
+    """The error for a text that a model cannot read."""
+    return ConfigurationError(f"{name} has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)")
 
 
 def _start(work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

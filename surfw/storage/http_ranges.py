@@ -8,6 +8,7 @@ answer range requests with 206, except where the range is the whole object.
 import asyncio
 import errno
 import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -104,10 +105,21 @@ class HttpRanges(RangeReader):
         except aiohttp.InvalidURL as exc:
             raise OSError(errno.EINVAL, "this is no URL") from exc
         except (aiohttp.ClientError, TimeoutError) as exc:
-            name = type(exc).__name__
-            lost = OSError(errno.EIO, f"the server cannot be reached ({name}); check the address and the network")
+            lost = OSError(errno.EIO, f"the server cannot be reached ({_why(exc)})")
             lost.__cause__ = exc
             raise TransientError from lost
+
+
+def _why(exc: Exception) -> str:
+    """Why there is no connection, and what to do."""
+    match exc:
+        case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
+            return "connection refused; check the address; a surfw server is started with 'surfw serve'"
+        case aiohttp.ClientConnectorError(os_error=socket.gaierror()):
+            return "its name is not known; check the address and the network"
+        case TimeoutError():
+            return "it does not answer in time; check the address and the network"
+    return f"{type(exc).__name__}; check the address and the network"
 
 
 class _Response(aiohttp.ClientResponse):

@@ -19,7 +19,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
-from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, display_url
+from surfw.config import DAMAGE_RETRIES, KIB, MANIFEST_BYTES, default_store, display_url
 from surfw.errors import (
     IntegrityError,
     ManifestError,
@@ -122,9 +122,10 @@ class Store:
         is_web = self.url.startswith("http")  # a web server need not list what it has
         with suppress(StorageError):
             if not is_web and await self._foreign_key() is None:
+                option = "" if self.url == default_store() else f" --store {self.url}"
                 return (
                     f"{self.url} is not a surfw store yet: nothing was chunked into it; "
-                    f"'surfw chunk MODEL --store {self.url}' does that, or name another place"
+                    f"'surfw chunk MODEL{option}' does that, or name another place"
                 )
         return (
             f"{self.url} is not a surfw store ({MARKER} is missing); name the folder or URL that "

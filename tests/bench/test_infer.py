@@ -24,7 +24,7 @@ from surfw.codec import stored_codecs
 from surfw.errors import ConfigurationError
 from surfw.storage import Store, open_backend
 from tests.checkpoints import save_bert, save_llama
-from tests.cli.run import SURFW, complaint, environment, surfw
+from tests.cli.run import SURFW, environment, surfw
 from tests.servers import serve
 from tests.services import warm
 from tests.skeleton.models import skeleton_of
@@ -232,7 +232,9 @@ def test_what_cannot_be_compared_is_refused_by_name(checkpoint: Path, tmp_path: 
 
 
 def test_the_command_says_it_in_a_line(checkpoint: Path, tmp_path: Path) -> None:
-    assert "'vllm' is no peer" in complaint(surfw(tmp_path, "bench", "infer", str(checkpoint), "--against", "vllm"))
+    unknown = surfw(tmp_path, "bench", "infer", str(checkpoint), "--against", "vllm")
+    assert unknown.returncode == 2
+    assert "\nError: Invalid value for --against: 'vllm' is no peer; there are resident, " in unknown.stderr
     wrong = surfw(tmp_path, "bench", "infer", str(checkpoint), "--cap", "x")
     assert wrong.returncode == 2
     assert wrong.stderr.endswith("\nError: --cap is 'x', expected a size such as 1.2GB\n")

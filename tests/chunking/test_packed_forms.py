@@ -72,6 +72,19 @@ def test_what_has_no_matrix_stays_as_it_is(store: Path, checkpoint: Path, tmp_pa
     assert [chunk.id for chunk in alone.chunks] == [chunk.id for chunk in manifest.chunks]
 
 
+def test_forms_that_are_stored_no_more_are_said(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunk_into(tmp_path, checkpoint, ("none", "int8"))
+    assert not caplog.messages
+    chunk_into(tmp_path, checkpoint, ("none", "int4"))
+    (said,) = caplog.messages
+    assert said == (
+        "tiny was stored as int8 too, and is not any more; to keep that, give all of them (codecs, --codec): "
+        "none,int8,int4"
+    )
+
+
 @pytest.mark.parametrize("codecs", [("int8",), ("none", "int4"), None])
 def test_a_copy_has_the_forms_that_chunking_gives(
     codecs: tuple[str, ...] | None, store: Path, checkpoint: Path, tmp_path: Path

@@ -19,10 +19,14 @@ def test_forms_are_measured_beside_the_checkpoint_or_the_store(tmp_path: Path) -
     checkpoint = save_llama(tmp_path / "tiny")
     done = surfw(tmp_path, "chunk", str(checkpoint), "--codec", "int4")
     assert done.returncode == 0, done.stderr
+    assert "tiny: no exact weights are stored; to have them too, chunk the checkpoint with --codec none,int4\n" in (
+        done.stderr
+    )
     assert re.fullmatch(
         r"int4: KL [0-9.e-]+, next token as unquantised [0-9]+\.[0-9] % on 512 tokens", done.stdout.splitlines()[-1]
     )
     done = surfw(tmp_path, "chunk", str(checkpoint), "--name", "both", "--codec", "none,int8,int4", "--json")
+    assert done.stderr == ""
     quality = json.loads(done.stdout)["quality"]
     assert quality.keys() == {"int8", "int4"}
     assert 0 < quality["int8"]["kl"] < quality["int4"]["kl"]

@@ -81,8 +81,11 @@ MISTAKES = [
     ("infer --prompt a --source ./nowhere", 1, "; name that of a checkpoint, or of a store, which 'surfw chunk MODEL'"),
     ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
+    ("infer http://127.0.0.1:1 a", 1, "(connection refused; check the address; a surfw server is started with 'sur"),
     ("infer ./store a", 1, "/store holds 2 models; choose one with --model: org/first, second"),
     ("infer ./store a --model third", 1, "/store has no model 'third'; it has: org/first, second"),
+    ("infer ./plain a", 1, "plain has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
+    ("infer ./plain --prompt-ids 9", 1, "token id 9 is not in the vocabulary of plain: expected 0 to 8"),
     ("serve 127.0.0.1:8765", 1, "ws://127.0.0.1:8765 is the address of a server, and not a storage; give it to surfw"),
     ("serve --host 0.0.0.0 --port 0", 1, "--insecure"),
     ("rm third", 1, "/store has no model 'third'; it has: org/first, second"),
@@ -107,10 +110,11 @@ VARIABLES = [
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A home whose default store has two models; beside it are two files of weights."""
+    """A home whose default store has two models; beside it are one without a tokenizer, and two files of weights."""
     home = tmp_path_factory.mktemp("home")
     make_store(home / "store", "org/first", (5000, 6000))
     make_store(home / "store", "second", (7000,), seed=1)
+    make_store(home / "plain", "plain", (7000,), files={})
     for name in ("model.safetensors", "model.gguf"):
         (home / name).touch()
     return home

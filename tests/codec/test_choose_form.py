@@ -57,7 +57,7 @@ def test_what_is_not_exact_is_read_where_it_is_asked_for_or_all_there_is(
         ((PLAIN,), "int4", "stored as none in ws://x, not as int4; store it so: surfw chunk toy --from ws://x --codec"),
         ((PLAIN, INT4), "int8", "stored as none, int4 in ws://x, not as int8; store it so: .* --codec none,int4,int8$"),
         ((INT4,), "int8", "not as int8; ask for one of these"),
-        ((INT4,), "none", "stored as none, int4 in ws://x, not as none; ask for one of these"),
+        ((INT4,), "none", "stored as int4 in ws://x, not as none; ask for one of these"),
         ((INT4,), "lossless", "not as lossless; ask for one of these"),
     ],
 )

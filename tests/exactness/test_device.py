@@ -81,3 +81,16 @@ def test_packed_forms_are_copied_packed_and_give_the_bits_of_the_cpu(codec: Code
                 form = layer.form(codec)
                 assert form is not None
                 assert form.stored_bytes <= engine.plan.sizes[layer.name] < form.stored_bytes + 512, "packed"
+
+
+def test_on_a_device_that_has_all_of_it_passes_are_counted_as_on_the_cpu(tmp_path: Path) -> None:
+    save_llama(tmp_path, layers=3, hidden=64)
+    ids, counted = torch.tensor([[1, 17, 42, 101, 7]]), []
+    with WeightClient(tmp_path) as client:
+        for device in ("cpu", "simulated"):
+            with StreamingModel.open(client, device=device) as streaming:
+                streaming.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+                cache = streaming.statistics()["cache"]
+                counted.append((cache["hits"], cache["misses"]))
+    chunks = len(streaming.manifest.chunks)
+    assert counted == [(5 * chunks, chunks)] * 2
