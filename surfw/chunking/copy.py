@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
 from surfw.chunking.prepare import find_matrices
-from surfw.chunking.write import Contents, Outcome, Progress, write_contents
+from surfw.chunking.write import Contents, Outcome, Progress, check_target, write_contents
 from surfw.codec import (
     DEFAULT_CODECS,
     PACKED_CODECS,
@@ -83,6 +83,15 @@ async def copy_model(
         writing.cancel()
 
     return await to_its_end(writing, on_cancel=stop)
+
+
+async def check_copy(
+    manifest: Manifest, backend: StorageBackend, *, name: str | None = None, codecs: Sequence[str] | None = None
+) -> None:
+    """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
+    codecs = codecs or _default_codecs(manifest)
+    await asyncio.to_thread(_plan, manifest, codecs)
+    await check_target(backend, check_model_name(name or manifest.name), codecs)
 
 
 def _default_codecs(manifest: Manifest) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """The forms of one chunk while it is written: a file for each, and what the journal says of them afterwards."""
 
 import os
+import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.codec import PACKED_CODECS
-from surfw.codec.lossless import FRAME_BYTES, encode_frame, item_bytes_of
+from surfw.codec.lossless import FRAME_BYTES, decode_frame, decoders, encode_frame, item_bytes_of
 from surfw.manifest import (
     Digester,
     Digests,
@@ -32,7 +33,7 @@ LEAST_GAIN = 0.1
 A chunk of less than a frame gets none: asking for it takes longer than reading it.
 """
 
-_SAMPLES = 8
+_SAMPLES, _DECODINGS = 8, 5
 _ENCODERS = min(4, os.cpu_count() or 1)
 
 
@@ -197,23 +198,45 @@ def planned_form(planned: PlannedChunk, codec: str) -> Form:
     return Form(codec, planned.payload_bytes, "", b"")
 
 
-def planned_bytes(plan: ChunkPlan, codec: str) -> int:
-    """What a model takes in the one form of a codec, as far as that is known before anything is read."""
-    forms = (planned_form(chunk, one) for chunk in plan.chunks for one in codecs_of(chunk, (codec,)))
-    return sum(form.stored_bytes for form in forms)
+@dataclass(frozen=True, slots=True)
+class CodedEstimate:
+    """About what `lossless` comes to.
+
+    Attributes:
+        share: coded bytes ÷ payload bytes.
+        stored_bytes: what the chunks take that get this form beside the plain one.
+        decoded_per_second: payload bytes per second that they are decoded at.
+    """
+
+    share: float
+    stored_bytes: int
+    decoded_per_second: float
 
 
-def estimate_coded_bytes(plan: ChunkPlan, payloads: PayloadSource) -> int:
-    """About what a model's chunks take in the form `lossless` where they get one, from a frame of the largest ones."""
-    coding = sorted((one for one in plan.chunks if one.payload_bytes >= FRAME_BYTES), key=lambda one: one.payload_bytes)
-    raw = coded = 0
-    for chunk in coding[-_SAMPLES:]:
-        sample = memoryview(bytearray(FRAME_BYTES))
+def estimate_coded(plan: ChunkPlan, payloads: PayloadSource) -> CodedEstimate:
+    """About what a model comes to in the form `lossless`, from a frame of each of its largest chunks."""
+    largest = sorted((one for one in plan.chunks if one.payload_bytes), key=lambda one: one.payload_bytes)[-_SAMPLES:]
+    frames: list[tuple[bytes | memoryview, memoryview]] = []
+    for chunk in largest:
+        sample = memoryview(bytearray(min(FRAME_BYTES, chunk.payload_bytes)))
         payloads.read_into(chunk, 0, sample)
-        item_bytes = item_bytes_of([tensor.info for tensor in chunk.tensors], 0, FRAME_BYTES)
-        raw += len(sample)
-        coded += len(encode_frame(sample, item_bytes))
-    return round(sum(chunk.payload_bytes for chunk in coding) * coded / raw) if raw else 0
+        item_bytes = item_bytes_of([tensor.info for tensor in chunk.tensors], 0, len(sample))
+        frames.append((encode_frame(sample, item_bytes), memoryview(bytearray(len(sample)))))
+    payload_bytes = sum(len(sample) for _, sample in frames)
+    share = sum(len(coded) for coded, _ in frames) / payload_bytes if payload_bytes else 1.0
+    coding_bytes = sum(chunk.payload_bytes for chunk in plan.chunks if chunk.payload_bytes >= FRAME_BYTES)
+    return CodedEstimate(share, round(coding_bytes * share), payload_bytes / _decode_seconds(frames))
+
+
+def _decode_seconds(frames: Sequence[tuple[bytes | memoryview, memoryview]]) -> float:
+    """How long the threads of a run take to decode these frames: the shortest of several times."""
+    seconds = []
+    with decoders() as threads:
+        for _ in range(_DECODINGS):
+            start = time.perf_counter()
+            list(threads.map(lambda frame: decode_frame(*frame), frames))
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _packed_key(digest: str) -> str:

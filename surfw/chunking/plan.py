@@ -7,10 +7,11 @@ of 64 by themselves, and only the few small ones at the end have to be moved apa
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from surfw.codec import PACKED_CODECS
 from surfw.config import ALIGNMENT
-from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits
+from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits, stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class PlannedChunk:
     def kinds(self, codec: str) -> tuple[Kind, ...]:
         """How a packed form of that codec holds each tensor; none if there is nothing to quantise, or no such codec.
 
-        `int4` has the matrices of layers in int4, and embeddings and heads in int8, as these matter more.
+        `int4` has the matrices of layers in int4, and embeddings and heads in int8, as these matter more. Matrices with
+        so few rows that int4 takes more bytes than int8, as it fills them up, are in int8 too.
         """
         if copied := self.copied(codec):
             return copied.kinds
@@ -60,7 +62,7 @@ class PlannedChunk:
         kinds: list[Kind] = []
         for tensor in self.tensors:
             fitting = [kind for kind in wanted if tensor.is_matrix and fits(tensor.info, kind)]
-            kinds.append(fitting[0] if fitting else "raw")
+            kinds.append(min(fitting, key=partial(stored_bytes, tensor.info), default="raw"))
         return tuple(kinds) if codec in PACKED_CODECS and set(kinds) != {"raw"} else ()
 
     def copied(self, codec: str) -> Form | None:

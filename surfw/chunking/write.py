@@ -177,6 +177,19 @@ async def write_contents(
     return manifest
 
 
+async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]) -> None:
+    """Check that a model may be written into a store in these forms, without writing anything.
+
+    Raises:
+        NotAStoreError: the place is used for something else.
+        ConfigurationError: as of `write_model`.
+        StorageError: the storage cannot be read.
+    """
+    store = Store(backend)
+    if await store.check_place():
+        _expect_exact_forms(store, name, await _stored_before(store, name), codecs)
+
+
 async def _stored_before(store: Store, name: str) -> tuple[str, ...]:
     """The codecs of the forms that a store has of a model; the first is exact if the model has all bits."""
     with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from surfw.settings import Settings
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
     from surfw.manifest import Manifest
+    from surfw.models.planned import PlannedModel
     from surfw.models.quality import Quality
     from surfw.storage import StorageBackend
     from surfw.storage.origins import PlacedOptions
@@ -82,7 +83,9 @@ def chunk(
             "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show layers and sizes, and write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show layers, and the forms side by side; write nothing.")
+    ] = False,
     in_place: Annotated[
         bool,
         typer.Option("--in-place", help="Write no weights: the chunks are byte ranges of the checkpoint's own files."),
@@ -132,8 +135,8 @@ def chunk(
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype, codecs=_read_codecs(codec), dry_run=dry_run,
-        in_place=in_place,
+        model=model, name=name, revision=revision, dtype=dtype,
+        codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
         _chunk(wanted, settings, step, json=json, quiet=quiet)
@@ -197,14 +200,9 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
 
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
-    import asyncio
-
     from surfw.chunking import prepare_model
-    from surfw.chunking.forms import estimate_coded_bytes, planned_bytes
-    from surfw.chunking.in_place import build_manifest, check_reach
-    from surfw.chunking.prepare import PayloadReader
+    from surfw.chunking.in_place import check_reach
     from surfw.cli import chunk_view, render
-    from surfw.codec import PACKED_CODECS
     from surfw.storage import open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
@@ -224,35 +222,46 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         storage_options=placed.for_url(model),
         on_step=step,
     ) as prepared:
-        from surfw.models.assembly import plan_least_budget  # torch is there by now
+        from surfw.models.planned import PlannedModel  # torch is there by now
 
-        least_bytes, token_bytes = plan_least_budget(prepared, ("none",) if wanted.in_place else wanted.codecs)
+        planned = PlannedModel(prepared)
+        facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")
-        facts = chunk_view.plan_facts(prepared, least_bytes, token_bytes)
-        if packed := [codec for codec in wanted.codecs if codec in PACKED_CODECS]:
-            facts["packed_forms"] = [
-                {"codec": codec, "bytes": planned_bytes(prepared.plan, codec)}
-                | {"least_budget_bytes": plan_least_budget(prepared, (codec,))[0]}
-                for codec in packed
-            ]
-        if not wanted.dry_run:
-            manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
-            quality = _measure_quality(prepared, manifest, wanted, settings, placed, step)
-            chunk_view.show_result(
-                facts, manifest, outcomes, display_url(settings.store), is_in_place=wanted.in_place, quality=quality,
-                json=json,
-            )  # fmt: skip
+        if wanted.dry_run:
+            _show_plan(planned, facts, backend, wanted, step, json=json)
             return
-        if "lossless" in wanted.codecs and not wanted.in_place:
-            step("trying how well the weights compress")
-            facts["lossless_estimate_bytes"] = estimate_coded_bytes(prepared.plan, PayloadReader(prepared))
-            step("")
-        if wanted.in_place:
-            asyncio.run(build_manifest(prepared))  # refuses weights that are not in the checkpoint as they are used
-        if json:
-            render.print_json(facts)
-        else:
-            chunk_view.show_plan(prepared, facts)
+        manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
+        quality = _measure_quality(prepared, manifest, wanted, settings, placed, step)
+        chunk_view.show_result(
+            facts, manifest, outcomes, display_url(settings.store), is_in_place=wanted.in_place, quality=quality,
+            json=json,
+        )  # fmt: skip
+
+
+def _show_plan(
+    planned: "PlannedModel",
+    facts: Mapping[str, Any],
+    backend: "StorageBackend",
+    wanted: _Wanted,
+    step: Callable[[str], None],
+    *,
+    json: bool,
+) -> None:
+    """Show what would be written, and what is known of all forms; refuse what writing would refuse."""
+    import asyncio
+
+    from surfw.chunking.in_place import build_manifest
+    from surfw.chunking.write import check_target
+    from surfw.cli import chunk_view
+    from surfw.codec import CODECS
+
+    asyncio.run(check_target(backend, planned.prepared.name, wanted.codecs))
+    if wanted.in_place:
+        asyncio.run(build_manifest(planned.prepared))  # refuses weights that are not in the checkpoint as they are used
+    step("trying how well the weights compress, and how fast they are read")
+    forms = planned.compare(("none",) if wanted.in_place else CODECS, store=None if wanted.in_place else backend)
+    step("")
+    chunk_view.show_plan(planned, facts, forms, wanted.codecs, json=json)
 
 
 def _write(

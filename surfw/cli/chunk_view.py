@@ -2,19 +2,31 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli import chunk_quality, render
-from surfw.codec import form_bytes, has_exact_forms, stored_packed_codecs
+from surfw.codec import PACKED_CODECS, count_weights, form_bytes, has_exact_forms, stored_packed_codecs
 from surfw.config import count, format_size
+from surfw.manifest import LEAST_WEIGHTS
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
-    from surfw.manifest import Manifest
+    from surfw.manifest import Kind, Manifest, Reason
+    from surfw.models.planned import PlannedForms, PlannedModel
     from surfw.models.quality import Quality
 
 logger = logging.getLogger("surfw.chunking")
+
+_KINDS: Mapping["Kind", str] = {"int4": "4 bits", "int8": "8 bits"}
+_REASONS: Mapping["Reason", str] = {
+    "vectors": "of one dimension, such as norms",
+    "small": f"of fewer than {LEAST_WEIGHTS} elements",
+    "shapes": "of a shape that no kernel takes",
+    "dtypes": "of a dtype that is not quantised",
+    "others": "of no linear module or embedding",
+}
 
 
 def show_result(
@@ -34,7 +46,7 @@ def show_result(
         logger.warning(said, manifest.name, codecs)
     if json:
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
-        forms = {"form_bytes": form_bytes(manifest)}
+        forms = {"form_bytes": form_bytes(manifest), **weight_facts(manifest)}
         measured = chunk_quality.facts(quality)
         render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms, **measured})
         return
@@ -43,6 +55,8 @@ def show_result(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{_describe_forms(manifest)} in {place}{how}"
     )
+    for line in _describe_weights(manifest):
+        render.say(line)
     for codec, one in quality.items():
         render.say(chunk_quality.describe(codec, one))
     if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
@@ -60,6 +74,27 @@ def _describe_forms(manifest: "Manifest") -> str:
     return f"{', '.join(first)}, and {last}," if first else last
 
 
+def weight_facts(manifest: "Manifest") -> dict[str, Any]:
+    """What `--json` prints of the weights in packed forms: how many are quantised, and why the others are not."""
+    found = [
+        {"codec": codec, "int4": counts["int4"], "int8": counts["int8"]}
+        | {"exact": {reason: counts[reason] for reason in _REASONS}}
+        for codec in stored_packed_codecs(manifest)
+        for counts in [count_weights(manifest, codec)]
+    ]
+    return {"packed_weights": found} if found else {}
+
+
+def _describe_weights(manifest: "Manifest") -> Iterator[str]:
+    """The same in a line for each packed codec."""
+    for codec in stored_packed_codecs(manifest):
+        counts = count_weights(manifest, codec)
+        parts = [f"{counts[kind]} in {bits}" for kind, bits in _KINDS.items() if counts[kind]]
+        exact = {reason: counts[reason] for reason in _REASONS if counts[reason]}
+        why = ": " + "; ".join(f"{number} {_REASONS[reason]}" for reason, number in exact.items()) if exact else ""
+        yield f"{codec}: of {counts.total()} weights, {', '.join(parts)}, {sum(exact.values())} exact{why}"
+
+
 def _tell(outcomes: "Counter[Outcome]") -> str:
     """Say what became of the chunks; nothing where all are new."""
     if outcomes.keys() <= {"new"}:
@@ -72,8 +107,9 @@ def _tell(outcomes: "Counter[Outcome]") -> str:
     return "; " + ", ".join(f"{outcomes[outcome]} {text}" for outcome, text in words.items() if outcomes[outcome])
 
 
-def plan_facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) -> dict[str, Any]:
+def plan_facts(planned: "PlannedModel", codecs: Sequence[str]) -> dict[str, Any]:
     """What `--json` prints of the plan: also under the keys that `show` has for the same things."""
+    prepared = planned.prepared
     parts = [
         {
             "name": one.name,
@@ -92,29 +128,74 @@ def plan_facts(prepared: "PreparedModel", least_bytes: int, token_bytes: int) ->
         "dtype": prepared.dtype,
         "payload_bytes": prepared.plan.payload_bytes,
         "layers": _layer_count(prepared),
-        "least_budget_bytes": least_bytes,
-        "kv_token_bytes": token_bytes,
+        "least_budget_bytes": planned.least_budget_bytes(codecs),
+        "kv_token_bytes": planned.token_bytes,
         "chunks": parts,
     }
 
 
-def show_plan(prepared: "PreparedModel", facts: Mapping[str, Any]) -> None:
-    """Show what would be written of a checkpoint."""
+def show_plan(
+    planned: "PlannedModel", facts: Mapping[str, Any], forms: "PlannedForms", codecs: Sequence[str], *, json: bool
+) -> None:
+    """Show what would be written of a checkpoint in these codecs, and all forms that it may be stored in."""
+    if json:
+        render.print_json({**facts, **_form_facts(forms, codecs), **weight_facts(planned.manifest(codecs))})
+        return
+    prepared = planned.prepared
     chunks = prepared.plan.chunks
     rows = [(one.name, one.kind, str(len(one.tensors)), format_size(one.payload_bytes)) for one in chunks]
     render.print_table(("chunk", "kind", "tensors", "size"), rows, numbers=("tensors", "size"))
+    render.say("")
+    _show_forms(forms)
+    for line in _describe_weights(planned.manifest(codecs)):
+        render.say(line)
     least, per_token = format_size(facts["least_budget_bytes"]), facts["kv_token_bytes"]
     for_tokens = f", and {format_size(per_token)} for each token of a generation" if per_token else ""
-    coded = facts.get("lossless_estimate_bytes")
-    without_loss = f", and about {format_size(coded)} compressed without loss" if coded else ""
-    for form in facts.get("packed_forms", ()):
-        least_of_form = format_size(form["least_budget_bytes"])
-        render.say(f"as {form['codec']}: {format_size(form['bytes'])}; the smallest budget: {least_of_form}")
     render.say(
         f"{prepared.name} ({prepared.class_name}, {prepared.dtype}): {count(len(chunks), 'chunk')}, "
-        f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}{without_loss}; "
+        f"{count(_layer_count(prepared), 'layer')}, {format_size(prepared.plan.payload_bytes)}, as "
+        f"{' and '.join(codecs)}; "
         f"the smallest budget for weights that can run it: {least}{for_tokens}. Nothing was written."
     )
+
+
+def _form_facts(forms: "PlannedForms", codecs: Sequence[str]) -> dict[str, Any]:
+    """What `--json` prints of all forms, and of those that were asked for."""
+    found: dict[str, Any] = {
+        "forms": [asdict(one) for one in forms.needs],
+        "unit": forms.unit,
+        "disk_bytes_per_second": None if forms.disk is None else forms.disk.bytes_per_second,
+    }
+    if forms.coded and "lossless" in codecs:
+        found["lossless_estimate_bytes"] = forms.coded.stored_bytes
+    packed = [one for one in forms.needs if one.codec in codecs and one.codec in PACKED_CODECS]
+    if packed:
+        found["packed_forms"] = [
+            {"codec": one.codec, "bytes": one.bytes, "least_budget_bytes": one.least_budget_bytes} for one in packed
+        ]
+    return found
+
+
+def _show_forms(forms: "PlannedForms") -> None:
+    """All forms side by side, and where their rates come from."""
+    headings = ["form", "size", "smallest budget", "read in a pass", f"{forms.unit}/s"]
+    rows = [
+        (
+            one.codec,
+            format_size(one.bytes),
+            format_size(one.least_budget_bytes),
+            format_size(one.bytes_per_pass),
+            f"{one.reading_ceiling:.2f}" if one.reading_ceiling else "",
+        )
+        for one in forms.needs
+    ]
+    width = len(headings) if forms.disk else len(headings) - 1
+    render.print_table(headings[:width], [row[:width] for row in rows], numbers=headings[1:width])
+    if forms.disk is None:
+        render.say(f"how fast a pass is with that budget is not known: {forms.unknown}")
+    else:
+        rate = format_size(forms.disk.bytes_per_second)
+        render.say(f"{forms.unit}/s are the most with that budget from this disk, which reads {rate}/s just now")
 
 
 def _layer_count(prepared: "PreparedModel") -> int:

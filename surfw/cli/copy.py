@@ -30,6 +30,7 @@ def copy_model(
 ) -> None:
     """Copy a model that is chunked already, or show what that would write."""
     from surfw import chunking
+    from surfw.chunking.copy import check_copy
     from surfw.cli import chunk_quality, chunk_view, render
     from surfw.cli.addresses import read_source
     from surfw.codec import stored_codecs, stored_packed_codecs
@@ -54,6 +55,7 @@ def copy_model(
         step("")
         facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
         if wanted.dry_run:
+            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs))
             render.print_json(facts) if json else chunk_view.show_copy(manifest)
             return
         with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:

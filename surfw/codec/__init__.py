@@ -10,7 +10,7 @@ from dataclasses import replace
 from operator import is_
 
 from surfw.errors import ConfigurationError, ManifestError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Form, Kind, Manifest, Reason, why_exact
 
 PACKED_CODECS: Sequence[str] = ("int8", "int4")
 """The codecs whose forms hold quantised weights, the more exact first."""
@@ -77,6 +77,16 @@ def form_bytes(manifest: Manifest) -> dict[str, int]:
     return dict(found)
 
 
+def count_weights(manifest: Manifest, codec: str) -> Counter[Kind | Reason]:
+    """How many weights of a model are int4 and int8 in the forms of a packed codec, and how many are exact, and why."""
+    found: Counter[Kind | Reason] = Counter()
+    for chunk in manifest.chunks:
+        form = chunk.form(codec)
+        kinds: Sequence[Kind] = form.kinds if form else ["raw"] * len(chunk.tensors)
+        found.update(why_exact(one) if kind == "raw" else kind for one, kind in zip(chunk.tensors, kinds, strict=True))
+    return found
+
+
 def packed_codec(manifest: Manifest) -> str | None:
     """The packed codec that a run of this manifest reads, as `for_run` made it; None if all weights are exact."""
     return next((form.codec for chunk in manifest.chunks for form in chunk.forms if form.is_packed), None)
@@ -86,7 +96,8 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
     """The manifest with the forms that a run may read: the exact ones, or those of the packed codec it asks for.
 
     Chunks without weights to quantise have exact forms only, and those are read beside packed ones. `auto` reads packed
-    forms only where a model has no exact ones. What is left is one packed form of a chunk, or exact ones.
+    forms only where a model has no exact ones: the most exact codec that all weights are stored in. What is left is one
+    packed form of a chunk, or exact ones; two packed codecs are never mixed.
 
     Args:
         manifest: as the source has it; returned as it is if there is nothing to leave out.
@@ -96,20 +107,36 @@ def for_run(manifest: Manifest, codec: str, *, where: str) -> Manifest:
     Raises:
         ConfigurationError: the model is not stored so.
     """
-    stored = stored_codecs(manifest)
+    whole = [one for one in stored_packed_codecs(manifest) if all(_run_forms(chunk, one) for chunk in manifest.chunks)]
     if codec == "auto" and not has_exact_forms(manifest):
-        codec = next(iter(stored_packed_codecs(manifest)), codec)
-    chunks = []
-    for chunk in manifest.chunks:
-        packed = chunk.form(codec) if codec in PACKED_CODECS else None
-        forms = (packed,) if packed else exact_forms(chunk)
-        chunks.append(chunk if forms == chunk.forms else replace(chunk, forms=forms))
-    if not all(chunk.forms for chunk in chunks) or (codec in PACKED_CODECS and codec not in stored):
-        advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
-        if not has_exact_forms(manifest):
-            stored = stored_packed_codecs(manifest)  # the exact ones are of some chunks only
-            advice = "ask for one of these, or chunk its checkpoint again"
-        raise ConfigurationError(
-            f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"
-        )
+        codec = next(iter(whole), codec)
+    forms = [_run_forms(chunk, codec) for chunk in manifest.chunks]
+    if not all(forms) or (codec in PACKED_CODECS and codec not in whole):
+        raise ConfigurationError(_not_stored(manifest, codec, whole, where))
+    chunks = [
+        chunk if kept == chunk.forms else replace(chunk, forms=kept)
+        for chunk, kept in zip(manifest.chunks, forms, strict=True)
+    ]
     return manifest if all(map(is_, chunks, manifest.chunks)) else replace(manifest, chunks=tuple(chunks))
+
+
+def _run_forms(chunk: Chunk, codec: str) -> tuple[Form, ...]:
+    """The forms of a chunk that a run may read."""
+    packed = chunk.form(codec) if codec in PACKED_CODECS else None
+    return (packed,) if packed else exact_forms(chunk)
+
+
+def _not_stored(manifest: Manifest, codec: str, whole: Sequence[str], where: str) -> str:
+    """What is wrong, and what to do; `whole` names the packed codecs that the model can be run in."""
+    stored = stored_codecs(manifest)
+    advice = f"store it so: surfw chunk {manifest.name} --from {where} --codec {','.join([*stored, codec])}"
+    if not has_exact_forms(manifest):
+        stored = tuple(whole)  # exact ones are of some chunks only
+        advice = "ask for one of these, or chunk its checkpoint again"
+    if not stored:
+        missing = [next(chunk.name for chunk in manifest.chunks if not _run_forms(chunk, one)) for one in PACKED_CODECS]
+        lacks = " and ".join(f"{name} is not there as {one}" for one, name in zip(PACKED_CODECS, missing, strict=True))
+        return (
+            f"no form that {manifest.name} has in {where} holds all of its weights: {lacks}; chunk its checkpoint again"
+        )
+    return f"{manifest.name} is stored as {', '.join(stored)} in {where}, not as {codec}; {advice}"

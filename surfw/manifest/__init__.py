@@ -41,6 +41,7 @@ from surfw.manifest.facts import (
     ModelFile,
     Origin,
     Pin,
+    Reason,
     TensorInfo,
     Use,
     nbytes,
@@ -53,12 +54,24 @@ from surfw.manifest.parser import (
     parse_manifest,
     parse_stored_manifest,
 )
-from surfw.manifest.parts import GROUP, PANEL, Part, fits, packed_bytes, parts_of, plan_parts
+from surfw.manifest.parts import (
+    GROUP,
+    LEAST_WEIGHTS,
+    PANEL,
+    Part,
+    fits,
+    packed_bytes,
+    parts_of,
+    plan_parts,
+    stored_bytes,
+    why_exact,
+)
 
 __all__ = [
-    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "GROUP", "IN_PLACE_VERSION", "PACKED_VERSION", "PANEL", "VERSION", "Chunk",
-    "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile", "Origin", "Part", "Pin", "TensorInfo",
-    "Use", "check_model_name", "count_blocks", "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest",
-    "fits", "has_digest", "nbytes", "packed_bytes", "parse_digests", "parse_manifest", "parse_stored_manifest",
-    "parts_of", "payload_digest", "plan_parts", "read_digests", "with_digests",
+    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "GROUP", "IN_PLACE_VERSION", "LEAST_WEIGHTS", "PACKED_VERSION",
+    "PANEL", "VERSION", "Chunk", "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile",
+    "Origin", "Part", "Pin", "Reason", "TensorInfo", "Use", "check_model_name", "count_blocks", "decode_line",
+    "digest_blocks", "encode_line", "encode_stored_manifest", "fits", "has_digest", "nbytes", "packed_bytes",
+    "parse_digests", "parse_manifest", "parse_stored_manifest", "parts_of", "payload_digest", "plan_parts",
+    "read_digests", "stored_bytes", "why_exact", "with_digests",
 ]  # fmt: skip

@@ -24,6 +24,10 @@ PACKED_VERSION = 4
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
+Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
+"""Why a tensor is not quantised: it is no matrix; or one that has few weights, a shape that no kernel takes, or another
+dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
+
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,

@@ -5,9 +5,10 @@ A form lists the kind of each tensor, and nothing else: all places follow from k
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from surfw.config import aligned
-from surfw.manifest.facts import Chunk, Form, Kind, TensorInfo
+from surfw.manifest.facts import Chunk, Form, Kind, Reason, TensorInfo
 
 GROUP = 32
 """Columns that share a scale in `int4`."""
@@ -67,6 +68,17 @@ def fits(tensor: TensorInfo, kind: Kind) -> bool:
     return columns % _COLUMNS[kind] == 0 and rows * columns >= LEAST_WEIGHTS
 
 
+def why_exact(tensor: TensorInfo) -> Reason:
+    """Why surfw does not quantise a tensor that is `raw` in every packed form."""
+    if len(tensor.shape) != 2:
+        return "vectors" if len(tensor.shape) < 2 else "others"
+    if fits(tensor, "int8"):
+        return "others"
+    if tensor.dtype not in _DTYPES:
+        return "dtypes"
+    return "small" if prod(tensor.shape) < LEAST_WEIGHTS else "shapes"
+
+
 def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Part, ...]:
     """Where each tensor of a chunk lies in its packed form.
 
@@ -88,6 +100,11 @@ def plan_parts(tensors: Sequence[TensorInfo], kinds: Sequence[Kind]) -> tuple[Pa
 def parts_of(chunk: Chunk, form: Form) -> tuple[Part, ...]:
     """Where each tensor of a chunk lies in a packed form of it."""
     return plan_parts(chunk.tensors, form.kinds)
+
+
+def stored_bytes(tensor: TensorInfo, kind: Kind) -> int:
+    """What a tensor takes as that kind, rows that fill a panel up included."""
+    return sum(_sizes(tensor, kind))
 
 
 def packed_bytes(parts: Sequence[Part]) -> int:

@@ -6,7 +6,7 @@ that is shown depends on the model and its dtypes alone; an error about a budget
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +15,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from surfw.chunking import PreparedModel
-from surfw.chunking.forms import codecs_of, planned_form
 from surfw.codec import PACKED_CODECS, for_run, packed_codec, stored_codecs
 from surfw.codec.lossless import DECODING_BYTES
 from surfw.config import MIB, expect, format_size
@@ -33,16 +31,15 @@ from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
-from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.lender import Lender
 from surfw.runtime.loader import Loader, buffer_bytes, device_scratch_bytes, held_bytes, scratch_bytes
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs, least_bytes, needs_behind, plan_residency
+from surfw.runtime.plan import Limit, Needs, describe_needs, needs_behind, plan_residency
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
-from surfw.skeleton.build import Skeleton, build_skeleton, read_config, resolve_class
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
 from surfw.storage.origins import is_local_url
 
@@ -335,22 +332,3 @@ def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:
         once=tuple(path for path in order if units.get(path) in inside),
         cycle=tuple(path for path in order if units.get(path) not in inside or units.get(path) in again),
     )
-
-
-def plan_least_budget(prepared: PreparedModel, codecs: Sequence[str] = ("none",)) -> tuple[int, int]:
-    """The least budget in bytes of a model that is still to be chunked, and what each token adds for the KV cache."""
-    name, dtype, planned = prepared.name, parse_dtype(prepared.dtype), prepared.plan.chunks
-    manifest = prepared.manifest(
-        [one.chunk("", *(planned_form(one, codec) for codec in codecs_of(one, codecs))) for one in planned]
-    )
-    manifest = for_run(manifest, "auto", where=name)
-    config = read_config(dict(prepared.config), where=name)
-    count = sum(len(chunk.tensors) for chunk in planned) + len(manifest.ties)
-    skeleton = build_skeleton(
-        config, resolve_class(prepared.class_name, config, where=name), dtype, tensor_count=count, where=name
-    )
-    tables = tables_of(skeleton, manifest)
-    needs = model_needs(manifest, cast_dtypes(manifest, skeleton), tables)
-    needs = Schedule(manifest.order, find_phases(manifest, skeleton), row_wise=tables).apply_to(needs)
-    per_token = kv_cost(skeleton.model.config, dtype).new_token_bytes if skeleton.model.can_generate() else 0
-    return least_bytes(needs.from_anywhere()), per_token

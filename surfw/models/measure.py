@@ -9,10 +9,11 @@ import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from surfw.config import BLOCK_BYTES, MB, MIB
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Form
 from surfw.models.assembly import ModelParts
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.run import Run, current_run
 from surfw.source import ChunkSource, Read
+from surfw.storage.local_reader import FileRange, LocalReader
 
 RunModel = Callable[[Callable[[PreTrainedModel], None]], None]
 """Calls a function with transformers' model, while nobody else runs it."""
@@ -35,6 +37,9 @@ READ_SECONDS, READ_BYTES = 1.5, 256 * MB
 
 PASS_SECONDS = 5.0
 """After this long a pass is interrupted, and scaled up from what it did until then."""
+
+_LEAST_BYTES = 32 * MB
+"""Less is read too quickly to tell how fast a disk is."""
 
 _PASSES = 8
 _QUICK_PASSES_SECONDS = 2.0
@@ -82,12 +87,23 @@ class _Enough(Exception):  # noqa: N818 - not an error: it ends a pass that take
     """The time for a pass is over."""
 
 
+Fetch = Callable[[int, int, memoryview], Awaitable[object]]
+"""Reads some of what is stored: from a byte, to a byte, into memory of that size."""
+
+
 def measure_reading(parts: ModelParts) -> Reading | None:
     """Read streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = (parts.below or parts.engine).plan, parts.manifest
     streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
-    return parts.client.run(lambda source: _read_for_a_while(source, manifest, forms)) if forms else None
+
+    async def read(source: ChunkSource) -> Reading:
+        def fetch(chunk: Chunk, form: Form, start: int, stop: int, view: memoryview) -> Awaitable[object]:
+            return source.fetch(manifest, [Read(chunk, form, start, stop, view)])
+
+        return await _read_for_a_while([(form.stored_bytes, partial(fetch, chunk, form)) for chunk, form in forms])
+
+    return parts.client.run(read) if forms else None
 
 
 def measure_copying(parts: ModelParts) -> float | None:
@@ -97,11 +113,35 @@ def measure_copying(parts: ModelParts) -> float | None:
     return engine.device.measure_copying() if copies and isinstance(engine, DeviceEngine) else None
 
 
-async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequence[tuple[Chunk, Form]]) -> Reading:
-    """Two reads at a time, as in a run; pieces grow while they arrive quickly."""
-    left = deque((chunk, form, 0) for chunk, form in forms)  # and where to go on in each
+def measure_files(files: Sequence[Path]) -> Reading | None:
+    """Read local files for a while, past the page cache, as weights are read; None if there is too little to tell.
+
+    Raises:
+        StorageError: one cannot be read.
+    """
+    sizes = {path: path.stat().st_size for path in files}
+    if sum(sizes.values()) < _LEAST_BYTES:
+        return None
+
+    async def read() -> Reading:
+        def fetch(path: Path, start: int, stop: int, view: memoryview) -> Awaitable[object]:
+            return reader.read([FileRange(path, start, stop)], view, None, urgent=False)
+
+        with closing(LocalReader()) as reader:
+            return await _read_for_a_while([(size, partial(fetch, path)) for path, size in sizes.items() if size])
+
+    return asyncio.run(read())
+
+
+async def _read_for_a_while(stored: Sequence[tuple[int, Fetch]]) -> Reading:
+    """Two reads at a time, as in a run; pieces grow while they arrive quickly.
+
+    Args:
+        stored: the size of each thing to read, and what reads it.
+    """
+    left = deque((size, fetch, 0) for size, fetch in stored)  # and where to go on in each
     allowed = READ_BYTES
-    largest = min(_LARGEST_PIECE, max(form.stored_bytes for _, form in forms))
+    largest = min(_LARGEST_PIECE, max(size for size, _ in stored))
     views = [Buffer(largest).view for _ in range(_READERS)]
     for view in views:
         view[:] = bytes(len(view))  # touched once, so that the pages are there
@@ -111,12 +151,12 @@ async def _read_for_a_while(source: ChunkSource, manifest: Manifest, forms: Sequ
         nonlocal allowed
         length = BLOCK_BYTES
         while left and allowed > 0 and (now := time.perf_counter()) - began < READ_SECONDS:
-            chunk, form, start = left.popleft()
-            stop = min(start + length, form.stored_bytes)
-            if stop < form.stored_bytes:
-                left.appendleft((chunk, form, stop))
+            size, fetch, start = left.popleft()
+            stop = min(start + length, size)
+            if stop < size:
+                left.appendleft((size, fetch, stop))
             allowed -= stop - start
-            await source.fetch(manifest, [Read(chunk, form, start, stop, view[: stop - start])])
+            await fetch(start, stop, view[: stop - start])
             if time.perf_counter() - now < _QUICK_SECONDS:
                 length = min(2 * length, _LARGEST_PIECE)
 

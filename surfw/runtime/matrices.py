@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -36,7 +36,8 @@ PIECE_BYTES = 4 * MIB
 DEVICE_PIECE_BYTES = 128 * MIB
 """The same on a device, where each piece takes several kernels, and memory is faster than caches here."""
 
-_OPERAND_BYTES, _REORDERED_BYTES = 4 * MIB, MIB
+_OPERAND_BYTES, _ORDERED_BYTES = 4 * MIB, 4 * MIB
+_ORDERED_AT_ONCE_BYTES = MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
 _TIMES = 3
 _MEASURING_SECONDS = 0.03
@@ -164,16 +165,23 @@ def _as_stored(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _in_panels_of_32(codes: torch.Tensor) -> torch.Tensor:
-    """int4's codes as torch's kernel for AVX2 reads them: row j and row j + 16 of 32 rows in byte j of a column."""
+    """int4's codes as torch's kernel for AVX2 reads them: row j and row j + 16 of 32 rows in byte j of a column.
+
+    Valid until the thread orders or unpacks the next ones.
+    """
     panels, columns, _ = codes.shape
-    ordered = torch.empty(panels, 2, columns, 4, dtype=torch.int32)
-    step = max(1, _REORDERED_BYTES // (columns * PANEL // 2))
+    ordered = _SCRATCH.take("piece", (panels, 2, columns, 4), torch.int32, codes.device)
+    step = min(panels, max(1, _ORDERED_AT_ONCE_BYTES // (columns * PANEL // 2)))
+    halves = _SCRATCH.take("codes", (3, step, columns), torch.complex128, codes.device)  # 16 bytes at a time
     for first in range(0, panels, step):
-        quarters = codes[first : first + step].view(torch.complex128)  # 16 bytes at a time
-        low, high = (quarters[..., side].contiguous().view(torch.int32).view(-1, columns, 4) for side in (0, 1))
-        into = ordered[first : first + step]
-        into[:, 0] = (low & 0x0F0F0F0F) | (high & 0x0F0F0F0F) << 4
-        into[:, 1] = (low >> 4 & 0x0F0F0F0F) | (high & ~0x0F0F0F0F)
+        quarters = codes[first : first + step].view(torch.complex128)
+        low, high, shifted = halves[:, : len(quarters)].view(torch.int32).view(3, len(quarters), columns, 4)
+        for side, half in enumerate((low, high)):
+            half.view(torch.complex128).copy_(quarters[..., side : side + 1])
+        even, odd = ordered[first : first + step].unbind(1)
+        torch.bitwise_and(high, 0x0F0F0F0F, out=shifted).bitwise_left_shift_(4)
+        torch.bitwise_and(low, 0x0F0F0F0F, out=even).bitwise_or_(shifted)
+        torch.bitwise_and(high, ~0x0F0F0F0F, out=odd).bitwise_or_(low.bitwise_right_shift_(4).bitwise_and_(0x0F0F0F0F))
     return ordered.view(torch.uint8).view(-1, columns // 2)
 
 
@@ -229,7 +237,7 @@ class _Int4(Packed):
         super().__init__(shape, codes, scales)
         self._scale_bits = scales.view(torch.uint16)
         self._memory = memory
-        self._operand: torch.Tensor | None = None
+        self._kept: Sequence[torch.Tensor] = ()
 
     @classmethod
     def over(cls, part: Part, memory: torch.Tensor, operand: torch.Tensor | None) -> Self:
@@ -247,27 +255,29 @@ class _Int4(Packed):
 
     def multiply_few(self, rows: torch.Tensor, order: Order) -> torch.Tensor:
         rows, filled = rows.contiguous(), self.scales.shape[1]
-        step = self._step(_OPERAND_BYTES, len(self.scales) * 4)
-        if self._memory is not None:
-            product = _multiply_few(rows, order(self.codes), self._keep_operand(self._memory))
-        elif filled <= step:
-            product = self._multiply_part(rows, order(self.codes), self._scale_bits)
-        else:
-            step = -(-filled // (-(-filled // step) * PANEL)) * PANEL  # as many parts, of about the same size
-            parts = zip(torch.split(self.codes, step // PANEL), torch.split(self._scale_bits, step, dim=1), strict=True)
-            product = torch.cat([self._multiply_part(rows, order(codes), bits) for codes, bits in parts], dim=1)
+        most = filled if self._memory is not None else self._step(_OPERAND_BYTES, len(self.scales) * 4)
+        if order is not _as_stored:
+            most = min(most, self._step(_ORDERED_BYTES, self.shape[1] // 2))
+        step = -(-filled // (-(-filled // most) * PANEL)) * PANEL  # as few parts as possible, of about the same size
+        parts = zip(torch.split(self.codes, step // PANEL), self._operands(step), strict=True)
+        products = [_multiply_few(rows, order(codes), operand) for codes, operand in parts]
+        product = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         return product if filled == self.shape[0] else product[:, : self.shape[0]].contiguous()
 
-    @staticmethod
-    def _multiply_part(rows: torch.Tensor, codes: torch.Tensor, scale_bits: torch.Tensor) -> torch.Tensor:
-        pairs = _SCRATCH.take("operand", scale_bits.shape, torch.int32, scale_bits.device)
-        return _multiply_few(rows, codes, _fill_operand(pairs, scale_bits))
-
-    def _keep_operand(self, memory: torch.Tensor) -> torch.Tensor:
-        if self._operand is None:
-            with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
-                self._operand = _fill_operand(memory.view(torch.int32).view(self.scales.shape), self._scale_bits)
-        return self._operand
+    def _operands(self, step: int) -> Iterable[torch.Tensor]:
+        """The scales of so many rows at a time as the kernel reads them: kept, or each valid until the next one."""
+        parts = torch.split(self._scale_bits, step, dim=1)
+        if self._memory is None:
+            return (
+                _fill_operand(_SCRATCH.take("operand", bits.shape, torch.int32, bits.device), bits) for bits in parts
+            )
+        if len(self._kept) != len(parts):
+            with torch.inference_mode(mode=False):  # or they could not be used outside of that mode
+                places = torch.split(self._memory.view(torch.int32), [bits.numel() for bits in parts])
+                self._kept = [
+                    _fill_operand(place.view(bits.shape), bits) for place, bits in zip(places, parts, strict=True)
+                ]
+        return self._kept
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)

@@ -138,16 +138,25 @@ class Store:
         Raises:
             NotAStoreError: the place is used for something else.
         """
+        if not await self.check_place():
+            document = {"format": FORMAT, "version": STORE_VERSION}
+            await self.backend.save(MARKER, json.dumps(document).encode())
+
+    async def check_place(self) -> bool:
+        """Whether this place is a store already; if not, `create` makes it one.
+
+        Raises:
+            NotAStoreError: the place is used for something else.
+        """
         if await self.backend.exists(MARKER):
             await self.check()
-            return
+            return True
         if foreign := await self._foreign_key():
             raise NotAStoreError(
                 f"{self.url} holds other things (such as {foreign}) and no {MARKER}; "
                 "choose an empty place for the store"
             )
-        document = {"format": FORMAT, "version": STORE_VERSION}
-        await self.backend.save(MARKER, json.dumps(document).encode())
+        return False
 
     async def _foreign_key(self) -> str | None:
         """A key that a store would not have before it has its marker."""

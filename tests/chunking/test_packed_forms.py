@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from surfw import Housekeeping
 from surfw.chunking import copy_model
+from surfw.chunking.copy import check_copy
+from surfw.chunking.write import check_target
 from surfw.errors import CheckpointError, ConfigurationError, ManifestError
 from surfw.manifest import Manifest, payload_digest
 from surfw.storage import Store, open_backend
@@ -63,8 +66,15 @@ def test_what_has_no_matrix_stays_as_it_is(store: Path, checkpoint: Path, tmp_pa
     assert (set(layer.forms[3].kinds), set(layer.forms[2].kinds)) == ({"int4", "raw"}, {"int8", "raw"})
     assert [form.kinds for form in head.forms if form.is_packed] == [("int8",)] * 2
     assert len({form.locations for form in head.forms if form.is_packed}) == 1  # they share a blob
-    with pytest.raises(ConfigurationError, match="has tiny with all bits, which int4 alone would replace"):
+    with pytest.raises(ConfigurationError, match="has tiny with all bits, which int4 alone would replace") as refused:
         chunk_into(store, checkpoint, ("int4",))
+    for check in (
+        check_target(open_backend(store), "tiny", ("int4",)),
+        check_copy(manifest, open_backend(store), codecs=("int4",)),
+    ):
+        with pytest.raises(ConfigurationError, match=re.escape(str(refused.value))):
+            asyncio.run(check)
+    asyncio.run(check_target(open_backend(tmp_path / "none-yet"), "tiny", ("int4",)))
     alone = chunk_into(tmp_path / "alone", checkpoint, ("int4",))
     assert {chunk.name: [form.codec for form in chunk.forms] for chunk in alone.chunks} == {
         name: ["none"] if name == "model.norm" else ["int4"] for name in forms
@@ -162,6 +172,16 @@ def test_the_commands_say_what_is_stored_and_read(checkpoint: Path, tmp_path: Pa
     assert (said.returncode, said.stderr) == (0, "")
     assert " as int8, and " in said.stdout
     assert " as int4, in " in said.stdout
+    assert (
+        "\nint4: of 21 weights, 14 in 4 bits, 2 in 8 bits, 5 exact: 5 of one dimension, such as norms\n" in said.stdout
+    )
+    exact = {"vectors": 5, "small": 0, "shapes": 0, "dtypes": 0, "others": 0}
+    assert plan["packed_weights"] == [
+        {"codec": "int8", "int4": 0, "int8": 16, "exact": exact},
+        {"codec": "int4", "int4": 14, "int8": 2, "exact": exact},
+    ]
+    assert [one["codec"] for one in plan["forms"]] == list(ALL)
+    assert (plan["unit"], plan["disk_bytes_per_second"]) == ("tokens", None)
     int8, int4 = plan["packed_forms"]
     assert int4["bytes"] < int8["bytes"] < plan["payload_bytes"]
     assert int4["least_budget_bytes"] <= int8["least_budget_bytes"] < plan["least_budget_bytes"]

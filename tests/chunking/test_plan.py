@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from surfw.chunking.plan import ChunkPlan, PlannedTensor, UnitFacts, plan_chunks
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.config import ALIGNMENT
 from surfw.manifest import DTYPE_BITS, TensorInfo, Use
 from surfw.safetensors_header import HEADER_ALIGNMENT, encode_header
@@ -161,3 +161,9 @@ def test_headers_of_all_lengths_end_on_a_page(count: int) -> None:
     text = header[8:].rstrip(b" ")
     assert len(header) - 8 - len(text) < 4096
     assert len(json.loads(text)) == count
+
+
+@pytest.mark.parametrize(("rows", "kind"), [(8, "int8"), (35, "int8"), (36, "int4"), (64, "int4"), (65, "int8")])
+def test_int4_takes_no_more_bytes_than_int8_would(rows: int, kind: str) -> None:
+    weight = PlannedTensor(TensorInfo("weight", "BF16", (rows, 1024), 0), "weight", is_matrix=True)
+    assert PlannedChunk("layer", "layer", (weight,)).kinds("int4") == (kind,)

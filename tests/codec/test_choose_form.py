@@ -57,10 +57,27 @@ def test_what_is_not_exact_is_read_where_it_is_asked_for_or_all_there_is(
         ((PLAIN,), "int4", "stored as none in ws://x, not as int4; store it so: surfw chunk toy --from ws://x --codec"),
         ((PLAIN, INT4), "int8", "stored as none, int4 in ws://x, not as int8; store it so: .* --codec none,int4,int8$"),
         ((INT4,), "int8", "not as int8; ask for one of these"),
-        ((INT4,), "none", "stored as int4 in ws://x, not as none; ask for one of these"),
+        ((INT4,), "none", "toy is stored as int4 in ws://x, not as none; ask for one of these"),
         ((INT4,), "lossless", "not as lossless; ask for one of these"),
     ],
 )
 def test_nothing_else_is_read_than_what_was_asked_for(stored: tuple[Form, ...], codec: str, says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         for_run(toy_manifest([replace(CHUNK, forms=stored), NORM]), codec, where="ws://x")
+
+
+def test_two_packed_codecs_are_never_mixed() -> None:
+    other = replace(CHUNK, name="layers.1")
+    manifest = toy_manifest([replace(CHUNK, forms=(INT8, INT4)), replace(other, forms=(INT4,)), NORM])
+    run = for_run(manifest, "auto", where="here")
+    assert [chunk.forms for chunk in run.chunks] == [(INT4,), (INT4,), NORM.forms]
+    with pytest.raises(ConfigurationError, match="toy is stored as int4 in here, not as int8; ask for one of these"):
+        for_run(manifest, "int8", where="here")
+    manifest = toy_manifest([replace(CHUNK, forms=(INT8,)), replace(other, forms=(INT4,)), NORM])
+    for codec in ("auto", "none", "int8"):
+        says = (
+            "no form that toy has in here holds all of its weights: layers.1 is not there as int8 and layers.0 is not "
+            "there as int4; chunk its checkpoint again"
+        )
+        with pytest.raises(ConfigurationError, match=says):
+            for_run(manifest, codec, where="here")

@@ -1,7 +1,6 @@
 """There is one least budget, the same wherever it is shown and wherever weights come from, and a model runs with it."""
 
 import asyncio
-import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,8 +24,8 @@ from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
 from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel
+from surfw.models.planned import PlannedModel
 from surfw.storage import open_backend
-from tests.cli.run import surfw
 from tests.servers import serve
 
 IDS = torch.arange(3, 9)[None]
@@ -58,7 +57,7 @@ CASES = [
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """A model in a store, behind a server, and in place; the dtype it is run in, and what a dry run says of it."""
+    """A model in a store, behind a server, and in place; the dtype it is run in, and the planned least budget."""
     family, stored, dtype = request.param
     folder = tmp_path_factory.mktemp(family)
     build(family).to(getattr(torch, stored)).save_pretrained(folder / "m")
@@ -66,7 +65,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         asyncio.run(write_model(prepared, open_backend(folder / "store")))
     with prepare_model(str(folder / "m")) as prepared:
         asyncio.run(write_in_place(prepared, open_backend(folder / "in-place")))
-    done = surfw(folder, "chunk", str(folder / "m"), "--codec", "none", "--dry-run", "--json")
+        planned_bytes = PlannedModel(prepared).least_budget_bytes(("none",))
     auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
     resident = auto.from_pretrained(folder / "m", dtype=getattr(torch, dtype or stored)).eval()
     with ExitStack() as stack:
@@ -75,7 +74,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             "sources": [str(folder / "store"), served.url, str(folder / "in-place")],
             "dtype": dtype,
             "is_streamed": family == "llama",  # the others are so small that all of them fits into it
-            "dry_run": json.loads(done.stdout)["least_budget_bytes"],
+            "planned": planned_bytes,
             "inputs": {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "t5" else {}),
             "resident": resident,
         }
@@ -95,7 +94,7 @@ def refused(source: str, dtype: str | None, budget: int) -> tuple[int, int]:
 def test_the_least_budget_of_a_source_works_there_and_the_other_everywhere(case: dict[str, Any]) -> None:
     _, least = refused(case["sources"][0], case["dtype"], 1)
     if case["dtype"] is None:
-        assert case["dry_run"] == least
+        assert case["planned"] == least
     with torch.no_grad():
         expected = case["resident"](**case["inputs"]).logits
     for source in case["sources"]:

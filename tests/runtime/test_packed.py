@@ -114,11 +114,13 @@ def test_matrices_of_any_size_in_pieces_of_any_size(kind: Kind, rows: int, colum
     x = random(2, columns, seed=1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(matrices, "PIECE_BYTES", piece)
+        patch.setattr(matrices, "_ORDERED_BYTES", piece)
         assert torch.equal(weight.packed.unpacked(torch.float32), values)
         assert torch.equal(weight.packed.unpacked(torch.bfloat16), values.bfloat16())
         assert_near(weight.packed.multiply_many(x), x.double() @ values.double().t(), x)
-        x = x.bfloat16()
-        assert_near(weight.packed.multiply_few(x, order_of(weight.packed.kind)), x.double() @ values.double().t(), x)
+        x, order = x.bfloat16(), order_of(weight.packed.kind)
+        for way in (order, partial(order)):  # the second one is taken for one that codes have to be brought into
+            assert_near(weight.packed.multiply_few(x, way), x.double() @ values.double().t(), x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,7 +261,8 @@ def test_what_a_thread_keeps(kind: Kind, dtype: torch.dtype, shape: tuple[int, i
     kept = matrices._SCRATCH._memory
     kept.clear()
     weight.packed.multiply_many(random(1, shape[1], dtype=dtype))
-    weight.packed.multiply_few(random(1, shape[1], dtype=torch.bfloat16), order_of(kind))
+    for order in weight.packed.orders:
+        weight.packed.multiply_few(random(1, shape[1], dtype=torch.bfloat16), order)
     assert sum(one.nbytes for one in kept.values()) <= matrices.scratch_bytes(shape[1], dtype)
     if kind == "int4":
         bits = weight.packed._memory.view(torch.int32).view(weight.packed.scales.shape)
@@ -299,7 +302,7 @@ def test_a_measurement_that_takes_too_long_ends(
 
 
 def test_the_order_of_panels_of_32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrices, "_REORDERED_BYTES", 1)
+    monkeypatch.setattr(matrices, "_ORDERED_AT_ONCE_BYTES", 1)
     stored = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     codes = torch.cat([stored & 15, stored >> 4], dim=2).transpose(0, 1).reshape(32, 6, 32)  # columns, panels, rows
     expected = (codes[..., :16] | codes[..., 16:] << 4).transpose(0, 1)
