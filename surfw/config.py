@@ -110,6 +110,11 @@ def parse_size(text: str) -> int:
     return int(Decimal(match[1]) * _UNITS[unit])
 
 
+def is_device(name: str) -> bool:
+    """Whether a text names a device that models compute on: `cpu`, `cuda`, `cuda:1`, or `auto`."""
+    return re.fullmatch(r"cpu|auto|cuda(:\d{1,3})?", name) is not None
+
+
 def is_size(text: str) -> bool:
     """Whether a text is a size of one byte or more."""
     try:

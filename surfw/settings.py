@@ -26,6 +26,7 @@ from surfw.config import (
     OnMissing,
     Policy,
     default_store,
+    is_device,
     is_size,
 )
 from surfw.errors import ConfigurationError
@@ -135,6 +136,17 @@ class Settings:
         shown="what memory there is",
         metavar="SIZE",
         form="a size such as 1.2GB",
+        has_form=is_size,
+    )
+    device: str = _setting(
+        "cpu", "Where to compute: cpu, cuda, cuda:1, or auto.", form="cpu, cuda, cuda:1 or auto", has_form=is_device
+    )
+    device_memory: str | None = _setting(
+        None,
+        "Memory that weights and the KV cache may take on the device.",
+        shown="what is free there",
+        metavar="SIZE",
+        form="a size such as 8GB",
         has_form=is_size,
     )
     policy: Policy = _setting("auto", "Which layers stay in memory: a fixed choice, or those used last.")  # noqa: RUF009 - it makes a field

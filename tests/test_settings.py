@@ -28,6 +28,8 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "allowed_host": ("a.example", "b.example", "c.example"),
     "cache_layers": (1, 2, 3),
     "memory_budget": ("1.2GB", "500 MiB", "4096"),
+    "device": ("auto", "cuda", "cuda:1"),
+    "device_memory": ("8GB", "500 MiB", "4096"),
     "policy": ("lru", "auto", "lru"),
     "codec": ("none", "auto", "lossless"),
     "dtype": ("float32", "bfloat16", "float16"),

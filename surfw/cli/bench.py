@@ -1,6 +1,7 @@
 """`surfw bench`: measurements against a baseline of the same run."""
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +11,7 @@ from surfw.cli import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from surfw.bench.result import Result
+    from surfw.bench.result import Result, Row
 
 INFER_EXAMPLES = """\b
 Examples:
@@ -24,6 +25,12 @@ Examples:
   surfw bench quality
   surfw bench quality my-model --codec int4 --text my-text.txt
   surfw bench quality ./my-checkpoint --json
+"""
+
+DEVICE_EXAMPLES = """\b
+Examples:
+  surfw bench device --folder /dev/shm --lines figures.jsonl --json
+  surfw bench device --folder /dev/shm --parts streamed,packed
 """
 
 _FOLDER = typer.Option(
@@ -291,6 +298,61 @@ def start(
     codecs = [name.strip() for name in codec.split(",")]
     say = partial(_say, quiet=quiet)
     _show(bench_start(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say), json=json)
+
+
+@app.command(
+    "device",
+    cls=options.Command,
+    epilog=DEVICE_EXAMPLES,
+)
+def device(
+    device: Annotated[str, typer.Option("--device", metavar="NAME", help="cuda, cuda:1, or simulated.")] = "cuda",
+    shape: Annotated[str, typer.Option(help="A LLaMA with random weights: tiny, 1b or 8b.")] = "8b",
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Of streamed, half, whole, packed, accelerate, accelerate-half, diffusers, server, disk, separated by "
+            "commas. [default: all; disk with --disk]",
+        ),
+    ] = None,
+    folder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where the checkpoint is written, best in memory. [default: the temporary folder]"
+        ),
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="DIR", help="A folder on a disk that is measured as well. [default: none]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Begin nothing after so long.")] = 480.0,
+    lines: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Also write each figure as it comes, as lines of JSON.")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Streaming to a graphics card, against the rate of copies, the resident model, accelerate and diffusers."""
+    from contextlib import ExitStack
+    from dataclasses import asdict
+    from json import dumps
+
+    from surfw.bench.device import bench_device
+
+    with ExitStack() as last:
+        file = None if lines is None else last.enter_context(Path(lines).open("w", encoding="utf-8"))
+
+        def on_row(row: "Row") -> None:
+            if file is not None:
+                file.write(dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n")
+                file.flush()
+            _say(f"{row.name}: {row.value:.4g} {row.unit}", quiet=quiet)
+
+        found = bench_device(
+            device, shape=shape, parts=None if parts is None else [name.strip() for name in parts.split(",")],
+            folder=folder, disk=disk, seconds=seconds, on_row=on_row, on_progress=partial(_say, quiet=quiet),
+        )  # fmt: skip
+    _show(found, json=json)
 
 
 def _say(text: str, *, quiet: bool) -> None:

@@ -36,8 +36,8 @@ def show(explanation: "Explanation", origins: Mapping[str, SettingOrigin], conso
 
 
 def _origin(explanation: "Explanation", origins: Mapping[str, SettingOrigin]) -> SettingOrigin:
-    """Where the value comes from that limits memory: `cache_layers` or `memory_budget`."""
-    return origins["cache_layers" if explanation.limited_by == "cache_layers" else "memory_budget"]
+    """Where the value comes from that limits memory: `cache_layers`, `device_memory` or `memory_budget`."""
+    return origins["memory_budget" if explanation.limited_by == "default" else explanation.limited_by]
 
 
 def explanation_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, str]]:
@@ -46,7 +46,10 @@ def explanation_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[st
 
 
 def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, str]]:
+    is_device = one.host_budget_bytes is not None
     rows = [("memory budget", _budget(one, origin)), ("stays in memory", _kept(one))]
+    if is_device:
+        rows = [("device", one.device), ("device memory", _budget(one, origin)), ("stays on the device", _kept(one))]
     if one.ring_buffers:
         ring = f"a ring of {count(one.ring_buffers, 'buffer')} of {format_size(one.ring_bytes)}"
         rows.append(("the rest passes through", ring + (" (policy lru)" if one.policy == "lru" else "")))
@@ -60,6 +63,12 @@ def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, s
         ("peak", f"{format_size(one.peak_bytes)}; the least it runs with is {format_size(one.least_budget_bytes)}"),
         ("outside of the budget", f"{format_size(one.base_bytes)} of the process itself, and activations"),
     ]
+    if is_device:
+        takes = f"{format_size(one.host_peak_bytes or 0)} of {format_size(one.host_budget_bytes or 0)}"
+        rows[-1] = (
+            "host memory",
+            f"{takes}; {count(one.host_kept_layers or 0, 'layer')} that the device lacks stay there",
+        )
     return rows
 
 
@@ -96,6 +105,9 @@ def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
             ("read in a pass", read),
             ("ceiling by reading", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
         ]
+    if one.bus_ceiling is not None and one.bus_bytes_per_second is not None:
+        copied = f"{format_size(one.bus_bytes_per_pass)} at {_rate(one.bus_bytes_per_second)} (measured)"
+        rows += [("copied in a pass", copied), ("ceiling by copying", _speed(one.bus_ceiling, one))]
     rows.append(("ceiling by computing", _computing(one)))
     rows.append(("what limits it", _limit(one)))
     if one.more_bytes_per_pass is not None:
@@ -114,15 +126,17 @@ def _computing(one: "Explanation") -> str:
 
 
 def _limit(one: "Explanation") -> str:
-    what = "computing" if one.bottleneck == "compute" else f"reading {_PLACES[place_of(one.source)]}"
+    other = {"compute": "computing", "bus": "copying to the device"}
+    what = other.get(one.bottleneck) or f"reading {_PLACES[place_of(one.source)]}"
     return what if one.ceiling is None else f"{what}; the ceiling is {_speed(one.ceiling, one)}"
 
 
 def _more(one: "Explanation") -> str:
+    verb = "read" if one.host_budget_bytes is None else "copied"
     if one.more_bytes_per_pass == 0:
-        reads = "nothing is read any more"
+        reads = f"nothing is {verb} any more"
     else:
-        reads = f"{format_size(one.more_bytes_per_pass or 0)} read in a pass"
+        reads = f"{format_size(one.more_bytes_per_pass or 0)} {verb} in a pass"
     return reads if one.more_ceiling is None else f"{reads}; the ceiling is {_speed(one.more_ceiling, one)}"
 
 

@@ -156,10 +156,12 @@ def _took(result: InferenceResult, time: RunTimes) -> str:
 
 def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice | None = None) -> str:
     """Say why a run was not faster, and what to do about it."""
-    from surfw.models.statistics import stall_share
+    from surfw.models.statistics import copy_share, stall_share
 
     share = stall_share(time)
     waited = f"waited for the {place_of(source)} {percent(share)} of the time"
+    if (copied := copy_share(time)) >= _MOSTLY > share:
+        return f"copying to the device limited it, {percent(copied)} of the time; {waited}"
     if share < _MOSTLY:
         return f"computing limited it; {waited}"
     if plan is None or not plan["bytes_per_pass"]:

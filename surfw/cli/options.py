@@ -36,9 +36,10 @@ from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 RUN_SETTINGS = (
-    "model", "source", "storage_options", "cache_layers", "memory_budget", "policy", "codec", "max_new_tokens",
-    "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout", "silence_timeout",
-    "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file", "live",
+    "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
+    "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
+    "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
+    "token_file", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 Place = Annotated[
@@ -197,7 +198,8 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
             Settings(**{name: value for name, (value, _) in found.items()}),
             {name: where for name, (_, where) in found.items()},
         )
-        _check_size(loaded, "memory_budget")
+        for name in ("memory_budget", "device_memory"):
+            _check_size(loaded, name)
     except ConfigurationError as exc:
         raise WrongSettingError(str(exc)) from exc
     return loaded

@@ -169,6 +169,7 @@ def connect(
 
     budget = None if settings.memory_budget is None else parse_size(settings.memory_budget)
     is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
+    is_streamed |= settings.device != "cpu"  # whose weights do not stay where they are read ahead
     with ReadAheadClient(
         chosen.url,
         settings.model,
@@ -198,6 +199,8 @@ def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[s
         settings.model,
         cache_size=settings.cache_layers,
         memory_budget=settings.memory_budget,
+        device=settings.device,
+        device_memory=settings.device_memory,
         policy=settings.policy,
         codec=settings.codec,
         dtype=settings.dtype,

@@ -26,15 +26,19 @@ from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
+from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
-from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.lender import Lender
+from surfw.runtime.loader import Loader, buffer_bytes, device_scratch_bytes, held_bytes, scratch_bytes
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
-from surfw.runtime.plan import Limit, Needs, describe_needs, plan_residency
+from surfw.runtime.plan import Limit, Needs, describe_needs, needs_behind, plan_residency
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
-from surfw.runtime.schedule import Phases
+from surfw.runtime.run import IoThread
+from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
 from surfw.storage.origins import is_local_url
@@ -51,7 +55,7 @@ IN_FLIGHT_BYTES = 6 * MIB
 """What any source of weights holds at most besides the memory it fills, where it is asked for a block at a time: for
 unaligned tensors of a local checkpoint, a huge page for each of its three threads; others hold less."""
 
-LimitedBy = Literal["memory_budget", "cache_layers", "default"]
+LimitedBy = Literal["memory_budget", "device_memory", "cache_layers", "default"]
 """Where the limit of a model's memory comes from; `default` is what memory there was when it was opened."""
 
 
@@ -79,10 +83,27 @@ class ModelParts:
     base_bytes: int
 
     @property
+    def below(self) -> Lender | None:
+        """The engine of host memory, where the model computes on a device."""
+        return self.engine.below if isinstance(self.engine, DeviceEngine) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.engine.device.torch_device if isinstance(self.engine, DeviceEngine) else torch.device("cpu")
+
+    @property
     def limited_by(self) -> LimitedBy:
         """What limits the weights in memory: a setting, or the memory there was."""
         limit = self.engine.limit
-        return "cache_layers" if limit.cache_layers is not None else "default" if limit.reason else "memory_budget"
+        if limit.cache_layers is not None or limit.reason:
+            return "default" if limit.reason else "cache_layers"
+        return "memory_budget" if self.below is None else "device_memory"
+
+    def synchronize(self) -> None:
+        """Wait until the device has computed all that it was told to; the CPU has."""
+        if isinstance(self.engine, DeviceEngine):
+            self.engine.device.synchronize()
 
     def layer_names(self, indices: Iterable[int]) -> list[str]:
         """The names of layers that are counted from 0 in the order they run, each once."""
@@ -122,32 +143,31 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    for kind in {kind for chunk in manifest.chunks for form in chunk.forms for kind in form.kinds} - {"raw"}:
-        kernel_of(kind)  # measured now, while nothing computes
     forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
     if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
-    limit = settings.limit
+    find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
+    phases = find_phases(manifest, skeleton)
+    device = open_device(settings.device)
+    if device is None:
+        for kind in {kind for chunk in manifest.chunks for form in chunk.forms for kind in form.kinds} - {"raw"}:
+            kernel_of(kind)  # measured now, while nothing computes
     with deciding:
-        if limit.budget_bytes is None and limit.cache_layers is None:
-            found = find_default_budget()
-            limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
-        elif limit.budget_bytes is not None:
-            _warn_beyond_memory(limit.budget_bytes)
-        find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
-        keeps_operands = packed == "int4" and _fits_well(find_needs(keeps_operands=True), limit)
-        engine = Engine(
-            manifest,
-            find_needs(keeps_operands=keeps_operands),
-            limit,
-            Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands),
-            io=client.io,
-            metrics=metrics,
-            phases=find_phases(manifest, skeleton),
-            tables=units,
-            rows_bytes=ROWS_BYTES,
-            prefetch=settings.prefetch,
-        )
+        limit = _decide_limit(settings.limit, is_behind=device is not None)
+        may_keep = device is None and packed == "int4"  # a device has no use for operands
+        keeps_operands = may_keep and _fits_well(find_needs(keeps_operands=True), limit)
+        needs = find_needs(keeps_operands=keeps_operands)
+        loader = Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands)
+        if device is None:
+            engine = Engine(
+                manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
+                rows_bytes=ROWS_BYTES, prefetch=settings.prefetch,
+            )  # fmt: skip
+        else:
+            _move_rest(skeleton, device)
+            engine = _open_device_engine(
+                device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
+            )
         claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
@@ -167,12 +187,80 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(skeleton, manifest, engine, tables),
+        hooks=StreamingHooks(
+            skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
+        ),
         claim=claim,
         base_bytes=rss_bytes(),
     )
     engine.warm()
     return parts
+
+
+def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
+    """The limit of host memory: as given, or by what there is. Behind a device, layers are not counted there."""
+    if is_behind and limit.cache_layers is not None:
+        limit = replace(limit, cache_layers=None)
+    if limit.budget_bytes is None and limit.cache_layers is None:
+        found = find_default_budget()
+        return replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    if limit.budget_bytes is not None:
+        _warn_beyond_memory(limit.budget_bytes)
+    return limit
+
+
+def _open_device_engine(
+    device: Device,
+    needs: Needs,
+    settings: OpenSettings,
+    host_limit: Limit,
+    loader: Loader,
+    *,
+    io: IoThread,
+    metrics: Metrics,
+    phases: Phases,
+    units: Mapping[str, TableUnit],
+) -> DeviceEngine:
+    """The engines of a device's memory, and of the host memory behind it, which `needs` and `host_limit` are of."""
+    manifest = loader.manifest
+    budget = settings.device_budget_bytes
+    limit = Limit(
+        budget_bytes=budget, cache_layers=settings.limit.cache_layers, policy=settings.limit.policy, tier="device"
+    )
+    if budget is None and limit.cache_layers is None:
+        found = device.find_budget()
+        limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    near = replace(
+        needs,
+        sizes={
+            chunk.name: -(-held_bytes(chunk, loader.dtypes) // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT or DEVICE_ALIGNMENT
+            for chunk in manifest.chunks
+        },
+        table_bytes=0, overhead_bytes=0, in_flight_bytes=None, working_bytes=device.working_bytes,
+        scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in manifest.chunks},
+    )  # fmt: skip
+    order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
+    behind = needs_behind(needs, plan_residency(order, limit), order)
+    below = Lender(
+        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics, rows_bytes=ROWS_BYTES,
+        prefetch=settings.prefetch,
+    )  # fmt: skip
+    return DeviceEngine(
+        below, device, near, limit, loader, io=io, metrics=metrics, phases=phases, tables=units,
+        prefetch=settings.prefetch,
+    )  # fmt: skip
+
+
+def _move_rest(skeleton: Skeleton, device: Device) -> None:
+    """Move what no chunk provides to the device: buffers, and parameters that the caller does without."""
+    for module in skeleton.model.modules():
+        registries: tuple[dict[str, Any], ...] = module._buffers, module._parameters  # noqa: SLF001 - torch's
+        for registry in registries:
+            for leaf, tensor in registry.items():
+                if tensor is not None and not tensor.is_meta and tensor.device != device.torch_device:
+                    moved = tensor.detach().to(device.torch_device)
+                    is_parameter = isinstance(tensor, torch.nn.Parameter)
+                    registry[leaf] = torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
 
 
 def _fits_well(needs: Needs, limit: Limit) -> bool:

@@ -20,7 +20,7 @@ from surfw.models.client import Source
 from surfw.models.explain import Advice, Explanation, advise, explain
 from surfw.models.kv_reserve import generation_size
 from surfw.models.lifetime import ModelLifetime
-from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, check_device, expect_number
+from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, expect_number
 from surfw.models.progress import Progress
 from surfw.models.statistics import (
     CacheInfo,
@@ -31,11 +31,23 @@ from surfw.models.statistics import (
     full_statistics,
     inference_stats,
 )
+from surfw.runtime.engine import Engine
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Arguments with their tensors on a device; on the CPU, they are left as they are."""
+    if device.type == "cpu":
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {name: to_device(one, device) for name, one in value.items()}
+    return type(value)(to_device(one, device) for one in value) if type(value) in {list, tuple} else value
 
 
 class StreamingBaseModel(ModelLifetime):
@@ -69,6 +81,7 @@ class StreamingBaseModel(ModelLifetime):
         memory_budget: int | str | None = None,
         prefetch: bool = True,
         device: str | torch.device = "cpu",
+        device_memory: int | str | None = None,
         dtype: str | None = None,
         on_missing: OnMissing = "error",
         policy: Policy = "auto",
@@ -87,7 +100,11 @@ class StreamingBaseModel(ModelLifetime):
                 Default: what the machine and this process's control groups have left, less a headroom and what other
                 open models may still take.
             prefetch: fetch the next layers while one computes.
-            device: where to compute; only the CPU.
+            device: where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, which is a CUDA device where torch sees one.
+                Then `memory_budget` is of the machine's memory, where weights wait that do not stay on the device;
+                `cache_size` counts layers on the device.
+            device_memory: instead of `cache_size`, what weights and KV cache may take on the device. Default: what is
+                free there, less a headroom.
             dtype: run in this dtype, as `from_pretrained(dtype=…)` would; default: the one it is stored in.
             on_missing: `error`, or `uninitialized`: compute with weights that the checkpoint does not have, with a
                 warning. The only way ever to do so.
@@ -102,12 +119,20 @@ class StreamingBaseModel(ModelLifetime):
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
         """
-        if cache_size is not None and memory_budget is not None:
+        if cache_size is not None and memory_budget is not None and str(device) == "cpu":
             raise ConfigurationError(
                 f"cache_size {cache_size} and memory_budget {memory_budget} exclude each other; give one of them"
             )
         expect("model", model, str | None, "a model's name or None")
-        check_device(device)
+        if device_memory is not None and cache_size is not None:
+            raise ConfigurationError(
+                f"cache_size {cache_size} and device_memory {device_memory} exclude each other; give one of them"
+            )
+        if device_memory is not None and str(device) == "cpu":
+            raise ConfigurationError(
+                f"{device_memory} of device memory are given (device_memory, --device-memory), and the device is the "
+                "CPU; name another one (device, --device)"
+            )
         settings = OpenSettings(
             limit=Limit(cache_layers=cache_size, budget_bytes=budget_bytes(memory_budget), policy=policy),
             prefetch=prefetch,
@@ -115,6 +140,8 @@ class StreamingBaseModel(ModelLifetime):
             on_missing=on_missing,
             codec=codec,
             model_class=self.model_class,
+            device=str(device),
+            device_budget_bytes=budget_bytes(device_memory, "device_memory"),
         )
         super().__init__(source, model, settings, **connection)
 
@@ -149,6 +176,16 @@ class StreamingBaseModel(ModelLifetime):
         return self._open_here().manifest
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._open_here().device
+
+    @property
+    def _engine(self) -> Engine:
+        """What brings its weights; for measurements."""
+        return self._open_here().engine
+
+    @property
     def plan(self) -> ResidencyPlan:
         """The plan of what stays in memory and what is streamed."""
         return self._open_here().engine.plan
@@ -170,7 +207,9 @@ class StreamingBaseModel(ModelLifetime):
             SurfwError: weights could not be read.
             ModelClosedError: the model is closed, or was closed meanwhile.
         """
-        return self.run(lambda model: model(*args, **kwargs), enable_prefetch=enable_prefetch)
+        device = self._open_here().device
+        moved, named = to_device(args, device), to_device(kwargs, device)
+        return self.run(lambda model: model(*moved, **named), enable_prefetch=enable_prefetch)
 
     def run(self, work: Callable[[PreTrainedModel], T], *, enable_prefetch: bool = True) -> T:
         """Do something with transformers' model, alone and without gradients; it counts as one inference.
@@ -192,6 +231,7 @@ class StreamingBaseModel(ModelLifetime):
             except BaseException:
                 parts.hooks.recover()
                 raise
+            parts.hooks.end_run()
             self.metrics.latency("inference").observe(time.perf_counter() - start)
             return result
 
@@ -219,9 +259,12 @@ class StreamingBaseModel(ModelLifetime):
         """Generate with transformers' own `generate()`; arguments, streamers and result are its."""
         self._expect_generation()
 
+        device = self._open_here().device
+        moved, named = to_device(args, device), to_device(kwargs, device)
+
         def generate(model: Any) -> Any:
             self.leave_room(*generation_size(model, args, kwargs))
-            return model.generate(*args, **kwargs)
+            return model.generate(*moved, **named)
 
         return self.run(generate)
 

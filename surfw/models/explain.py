@@ -11,7 +11,15 @@ from typing import Literal
 
 from surfw.config import GB, Policy, is_server_url
 from surfw.models.assembly import LimitedBy, ModelParts
-from surfw.models.measure import READ_SECONDS, Computing, Reading, RunModel, measure_computing, measure_reading
+from surfw.models.measure import (
+    READ_SECONDS,
+    Computing,
+    Reading,
+    RunModel,
+    measure_computing,
+    measure_copying,
+    measure_reading,
+)
 from surfw.runtime.plan import Limit, ResidencyPlan
 
 _MOSTLY = 0.5
@@ -26,8 +34,8 @@ class Explanation:
     Attributes:
         model: its name.
         source: where its weights come from.
-        limited_by: what set how much memory weights may take: `memory_budget` or `cache_layers`, as given, or
-            `default`, the memory that was available.
+        limited_by: what set how much memory weights may take where the model computes: `memory_budget`,
+            `device_memory` or `cache_layers`, as given, or `default`, the memory that was available.
         budget_bytes: the budget; None with `cache_layers`.
         cache_layers: the layers to keep; None with a budget.
         policy: `auto` or `lru`.
@@ -54,9 +62,18 @@ class Explanation:
         unit: what a pass yields: `tokens`, or `passes` for models that do not generate.
         reading_ceiling: the most units per second that reading allows; None if nothing is read.
         computing_ceiling: the most that computing allows; None if it could not be measured.
-        bottleneck: the smaller of the two: `link` to a server, `storage`, or `compute`.
-        more_bytes_per_pass: what a pass would read with 1 GB more; None if nothing is read as it is.
-        more_ceiling: the most units per second with that, by reading and computing; None if not known.
+        bottleneck: the smallest of the ceilings: `link` to a server, `storage`, `bus` to the device, or `compute`.
+        more_bytes_per_pass: what a pass would read, or copy to the device, with 1 GB more; None if nothing is, as it
+            is.
+        more_ceiling: the most units per second with that; None if not known.
+        device: where the model computes. On another one than the CPU, what is said of memory above is of the device's;
+            what follows is of host memory, and of the bus between them.
+        host_budget_bytes: the budget of host memory.
+        host_kept_layers: how many layers stay there, because they are copied to the device in every pass.
+        host_peak_bytes: the most memory that weights take there.
+        bus_bytes_per_pass: what is copied to the device in a pass.
+        bus_bytes_per_second: how fast that was, in a measurement.
+        bus_ceiling: the most units per second that copying allows.
     """
 
     model: str
@@ -87,9 +104,16 @@ class Explanation:
     unit: Literal["tokens", "passes"]
     reading_ceiling: float | None
     computing_ceiling: float | None
-    bottleneck: Literal["link", "storage", "compute"]
+    bottleneck: Literal["link", "storage", "bus", "compute"]
     more_bytes_per_pass: int | None
     more_ceiling: float | None
+    device: str = "cpu"
+    host_budget_bytes: int | None = None
+    host_kept_layers: int | None = None
+    host_peak_bytes: int | None = None
+    bus_bytes_per_pass: int = 0
+    bus_bytes_per_second: float | None = None
+    bus_ceiling: float | None = None
 
     @property
     def other_parts(self) -> int:
@@ -98,8 +122,8 @@ class Explanation:
 
     @property
     def ceiling(self) -> float | None:
-        """The most units per second that reading and computing allow; None if neither is known."""
-        return _smaller(self.reading_ceiling, self.computing_ceiling)
+        """The most units per second that reading, copying and computing allow; None if none is known."""
+        return _smallest(self.reading_ceiling, self.bus_ceiling, self.computing_ceiling)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,13 +153,17 @@ def explain(parts: ModelParts, run: RunModel, *, prompt_tokens: int) -> Explanat
         parts.engine.reserve(reserved_bytes)  # what the measurement's own KV cache took is free again
         wait([load for _, load in parts.engine.fetch(parts.layers)], READ_SECONDS)  # so that nothing else is read
         reading = measure_reading(parts)
-    return explain_plan(parts, computing, reading)
+        copying = measure_copying(parts)
+    return explain_plan(parts, computing, reading, copying)
 
 
-def explain_plan(parts: ModelParts, computing: Computing | None, reading: Reading | None) -> Explanation:
-    """The explanation of a model's plan, with these measurements."""
-    engine, manifest = parts.engine, parts.manifest
+def explain_plan(
+    parts: ModelParts, computing: Computing | None, reading: Reading | None, copying: float | None = None
+) -> Explanation:
+    """The explanation of a model's plan, with these measurements; `copying` is bytes per second to the device."""
+    engine, manifest, below = parts.engine, parts.manifest, parts.below
     plan, limit = engine.plan, engine.limit
+    behind = below.plan if below else plan
     # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in, and where
     # coded forms are read.
     read: Counter[str] = Counter()
@@ -145,10 +173,19 @@ def explain_plan(parts: ModelParts, computing: Computing | None, reading: Readin
     stored = read.total() / max(1, sum(plan.sizes.values()))
     speed = reading.bytes_per_second / stored if reading and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
-    by_reading = plan.ceiling(speed) if speed else None
+    by_reading = behind.ceiling(speed) if speed else None
+    by_copying = plan.ceiling(copying) if below and copying else None
     more = engine.plan_with(_one_gb_more(plan, limit)) if plan.bytes_per_pass else None
-    by_reading_more = more.ceiling(speed) if more and speed else None
-    reads = by_reading is not None and (by_computing is None or by_reading < by_computing)
+    pace = copying if below else speed
+    more_ceiling = more.ceiling(pace) if more and pace else None
+    if below:
+        more_ceiling = _smallest(more_ceiling, by_reading)
+    ceilings: dict[Literal["link", "storage", "bus", "compute"], float | None] = {
+        "compute": by_computing,
+        "bus": by_copying,
+        "link" if is_server_url(parts.client.url) else "storage": by_reading,
+    }
+    smallest = _smallest(*ceilings.values())
     return Explanation(
         model=manifest.name,
         source=parts.client.url,
@@ -170,7 +207,7 @@ def explain_plan(parts: ModelParts, computing: Computing | None, reading: Readin
         least_budget_bytes=engine.least_budget_bytes,
         base_bytes=parts.base_bytes,
         codec=max(read, key=read.__getitem__, default="none"),
-        bytes_per_pass=round(plan.bytes_per_pass * stored),
+        bytes_per_pass=round(behind.bytes_per_pass * stored),
         bytes_per_second=reading.bytes_per_second if reading else None,
         measured_bytes=reading.stored_bytes if reading else None,
         compute_seconds=computing.seconds if computing else None,
@@ -178,9 +215,16 @@ def explain_plan(parts: ModelParts, computing: Computing | None, reading: Readin
         unit="tokens" if parts.model.can_generate() else "passes",
         reading_ceiling=by_reading,
         computing_ceiling=by_computing,
-        bottleneck=("link" if is_server_url(parts.client.url) else "storage") if reads else "compute",
-        more_bytes_per_pass=round(more.bytes_per_pass * stored) if more else None,
-        more_ceiling=_smaller(by_reading_more, by_computing) if more else None,
+        bottleneck=next((name for name, one in ceilings.items() if one is not None and one == smallest), "compute"),
+        more_bytes_per_pass=round(more.bytes_per_pass * (1 if below else stored)) if more else None,
+        more_ceiling=_smallest(more_ceiling, by_computing) if more else None,
+        device=str(parts.device) if below is None else below.device.name,
+        host_budget_bytes=below.limit.budget_bytes if below else None,
+        host_kept_layers=len(behind.pinned.intersection(parts.layers)) if below else None,
+        host_peak_bytes=behind.peak_bytes if below else None,
+        bus_bytes_per_pass=plan.bytes_per_pass if below else 0,
+        bus_bytes_per_second=copying,
+        bus_ceiling=by_copying,
     )
 
 
@@ -201,15 +245,15 @@ def advise(parts: ModelParts, *, seconds_per_token: float, stall_share: float) -
     """
     engine = parts.engine
     plan, limit = engine.plan, engine.limit
-    if not plan.bytes_per_pass or stall_share < _MOSTLY or seconds_per_token <= 0:
-        return None
+    if parts.below or not plan.bytes_per_pass or stall_share < _MOSTLY or seconds_per_token <= 0:
+        return None  # what a device waits for is not measured
     bandwidth = plan.bytes_per_pass / seconds_per_token
     by_computing = 1 / (seconds_per_token * (1 - stall_share)) if stall_share < 1 else None
     now = plan.peak_bytes + plan.reserved_bytes if limit.budget_bytes is None else limit.budget_bytes
     more_bytes, everything = max(plan.streamed.values()), sum(plan.streamed.values()) + plan.peak_bytes
     while more_bytes < 2 * everything:
         more = engine.plan_with(replace(limit, budget_bytes=now + more_bytes, cache_layers=None))
-        speed = _smaller(more.ceiling(bandwidth), by_computing)
+        speed = _smallest(more.ceiling(bandwidth), by_computing)
         if speed is not None and speed * seconds_per_token >= _WORTHWHILE:
             return Advice(more_bytes=more_bytes, budget_bytes=now + more_bytes, tokens_per_second=speed)
         more_bytes *= 2
@@ -222,5 +266,5 @@ def _one_gb_more(plan: ResidencyPlan, limit: Limit) -> Limit:
     return Limit(budget_bytes=now + GB, reserved_bytes=limit.reserved_bytes, policy=limit.policy)
 
 
-def _smaller(one: float | None, other: float | None) -> float | None:
-    return min((value for value in (one, other) if value is not None), default=None)
+def _smallest(*ceilings: float | None) -> float | None:
+    return min((value for value in ceilings if value is not None), default=None)

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
-from surfw.models.base import StreamingBaseModel
+from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
@@ -323,8 +323,9 @@ def _generate(
         config = model.generation_config = _generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
+        given = to_device(inputs, streaming.device)
         try:
-            tokens = model.generate(generation_config=config, streamer=clock, **inputs, **past, **stopping)[0]
+            tokens = model.generate(generation_config=config, streamer=clock, **given, **past, **stopping)[0]
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
@@ -384,7 +385,7 @@ def _run_encoder(
         states = getattr(output, "last_hidden_state", None)
         if states is None:
             states = output.hidden_states[-1]
-        mask = inputs["attention_mask"][..., None].to(states.dtype)
+        mask = inputs["attention_mask"][..., None].to(states.device, states.dtype)
         result.embedding = ((states * mask).sum(1) / mask.sum(1))[0].float().tolist()
     return result
 

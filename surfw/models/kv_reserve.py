@@ -5,6 +5,7 @@ the cache really takes is measured after every forward; if that is more, as much
 """
 
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ logger = logging.getLogger("surfw.models")
 _STEP_BYTES = 4 * MIB
 """The reserve grows by at least this much, since each growth makes a new plan."""
 
+_SKIPPED = 15
+"""Measuring takes as long as a layer does on a fast device: while a cache grows evenly, so many forwards go without."""
+
 _DEFAULT_NEW_TOKENS = 20
 """How many tokens transformers generates by default."""
 
@@ -28,7 +32,7 @@ class KvReserve:
     """The part of a model's budget that its KV cache has.
 
     Attributes:
-        held_bytes: what the cache took after the last forward that had one.
+        held_bytes: what the cache took after the last forward that had one; since it was measured, it grew evenly.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine) -> None:
@@ -36,6 +40,9 @@ class KvReserve:
         self.held_bytes = 0
         self._engine = engine
         self._has_warned = False
+        self._seen: weakref.ref[object] | None = None  # the cache that was measured last
+        self._measured_bytes = self._growth_bytes = 0  # what it took then, and what each forward adds to it
+        self._skipped = self._left = 0  # forwards since then, and those to come that are not worth measuring
         self._cost = kv_cost(model.config, model.dtype)
         self._hook = model.register_forward_hook(self._measure)
 
@@ -47,6 +54,7 @@ class KvReserve:
         Raises:
             ConfigurationError: the budget was given, and is too small for it.
         """
+        self._left = 0  # what comes may be larger than what came
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=not self._engine.limit.reason)
 
@@ -55,11 +63,22 @@ class KvReserve:
         self._hook.remove()
 
     def _measure(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if (cache := output_cache(output)) is not None:
-            self.held_bytes = cache_bytes(cache)
-            if self.held_bytes > self._engine.limit.reserved_bytes:
-                steps = -(-self.held_bytes // _STEP_BYTES) + 1
-                self._reserve(steps * _STEP_BYTES, self.held_bytes, or_fail=False)
+        if (cache := output_cache(output)) is None:
+            return
+        is_same = self._seen is not None and self._seen() is cache
+        if is_same and self._left:
+            self._left, self._skipped = self._left - 1, self._skipped + 1
+            self.held_bytes += self._growth_bytes
+            return
+        self.held_bytes = cache_bytes(cache)
+        grown = self.held_bytes - self._measured_bytes if is_same else 0
+        self._growth_bytes, self._measured_bytes = max(0, grown // (self._skipped + 1)), self.held_bytes
+        free = self._engine.limit.reserved_bytes - self.held_bytes
+        self._left = max(0, min(_SKIPPED, free // self._growth_bytes)) if self._growth_bytes else 0
+        self._skipped, self._seen = 0, _reference(cache)
+        if free < 0:
+            steps = -(-self.held_bytes // _STEP_BYTES) + 1
+            self._reserve(steps * _STEP_BYTES, self.held_bytes, or_fail=False)
 
     def _reserve(self, size_bytes: int, least_bytes: int, *, or_fail: bool) -> None:
         """Reserve so much, or as much as there can be; warn once if that is less than the least."""
@@ -74,6 +93,14 @@ class KvReserve:
             if self._engine.limit.reserved_bytes < least_bytes and not self._has_warned:
                 self._has_warned = True
                 logger.warning("%s", exc)
+
+
+def _reference(cache: object) -> "weakref.ref[object] | None":
+    """A weak reference, where there can be one."""
+    try:
+        return weakref.ref(cache)
+    except TypeError:  # tuples, which older caches are
+        return None
 
 
 def generation_size(model: Any, args: Any, kwargs: Any) -> tuple[int, int, int]:

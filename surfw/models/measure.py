@@ -24,6 +24,7 @@ from surfw.config import BLOCK_BYTES, MB, MIB
 from surfw.manifest import Chunk, Form
 from surfw.models.assembly import ModelParts
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.run import Run, current_run
 from surfw.source import ChunkSource, Read
 from surfw.storage.local_reader import FileRange, LocalReader
@@ -92,7 +93,7 @@ Fetch = Callable[[int, int, memoryview], Awaitable[object]]
 
 def measure_reading(parts: ModelParts) -> Reading | None:
     """Read streamed chunks for a while, each at most once; None if there are none."""
-    plan, manifest = parts.engine.plan, parts.manifest
+    plan, manifest = (parts.below or parts.engine).plan, parts.manifest
     streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
 
@@ -103,6 +104,13 @@ def measure_reading(parts: ModelParts) -> Reading | None:
         return await _read_for_a_while([(form.stored_bytes, partial(fetch, chunk, form)) for chunk, form in forms])
 
     return parts.client.run(read) if forms else None
+
+
+def measure_copying(parts: ModelParts) -> float | None:
+    """Bytes per second from host memory to the device; None if nothing is copied there in a pass."""
+    engine = parts.engine
+    copies = isinstance(engine, DeviceEngine) and engine.plan.bytes_per_pass
+    return engine.device.measure_copying() if copies and isinstance(engine, DeviceEngine) else None
 
 
 def measure_files(files: Sequence[Path]) -> Reading | None:
@@ -200,6 +208,7 @@ class _Stopwatch:
         size = {chunk.name: chunk.payload_bytes for chunk in parts.manifest.chunks}
         self._bytes = {name: sum(size[chunk] for chunk in uses[name]) for name in inner}
         self._metrics = parts.engine.metrics
+        self._synchronize = parts.synchronize
         self._took: dict[str, float] = {}
         self._least: dict[str, float] = {}
         self._began = 0.0
@@ -233,9 +242,11 @@ class _Stopwatch:
             hook.remove()
 
     def _begin(self, *_: object) -> None:
+        self._synchronize()
         self._began = self._clock()
 
     def _end(self, name: str, *_: object) -> None:
+        self._synchronize()
         self._took[name] = self._took.get(name, 0.0) + self._clock() - self._began
 
     def _clock(self) -> float:
@@ -248,7 +259,7 @@ def _passes(model: Any, prompt_tokens: int) -> tuple[Callable[[], Any], Callable
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or prompt_tokens + SPARE_POSITIONS
     tokens = 1 if model.can_generate() else max(1, min(prompt_tokens, positions - SPARE_POSITIONS))
-    ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64)
+    ids = torch.full((1, tokens), _harmless_id(config), dtype=torch.int64, device=model.device)
     options: dict[str, Any] = {}
     arguments = inspect.signature(model.forward).parameters.values()
     if model.can_generate() and any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in arguments):

@@ -23,6 +23,7 @@ from surfw.config import (
 )
 from surfw.errors import ConfigurationError
 from surfw.retry import RetryPolicy
+from surfw.runtime.device import check_device
 from surfw.runtime.plan import Limit
 from surfw.skeleton.build import check_model_class
 
@@ -54,6 +55,7 @@ class OpenOptions(ModelOptions, total=False):
 
     cache_size: int | None
     memory_budget: int | str | None
+    device_memory: int | str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +64,12 @@ class OpenSettings:
 
     Attributes:
         limit: of the weights in memory; one with neither bytes nor layers stands for the default.
+        device_budget_bytes: of the weights on the device; None for the default.
     """
 
     limit: Limit
+    device: str = "cpu"
+    device_budget_bytes: int | None = None
     prefetch: bool
     dtype: str | None
     on_missing: OnMissing
@@ -78,6 +83,7 @@ class OpenSettings:
         check_on_missing(self.on_missing)
         check_policy(self.limit.policy)
         check_codec(self.codec)
+        check_device(self.device)
 
 
 def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, kind: type | UnionType = int) -> None:
@@ -88,17 +94,7 @@ def expect_number(name: str, value: Any, least: int, most: float = math.inf, *, 
         raise ConfigurationError(f"{name} is {value}, expected a number, {bounds}")
 
 
-def check_device(device: str | torch.device) -> None:
-    """Raise ConfigurationError unless surfw computes there."""
-    try:
-        kind = torch.device(device).type
-    except (RuntimeError, TypeError) as exc:
-        raise ConfigurationError(f"device {str(device)[:80]!r} is not a device; expected 'cpu'") from exc
-    if kind != "cpu":
-        raise ConfigurationError(f"device {str(device)!r} cannot be used: surfw computes on the CPU; leave it out")
-
-
-def budget_bytes(memory_budget: int | str | None) -> int | None:
+def budget_bytes(memory_budget: int | str | None, name: str = "memory_budget") -> int | None:
     """A budget in bytes, from a number of bytes or a size such as `1.5GB`; None for None.
 
     Raises:
@@ -109,6 +105,6 @@ def budget_bytes(memory_budget: int | str | None) -> int | None:
     size = parse_size(memory_budget) if isinstance(memory_budget, str) and is_size(memory_budget) else memory_budget
     if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
         raise ConfigurationError(
-            f"memory_budget is {memory_budget!a:.80}, expected a number of bytes, or a size such as '1.2GB'"
+            f"{name} is {memory_budget!a:.80}, expected a number of bytes, or a size such as '1.2GB'"
         )
     return size

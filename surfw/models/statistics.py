@@ -44,7 +44,8 @@ class InferenceStats(TypedDict):
 class CacheCounts(TypedDict):
     """What was found in memory, as `CacheInfo` has it, and what is there, in bytes.
 
-    `fetched_bytes` are stored bytes; `decoded_bytes` are the payload of those that came in coded forms.
+    `fetched_bytes` are stored bytes; `decoded_bytes` are the payload of those that came in coded forms, and
+    `copied_bytes` what was copied to a device.
     """
 
     hits: int
@@ -55,16 +56,21 @@ class CacheCounts(TypedDict):
     resident_bytes: int
     fetched_bytes: int
     decoded_bytes: int
+    copied_bytes: int
     refetched_blocks: int
     kv_cache_bytes: int
 
 
 class RunTimes(TypedDict):
-    """How long all runs waited for weights, and the rest of their time; and how long weights were decoded meanwhile."""
+    """How long all runs waited for weights, and the rest of their time.
+
+    In that rest, weights were decoded for `decode_seconds`, and copied to a device for `copy_seconds`.
+    """
 
     stall_seconds: float
     compute_seconds: float
     decode_seconds: float
+    copy_seconds: float
 
 
 class PlanFacts(TypedDict):
@@ -130,6 +136,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
             "resident_bytes": parts.engine.resident_bytes if parts else 0,
             "fetched_bytes": metrics.count("fetched_bytes"),
             "decoded_bytes": metrics.count("decoded_bytes"),
+            "copied_bytes": metrics.count("copied_bytes"),
             "refetched_blocks": refetched_blocks,
             "kv_cache_bytes": parts.kv.held_bytes if parts else 0,
         },
@@ -137,6 +144,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
             "stall_seconds": metrics.seconds("stall"),
             "compute_seconds": _compute_seconds(metrics),
             "decode_seconds": metrics.seconds("decode"),
+            "copy_seconds": metrics.seconds("copy"),
         },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(metrics, parts) if parts else None,
@@ -162,6 +170,12 @@ def stall_share(time: RunTimes) -> float:
     """The part of the time of all runs that they waited for weights."""
     seconds = time["stall_seconds"] + time["compute_seconds"]
     return time["stall_seconds"] / seconds if seconds else 0.0
+
+
+def copy_share(time: RunTimes) -> float:
+    """The part of the time of all runs in which weights were copied to a device."""
+    seconds = time["stall_seconds"] + time["compute_seconds"]
+    return min(1.0, time.get("copy_seconds", 0.0) / seconds) if seconds else 0.0
 
 
 def _plan_facts(metrics: Metrics, parts: ModelParts) -> PlanFacts:

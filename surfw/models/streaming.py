@@ -158,6 +158,7 @@ class _Family(StreamingModel):
         cache_size: int | None = None,
         *,
         memory_budget: int | str | None = None,
+        device_memory: int | str | None = None,
         **options: Unpack[ModelOptions],
     ) -> None:
         """Note what is wanted; the first use opens it.
@@ -165,13 +166,17 @@ class _Family(StreamingModel):
         Args:
             model_name: the model's name at the server; None for the only one there.
             websocket_uri: the server, or any other source that `StreamingModel` takes.
-            cache_size: how many layers are kept in memory; 5, unless there is a `memory_budget`.
+            cache_size: how many layers are kept in memory; 5, unless there is a budget.
             memory_budget: instead of `cache_size`, what weights in memory may take.
+            device_memory: instead of `cache_size`, what weights may take on the device.
             **options: see `StreamingBaseModel`.
         """
-        if cache_size is None and memory_budget is None:
+        if cache_size is None and memory_budget is None and device_memory is None:
             cache_size = DEFAULT_CACHE_SIZE
-        super().__init__(websocket_uri, model_name, cache_size=cache_size, memory_budget=memory_budget, **options)
+        super().__init__(
+            websocket_uri, model_name, cache_size=cache_size, memory_budget=memory_budget,
+            device_memory=device_memory, **options,
+        )  # fmt: skip
 
     @classmethod
     def _over(cls, source: Source, model: str | None, **options: Unpack[OpenOptions]) -> Self:

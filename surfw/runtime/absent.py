@@ -20,6 +20,7 @@ _FACTS = {
     "is_contiguous", "element_size", "get_device", "__len__", "__hash__", "requires_grad_", "is_inference", "is_signed",
     "detach_",
 }  # fmt: skip
+_CPU = torch.device("cpu")
 _VALUES = {"data", "T", "H", "mT", "mH", "real", "imag"}
 _READS = {"__index__", "__int__", "__invert__"}
 _CONVERSIONS = {"to", "cpu", "float", "double", "half", "bfloat16"}
@@ -36,11 +37,12 @@ class _Absent(torch.Tensor):
 
     _surfw_load: Load
     _surfw_apply: Apply | None
+    _surfw_device: torch.device
 
-    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None) -> Self:
-        """Take the facts from a tensor on the meta device."""
+    def __new__(cls, like: torch.Tensor, load: Load, apply: Apply | None = None, device: torch.device = _CPU) -> Self:
+        """Take the facts from a tensor on the meta device; it comes to another device when it is loaded."""
         absent: Self = torch.Tensor._make_subclass(cls, like.detach())  # noqa: SLF001 - as torch.nn.Parameter does
-        absent._surfw_load, absent._surfw_apply = load, apply
+        absent._surfw_load, absent._surfw_apply, absent._surfw_device = load, apply, device
         return absent
 
     @classmethod
@@ -53,7 +55,9 @@ class _Absent(torch.Tensor):
         if name in {"__get__", "__set__", "__delete__"}:
             attribute = func.__self__.__name__
             if attribute == "device":
-                return torch.device("cpu")
+                return args[0]._surfw_device  # noqa: SLF001 - ours
+            if attribute == "is_cuda":
+                return args[0]._surfw_device.type == "cuda"  # noqa: SLF001 - ours
             if attribute == "is_meta":
                 return False
             known = attribute not in _VALUES
@@ -124,8 +128,8 @@ def _changes_absent(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 
 def _converts_to_itself(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on the CPU."""
-    like = torch.empty(0, dtype=args[0].dtype)
+    """Whether a conversion, such as `to`, gives back the very tensor: it has that dtype, and lies on that device."""
+    like = torch.empty(0, dtype=args[0].dtype, device=args[0]._surfw_device)  # noqa: SLF001 - ours
     return function(like, *args[1:], **kwargs) is like
 
 

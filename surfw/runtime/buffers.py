@@ -43,11 +43,16 @@ def buffer_capacity(size_bytes: int) -> int:
 
 
 class Buffer:
-    """A piece of page-aligned memory; huge pages, as far as it fills them, because devices write faster into those."""
+    """A piece of page-aligned memory; huge pages, as far as it fills them, because devices write faster into those.
+
+    Attributes:
+        is_locked: whether a device has locked its pages, so that it can read them itself.
+    """
 
     def __init__(self, size_bytes: int) -> None:
         """Map at least `size_bytes`."""
         self.capacity_bytes = buffer_capacity(size_bytes)
+        self.is_locked = False
         huge_bytes = size_bytes // _HUGE * _HUGE
         mapped_bytes = -(-size_bytes // _HUGE) * _HUGE if huge_bytes else self.capacity_bytes  # whole, to be aligned
         try:

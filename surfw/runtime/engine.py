@@ -19,14 +19,15 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
 
 from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
-from surfw.runtime.host import Contents, HostTier
+from surfw.runtime.host import HostTier, Tier
 from surfw.runtime.loader import Loader
 from surfw.runtime.packed import values_of
 from surfw.runtime.plan import Limit, Needs, ResidencyPlan, least_bytes, plan_residency
@@ -51,8 +52,11 @@ class Engine:
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
+        watches_layers: whether it is told of each module that runs also where all of them stay; if not, of each pass.
         reached: the chunks of the module that execution has reached last.
     """
+
+    watches_layers: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Engine:
         tables: Mapping[str, TableUnit] | None = None,
         rows_bytes: int = 4 * MIB,
         prefetch: bool = True,
+        order: Sequence[Use] | None = None,
     ) -> None:
         """Make a plan; nothing is loaded yet.
 
@@ -81,6 +86,7 @@ class Engine:
             tables: modules that can run while their tables are not in memory.
             rows_bytes: memory for blocks of tables that are being read, and as much for those used last.
             prefetch: whether chunks are ever fetched ahead of their use.
+            order: the modules, and the chunks of each; default: the manifest's.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
@@ -89,12 +95,12 @@ class Engine:
         self.metrics = metrics
         self.limit = limit
         self._units = tables or {}
-        self._schedule = Schedule(manifest.order, phases, row_wise=self._units)
+        self._schedule = Schedule(manifest.order if order is None else order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
         plan = plan_residency(self._needs, limit)
         self.table = SlotTable(needs.sizes, plan)
-        self.host = HostTier(manifest, loader, io, metrics, plan)
+        self.host: Tier = self._open_tier(loader, io, plan)
         self._lock = threading.RLock()
         self._closed = False
         self._run = Run()
@@ -106,6 +112,10 @@ class Engine:
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
+
+    def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
+        """The memory of the slots."""
+        return HostTier(self.manifest, loader, io, self.metrics, plan)
 
     # What a run asks for.
 
@@ -209,6 +219,29 @@ class Engine:
                     self.manifest.name, module, format_size(self.table[name].size_bytes),
                 )  # fmt: skip
 
+    def stay(self, module: str) -> bool:
+        """Let a module that has just run keep its tensors in place until its run ends; from now on it only `passes`.
+
+        Returns:
+            Whether it may: in a run of this thread, where nothing is streamed. If not, it is to be released.
+        """
+        return self.plan.everything_fits and self._stay(module)
+
+    def passes(self, modules: Sequence[str]) -> None:
+        """Note that modules run, one after another, which have kept their tensors.
+
+        Raises:
+            SurfwError: the run was interrupted, or a mapped file has changed since.
+        """
+        self._run.pause()
+        with self._lock:
+            for module in modules:
+                self._learn(module)
+        names = [name for module in modules for name in self._schedule.uses[module]]
+        self.host.expect_unchanged(names)
+        self.reached = self._schedule.uses[modules[-1]] if modules else ()
+        self.metrics.add("hits", len(names))
+
     def runs_here(self) -> bool:
         """Whether it works for a run of this thread."""
         return self._runner == threading.get_ident()
@@ -276,6 +309,12 @@ class Engine:
         """What is kept, and what passes through."""
         return self.table.plan
 
+    @property
+    def needs(self) -> Needs:
+        """What the model needs, with the schedule as it is known now."""
+        with self._lock:
+            return self._schedule.apply_to(self._needs)
+
     def plan_with(self, limit: Limit) -> ResidencyPlan:
         """The plan that there would be with another limit; nothing changes.
 
@@ -321,8 +360,16 @@ class Engine:
         Raises:
             ConfigurationError: fewer than one chunk is to be kept.
         """
+        self.relimit(replace(self.limit, cache_layers=cache_layers, budget_bytes=None, reserved_bytes=0, reason=""))
+
+    def relimit(self, limit: Limit) -> None:
+        """Keep to another limit from now on, as `resize` does.
+
+        Raises:
+            ConfigurationError: it is too small for the model; all stays as it was.
+        """
         with self._lock:
-            self._replan(self._needs, Limit(cache_layers=cache_layers, policy=self.limit.policy))
+            self._replan(self._needs, limit)
             self.host.spare.clear()
 
     # What is in memory.
@@ -345,7 +392,7 @@ class Engine:
         with self._lock:
             return self.host.anonymous_bytes
 
-    def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Contents, bool]]:
+    def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Any, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
         self._run.pause()  # without the lock, which others need meanwhile
         with self._lock:
@@ -372,6 +419,18 @@ class Engine:
                 else:
                     ending = loads[0]  # cancelled by a run that was interrupted before this load had ended
             self._wait(ending)
+
+    def _stay(self, module: str) -> bool:
+        """As `stay`, where the chunks of the module are pinned, and in memory of their own."""
+        names = self._schedule.uses[module]
+        with self._lock:
+            if not self.runs_here() or not self.plan.pinned.issuperset(names):
+                return False
+            if any(self.table[name].in_ring for name in names):
+                return False
+            self._sync()
+            self._obey(self.table.trim())
+            return True
 
     def _wait(self, load: Future[None]) -> None:
         with self.metrics.span("stall"):

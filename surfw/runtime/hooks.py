@@ -1,7 +1,9 @@
 """Puts a module's weights in place before its forward and takes them away afterwards.
 
 The model is transformers' own and is not changed otherwise: after `detach`, nothing of surfw remains on it. A parameter
-that its user puts where a streamed one was stays there, and is used.
+that its user puts where a streamed one was stays there, and is used. In a run that streams nothing, weights stay in
+place until it ends (`Engine.stay`).
+
 While its weights are away, absent tensors stand in a module (`surfw.runtime.absent`).
 """
 
@@ -19,11 +21,14 @@ from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter
 from surfw.runtime.engine import Engine
+from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.rows import StreamedTables
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.units import Slot, Unit
 
 logger = logging.getLogger("surfw.runtime")
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(slots=True, eq=False)
@@ -61,16 +66,35 @@ class StreamingHooks:
     """The hooks of one model."""
 
     def __init__(
-        self, skeleton: Skeleton, manifest: Manifest, engine: Engine, tables: StreamedTables | None = None
+        self,
+        skeleton: Skeleton,
+        manifest: Manifest,
+        engine: Engine,
+        tables: StreamedTables | None = None,
+        device: torch.device = _CPU,
     ) -> None:
-        """Attach to every unit that the manifest's order names; `tables` says which run without theirs in memory."""
+        """Attach to every unit that the manifest's order names.
+
+        Args:
+            skeleton: the model without weights.
+            manifest: its weights.
+            engine: brings them.
+            tables: says which units run without their tables in memory.
+            device: where the engine brings them.
+        """
         self._engine = engine
+        self._device = device
+        self._staying: dict[str, list[_Place]] = {}  # units whose tensors are left in place until the run ends
+        self._staying_by: ResidencyPlan | None = None
+        self._running: list[str] = []  # paths of the units that are within their forwards
+        self._ran: list[str] = []  # units that ran in the model's last forward that was watched
         self._tables = tables
         self._name = manifest.name
         self._without_tables: set[str] = set()  # paths of the units that now run so
         self._inside: list[int] = []  # threads that are within a forward of the model
         self._places: list[list[_Place]] = []
-        self._handles: list[RemovableHandle] = []
+        self._units: list[tuple[Unit, list[_Place]]] = []
+        self._unit_handles: list[RemovableHandle] = []  # none while the tensors of all units stay
         provided = _provided(manifest)
         used = {use.module for use in manifest.order}
         for unit in skeleton.units:
@@ -82,16 +106,19 @@ class StreamingHooks:
                     f"the manifest of {manifest.name} does not say when {unit.path} runs; chunk it again"
                 )
             self._attach(unit, slots, manifest.ties)
-        self._handles += [
+        self._hook_units()
+        self._handles = [
             skeleton.model.register_forward_pre_hook(self._enter, prepend=True),
             skeleton.model.register_forward_hook(self._leave, always_call=True),
         ]
 
     def detach(self) -> None:
         """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
-        for handle in self._handles:
+        for handle in [*self._handles, *self._unit_handles]:
             handle.remove()
         self._handles.clear()
+        self._unit_handles.clear()
+        self._staying.clear()
         for places in self._places:
             for place in places:
                 if place.is_ours:
@@ -102,9 +129,22 @@ class StreamingHooks:
         if self._handles:
             self._without_tables.clear()
             self._inside.clear()
+            self._running.clear()
+            self._staying.clear()
+            self._hook_units()
             for places in self._places:
                 self._take_away(places)
             self._engine.release_all()
+
+    def end_run(self) -> None:
+        """Take away what was left in place while the run went on."""
+        if not self._handles:
+            return  # detached meanwhile
+        self._hook_units()
+        staying, self._staying = self._staying, {}
+        for path, places in staying.items():
+            self._take_away(places)
+            self._engine.release(path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """Refuse: a copy of the model would have these very hooks."""
@@ -117,30 +157,64 @@ class StreamingHooks:
         for slot in slots:
             kind, stored = AbsentBuffer if slot.is_buffer else AbsentParameter, ties.get(slot.name, slot.name)
             apply = partial(self._apply, unit, stored) if self._tables else None
-            absent = kind(slot.tensor, partial(self._bring, unit, places, stored), apply)
+            absent = kind(slot.tensor, partial(self._bring, unit, places, stored), apply, self._device)
             registry: Any = slot.module._buffers if slot.is_buffer else slot.module._parameters  # noqa: SLF001 - torch's registries
             places.append(_Place(slot, registry, slot.leaf, stored, slot.tensor, absent, absent))
             slot.put(absent)
         self._places.append(places)
-        before, after = partial(self._before, unit, places), partial(self._after, unit, places)
-        self._handles += [
-            unit.module.register_forward_pre_hook(before, prepend=True),
-            unit.module.register_forward_hook(after, always_call=True),
-        ]
+        self._units.append((unit, places))
+
+    def _hook_units(self) -> None:
+        """Have the units' forwards watched, if they are not."""
+        for unit, places in self._units if not self._unit_handles else ():
+            before, after = partial(self._before, unit, places), partial(self._after, unit, places)
+            self._unit_handles += [
+                unit.module.register_forward_pre_hook(before, prepend=True),
+                unit.module.register_forward_hook(after, always_call=True),
+            ]
+
+    def _settle(self) -> None:
+        """Where the tensors of all units stay, watch only the model: then it is as fast as one without hooks."""
+        if not self._engine.watches_layers and len(self._staying) == len(self._units):
+            for handle in self._unit_handles:
+                handle.remove()
+            self._unit_handles.clear()
 
     def _enter(self, module: torch.nn.Module, args: Any) -> None:
         self._inside.append(threading.get_ident())
+        self._give_up_earlier_plan()
+        if self._unit_handles:
+            self._ran.clear()
+        else:
+            self._engine.passes(self._ran)
 
     def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         if (thread := threading.get_ident()) in self._inside:
             self._inside.remove(thread)
+        if not self._running:
+            self._give_up_earlier_plan()
+        if self._staying and self._unit_handles:
+            self._settle()
+
+    def _give_up_earlier_plan(self) -> None:
+        """If there is another plan now, what stays by the earlier one goes before anything comes."""
+        if self._staying and self._staying_by is not self._engine.plan:
+            self.end_run()
 
     def _before(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any) -> None:
+        self._running.append(unit.path)
         for place in places:
             if not place.is_ours:
                 self._give_up_replaced(places)
                 break
         if not places:
+            return
+        if self._inside:
+            self._ran.append(unit.path)
+        if len(self._running) == 1:
+            self._give_up_earlier_plan()
+        if unit.path in self._staying:
+            self._engine.passes((unit.path,))
             return
         if self._tables and self._tables.row_wise(unit.path):
             self._engine.observe(unit.path)
@@ -150,7 +224,11 @@ class StreamingHooks:
         else:
             self._put(places, self._engine.acquire(unit.path))
 
-    def _after(self, unit: Unit, places: Sequence[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
+    def _after(self, unit: Unit, places: list[_Place], module: torch.nn.Module, args: Any, output: Any) -> None:
+        if unit.path in self._running:
+            self._running.remove(unit.path)
+        if unit.path in self._staying:
+            return
         if unit.path in self._without_tables:
             self._without_tables.remove(unit.path)
             self._take_away(places)
@@ -159,6 +237,11 @@ class StreamingHooks:
             return  # its weights never came: the forward failed before it began
         if _shares_memory(output, places):
             self._engine.keep(unit.path)
+        if not self._staying:
+            self._staying_by = self._engine.plan
+        if self._staying_by is self._engine.plan and self._engine.stay(unit.path):
+            self._staying[unit.path] = places
+            return
         self._take_away(places)
         self._engine.release(unit.path)
 

@@ -7,9 +7,10 @@ Invariant: memory that a load may still write to is not used for another chunk.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -17,12 +18,13 @@ from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk, Manifest
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer, buffer_capacity
+from surfw.runtime.device import Device
 from surfw.runtime.loader import Loader, as_parameter, buffer_bytes, packed_form
-from surfw.runtime.packed import PackedParameter
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread, Job
 from surfw.runtime.slots import Slot
 from surfw.source import View
+from surfw.threads import in_thread
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +44,53 @@ class Contents:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
+class Tier(Protocol):
+    """The memory behind a table's slots. Not thread-safe: the engine has the lock.
+
+    Attributes:
+        spare: the ring's empty buffers, all of its size.
+    """
+
+    spare: list[Any]
+
+    def __getitem__(self, name: str) -> Any:
+        """The contents of a chunk's slot; its `load` is done when the chunk is there, or could not be loaded."""
+
+    def adopt(self, plan: ResidencyPlan) -> None:
+        """Make slots for another plan from now on."""
+
+    def load(self, slot: Slot, priority: int) -> None:
+        """Begin to load a chunk."""
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a chunk in memory of their own, beside all slots."""
+
+    def collect(self) -> Iterator[tuple[str, bool]]:
+        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+
+    def check(self, contents: Any) -> None:
+        """Raise what a load that has ended has failed with."""
+
+    def tensors(self, contents: Any) -> dict[str, torch.Tensor]:
+        """Parameters over a chunk whose load has ended; raises what it failed with."""
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Raise if memory that is mapped has changed since these chunks' tensors were made."""
+
+    def evict(self, slot: Slot) -> None:
+        """Let go of a slot's contents, cancelling a load that is on its way."""
+
+    def close(self) -> None:
+        """Let go of everything, and cancel what is on its way."""
+
+    def loads(self) -> Mapping[str, Future[None]]:
+        """The loads of all chunks that have a slot, which have ended or will."""
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """Memory of this machine that is filled, and no mapped file."""
+
+
 class HostTier:
     """Contents of slots in host memory. Not thread-safe: the engine has the lock.
 
@@ -49,8 +98,17 @@ class HostTier:
         spare: the ring's empty buffers, all of its size.
     """
 
-    def __init__(self, manifest: Manifest, loader: Loader, io: IoThread, metrics: Metrics, plan: ResidencyPlan) -> None:
-        """Start empty: `loader` fills buffers, working in the thread `io`."""
+    def __init__(
+        self,
+        manifest: Manifest,
+        loader: Loader,
+        io: IoThread,
+        metrics: Metrics,
+        plan: ResidencyPlan,
+        *,
+        device: Device | None = None,
+    ) -> None:
+        """Start empty: `loader` fills buffers, working in the thread `io`; a device that reads them locks them."""
         self._manifest = manifest
         self._loader = loader
         self._io = io
@@ -59,6 +117,7 @@ class HostTier:
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
         self.spare: list[Buffer] = []
         self._plan = plan
+        self._device = device
 
     def __getitem__(self, name: str) -> Contents:
         """The contents of the slot of a chunk."""
@@ -103,18 +162,26 @@ class HostTier:
             ModelClosedError: the load was cancelled.
             SurfwError: the load failed, or a mapped file has changed since.
         """
-        if contents.load.cancelled():
-            raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
-        contents.load.result()
+        self.check(contents)
         if isinstance(contents.memory, View):
             contents.memory.expect_unchanged()
         if not contents.tensors:
             assert contents.memory is not None, f"{contents.chunk.name} is loaded and has no memory"
             views = self._loader.tensors(contents.chunk, contents.memory)
-            contents.tensors = {
-                name: view if isinstance(view, PackedParameter) else as_parameter(view) for name, view in views.items()
-            }
+            contents.tensors = {name: as_parameter(view) for name, view in views.items()}
         return contents.tensors
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Raise if a mapped file has changed since these chunks' tensors were made."""
+        for name in names:
+            if isinstance(memory := self._contents[name].memory, View):
+                memory.expect_unchanged()
+
+    def check(self, contents: Contents) -> None:
+        """Raise what a load that has ended has failed with."""
+        if contents.load.cancelled():
+            raise ModelClosedError(f"the source of {self._manifest.name} was closed while it was read")
+        contents.load.result()
 
     def evict(self, slot: Slot) -> None:
         """Let go of a slot's contents, cancelling a load that is on its way."""
@@ -126,7 +193,9 @@ class HostTier:
         buffer, ring_bytes = contents.memory, buffer_capacity(self._plan.ring_bytes)
         if not contents.load.done():
             contents.load.cancel()  # its buffer goes when nothing writes to it any more
-        elif slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
+            return
+        contents.memory = None  # also where a load that failed keeps the contents
+        if slot.in_ring and isinstance(buffer, Buffer) and buffer.capacity_bytes == ring_bytes:
             self.spare.append(buffer)  # those of an earlier ring go
 
     def close(self) -> None:
@@ -153,19 +222,21 @@ class HostTier:
     async def _fill(self, contents: Contents, size_bytes: int, priority: int) -> None:
         """Map the chunk if it has no memory and can be mapped; else fetch it."""
         start = time.perf_counter()
-        if contents.memory is None:
+        if contents.memory is None and self._device is None:
             contents.memory = await self._loader.map(contents.chunk)
         if isinstance(contents.memory, View):
             form = packed_form(contents.chunk)
             stored_bytes = form.stored_bytes if form else contents.chunk.payload_bytes
         else:
             contents.memory = buffer = contents.memory or Buffer(size_bytes)
+            if self._device is not None and not buffer.is_locked:
+                await in_thread(self._device.page_lock, buffer)
             stored_bytes = await self._loader.load(
                 contents.chunk,
                 buffer,
                 priority=priority,
                 in_pieces=self._plan.in_pieces,
-                may_map=self._plan.everything_fits,
+                may_map=self._plan.everything_fits and self._device is None,
             )
         self._metrics.add("fetched_bytes", stored_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)

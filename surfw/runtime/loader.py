@@ -17,11 +17,11 @@ import torch
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
-from surfw.manifest import Chunk, Form, Manifest, parts_of, payload_digest
+from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
 from surfw.runtime import matrices
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
-from surfw.runtime.packed import packed_parameter
+from surfw.runtime.packed import PackedParameter, packed_parameter
 from surfw.skeleton.dtypes import torch_dtype
 from surfw.source import ChunkSource, Read, View
 from surfw.threads import cancel_all, in_thread, to_its_end
@@ -70,8 +70,8 @@ class Loader:
         self._proven: set[tuple[str, str]] = set()  # ids of chunks, and digests of forms that decode to them
 
     def close(self) -> None:
-        """Let the threads that decode end, once they have nothing more to do."""
-        self._decoders.shutdown(wait=False)
+        """End the threads that decode: this waits for what they are at."""
+        self._decoders.shutdown()
 
     async def load(
         self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False, may_map: bool = False
@@ -128,12 +128,18 @@ class Loader:
 
         Of mapped memory, the few tensors that do not lie at multiples of 64 bytes are copied.
         """
-        if form := packed_form(chunk):
-            stored = memory.memory if isinstance(memory, View) else memory.view
-            return _packed_views(chunk, form, stored, self.dtypes, keeps_operands=self._keeps_operands)
         if isinstance(memory, View):
-            return _views(chunk, memory.memory, [tensor.offset for tensor in chunk.tensors], {})
-        return _views(chunk, memory.view, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
+            flat = torch.frombuffer(memory.memory, dtype=torch.uint8)
+            if form := packed_form(chunk):
+                return _packed_views(chunk, form, flat, self.dtypes, keeps_operands=self._keeps_operands)
+            return _views(chunk, flat, [tensor.offset for tensor in chunk.tensors], {})
+        return self.tensors_in(chunk, flat_view(memory))
+
+    def tensors_in(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
+        if form := packed_form(chunk):
+            return _packed_views(chunk, form, flat, self.dtypes, keeps_operands=self._keeps_operands)
+        return _views(chunk, flat, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
 
     async def _read(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
@@ -227,8 +233,13 @@ class Loader:
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         cast = self.tensors(chunk, buffer)
-        for name, tensor in _views(chunk, stored.view, plan_layout(_sizes(chunk, {}))[0], {}).items():
+        for name, tensor in _views(chunk, flat_view(stored), plan_layout(_sizes(chunk, {}))[0], {}).items():
             cast[name].copy_(tensor)
+
+
+def flat_view(buffer: Buffer) -> torch.Tensor:
+    """All of a buffer's memory, as uint8 of shape (capacity,)."""
+    return torch.frombuffer(buffer.view, dtype=torch.uint8)
 
 
 async def _all(works: Sequence["asyncio.Future[None]"]) -> None:
@@ -253,10 +264,17 @@ def buffer_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype], *, keeps_opera
     """How large a buffer the chunk needs: for its tensors, with these dtypes instead of the stored ones, and coded."""
     if form := packed_form(chunk):
         return (_plan_operands if keeps_operands else _plan_casts)(chunk, form, dtypes)[1]
-    needed = plan_layout(_sizes(chunk, dtypes))[1]
+    needed = held_bytes(chunk, dtypes)
     if _casts(chunk, dtypes):
         return needed  # coded bytes arrive in scratch memory, as all stored bytes do
     return max([needed, *(_lead(chunk, form) + form.stored_bytes for form in chunk.forms if form.codec != "none")])
+
+
+def held_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+    """How much of its buffer a chunk takes on a device: its tensors, with these dtypes for the stored ones."""
+    if form := packed_form(chunk):
+        return _plan_casts(chunk, form, dtypes)[1]
+    return plan_layout(_sizes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -265,11 +283,23 @@ def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     It is used for one chunk at a time.
     """
     if form := packed_form(chunk):
-        quantised = [info for info, kind in zip(chunk.tensors, form.kinds, strict=True) if kind != "raw"]
-        return max(
-            matrices.scratch_bytes(info.shape[1], dtypes.get(info.name, torch_dtype(info.dtype))) for info in quantised
-        )
+        return max(matrices.scratch_bytes(part.shape[1], dtype) for part, dtype in _quantised(chunk, form, dtypes))
     return buffer_capacity(buffer_bytes(chunk, {})) if _casts(chunk, dtypes) else 0
+
+
+def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
+    """As `scratch_bytes`, on a device: there, nothing is cast."""
+    form = packed_form(chunk)
+    if form is None:
+        return 0
+    return max(
+        matrices.scratch_bytes(
+            part.shape[1],
+            dtype,
+            min(matrices.DEVICE_PIECE_BYTES, part.shape[0] * part.shape[1] * max(4, dtype.itemsize)),
+        )
+        for part, dtype in _quantised(chunk, form, dtypes)
+    )
 
 
 def packed_form(chunk: Chunk) -> Form | None:
@@ -282,7 +312,11 @@ def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:
 
     Torch chooses by that: where the input's strides are unusual, `matmul` with a weight that wants none goes another
     way, which took 60 times as long for a head of 32000 rows, and need not give the same bits.
+
+    A packed parameter is one already.
     """
+    if isinstance(values, PackedParameter):
+        return values
     return torch.nn.Parameter(values, requires_grad=values.is_floating_point() or values.is_complex())
 
 
@@ -310,17 +344,23 @@ def _plan_operands(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) 
     return places, end
 
 
+def _quantised(chunk: Chunk, form: Form, dtypes: Mapping[str, torch.dtype]) -> list[tuple[Part, torch.dtype]]:
+    """The matrices of a packed form, and the dtypes that they are computed with."""
+    return [
+        (part, dtypes.get(part.name, torch_dtype(part.dtype))) for part in parts_of(chunk, form) if part.kind != "raw"
+    ]
+
+
 def _cast_raw_parts(chunk: Chunk, form: Form, buffer: Buffer, dtypes: Mapping[str, torch.dtype]) -> None:
-    stored, cast = (_packed_views(chunk, form, buffer.view, given) for given in ({}, dtypes))
+    stored, cast = (_packed_views(chunk, form, flat_view(buffer), given) for given in ({}, dtypes))
     for name in _plan_casts(chunk, form, dtypes)[0]:
         cast[name].copy_(stored[name])
 
 
 def _packed_views(
-    chunk: Chunk, form: Form, memory: memoryview, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False
+    chunk: Chunk, form: Form, flat: torch.Tensor, dtypes: Mapping[str, torch.dtype], *, keeps_operands: bool = False
 ) -> dict[str, torch.Tensor]:
     """Packed parameters, and views of raw tensors, over a packed form and what was cast behind it."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
     behind, _ = _plan_casts(chunk, form, dtypes)
     operands, end = _plan_operands(chunk, form, dtypes) if keeps_operands else ({}, 0)
     with torch.inference_mode(mode=False):  # or it could not be used outside of that mode
@@ -332,7 +372,7 @@ def _packed_views(
         if part.kind != "raw":
             place = operands.get(part.name)
             operand = None if place is None else room[place : place + matrices.operand_bytes(part)]
-            found[part.name] = packed_parameter(part, memory, dtype, operand)
+            found[part.name] = packed_parameter(part, flat, dtype, operand)
             continue
         size = (part.stop - part.start) // stored.itemsize * dtype.itemsize
         start = behind.get(part.name, part.start)
@@ -349,10 +389,9 @@ def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
 
 
 def _views(
-    chunk: Chunk, memory: memoryview, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
+    chunk: Chunk, flat: torch.Tensor, places: Sequence[int], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, torch.Tensor]:
     """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
     found = {}
     for info, size, place in zip(chunk.tensors, _sizes(chunk, dtypes), places, strict=True):
         values = flat[place : place + size]

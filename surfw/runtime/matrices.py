@@ -33,6 +33,9 @@ logger = logging.getLogger("surfw.runtime")
 PIECE_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
+DEVICE_PIECE_BYTES = 128 * MIB
+"""The same on a device, where each piece takes several kernels, and memory is faster than caches here."""
+
 _OPERAND_BYTES, _ORDERED_BYTES = 4 * MIB, 4 * MIB
 _ORDERED_AT_ONCE_BYTES = MIB
 _FIRST_ROWS, _MOST_ROWS = 16, 128
@@ -89,7 +92,8 @@ class Packed(ABC):
             Shape (…, N), in the dtype of the inputs.
         """
         rows = inputs.reshape(-1, self.shape[1])
-        kernel = kernel_of(self.kind) if rows.dtype is torch.bfloat16 else None
+        is_here = self.codes.device.type == "cpu"
+        kernel = kernel_of(self.kind) if is_here and rows.dtype is torch.bfloat16 else None
         if kernel and 0 < len(rows) <= kernel.rows:
             product = self.multiply_few(rows, kernel.order)
         else:
@@ -103,23 +107,23 @@ class Packed(ABC):
         product = rows.new_empty(len(rows), self.shape[0])
         dtype = _computed_in(rows.dtype)
         rows = rows.to(dtype)
-        step = self._step(PIECE_BYTES, self.shape[1] * dtype.itemsize)
+        step = self._piece_rows(dtype)
         for first in range(0, self.shape[0] if len(rows) else 0, step):
             product[:, first : first + step] = rows @ self.unpack(first, min(first + step, self.shape[0]), dtype)
         return product
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole matrix, in memory of its own."""
-        whole = torch.empty(self.shape, dtype=dtype)
+        whole = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         computed = _computed_in(dtype)
-        step = self._step(PIECE_BYTES, self.shape[1] * computed.itemsize)
+        step = self._piece_rows(computed)
         for first in range(0, self.shape[0], step):
             whole[first : first + step] = self.unpack(first, min(first + step, self.shape[0]), computed).t()
         return whole
 
     @classmethod
     @abstractmethod
-    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:
+    def over(cls, part: Part, memory: torch.Tensor, operand: torch.Tensor | None) -> Self:
         """A matrix over the stored form that it is a part of, with memory of `operand_bytes`, if there is some."""
 
     @classmethod
@@ -145,6 +149,11 @@ class Packed(ABC):
     def look_up(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The rows of these ids, which are in range, shape (ids, K)."""
 
+    def _piece_rows(self, dtype: torch.dtype) -> int:
+        """How many rows make a piece in that dtype."""
+        most_bytes = PIECE_BYTES if self.codes.device.type == "cpu" else DEVICE_PIECE_BYTES
+        return self._step(most_bytes, self.shape[1] * dtype.itemsize)
+
     @staticmethod
     def _step(most_bytes: int, row_bytes: int) -> int:
         """How many rows make so many bytes: whole panels, at least one."""
@@ -161,9 +170,9 @@ def _in_panels_of_32(codes: torch.Tensor) -> torch.Tensor:
     Valid until the thread orders or unpacks the next ones.
     """
     panels, columns, _ = codes.shape
-    ordered = _SCRATCH.take("piece", (panels, 2, columns, 4), torch.int32)
+    ordered = _SCRATCH.take("piece", (panels, 2, columns, 4), torch.int32, codes.device)
     step = min(panels, max(1, _ORDERED_AT_ONCE_BYTES // (columns * PANEL // 2)))
-    halves = _SCRATCH.take("codes", (3, step, columns), torch.complex128)  # 16 bytes at a time
+    halves = _SCRATCH.take("codes", (3, step, columns), torch.complex128, codes.device)  # 16 bytes at a time
     for first in range(0, panels, step):
         quarters = codes[first : first + step].view(torch.complex128)
         low, high, shifted = halves[:, : len(quarters)].view(torch.int32).view(3, len(quarters), columns, 4)
@@ -188,7 +197,7 @@ class _Int8(Packed):
         self._scales_of_kernel: torch.Tensor | None = None
 
     @classmethod
-    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:  # noqa: ARG003 - it needs none
+    def over(cls, part: Part, memory: torch.Tensor, operand: torch.Tensor | None) -> Self:  # noqa: ARG003 - it needs none
         rows, columns = part.shape
         codes = _elements(memory, part.start, rows * columns, torch.int8)
         return cls((rows, columns), codes.view(rows, columns), _elements(memory, part.scales, rows, torch.float32))
@@ -207,7 +216,7 @@ class _Int8(Packed):
         return torch._weight_int8pack_mm(rows, order(self.codes), self._scales_of_kernel)  # noqa: SLF001 - there is no public one
 
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype)
+        piece = _SCRATCH.take("piece", (last - first, self.shape[1]), dtype, self.codes.device)
         scales = self.scales[first:last, None].to(dtype)
         return torch.mul(self.codes[first:last], scales, out=piece).t()
 
@@ -231,7 +240,7 @@ class _Int4(Packed):
         self._kept: Sequence[torch.Tensor] = ()
 
     @classmethod
-    def over(cls, part: Part, memory: memoryview, operand: torch.Tensor | None) -> Self:
+    def over(cls, part: Part, memory: torch.Tensor, operand: torch.Tensor | None) -> Self:
         rows, columns = part.shape
         filled = -(-rows // PANEL) * PANEL
         codes = _elements(memory, part.start, filled * columns // 2, torch.uint8).view(-1, columns, PANEL // 2)
@@ -259,7 +268,9 @@ class _Int4(Packed):
         """The scales of so many rows at a time as the kernel reads them: kept, or each valid until the next one."""
         parts = torch.split(self._scale_bits, step, dim=1)
         if self._memory is None:
-            return (_fill_operand(_SCRATCH.take("operand", bits.shape, torch.int32), bits) for bits in parts)
+            return (
+                _fill_operand(_SCRATCH.take("operand", bits.shape, torch.int32, bits.device), bits) for bits in parts
+            )
         if len(self._kept) != len(parts):
             with torch.inference_mode(mode=False):  # or they could not be used outside of that mode
                 places = torch.split(self._memory.view(torch.int32), [bits.numel() for bits in parts])
@@ -271,12 +282,12 @@ class _Int4(Packed):
     def unpack(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         codes = self.codes[first // PANEL : -(-last // PANEL)].view(torch.int32)
         panels, columns, words = codes.shape
-        halves = _SCRATCH.take("codes", (panels, 2, columns, words), torch.int32)  # four codes in each
+        halves = _SCRATCH.take("codes", (panels, 2, columns, words), torch.int32, codes.device)  # four codes in each
         torch.bitwise_and(codes, 0x0F0F0F0F, out=halves[:, 0])
         torch.bitwise_right_shift(codes, 4, out=halves[:, 1])
         halves[:, 1].bitwise_and_(0x0F0F0F0F)
         signed = halves.view(torch.int8).sub_(8).view(panels, 2, -1, GROUP, PANEL // 2)
-        piece = _SCRATCH.take("piece", (columns, panels * PANEL), dtype)
+        piece = _SCRATCH.take("piece", (columns, panels * PANEL), dtype, codes.device)
         scales = self.scales[:, first : first + panels * PANEL].to(dtype)
         torch.mul(
             signed.permute(2, 3, 0, 1, 4),
@@ -308,13 +319,13 @@ def int8_values(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     return (codes.to(torch.float32) * scales[:, None]).to(dtype)
 
 
-def matrix_over(part: Part, memory: memoryview, operand: torch.Tensor | None = None) -> Packed:
+def matrix_over(part: Part, memory: torch.Tensor, operand: torch.Tensor | None = None) -> Packed:
     """A quantised tensor where it lies.
 
     Args:
         part: of kind int8 or int4.
-        memory: the stored form that it is a part of; kept alive.
-        operand: memory of `operand_bytes`, at a multiple of 64, to keep what would be made for each use.
+        memory: the stored form that it is a part of, as uint8, on any device; kept alive.
+        operand: memory of `operand_bytes`, at a multiple of 64; to keep what would be made for each use.
     """
     return _KINDS[part.kind].over(part, memory, operand)
 
@@ -324,10 +335,10 @@ def operand_bytes(part: Part) -> int:
     return 2 * (part.stop - part.scales) if part.kind == "int4" else 0
 
 
-def scratch_bytes(columns: int, dtype: torch.dtype) -> int:
-    """The most memory that a thread keeps for matrices of at most so many columns: values, codes and scales."""
+def scratch_bytes(columns: int, dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> int:
+    """The most memory that a piece of a matrix of at most so many columns takes: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
-    values = max(PIECE_BYTES, PANEL * columns * itemsize)
+    values = max(piece_bytes, PANEL * columns * itemsize)
     return values + values // itemsize + max(_OPERAND_BYTES, PANEL * columns // GROUP * 4)
 
 
@@ -405,8 +416,10 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self._memory: dict[str, torch.Tensor] = {}
 
-    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor whose values are those of whatever used it last."""
+    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A tensor whose values are those of whatever used it last; of a device, torch keeps memory for that itself."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
         size_bytes = prod(shape) * dtype.itemsize
         held = self._memory.get(use)
         if held is None or len(held) < size_bytes:
@@ -423,7 +436,7 @@ def _computed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 else dtype
 
 
-def _elements(memory: memoryview, place: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+def _elements(memory: torch.Tensor, place: int, count: int, dtype: torch.dtype) -> torch.Tensor:
     """Elements in memory, as a view, or as a copy where the place is no multiple of 64."""
-    found = torch.frombuffer(memory, dtype=torch.uint8)[place : place + count * dtype.itemsize]
+    found = memory[place : place + count * dtype.itemsize]
     return (found.clone() if found.data_ptr() % ALIGNMENT else found).view(dtype)

@@ -35,7 +35,8 @@ class PackedParameter(AbsentParameter):
     def __new__(cls, packed: Packed, dtype: torch.dtype) -> Self:
         """Stand for a parameter of that dtype; it wants gradients as `surfw.runtime.loader.as_parameter` explains."""
         like = torch.empty(packed.shape, dtype=dtype, device="meta")
-        parameter = super().__new__(cls, like, partial(_unpack_whole, packed, dtype), partial(_compute, packed, dtype))
+        load, compute = partial(_unpack_whole, packed, dtype), partial(_compute, packed, dtype)
+        parameter = super().__new__(cls, like, load, compute, packed.codes.device)
         parameter.packed = packed
         parameter.requires_grad_()
         return parameter
@@ -64,17 +65,18 @@ class PackedTranspose(AbsentBuffer):
         """Stand for the transpose in that dtype."""
         like = torch.empty(packed.shape[::-1], dtype=dtype, device="meta")
         load = partial(_unpack_whole, packed, dtype)
-        return super().__new__(cls, like, lambda: load().t(), partial(_compute_transposed, packed, dtype))
+        compute = partial(_compute_transposed, packed, dtype)
+        return super().__new__(cls, like, lambda: load().t(), compute, packed.codes.device)
 
 
 def packed_parameter(
-    part: Part, memory: memoryview, dtype: torch.dtype, operand: torch.Tensor | None = None
+    part: Part, memory: torch.Tensor, dtype: torch.dtype, operand: torch.Tensor | None = None
 ) -> PackedParameter:
     """A parameter over a quantised tensor where it lies.
 
     Args:
         part: of kind int8 or int4.
-        memory: the stored form that it is a part of; kept alive.
+        memory: the stored form that it is a part of, as uint8, on any device; kept alive.
         dtype: what the model computes with.
         operand: as of `matrix_over`.
     """
@@ -100,7 +102,7 @@ class _Multiplied(torch.autograd.Function):
 
 def _multiply(packed: Packed, dtype: torch.dtype, inputs: Any, *, bias: torch.Tensor | None = None) -> Any:
     """As torch's `linear`; NotImplemented where that would fail, or convert."""
-    fits = type(inputs) is torch.Tensor and inputs.dtype is dtype and inputs.device.type == "cpu"
+    fits = type(inputs) is torch.Tensor and inputs.dtype is dtype and inputs.device == packed.codes.device
     if not fits or not inputs.dim() or inputs.shape[-1] != packed.shape[1]:
         return NotImplemented
     if bias is not None and bias.dtype is not dtype:
@@ -134,7 +136,7 @@ def _embedding(
 ) -> Any:
     """As torch's; what only gradients would need makes no difference."""
     rows, columns = packed.shape
-    fits = type(ids) is torch.Tensor and ids.dtype in {torch.int32, torch.int64} and ids.device.type == "cpu"
+    fits = type(ids) is torch.Tensor and ids.dtype in {torch.int32, torch.int64} and ids.device == packed.codes.device
     padded = padding_idx is not None and not -rows <= padding_idx < rows
     if not fits or padded or max_norm is not None:
         return NotImplemented

@@ -17,10 +17,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Literal
 
 from surfw.config import KB, Policy, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Use
+
+Tier = Literal["host", "device"]
+"""Memory that weights pass through on their way: that of the machine, or of the device that computes."""
 
 _SMALL_BYTES = 1 << 20
 _RING = 2
@@ -45,6 +49,8 @@ class Needs:
         scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
         cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
         before: chunks that run before the cycle begins, such as those of an encoder.
+        passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
+        working_bytes: memory that computing takes in this tier besides weights and KV cache.
     """
 
     name: str
@@ -58,6 +64,8 @@ class Needs:
     scratch: Mapping[str, int] = field(default_factory=dict)
     cycle: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    passing: frozenset[str] = frozenset()
+    working_bytes: int = 0
 
     @property
     def ring_buffers(self) -> int:
@@ -82,11 +90,12 @@ class Needs:
         flight = 2 * max((self.sizes[name] for name in names), default=0)
         if not self.tables.issubset(names):
             flight = max(flight, self.table_bytes)
-        return min(self.overhead_bytes, flight) + max((self.scratch.get(name, 0) for name in names), default=0)
+        scratch = max((self.scratch.get(name, 0) for name in names), default=0)
+        return min(self.overhead_bytes, flight) + scratch + self.working_bytes
 
     def in_memory(self) -> tuple[dict[str, int], int]:
         """Where memory is short: the sizes of the chunks that are ever in memory, and the memory besides them."""
-        absent = self.tables - set(self.cycle) - set(self.before)
+        absent = self.tables - set(self.cycle) - set(self.before) - self.passing
         sizes = {name: size for name, size in self.sizes.items() if name not in absent}
         return sizes, self.overhead_of(sizes) + (self.table_bytes if self.tables else 0)
 
@@ -116,6 +125,7 @@ class Limit:
         cache_layers: instead of a budget, the number of chunks to keep, the fixed ones not counted.
         reserved_bytes: part of the budget that weights must leave, such as for the KV cache.
         policy: `auto`, or `lru`: a plain LRU cache instead of the plan's choice.
+        tier: which memory it limits, for errors.
         reason: what a default budget is limited by; empty for a budget that the user gave.
 
     Raises:
@@ -126,6 +136,7 @@ class Limit:
     cache_layers: int | None = None
     reserved_bytes: int = 0
     policy: Policy = "auto"
+    tier: Tier = "host"
     reason: str = ""
 
     def __post_init__(self) -> None:
@@ -159,6 +170,7 @@ class ResidencyPlan:
         policy: `auto` or `lru`.
         in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
         fixed: those of the pinned chunks that stay in every plan.
+        passing: as of the needs.
     """
 
     pinned: frozenset[str]
@@ -177,11 +189,12 @@ class ResidencyPlan:
     policy: Policy = "auto"
     in_pieces: bool = False
     fixed: frozenset[str] = field(default=frozenset(), repr=False)
+    passing: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def streamed(self) -> dict[str, int]:
         """The chunks that are not pinned, with the memory each takes."""
-        return {name: size for name, size in self.sizes.items() if name not in self.pinned}
+        return {name: size for name, size in self.sizes.items() if name not in self.pinned | self.passing}
 
     @property
     def pinned_bytes(self) -> int:
@@ -209,7 +222,7 @@ class ResidencyPlan:
     @property
     def everything_fits(self) -> bool:
         """Whether every chunk stays, and nothing is read twice."""
-        return self.pinned.issuperset(self.sizes) and not self.absent
+        return (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
 
     def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
         """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
@@ -240,12 +253,34 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
     raise _too_small(needs, limit, limit.budget_bytes)
 
 
+def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
+    """What a model needs in host memory, where it computes on a device with a plan of its own.
+
+    What stays on the device is read once and handed on. Only the others recur here, each used when it is copied.
+
+    Args:
+        needs: the model in host memory, if it computed there.
+        nearer: the plan of the device.
+        order: its needs, with their schedule.
+    """
+    kept = nearer.pinned
+    return replace(
+        needs,
+        fixed=frozenset(),
+        together=1,
+        passing=kept,
+        tables=needs.tables - kept,
+        cycle=tuple(name for name in order.cycle if name not in kept),
+        before=tuple(name for name in order.before if name not in kept),
+    )
+
+
 def least_bytes(needs: Needs) -> int:
     """The smallest budget that the model runs with: its fixed chunks, a ring for the others, and the overhead.
 
     That of `needs.in_pieces()` does for the source at hand, that of `needs.from_anywhere()` for whatever source.
     """
-    least = needs.overhead_of(needs.sizes) + sum(needs.sizes.values())
+    least = _everything(needs, Limit()).peak_bytes
     sizes, overhead = needs.in_memory()
     for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
         stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
@@ -254,8 +289,10 @@ def least_bytes(needs: Needs) -> int:
 
 
 def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
+    largest = max((needs.sizes[name] for name in needs.passing), default=0)
     return ResidencyPlan(
-        pinned=frozenset(needs.sizes), sizes=needs.sizes, ring_buffers=0, ring_bytes=0, fixed=needs.fixed,
+        pinned=frozenset(needs.sizes) - needs.passing, sizes=needs.sizes, fixed=needs.fixed, passing=needs.passing,
+        ring_buffers=needs.ring_buffers if needs.passing else 0, ring_bytes=largest,
         overhead_bytes=needs.overhead_of(needs.sizes), reserved_bytes=limit.reserved_bytes,
         budget_bytes=limit.budget_bytes, policy=limit.policy,
     )  # fmt: skip
@@ -280,8 +317,9 @@ def _plan_layers(needs: Needs, cache_layers: int, policy: Policy) -> ResidencyPl
 
 def _plan_budget(needs: Needs, limit: Limit, budget_bytes: int) -> ResidencyPlan | None:
     """The plan for a budget that reads least; None if the budget is too small."""
-    if sum(needs.sizes.values()) + needs.overhead_of(needs.sizes) + limit.reserved_bytes <= budget_bytes:
-        return _everything(needs, limit)
+    everything = _everything(needs, limit)
+    if everything.peak_bytes + limit.reserved_bytes <= budget_bytes:
+        return everything
     streamable = {size for name, size in needs.in_memory()[0].items() if name not in needs.fixed}
     # The ring's size decides what is too large for it and has to stay. No rule finds the best one, so all are tried.
     tried = [_plan_ring(needs, limit, budget_bytes, size) for size in [*sorted(streamable, reverse=True), 0]]
@@ -298,9 +336,9 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
     left -= sum(sizes[name] for name in stays)
     if left < 0:
         return None
-    others = {name: size for name, size in sizes.items() if name not in stays}
+    others = {name: size for name, size in sizes.items() if name not in stays | needs.passing}
     kept = floating = frozenset[str]()
-    buffers = needs.ring_buffers if others else 0
+    buffers = needs.ring_buffers if others or needs.passing else 0
     if limit.policy == "lru" and others:
         buffers += left // ring_bytes
     else:
@@ -309,7 +347,7 @@ def _plan_ring(needs: Needs, limit: Limit, budget_bytes: int, ring_bytes: int) -
         pinned=stays | kept, floating=floating, sizes=sizes, tables=needs.tables,
         absent=frozenset(needs.sizes).difference(sizes), ring_buffers=buffers, ring_bytes=ring_bytes,
         floating_bytes=left if floating else 0, overhead_bytes=overhead, reserved_bytes=limit.reserved_bytes,
-        budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed,
+        budget_bytes=limit.budget_bytes, policy=limit.policy, fixed=fixed, passing=needs.passing,
     )  # fmt: skip
     return replace(made, bytes_per_pass=bytes_per_pass(made, needs.cycle))
 
@@ -323,17 +361,22 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationEr
     needed = f"{format_size(least)} ({least} bytes) at least{reserve}"
     if anywhere > least:
         needed += f", and {format_size(anywhere)} ({anywhere} bytes) from any other source"
+    is_device = limit.tier == "device"
     if not limit.reason:
         given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""
+        what = "device memory" if is_device else "a memory budget"
         return ConfigurationError(
-            f"a memory budget of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
+            f"{what} of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
             f"{needed}; give that or more{tokens}"
         )
     there = f"{format_size(budget_bytes)} is" if budget_bytes else "none is"
+    where, options = " on the device" if is_device else "", "(memory_budget, --memory-budget)"
+    if is_device:
+        options = "(device_memory, --device-memory)"
     return ConfigurationError(
-        f"there is too little memory for {needs.name}: it needs {needed}, and {there} free for it ({limit.reason}); "
-        f"make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond it "
-        "(memory_budget, --memory-budget)"
+        f"there is too little memory{where} for {needs.name}: it needs {needed}, and {there} free for it "
+        f"({limit.reason}); make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond "
+        f"it {options}"
     )
 
 
@@ -411,6 +454,7 @@ def bytes_per_pass(plan: ResidencyPlan, cycle: Sequence[str]) -> int:
     Where the ring has buffers for all that is streamed, that stays there too. A smaller LRU cache is taken to miss
     everything that is not pinned.
     """
+    cycle = [name for name in cycle if name not in plan.passing]
     through_ring = {name for name in cycle if name in plan.sizes and name not in plan.pinned}
     if len(through_ring) <= plan.ring_buffers:
         return 0

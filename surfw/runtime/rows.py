@@ -127,7 +127,7 @@ class RowReader:
         stored, dtype = self._assemble(chunk, [(start, stop)]), self._dtype(info)
         if part and part.kind != "raw":
             alone = replace(part, start=0, scales=part.scales - start, stop=stop - start)
-            return matrix_over(alone, stored.numpy().data).unpacked(dtype)
+            return matrix_over(alone, stored).unpacked(dtype)
         return stored.view(torch_dtype(info.dtype)).to(dtype).view(info.shape)
 
     def clear(self) -> None:
@@ -374,11 +374,11 @@ class StreamedTables:
         **__: Any,
     ) -> Any:
         """As torch's `embedding`; what only gradients would need makes no difference."""
-        ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64} and input.device.type == "cpu"
+        ids = type(input) is torch.Tensor and input.dtype in {torch.int32, torch.int64}
         padded = padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]
         if not ids or padded or max_norm is not None:
             return NotImplemented
-        return self._rows.lookup(name, input)
+        return self._rows.lookup(name, input.cpu())
 
 
 def tables_of(skeleton: Skeleton, manifest: Manifest, *, least_bytes: int = MIB) -> dict[str, TableUnit]:

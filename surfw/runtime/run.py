@@ -71,7 +71,7 @@ class Job(Future[T]):
     the memory that the coroutine writes to is still its own.
     """
 
-    _task: asyncio.Task[T]
+    _task: asyncio.Task[T] | None = None
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         """Name the loop, on which `begin` comes before all else."""
@@ -90,8 +90,12 @@ class Job(Future[T]):
             return False
         if not self._is_unwanted:
             self._is_unwanted = True
-            self._loop.call_soon_threadsafe(lambda: self._task.cancel())  # noqa: PLW0108 - the task comes only then
+            self._loop.call_soon_threadsafe(self._cancel_task)
         return True
+
+    def _cancel_task(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     def begin(self, work: Coroutine[Any, Any, T]) -> None:
         """Start the coroutine; called on the loop."""
@@ -99,6 +103,7 @@ class Job(Future[T]):
         self._task.add_done_callback(self._end)
 
     def _end(self, task: asyncio.Task[T]) -> None:
+        self._task = None  # a cancelled one holds its frames, and with them the memory that it was to fill
         if task.cancelled():
             super().cancel()
             self.set_running_or_notify_cancel()

@@ -137,13 +137,22 @@ class SlotTable:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every chunk that the plan lets in has a slot."""
+        """Whether every chunk that the plan lets in has a slot, those left out that only pass."""
+        if passing := self.plan.passing:
+            return len(self._slots.keys() - passing) >= len(self.plan.sizes.keys() - passing)
         return len(self._slots) >= len(self.plan.sizes)
 
     def is_ready(self, names: Iterable[str]) -> bool:
         """Whether all of these chunks are in memory."""
         slots = (self._slots.get(name) for name in names)
         return all(slot is not None and slot.state is SlotState.READY for slot in slots)
+
+    def has_place(self, name: str) -> bool:
+        """Whether a chunk that is needed now has a slot, or gets one without the ring growing beyond the plan."""
+        if name in self._slots or name in self.plan.pinned:
+            return True
+        ring = self._ring()
+        return len(ring) < max(1, self.plan.ring_buffers) or any(not slot.users for slot in ring)
 
     def adopt(self, plan: ResidencyPlan) -> Decision:
         """Keep to another plan: what it has no memory for goes at once if it is idle, else after its use."""
@@ -206,6 +215,10 @@ class SlotTable:
                 self._float(name, next_use, decision)
             self._trim(decision)
         return decision
+
+    def trim(self) -> Decision:
+        """Evict what has no place, without letting anything go."""
+        return Decision() if self._everything_fits and self._is_settled else self._trim(Decision())
 
     def prefetch(self, upcoming: Iterable[str], in_use: Collection[str] = ()) -> Decision:
         """Load what is used next, as far as there are slots for it, and a bounded number of bytes at a time.

@@ -66,12 +66,12 @@ def test_infer_json_has_the_promised_keys(home: Path) -> None:
     }  # fmt: skip
     assert facts["cache"].keys() == {
         "hits", "misses", "prefetched", "stalls", "hit_rate", "resident_bytes", "fetched_bytes", "decoded_bytes",
-        "refetched_blocks", "kv_cache_bytes",
+        "copied_bytes", "refetched_blocks", "kv_cache_bytes",
     }  # fmt: skip
     assert facts["plan"].keys() == {
         "codec", "limited_by", "budget_bytes", "reserved_bytes", "pinned", "streamed", "bytes_per_pass",
     }  # fmt: skip
-    assert facts["time"].keys() == {"stall_seconds", "compute_seconds", "decode_seconds"}
+    assert facts["time"].keys() == {"stall_seconds", "compute_seconds", "decode_seconds", "copy_seconds"}
     assert facts["new_tokens"] == len(facts["token_ids"]) > 1
     cache = facts["cache"]
     assert cache["misses"] == cache["prefetched"] + cache["stalls"]

@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,23 @@ def test_a_change_in_place_is_an_error_at_the_next_pass(copy: Path) -> None:
         with pytest.raises(IntegrityError, match=r"was changed in .* while it was in use"):
             model(input_ids=IDS)
     assert bool(before.isfinite().all())
+
+
+def test_a_change_between_two_passes_of_a_run_is_an_error_though_its_weights_stay_in_place(copy: Path) -> None:
+    file, start = blob_of(copy)
+
+    def change_between(inner: Any) -> None:
+        inner(input_ids=IDS)
+        with file.open("r+b") as blob:
+            blob.seek(start + 2)
+            blob.write(b"\x55\x55")
+        inner(input_ids=IDS)
+
+    with (
+        StreamingModel.open(str(copy), model="llama", memory_budget="1GB") as model,
+        pytest.raises(IntegrityError, match=r"was changed in .* while it was in use"),
+    ):
+        model.run(change_between)
 
 
 _CUT = """

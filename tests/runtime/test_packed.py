@@ -20,6 +20,7 @@ from surfw.errors import ModelError
 from surfw.manifest import Kind, TensorInfo, packed_bytes, plan_parts
 from surfw.runtime import matrices, packed
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.loader import flat_view
 from surfw.runtime.matrices import Kernel, Order, _as_stored, kernel_of
 from surfw.runtime.packed import PackedParameter, packed_parameter
 from surfw.skeleton.dtypes import safetensors_dtype
@@ -50,7 +51,7 @@ def pack(weight: torch.Tensor, kind: Kind, dtype: torch.dtype) -> tuple[PackedPa
     encoder.finish()
     operand = torch.frombuffer(buffer.view, dtype=torch.uint8)[kept : kept + matrices.operand_bytes(part)]
     values = torch.from_numpy(np.array(decode_tensor(part, buffer.view)))
-    return packed_parameter(part, buffer.view, dtype, operand), values
+    return packed_parameter(part, flat_view(buffer), dtype, operand), values
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,7 +1,9 @@
 """A run ends when it is interrupted; the loop beside it hands errors over, and ends with all that it runs."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -167,3 +169,29 @@ def test_blocking_calls_run_in_threads_that_end_with_it() -> None:
     assert io.run(blocking()).startswith("surfw-io-worker")
     io.close()
     assert surfw_threads() == []
+
+
+class Memory:
+    """What a job works with."""
+
+
+def test_a_cancelled_job_lets_go_of_what_it_worked_with_at_once() -> None:
+    async def fill(_: Memory) -> None:
+        await asyncio.sleep(3600)
+
+    io = IoThread()
+    gc.disable()  # or it might let go of it
+    try:
+        memory = Memory()
+        seen = weakref.ref(memory)
+        job = io.submit(fill(memory))
+        del memory
+        io.run(asyncio.sleep(0))  # it has begun
+        job.cancel()
+        with pytest.raises(CancelledError):
+            job.result(60)
+        io.run(asyncio.sleep(0))
+        assert seen() is None
+    finally:
+        gc.enable()
+        io.close()

@@ -4,6 +4,7 @@ import asyncio
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import cycle
@@ -44,6 +45,11 @@ def measure_reads(store: str, model: str, *, seconds: float = _SECONDS) -> Bandw
     files = asyncio.run(_files(store, model))
     if not files:
         raise ConfigurationError(f"{model} in {store} has no chunks, so there is nothing to read; chunk it again")
+    return read_files(files, seconds=seconds)
+
+
+def read_files(files: Sequence[Path], *, seconds: float = _SECONDS) -> Bandwidth:
+    """As `measure_reads`, of these files."""
     buffers = [Buffer(max(path.stat().st_size for path in files)).view for _ in range(2)]
     for view in buffers:
         for at in range(0, len(view), mmap.PAGESIZE):

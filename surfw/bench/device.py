@@ -1,0 +1,402 @@
+"""A model that streams to a device: against the copy rate, against all of it on the device, and against other tools.
+
+One model with random weights is made on the device and written to a folder; surfw reads it there. Everything runs in
+this process, one after the other, the most telling figures first, since the device may be lent for minutes only: each
+row is handed on as soon as it is known, what fails becomes a row that says so, and what would begin too late is left
+out.
+"""
+
+import asyncio
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surfw.bench.device_model import (
+    SHAPES,
+    Outcome,
+    Timing,
+    a_quarter,
+    make_model,
+    outcome,
+    prompt,
+    save_model,
+    time_generation,
+)
+from surfw.bench.device_peers import PEERS
+from surfw.bench.device_streaming import NEW_TOKENS, Streaming
+from surfw.bench.result import Result, Row, describe_machine, summarise
+from surfw.config import GB, MIB, CodecChoice
+from surfw.errors import ConfigurationError
+from surfw.runtime.buffers import Buffer
+from surfw.runtime.device import SIMULATED, Device, open_device
+from surfw.runtime.loader import flat_view
+from surfw.runtime.plan import least_bytes
+from surfw.runtime.simulated import SimulatedDevice
+
+PARTS = ("streamed", "half", "whole", "packed", *PEERS, "server", "disk")
+"""What can be measured, in that order."""
+
+_COPIED_BYTES, _MOST_COPIED_BYTES = {"tiny": 16 * MIB}, 1024 * MIB
+_LIBRARIES = ("accelerate", "diffusers", "triton")
+_PACKED: Sequence[CodecChoice] = ("int8", "int4")
+_HOST_LAYERS = 2
+_TURNS, _MOST_TURNS = {"tiny": 2}, 6
+
+OnRow = Callable[[Row], object]
+
+
+def bench_device(
+    device: str = "cuda",
+    *,
+    shape: str = "8b",
+    parts: Sequence[str] | None = None,
+    folder: str | None = None,
+    disk: str | None = None,
+    seconds: float = 480.0,
+    on_row: OnRow = lambda _: None,
+    on_progress: Callable[[str], object] = lambda _: None,
+) -> Result:
+    """Measure.
+
+    Args:
+        device: where to compute; `simulated` shows that all of this runs, its figures mean nothing.
+        shape: one of `SHAPES`.
+        parts: some of `PARTS`; default: all, `disk` only with a folder for it.
+        folder: where the checkpoint is written, best into memory; default: the temporary folder.
+        disk: a folder on a disk, for the figures from disk to device.
+        seconds: nothing is begun after so long.
+        on_row: called with each row as soon as it is known.
+        on_progress: called with a line whenever something begins.
+
+    Raises:
+        ConfigurationError: there is no such shape, part or device.
+    """
+    if shape not in SHAPES:
+        raise ConfigurationError(f"shape {shape!a:.40} is not known; expected one of {', '.join(SHAPES)}")
+    chosen = PARTS if parts is None else parts
+    if unknown := [one for one in chosen if one not in PARTS]:
+        raise ConfigurationError(f"part {unknown[0]!a:.40} is not known; expected some of {', '.join(PARTS)}")
+    if parts is not None and "disk" in parts and disk is None:
+        raise ConfigurationError("the part 'disk' needs a folder on a disk (disk, --disk)")
+    if (opened := open_device(device)) is None:
+        raise ConfigurationError(f"device {device!r} is the CPU; name a CUDA device, or {SIMULATED!r}")
+    with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=folder) as place:
+        bench = _Bench(opened, shape, Path(place), disk, on_row)
+        until = time.monotonic() + seconds
+        works = bench.works([one for one in PARTS if one in chosen and (one != "disk" or disk is not None)])
+        try:
+            for name, measure in works:
+                if time.monotonic() > until:
+                    bench.say(Row(name=name, value=0, unit="", note="left out: the time was over"))
+                    continue
+                on_progress(name)
+                try:
+                    measure()
+                except Exception as exc:  # noqa: BLE001 - whatever fails must not end the others
+                    bench.say(Row(name=name, value=0, unit="", note=f"failed: {exc!r:.300}"))
+        finally:
+            bench.close()
+    return Result(benchmark="device", machine=describe_machine(*_LIBRARIES) | bench.machine(), rows=tuple(bench.rows))
+
+
+class _Bench:
+    """What is measured, and what one part knows of the others."""
+
+    def __init__(self, device: Device, shape: str, folder: Path, disk: str | None, on_row: OnRow) -> None:
+        self.rows: list[Row] = []
+        self._device = device
+        self._name = SIMULATED if isinstance(device, SimulatedDevice) else device.torch_device
+        self._shape = shape
+        self._folder = folder
+        self._disk = disk
+        self._on_row = on_row
+        self._batch = 2 if shape == "tiny" else 16
+        self._rate = 0.0  # bytes per second of a copy out of page-locked memory
+        self._resident: Any = None
+        self._want: dict[int, Outcome] = {}
+        self._resident_rate: dict[int, float] = {}
+        self._streaming: Streaming | None = None
+
+    def works(self, parts: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
+        """What is to be done for these parts, in order."""
+        known: dict[str, Callable[[], object]] = {
+            "streamed": self.streamed, "half": self.half, "whole": self.whole, "packed": self.packed,
+            **{name: partial(self.peer, name) for name in PEERS}, "server": self.server, "disk": self.disk,
+        }  # fmt: skip
+        first: list[tuple[str, Callable[[], object]]] = [("copies", self.copies)]
+        if {*parts} - {"packed"}:
+            first.append(("model", self.make))
+        if {*parts} - {"packed", *PEERS}:
+            first.append(("checkpoint", self.write))
+        return [*first, *((one, known[one]) for one in parts)]
+
+    def say(self, row: Row) -> None:
+        """A row is known."""
+        self.rows.append(row)
+        self._on_row(row)
+
+    def machine(self) -> dict[str, str]:
+        """The device, and the model."""
+        return {"device": self._device.name, "shape": self._shape}
+
+    def copies(self) -> None:
+        """How fast memory is copied to the device."""
+        size = _COPIED_BYTES.get(self._shape, _MOST_COPIED_BYTES)
+        locked, pageable = Buffer(size), Buffer(size)
+        for buffer in (locked, pageable):
+            flat_view(buffer).fill_(1)
+        start = time.perf_counter()
+        self._device.page_lock(locked)
+        self.say(_row("page-locking", size / (time.perf_counter() - start) / GB, "GB/s"))
+        memory = self._device.allocate(size)
+        for name, buffer, rounds in (
+            ("copies of page-locked memory", locked, 5),
+            ("copies of pageable memory", pageable, 2),
+        ):
+            self._device.copy(memory, flat_view(buffer)).synchronize()
+            start = time.perf_counter()
+            for _ in range(rounds):
+                copied = self._device.copy(memory, flat_view(buffer))
+            copied.synchronize()
+            rate = rounds * size / (time.perf_counter() - start)
+            self._rate = self._rate or rate
+            self.say(_row(name, rate / GB, "GB/s"))
+
+    def make(self) -> None:
+        """The model on the device, and its speed there."""
+        place = self._device.torch_device
+        start = time.perf_counter()
+        self._resident = make_model(SHAPES[self._shape], place)
+        size = _size_bytes(self._resident)
+        self.say(_row("the model", size / GB, "GB", note=f"made in {time.perf_counter() - start:.1f} s"))
+        for rows in (1, self._batch):
+            found = self._time_resident(rows, 32 if rows == 1 else 16)
+            self._resident_rate[rows] = found.per_second
+            self._want[rows] = outcome(self._resident, prompt(rows, place), NEW_TOKENS if rows == 1 else 16)
+            self.say(_row(f"resident, {_rows(rows)}", found.per_second, "tok/s"))
+
+    def write(self) -> None:
+        """Its checkpoint."""
+        start = time.perf_counter()
+        save_model(self._resident, self._checkpoint)
+        rate = _size_bytes(self._resident) / (time.perf_counter() - start)
+        self.say(_row("the checkpoint written", rate / GB, "GB/s"))
+
+    def streamed(self) -> None:
+        """As little of the device's memory as the model runs with."""
+        name, streaming = "everything streamed", self._open()
+        self._measure(name, streaming, 0, self._resident_rate[1])
+        self._compare(name, streaming, 1)
+        self._compare(name, streaming, self._batch)
+        found = streaming.time(self._batch, 12)
+        self.say(_row(f"{name}, {_rows(self._batch)}", found.per_second, "tok/s"))
+        self._say_peak(name, streaming)
+
+    def half(self) -> None:
+        """Half of the layers stay on the device; and three quarters."""
+        streaming = self._open()
+        layers = len(streaming.model.layers)
+        for name, kept in (("half on the device", layers // 2), ("three quarters on the device", layers * 3 // 4)):
+            self._measure(name, streaming, kept, self._resident_rate[1])
+            self._compare(name, streaming, 1)
+            self._say_peak(name, streaming)
+
+    def whole(self) -> None:
+        """All of it stays on the device; beside resident, in turns."""
+        name, streaming = "everything on the device", self._open()
+        self._measure(name, streaming, None, self._resident_rate[1])
+        self._compare(name, streaming, 1)
+        self._say_peak(name, streaming)
+        ours: list[float] = []
+        theirs: list[float] = []
+        turns: list[Callable[[], None]] = [lambda: ours.append(streaming.time(1, 32).per_second)]
+        turns.append(lambda: theirs.append(self._time_resident(1, 32).per_second))
+        for index in range(_TURNS.get(self._shape, _MOST_TURNS)):
+            for turn in turns if index % 2 else turns[::-1]:  # each is first as often
+                turn()
+        found, base = summarise(ours), summarise(theirs)
+        note = f"resident {base.low:.2f} to {base.high:.2f}"
+        self.say(
+            _row(
+                f"{name}, in turns with resident", found.value, "tok/s", base.value, low=found.low, high=found.high,
+                note=note,
+            )
+        )  # fmt: skip
+
+    def packed(self) -> None:
+        """A part of the model in int8 and int4, against the same part in bfloat16; all that can be is streamed."""
+        self._close_streaming()
+        shape = a_quarter(SHAPES[self._shape])
+        plain, store = self._folder / "part", self._folder / "packed"
+        start = time.perf_counter()
+        _store_packed(shape, self._device.torch_device, plain, store)
+        size = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
+        note = f"{size / GB:.2f} GB: {shape['num_hidden_layers']} layers, and as much less of the vocabulary"
+        took = time.perf_counter() - start
+        self.say(_row("a part of the model, made and stored as int8 and int4", took, "s", note=note))
+        baseline = None
+        forms: Sequence[tuple[Path, CodecChoice]] = [(plain, "none"), *((store, codec) for codec in _PACKED)]
+        for source, codec in forms:
+            name = f"a part of the model in {'bf16' if codec == 'none' else codec}"
+            streaming = Streaming(source, self._name, self._batch, codec=codec)
+            try:
+                streaming.generate(1)
+                found = self._measure(f"{name}, streamed", streaming, 0, baseline)
+                self._say_peak(f"{name}, streamed", streaming)
+                seen = streaming.outcome(1, 8)
+                streaming.relimit(None)
+                equal = seen.equals(streaming.outcome(1, 8))
+                self.say(_row(f"{name}, streamed: equal to all of it on the device", float(equal), "equal"))
+                whole = streaming.time(1, NEW_TOKENS).per_second
+                self.say(_row(f"{name}, on the device", whole, "tok/s", note=f"streamed: {found / whole:.3f} of it"))
+            finally:
+                streaming.close()
+                gc.collect()
+            baseline = baseline or found
+
+    def peer(self, name: str) -> None:
+        """Another tool, with the resident model's own weights; the rows of surfw that it is to be compared with."""
+        self._close_streaming()
+        for label, found, ours in PEERS[name](self._resident, self._device.torch_device):
+            equal = found.tokens[0] == self._want[1].tokens[0][: len(found.tokens[0])]
+            self.say(_row(label, found.per_second, "tok/s", note=f"same tokens as resident: {equal}"))
+            mine = next((one for one in self.rows if one.name == ours), None)
+            if mine is not None:
+                self.say(_row(f"{ours}, against {label}", mine.value, "tok/s", found.per_second))
+
+    def server(self) -> None:
+        """From a server on this machine, with little host memory, and little of the device's."""
+        from surfw.bench.wire import peer, serve_store
+        from surfw.chunking.in_place import publish_place
+
+        self._close_streaming()
+        store = asyncio.run(publish_place(str(self._checkpoint)))
+        with peer(serve_store, str(store), 256) as served:
+            self._capped("over a server", f"ws://127.0.0.1:{served.port}", None)
+
+    def disk(self) -> None:
+        """From a disk, with little host memory, and little of the device's."""
+        from surfw.bench.peers.reads import read_files
+
+        self._close_streaming()
+        with tempfile.TemporaryDirectory(prefix="surfw-bench-", dir=self._disk) as place:
+            copy = Path(place) / "model"
+            start = time.perf_counter()
+            shutil.copytree(self._checkpoint, copy)
+            size = sum(one.stat().st_size for one in copy.glob("*.safetensors"))
+            self.say(_row("copied to the disk", size / (time.perf_counter() - start) / GB, "GB/s"))
+            rate = read_files(sorted(copy.glob("*.safetensors")), seconds=3.0).bytes_per_second
+            self.say(_row("reads of the disk", rate / GB, "GB/s"))
+            self._capped("from disk", str(copy), rate)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._close_streaming()
+        self._resident = None
+        self._device.close()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self._folder / "model"
+
+    def _open(self) -> Streaming:
+        if self._streaming is None:
+            start = time.perf_counter()
+            self._streaming = Streaming(self._checkpoint, self._name, self._batch)
+            self._streaming.generate(1)
+            self.say(_row("opened, and read into page-locked memory", time.perf_counter() - start, "s"))
+        return self._streaming
+
+    def _close_streaming(self) -> None:
+        if self._streaming is not None:
+            self._streaming.close()
+            self._streaming = None
+            gc.collect()
+
+    def _time_resident(self, rows: int, count: int) -> Timing:
+        ids = prompt(rows, self._device.torch_device)
+        return time_generation(self._resident, ids, count, self._device.synchronize)
+
+    def _measure(self, name: str, streaming: Streaming, kept_layers: int | None, baseline: float | None) -> float:
+        """One budget: the speed, and its share of what copies allow."""
+        streaming.relimit(kept_layers)
+        found = streaming.measure()
+        speed = found.timing.per_second
+        ceiling = found.ceiling(self._rate)
+        self.say(_row(name, speed, "tok/s", baseline, ceiling, note=found.describe()))
+        return speed
+
+    def _compare(self, name: str, streaming: Streaming, rows: int) -> None:
+        seen = streaming.outcome(rows, 8 if rows == 1 else 4)
+        self.say(_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
+
+    def _say_peak(self, name: str, streaming: Streaming) -> None:
+        """The most memory of the device that was taken, beside its budget."""
+        budget = streaming.engine.plan.budget_bytes or 0
+        self.say(_row(f"{name}: peak of device memory", streaming.peak_bytes / GB, "GB", ceiling=budget / GB))
+
+    def _capped(self, name: str, source: str, rate: float | None) -> None:
+        """Little memory everywhere: all but a few layers come from the source in every pass.
+
+        With the least host memory, the source would be read a block at a time. Most have a few layers more.
+        """
+        probe = Streaming(source, self._name, self._batch)
+        try:
+            behind = probe.engine.below
+            layer = max(behind.plan.sizes[one] for one in probe.model.layers)
+            budget = least_bytes(behind.needs) + behind.limit.reserved_bytes + _HOST_LAYERS * layer
+        finally:
+            probe.close()
+        streaming = Streaming(source, self._name, self._batch, memory_budget=budget)
+        try:
+            self._say_capped(name, streaming, budget, rate)
+        finally:
+            streaming.close()
+
+    def _say_capped(self, name: str, streaming: Streaming, budget: int, rate: float | None) -> None:
+        streaming.generate(1)
+        before, start = streaming.model.metrics.count("fetched_bytes"), time.perf_counter()
+        tokens = streaming.generate(2)
+        seconds = time.perf_counter() - start
+        reached = (streaming.model.metrics.count("fetched_bytes") - before) / seconds
+        plan, same = streaming.engine.below.plan, tokens[0] == self._want[1].tokens[0][:2]
+        note = (
+            f"host budget {budget / GB:.2f} GB, {plan.bytes_per_pass / GB:.2f} GB a pass, {2 / seconds:.3f} tok/s, "
+            f"same tokens as resident: {same}"
+        )
+        ceiling = None if rate is None else rate / GB
+        self.say(_row(f"{name}, host memory capped", reached / GB, "GB/s", ceiling=ceiling, note=note))
+
+
+def _store_packed(shape: dict[str, Any], device: torch.device, plain: Path, store: Path) -> None:
+    """Make a model of a shape, write its checkpoint, and store it in packed forms."""
+    from surfw.chunking import prepare_model, write_model
+    from surfw.storage import open_backend
+
+    save_model(make_model(shape, device), plain)
+    with prepare_model(str(plain), name="part") as prepared:
+        asyncio.run(write_model(prepared, open_backend(store), codecs=_PACKED))
+
+
+def _size_bytes(model: Any) -> int:
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def _row(
+    name: str, value: float, unit: str, baseline: float | None = None, ceiling: float | None = None, **more: Any
+) -> Row:
+    return Row(
+        name=name, value=value, unit=unit, baseline=baseline, ratio=value / baseline if baseline else None,
+        ceiling=ceiling, share=value / ceiling if ceiling else None, **more,
+    )  # fmt: skip
+
+
+def _rows(count: int) -> str:
+    return "one prompt" if count == 1 else f"{count} prompts"

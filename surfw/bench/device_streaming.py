@@ -1,0 +1,169 @@
+"""A model of surfw that streams to a device, as `bench device` uses it: under one budget after another."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surfw.bench.device_model import Outcome, Timing, generate, outcome, prompt, time_generation
+from surfw.config import GB, CodecChoice
+from surfw.models.streaming import StreamingModel
+from surfw.runtime.device import Device
+from surfw.runtime.device_engine import DeviceEngine
+from surfw.runtime.kv_cache import kv_cost
+from surfw.runtime.plan import Limit, least_bytes
+from surfw.runtime.simulated import SimulatedDevice
+
+NEW_TOKENS = 24
+_LONGEST = 48
+"""Tokens that the KV cache has its place for, besides the prompt's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Streamed:
+    """How a generation went.
+
+    Attributes:
+        timing: its speed.
+        bytes_per_token: what is copied to the device for each token.
+        copied_bytes, copying_seconds: what was copied altogether, and how long copies ran.
+        seconds: the whole time.
+        layers, kept_layers: how many there are, and how many stay on the device.
+        budget_bytes: of the device's memory.
+    """
+
+    timing: Timing
+    bytes_per_token: int
+    copied_bytes: int
+    copying_seconds: float
+    seconds: float
+    layers: int
+    kept_layers: int
+    budget_bytes: int
+
+    def ceiling(self, bytes_per_second: float) -> float | None:
+        """The most tokens per second at that rate of copies; None where nothing is copied."""
+        return bytes_per_second / self.bytes_per_token if self.bytes_per_token else None
+
+    def describe(self) -> str:
+        """What a reader has to know about it."""
+        share, rate = self.copying_seconds / self.seconds, self.copied_bytes / max(self.copying_seconds, 1e-9)
+        return (
+            f"{self.kept_layers} of {self.layers} layers stay, {self.bytes_per_token / GB:.2f} GB are copied for each "
+            f"token, budget {self.budget_bytes / GB:.2f} GB, first token after {self.timing.first_seconds:.3f} s, "
+            f"copies ran {share:.0%} of the time, at {rate / GB:.1f} GB/s"
+        )
+
+
+class Streaming:
+    """An open model, whose budget of device memory is set anew for each measurement."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        device: torch.device | str,
+        batch: int,
+        *,
+        codec: CodecChoice = "auto",
+        memory_budget: int | None = None,
+    ) -> None:
+        """Open it with as little of the device's memory as it runs with.
+
+        Args:
+            source: where its weights are.
+            device: where it computes.
+            batch: the most prompts at a time.
+            codec: the form to read.
+            memory_budget: of host memory, in bytes.
+        """
+        self._batch = batch
+        self._is_cuda = isinstance(device, torch.device) and device.type == "cuda"
+        self._outside_bytes = torch.cuda.memory_allocated(device) if self._is_cuda else 0
+        self.model = StreamingModel.open(source, device=device, cache_size=1, codec=codec, memory_budget=memory_budget)
+        try:
+            self.relimit(0)
+        except BaseException:
+            self.model.close()
+            raise
+
+    @property
+    def engine(self) -> DeviceEngine:
+        """The engine of the device's memory."""
+        engine: Any = self.model._engine  # noqa: SLF001 - ours
+        assert isinstance(engine, DeviceEngine), "it computes on a device"
+        return engine
+
+    @property
+    def device(self) -> Device:
+        """Where it computes."""
+        return self.engine.device
+
+    def relimit(self, kept_layers: int | None) -> None:
+        """Have so many layers stay on the device, and leave room for the KV cache of a batch; None: all of it stays."""
+        engine = self.engine
+        cost = kv_cost(self.model.model.config, torch.bfloat16)
+        budget = least_bytes(engine.needs) + cost.total_bytes(16, _LONGEST, sequences=self._batch)
+        if kept_layers is None:
+            budget += sum(engine.plan.sizes.values())
+        else:
+            budget += kept_layers * max(engine.plan.sizes[name] for name in self.model.layers)
+        engine.relimit(Limit(budget_bytes=budget, tier="device"))
+
+    def generate(self, count: int) -> list[list[int]]:
+        """The tokens of a generation with one prompt."""
+        found = generate(self.model, self._prompt(1), count)
+        self.device.synchronize()
+        return found
+
+    def time(self, rows: int, count: int) -> Timing:
+        """Time a generation."""
+        return time_generation(self.model, self._prompt(rows), count, self.device.synchronize)
+
+    def measure(self) -> Streamed:
+        """Time a generation with one prompt, and note what was copied for it."""
+        self._reset_peak()
+        metrics, plan, start = self.model.metrics, self.engine.plan, time.perf_counter()
+        before = metrics.count("copied_bytes"), metrics.seconds("copy")
+        timing = self.time(1, NEW_TOKENS)
+        return Streamed(
+            timing=timing,
+            bytes_per_token=plan.bytes_per_pass,
+            copied_bytes=metrics.count("copied_bytes") - before[0],
+            copying_seconds=metrics.seconds("copy") - before[1],
+            seconds=time.perf_counter() - start,
+            layers=len(self.model.layers),
+            kept_layers=len(plan.pinned.intersection(self.model.layers)),
+            budget_bytes=plan.budget_bytes or 0,
+        )
+
+    def outcome(self, rows: int, count: int) -> Outcome:
+        """What it comes to."""
+        return outcome(self.model, self._prompt(rows), count)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What it has taken of the device since the last measurement began, at most."""
+        if self._is_cuda:
+            return torch.cuda.max_memory_allocated(self.device.torch_device) - self._outside_bytes
+        return self._simulated.peak_bytes
+
+    def close(self) -> None:
+        """Close it."""
+        self.model.close()
+
+    def _prompt(self, rows: int) -> torch.Tensor:
+        return prompt(rows, self.device.torch_device)
+
+    def _reset_peak(self) -> None:
+        self.device.synchronize()
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device.torch_device)
+        else:
+            self._simulated.reset_peak()
+
+    @property
+    def _simulated(self) -> SimulatedDevice:
+        assert isinstance(self.device, SimulatedDevice), f"{self.device.name} is neither CUDA's nor simulated"
+        return self.device

@@ -1,0 +1,147 @@
+"""The engine of a device's memory: its slot table decides what is copied there, kept, and written over.
+
+It is an engine like that of host memory, one tier nearer: its loads are copies from the slots of a `Lender`. The two
+tables have a plan each. What the device keeps only passes through host memory; what it does not keep is streamed to it
+in every pass, from host memory as far as it fits there, and through it from the source where it does not.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from surfw.metrics import Metrics
+from surfw.runtime.device import Device
+from surfw.runtime.device_tier import DeviceTier
+from surfw.runtime.engine import Engine
+from surfw.runtime.host import Tier
+from surfw.runtime.lender import Lender
+from surfw.runtime.loader import Loader
+from surfw.runtime.packed import values_of
+from surfw.runtime.plan import Limit, Needs, ResidencyPlan
+from surfw.runtime.rows import TableUnit
+from surfw.runtime.run import IoThread, Run
+from surfw.runtime.schedule import Phases
+
+
+class DeviceEngine(Engine):
+    """Chunks of one model, in and out of a device's memory. Used as any engine.
+
+    Attributes:
+        below: the engine of host memory.
+        device: where the model computes.
+    """
+
+    watches_layers = False  # a pass takes milliseconds there, and what watches its layers would be a part of that
+
+    def __init__(
+        self,
+        below: Lender,
+        device: Device,
+        needs: Needs,
+        limit: Limit,
+        loader: Loader,
+        *,
+        io: IoThread,
+        metrics: Metrics,
+        phases: Phases | None,
+        tables: Mapping[str, TableUnit],
+        prefetch: bool,
+    ) -> None:
+        """Make a plan; arguments as of `Engine`.
+
+        Raises:
+            ConfigurationError: the limit is too small for the model.
+        """
+        self.below = below
+        self.device = device
+        super().__init__(
+            below.manifest, needs, limit, loader, io=io, metrics=metrics, phases=phases, tables=tables,
+            prefetch=prefetch,
+        )  # fmt: skip
+        self.rows: DeviceRows = DeviceRows(below, device)  # type: ignore[assignment]  # the same to those who use it
+
+    def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
+        return DeviceTier(self.below, loader, io, self.device, metrics=self.metrics, plan=plan)
+
+    @contextmanager
+    def running(self, run: Run, *, prefetch: bool = True) -> Iterator[None]:
+        """As of `Engine`: rows of tables are read for the same run."""
+        with super().running(run, prefetch=prefetch):
+            before, self.below.run = self.below.run, run
+            try:
+                yield
+            finally:
+                self.below.run = before
+
+    def stay(self, module: str) -> bool:
+        """As of `Engine`: also where others are streamed, if all of its chunks stay on the device."""
+        return self._stay(module)
+
+    def read(self, name: str) -> torch.Tensor:
+        """As of `Engine`, on the device."""
+        with self._lock:
+            self._sync()
+            chunk = self.manifest.home[name].name
+            if self.table.is_ready([chunk]):
+                return values_of(self.host.tensors(self.host[chunk])[name])
+        return self.below.read(name).to(self.device.torch_device)
+
+    def clear(self) -> None:
+        """As of `Engine`, in both tiers."""
+        super().clear()
+        self.below.clear()
+
+    def close(self) -> None:
+        """As of `Engine`, in both tiers."""
+        try:
+            super().close()
+        finally:
+            self.below.close()
+            self.device.close()
+
+    @property
+    def claimed_bytes(self) -> int:
+        """As of `Engine`, of host memory."""
+        return self.below.claimed_bytes
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """As of `Engine`, of host memory."""
+        return self.below.anonymous_bytes
+
+    def _replan(self, needs: Needs, limit: Limit) -> None:
+        before = self.plan.pinned
+        super()._replan(needs, limit)
+        new = [one.name for one in self.manifest.chunks if one.name in self.plan.pinned - before]
+        self._obey(self.table.fetch([name for name in new if self.below.has(name)]))  # while host memory has them
+        self.below.pass_on(self.plan.pinned, self._needs.tables - self.plan.pinned)
+
+
+class DeviceRows:
+    """Looks up rows of tables that are not on the device: in host memory, or in the source."""
+
+    def __init__(self, below: Lender, device: Device) -> None:
+        """Look up nothing yet."""
+        self._below = below
+        self._device = device
+
+    def lookup(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """As `RowReader.lookup`: of ids on the CPU; the result is on the device."""
+        chunk = self._below.manifest.home[name].name
+        lent = self._below.lend_ready(chunk, for_copy=False)
+        if lent is None:
+            return self._below.rows.lookup(name, ids).to(self._device.torch_device)
+        try:
+            found = torch.nn.functional.embedding(ids, self._below.tensors(lent)[name])
+        finally:
+            self._below.give_back(chunk)
+        return found.to(self._device.torch_device)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """As `RowReader.tensor`, on the device."""
+        return self._below.rows.tensor(name).to(self._device.torch_device)
+
+    def clear(self) -> None:
+        """As of `RowReader`."""
+        self._below.rows.clear()

@@ -1,0 +1,219 @@
+"""The memory behind the slots of a device: copies of the host tier's slots, and tensors over them.
+
+A load takes a chunk from the host's engine, which brings it if need be and keeps it in place as long as it is read, and
+copies it whole. It has ended when the copy has been issued: from then on, the device keeps the order. What computes
+waits for the copy, and a copy waits for those who computed with what was there before.
+
+Invariant: a chunk of the host tier is held from before the copy is issued until it is done.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+import torch
+
+from surfw.errors import ModelClosedError
+from surfw.manifest import Chunk
+from surfw.metrics import Metrics
+from surfw.runtime.buffers import Buffer
+from surfw.runtime.device import Copy, Device
+from surfw.runtime.host import Contents
+from surfw.runtime.lender import Lender
+from surfw.runtime.loader import Loader, as_parameter, flat_view
+from surfw.runtime.plan import ResidencyPlan
+from surfw.runtime.run import IoThread, Job
+from surfw.runtime.slots import Slot
+from surfw.threads import in_thread
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+@dataclass(slots=True, eq=False)
+class DeviceContents:
+    """What a slot of the device is made of.
+
+    Attributes:
+        chunk: the chunk that it holds or receives.
+        memory: of its own: uint8, of shape (bytes,); empty once the slot is gone.
+        load: done when the copy has been issued, or could not be.
+        copied: the copy.
+        stream: on which the chunk was used last; None before.
+        is_used: whether it was.
+        is_gone: whether the slot is no longer this chunk's, so that nothing may be copied to its memory.
+        tensors: parameters over the memory, made at the first use.
+    """
+
+    chunk: Chunk
+    memory: torch.Tensor
+    load: "Future[None]" = field(init=False)
+    copied: Copy | None = None
+    stream: object = None
+    is_used: bool = False
+    is_gone: bool = False
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Issued(Future[None]):
+    """The load of a chunk whose copy was issued at once."""
+
+    is_ending = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_result(None)
+
+
+class DeviceTier:
+    """Contents of slots in a device's memory. Not thread-safe: the engine has the lock.
+
+    Attributes:
+        spare: the ring's empty memory, all of its size.
+    """
+
+    def __init__(
+        self, host: Lender, loader: Loader, io: IoThread, device: Device, *, metrics: Metrics, plan: ResidencyPlan
+    ) -> None:
+        """Start empty: chunks come from the host's engine."""
+        self.spare: list[torch.Tensor] = []
+        self._host = host
+        self._loader = loader
+        self._io = io
+        self._device = device
+        self._metrics = metrics
+        self._plan = plan
+        self._contents: dict[str, DeviceContents] = {}
+        self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
+        self._returns: set[Job[None]] = set()  # chunks of the host that are still read
+        self._issuing = threading.Lock()
+
+    def __getitem__(self, name: str) -> DeviceContents:
+        """The contents of the slot of a chunk."""
+        return self._contents[name]
+
+    def adopt(self, plan: ResidencyPlan) -> None:
+        """Make slots for another plan from now on."""
+        if plan.ring_bytes != self._plan.ring_bytes:
+            self.spare.clear()
+        self._plan = plan
+
+    def load(self, slot: Slot, priority: int) -> None:
+        """Begin to copy a chunk: now, if it is in host memory, or once it is."""
+        memory = self.spare.pop() if slot.in_ring and self.spare else None
+        if memory is None or memory.numel() < slot.size_bytes:
+            memory = None  # gone before there is a larger one
+            memory = self._device.allocate(slot.size_bytes)
+        contents = DeviceContents(self._host.manifest.by_name[slot.name], memory)
+        lent = self._host.lend_ready(slot.name)
+        if lent is None:
+            contents.load = self._io.submit(self._bring(contents, priority))
+        else:
+            self._copy(contents, lent)
+            contents.load = _Issued()
+        self._contents[slot.name] = contents
+        self._in_flight[slot.name] = contents.load
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a chunk in memory of their own, beside all slots."""
+        place = self._device.torch_device
+        return {name: tensor.to(place) for name, tensor in self._host.host.read(name).items()}
+
+    def collect(self) -> Iterator[tuple[str, bool]]:
+        """The chunks whose loads have ended since this was asked last, and whether they failed."""
+        for name, load in list(self._in_flight.items()):
+            if load.done():
+                del self._in_flight[name]
+                yield name, load.cancelled() or load.exception() is not None
+
+    def tensors(self, contents: DeviceContents) -> dict[str, torch.Tensor]:
+        """Parameters over a chunk whose load has ended; what is computed from now on waits for the copy.
+
+        Raises:
+            ModelClosedError: the load was cancelled.
+            SurfwError: the load failed.
+        """
+        self.check(contents)
+        assert contents.copied is not None, f"{contents.chunk.name} is loaded and was not copied"
+        contents.stream, contents.is_used = self._device.wait(contents.copied), True
+        if not contents.tensors:
+            views = self._loader.tensors_in(contents.chunk, contents.memory)
+            contents.tensors = {name: as_parameter(view) for name, view in views.items()}
+        return contents.tensors
+
+    def expect_unchanged(self, names: Iterable[str]) -> None:
+        """Nothing is mapped."""
+
+    def check(self, contents: DeviceContents) -> None:
+        """Raise what a load that has ended has failed with."""
+        if contents.load.cancelled():
+            raise ModelClosedError(f"the source of {self._host.manifest.name} was closed while it was read")
+        contents.load.result()
+
+    def evict(self, slot: Slot) -> None:
+        """Let go of a slot's contents; copies from now on wait for what was computed from it."""
+        contents = self._contents.pop(slot.name)
+        self._in_flight.pop(slot.name, None)
+        for tensor in contents.tensors.values():
+            torch.autograd.graph.increment_version(tensor)  # so that a backward pass fails, and is not wrong
+        contents.tensors.clear()
+        with self._issuing:
+            contents.is_gone = True
+            memory, contents.memory = contents.memory, _NOTHING  # a load that failed may keep the contents
+        contents.load.cancel()
+        if contents.is_used:
+            self._device.wait_for_computing(contents.stream)
+        if slot.in_ring and memory.numel() == self._plan.ring_bytes:
+            self.spare.append(memory)
+
+    def close(self) -> None:
+        """Let go of everything, and cancel what is on its way; tensors that somebody still holds stay as they are."""
+        for contents in self._contents.values():
+            with self._issuing:
+                contents.is_gone = True
+            contents.load.cancel()
+        self._device.synchronize()  # before memory goes that is copied to, or from
+        wait(list(self._returns))
+        self._contents.clear()
+        self._in_flight.clear()
+        self.spare.clear()
+
+    def loads(self) -> dict[str, Future[None]]:
+        """The loads of all chunks that have a slot, which have ended or will."""
+        return {name: contents.load for name, contents in self._contents.items()}
+
+    @property
+    def anonymous_bytes(self) -> int:
+        """None: this is not the machine's memory."""
+        return 0
+
+    async def _bring(self, contents: DeviceContents, priority: int) -> None:
+        """Wait for a chunk in host memory, and copy it."""
+        self._copy(contents, await self._host.lend(contents.chunk.name, priority))
+
+    def _copy(self, contents: DeviceContents, lent: Contents) -> None:
+        """Issue the copy of a chunk that the host has lent, and give it back when that is done."""
+        name = contents.chunk.name
+        assert isinstance(lent.memory, Buffer), f"{name} is mapped, and a device cannot read it there"
+        size = self._plan.sizes[name]
+        try:
+            with self._issuing:
+                if contents.is_gone:
+                    self._host.give_back(name)
+                    return
+                contents.copied = self._device.copy(contents.memory[:size], flat_view(lent.memory)[:size])
+            job = self._io.submit(self._return(contents.copied, name))
+        except BaseException:
+            self._host.give_back(name)
+            raise
+        self._returns.add(job)
+        job.add_done_callback(self._returns.discard)
+
+    async def _return(self, copied: Copy, name: str) -> None:
+        """Give a chunk back once it is copied."""
+        try:
+            await in_thread(copied.synchronize)
+            self._metrics.add("copied_bytes", self._plan.sizes[name])
+            self._metrics.add_seconds("copy", copied.seconds())
+        finally:
+            self._host.give_back(name)

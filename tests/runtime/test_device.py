@@ -1,0 +1,41 @@
+"""Devices by name, and what the simulated one notices: it has to, since the exactness on it is worth no more."""
+
+import pytest
+import torch
+
+from surfw.errors import ConfigurationError
+from surfw.runtime.device import check_device, open_device
+from surfw.runtime.simulated import SimulatedDevice
+
+
+def test_devices_by_name() -> None:
+    assert [check_device(name) for name in ("cpu", "auto", torch.device("cuda:1"))] == ["cpu", "auto", "cuda:1"]
+    assert open_device("cpu") is None
+    with pytest.raises(ConfigurationError, match="device 'mps' cannot be used yet; expected 'cpu', 'cuda' or 'auto'"):
+        check_device("mps")
+    with pytest.raises(ConfigurationError, match="device 'tpu' is not a device; expected 'cpu', 'cuda', 'cuda:1'"):
+        check_device("tpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_auto_is_the_cpu_and_cuda_an_error() -> None:
+    assert open_device("auto") is None
+    with pytest.raises(ConfigurationError, match=r"device 'cuda:1' cannot be used: torch .* sees no CUDA device"):
+        open_device("cuda:1")
+
+
+def test_memory_is_garbage_until_its_copy_was_waited_for_and_then_kept_from_others() -> None:
+    device = SimulatedDevice(latest_seconds=60)
+    try:
+        memory, source = device.allocate(8), torch.arange(8, dtype=torch.uint8)
+        copied = device.copy(memory, source)
+        assert memory.view(torch.float32).isnan().all()
+        assert not copied.query()
+        stream = device.wait(copied)
+        assert torch.equal(memory, source)
+        with pytest.raises(AssertionError, match="does not wait for those who read"):
+            device.copy(memory, source)
+        device.wait_for_computing(stream)
+        device.copy(memory, source).synchronize()
+    finally:
+        device.close()
