@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from surfw.server import WeightServer
+    from surfw.server.server import ServerOptions
 
 EXAMPLES = """\b
 Examples:
@@ -26,6 +27,7 @@ Examples:
   surfw serve --store ./store --cache-mb 1000
   surfw serve ./my-model
   surfw serve s3://bucket/my-model
+  surfw serve --store s3://bucket/store --redis-url redis://cache:6379/0
   surfw serve --host 0.0.0.0 --port 9000 --insecure
 """
 
@@ -35,7 +37,17 @@ _READ_SECONDS = 1.0
 
 
 @options.with_settings(
-    "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "allowed_host", "token_file", "live"
+    "store",
+    "storage_options",
+    "host",
+    "port",
+    "cache_mb",
+    "redis_url",
+    "insecure",
+    "clients",
+    "allowed_host",
+    "token_file",
+    "live",
 )
 def serve(
     *,
@@ -86,21 +98,10 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
     import asyncio
 
     from surfw.cli import render
-    from surfw.server import WeightServer
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        server = WeightServer(
-            model_path=place,
-            storage_options=settings.storage_options,
-            host=settings.host,
-            port=settings.port,
-            cache_size_mb=settings.cache_mb,
-            token=settings.token,
-            insecure=settings.insecure,
-            clients=settings.clients,
-            allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
-        )
+        server = _make_server(settings, place)
         starting = asyncio.ensure_future(stack.enter_async_context(server))
 
         def end() -> None:
@@ -131,6 +132,22 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
         else:
             await stop.wait()
     return True
+
+
+def _make_server(settings: Settings, place: str) -> "WeightServer":
+    from surfw.server import AdvancedWeightServer, WeightServer
+
+    where = settings.host, settings.port, settings.cache_mb
+    options: ServerOptions = {
+        "storage_options": settings.storage_options,
+        "token": settings.token,
+        "insecure": settings.insecure,
+        "clients": settings.clients,
+        "allowed_hosts": [name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
+    }
+    if settings.redis_url is None:
+        return WeightServer(None, place, *where, **options)
+    return AdvancedWeightServer(place, settings.redis_url, *where, **options)
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:
