@@ -113,6 +113,13 @@ class Settings:
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
     cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
+    redis_url: str | None = _setting(
+        None,
+        "A Redis that servers share: redis://, rediss://, redis+cluster://.",
+        shown="none",
+        metavar="URL",
+        in_repr=False,
+    )
     insecure: bool = _setting(
         False,
         "Allow listening beyond loopback without a token, or with one in clear text.",

@@ -49,7 +49,7 @@ def _shown(name: str, value: Any) -> Any:
     """Return a value without the credentials that a URL or storage options may hold."""
     if name == "storage_options":
         return shown_options(value)
-    return display_url(value) if name in {"store", "source"} and value is not None else value
+    return display_url(value) if name in {"store", "source", "redis_url"} and value is not None else value
 
 
 def _text(value: Any) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from surfw.server import WeightServer
+    from surfw.server.server import ServerOptions
 
 EXAMPLES = """\b
 Examples:
@@ -28,6 +29,7 @@ Examples:
   surfw serve --store ./store --cache-mb 1000
   surfw serve ./my-model
   surfw serve s3://bucket/my-model
+  surfw serve --store s3://bucket/store --redis-url redis://cache:6379/0
   surfw serve --host 0.0.0.0 --port 9000 --insecure
 """
 
@@ -37,7 +39,17 @@ _READ_SECONDS = 1.0
 
 
 @options.with_settings(
-    "store", "storage_options", "host", "port", "cache_mb", "insecure", "clients", "allowed_host", "token_file", "live"
+    "store",
+    "storage_options",
+    "host",
+    "port",
+    "cache_mb",
+    "redis_url",
+    "insecure",
+    "clients",
+    "allowed_host",
+    "token_file",
+    "live",
 )
 def serve(
     *,
@@ -88,21 +100,10 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
     import asyncio
 
     from surfw.cli import render
-    from surfw.server import WeightServer
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        server = WeightServer(
-            model_path=place,
-            storage_options=settings.storage_options,
-            host=settings.host,
-            port=settings.port,
-            cache_size_mb=settings.cache_mb,
-            token=settings.token,
-            insecure=settings.insecure,
-            clients=settings.clients,
-            allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
-        )
+        server = _make_server(settings, place)
         starting = asyncio.ensure_future(stack.enter_async_context(server))
 
         def end() -> None:
@@ -145,6 +146,22 @@ def _naming_the_store(place: str) -> "Iterator[None]":
         if is_here(place):
             raise
         raise NotAStoreError(f"{exc}; all models of the store are served by 'surfw serve' alone") from exc
+
+
+def _make_server(settings: Settings, place: str) -> "WeightServer":
+    from surfw.server import AdvancedWeightServer, WeightServer
+
+    where = settings.host, settings.port, settings.cache_mb
+    options: ServerOptions = {
+        "storage_options": settings.storage_options,
+        "token": settings.token,
+        "insecure": settings.insecure,
+        "clients": settings.clients,
+        "allowed_hosts": [name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
+    }
+    if settings.redis_url is None:
+        return WeightServer(None, place, *where, **options)
+    return AdvancedWeightServer(place, settings.redis_url, *where, **options)
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 from surfw.cli import render
 from surfw.cli.status import age, percent, status_lines
 from surfw.config import count, format_size, printable
-from surfw.wire import ClientFacts, Rates, ServerEvent, ServerStats
+from surfw.wire import ClientFacts, Rates, RedisState, ServerEvent, ServerStats
 
 _GAP = 2
 _NAMES_WIDTH = 12
@@ -174,9 +174,21 @@ def _facts(stats: ServerStats, width: int) -> Table:
     if not stats.get("connections"):
         rows.insert(2, ("clients", str(stats["clients"])))
     if "redis" in stats:
-        redis = stats["redis"]
-        rows.append(("redis", f"{'healthy' if redis['reachable'] else 'NOT reachable'}, {redis['url']}"))
+        rows.append(("redis", _redis_state(stats["redis"])))
     return fit_table([Column(least=_NAMES_WIDTH), Column(flexible=True)], rows, width)
+
+
+def _redis_state(redis: RedisState) -> str:
+    """Say how a Redis is, where, and how often it had what was asked for."""
+    if not redis["reachable"]:
+        how = "NOT reachable"
+    elif "bypassed" in redis:
+        how = f"bypassed, {redis['bypassed']}"
+    else:
+        how = "healthy"
+    state = f"{how}, {redis['url']}"
+    hits, misses = redis.get("hits", 0), redis.get("misses", 0)
+    return f"{state}, hits {percent(hits / (hits + misses), 1)}" if hits + misses else state
 
 
 def _latencies_fitting(percentiles: Mapping[str, float], width: int) -> str:
@@ -332,7 +344,7 @@ def _brief_warnings(stats: ServerStats) -> Iterator[str]:
     """Say in few words what somebody should do something about."""
     if not stats["storage"]["healthy"]:
         yield "storage NOT reachable"
-    if "redis" in stats and not stats["redis"]["reachable"]:
-        yield "redis NOT reachable"
+    if "redis" in stats and (not stats["redis"]["reachable"] or "bypassed" in stats["redis"]):
+        yield f"redis {'bypassed' if stats['redis']['reachable'] else 'NOT reachable'}"
     if "cache_shortage" in stats:
         yield f"--cache-mb {stats['cache_shortage']['cache_mb']} would help"

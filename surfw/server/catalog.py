@@ -18,7 +18,7 @@ from typing import Any
 
 from surfw.config import MIB, count
 from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
-from surfw.manifest import Chunk, Location, Manifest, payload_digest
+from surfw.manifest import Chunk, Form, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.server.journal import Journal, Sparse
@@ -44,7 +44,7 @@ class Entry:
     """A model as it is in the store.
 
     Attributes:
-        manifest: as it is stored, with locations, but without what is not looked up here: tensors, digests of blocks.
+        manifest: as it is stored, with locations, but without what is not looked up here, such as tensors.
         chunks: its chunks by identity: that in the stored manifest, and that which it has with its digests.
         public: the manifest as it may cross the wire, encoded.
         digest: the BLAKE3 of `public`.
@@ -192,8 +192,8 @@ class Catalog:
         self._outages.flush()
         self._entries.clear()
 
-    async def chunk(self, request: Get, reader: Reader | None = None) -> Sequence[Location]:
-        """Return where the stored bytes that are asked for lie."""
+    async def chunk(self, request: Get, reader: Reader | None = None) -> Form:
+        """Return the form of a chunk whose stored bytes are asked for: it says where they lie."""
         manifest, chunk = await self.find(request.model, request.chunk, reader)
         form = chunk.form(request.form)
         if form is None:
@@ -205,7 +205,7 @@ class Catalog:
             )
         if not form.locations:
             raise ManifestError(f"the manifest of {manifest.name} does not say where chunk {chunk.name} lies")
-        return form.locations
+        return form
 
     async def find(self, model: str, identity: str, reader: Reader | None = None) -> tuple[Manifest, Chunk]:
         """Return the model's manifest, and the chunk that has this identity."""
@@ -227,7 +227,7 @@ class Catalog:
 def _without_details(manifest: Manifest) -> Manifest:
     """The part of a manifest that requests are looked up in; the rest, most of a large one, is only ever sent."""
     chunks = tuple(
-        replace(chunk, tensors=(), forms=tuple(replace(form, blocks=b"", frames=()) for form in chunk.forms))
+        replace(chunk, tensors=(), forms=tuple(replace(form, frames=()) for form in chunk.forms))
         for chunk in manifest.chunks
     )
     return replace(manifest, config={}, generation_config=None, ties={}, chunks=chunks, order=())

@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 from surfw import __version__
 from surfw.config import WireLimits, printable
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
-from surfw.manifest import Location
+from surfw.manifest import Form, Location
 from surfw.server.fairness import Account, Reader
 from surfw.server.journal import ClientLog
 from surfw.server.pages import PROGRESS_SECONDS
@@ -219,11 +219,17 @@ class Connection:
                 self._sender.send(Begin(request.id, location.stop, digest))
                 await self._send_stored(request.id, [location], 0, location.stop, reader)
             case Get():
-                locations = await catalog.chunk(request, looking_up)
+                form = await catalog.chunk(request, looking_up)
                 self._note_model(request.model)
                 reader.fresh = request.fresh
                 await self._send_stored(
-                    request.id, locations, request.start, request.stop, reader, priority=request.priority
+                    request.id,
+                    form.locations,
+                    request.start,
+                    request.stop,
+                    reader,
+                    form=form,
+                    priority=request.priority,
                 )
 
     async def _send_models(self, number: int, names: Sequence[str]) -> None:
@@ -237,12 +243,20 @@ class Connection:
         await self._sender.send_piece(number, 0, document)
 
     async def _send_stored(
-        self, number: int, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, priority: int = 0
+        self,
+        number: int,
+        locations: Sequence[Location],
+        start: int,
+        stop: int,
+        reader: Reader,
+        *,
+        form: Form | None = None,
+        priority: int = 0,
     ) -> None:
         """Send bytes `start` to `stop` of what lies at the locations. While a piece is sent, the next ones are read."""
         if start == stop:
             self._sender.send(Data(number, start, stop))
-        async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader)) as pieces:
+        async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader, form=form)) as pieces:
             async for piece in pieces:
                 await self._sender.send_piece(number, start, piece, priority)
                 start += piece.size

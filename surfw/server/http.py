@@ -62,6 +62,7 @@ class HttpEndpoints:
         self._names = names
         self._looks = SingleFlight(self._look, 1)
         self._ready = False
+        self._health = "ok\n"
         self._looked = float("-inf")
         self._refusals = Sparse(journal, "refused", logging.WARNING)
         self._full = Sparse(journal, "refused", logging.WARNING)
@@ -123,7 +124,7 @@ class HttpEndpoints:
                 return connection.respond(HTTPStatus.OK, "ok\n")
             case "/readyz":
                 if await self._is_ready():
-                    return connection.respond(HTTPStatus.OK, "ok\n")
+                    return connection.respond(HTTPStatus.OK, self._health)
                 return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
             case "/stats":
                 await self._is_ready()
@@ -142,7 +143,9 @@ class HttpEndpoints:
         return self._ready
 
     async def _look(self, *_: object) -> None:
-        self._ready = (await self._server.health())["ready"]
+        health = await self._server.health()
+        self._ready = health["ready"]
+        self._health = f"ok\nredis: {health['redis']}\n" if "redis" in health else "ok\n"
         self._looked = time.monotonic()
 
     async def close(self) -> None:
@@ -163,6 +166,13 @@ _COUNTERS = {
     "read_bytes": ("Bytes read from the storage", "bytes_read"),
 }
 """The metrics: what each is, and where in the statistics it stands."""
+_REDIS_COUNTERS = {
+    "redis_hits": ("Segments that Redis had", "redis", "hits"),
+    "redis_misses": ("Segments that Redis lacked", "redis", "misses"),
+    "redis_read_bytes": ("Bytes read from Redis", "redis", "bytes_read"),
+    "redis_written_bytes": ("Bytes written to Redis", "redis", "bytes_written"),
+    "redis_poisoned": ("Segments that had wrong bytes in Redis", "redis", "poisoned"),
+}
 _GAUGES = {
     "cache_bytes": ("Bytes in the cache", "cache", "bytes"),
     "cache_capacity_bytes": ("Budget of the cache", "cache", "capacity_bytes"),
@@ -183,7 +193,12 @@ class _StatsCollector(Collector):
     stats: Any
 
     def collect(self) -> Iterator[Metric]:
-        for kind, table in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
+        counters = _COUNTERS
+        if "redis" in self.stats:
+            counters = _COUNTERS | _REDIS_COUNTERS
+            seconds = self.stats["redis"].get("bypassed_seconds", 0.0)
+            yield GaugeMetricFamily("surfw_redis_bypassed_seconds", "For how long Redis is not used; else 0", seconds)
+        for kind, table in ((CounterMetricFamily, counters), (GaugeMetricFamily, _GAUGES)):
             for name, (text, *path) in table.items():
                 value = reduce(getitem, path, self.stats)
                 yield kind(f"surfw_{name}", text, value=len(value) if isinstance(value, list) else float(value))

@@ -10,6 +10,7 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 - Cached pages and pages being read never take more than the budget, which is at least `MIN_CACHE_BYTES`. That holds as
   long as nobody keeps a view across an `await`.
 - A read that fails leaves nothing in the cache; its error goes to every use that waits for it.
+- Pages of a chunk's form are segments of a Redis, where there is one. It is asked first, and given what it lacks.
 """
 
 import asyncio
@@ -24,11 +25,12 @@ from typing import Protocol, TypeVar
 
 from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES, format_size
 from surfw.errors import NotFoundError, StorageError
-from surfw.manifest import Location
+from surfw.manifest import Form, Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
 from surfw.server.journal import Journal, Sparse
+from surfw.server.redis_tier import RedisTier, Segment
 from surfw.storage import StorageBackend
 from surfw.storage.origins import Objects
 from surfw.threads import cancel_all
@@ -57,6 +59,7 @@ class Page:
     Attributes:
         anew: whether they are to be read although they are cached.
         for_little: whether hardly any of them are wanted.
+        segment: as which Redis may have them.
     """
 
     object: str
@@ -64,6 +67,7 @@ class Page:
     stop: int
     anew: bool = False
     for_little: bool = field(default=False, compare=False)
+    segment: Segment | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -78,12 +82,16 @@ class PageCache:
         cache: the pages that are cached.
         healthy: whether the storage answered when it was last asked.
         reads: the pages that are being read, or are queued.
+        redis: what is asked before the storage.
     """
 
     def __init__(
         self, backend: StorageBackend | Objects, capacity_bytes: int, metrics: Metrics, journal: Journal | None = None
     ) -> None:
-        """Start empty; counts `hits`, `misses` and `coalesced` in the metrics, and notes slow reads in the journal."""
+        """Start empty; slow reads are noted in the journal.
+
+        Counts `hits`, `misses`, `coalesced`, and the `bytes_read` from the storage.
+        """
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
         self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
         self.healthy = True
@@ -92,19 +100,21 @@ class PageCache:
         self._is_near = backend.parallel_reads == 1
         most = _NEAR_READS if self._is_near else _READS
         self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
+        self.redis: RedisTier | None = None
         self._is_slow = False
         self._slow = Sparse(journal or Journal(), "storage", logging.INFO)
         # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
         self._read_ahead = Permits(capacity_bytes // (4 * PAGE_BYTES))
 
     def read(
-        self, locations: Sequence[Location], start: int, stop: int, reader: Reader
+        self, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, form: Form | None = None
     ) -> AsyncGenerator["StoredPiece", None]:
         """Read bytes `start` to `stop` of what lies at the locations, and yield them as pieces, in order.
 
-        From a storage that is far away, several pieces are read ahead. Close the generator to give those up.
+        From a storage that is far away, several pieces are read ahead. Close the generator to give those up. `form` is
+        what they are the stored bytes of.
         """
-        pieces = plan_pieces(self, locations, start, stop, reader)
+        pieces = plan_pieces(self, locations, start, stop, reader, form=form)
         return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
@@ -140,7 +150,6 @@ class PageCache:
         buffer = _allocate(page.size)
         try:
             took = await self._fill(page, buffer, reader)
-            self.healthy = True
             if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
                 await asyncio.sleep(3 * took)
         except StorageError as exc:
@@ -153,7 +162,25 @@ class PageCache:
         return view
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
-        """Read a page, and return the seconds that took; block by block if clients need progress in between."""
+        """Fill a page from Redis or the storage, and return the seconds that the storage took."""
+        if self.redis is None or page.segment is None or page.anew:
+            return await self._load(page, buffer, reader)
+        took = 0.0
+
+        async def load() -> None:
+            nonlocal took
+            took = await self._load(page, buffer, reader)
+
+        if await self.redis.read(page.segment, buffer, load):
+            reader.read_bytes = page.size
+            self.reads.read_bytes += page.size
+        return took
+
+    async def _load(self, page: Page, buffer: memoryview, reader: Reader) -> float:
+        """Read a page of the storage, and return the seconds that took.
+
+        If clients need progress in between, it is read block by block.
+        """
         step = BLOCK_BYTES if self._is_slow else page.size
         started = time.monotonic()
         for at in range(0, page.size, step):
@@ -161,6 +188,8 @@ class PageCache:
             await self._backend.read_into(page.object, page.start + at, buffer[at:stop])
             reader.read_bytes = stop
             self.reads.read_bytes += stop - at
+            self._metrics.add("bytes_read", stop - at)
+        self.healthy = True
         took = time.monotonic() - started
         self._is_slow = took > PROGRESS_SECONDS
         if self._is_slow:
@@ -200,13 +229,22 @@ class StoredPiece:
 
 
 def plan_pieces(
-    pages: PageCache, locations: Sequence[Location], start: int, stop: int, reader: Reader
+    pages: PageCache,
+    locations: Sequence[Location],
+    start: int,
+    stop: int,
+    reader: Reader,
+    *,
+    form: Form | None = None,
 ) -> Iterator[StoredPiece]:
     """Yield the pieces that make up bytes `start` to `stop` of what lies at the locations.
 
-    Pages are cut from the start of each location, so that all requests for its bytes share the same pages.
+    Pages are cut from the start of each location, so that all requests for its bytes share the same pages. Those of a
+    form in one piece consist of whole blocks, whose digests are known: they are segments.
     """
     base = 0
+    if form is not None and (not form.is_known or len(locations) > 1):
+        form = None
     for location in locations:
         length = location.stop - location.start
         low, high = max(start - base, 0), min(stop - base, length)
@@ -215,8 +253,15 @@ def plan_pieces(
             continue
         for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
             last = min(first + PAGE_BYTES, length)
-            page = Page(location.object, location.start + first, location.start + last)
+            segment = None if form is None else _segment(form, first // PAGE_BYTES)
+            page = Page(location.object, location.start + first, location.start + last, segment=segment)
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
+
+
+def _segment(form: Form, number: int) -> Segment:
+    """A page of a form's stored bytes, as Redis may have it."""
+    each = 32 * PAGE_BYTES // BLOCK_BYTES
+    return Segment(form.digest, number, form.blocks[each * number : each * (number + 1)])
 
 
 @dataclass

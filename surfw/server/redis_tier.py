@@ -1,26 +1,113 @@
-"""The connection to a Redis that servers share. Nothing is stored there yet: it is known whether Redis answers.
+"""A Redis that servers share, between their caches and their storage. It holds stored bytes in segments of up to 4 MiB.
 
-Nothing depends on Redis. While it cannot be reached, the server goes on without it, and says so; once it is back, the
-next check finds it. The credentials in its URL are never shown.
+A segment is a page of a chunk's stored bytes, named by their digest and its number, so that it never goes stale. What
+Redis lacks is read from the storage by one of the servers, which writes it; the others wait for that, a little.
+Invariants:
+
+- Bytes from Redis are used only if all their blocks have the digests of the manifest. Others are deleted and counted.
+- Only bytes that have these digests are written.
+- Nothing depends on Redis: whatever goes wrong with it, the storage is read. While it is away, or slower than the
+  storage, it is *bypassed*, and tried again every now and then.
+- Readers never wait for what is written.
+- On top of the cache's budget, at most 120 MiB are taken: the cache reads eight pages at a time, whose segments come in
+  twice their size; `_WRITES` are written, with three times their size, and `_WAITING` more wait for that.
 """
 
 import asyncio
 import logging
-from contextlib import suppress
-from typing import TYPE_CHECKING
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from surfw.config import display_url, printable
-from surfw.errors import ConfigurationError
-from surfw.server.journal import Journal
+from blake3 import blake3
+
+from surfw.config import BLOCK_BYTES, PAGE_BYTES, display_url
+from surfw.metrics import Metrics
+from surfw.server.journal import Journal, Sparse
+from surfw.server.redis_link import AwayError, DeniedError, RedisLink
+from surfw.threads import cancel_all, in_thread
 from surfw.wire import RedisState
 
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
+_WRITES, _WAITING = 2, 8
+"""The most segments that are written to Redis at a time, and that wait for it."""
+_KEPT_SECONDS = 24 * 3600
+"""How long Redis keeps a segment, if it has the room."""
+_LOCK_SECONDS = 5.0
+"""How long a segment belongs to the server that is to write it."""
+_WAIT_SECONDS = 1.0
+"""How long the other servers wait for that."""
+_DENIED_SECONDS = 30.0
+"""How long nothing is written to a Redis that refused to take it: it may be full."""
+_FIRST_PAUSE, _MOST_PAUSE = 0.5, 60.0
+"""How long Redis is bypassed before it is tried again; that doubles if it has to be bypassed again soon."""
+_FEWEST_SAMPLES, _SLOWER = 8, 1.25
+"""So many waits are measured, and so much longer they are, before Redis is called slower than the storage."""
 
-_SECONDS = 1.0
-"""How long Redis may take to answer, its connection included."""
+_PREFIX = "surfw:1:"
+_NONE = f"{_PREFIX}none"
+"""A key that has no value: asking for it tells whether Redis answers."""
 
-_SCHEMES = ("redis://", "rediss://", "unix://")
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Page `number` of a chunk's stored bytes, whose BLAKE3 is `digest`; `blocks` are those of its blocks, joined."""
+
+    digest: str
+    number: int
+    blocks: bytes
+
+    @property
+    def key(self) -> str:
+        """Its name in Redis."""
+        return f"{_PREFIX}{self.digest}:{self.number}"
+
+    @property
+    def lock(self) -> str:
+        """The name of its lock."""
+        return f"{self.key}:lock"
+
+    def take(self, blocks: Sequence[bytes], destination: memoryview) -> bool:
+        """Copy its blocks to where they belong; False if one is wrong."""
+        for index, block in enumerate(blocks):
+            place = destination[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES]
+            if len(block) != len(place) or not self._has(index, block):
+                return False
+            place[:] = block
+        return True
+
+    def fits(self, data: memoryview) -> bool:
+        """Whether these are its bytes."""
+        starts = range(0, len(data), BLOCK_BYTES)
+        return all(self._has(index, data[start : start + BLOCK_BYTES]) for index, start in enumerate(starts))
+
+    def _has(self, index: int, block: bytes | memoryview) -> bool:
+        return blake3(block).digest() == self.blocks[32 * index : 32 * index + 32]
+
+
+class Pace:
+    """How long readers wait for a full segment, as a moving average; what they wait for includes each other.
+
+    Attributes:
+        seconds: for a full segment; 0 if none was measured.
+        samples: how many were.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is measured yet."""
+        self.seconds = 0.0
+        self.samples = 0
+
+    def note(self, seconds: float, size: int) -> None:
+        """Take a wait for so many bytes into account; that for a few bytes says nothing."""
+        if size >= BLOCK_BYTES:
+            full = seconds * PAGE_BYTES / size
+            self.seconds = 0.7 * self.seconds + 0.3 * full if self.samples else full
+            self.samples += 1
+
+    def __str__(self) -> str:
+        return f"{self.seconds * 1000:.0f} ms"
 
 
 class RedisTier:
@@ -34,72 +121,230 @@ class RedisTier:
         """
         self.url = display_url(url)
         self._secret_url = url
-        self._client: Redis | None = None
-        self._journal = Journal()
+        self._link: RedisLink | None = None  # while Redis is bypassed, or this is closed
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reset(Journal())
+
+    def _reset(self, journal: Journal) -> None:
+        self._known = RedisLink(self._secret_url)  # never used itself
+        self._journal = journal
+        self._metrics = Metrics()
         self._reachable: bool | None = None  # not known until it is asked
-        _make_client(url, self.url)
+        self._bypassed, self._since = "", time.monotonic()  # why; and since when it is, or is not
+        self._pause = _FIRST_PAUSE
+        self._denied_until = float("-inf")
+        self._last: Segment | None = None  # one that Redis had, or was given
+        self._redis, self._storage = Pace(), Pace()
+        self._writes, self._waiting = asyncio.Semaphore(_WRITES), 0
+        self._checking = asyncio.Lock()
+        self._poisonings = Sparse(journal, "redis", logging.WARNING)
+        self._denials = Sparse(journal, "redis", logging.WARNING)
 
     @property
     def state(self) -> RedisState:
-        """Where it is, and whether it answered when it was last asked."""
-        return {"url": self.url, "reachable": bool(self._reachable)}
+        """Where it is, whether it answered when it was last asked, what it did, and why it is bypassed, if it is."""
+        count = self._metrics.count
+        state: RedisState = {
+            "url": self.url,
+            "reachable": bool(self._reachable),
+            "hits": count("hits"),
+            "misses": count("misses"),
+            "bytes_read": count("bytes_read"),
+            "bytes_written": count("bytes_written"),
+            "poisoned": count("poisoned"),
+        }
+        if self._bypassed:
+            state["bypassed"], state["bypassed_seconds"] = self._bypassed, time.monotonic() - self._since
+        return state
 
     async def open(self, journal: Journal) -> None:
         """Connect. If it cannot be reached, go on; the journal notes that, and when it changes."""
-        self._journal = journal
-        self._client = _make_client(self._secret_url, self.url)
-        self._reachable = None
+        self._reset(journal)
+        self._bypass("not reached yet")
         await self.check()
-
-    async def check(self) -> None:
-        """Find out whether it answers now, within a second; note it if that has changed."""
-        if self._client is None:
-            return
-        from redis.exceptions import RedisError
-
-        reason = ""
-        try:
-            async with asyncio.timeout(_SECONDS):
-                await self._client.ping()
-        except TimeoutError:
-            reason = f"no answer within {_SECONDS:g} seconds"
-        except (RedisError, OSError, ValueError) as exc:  # ValueError: the answer is not Redis's
-            reason = printable(str(exc)) or type(exc).__name__
-        was_reachable, self._reachable = self._reachable, not reason
-        if was_reachable is not self._reachable:
-            if reason:
-                text = f"Redis at {self.url} cannot be reached, and the server goes on without it"
-                self._journal.note("redis", text, reason, level=logging.WARNING)
-            else:
-                self._journal.note("redis", f"Redis at {self.url} is reached")
 
     async def close(self) -> None:
         """Disconnect. Closing twice is fine."""
-        client, self._client, self._reachable = self._client, None, None
-        if client is not None:
-            await client.aclose()
+        await cancel_all(self._tasks)
+        async with self._checking:
+            link, self._link, self._reachable, self._bypassed = self._link, None, None, ""
+        if link is not None:
+            await link.close()
+        self._poisonings.flush()
+        self._denials.flush()
 
+    async def read(
+        self, segment: Segment, destination: memoryview, load: Callable[[], Coroutine[Any, Any, None]]
+    ) -> bool:
+        """Fill `destination` with all of a segment, and return whether that came from Redis.
 
-def _make_client(url: str, shown: str) -> "Redis":
-    """Return a client that is not connected yet."""
-    try:
-        from redis.asyncio import Redis
-        from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
-    except ImportError as exc:
-        raise ConfigurationError(
-            f"Redis at {shown} needs the package 'redis', which is not installed; pip install \"surfw[redis]\""
-        ) from exc
-    with suppress(ValueError, TypeError):
-        if url.startswith(_SCHEMES):
-            client: Redis = Redis.from_url(
-                url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS, retry=Retry(NoBackoff(), 0)
-            )
-            # Making a connection, without connecting it, finds options that do not exist.
-            client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-            return client
-    # Raised here, so that no traceback shows what could not be parsed: it may be part of a password.
-    raise ConfigurationError(
-        f"{shown} is not the URL of a Redis; expected redis://HOST:PORT/DB, rediss://HOST:PORT/DB or unix://PATH, "
-        "with a password that is percent-encoded"
-    )
+        Otherwise `load` filled it, from the storage; what that raises is raised.
+        """
+        link, token = self._link, ""
+        if link is not None:
+            try:
+                if await self._fetch(link, segment, destination):
+                    return True
+                if time.monotonic() >= self._denied_until:
+                    token = await self._lock(link, segment)
+                    is_there = await self._appears(link, segment, 0 if token else _WAIT_SECONDS)
+                    if is_there and await self._fetch(link, segment, destination):
+                        if token:
+                            await link.unlock(segment.lock, token)
+                        return True
+            except AwayError as exc:
+                self._leave(link, str(exc))
+        data, started = None, time.monotonic()
+        try:
+            await load()
+            self._storage.note(time.monotonic() - started, len(destination))
+            data = destination if self._waiting < _WAITING else None
+        finally:
+            if token and link is not None and link is self._link:
+                self._waiting += data is not None
+                self._spawn(self._write(link, segment, data, token))
+        return False
+
+    async def _fetch(self, link: RedisLink, segment: Segment, destination: memoryview) -> bool:
+        """Fill `destination` from Redis, and return whether it had the segment."""
+        started = time.monotonic()
+        blocks = await link.read(segment.key, len(destination))
+        is_hit = bool(blocks) and await in_thread(segment.take, blocks, destination)
+        self._metrics.add("hits" if is_hit else "misses")
+        if is_hit:
+            self._last = segment
+            self._metrics.add("bytes_read", len(destination))
+        elif blocks:
+            self._metrics.add("poisoned")
+            self._poisonings.note(f"Redis at {self.url} had a wrong value, which is deleted; the storage is read")
+            await link.delete(segment.key)
+        # What Redis lacks says nothing, unless even that answer took longer than the storage takes.
+        seconds = time.monotonic() - started
+        if is_hit or seconds > self._storage.seconds > 0:
+            self._note_wait(link, seconds, len(destination))
+        return is_hit
+
+    async def _lock(self, link: RedisLink, segment: Segment) -> str:
+        """Become the one who writes a segment, and return the lock's token; "" if somebody else is."""
+        token = secrets.token_hex(8)
+        try:
+            return token if await link.lock(segment.lock, token, _LOCK_SECONDS) else ""
+        except DeniedError as exc:
+            self._note_denial(exc)
+            return ""
+
+    async def _appears(self, link: RedisLink, segment: Segment, seconds: float) -> bool:
+        """Whether another server has written a segment since it was asked for, or does so within these seconds."""
+        pause, deadline = 0.02, time.monotonic() + seconds
+        while link is self._link:
+            if await link.has(segment.key):
+                return True
+            if max(time.monotonic(), self._denied_until) >= deadline:
+                break
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.1)
+        return False
+
+    async def _write(self, link: RedisLink, segment: Segment, data: memoryview | None, token: str) -> None:
+        """Write a segment, if there is room and the storage had what it has to be, and give its lock back."""
+        try:
+            if data is not None:
+                async with self._writes:
+                    self._waiting -= 1
+                    if link is self._link and await in_thread(segment.fits, data):
+                        await link.write(segment.key, data, _KEPT_SECONDS)
+                        self._last = segment
+                        self._metrics.add("bytes_written", len(data))
+            await link.unlock(segment.lock, token)
+        except DeniedError as exc:
+            self._note_denial(exc)
+        except AwayError as exc:
+            self._leave(link, str(exc))
+
+    def _note_denial(self, exc: DeniedError) -> None:
+        """Write nothing for a while."""
+        self._denied_until = time.monotonic() + _DENIED_SECONDS
+        self._denials.note(f"Redis at {self.url} takes nothing at the moment, and is only read", str(exc))
+
+    def _note_wait(self, link: RedisLink, seconds: float, size: int) -> None:
+        """Take a reader's wait into account, and bypass Redis if it has become slower than the storage."""
+        self._redis.note(seconds, size)
+        if self._redis.samples >= _FEWEST_SAMPLES and self._redis.seconds > _SLOWER * self._storage.seconds > 0:
+            reason = f"slower than the storage ({self._redis} for a page, beside {self._storage})"
+            self._leave(link, reason, is_away=False)
+
+    def _leave(self, link: RedisLink, reason: str, *, is_away: bool = True) -> None:
+        """Bypass Redis from now on, unless somebody else has seen to it."""
+        if link is not self._link:
+            return
+        self._link = None
+        self._spawn(link.close())
+        is_soon = time.monotonic() - self._since < _MOST_PAUSE
+        self._pause = min(2 * self._pause, _MOST_PAUSE) if is_soon else _FIRST_PAUSE
+        self._bypass(reason)
+        if is_away:
+            self._note_absence(reason)
+        else:
+            self._journal.note("redis", f"Redis at {self.url} is {reason}, and the server goes on without it")
+
+    def _bypass(self, reason: str) -> None:
+        self._bypassed, self._since = reason, time.monotonic()
+        self._spawn(self._come_back(self._since))
+
+    async def _come_back(self, since: float) -> None:
+        """Try Redis every now and then, until it is used again."""
+        while self._since == since:
+            await asyncio.sleep(self._pause)
+            await self.check()
+
+    async def check(self) -> None:
+        """Find out whether it answers, within a second. If it is bypassed, use it again if it is not too slow.
+
+        The journal notes what has changed.
+        """
+        is_under_way = self._checking.locked()
+        async with self._checking:
+            link = self._link
+            if is_under_way:
+                return  # somebody else has just found out
+            if link is not None:
+                try:
+                    await link.has(_NONE)
+                except AwayError as exc:
+                    self._leave(link, str(exc))
+            elif self._bypassed:
+                await self._try()
+
+    async def _try(self) -> None:
+        """Use a Redis that is bypassed again, if it can be reached and is not slower than the storage."""
+        link, was_reachable = self._known.again(), self._reachable
+        try:
+            started = time.monotonic()
+            if self._last is None:
+                await link.has(_NONE)
+            else:
+                await link.read(self._last.key, PAGE_BYTES)
+            self._reachable = True
+            if time.monotonic() - started > self._storage.seconds > 0:
+                self._bypassed = "slower than the storage"
+                return
+            self._redis, self._link, self._bypassed, self._since = Pace(), link, "", time.monotonic()
+            how = "is used again" if was_reachable else "is reached"
+            self._journal.note("redis", f"Redis at {self.url} {how}")
+        except AwayError as exc:
+            self._bypassed = str(exc)
+            if was_reachable is not False:
+                self._note_absence(str(exc))
+        finally:
+            if link is not self._link:
+                await link.close()
+
+    def _note_absence(self, reason: str) -> None:
+        self._reachable = False
+        text = f"Redis at {self.url} cannot be reached, and the server goes on without it"
+        self._journal.note("redis", text, reason, level=logging.WARNING)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -22,6 +22,7 @@ from surfw.server.catalog import Catalog
 from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
+from surfw.server.redis_tier import RedisTier
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.backends import refuse_file
 from surfw.storage.origins import PlacedOptions, private_stores
@@ -61,7 +62,12 @@ class ServedStore:
         self._options = options
         self._cache_bytes = cache_bytes
         self._journal = journal
+        self._redis: RedisTier | None = None
         self._open()
+
+    def put_behind(self, redis: RedisTier) -> None:
+        """Ask a Redis before the storage, from now on. It stays the caller's, who opens and closes it."""
+        self._redis = self.pages.redis = redis
 
     def _open(self, private: Path | None = None) -> None:
         """Open the storage; or instead, the private store that was made for the checkpoint there."""
@@ -76,6 +82,7 @@ class ServedStore:
         self.metrics = Metrics()
         self.catalog = Catalog(self.store, self._journal)
         self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal)
+        self.pages.redis = self._redis
         self.cache_shortage: CacheShortage | None = None
         self._absences = Sparse(self._journal, "storage", logging.WARNING)
         self.digests = LateDigests(self.store, self.pages, self.catalog)

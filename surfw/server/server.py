@@ -266,7 +266,7 @@ class WeightServer:
             "clients": len(self._connections),
             "storage": {"url": served.url, "healthy": served.pages.healthy},
             "resources": {"rss_bytes": self._process.memory_info().rss, "cpu_percent": self._process.cpu_percent()},
-            "bytes_read": served.pages.reads.read_bytes,
+            "bytes_read": metrics.count("bytes_read"),
             "connections": self._busiest(),
             "events": self._journal.recent(details=details),
         }
@@ -293,7 +293,10 @@ class ServerOptions(TypedDict, total=False):
 
 
 class AdvancedWeightServer(WeightServer):
-    """A `WeightServer` with a Redis. While Redis cannot be reached, it serves as one without."""
+    """A `WeightServer` with a Redis, in which servers share what they have read from the storage.
+
+    While Redis cannot be reached, or is slower than the storage, it serves as one without.
+    """
 
     def __init__(
         self,
@@ -308,7 +311,8 @@ class AdvancedWeightServer(WeightServer):
 
         Args:
             chunks_dir: the store's folder or URL, opened and closed by the server.
-            redis_url: `redis://`, `rediss://` (with TLS) or `unix://`.
+            redis_url: `redis://`, `rediss://` (with TLS) or `unix://`; of a cluster, `redis+cluster://` or
+                `rediss+cluster://`, with one of its nodes.
             host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
@@ -318,9 +322,10 @@ class AdvancedWeightServer(WeightServer):
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.
         """
-        expect("redis_url", redis_url, str, "redis://…, rediss://… or unix://…")
+        expect("redis_url", redis_url, str, "redis://…, rediss://…, redis+cluster://… or unix://…")
         self._redis = RedisTier(redis_url)
         super().__init__(None, chunks_dir, host, port, cache_size_mb, **options)
+        self._served.put_behind(self._redis)
 
     async def _prepare(self) -> None:
         await super()._prepare()
@@ -333,10 +338,12 @@ class AdvancedWeightServer(WeightServer):
     async def health(self) -> ServerHealth:
         """Whether the server listens, and whether its storage can be reached now; looks at Redis too."""
         health, _ = await asyncio.gather(super().health(), self._redis.check())
+        if "bypassed" in self._redis.state:
+            health["redis"] = "bypassed"
         return health
 
     def stats(self, *, details: bool = False) -> ServerStats:
-        """The counters since the start, with `redis`: where it is, and whether it answered when last asked."""
+        """The counters since the start, with `redis`: where it is, what it did, and whether it is bypassed."""
         stats = super().stats(details=details)
         stats["redis"] = self._redis.state
         return stats

@@ -59,10 +59,21 @@ class ResourceStats(TypedDict):
 
 
 class RedisState(TypedDict):
-    """The URL of the Redis tier, without credentials, and whether it answered last time."""
+    """The URL of the Redis tier, without credentials, whether it answered last time, and what it was used for.
+
+    `hits` and `misses` count segments, `poisoned` those that had wrong bytes. `bypassed` says why the tier is not used
+    at the moment, and `bypassed_seconds` since when; both are there only while it is not.
+    """
 
     url: str
     reachable: bool
+    hits: NotRequired[int]
+    misses: NotRequired[int]
+    bytes_read: NotRequired[int]
+    bytes_written: NotRequired[int]
+    poisoned: NotRequired[int]
+    bypassed: NotRequired[str]
+    bypassed_seconds: NotRequired[float]
 
 
 class ClientFacts(TypedDict):
@@ -85,8 +96,8 @@ class ServerEvent(TypedDict):
     """Something that happened, when (in seconds since 1970), and of which kind.
 
     Kinds are `joined`, `left`, `closed` (for breaking the protocol), `refused`, `failed` (a request, because of the
-    storage), `storage` (slow, away or back), `redis` (away or there), `models` (came or went) and `cache`. Later
-    versions may have more.
+    storage), `storage` (slow, away or back), `redis` (away or there, slow, full, or with wrong bytes), `models` (came
+    or went) and `cache`. Later versions may have more.
     """
 
     time: float
@@ -129,12 +140,16 @@ class ServerStats(TypedDict):
 
 
 class ServerHealth(TypedDict):
-    """Whether a server listens (`live`), and whether its storage answers too (`ready`), and its models."""
+    """Whether a server listens (`live`), and whether its storage answers too (`ready`), and its models.
+
+    `redis` is `"bypassed"`, and only there, while a server with a Redis does without it.
+    """
 
     live: bool
     ready: bool
     storage: str
     models: list[str]
+    redis: NotRequired[str]
 
 
 def find_shortage(stats: ServerStats, pass_bytes: int) -> CacheShortage | None:

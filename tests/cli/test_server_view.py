@@ -10,7 +10,7 @@ from rich.console import Console
 from surfw.cli import render
 from surfw.cli.server_view import Column, ServerView, fit_table, join_fitting, list_fitting, share_lines, status_line
 from surfw.cli.status import age
-from surfw.wire import Rates, ServerStats
+from surfw.wire import Rates, RedisState, ServerStats
 from tests.wire.test_reports import STATS, WITH_MORE
 
 RATES = Rates(
@@ -83,6 +83,10 @@ def test_a_window_that_is_too_small_for_tables_has_words() -> None:
     ]
     alone = replace(view, stats=BUSY | {"redis": {"url": "redis://h", "reachable": False}})
     assert "redis NOT reachable" in screen(alone, 30, 8)
+    slow: RedisState = {"url": "redis://h", "reachable": True, "bypassed": "too slow", "hits": 1, "misses": 2}
+    alone = replace(view, stats=BUSY | {"redis": slow})
+    assert "redis bypassed" in screen(alone, 30, 8)
+    assert any("bypassed, too slow, redis://h, hits 33.3 %" in line for line in screen(alone, 80, 40))
     away = replace(view, stats=STATS | {"storage": {"url": "/store", "healthy": False}}, rates=None)
     assert screen(away, 80, 8)[1:3] == [
         "storage NOT reachable · since the start · sent 9 B · read – · requests 7",

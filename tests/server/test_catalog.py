@@ -92,7 +92,7 @@ def test_looking_up_chunks_lists_nothing_while_the_listing_is_fresh(tmp_path: Pa
         backend = RecordingBackend(tmp_path)
         catalog = Catalog(Store(backend), fresh_seconds=3600)
         for _ in range(3):
-            assert await catalog.chunk(get) == manifest.chunks[0].forms[0].locations
+            assert (await catalog.chunk(get)).locations == manifest.chunks[0].forms[0].locations
             assert (await catalog.file(GetFile(1, "a", "vocab.txt")))[1] == manifest.files[1].digest
         assert backend.asked == ["models/", MANIFEST]
 

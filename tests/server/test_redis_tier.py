@@ -20,6 +20,14 @@ from tests.services.processes import answers, free_port, running, wait_until
 from tests.stores import make_store, payload
 
 SECRET = "pa55word"
+UNUSED = {"hits": 0, "misses": 0, "bytes_read": 0, "bytes_written": 0, "poisoned": 0}
+
+
+def bypassed(state: Any) -> dict[str, Any]:
+    """The state of a Redis that is bypassed, without why and for how long."""
+    assert state["bypassed"]
+    assert 0 <= state["bypassed_seconds"] < 60
+    return {name: value for name, value in state.items() if not name.startswith("bypassed")}
 
 
 @contextlib.asynccontextmanager
@@ -43,7 +51,7 @@ def test_a_redis_that_answers_is_told_and_left_again(tmp_path: Path, redis_url: 
 
     async def main() -> None:
         async with advanced(chunks := tmp_path, redis_url) as server:
-            assert server.stats()["redis"] == {"url": redis_url, "reachable": True}
+            assert server.stats()["redis"] == {"url": redis_url, "reachable": True} | UNUSED
             assert server.stats()["cache"]["capacity_bytes"] == 1_000_000_000
             assert await asyncio.to_thread(connections, redis_url) == before + 1
             async with await open_wire_source(server.url) as source:
@@ -70,16 +78,19 @@ def test_without_redis_the_server_serves_and_finds_it_when_it_comes(
 
     async def main() -> None:
         async with advanced(tmp_path / "store", url) as server:
-            assert server.stats()["redis"] == {"url": shown, "reachable": False}
+            assert bypassed(server.stats()["redis"]) == {"url": shown, "reachable": False} | UNUSED
             async with await open_wire_source(server.url) as source:
                 await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
             assert (await server.health())["ready"]
             with running(command, log) as process:
                 await asyncio.to_thread(wait_until, lambda: answers(port, b"PING\r\n", b"-NOAUTH"), process, log)
                 assert (await server.health())["ready"]
-                assert server.stats()["redis"] == {"url": shown, "reachable": True}
-            assert (await server.health())["ready"]
-            assert server.stats()["redis"] == {"url": shown, "reachable": False}
+                assert server.stats()["redis"] == {"url": shown, "reachable": True} | UNUSED
+            assert await server.health() == {
+                "live": True, "ready": True, "storage": str(tmp_path / "store"), "models": ["toy/model"],
+                "redis": "bypassed",
+            }  # fmt: skip
+            assert bypassed(server.stats()["redis"]) == {"url": shown, "reachable": False} | UNUSED
             events = [event["text"] for event in server.stats()["events"] if event["kind"] == "redis"]
             away = f"Redis at {shown} cannot be reached, and the server goes on without it"
             assert events == [away, f"Redis at {shown} is reached", away]
@@ -100,7 +111,8 @@ def test_a_wrong_password_is_a_redis_that_cannot_be_reached(
 
     async def main() -> None:
         async with advanced(tmp_path, url) as server:
-            assert server.stats()["redis"] == {"url": redis_url.replace("//", "//***@"), "reachable": False}
+            state = {"url": redis_url.replace("//", "//***@"), "reachable": False}
+            assert bypassed(server.stats()["redis"]) == state | UNUSED
 
     asyncio.run(main())
     assert "invalid username-password pair" in caplog.text
@@ -161,6 +173,9 @@ def test_a_server_that_cannot_start_leaves_redis_too(tmp_path: Path, redis_url: 
         ("", ""),
         ("redis://host:port", "redis://host:port"),
         ("redis://host:99999", "redis://host:99999"),
+        ("redis+cluster://host:port", "redis+cluster://host:port"),
+        ("redis+cluster://host/1", "redis+cluster://host/1"),
+        ("rediss+cluster://host?nonsense=1", r"rediss+cluster://host?nonsense=***"),
         ("redis://host?nonsense=1", r"redis://host?nonsense=***"),
         ("redis://host?socket_timeout=soon", "redis://host?socket_timeout=***"),
         (f"redis://:{SECRET}/x@host", "redis://***@host"),

@@ -1,23 +1,63 @@
-"""A `redis-server` of the tests' own, which keeps everything in memory."""
+"""A `redis-server` of the tests' own, which keeps everything in memory; or six of them, which are a cluster."""
 
+import contextlib
+import subprocess
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.services.processes import answers, free_port, missing, running, wait_until
 
+NODES = 6
+"""Three that have the keys, and a replica of each."""
+
+
+@contextlib.contextmanager
+def redis_server(folder: Path, port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Redis on a port of loopback, which answers."""
+    log = folder / f"redis-{port}.log"
+    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
+    with running([*command, "--appendonly", "no", *options], log) as process:
+        wait_until(lambda: answers(port, b"PING\r\n", b"+PONG"), process, log)
+        yield process
+
+
+def require_redis() -> None:
+    """Skip the test, or fail it, where Redis is not installed."""
+    from tests.conftest import require
+
+    if missing("redis-server", "redis-cli", "setpriv"):
+        require("redis-server is not installed; apt-get install redis-server")
+
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Redis server, for a cache of at most 64 MB; tests share it, so use keys or databases of your own."""
-    from tests.conftest import require
-
-    if missing("redis-server", "setpriv"):
-        require("redis-server is not installed; apt-get install redis-server")
+    require_redis()
     folder, port = tmp_path_factory.mktemp("redis"), free_port()
-    log = folder / "redis.log"
-    command = ["redis-server", "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
-    command += ["--appendonly", "no", "--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lfu"]
-    with running(command, log) as process:
-        wait_until(lambda: answers(port, b"PING\r\n", b"+PONG"), process, log)
+    with redis_server(folder, port, "--maxmemory", "64mb", "--maxmemory-policy", "allkeys-lfu"):
         yield f"redis://127.0.0.1:{port}/0"
+
+
+@contextlib.contextmanager
+def redis_cluster(folder: Path) -> Iterator[dict[int, subprocess.Popen[bytes]]]:
+    """The nodes of a cluster by their ports, those that have the keys first; a lost one is replaced in a second."""
+    ports = [free_port() for _ in range(NODES)]
+    with contextlib.ExitStack() as stack:
+        nodes = {}
+        for port in ports:
+            options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "500")
+            options += ("--cluster-config-file", f"nodes-{port}.conf", "--cluster-port", str(free_port()))
+            options += ("--repl-diskless-sync-delay", "0")  # only a replica that was filled can replace a node
+            nodes[port] = stack.enter_context(redis_server(folder, port, *options))
+        places = [f"127.0.0.1:{port}" for port in ports]
+        create = ["redis-cli", "--cluster", "create", *places, "--cluster-replicas", "1", "--cluster-yes"]
+        subprocess.run(create, check=True, capture_output=True, timeout=60)
+        for port, node in nodes.items():
+            log = folder / f"redis-{port}.log"
+            wait_until(partial(answers, port, b"CLUSTER INFO\r\n", b"cluster_state:ok"), node, log)
+            is_filled = b"role:master" if port in ports[: NODES // 2] else b"master_link_status:up"
+            wait_until(partial(answers, port, b"INFO replication\r\n", is_filled), node, log)
+        yield nodes
