@@ -65,6 +65,26 @@ def flood(
     _show(bench_flood(seconds=seconds), json=json)
 
 
+@app.command("cache", cls=options.Command, epilog="Example:  surfw bench cache --clients 10 --share 0.5 --json")
+def cache(
+    clients: Annotated[int, typer.Option(min=1, max=100, help="Clients that read the same model.")] = 10,
+    share: Annotated[float, typer.Option(min=0, max=1, help="How much of the model the cache holds.")] = 0.5,
+    layers: Annotated[int, typer.Option(min=1, max=1000, help="Layers of the model.")] = 22,
+    passes: Annotated[int, typer.Option(min=1, max=1000, help="Passes of each client through the model.")] = 6,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What a server's cache hits where clients announce what they read, against LRU; the ceiling is the optimum.
+
+    Nothing is read: the policies decide about clients in four arrangements, which are the same each time. The optimum
+    knows all of the future.
+    """
+    _say("simulating", quiet=quiet)
+    from surfw.bench.cache import bench_cache
+
+    _show(bench_cache(clients=clients, layers=layers, passes=passes, cache_share=share), json=json)
+
+
 @app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")
 def chunk(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A hub id or a local directory.")],

@@ -12,7 +12,7 @@ import typer
 from surfw.cli import options, signals
 from surfw.cli.addresses import read_address
 from surfw.cli.streams import OneLine, can_draw, one_line
-from surfw.config import display_url
+from surfw.config import CachePolicy, display_url
 from surfw.settings import Settings
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ def serve(
         ),
     ] = None,
     configuration: options.Configuration,
+    policy: Annotated[
+        CachePolicy,
+        typer.Option(help="What the cache keeps: what clients need soonest, as they say, or what was used last."),
+    ] = "schedule",
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
@@ -68,7 +72,8 @@ def serve(
         _log_lines(logging.WARNING if quiet else logging.INFO)
     import asyncio
 
-    if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):
+    serving = _serve(settings, place, policy, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
+    if not asyncio.run(serving):
         raise KeyboardInterrupt
 
 
@@ -81,7 +86,9 @@ def _log_lines(level: int) -> None:
     logger.propagate = False
 
 
-async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> bool:
+async def _serve(
+    settings: Settings, place: str, policy: CachePolicy, *, show: bool, announce: bool, exit_with_stdin: bool
+) -> bool:
     """Serve until a signal ends it; return False if the signal came before the server was up."""
     import asyncio
 
@@ -99,6 +106,7 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
             token=settings.token,
             insecure=settings.insecure,
             clients=settings.clients,
+            cache_policy=policy,
             allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
         )
         starting = asyncio.ensure_future(stack.enter_async_context(server))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from surfw import errors
-from surfw.config import MB, display_url, format_size
+from surfw.config import MB, CachePolicy, display_url, format_size
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
@@ -48,7 +48,13 @@ class ServedStore:
     """
 
     def __init__(
-        self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int, journal: Journal
+        self,
+        source: StorageBackend | str | Path,
+        options: Mapping[str, Any],
+        cache_bytes: int,
+        journal: Journal,
+        *,
+        policy: CachePolicy = "schedule",
     ) -> None:
         """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
@@ -60,6 +66,7 @@ class ServedStore:
         self._source = source
         self._options = options
         self._cache_bytes = cache_bytes
+        self._policy = policy
         self._journal = journal
         self._open()
 
@@ -75,7 +82,7 @@ class ServedStore:
         self.url = display_url(place) if private else self.store.url
         self.metrics = Metrics()
         self.catalog = Catalog(self.store, self._journal)
-        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal)
+        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal, policy=self._policy)
         self.cache_shortage: CacheShortage | None = None
         self._absences = Sparse(self._journal, "storage", logging.WARNING)
         self.digests = LateDigests(self.store, self.pages, self.catalog)
@@ -127,7 +134,7 @@ class ServedStore:
         self._journal.note(
             "cache",
             f"the cache of {format_size(self.pages.cache.capacity_bytes)} is smaller than one pass over {model} "
-            f"({format_size(size)}), so repeated passes find little in it; --cache-mb {helpful_mb} would hold it",
+            f"({format_size(size)}), so every pass reads from the storage; --cache-mb {helpful_mb} would hold it",
         )
 
     async def close(self) -> None:
