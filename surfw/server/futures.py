@@ -108,13 +108,13 @@ class Future:
         is_over = place + part.start < self._at - _ROUNDING
         self._at = place + part.stop
         if self._is_first_pass and (is_over or self._at >= self._length):
-            self._begin_second_pass(place if is_over else 0)
+            self._begin_second_pass(self._at % self._length)
 
-    def _begin_second_pass(self, place: int) -> None:
+    def _begin_second_pass(self, at: float) -> None:
         """What is kept was read, and is not read again."""
         self._is_first_pass = False
-        self._at -= place
-        self._at += sum(chunk not in self._kept for chunk in self._cycle[:place])
+        place = int(at)
+        self._at = at - place + sum(chunk not in self._kept for chunk in self._cycle[:place])
         self._lay_out([chunk for chunk in self._cycle if chunk not in self._kept])
 
     def _next_place(self, part: Part) -> int | None:

@@ -48,6 +48,7 @@ def test_what_is_kept_is_needed_in_the_first_pass_only() -> None:
     assert order(futures, "abcdefghij") == "defghijabc", "b might still be asked for"
     read(futures, future, "defghij")
     assert order(futures, "abcdefghij") == "acefghi"
+    assert abs(futures.next_use(whole("a")) - futures.now) < 1, "and not a chunk of those that are kept later"
     read(futures, future, "ac")
     assert order(futures, "abcdefghij") == "efghiac"
     assert not future.knows("b")
