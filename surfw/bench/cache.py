@@ -6,15 +6,19 @@ before what was just read). It knows all of the future; a policy knows what clie
 """
 
 import heapq
+import json
 import math
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from surfw.bench.result import Result, Row, describe_machine
-from surfw.config import CachePolicy
+from surfw.config import PAGE_BYTES, CachePolicy
+from surfw.errors import ConfigurationError
 from surfw.server.cache import ProvingCache
 from surfw.server.futures import Future, Futures, Part
 from surfw.server.policies import make_cache
@@ -24,9 +28,9 @@ _PAGES = 8
 
 
 class Announcement(NamedTuple):
-    """A client announces what it reads again and again, and what of it it keeps; nothing if it leaves."""
+    """A client announces what it reads again and again, and what of it it keeps; nothing when it leaves."""
 
-    client: int
+    client: Hashable
     cycle: Sequence[str]
     kept: Sequence[str]
 
@@ -34,7 +38,7 @@ class Announcement(NamedTuple):
 class Use(NamedTuple):
     """A client reads a page, which is a part of a chunk in one of its forms."""
 
-    client: int
+    client: Hashable
     form: str
     part: Part
 
@@ -74,6 +78,60 @@ def bench_cache(*, clients: int = 10, layers: int = 22, passes: int = 6, cache_s
         _row(one.name, generate(one, layers=layers, passes=passes), capacity) for one in _arrangements(clients, layers)
     ]
     return Result(benchmark="cache", machine=describe_machine(), rows=tuple(rows))
+
+
+def bench_recorded(path: Path, *, cache_share: float = 0.5) -> Result:
+    """Compare the policies on a trace that `surfw serve --record` wrote; its requests count in their order.
+
+    Args:
+        path: the file.
+        cache_share: how much of all that is read in it the cache holds, from 0 to 1; one page at least.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is something else.
+    """
+    trace = read_trace(path)
+    pages = {(event.form, event.part) for event in trace if isinstance(event, Use)}
+    row = _row(path.name, trace, max(1, round(cache_share * len(pages))))
+    return Result(benchmark="cache", machine=describe_machine(), rows=(row,))
+
+
+def read_trace(path: Path) -> list[Announcement | Use]:
+    """Read a recording of a server.
+
+    Raises:
+        ConfigurationError: it cannot be read, or is something else.
+    """
+    trace: list[Announcement | Use] = []
+    known: defaultdict[int, set[str]] = defaultdict(set)  # the models of each client
+    number = 0
+    try:
+        with path.open(encoding="ascii", errors="replace") as lines:
+            for line in lines:
+                number += 1
+                trace += _events(json.loads(line), known)
+    except OSError as exc:
+        raise ConfigurationError(f"{path} cannot be read: {exc.strerror or type(exc).__name__}") from exc
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as exc:
+        raise ConfigurationError(
+            f"{path} has no event of a recording in line {number}; expected a file that surfw serve --record wrote"
+        ) from exc
+    return trace
+
+
+def _events(line: dict[str, Any], known: dict[int, set[str]]) -> Iterator[Announcement | Use]:
+    """What a line says; requests as the pages that they touch."""
+    client = line["client"]
+    if "model" not in line:
+        yield from (Announcement((client, model), (), ()) for model in known.pop(client, ()))
+    elif "cycle" in line:
+        known[client].add(line["model"])
+        yield Announcement((client, line["model"]), line["cycle"], line["kept"])
+    else:
+        size = line["size"]
+        for first in range(line["start"] // PAGE_BYTES * PAGE_BYTES, line["stop"], PAGE_BYTES):
+            part = Part(line["chunk"], first / size, min(first + PAGE_BYTES, size) / size)
+            yield Use((client, line["model"]), line["form"], part)
 
 
 def _row(name: str, trace: Trace, capacity: int) -> Row:
@@ -135,18 +193,19 @@ def _reads(layers: int, kept: Collection[int]) -> Iterator[tuple[int, int]]:
 
 def simulate(trace: Trace, capacity: int, policy: CachePolicy) -> float:
     """The share of uses that find their page in a cache of so many pages."""
-    futures, mine = Futures(), dict[int, Future]()
+    futures, mine = Futures(), dict[Hashable, Future]()
     cache: ProvingCache[tuple[str, Part], int] = make_cache(
         policy, capacity, lambda size: size, lambda key: futures.next_use(key[1]), lambda: futures.now
     )
     hits = uses = 0
     for event in trace:
-        future = mine.get(event.client)
         if isinstance(event, Announcement):
-            if future is not None:
-                futures.remove(future)
-            mine[event.client] = futures.add(event.cycle, event.kept)
+            if before := mine.pop(event.client, None):
+                futures.remove(before)
+            if event.cycle:
+                mine[event.client] = futures.add(event.cycle, event.kept)
             continue
+        future = mine.get(event.client)
         uses += 1
         key = event.form, event.part
         foreseen = future is not None and future.knows(event.part.chunk)

@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -51,6 +52,10 @@ def serve(
         CachePolicy,
         typer.Option(help="What the cache keeps: what clients need soonest, as they say, or what was used last."),
     ] = "schedule",
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what clients read to a file, for 'surfw bench cache --trace'."),
+    ] = None,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
@@ -72,7 +77,7 @@ def serve(
         _log_lines(logging.WARNING if quiet else logging.INFO)
     import asyncio
 
-    serving = _serve(settings, place, policy, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
+    serving = _serve(settings, place, policy, record, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
     if not asyncio.run(serving):
         raise KeyboardInterrupt
 
@@ -87,7 +92,14 @@ def _log_lines(level: int) -> None:
 
 
 async def _serve(
-    settings: Settings, place: str, policy: CachePolicy, *, show: bool, announce: bool, exit_with_stdin: bool
+    settings: Settings,
+    place: str,
+    policy: CachePolicy,
+    record: Path | None,
+    *,
+    show: bool,
+    announce: bool,
+    exit_with_stdin: bool,
 ) -> bool:
     """Serve until a signal ends it; return False if the signal came before the server was up."""
     import asyncio
@@ -107,6 +119,7 @@ async def _serve(
             insecure=settings.insecure,
             clients=settings.clients,
             cache_policy=policy,
+            record=record,
             allowed_hosts=[name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
         )
         starting = asyncio.ensure_future(stack.enter_async_context(server))

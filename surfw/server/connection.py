@@ -117,6 +117,8 @@ class Connection:
             await self._stop_answering()
             for future in self._futures.values():
                 self._served.pages.futures.remove(future)
+            if self._served.recording and self._has_joined:
+                self._served.recording.left(self._number)
 
     @property
     def facts(self) -> ClientFacts:
@@ -179,6 +181,8 @@ class Connection:
     def _take_schedule(self, schedule: Schedule) -> None:
         """Expect that a client reads by a schedule, instead of by what it announced of the same model before."""
         futures = self._served.pages.futures
+        if self._served.recording:
+            self._served.recording.scheduled(self._number, schedule)
         if before := self._futures.pop(schedule.model, None):
             futures.remove(before)
         if schedule.cycle and len(self._futures) < _MOST_FUTURES:
@@ -260,6 +264,8 @@ class Connection:
         read, future = self._served.pages.read, self._futures.get(request.model)
         if future and future.knows(request.chunk):
             read = partial(self._served.pages.read_foreseen, future=future)
+        if self._served.recording:
+            self._served.recording.asked(self._number, request, locations)
         reader.chunk = request.chunk
         pieces = read(locations, request.start, request.stop, reader)
         await self._send_stored(request.id, request.start, request.stop, pieces, priority=request.priority)

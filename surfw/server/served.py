@@ -22,6 +22,7 @@ from surfw.server.catalog import Catalog
 from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
+from surfw.server.recording import Recording
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.backends import refuse_file
 from surfw.storage.origins import PlacedOptions, private_stores
@@ -44,6 +45,7 @@ class ServedStore:
         catalog: its models.
         pages: its bytes, through a cache.
         digests: those that are found out late.
+        recording: of what clients read, if it is recorded.
         cache_shortage: how far the cache is too small for the largest model that was read; None if it is not.
     """
 
@@ -55,6 +57,7 @@ class ServedStore:
         journal: Journal,
         *,
         policy: CachePolicy = "schedule",
+        record: Path | None = None,
     ) -> None:
         """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
@@ -67,6 +70,8 @@ class ServedStore:
         self._options = options
         self._cache_bytes = cache_bytes
         self._policy = policy
+        self._record = record
+        self.recording: Recording | None = None
         self._journal = journal
         self._open()
 
@@ -103,6 +108,8 @@ class ServedStore:
             self._journal.note("models", f"{display_url(place)} is a plain checkpoint, and is served from where it is")
             self._open(private)
         await self.look()
+        if self._record:
+            self.recording = Recording(self._record, self._journal)
 
     async def look(self) -> None:
         """Make sure that the store is there and can be read, and look for new models."""
@@ -140,6 +147,9 @@ class ServedStore:
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
         self._closed = True
+        if self.recording:
+            self.recording.close()
+            self.recording = None
         self._absences.flush()
         await self.catalog.close()
         await self.digests.close()

@@ -69,6 +69,7 @@ class WeightServer:
         limits: WireLimits | None = None,
         storage_options: Mapping[str, Any] | None = None,
         cache_policy: CachePolicy = "schedule",
+        record: str | Path | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -89,6 +90,7 @@ class WeightServer:
             storage_options: for the storage that `model_path` names, such as `{"endpoint_url": "http://…"}`.
             cache_policy: what the cache keeps. `schedule`: what clients need soonest, as they announce it, and else
                 what was used last. `lru`: what was used last.
+            record: a file for what clients read, which `surfw bench cache --trace` reads; replaced at each start.
 
         Raises:
             ConfigurationError: one of them cannot be used.
@@ -124,8 +126,9 @@ class WeightServer:
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
         self._served = ServedStore(
-            source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy
-        )
+            source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy,
+            record=None if record is None else Path(record),
+        )  # fmt: skip
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -307,6 +310,7 @@ class ServerOptions(TypedDict, total=False):
     limits: WireLimits | None
     storage_options: Mapping[str, Any] | None
     cache_policy: CachePolicy
+    record: str | Path | None
 
 
 class AdvancedWeightServer(WeightServer):
@@ -329,8 +333,8 @@ class AdvancedWeightServer(WeightServer):
             host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
-            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options` and
-                `cache_policy`, as for `WeightServer`.
+            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
+                `cache_policy` and `record`, as for `WeightServer`.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.

@@ -3,10 +3,16 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from surfw.bench.cache import bench_recorded
 from surfw.client import open_wire_source
 from surfw.config import MIB, CachePolicy
+from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.server.futures import Part
+from surfw.server.journal import Journal
+from surfw.server.recording import Recording
 from surfw.wire import MOST_SCHEDULED
 from tests.peers import bare_client, pretending, serving, until, whole
 from tests.stores import make_store, payload
@@ -14,9 +20,9 @@ from tests.stores import make_store, payload
 CHUNKS, PASSES = 24, 4
 
 
-async def misses(store: Path, manifest: Manifest, policy: CachePolicy) -> int:
+async def misses(store: Path, manifest: Manifest, policy: CachePolicy, record: Path) -> int:
     """How often three clients miss in a cache for two thirds of the model; each is at another place, and keeps one."""
-    async with serving(store, cache_size_mb=17, cache_policy=policy) as server:
+    async with serving(store, cache_size_mb=17, cache_policy=policy, record=record) as server:
         sources = [await open_wire_source(server.url) for _ in range(3)]
         for index, source in enumerate(sources):
             await source.announce(manifest, manifest.chunks, [manifest.chunks[index]])
@@ -39,11 +45,46 @@ async def misses(store: Path, manifest: Manifest, policy: CachePolicy) -> int:
 
 
 def test_three_clients_out_of_step_read_less_from_storage_than_with_lru(tmp_path: Path) -> None:
-    manifest = make_store(tmp_path, sizes=[MIB] * CHUNKS)
-    lru = asyncio.run(misses(tmp_path, manifest, "lru"))
-    schedule = asyncio.run(misses(tmp_path, manifest, "schedule"))
+    manifest, recorded = make_store(tmp_path, sizes=[MIB] * CHUNKS), tmp_path / "recorded.jsonl"
+    lru = asyncio.run(misses(tmp_path, manifest, "lru", recorded))
+    schedule = asyncio.run(misses(tmp_path, manifest, "schedule", recorded))
     assert lru > 300, "of 324 uses"
     assert schedule < 120, "108 is the least that is possible"
+    (row,) = bench_recorded(recorded, cache_share=16 / CHUNKS).rows
+    assert row.value == pytest.approx(100 - schedule / 3.24), "the trace has what happened"
+    assert row.baseline == pytest.approx(100 - lru / 3.24)
+    assert row.ceiling == pytest.approx(100 - 108 / 3.24)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read: No such file"),
+        ("[]\n", "no event of a recording in line 1; expected a file that surfw serve"),
+        ('{"client": 1}\n{"client": 1, "model": "m", "start": 0, "stop": 1, "size": 0}\n', "in line 2"),
+        ("é", "in line 1"),
+    ],
+)
+def test_what_is_no_recording_is_refused(tmp_path: Path, content: str | None, why: str) -> None:
+    path = tmp_path / "recorded"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=why):
+        bench_recorded(path)
+
+
+def test_a_recording_that_cannot_be_written_is_refused_or_ends(tmp_path: Path) -> None:
+    make_store(tmp_path, sizes=[10])
+    with pytest.raises(ConfigurationError, match="cannot be written: Is a directory; record to another file"):
+        Recording(tmp_path, Journal())
+    journal = Journal()
+    full = Recording(Path("/dev/full"), journal)
+    for _ in range(2):
+        full.left(1)
+        full.close()
+    assert [one["text"] for one in journal.recent(details=True)] == [
+        "the recording ends: /dev/full: No space left on device"
+    ]
 
 
 def test_a_schedule_is_announced_again_over_a_new_connection_and_taken_back(tmp_path: Path) -> None:
