@@ -64,6 +64,9 @@ OnMissing = Literal["error", "uninitialized"]
 Policy = Literal["auto", "lru"]
 """Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
 
+CachePolicy = Literal["schedule", "lru"]
+"""What a server's cache keeps: what clients need soonest, as they announce it, or what was used last."""
+
 CodecChoice = Literal["auto", "none", "lossless", "int8", "int4"]
 """Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""
 
@@ -172,6 +175,15 @@ def check_policy(choice: str) -> None:
         ConfigurationError: it is not.
     """
     _check_choice("policy", choice, get_args(Policy))
+
+
+def check_cache_policy(choice: str) -> None:
+    """Make sure that it is a policy of a server's cache.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    _check_choice("cache_policy", choice, get_args(CachePolicy))
 
 
 def check_codec(choice: str) -> None:

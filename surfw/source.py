@@ -172,6 +172,18 @@ class ChunkSource(ABC):
             StorageError, WireError: they could not be read.
         """
 
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        """Say what will be read, so that the source can prepare for it; most have no use for that.
+
+        It may be said again, and takes the place of what was said of this model before.
+
+        Args:
+            manifest: the model.
+            cycle: the chunks that are used again and again, in this order; one may recur.
+            kept: those of them that are kept once they were read.
+        """
+        del manifest, cycle, kept
+
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """Return the form's stored bytes, verified and mapped: no copy of them is made.
 

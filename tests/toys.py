@@ -58,6 +58,7 @@ class ToySource(ChunkSource):
     reads: list[str] = field(default_factory=list)
     closed: int = 0
     priorities: list[int] = field(default_factory=list)
+    announced: list[tuple[list[str], list[str]]] = field(default_factory=list)
     gate: "Gate | None" = None
 
     async def models(self) -> list[str]:
@@ -70,6 +71,9 @@ class ToySource(ChunkSource):
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         raise NotFoundError(path)
+
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        self.announced.append(([chunk.name for chunk in cycle], [chunk.name for chunk in kept]))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         for read in reads:

@@ -20,6 +20,13 @@ Examples:
   surfw bench infer ./my-model --cap 1.2GB --gguf my-model.gguf --airllm-dir ./copy --json
 """
 
+CACHE_EXAMPLES = """\b
+Examples:
+  surfw bench cache
+  surfw bench cache --clients 4 --share 0.25 --json
+  surfw bench cache --trace recorded.jsonl
+"""
+
 QUALITY_EXAMPLES = """\b
 Examples:
   surfw bench quality
@@ -70,6 +77,40 @@ def flood(
     from surfw.bench.flood import bench_flood
 
     _show(bench_flood(seconds=seconds), json=json)
+
+
+@app.command("cache", cls=options.Command, epilog=CACHE_EXAMPLES)
+def cache(
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What clients of a server read, as 'surfw serve --record' wrote it. [default: made up]"
+        ),
+    ] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="How much of what is read the cache holds.")] = 0.5,
+    clients: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Clients that read the same model. [default: 10]")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, max=1000, help="Layers of the model. [default: 22]")] = None,
+    passes: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Passes of each client through it. [default: 6]")
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """What a server's cache hits where clients announce what they read, against LRU; the ceiling is the optimum.
+
+    Nothing is read: the policies decide about clients in four arrangements, which are the same each time, or about what
+    the clients of a server read. The optimum knows all of the future.
+    """
+    from surfw.bench.cache import bench_cache, bench_recorded
+
+    made_up = {"clients": clients, "layers": layers, "passes": passes}
+    given = {name: number for name, number in made_up.items() if number is not None}
+    if trace is not None and given:
+        raise typer.BadParameter("does not go with --trace; give one of them", param_hint=f"--{next(iter(given))}")
+    _say("simulating", quiet=quiet)
+    _show(bench_recorded(trace, cache_share=share) if trace else bench_cache(**given, cache_share=share), json=json)
 
 
 @app.command("chunk", cls=options.Command, epilog="Example:  surfw bench chunk ./my-model --rounds 3")

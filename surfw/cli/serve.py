@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from surfw.cli import options, signals
 from surfw.cli.addresses import is_here, read_address
 from surfw.cli.streams import OneLine, can_draw, one_line
-from surfw.config import display_url
+from surfw.config import CachePolicy, display_url
 from surfw.errors import NotAStoreError
 from surfw.settings import Settings
 
@@ -61,6 +62,14 @@ def serve(
         ),
     ] = None,
     configuration: options.Configuration,
+    policy: Annotated[
+        CachePolicy,
+        typer.Option(help="What the cache keeps: what clients need soonest, as they say, or what was used last."),
+    ] = "schedule",
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what clients read to a file, for 'surfw bench cache --trace'."),
+    ] = None,
     announce: Annotated[
         bool, typer.Option("--announce", help="Print the address as JSON on stdout when ready.")
     ] = False,
@@ -82,7 +91,8 @@ def serve(
         _log_lines(logging.WARNING if quiet else logging.INFO)
     import asyncio
 
-    if not asyncio.run(_serve(settings, place, show=show, announce=announce, exit_with_stdin=exit_with_stdin)):
+    serving = _serve(settings, place, policy, record, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
+    if not asyncio.run(serving):
         raise KeyboardInterrupt
 
 
@@ -95,7 +105,16 @@ def _log_lines(level: int) -> None:
     logger.propagate = False
 
 
-async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, exit_with_stdin: bool) -> bool:
+async def _serve(
+    settings: Settings,
+    place: str,
+    policy: CachePolicy,
+    record: Path | None,
+    *,
+    show: bool,
+    announce: bool,
+    exit_with_stdin: bool,
+) -> bool:
     """Serve until a signal ends it; return False if the signal came before the server was up."""
     import asyncio
 
@@ -103,7 +122,7 @@ async def _serve(settings: Settings, place: str, *, show: bool, announce: bool, 
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        server = _make_server(settings, place)
+        server = _make_server(settings, place, policy, record)
         starting = asyncio.ensure_future(stack.enter_async_context(server))
 
         def end() -> None:
@@ -148,7 +167,9 @@ def _naming_the_store(place: str) -> "Iterator[None]":
         raise NotAStoreError(f"{exc}; all models of the store are served by 'surfw serve' alone") from exc
 
 
-def _make_server(settings: Settings, place: str) -> "WeightServer":
+def _make_server(
+    settings: Settings, place: str, policy: CachePolicy, record: Path | None
+) -> "WeightServer":
     from surfw.server import AdvancedWeightServer, WeightServer
 
     where = settings.host, settings.port, settings.cache_mb
@@ -157,6 +178,8 @@ def _make_server(settings: Settings, place: str) -> "WeightServer":
         "token": settings.token,
         "insecure": settings.insecure,
         "clients": settings.clients,
+        "cache_policy": policy,
+        "record": record,
         "allowed_hosts": [name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
     }
     if settings.redis_url is None:

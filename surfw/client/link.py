@@ -28,6 +28,7 @@ from surfw.wire import (
     Models,
     Progress,
     Request,
+    Schedule,
     ServerHello,
 )
 
@@ -131,6 +132,11 @@ class Link:
             return await pending.done
         finally:
             self._give_up(request.id, pending)
+
+    def announce(self, schedule: Schedule) -> None:
+        """Send a schedule, if the server takes any."""
+        if self._session.takes_schedules and not self.ended:
+            self._send(self._session.send(schedule))
 
     def _look(self) -> None:
         """End the link, or fail an overtaken request, after too long without progress; else look again later."""

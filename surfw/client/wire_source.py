@@ -19,11 +19,11 @@ from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
-from surfw.manifest import Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
+from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.threads import together
-from surfw.wire import Get, GetDigests, GetFile, GetManifest, ListModels, Request
+from surfw.wire import MOST_SCHEDULED, Get, GetDigests, GetFile, GetManifest, ListModels, Request, Schedule
 
 logger = logging.getLogger("surfw.client")
 
@@ -66,6 +66,7 @@ class WireSource(ChunkSource):
         self._connecting = asyncio.Lock()
         self._closed = False
         self._limits = limits
+        self._schedules: dict[str, Schedule] = {}  # by the names of models; every new link hears them again
         self._digests: dict[tuple[str, str], Digests] = {}
         self._asking: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._verifiers = ThreadPoolExecutor(_VERIFIERS, thread_name_prefix="surfw-verify")
@@ -104,6 +105,16 @@ class WireSource(ChunkSource):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination, all at once, each verified while the rest arrives."""
         await together(self._fetch(manifest.name, read, priority) for read in reads)
+
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        """Tell the server; a cycle that is too long for that is not told."""
+        ids = () if len(cycle) > MOST_SCHEDULED else tuple(chunk.id for chunk in cycle)
+        schedule = Schedule(manifest.name, ids, tuple({chunk.id for chunk in kept} & set(ids)))
+        if schedule == self._schedules.get(manifest.name):
+            return
+        self._schedules[manifest.name] = schedule
+        if self._link:
+            self._link.announce(schedule)
 
     async def _fetch(self, model: str, read: Read, priority: int) -> None:
         if not read.form.is_known:
@@ -224,6 +235,8 @@ class WireSource(ChunkSource):
             elif self._link.ended and not self._closed:
                 self._link = await self._connect()
                 logger.info("connected to %s again", self.url)
+                for schedule in self._schedules.values():
+                    self._link.announce(schedule)
             if self._closed:  # meanwhile: nobody else closes a new link
                 await self._link.close()
             return self._link

@@ -109,6 +109,10 @@ class ReadAhead(ChunkSource):
         task = self._files.pop(path, None) if manifest is self._manifest else None
         return await (task or self._source.file(manifest, path))
 
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        """Tell the source."""
+        await self._source.announce(manifest, cycle, kept)
+
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
         task = self._chunks.pop((chunk.name, form.codec), None) if manifest is self._manifest else None

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from surfw.config import MIB, format_size
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
 from surfw.runtime.host import HostTier, Tier
@@ -94,6 +94,8 @@ class Engine:
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
+        self._io = io
+        self._source = loader.source
         self._units = tables or {}
         self._schedule = Schedule(manifest.order if order is None else order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
@@ -112,6 +114,7 @@ class Engine:
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
+        self._announce()
 
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         """The memory of the slots."""
@@ -455,6 +458,14 @@ class Engine:
         self._sync()
         self._obey(self.table.adopt(plan))
         del self.host.spare[self.table.spare_ring_slots :]
+        self._announce()
+
+    def _announce(self) -> None:
+        """Tell the source what is used in each pass, and what of it stays."""
+        cycle = [self.manifest.by_name[name] for name in self._needs.cycle]
+        kept = [chunk for chunk in cycle if chunk.name in self.plan.pinned or not self.plan.bytes_per_pass]
+        with suppress(ModelClosedError):
+            self._io.submit(self._source.announce(self.manifest, cycle, kept))
 
     def _prefetch(self, in_use: Sequence[str]) -> None:
         """Start to fetch what runs next, as far as there is memory."""

@@ -105,8 +105,12 @@ class ProvingCache(LruCache[Key, Value]):
         else:
             self._trial_bytes -= before - self.bytes
 
-    def note_use(self, key: Key, used_bytes: int) -> None:
-        """Count the bytes of a value that were used, if it is still there; half of its size proves it."""
+    def note_use(self, key: Key, used_bytes: int, *, foreseen: bool = False) -> None:
+        """Count the bytes of a value that were used, if it is still there; half of its size proves it.
+
+        Whether the use was foreseen makes no difference here; see `ScheduledCache`.
+        """
+        del foreseen
         if key not in self._trial:
             return
         self._trial.move_to_end(key)
@@ -119,5 +123,10 @@ class ProvingCache(LruCache[Key, Value]):
 
     def victim(self) -> Key:
         """Return the least recently used value on trial if those take too much, or all are; else of the proven ones."""
-        is_trial = self._trial and (4 * self._trial_bytes > self.capacity_bytes or not self._proven)
-        return next(iter(self._trial if is_trial else self._proven))
+        if self._trial and (4 * self._trial_bytes > self.capacity_bytes or not self._proven):
+            return next(iter(self._trial))
+        return self.proven_victim()
+
+    def proven_victim(self) -> Key:
+        """Return the proven value to evict next; there is at least one."""
+        return next(iter(self._proven))

@@ -7,18 +7,20 @@ server does wrong is an `error` for the request; the details, such as where thin
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from surfw import __version__
 from surfw.config import WireLimits, printable
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
-from surfw.manifest import Form, Location
+from surfw.manifest import Form
 from surfw.server.fairness import Account, Reader
+from surfw.server.futures import Future
 from surfw.server.journal import ClientLog
-from surfw.server.pages import PROGRESS_SECONDS
+from surfw.server.pages import PROGRESS_SECONDS, StoredPiece
 from surfw.server.reception import FairConnection
 from surfw.server.sending import Document, Sender
 from surfw.server.served import ServedStore
@@ -39,12 +41,16 @@ from surfw.wire import (
     Models,
     Progress,
     Request,
+    Schedule,
     ServerSession,
 )
 
 _HELLO_SECONDS = 10
 _REASON_BYTES = 120
 """A close frame has room for 123 bytes of reason."""
+
+_MOST_FUTURES = 2
+"""Of how many models one client's schedules count; those of more are ignored. One takes 0.3 MB at most."""
 
 
 @dataclass(slots=True)
@@ -79,7 +85,10 @@ class Connection:
         self._served = served
         self._limits = limits
         self._account = Account()
-        self._session = ServerSession(limits, server=f"surfw/{__version__}")
+        self._futures: dict[str, Future] = {}
+        self._session = ServerSession(
+            limits, server=f"surfw/{__version__}", takes_schedules=served.pages.cache.policy == "schedule"
+        )
         self._sender = Sender(websocket, self._session, served.metrics)
         self._peer = websocket.shown_address
         self._log = client_log
@@ -106,6 +115,10 @@ class Connection:
         finally:
             await cancel_all([telling])
             await self._stop_answering()
+            for future in self._futures.values():
+                self._served.pages.futures.remove(future)
+            if self._served.recording and self._has_joined:
+                self._served.recording.left(self._number)
 
     @property
     def facts(self) -> ClientFacts:
@@ -144,10 +157,12 @@ class Connection:
     async def _stop_answering(self) -> None:
         await cancel_all(request.task for request in self.open_requests.values())
 
-    def _take(self, message: Request | Cancel | Credit | None) -> None:
+    def _take(self, message: Request | Cancel | Credit | Schedule | None) -> None:
         match message:
             case None:
                 return
+            case Schedule():
+                self._take_schedule(message)
             case Credit():
                 if message.bytes >= self._limits.frame_bytes:  # it belongs to what was sent, and causes no work
                     self._websocket.give_back_turn()
@@ -162,6 +177,16 @@ class Connection:
                 task = asyncio.create_task(self._answer(message, reader), name=f"surfw {message.type} {message.id}")
                 self.open_requests[message.id] = _Open(task, reader)
                 task.add_done_callback(lambda task: self._answered(message, task))
+
+    def _take_schedule(self, schedule: Schedule) -> None:
+        """Expect that a client reads by a schedule, instead of by what it announced of the same model before."""
+        futures = self._served.pages.futures
+        if self._served.recording:
+            self._served.recording.scheduled(self._number, schedule)
+        if before := self._futures.pop(schedule.model, None):
+            futures.remove(before)
+        if schedule.cycle and len(self._futures) < _MOST_FUTURES:
+            self._futures[schedule.model] = futures.add(schedule.cycle, schedule.kept)
 
     async def _tell_progress(self) -> None:
         """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
@@ -217,20 +242,13 @@ class Connection:
             case GetFile():
                 location, digest = await catalog.file(request, looking_up)
                 self._sender.send(Begin(request.id, location.stop, digest))
-                await self._send_stored(request.id, [location], 0, location.stop, reader)
+                pieces = self._served.pages.read([location], 0, location.stop, reader)
+                await self._send_stored(request.id, 0, location.stop, pieces)
             case Get():
                 form = await catalog.chunk(request, looking_up)
                 self._note_model(request.model)
                 reader.fresh = request.fresh
-                await self._send_stored(
-                    request.id,
-                    form.locations,
-                    request.start,
-                    request.stop,
-                    reader,
-                    form=form,
-                    priority=request.priority,
-                )
+                await self._send_chunk(request, form, reader)
 
     async def _send_models(self, number: int, names: Sequence[str]) -> None:
         if sum(len(name) + 3 for name in names) > self._limits.control_bytes // 2:
@@ -242,21 +260,23 @@ class Connection:
         self._sender.send(Begin(number, document.size, document.digest))
         await self._sender.send_piece(number, 0, document)
 
+    async def _send_chunk(self, request: Get, form: Form, reader: Reader) -> None:
+        read, future = self._served.pages.read, self._futures.get(request.model)
+        if future and future.knows(request.chunk):
+            read = partial(self._served.pages.read_foreseen, future=future)
+        if self._served.recording:
+            self._served.recording.asked(self._number, request, form.locations)
+        reader.chunk = request.chunk
+        pieces = read(form.locations, request.start, request.stop, reader, form=form)
+        await self._send_stored(request.id, request.start, request.stop, pieces, priority=request.priority)
+
     async def _send_stored(
-        self,
-        number: int,
-        locations: Sequence[Location],
-        start: int,
-        stop: int,
-        reader: Reader,
-        *,
-        form: Form | None = None,
-        priority: int = 0,
+        self, number: int, start: int, stop: int, pieces: AsyncGenerator[StoredPiece, None], *, priority: int = 0
     ) -> None:
-        """Send bytes `start` to `stop` of what lies at the locations. While a piece is sent, the next ones are read."""
+        """Send bytes `start` to `stop` of an answer, in pieces. While one is sent, the next ones are read."""
         if start == stop:
             self._sender.send(Data(number, start, stop))
-        async with contextlib.aclosing(self._served.pages.read(locations, start, stop, reader, form=form)) as pieces:
+        async with contextlib.aclosing(pieces):
             async for piece in pieces:
                 await self._sender.send_piece(number, start, piece, priority)
                 start += piece.size

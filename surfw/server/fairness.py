@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from surfw.server.futures import Asked
 from surfw.threads import cancel_all
 
 Item = TypeVar("Item")
@@ -117,6 +118,8 @@ class Reader:
     Attributes:
         account: what pays for the reads.
         fresh: whether they have to come from the storage again, even if they are cached.
+        chunk: the identity of the chunk that they are, if they are one.
+        asked: what is left of them, if the client announced that it reads them again and again.
         read_bytes: what was read so far, without what is being read now.
         waits_for: the reads that it waits for, all of one `SingleFlight` at a time.
         seen_bytes: what that one had read, for anybody, when progress was last counted.
@@ -124,6 +127,8 @@ class Reader:
 
     account: Account = field(default_factory=Account)
     fresh: bool = False
+    chunk: str = ""
+    asked: Asked | None = None
     read_bytes: int = 0
     waits_for: "list[_Flight[Any, Any]]" = field(default_factory=list)
     seen_bytes: int = 0

@@ -19,17 +19,19 @@ import mmap
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES, format_size
+from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES, CachePolicy, format_size
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Form, Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
 from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.futures import Future, Futures, Part
 from surfw.server.journal import Journal, Sparse
+from surfw.server.policies import make_cache
 from surfw.server.redis_tier import RedisTier, Segment
 from surfw.storage import StorageBackend
 from surfw.storage.origins import Objects
@@ -59,6 +61,7 @@ class Page:
     Attributes:
         anew: whether they are to be read although they are cached.
         for_little: whether hardly any of them are wanted.
+        part: of which chunk they are which part, if it was asked for as one.
         segment: as which Redis may have them.
     """
 
@@ -68,6 +71,7 @@ class Page:
     anew: bool = False
     for_little: bool = field(default=False, compare=False)
     segment: Segment | None = field(default=None, compare=False, repr=False)
+    part: Part | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -80,20 +84,30 @@ class PageCache:
 
     Attributes:
         cache: the pages that are cached.
+        futures: what clients announced that they will read; the clock is the bytes that were used.
         healthy: whether the storage answered when it was last asked.
         reads: the pages that are being read, or are queued.
         redis: what is asked before the storage.
     """
 
     def __init__(
-        self, backend: StorageBackend | Objects, capacity_bytes: int, metrics: Metrics, journal: Journal | None = None
+        self,
+        backend: StorageBackend | Objects,
+        capacity_bytes: int,
+        metrics: Metrics,
+        journal: Journal | None = None,
+        *,
+        policy: CachePolicy = "schedule",
     ) -> None:
         """Start empty; slow reads are noted in the journal.
 
         Counts `hits`, `misses`, `coalesced`, and the `bytes_read` from the storage.
         """
         capacity_bytes = max(capacity_bytes, MIN_CACHE_BYTES)
-        self.cache: ProvingCache[Page, memoryview] = ProvingCache(capacity_bytes, len)
+        self.futures = Futures()
+        self.cache: ProvingCache[Page, memoryview] = make_cache(
+            policy, capacity_bytes, len, lambda page: self.futures.next_use(page.part), lambda: self.futures.now
+        )
         self.healthy = True
         self._backend = backend
         self._metrics = metrics
@@ -117,6 +131,23 @@ class PageCache:
         pieces = plan_pieces(self, locations, start, stop, reader, form=form)
         return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
 
+    async def read_foreseen(
+        self,
+        locations: Sequence[Location],
+        start: int,
+        stop: int,
+        reader: Reader,
+        *,
+        future: Future,
+        form: Form | None = None,
+    ) -> AsyncGenerator["StoredPiece", None]:
+        """As `read`, for a client that announced that it reads the chunk. Meanwhile, what is left of it is needed."""
+        size = sum(location.stop - location.start for location in locations) or 1
+        with future.reading(Part(reader.chunk, start / size, stop / size), self.futures.now) as reader.asked:
+            async with aclosing(self.read(locations, start, stop, reader, form=form)) as pieces:
+                async for piece in pieces:
+                    yield piece
+
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
         """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
@@ -135,7 +166,8 @@ class PageCache:
         view = self.cache.get(page)
         if view is None:
             view = await self._join(page, reader, wanted_bytes)
-        self.cache.note_use(page, wanted_bytes)
+        self.futures.now += wanted_bytes
+        self.cache.note_use(page, wanted_bytes, foreseen=reader is not None and reader.asked is not None)
         return view
 
     async def _join(self, page: Page, reader: Reader | None, wanted_bytes: int) -> memoryview:
@@ -224,6 +256,8 @@ class StoredPiece:
 
     async def view(self, start: int, stop: int) -> memoryview:
         """Return bytes `start` to `stop` of it, for use until the next `await`."""
+        if self.reader.asked is not None and (part := self.page.part) is not None:  # from now on, it was used
+            self.reader.asked.start = part.start + (self.start + stop) / self.page.size * (part.stop - part.start)
         page = await self.pages.view(self.page, self.reader, stop - start)
         return page[self.start + start : self.start + stop]
 
@@ -242,19 +276,21 @@ def plan_pieces(
     Pages are cut from the start of each location, so that all requests for its bytes share the same pages. Those of a
     form in one piece consist of whole blocks, whose digests are known: they are segments.
     """
+    size = sum(location.stop - location.start for location in locations)
     base = 0
     if form is not None and (not form.is_known or len(locations) > 1):
         form = None
     for location in locations:
         length = location.stop - location.start
         low, high = max(start - base, 0), min(stop - base, length)
-        base += length
+        before, base = base, base + length
         if low >= high:
             continue
         for first in range(low - low % PAGE_BYTES, high, PAGE_BYTES):
             last = min(first + PAGE_BYTES, length)
+            part = Part(reader.chunk, (before + first) / size, (before + last) / size) if reader.chunk else None
             segment = None if form is None else _segment(form, first // PAGE_BYTES)
-            page = Page(location.object, location.start + first, location.start + last, segment=segment)
+            page = Page(location.object, location.start + first, location.start + last, part=part, segment=segment)
             yield StoredPiece(pages, page, max(low - first, 0), min(high, last) - first, reader)
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from surfw import errors
-from surfw.config import MB, display_url, format_size
+from surfw.config import MB, CachePolicy, display_url, format_size
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.metrics import Metrics
 from surfw.server.catalog import Catalog
 from surfw.server.journal import Journal, Sparse
 from surfw.server.late_digests import LateDigests
 from surfw.server.pages import MIN_CACHE_BYTES, PageCache
+from surfw.server.recording import Recording
 from surfw.server.redis_tier import RedisTier
 from surfw.storage import StorageBackend, Store, open_backend
 from surfw.storage.backends import refuse_file
@@ -45,11 +46,19 @@ class ServedStore:
         catalog: its models.
         pages: its bytes, through a cache.
         digests: those that are found out late.
+        recording: of what clients read, if it is recorded.
         cache_shortage: how far the cache is too small for the largest model that was read; None if it is not.
     """
 
     def __init__(
-        self, source: StorageBackend | str | Path, options: Mapping[str, Any], cache_bytes: int, journal: Journal
+        self,
+        source: StorageBackend | str | Path,
+        options: Mapping[str, Any],
+        cache_bytes: int,
+        journal: Journal,
+        *,
+        policy: CachePolicy = "schedule",
+        record: Path | None = None,
     ) -> None:
         """Open the storage; nothing is read yet. A storage that is given, and not named, stays open afterwards.
 
@@ -61,6 +70,9 @@ class ServedStore:
         self._source = source
         self._options = options
         self._cache_bytes = cache_bytes
+        self._policy = policy
+        self._record = record
+        self.recording: Recording | None = None
         self._journal = journal
         self._redis: RedisTier | None = None
         self._open()
@@ -81,7 +93,7 @@ class ServedStore:
         self.url = display_url(place) if private else self.store.url
         self.metrics = Metrics()
         self.catalog = Catalog(self.store, self._journal)
-        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal)
+        self.pages = PageCache(self.store.objects, self._cache_bytes, self.metrics, self._journal, policy=self._policy)
         self.pages.redis = self._redis
         self.cache_shortage: CacheShortage | None = None
         self._absences = Sparse(self._journal, "storage", logging.WARNING)
@@ -103,6 +115,8 @@ class ServedStore:
             self._journal.note("models", f"{display_url(place)} is a plain checkpoint, and is served from where it is")
             self._open(private)
         await self.look()
+        if self._record:
+            self.recording = Recording(self._record, self._journal)
 
     async def look(self) -> None:
         """Make sure that the store is there and can be read, and look for new models."""
@@ -134,12 +148,15 @@ class ServedStore:
         self._journal.note(
             "cache",
             f"the cache of {format_size(self.pages.cache.capacity_bytes)} is smaller than one pass over {model} "
-            f"({format_size(size)}), so repeated passes find little in it; --cache-mb {helpful_mb} would hold it",
+            f"({format_size(size)}), so every pass reads from the storage; --cache-mb {helpful_mb} would hold it",
         )
 
     async def close(self) -> None:
         """Stop reading, and close the storage if it was opened here."""
         self._closed = True
+        if self.recording:
+            self.recording.close()
+            self.recording = None
         self._absences.flush()
         await self.catalog.close()
         await self.digests.close()

@@ -20,7 +20,17 @@ import psutil
 from websockets.asyncio.server import Server
 
 from surfw import __version__
-from surfw.config import DEFAULT_CACHE_MB, DEFAULT_CLIENTS, DEFAULT_HOST, DEFAULT_PORT, MB, WireLimits, expect
+from surfw.config import (
+    DEFAULT_CACHE_MB,
+    DEFAULT_CLIENTS,
+    DEFAULT_HOST,
+    DEFAULT_PORT,
+    MB,
+    CachePolicy,
+    WireLimits,
+    check_cache_policy,
+    expect,
+)
 from surfw.errors import ConfigurationError
 from surfw.metrics import hit_rate
 from surfw.server.connection import Connection
@@ -58,6 +68,8 @@ class WeightServer:
         allowed_hosts: Sequence[str] = (),
         limits: WireLimits | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        cache_policy: CachePolicy = "schedule",
+        record: str | Path | None = None,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -76,10 +88,14 @@ class WeightServer:
                 Without a token, requests for other names are refused: a web page could have made them.
             limits: sizes of messages, frames and windows.
             storage_options: for the storage that `model_path` names, such as `{"endpoint_url": "http://…"}`.
+            cache_policy: what the cache keeps. `schedule`: what clients need soonest, as they announce it, and else
+                what was used last. `lru`: what was used last.
+            record: a file for what clients read, which `surfw bench cache --trace` reads; replaced at each start.
 
         Raises:
             ConfigurationError: one of them cannot be used.
         """
+        check_cache_policy(cache_policy)
         source = _expect_source(storage_backend, model_path, storage_options)
         expect("cache_size_mb", cache_size_mb, int | float, "a number of MB from 0 on")
         if not 0 <= cache_size_mb < math.inf:
@@ -109,7 +125,10 @@ class WeightServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
         self._stopped = asyncio.Event()
-        self._served = ServedStore(source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal)
+        self._served = ServedStore(
+            source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy,
+            record=None if record is None else Path(record),
+        )  # fmt: skip
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -290,6 +309,8 @@ class ServerOptions(TypedDict, total=False):
     allowed_hosts: Sequence[str]
     limits: WireLimits | None
     storage_options: Mapping[str, Any] | None
+    cache_policy: CachePolicy
+    record: str | Path | None
 
 
 class AdvancedWeightServer(WeightServer):
@@ -316,8 +337,8 @@ class AdvancedWeightServer(WeightServer):
             host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
-            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits` and `storage_options`, as for
-                `WeightServer`.
+            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
+                `cache_policy` and `record`, as for `WeightServer`.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.

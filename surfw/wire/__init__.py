@@ -7,6 +7,7 @@ or raises `RemoteProtocolError`, never anything else*. A mistake of our own side
 
 from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
 from surfw.wire.messages import (
+    MOST_SCHEDULED,
     PROTOCOL,
     Begin,
     Cancel,
@@ -21,6 +22,7 @@ from surfw.wire.messages import (
     Models,
     Progress,
     Request,
+    Schedule,
     ServerHello,
     binary_header,
 )
@@ -40,6 +42,7 @@ from surfw.wire.sessions import ClientSession, ServerSession
 
 __all__ = [
     "MOST_CONNECTIONS",
+    "MOST_SCHEDULED",
     "PROTOCOL",
     "Begin",
     "CacheShortage",
@@ -59,6 +62,7 @@ __all__ = [
     "Rates",
     "RedisState",
     "Request",
+    "Schedule",
     "ServerEvent",
     "ServerHealth",
     "ServerHello",

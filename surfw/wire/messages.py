@@ -31,7 +31,10 @@ PROTOCOL = "surfw.v1"
 
 MAX_SIZE = 1 << 53
 MAX_PRIORITY = 1 << 31
+MOST_SCHEDULED = 1024
+"""The most chunks that each list of a schedule names."""
 _NAME_LENGTH = 256
+_ID_LENGTH = 64
 _TEXT_LENGTH = 4096
 
 _SHORT = reprlib.Repr()
@@ -78,6 +81,12 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(map(_text(_NAME_LENGTH, shown=True), value))
 
 
+def _chunks(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or len(value) > MOST_SCHEDULED:
+        raise _unexpected(value, f"a list of at most {MOST_SCHEDULED} ids of chunks")
+    return tuple(map(_text(_ID_LENGTH), value))
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise _unexpected(value, "true or false")
@@ -92,6 +101,8 @@ Name = Annotated[str, _text(_NAME_LENGTH)]
 ShownName = Annotated[str, _text(_NAME_LENGTH, shown=True)]
 ShownText = Annotated[str, _text(_TEXT_LENGTH, shown=True)]
 Names = Annotated[tuple[str, ...], _names]
+Chunks = Annotated[tuple[str, ...], _chunks]
+"""Identities of chunks."""
 Flag = Annotated[bool, _flag]
 
 
@@ -169,6 +180,19 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Schedule:
+    """Announces which chunks of a model are used again and again, in which order, and which of them the client keeps.
+
+    It takes the place of what was announced of this model before, has no answer, and binds nobody.
+    """
+
+    type: ClassVar[str] = "schedule"
+    model: Name
+    cycle: Chunks
+    kept: Chunks
+
+
+@dataclass(frozen=True, slots=True)
 class Credit:
     """The client has taken in `bytes`, and the server may announce as many more."""
 
@@ -178,7 +202,7 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class ServerHello:
-    """The server's first message: its name and version, and the limits for both sides."""
+    """The server's first message: its name and version, the limits for both sides, and whether it takes `schedule`."""
 
     type: ClassVar[str] = "hello"
     protocol: Name
@@ -186,6 +210,7 @@ class ServerHello:
     frame_bytes: Size
     window_bytes: Size
     requests: Size
+    schedules: Flag = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +262,7 @@ class Failed:
 
 
 Request = ListModels | GetManifest | GetFile | GetDigests | Get
-ClientMessage = ClientHello | Request | Cancel | Credit
+ClientMessage = ClientHello | Request | Cancel | Credit | Schedule
 AnswerMessage = Models | Begin | Data | Progress | Failed
 """What a server says about one request."""
 ServerMessage = ServerHello | AnswerMessage

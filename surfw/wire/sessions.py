@@ -2,8 +2,8 @@
 
 The first message of each side is its hello, which comes only once. Both sides run on two tables: `ANSWER_STARTS` has
 the first state of the answer to each request, `ANSWERS` the messages that may come in a state, and the state after
-each; any other message breaks the protocol. `cancel` and `credit`, which belong to no answer, are not in them. The
-sessions add everything that is counted: ids, open requests, frames, and the window. A session that has raised
+each; any other message breaks the protocol. `cancel`, `credit` and `schedule`, which belong to no answer, are not in
+them. The sessions add everything that is counted: ids, open requests, frames, and the window. A session that has raised
 `RemoteProtocolError` is over.
 """
 
@@ -31,6 +31,7 @@ from surfw.wire.messages import (
     Models,
     Progress,
     Request,
+    Schedule,
     ServerHello,
     ServerMessage,
     encode,
@@ -174,6 +175,7 @@ class ClientSession(_Session):
     Attributes:
         requests: how many requests may be open at a time, by both sides' limits; 0 before the server's hello.
         offered: the protocol that the server's hello names, even if it is not ours; "" before.
+        takes_schedules: whether the server takes `schedule`.
         next_id: the id for the next request.
     """
 
@@ -184,6 +186,7 @@ class ClientSession(_Session):
         super().__init__(limits)
         self.requests = 0
         self.offered = ""
+        self.takes_schedules = False
         self.next_id = 0
         self._client = client
         self._frame_bytes = 0
@@ -227,6 +230,7 @@ class ClientSession(_Session):
             raise RemoteProtocolError(f"hello: a window of {window} bytes and {message.requests} requests do not work")
         self._frame_bytes, self._window_bytes = message.frame_bytes, window
         self.requests = min(message.requests, self.limits.requests_in_flight)
+        self.takes_schedules = message.schedules
 
     def _take(self, message: AnswerMessage) -> None:
         exchange = self._advance(message, RemoteProtocolError)
@@ -289,12 +293,16 @@ class ClientSession(_Session):
         message, self._uncredited_bytes = Credit(self._uncredited_bytes), 0
         return encode(message)
 
-    def send(self, message: Request | Cancel) -> str:
-        """Encode a request or a cancel.
+    def send(self, message: Request | Cancel | Schedule) -> str:
+        """Encode a request, a cancel or a schedule.
 
         Raises:
             LocalProtocolError: it may not be sent now.
         """
+        if isinstance(message, Schedule):
+            if not self.takes_schedules:
+                raise LocalProtocolError("the server takes no schedules")
+            return encode(message)
         if isinstance(message, Cancel):
             if message.id not in self._exchanges:
                 raise LocalProtocolError(f"cancel of id {message.id}, which is not open")
@@ -320,13 +328,14 @@ class ServerSession(_Session):
 
     _no_hello = ("the first message of a client is hello", 1008)
 
-    def __init__(self, limits: WireLimits, *, server: str) -> None:
-        """Begin a session; `server` is the name and version for the hello."""
+    def __init__(self, limits: WireLimits, *, server: str, takes_schedules: bool = False) -> None:
+        """Begin a session; the hello has name and version of the server, and whether it makes use of schedules."""
         super().__init__(limits)
         self.credit_bytes = 0
         self.takes_progress = False
         self.client = ""
         self._server = server
+        self._takes_schedules = takes_schedules
         self._window_bytes = 0
         self._last_id = -1
 
@@ -334,10 +343,17 @@ class ServerSession(_Session):
         """The first message to send."""
         limits = self.limits
         return encode(
-            ServerHello(PROTOCOL, self._server, limits.frame_bytes, limits.window_bytes, limits.requests_in_flight)
+            ServerHello(
+                PROTOCOL,
+                self._server,
+                limits.frame_bytes,
+                limits.window_bytes,
+                limits.requests_in_flight,
+                self._takes_schedules,
+            )
         )
 
-    def receive(self, message: str | bytes) -> Request | Cancel | Credit | None:
+    def receive(self, message: str | bytes) -> Request | Cancel | Credit | Schedule | None:
         """Take one message from the client, and return it if the application has to act on it.
 
         Raises:
@@ -356,6 +372,8 @@ class ServerSession(_Session):
                 return self._credited(parsed)
             case Cancel():
                 return parsed if parsed.id in self._exchanges else None
+            case Schedule():
+                return parsed
         return self._asked(parsed)
 
     def _greet(self, message: ClientHello) -> None:

@@ -100,8 +100,8 @@ EARLY: ServerStats = {
         {"time": 1.7e9 - 188, "kind": "joined", "text": "surfw/0.9.0 at 10.0.0.20:50410 joined"},
         {
             "time": 1.7e9 - 180, "kind": "cache",
-            "text": "the cache of 200.0 MB is smaller than one pass over org/model (2.2 GB), so repeated passes find "
-            "little in it; --cache-mb 2220 would hold it",
+            "text": "the cache of 200.0 MB is smaller than one pass over org/model (2.2 GB), so every pass reads from "
+            "the storage; --cache-mb 2220 would hold it",
         },
         {"time": 1.7e9 - 128, "kind": "joined", "text": "surfw/0.9.0 at 10.0.0.21:50411 joined"},
         {"time": 1.7e9 - 68, "kind": "refused", "text": "10.0.0.22:50412 is refused: there is no model 'modle' here"},

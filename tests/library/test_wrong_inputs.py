@@ -56,6 +56,9 @@ CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "a port in words": (lambda: WeightServer(model_path="x", port="a"), "port is 'a', expected a whole number"),
     "half a port": (lambda: WeightServer(model_path="x", port=80.5), "port is 80.5, expected a whole number"),
     "a cache in words": (lambda: WeightServer(model_path="x", cache_size_mb="a"), "cache_size_mb is 'a', expected"),
+    "a cache policy there is not": (
+        lambda: WeightServer(model_path="x", cache_policy="fifo"), "cache_policy is 'fifo'; expected one of schedule",
+    ),
     "a server's token that is no text": (lambda: WeightServer(model_path="x", token=5), "token is 5, expected a text"),
     "TLS that is no context": (lambda: WeightServer(model_path="x", ssl=True), "ssl is True, expected an"),
     "limits that are none": (lambda: WeightServer(model_path="x", limits=5), "limits is 5, expected WireLimits"),

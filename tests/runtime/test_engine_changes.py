@@ -37,6 +37,18 @@ def test_what_is_reserved_is_given_up_by_the_weights_and_comes_back() -> None:
         )
 
 
+def test_every_plan_is_announced_to_the_source() -> None:
+    manifest, source = toy_model([100] * 4)
+    cycle = ["c0", "c1", "c2", "c3"]
+    with running(manifest, source, budget_bytes=4 * PAGE) as engine:
+        engine.reserve(PAGE)
+        kept = [name for name in cycle if name in engine.plan.pinned]
+        engine.reserve(2 * PAGE)
+        use(engine, cycle)
+    assert source.announced == [(cycle, cycle), (cycle, kept), (cycle, [])]
+    assert len(kept) == 1
+
+
 def test_more_slots_are_used_at_once() -> None:
     manifest, source = toy_model([100] * 6)
     with running(manifest, source, cache_layers=1) as engine:

@@ -241,8 +241,8 @@ def test_a_cache_smaller_than_one_pass(tmp_path: Path, caplog: pytest.LogCapture
                     assert shortage is None
             assert shortage == {"model": "large", "pass_bytes": 30 * MIB, "cache_mb": 50}
             text = (
-                "the cache of 20.0 MB is smaller than one pass over large (31.5 MB), so repeated passes find little in "
-                "it; --cache-mb 50 would hold it"
+                "the cache of 20.0 MB is smaller than one pass over large (31.5 MB), so every pass reads from the "
+                "storage; --cache-mb 50 would hold it"
             )
             assert told(server, "cache") == [text]
             assert caplog.messages.count(text) == 1

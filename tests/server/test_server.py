@@ -168,7 +168,7 @@ def test_stats_have_the_documented_shape(tmp_path: Path) -> None:
             assert stats["clients"] == 1
             cache = stats["cache"]
             assert (cache["hits"], cache["misses"], cache["hit_rate"], cache["bytes"]) == (2, 2, 0.5, 5 * MIB)
-            assert (cache["policy"], cache["capacity_bytes"]) == ("lru", 200_000_000)
+            assert (cache["policy"], cache["capacity_bytes"]) == ("schedule", 200_000_000)
             assert stats["requests"]["total"] == 2
             assert list(stats["requests"]["latency_seconds"]) == ["p50", "p95", "p99"]
             assert stats["storage"] == {"url": str(tmp_path), "healthy": True}

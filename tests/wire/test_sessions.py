@@ -22,6 +22,7 @@ from surfw.wire import (
     ListModels,
     Models,
     Progress,
+    Schedule,
     ServerHello,
     ServerSession,
 )
@@ -65,6 +66,19 @@ def deliver(client: ClientSession, server: ServerSession, run: Data) -> list[Arr
 def test_hello_tells_each_side_the_others_limits() -> None:
     client, server = joined()
     assert (client.requests, server.credit_bytes) == (2, 4 * FRAME)
+
+
+def test_a_schedule_goes_to_servers_that_take_it() -> None:
+    schedule = Schedule("m", ("a", "b", "a"), ("b",))
+    client, older = joined()
+    with pytest.raises(LocalProtocolError, match="takes no schedules"):
+        client.send(schedule)
+    client, server = ClientSession(LIMITS, client="c"), ServerSession(LIMITS, server="s", takes_schedules=True)
+    client.receive(server.hello())
+    server.receive(client.hello())
+    assert server.receive(client.send(schedule)) == schedule
+    assert client.next_id == 0
+    assert "schedules" not in older.hello()
 
 
 def test_a_client_has_no_more_requests_open_than_it_likes() -> None:
@@ -433,7 +447,7 @@ def test_hello_comes_first_and_only_then() -> None:
     for answer in EVERY_ANSWER:
         with pytest.raises(RemoteProtocolError, match="the first message of a server is hello"):
             ClientSession(LIMITS, client="c").receive(encode(answer))
-    from_client = [*EVERY_REQUEST, Cancel(0), Credit(1)]
+    from_client = [*EVERY_REQUEST, Cancel(0), Credit(1), Schedule("m", (), ())]
     assert {type(one) for one in from_client} | {ClientHello} == set(get_args(m.ClientMessage))
     for message in from_client:
         with pytest.raises(RemoteProtocolError, match="the first message of a client is hello"):
