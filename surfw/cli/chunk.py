@@ -202,9 +202,13 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
     import asyncio
 
+    from surfw.checkpoint.reader import folder_name
     from surfw.chunking import prepare_model
     from surfw.chunking.in_place import check_reach
+    from surfw.chunking.write import check_target
     from surfw.cli import chunk_view, render
+    from surfw.cli.addresses import is_here
+    from surfw.manifest import check_model_name
     from surfw.storage import Store, open_backend
     from surfw.storage.origins import PlacedOptions, is_local_url
 
@@ -212,7 +216,11 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     # A folder takes no options, so those that are given with one are for the checkpoint.
     placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
-    asyncio.run(Store(backend).check_place())  # before what takes time
+    name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
+    if name is None:
+        asyncio.run(Store(backend).check_place())  # before what takes time, as the other
+    else:
+        asyncio.run(check_target(backend, check_model_name(name), wanted.codecs))
     if wanted.in_place:
         check_reach(model, backend)
     with prepare_model(

@@ -214,7 +214,9 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
     """The error for a connection on which no session came about."""
     match exc:
         case ValueError() | InvalidURI():
-            return ConfigurationError(f"{link.url!r} is not the address of a server; expected ws://HOST:PORT")
+            return ConfigurationError(
+                f"{link.url!r} is not the address of a server; expected ws://HOST:PORT, a port up to 65535"
+            )
         case InvalidStatus():
             return _explain_status(link, endpoint, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:

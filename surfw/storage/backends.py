@@ -147,10 +147,10 @@ def read_address(text: str) -> str:
         return f"{scheme.lower()}://{rest}" if _SCHEME.fullmatch(scheme) else text
     if (meant := _meant(text)) and not os.path.lexists(text):
         shown = display_url(meant)
-        what = ", the address of a server, where one may be named" if is_server_url(meant) else ""
+        meant_so = f"if a {'server' if is_server_url(meant) else 'URL'} is meant, write {shown}"
         if shown != meant:
-            raise ConfigurationError(f"the address is that of no folder here; did you mean {shown}{what}?")
-        raise ConfigurationError(f"{text} is no folder here; did you mean {shown}{what}? For a folder write ./{text}")
+            raise ConfigurationError(f"the address is that of no folder here; {meant_so}")
+        raise ConfigurationError(f"{text} is no folder here; {meant_so}; for a folder write ./{text}")
     return text
 
 

@@ -85,22 +85,22 @@ def test_what_cannot_be_opened_is_one_line(url: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("text", "meant"),
     [
-        ("s3:/bucket/x", "s3://bucket/x"),
-        ("s3:bucket/x", "s3://bucket/x"),
-        ("S3:bucket", "s3://bucket"),
-        (Path("s3://bucket/x"), "s3://bucket/x"),
-        ("https:/host/x", "https://host/x"),
-        ("gs:/bucket", "gs://bucket"),
-        ("localhost:8765", "ws://localhost:8765, the address of a server, where one may be named"),
-        ("[::1]:8765", "ws://[::1]:8765, the address of a server, where one may be named"),
-        ("ws:127.0.0.1:8765", "ws://127.0.0.1:8765, the address of a server, where one may be named"),
+        ("s3:/bucket/x", "if a URL is meant, write s3://bucket/x"),
+        ("s3:bucket/x", "if a URL is meant, write s3://bucket/x"),
+        ("S3:bucket", "if a URL is meant, write s3://bucket"),
+        (Path("s3://bucket/x"), "if a URL is meant, write s3://bucket/x"),
+        ("https:/host/x", "if a URL is meant, write https://host/x"),
+        ("gs:/bucket", "if a URL is meant, write gs://bucket"),
+        ("localhost:8765", "if a server is meant, write ws://localhost:8765"),
+        ("[::1]:8765", "if a server is meant, write ws://[::1]:8765"),
+        ("ws:127.0.0.1:8765", "if a server is meant, write ws://127.0.0.1:8765"),
     ],
 )
 def test_a_mistyped_url_is_no_folder(
     text: str | Path, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert refusal(text) == f"{text} is no folder here; did you mean {meant}? For a folder write ./{text}"
+    assert refusal(text) == f"{text} is no folder here; {meant}; for a folder write ./{text}"
     below = open_backend(f"./{text}")
     assert isinstance(below, FilesystemBackend)
     below.base.mkdir(parents=True)
@@ -108,12 +108,14 @@ def test_a_mistyped_url_is_no_folder(
 
 
 def test_a_mistyped_url_is_no_checkpoint_either() -> None:
-    with pytest.raises(ConfigurationError, match=r"^s3:bucket/x is no folder here; did you mean s3://bucket/x\?"):
+    with pytest.raises(
+        ConfigurationError, match=r"^s3:bucket/x is no folder here; if a URL is meant, write s3://bucket/x;"
+    ):
         prepare_model("s3:bucket/x")
 
 
 def test_a_mistyped_url_with_a_password_is_not_repeated() -> None:
-    said = "the address is that of no folder here; did you mean s3://***@bucket?"
+    said = "the address is that of no folder here; if a URL is meant, write s3://***@bucket"
     assert refusal("s3:me:s3cret@bucket") == said
 
 
