@@ -70,8 +70,8 @@ class Loader:
         self._proven: set[tuple[str, str]] = set()  # ids of chunks, and digests of forms that decode to them
 
     def close(self) -> None:
-        """Let the threads that decode end, once they have nothing more to do."""
-        self._decoders.shutdown(wait=False)
+        """End the threads that decode: this waits for what they are at."""
+        self._decoders.shutdown()
 
     async def load(
         self, chunk: Chunk, buffer: Buffer, *, priority: int, in_pieces: bool = False, may_map: bool = False

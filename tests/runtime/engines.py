@@ -34,6 +34,7 @@ def running(
     metrics: Metrics | None = None,
 ) -> Iterator[Engine]:
     """An engine over a source, a plain LRU cache where layers are counted; nothing of it is left afterwards."""
+    before = set(threading.enumerate())
     io = IoThread()
     policy = policy or ("auto" if budget_bytes else "lru")
     limit = Limit(cache_layers=cache_layers, budget_bytes=budget_bytes, policy=policy)
@@ -45,7 +46,8 @@ def running(
     finally:
         engine.close()
         io.close()
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("surfw")] == []
+    started = set(threading.enumerate()) - before
+    assert [thread.name for thread in started if thread.name.startswith("surfw")] == []
 
 
 def settle(engine: Engine) -> list[str]:

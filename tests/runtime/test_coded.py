@@ -2,9 +2,10 @@
 
 import asyncio
 import mmap
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -38,16 +39,31 @@ def weights(name: str, elements: int, *, dtype: torch.dtype = torch.bfloat16, se
     return replace(chunk, id=digest, payload_bytes=len(payload), tensors=tuple(tensors), forms=(form,)), payload
 
 
+@pytest.fixture
+def new_loader() -> Iterator[Callable[..., Loader]]:
+    """Makes loaders, whose threads have ended after the test."""
+    with ExitStack() as last:
+
+        def made(*args: Any, **options: Any) -> Loader:
+            loader = Loader(*args, **options)
+            last.callback(loader.close)
+            return loader
+
+        yield made
+
+
 def raw(tensors: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: bytes(tensor.view(torch.uint8).numpy()) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("in_pieces", [True, False])
-def test_a_coded_chunk_is_loaded_as_the_plain_one(in_pieces: bool, plain: bool) -> None:
+def test_a_coded_chunk_is_loaded_as_the_plain_one(
+    in_pieces: bool, plain: bool, new_loader: Callable[..., Loader]
+) -> None:
     made = chunk, payload = weights("c", 13 * MIB + 77)
     manifest, source = coded_model([made], plain=plain)
-    loader = Loader(source, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     (stored,) = manifest.chunks
     buffer = Buffer(buffer_bytes(chunk, {}))
     count = asyncio.run(loader.load(stored, buffer, priority=0, in_pieces=in_pieces))
@@ -58,19 +74,19 @@ def test_a_coded_chunk_is_loaded_as_the_plain_one(in_pieces: bool, plain: bool) 
     assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
 
 
-def test_a_coded_chunk_is_cast_as_the_plain_one() -> None:
+def test_a_coded_chunk_is_cast_as_the_plain_one(new_loader: Callable[..., Loader]) -> None:
     made = chunk, _ = weights("c", 3 * MIB, dtype=torch.float32)
     loaded = []
     for codec in ("none", "lossless"):
         manifest, source = coded_model([made])
-        loader = Loader(source, manifest, {"c.w": torch.bfloat16}, FormChoice(codec))
+        loader = new_loader(source, manifest, {"c.w": torch.bfloat16}, FormChoice(codec))
         buffer = Buffer(buffer_bytes(chunk, loader.dtypes))
         asyncio.run(loader.load(manifest.chunks[0], buffer, priority=0))
         loaded.append(raw(loader.tensors(chunk, buffer)))
     assert loaded[0] == loaded[1]
 
 
-def test_coded_bytes_that_are_mapped_are_decoded_from_there() -> None:
+def test_coded_bytes_that_are_mapped_are_decoded_from_there(new_loader: Callable[..., Loader]) -> None:
     made = chunk, payload = weights("c", 3 * MIB)
     manifest, source = coded_model([made])
     form, stored = code(*made)
@@ -80,32 +96,32 @@ def test_coded_bytes_that_are_mapped_are_decoded_from_there() -> None:
             return View(memoryview(stored), lambda: None) if wanted == form else None
 
     mapping = Mapping(source.manifests, {})  # nothing can be fetched
-    loader = Loader(mapping, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(mapping, manifest, forms=FormChoice("lossless"))
     buffer = Buffer(buffer_bytes(chunk, {}))
     asyncio.run(loader.load(manifest.chunks[0], buffer, priority=0, may_map=True))
     assert raw(loader.tensors(chunk, buffer))["c.w"] == payload[: 6 * MIB]
 
 
-def test_a_form_that_decodes_to_another_payload_is_refused() -> None:
+def test_a_form_that_decodes_to_another_payload_is_refused(new_loader: Callable[..., Loader]) -> None:
     one, other = weights("c", 2 * MIB), weights("c", 2 * MIB, seed=1)
     manifest, source = coded_model([one])
     form, stored = code(*other)
     chunk = replace(manifest.chunks[0], forms=(form,))
     source.payloads[form.digest] = stored
-    loader = Loader(source, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     with pytest.raises(
         IntegrityError, match="chunk c from toys decodes from its form 'lossless' to a payload with BLAKE3"
     ):
         asyncio.run(loader.load(chunk, Buffer(buffer_bytes(chunk, {})), priority=0))
 
 
-def test_each_chunk_is_compared_with_its_id_also_where_two_have_the_same() -> None:
+def test_each_chunk_is_compared_with_its_id_also_where_two_have_the_same(new_loader: Callable[..., Loader]) -> None:
     one, other = weights("a", 2 * MIB), weights("b", 2 * MIB, seed=1)
     manifest, source = coded_model([one])
     form, stored = code(*other)
     impostor = replace(manifest.chunks[0], name="b", forms=(form,))
     source.payloads[form.digest] = stored
-    loader = Loader(source, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     asyncio.run(_load(loader, manifest.chunks[0]))
     with pytest.raises(IntegrityError, match="chunk b from toys decodes"):
         asyncio.run(_load(loader, impostor))
@@ -115,17 +131,17 @@ async def _load(loader: Loader, chunk: Chunk) -> None:
     await loader.load(chunk, Buffer(buffer_bytes(chunk, {})), priority=0)
 
 
-def test_coded_bytes_arrive_at_a_page_so_that_a_device_can_write_there() -> None:
+def test_coded_bytes_arrive_at_a_page_so_that_a_device_can_write_there(new_loader: Callable[..., Loader]) -> None:
     made = weights("c", 5 * MIB + 3)
     manifest, source = coded_model([made])
     places = []
     source.before_fetch = lambda read: places.append(torch.frombuffer(read.destination, dtype=torch.uint8).data_ptr())
-    asyncio.run(_load(Loader(source, manifest, forms=FormChoice("lossless")), manifest.chunks[0]))
+    asyncio.run(_load(new_loader(source, manifest, forms=FormChoice("lossless")), manifest.chunks[0]))
     assert len(places) == 2
     assert all(place % mmap.PAGESIZE == 0 for place in places)
 
 
-def test_frames_that_are_none_are_named() -> None:
+def test_frames_that_are_none_are_named(new_loader: Callable[..., Loader]) -> None:
     made = weights("c", 2 * MIB)
     manifest, source = coded_model([made])
     form, stored = code(*made)
@@ -133,14 +149,16 @@ def test_frames_that_are_none_are_named() -> None:
     digest, blocks = digest_blocks([spoilt])
     chunk = replace(manifest.chunks[0], forms=(replace(form, digest=digest, blocks=blocks),))
     source.payloads[digest] = spoilt
-    loader = Loader(source, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     with pytest.raises(IntegrityError, match=r"chunk c from toys: frame [1-3] is not what the codec 'lossless' writes"):
         asyncio.run(loader.load(chunk, Buffer(buffer_bytes(chunk, {})), priority=0))
 
 
-def test_a_load_that_is_cancelled_ends_only_when_nothing_is_decoded_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_that_is_cancelled_ends_only_when_nothing_is_decoded_any_more(
+    monkeypatch: pytest.MonkeyPatch, new_loader: Callable[..., Loader]
+) -> None:
     manifest, source = coded_model([weights("c", 12 * MIB)])
-    loader = Loader(source, manifest, forms=FormChoice("lossless"))
+    loader = new_loader(source, manifest, forms=FormChoice("lossless"))
     assert cancel_within(FrameDecoder, "decode", loader, manifest.chunks[0], monkeypatch) > 0
 
 
