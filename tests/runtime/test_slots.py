@@ -264,10 +264,11 @@ class Tiers(RuleBasedStateMachine):
             assert slot.users == 0
             assert slot.name not in in_use
             self.known.discard(slot.name)
-        for slot in decision.load:
+        for index, slot in enumerate(decision.load):
             assert slot.state is SlotState.LOADING
             assert slot is self.table[slot.name]
-            own = sum(one.size_bytes for one in self.table if not one.in_ring)
+            later = decision.load[index + 1 :]
+            own = sum(one.size_bytes for one in self.table if not one.in_ring and one not in later)
             if slot.in_ring:
                 assert slot.size_bytes == max(plan.ring_bytes, self.sizes[slot.name])
             elif slot.name not in plan.fixed:
