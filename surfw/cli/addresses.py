@@ -27,6 +27,7 @@ Kind = Literal["server", "web", "folder", "storage", "hub"]
 
 _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}/?")
 _HOST = re.compile(r"[A-Za-z0-9.-]+")
+_HOST_ALONE = re.compile(r"localhost|[0-9]{1,3}(?:\.[0-9]{1,3}){3}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _WEB = {"http": "ws", "https": "wss"}
 
@@ -92,6 +93,11 @@ def _read_url(text: str) -> Address:
 def is_path(text: str) -> bool:
     """Whether a text can only be the path of a file or folder."""
     return text.startswith(("/", "./", "../", "~")) or text in {".", ".."} or text.endswith("/")
+
+
+def is_host(text: str) -> bool:
+    """Whether a text can only be a host, whose port is missing."""
+    return _HOST_ALONE.fullmatch(text) is not None
 
 
 def read_source(text: str, *, seconds: float) -> str:

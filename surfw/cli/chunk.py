@@ -239,6 +239,8 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")
         if wanted.dry_run:
+            if name is None:  # it was not known before
+                asyncio.run(check_target(backend, prepared.name, wanted.codecs))
             _show_plan(planned, facts, backend, wanted, step, json=json)
             return
         manifest, outcomes = _write(prepared, backend, wanted, placed, quiet=json or quiet)
@@ -261,15 +263,13 @@ def _show_plan(
     *,
     json: bool,
 ) -> None:
-    """Show what would be written, and what is known of all forms; refuse what writing would refuse."""
+    """Show what would be written, and what is known of all forms; refuse weights that cannot stay where they are."""
     import asyncio
 
     from surfw.chunking.in_place import build_manifest
-    from surfw.chunking.write import check_target
     from surfw.cli import chunk_view
     from surfw.codec import CODECS
 
-    asyncio.run(check_target(backend, planned.prepared.name, wanted.codecs))
     if wanted.in_place:
         asyncio.run(build_manifest(planned.prepared))  # refuses weights that are not in the checkpoint as they are used
     step("trying how well the weights compress, and how fast they are read")

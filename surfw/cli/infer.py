@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -80,7 +79,6 @@ def infer(
 
         configuration = choose_model(configuration, place)
     from surfw.cli.infer_view import choose_view
-    from surfw.models.read_ahead import expect_prompt
 
     settings = configuration.settings
     if explain and prompt is None and ids is None:
@@ -114,7 +112,12 @@ def infer(
         )
 
     view = choose_view("text" if ids is None else "ids", live=settings.live, json=json, quiet=quiet)
-    check = partial(expect_prompt, ids=ids)
+
+    def check(manifest: "Manifest") -> None:
+        from surfw.models.read_ahead import expect_prompt
+
+        expect_prompt(manifest, ids)
+
     _run(make_request, configuration, view, explain=explain, json=json, check=check)
 
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 from surfw.checkpoint import demo_checkpoint
-from surfw.cli.addresses import Mistake, is_here, is_path, read_address, read_source
+from surfw.cli.addresses import Mistake, is_here, is_host, is_path, read_address, read_source
 from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST, display_url, is_server_url, parse_size, surfw_home
+from surfw.config import DEFAULT_HOST, DEFAULT_PORT, display_url, is_server_url, parse_size, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
@@ -119,6 +119,8 @@ def choose_model(configuration: Configuration, word: str) -> Configuration:
     may_be_source = word != DEMO and (address.kind == "hub" or is_here(word))
     if not is_source and any(one.isspace() for one in word) and not is_here(word):
         raise Mistake(f"{word[:60]!r} is no model's name; for a prompt alone write --prompt {word[:60]!r}")
+    if is_host(word):
+        raise Mistake(f"{word} is a host, and no model's name; a server is HOST:PORT, such as {word}:{DEFAULT_PORT}")
     named = origins["source"].kind == "argument"
     if not is_source and may_be_source and origins["source"].kind == "default":
         is_source = not _has_model(configuration, word)

@@ -82,6 +82,7 @@ MISTAKES = [
     ("infer 127.0.0.1:1 a", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("stats 127.0.0.1:1", 1, "no surfw server at ws://127.0.0.1:1: connection refused; start one with 'surfw serve'"),
     ("infer http://127.0.0.1:1 a", 1, "(connection refused; check the address; a surfw server is started with 'sur"),
+    ("infer localhost a", 2, "localhost is a host, and no model's name; a server is HOST:PORT, such as localhost:8765"),
     ("infer ./store a", 1, "/store holds 2 models; choose one with --model: org/first, second"),
     ("infer ./store a --model third", 1, "/store has no model 'third'; it has: org/first, second"),
     ("infer ./plain a", 1, "plain has no tokenizer; give the prompt as token ids (--prompt-ids 1,2,3)"),
