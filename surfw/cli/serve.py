@@ -167,9 +167,7 @@ def _naming_the_store(place: str) -> "Iterator[None]":
         raise NotAStoreError(f"{exc}; all models of the store are served by 'surfw serve' alone") from exc
 
 
-def _make_server(
-    settings: Settings, place: str, policy: CachePolicy, record: Path | None
-) -> "WeightServer":
+def _make_server(settings: Settings, place: str, policy: CachePolicy, record: Path | None) -> "WeightServer":
     from surfw.server import AdvancedWeightServer, WeightServer
 
     where = settings.host, settings.port, settings.cache_mb

@@ -296,7 +296,7 @@ def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int
         matrices.scratch_bytes(
             part.shape[1],
             dtype,
-            min(matrices.DEVICE_PIECE_BYTES, part.shape[0] * part.shape[1] * max(4, dtype.itemsize)),
+            min(matrices.DEVICE_SCRATCH_BYTES, part.shape[0] * part.shape[1] * max(4, dtype.itemsize)),
         )
         for part, dtype in _quantised(chunk, form, dtypes)
     )

@@ -30,10 +30,10 @@ from surfw.manifest import GROUP, PANEL, Kind, Part
 
 logger = logging.getLogger("surfw.runtime")
 
-PIECE_BYTES = 4 * MIB
+SCRATCH_BYTES = 4 * MIB
 """What is unpacked of a matrix at a time, at least 64 rows of it."""
 
-DEVICE_PIECE_BYTES = 128 * MIB
+DEVICE_SCRATCH_BYTES = 128 * MIB
 """The same on a device, where each piece takes several kernels, and memory is faster than caches here."""
 
 _OPERAND_BYTES, _ORDERED_BYTES = 4 * MIB, 4 * MIB
@@ -151,7 +151,7 @@ class Packed(ABC):
 
     def _piece_rows(self, dtype: torch.dtype) -> int:
         """How many rows make a piece in that dtype."""
-        most_bytes = PIECE_BYTES if self.codes.device.type == "cpu" else DEVICE_PIECE_BYTES
+        most_bytes = SCRATCH_BYTES if self.codes.device.type == "cpu" else DEVICE_SCRATCH_BYTES
         return self._step(most_bytes, self.shape[1] * dtype.itemsize)
 
     @staticmethod
@@ -335,7 +335,7 @@ def operand_bytes(part: Part) -> int:
     return 2 * (part.stop - part.scales) if part.kind == "int4" else 0
 
 
-def scratch_bytes(columns: int, dtype: torch.dtype, piece_bytes: int = PIECE_BYTES) -> int:
+def scratch_bytes(columns: int, dtype: torch.dtype, piece_bytes: int = SCRATCH_BYTES) -> int:
     """The most memory that a piece of a matrix of at most so many columns takes: values, codes and scales."""
     itemsize = _computed_in(dtype).itemsize
     values = max(piece_bytes, PANEL * columns * itemsize)

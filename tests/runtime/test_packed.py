@@ -113,7 +113,7 @@ def test_matrices_of_any_size_in_pieces_of_any_size(kind: Kind, rows: int, colum
     weight, values = pack(random(rows, columns), kind, torch.float32)
     x = random(2, columns, seed=1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(matrices, "PIECE_BYTES", piece)
+        patch.setattr(matrices, "SCRATCH_BYTES", piece)
         patch.setattr(matrices, "_ORDERED_BYTES", piece)
         assert torch.equal(weight.packed.unpacked(torch.float32), values)
         assert torch.equal(weight.packed.unpacked(torch.bfloat16), values.bfloat16())
