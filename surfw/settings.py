@@ -192,6 +192,9 @@ class Settings:
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )
+    encryption_key_file: str | None = _setting(
+        None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
+    )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
     def __post_init__(self) -> None:
