@@ -38,7 +38,7 @@ from surfw.manifest import SEAL_BYTES
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import Cipher
 
-MAKE_ONE = "(umask 077; openssl rand -hex 32 > {})"
+MAKE_ONE = "(umask 077; head -c 32 /dev/urandom | base64 > {})"
 """A command that makes a key file."""
 
 _KEY_BYTES, _MARK_BYTES = 32, 32
