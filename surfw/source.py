@@ -60,11 +60,15 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
 
 def check_blocks(read: Read, first: int, data: memoryview) -> dict[int, str]:
     """As `find_damage`, for blocks in the destination of a read, which is told of those that are right."""
-    damage = find_damage(read.form, first, data)
-    if read.on_verified is not None:
-        for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
-            if index not in damage:
-                read.on_verified(index, data[start : start + BLOCK_BYTES])
+    if read.on_verified is None:
+        return find_damage(read.form, first, data)
+    damage: dict[int, str] = {}
+    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
+        block = data[start : start + BLOCK_BYTES]
+        if found := find_damage(read.form, index, block):
+            damage |= found
+        else:
+            read.on_verified(index, block)  # while it is in the processor's cache
     return damage
 
 
