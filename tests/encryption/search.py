@@ -27,13 +27,18 @@ class Windows:
         self._marked = np.zeros(1 << 64 - int(self._shift), bool)
         self._marked[self._mark(self._begins)] = True
 
-    def find_in(self, pieces: Iterable[bytes]) -> set[bytes]:
-        """Those that are in pieces of data, at whatever offset."""
-        return {window for piece in pieces for window in self._find(piece)}
+    def find_in(self, pieces: Iterable[bytes], *, enough: int | None = None) -> set[bytes]:
+        """Those that are in pieces of data, at whatever offset; the search ends where `enough` were found."""
+        found = set[bytes]()
+        for piece in pieces:
+            found.update(self._find(piece))
+            if enough is not None and len(found) >= enough:
+                break
+        return found
 
     def _find(self, piece: bytes) -> Iterator[bytes]:
-        for shift in range(8):
-            words = np.frombuffer(piece, np.uint64, max(0, len(piece) - shift) // 8, shift)
+        for shift in range(8 if len(piece) >= WINDOW else 0):
+            words = np.frombuffer(piece, np.uint64, (len(piece) - shift) // 8, shift)
             places = np.flatnonzero(self._marked[self._mark(words)])
             places = places[np.isin(words[places], self._begins)]
             for place in places.tolist():

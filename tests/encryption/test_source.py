@@ -22,6 +22,7 @@ from surfw.source import ChunkSource, Read
 from surfw.storage import FilesystemBackend, Store
 from surfw.storage.store_source import open_storage_source
 from tests.chunking.test_write import Payloads, make, planned, run
+from tests.encryption.search import Windows, pieces_of_files
 from tests.toys import ToySource, toy_chunk, toy_manifest
 
 KEY = EncryptionKey(bytes(range(32)))
@@ -210,8 +211,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
         writer.encryption = KEY
     with pytest.raises(CheckpointError):
         run(writers[0], planned(toys))
-    left = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert all(payload[at : at + 64] not in left for _, payload in toys for at in range(0, len(payload), 4096))
+    assert list(tmp_path.glob("partial/*/journal.jsonl"))
+    assert not Windows(payload for _, payload in toys).find_in(pieces_of_files(tmp_path))
     source.failing = None
     source.reads.clear()
     made = run(writers[1], planned(toys))
