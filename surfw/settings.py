@@ -18,11 +18,13 @@ from surfw.config import (
     DEFAULT_CACHE_MB,
     DEFAULT_CLIENTS,
     DEFAULT_CONNECT_SECONDS,
+    DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
     DTYPES,
     CodecChoice,
+    LogFormat,
     OnMissing,
     Policy,
     default_store,
@@ -130,6 +132,10 @@ class Settings:
         "Host names that a server without a token answers to, separated by commas.",
         shown="its addresses, localhost and --host",
         metavar="NAMES",
+    )
+    log_format: LogFormat = _setting("text", "How to log on stderr: lines to read, or a JSON object per line.")  # noqa: RUF009 - it makes a field
+    drain_seconds: float = _setting(
+        DEFAULT_DRAIN_SECONDS, "How long requests in flight may take when a signal ends the server.", least=0
     )
     cache_layers: int | None = _setting(
         None,

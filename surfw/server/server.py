@@ -23,6 +23,7 @@ from surfw import __version__
 from surfw.config import (
     DEFAULT_CACHE_MB,
     DEFAULT_CLIENTS,
+    DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
     MB,
@@ -34,10 +35,12 @@ from surfw.config import (
 from surfw.errors import ConfigurationError
 from surfw.metrics import hit_rate
 from surfw.server.connection import Connection
+from surfw.server.exposition import Exposition
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
 from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
+from surfw.server.operations import GOODBYE, Drain, Reloads
 from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.served import ServedStore
@@ -119,6 +122,7 @@ class WeightServer:
         self._connected = 0
         self._journal = Journal()
         self._client_log = ClientLog(self._journal)
+        self._drain, self._reloads = Drain(self._journal), Reloads(self._journal)
         self._process = psutil.Process()
         self._endpoints = HttpEndpoints(self, token, self._listening.names, self._journal)
         self._websockets: Server | None = None
@@ -129,6 +133,7 @@ class WeightServer:
             source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy,
             record=None if record is None else Path(record),
         )  # fmt: skip
+        self._reloads.add("the models", self._served.reload)
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -169,11 +174,33 @@ class WeightServer:
             if self._websockets is None:
                 return
             await self._stop_accepting(self._websockets)
-            self._websockets.close(code=1001, reason="the server is stopping")
+            self._websockets.close(code=1001, reason=GOODBYE)
             await self._websockets.wait_closed()
             await self._release()
             self._websockets = None
+            self._drain.is_on = False
             self._stopped.set()
+
+    async def drain(self, most_seconds: float = DEFAULT_DRAIN_SECONDS) -> int:
+        """Take no new requests and connections, and answer those that are in flight; then `stop` loses nothing.
+
+        `/readyz` says 503 meanwhile, and clients stay connected: `stop` tells them to connect again.
+
+        Args:
+            most_seconds: how long that may take.
+
+        Returns:
+            How many requests were not answered within that time.
+        """
+        return await self._drain.run(self._connections, most_seconds)
+
+    async def reload(self) -> bool:
+        """Look again at what may have changed beside the server, such as the models of its store.
+
+        Returns:
+            Whether all of it could be read; the journal and the log say what could not, and stays as it was.
+        """
+        return await self._reloads.run()
 
     @staticmethod
     async def _stop_accepting(listening: Server) -> None:
@@ -233,6 +260,11 @@ class WeightServer:
         return self._listening.url(self.port)
 
     @property
+    def is_draining(self) -> bool:
+        """Whether no new requests and connections are taken, because it is about to stop."""
+        return self._drain.is_on
+
+    @property
     def full(self) -> bool:
         """Whether no more clients are taken."""
         return len(self._connections) >= self._clients
@@ -241,6 +273,8 @@ class WeightServer:
         self._connected += 1
         connection = Connection(self._connected, websocket, self._served, self._listening.limits, self._client_log)
         self._connections.add(connection)
+        if self._drain.is_on:  # it was let in just before
+            connection.take_no_more()
         try:
             await connection.serve()
         finally:
@@ -292,6 +326,14 @@ class WeightServer:
         if served.cache_shortage:
             stats["cache_shortage"] = served.cache_shortage
         return stats
+
+    def metrics(self) -> bytes:
+        """All that can be counted of it, as Prometheus reads it."""
+        return Exposition(
+            stats=self.stats(), served=self._served, journal=self._journal, reloads=self._reloads,
+            newcomers=len(self._newcomers), accepted=self._connected, most_clients=self._clients,
+            draining=self._drain.is_on,
+        ).text()  # fmt: skip
 
     def _busiest(self) -> list[ClientFacts]:
         """The clients that are answered now, then the others; of each, those before that were sent most."""

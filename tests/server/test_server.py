@@ -94,7 +94,7 @@ def test_stopping_says_goodbye_and_leaves_nothing(tmp_path: Path) -> None:
             )
             await client.hear_text()
             stopping = asyncio.create_task(server.stop())
-            assert await client.closed() == (1001, "the server is stopping")
+            assert await client.closed() == (1001, "the server is stopping, and may be back soon")
             await stopping
         await waiting
         await server.stop()
@@ -141,7 +141,9 @@ def test_more_clients_than_there_is_room_for_are_told_so(tmp_path: Path) -> None
 
     async def main() -> None:
         async with serving(tmp_path, clients=1) as server, bare_client(server.url):
-            with pytest.raises(ConnectionFailedError, match="takes no more clients"):
+            with pytest.raises(
+                ConnectionFailedError, match="takes no more clients: all places for clients are taken; try"
+            ):
                 await open_wire_source(server.url)
 
     asyncio.run(main())
