@@ -195,6 +195,9 @@ class Settings:
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
     retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
     retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
+    retry_restart: float = _setting(
+        _RETRY.restart_seconds, "Seconds that a server may take to be back that says that it is stopping.", least=0
+    )
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )
@@ -229,6 +232,7 @@ class Settings:
             backoff=self.retry_backoff,
             most_delay_seconds=self.retry_most_delay,
             jitter=self.retry_jitter,
+            restart_seconds=self.retry_restart,
         )
 
     @property

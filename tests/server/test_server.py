@@ -18,6 +18,7 @@ from websockets.typing import Origin, Subprotocol
 from surfw.client import open_wire_source
 from surfw.config import MIB
 from surfw.errors import ConfigurationError, ConnectionFailedError, NotAStoreError
+from surfw.retry import RetryPolicy
 from surfw.server import WeightServer
 from surfw.storage import FilesystemBackend
 from surfw.wire import PROTOCOL
@@ -257,7 +258,8 @@ def test_a_custom_storage_that_hangs_is_left_at_the_stop(tmp_path: Path) -> None
 
     async def main() -> None:
         backend = Hanging(objects)
-        async with serving(backend) as server, await open_wire_source(server.url) as source:
+        once = RetryPolicy(attempts=1)
+        async with serving(backend) as server, await open_wire_source(server.url, retry=once) as source:
             fetching = asyncio.create_task(source.fetch(manifest, [whole(manifest.chunks[0])[0]]))
             await backend.loading.wait()
             await server.stop()
