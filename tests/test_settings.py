@@ -25,7 +25,6 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "cache_mb": (17, 1000, 2000),
     "insecure": (False, True, True),
     "clients": (1, 2, 3),
-    "redis_url": ("redis://a", "redis://b", "redis://c"),
     "allowed_host": ("a.example", "b.example", "c.example"),
     "log_format": ("json", "text", "json"),
     "drain_seconds": (1.0, 2.0, 3.0),
