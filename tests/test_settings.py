@@ -51,6 +51,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "ssl_keyfile": ("/a", "/b", "/c"),
     "ssl_ca_certs": ("/a", "/b", "/c"),
     "on_missing": ("uninitialized", "error", "uninitialized"),
+    "redis_url": ("redis://a", "rediss://b", "redis://c:6380/1"),
 }
 """Of every setting, a value for the argument, the variable and the file."""
 
