@@ -9,6 +9,7 @@ import logging
 import re
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from http.client import RemoteDisconnected
 from ssl import SSLCertVerificationError, SSLContext, SSLEOFError, SSLError, SSLZeroReturnError
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +37,7 @@ _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_A
 """A proxy in front of a surfw server may answer with these."""
 
 _SHOWN = 200
-_NO_TLS = " (does it want ws://?)"
+_NO_TLS, _TLS = " (does it want ws://?)", " (does it want wss://?)"
 _CERTIFICATE_ALERT = re.compile(r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA)")
 """What TLS says to whoever shows no certificate, or one that is not trusted."""
 
@@ -239,7 +240,7 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
         case InvalidStatus():
             return _explain_status(link, endpoint, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
-            return _hung_up(link.url, " (does it want wss://?)" if endpoint.url.startswith("ws:") else "")
+            return _hung_up(link.url, _TLS if endpoint.url.startswith("ws:") else "")
         case ConnectionFailedError() if exc.transient:
             return _failed(f"{exc} before it said hello; {START_ONE}", transient=True)
         case _NotFollowed():
@@ -298,6 +299,8 @@ def explain_network(exc: Exception, where: str) -> ConnectionFailedError:
             return _failed(f"{nobody}: connection refused; {START_ONE}", transient=True, absent=True)
         case ConnectionResetError() if where.startswith(("wss:", "https:")):
             return _hung_up(where, _NO_TLS)
+        case RemoteDisconnected():
+            return _hung_up(where, _TLS)
     lost = isinstance(exc, ConnectionError)
     unreachable = isinstance(exc, OSError) and exc.errno in _UNREACHABLE
     why = (isinstance(exc, OSError) and exc.strerror) or str(exc) or type(exc).__name__
