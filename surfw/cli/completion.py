@@ -83,7 +83,7 @@ def _list_source(context: typer.Context) -> list[str]:
     from surfw.client import read_stats
     from surfw.errors import SurfwError
 
-    settings = _settings(context, "source", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+    settings = _settings(context, "source", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
     if settings.source is not None:
         address = read_address(settings.source)
         if not address.is_server:

@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import shutil
+import socket
+import ssl
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from surfw.client import open_wire_source, probe, read_stats
 from surfw.config import TlsFiles
 from surfw.errors import ConfigurationError, ConnectionFailedError
+from surfw.retry import RetryPolicy
 from surfw.server import reloading
 from tests.certificates import Authority
 from tests.peers import serving, until
@@ -75,12 +78,34 @@ def test_clients_without_a_good_certificate_are_told_so(world: World) -> None:
     asyncio.run(main())
 
 
+def test_whoever_talks_on_after_a_refusal_hears_why(world: World) -> None:
+    def talk(port: int) -> str:
+        context = ssl.create_default_context(cafile=str(world.ours.pem))
+        with (
+            socket.create_connection(("127.0.0.1", port), 10) as plain,
+            context.wrap_socket(plain, server_hostname="127.0.0.1") as tls,
+        ):
+            for _ in range(100):
+                tls.sendall(bytes(10_000))
+            with pytest.raises(ssl.SSLError) as caught:
+                tls.recv(1)
+            return str(caught.value.reason)
+
+    async def main() -> None:
+        async with serving(world.store, ssl=world.server) as server:
+            assert "CERTIFICATE_REQUIRED" in await asyncio.to_thread(talk, server.port)
+            await until(lambda: len(server._newcomers) == 0)
+            assert await probe(server.url, 5, ssl=world.client)
+
+    asyncio.run(main())
+
+
 def test_a_client_with_tls_of_a_server_without(world: World) -> None:
     async def main() -> None:
         async with serving(world.store) as server:
             url = server.url.replace("ws", "wss", 1)
             for attempt in (
-                open_wire_source(url, ssl=world.client),
+                open_wire_source(url, ssl=world.client, retry=RetryPolicy(attempts=1)),
                 asyncio.to_thread(read_stats, url, ssl=world.client),
             ):
                 with pytest.raises(ConnectionFailedError, match=r"does it want ws://\?"):
