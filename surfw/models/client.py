@@ -150,7 +150,7 @@ class WeightClient(SourceThread):
         if storage_options and (is_server or not isinstance(source, str | os.PathLike)):
             raise ConfigurationError("storage_options are for a storage URL; expected one with them")
         expect("token", token, str | None, "a text or None")
-        expect("ssl", ssl, SSLContext | TlsFiles | None, "TlsFiles, an ssl.SSLContext or None")
+        expect("ssl", ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
         for name, seconds in (("connect_timeout", connect_timeout), ("silence_timeout", silence_timeout)):
             expect(name, seconds, int | float, "a number of seconds over 0")

@@ -52,7 +52,7 @@ class Listening:
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
-        expect("ssl", self.tls, ssl.SSLContext | None, "TlsFiles, an ssl.SSLContext or None")
+        expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext, TlsFiles or None")
         for name in [self.allowed_hosts] if isinstance(self.allowed_hosts, str) else self.allowed_hosts:
             if name is self.allowed_hosts or not isinstance(name, str) or not _HOST.fullmatch(name):
                 raise ConfigurationError(
