@@ -3,6 +3,7 @@
 from .checkpoint import demo_checkpoint as demo_checkpoint
 from .chunking.library import ModelChunker as ModelChunker
 from .chunking.library import ModelInfo as ModelInfo
+from .config import TlsFiles as TlsFiles
 from .config import WireLimits as WireLimits
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigurationError as ConfigurationError

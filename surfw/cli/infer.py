@@ -169,7 +169,7 @@ def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | 
     if not chosen.is_server or settings.dtype not in {None, "auto"}:
         return None
     try:
-        return read_stats(chosen.url, token=settings.token, timeout_seconds=_STATS_SECONDS)
+        return read_stats(chosen.url, token=settings.token, ssl=chosen.tls, timeout_seconds=_STATS_SECONDS)
     except SurfwError:
         return None
 

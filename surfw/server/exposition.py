@@ -54,7 +54,20 @@ _GAUGES = {
     "cpu_percent": ("CPU of the process since the last look", "resources", "cpu_percent"),
     "uptime_seconds": ("Time since the start", "server", "uptime_seconds"),
 }
-_KINDS = ("joined", "left", "closed", "refused", "failed", "storage", "redis", "models", "cache", "reload", "stopping")
+_KINDS = (
+    "joined",
+    "left",
+    "closed",
+    "refused",
+    "failed",
+    "storage",
+    "redis",
+    "models",
+    "cache",
+    "access",
+    "reload",
+    "stopping",
+)
 """Kinds of events that are there from the start, at 0, so that their first occurrence is an increase."""
 
 
