@@ -7,10 +7,11 @@ under the same scheduler, with the same prompts in the same order and the same m
 """
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self, TypeAlias, cast
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -42,6 +43,10 @@ _NO_TOKEN = -1
 
 _PATIENCE_SECONDS = 0.1
 """After so long without a prompt, see whether the run is to end."""
+
+
+OnTokens: TypeAlias = Callable[[int, list[int]], bool | None]
+"""Hears of new tokens of a prompt, and returns False if it wants no more of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,11 @@ class _Sequence:
     ids: list[int]
     told: int = 0  # how many of its tokens its reader has seen
 
+    @property
+    def most_tokens(self) -> int:
+        """Of prompt and answer."""
+        return len(self.ids) + self.request.max_new_tokens
+
 
 def answer_many(
     model: StreamingBaseModel,
@@ -126,9 +136,8 @@ def answer_many(
     shared: InferenceRequest,
     *,
     on_result: Callable[[ManyResult], None],
-    on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_tokens: OnTokens | None = None,
     most_sequences: int = MOST_SEQUENCES,
-    longest_tokens: int | None = None,
 ) -> None:
     """Answer prompts until their feed ends; the model is busy as long.
 
@@ -138,12 +147,12 @@ def answer_many(
         feed: of the prompts; requests differ from `shared` in what is their own.
         shared: how tokens are sampled, which is the same for all; its prompt does not count.
         on_result: called with each answer as it is complete.
-        on_tokens: called with the index of a prompt and its new tokens, in every pass that gave it some.
+        on_tokens: called with the index of a prompt and its new tokens, in every pass that gave it some; returns False
+            to end that answer.
         most_sequences: how many run together, where the memory budget has room for their KV cache.
-        longest_tokens: how many tokens a prompt and its answer have; default: as the first prompts that are there.
 
     Raises:
-        ConfigurationError: the budget has no room for a single sequence, or the model does not run like this.
+        UnsupportedModelError: the model does not run like this.
         SurfwError: weights could not be read.
     """
     expect_many(model)
@@ -151,19 +160,27 @@ def answer_many(
     answering = _Answering(model, tokenizer, feed, shared, on_result=on_result, on_tokens=on_tokens)
 
     def run(_: Any) -> None:
-        first: list[_Sequence] = []
-        while not first and not feed.has_ended:
-            first = answering.encode(feed.take(most_sequences, wait_seconds=_PATIENCE_SECONDS))
+        waiting: deque[_Sequence] = deque()
+        while True:
             parts.engine.check()
-        if not first:
-            return
-        longest = longest_tokens or max(len(one.ids) + one.request.max_new_tokens for one in first)
-        room = find_room(model, parts, most_sequences, longest)
-        try:
-            with _Batch(model, tokenizer, shared, room) as batch:
-                answering.run(batch, first, (room.pages - 1) * PAGE_TOKENS, parts.engine.check)
-        finally:
-            parts.kv.reserve_bytes(0)
+            missing = most_sequences - len(waiting)
+            waiting += answering.encode(feed.take(missing, wait_seconds=0 if waiting else _PATIENCE_SECONDS))
+            if not waiting:
+                if feed.has_ended:
+                    return
+                continue
+            longest = max(waiting, key=lambda one: one.most_tokens)
+            try:
+                room = find_room(model, parts, most_sequences, longest.most_tokens)
+            except ConfigurationError as exc:
+                waiting.remove(longest)
+                on_result(ManyResult(index=longest.index, error=str(exc)))
+                continue
+            try:
+                with _Batch(model, tokenizer, shared, room) as batch:
+                    answering.run(batch, waiting, parts.engine.check)
+            finally:
+                parts.kv.reserve_bytes(0)
 
     model.run(run)
 
@@ -284,6 +301,11 @@ class _Batch:
         if self._inner.config._attn_implementation != self._attention:  # noqa: SLF001
             self._inner.set_attn_implementation(self._attention)
 
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a prompt and its answer may have."""
+        return (self._room.pages - 1) * PAGE_TOKENS
+
     def has_room(self) -> bool:
         """Whether one more sequence may run."""
         return len(self._running) < self._room.sequences
@@ -327,7 +349,9 @@ class _Batch:
 def _expect_processors(model: StreamingBaseModel, config: GenerationConfig) -> None:
     """See that nothing that the model's generation settings ask for would be left out in silence."""
     inner: Any = model.model
-    for processor in inner._get_logits_processor(config):  # noqa: SLF001 - there is no public way to know
+    with warnings.catch_warnings(action="ignore"):  # about prompts that it would be given
+        processors = inner._get_logits_processor(config)  # noqa: SLF001 - there is no public way to know
+    for processor in processors:
         if not getattr(processor, "supports_continuous_batching", False):
             raise UnsupportedModelError(
                 f"{model.manifest.name} has generation settings that need a {type(processor).__name__}, which "
@@ -346,7 +370,7 @@ class _Answering:
         shared: InferenceRequest,
         *,
         on_result: Callable[[ManyResult], None],
-        on_tokens: Callable[[int, list[int]], None] | None,
+        on_tokens: OnTokens | None,
     ) -> None:
         """Note who gives prompts, and who wants answers."""
         self._model, self._tokenizer, self._feed, self._shared = model, tokenizer, feed, shared
@@ -379,49 +403,44 @@ class _Answering:
             return f"{self._model.manifest.name} has no tokenizer, so no text can end its generation"
         return None
 
-    def run(self, batch: _Batch, waiting: list[_Sequence], most_tokens: int, check: Callable[[], None]) -> None:
-        """Answer the prompts that wait, and all that come; `check` raises if the run is to end."""
-        queue = deque(waiting)
+    def run(self, batch: _Batch, waiting: deque[_Sequence], check: Callable[[], None]) -> None:
+        """Answer the prompts that wait, and all that come, until there are none or the next one needs a larger cache.
+
+        Args:
+            batch: runs them.
+            waiting: those that come first; what does not fit stays there.
+            check: raises if the run is to end.
+        """
         running = 0
         while True:
             while batch.has_room():
-                if not queue:
-                    queue.extend(self.encode(self._feed.take(1, wait_seconds=0 if running else _PATIENCE_SECONDS)))
-                if not queue:
+                if not waiting:
+                    waiting += self.encode(self._feed.take(1, wait_seconds=0 if running else _PATIENCE_SECONDS))
+                if not waiting or waiting[0].most_tokens > batch.most_tokens:
                     break
-                sequence = queue.popleft()
-                length = len(sequence.ids) + sequence.request.max_new_tokens
-                if length > most_tokens:
-                    self._on_result(
-                        ManyResult(
-                            index=sequence.index,
-                            error=f"prompt and answer may have {length} tokens, and the KV cache of this run has room "
-                            f"for {most_tokens}; give more memory, or ask for fewer tokens (max_new_tokens)",
-                        )
-                    )
-                    continue
-                batch.add(sequence, tells=self._on_tokens is not None)
+                batch.add(waiting.popleft(), tells=self._on_tokens is not None)
                 running += 1
-            if not running:
+            if running:
+                for sequence, tokens, ended in batch.step():
+                    running -= self._tell(batch, sequence, tokens, ended=ended)
+            elif waiting or self._feed.has_ended:
+                return
+            else:
                 check()
-                if self._feed.has_ended:
-                    return
-                continue
-            for sequence, tokens, ended in batch.step():
-                running -= self._tell(batch, sequence, tokens, ended=ended)
 
     def _tell(self, batch: _Batch, sequence: _Sequence, tokens: list[int], *, ended: bool) -> bool:
         """Hand tokens on; returns whether this was the end of a sequence."""
+        is_wanted = True
         if self._on_tokens is not None and len(tokens) > sequence.told:
-            self._on_tokens(sequence.index, tokens[sequence.told :])
+            is_wanted = self._on_tokens(sequence.index, tokens[sequence.told :]) is not False
             sequence.told = len(tokens)
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if self._tokenizer is not None else ""
         at = [place for one in sequence.request.stop if (place := text.find(one)) >= 0]
-        if not ended and not at:
+        if not ended and not at and is_wanted:
             return False
         if at:
             text = text[: min(at)]
-            batch.stop(sequence)
+        batch.stop(sequence)
         result = InferenceResult(text=text, token_ids=list(tokens), prompt_tokens=len(sequence.ids))
         self._on_result(ManyResult(index=sequence.index, result=result))
         return True

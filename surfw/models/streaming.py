@@ -14,7 +14,7 @@ from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
-from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, answer_many
+from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
@@ -107,7 +107,7 @@ class StreamingModel(StreamingBaseModel):
         prompts: Iterable[Prompt] | AsyncIterable[Prompt],
         *,
         sequences: int = MOST_SEQUENCES,
-        on_tokens: Callable[[int, list[int]], None] | None = None,
+        on_tokens: OnTokens | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[ManyResult, None]:
         """Answer many prompts together, and yield each answer once it is complete, without blocking the event loop.
@@ -120,12 +120,13 @@ class StreamingModel(StreamingBaseModel):
             prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
                 `system` and `raw` of their own; may come as they please, and are taken as there is room.
             sequences: how many run together at most; fewer where the memory budget has no room for their KV cache.
-            on_tokens: called in the model's thread with a prompt's index and its new tokens, as they come.
+            on_tokens: called in the model's thread with a prompt's index and its new tokens, as they come; returns
+                False to end that answer.
             **options: as of `stream`, for every prompt that brings none of its own.
 
         Raises:
             UnsupportedModelError: the model does not generate, has an encoder, or transformers cannot batch it.
-            ConfigurationError: an option cannot be used, or the memory budget has no room for one sequence.
+            ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
             SurfwError: weights could not be read.
         """
         expect_number("sequences", sequences, 1)

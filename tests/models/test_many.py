@@ -12,7 +12,6 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from surfw import InferenceRequest, ManyResult, ModelChunker, StreamingModel, UnsupportedModelError
-from surfw.errors import ConfigurationError
 from surfw.models import many
 from tests.checkpoints import resident, save_llama
 from tests.exactness.families import FAMILIES, VOCABULARY
@@ -158,7 +157,11 @@ def test_tokens_are_told_as_they_come(store: Path) -> None:
         found = answers(
             model, prompts(2), max_new_tokens=NEW, on_tokens=lambda index, tokens: told[index].extend(tokens)
         )
-    assert tokens_of(found) == [told[0], told[1]]
+        assert tokens_of(found) == [told[0], told[1]]
+        ended, other = tokens_of(
+            answers(model, prompts(2), max_new_tokens=NEW, ignore_eos=True, on_tokens=lambda index, _: index != 0)
+        )
+        assert (len(ended), len(other)) == (1, NEW)
 
 
 def test_a_text_ends_a_sequence_and_is_not_part_of_it(store: Path) -> None:
@@ -199,12 +202,11 @@ def test_a_prompt_that_cannot_be_answered_leaves_the_others_alone(store: Path) -
     ]
     with StreamingModel(store, "llama") as model:
         found = answers(model, asked, max_new_tokens=3, sequences=2)
-    assert [one.error is None for one in found] == [False, True, False, False, False]
+    assert [one.error is None for one in found] == [False, True, False, False, True]
     errors = [one.error or "" for one in found]
     assert f"{VOCABULARY}" in errors[0]
     assert "no tokenizer" in errors[2]
     assert "temperature is 0.5, but it is the same for all prompts of a run" in errors[3]
-    assert "prompt and answer may have 103 tokens" in errors[4]
 
 
 def test_budgets_are_kept_and_given_back(store: Path) -> None:
@@ -218,12 +220,12 @@ def test_budgets_are_kept_and_given_back(store: Path) -> None:
         assert model.plan == plan
 
 
-def test_a_budget_without_room_for_one_is_refused(store: Path) -> None:
-    with (
-        StreamingModel(store, "llama", memory_budget="600kB") as model,
-        pytest.raises(ConfigurationError, match="no room for the KV cache of a prompt and its answer"),
-    ):
-        answers(model, prompts(1), max_new_tokens=4000)
+def test_a_prompt_without_room_in_the_budget_is_refused_alone(store: Path) -> None:
+    asked = [*prompts(3), InferenceRequest(prompt_ids=[7], max_new_tokens=4000), *prompts(2)]
+    with StreamingModel(store, "llama", memory_budget="1.2MB") as model:
+        found = answers(model, asked, max_new_tokens=NEW)
+    assert [one.error is None for one in found] == [True] * 3 + [False] + [True] * 2
+    assert "no room for the KV cache of a prompt and its answer of 4001 tokens" in (found[3].error or "")
 
 
 def test_models_that_cannot_run_so_are_refused(store: Path) -> None:
