@@ -19,8 +19,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import StreamingResponse
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 from surfw import InferenceRequest, ManyResult, ModelChunker, Settings, StreamingModel, SurfwError, demo_checkpoint
@@ -172,6 +172,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(HTTPException)
+async def tell(_: Request, exc: HTTPException) -> JSONResponse:
+    """What is wrong, where clients of OpenAI look for it."""
+    return JSONResponse({"error": {"message": exc.detail, "code": exc.status_code}}, exc.status_code)
 
 
 @app.get("/v1/models")

@@ -171,7 +171,7 @@ class _Run:
         """Answer all questions of a file, of which so many are known to be there."""
         from surfw.cli import render
         from surfw.models.inference import InferenceRequest
-        from surfw.models.many import MOST_SEQUENCES, Feed, answer_many
+        from surfw.models.many import MOST_SEQUENCES, Feed
 
         most, settings = self._many.sequences or MOST_SEQUENCES, self._settings
         shared = InferenceRequest(
@@ -183,10 +183,7 @@ class _Run:
         with render.count_bar("answering", total, quiet=self._many.quiet) as self._advance:
             reading.start()
             try:
-                answer_many(
-                    self._streaming, self._streaming.find_tokenizer(), feed, shared, on_result=self._take,
-                    on_tokens=self._count, most_sequences=most,
-                )  # fmt: skip
+                self._streaming.answer_many(feed, shared, on_result=self._take, on_tokens=self._count, sequences=most)
             except KeyboardInterrupt as exc:
                 if self._many.output is not None:
                     raise KeyboardInterrupt("the same command with --resume goes on where it stopped") from exc

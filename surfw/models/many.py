@@ -131,10 +131,11 @@ class _Sequence:
 
 def answer_many(
     model: StreamingBaseModel,
+    parts: ModelParts,
     tokenizer: PreTrainedTokenizerBase | None,
     feed: Feed,
-    shared: InferenceRequest,
     *,
+    shared: InferenceRequest,
     on_result: Callable[[ManyResult], None],
     on_tokens: OnTokens | None = None,
     most_sequences: int = MOST_SEQUENCES,
@@ -143,6 +144,7 @@ def answer_many(
 
     Args:
         model: an open model that generates, without an encoder.
+        parts: of it.
         tokenizer: its tokenizer; None needs `prompt_ids`.
         feed: of the prompts; requests differ from `shared` in what is their own.
         shared: how tokens are sampled, which is the same for all; its prompt does not count.
@@ -156,7 +158,6 @@ def answer_many(
         SurfwError: weights could not be read.
     """
     expect_many(model)
-    parts = model._open_here()  # noqa: SLF001 - this is a part of the model, in a file of its own
     answering = _Answering(model, tokenizer, feed, shared, on_result=on_result, on_tokens=on_tokens)
 
     def run(_: Any) -> None:

@@ -153,11 +153,7 @@ class StreamingModel(StreamingBaseModel):
                 feed.close()
 
         def run() -> None:
-            tokenizer = self.find_tokenizer()
-            answer_many(
-                self, tokenizer, feed, shared, on_result=_giver(loop, queue), on_tokens=on_tokens,
-                most_sequences=sequences,
-            )  # fmt: skip
+            self.answer_many(feed, shared, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
 
         filling, work = asyncio.create_task(fill()), asyncio.create_task(self._in_thread(run))
         try:
@@ -172,6 +168,29 @@ class StreamingModel(StreamingBaseModel):
             for task in (filling, work):
                 if not task.cancelled():
                     task.exception()
+
+    def answer_many(
+        self,
+        feed: Feed,
+        shared: InferenceRequest,
+        *,
+        on_result: Callable[[ManyResult], None],
+        on_tokens: OnTokens | None = None,
+        sequences: int = MOST_SEQUENCES,
+    ) -> None:
+        """As `generate_many`, in this thread: the feed is filled from another one, and each answer handed over.
+
+        Args:
+            feed: of the prompts, until it is closed.
+            shared: how tokens are sampled; its prompt does not count.
+            on_result: called with each answer.
+            on_tokens: as of `generate_many`.
+            sequences: as of `generate_many`.
+        """
+        answer_many(
+            self, self._open_here(), self.find_tokenizer(), feed, shared=shared, on_result=on_result,
+            on_tokens=on_tokens, most_sequences=sequences,
+        )  # fmt: skip
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
         """The pieces of a generation: of text for a text, token ids for token ids."""

@@ -1,7 +1,6 @@
 """`surfw infer --prompts`: JSON lines in, JSON lines out, also after the process was killed."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -13,6 +12,7 @@ import pytest
 from surfw import ModelChunker
 from tests.checkpoints import save_llama
 from tests.cli.run import SURFW, environment, surfw
+from tests.services import warm
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_killed_and_resumed_no_id_is_lost_or_doubled(home: Path, tmp_path: Path)
     output = tmp_path / "answers.jsonl"
     command = ["infer", "talker", "--prompts", str(prompts), "--output", str(output), "--ignore-eos", "--resume", "-q"]
     for answered in (30, 100):
-        process = subprocess.Popen([SURFW, *command], env=environment(home))
+        process = warm.start([SURFW, *command], modules=warm.MODELS, env=environment(home))
         while not output.exists() or output.read_bytes().count(b"\n") < answered:
             assert process.poll() is None
             time.sleep(0.01)
@@ -99,16 +99,14 @@ def test_killed_and_resumed_no_id_is_lost_or_doubled(home: Path, tmp_path: Path)
 def test_interrupted_it_says_how_to_go_on(home: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts.jsonl", *({"prompt": "Weights", "max_new_tokens": 200} for _ in range(200)))
     output = tmp_path / "answers.jsonl"
-    with subprocess.Popen(
-        [SURFW, "infer", "talker", "--prompts", str(prompts), "--output", str(output), "--ignore-eos"],
-        env=environment(home), stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
+    command = [SURFW, "infer", "talker", "--prompts", str(prompts), "--output", str(output), "--ignore-eos"]
+    with warm.start(command, modules=warm.MODELS, env=environment(home), stderr=subprocess.PIPE) as process:
         while not output.exists() or not output.stat().st_size:
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
+        assert process.wait(60) == 130
     assert "the same command with --resume goes on where it stopped" in said
 
 
@@ -137,13 +135,12 @@ def test_wrong_options(options: tuple[str, ...], complaint: str, home: Path, tmp
 
 def test_a_reader_that_leaves_ends_it_without_a_word(home: Path, tmp_path: Path) -> None:
     prompts = write(tmp_path / "prompts.jsonl", *({"prompt": "Weights"} for _ in range(100)))
-    with subprocess.Popen(
-        [SURFW, "infer", "talker", "--prompts", str(prompts), "-q"],
-        env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as process:  # fmt: skip
+    command = [SURFW, "infer", "talker", "--prompts", str(prompts), "-q"]
+    pipe = subprocess.PIPE
+    with warm.start(command, modules=warm.MODELS, env=environment(home), stdout=pipe, stderr=pipe) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr is not None
-        assert process.stderr.read() == b""
-    assert os.WEXITSTATUS(process.returncode << 8) != 0
+        assert process.stderr.read() == ""
+        assert process.wait(60) != 0
