@@ -26,7 +26,10 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import WireError as WireError
 from .models import CacheInfo as CacheInfo
 from .models import Explanation as Explanation
+from .models import InferenceRequest as InferenceRequest
+from .models import InferenceResult as InferenceResult
 from .models import InferenceStats as InferenceStats
+from .models import ManyResult as ManyResult
 from .models import StreamingBaseModel as StreamingBaseModel
 from .models import StreamingBertModel as StreamingBertModel
 from .models import StreamingGPTModel as StreamingGPTModel
