@@ -42,10 +42,15 @@ class Reloads:
         """
         self._all[what] = reload
 
-    async def run(self) -> bool:
-        """Look at everything again, and return whether all of it could be read."""
+    async def run(self, *, after: bool = True) -> bool:
+        """Look at everything again, and return whether all of it could be read.
+
+        Args:
+            after: whether that is so of what was looked at for this reload elsewhere.
+        """
         async with self._alone:
             found, failed = [], self.failed
+            self.failed += not after
             for what, reload in self._all.items():
                 try:
                     found.append(await reload())

@@ -214,8 +214,7 @@ class WeightServer:
         Returns:
             Whether all of it could be read; the journal and the log say what could not, and stays as it was.
         """
-        files, others = await self._reloading.look(anyway=True), await self._reloads.run()
-        return files and others
+        return await self._reloads.run(after=await self._reloading.look(anyway=True))
 
     @staticmethod
     async def _stop_accepting(listening: Server) -> None:

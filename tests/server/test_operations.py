@@ -164,6 +164,24 @@ def test_one_thing_that_is_broken_keeps_no_other_from_being_looked_at(tmp_path: 
     asyncio.run(main())
 
 
+def test_tokens_that_cannot_be_used_are_a_failed_reload(tmp_path: Path) -> None:
+    make_store(tmp_path / "store", "a", [10])
+    file = tmp_path / "tokens.toml"
+    file.write_text('[ci]\ntoken = "one"\n')
+
+    async def main() -> None:
+        async with serving(tmp_path / "store", token_file=file) as server:
+            file.write_text("[ci]\nmodels = 3\n")
+            assert not await server.reload()
+            assert told(server, "reload") == ["looked again: 1 model"]
+            seen = metrics(server)
+            assert (seen["surfw_reloads_total", "done"], seen["surfw_reloads_total", "failed"]) == (0, 1)
+            async with await open_wire_source(server.url, token="one") as source:
+                assert await source.models() == ["a"], "by the tokens before"
+
+    asyncio.run(main())
+
+
 def test_metrics_count_what_is_refused_and_where_bytes_come_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
