@@ -31,6 +31,7 @@ class DeviceEngine(Engine):
     Attributes:
         below: the engine of host memory.
         device: where the model computes.
+        coding_bytes: the device's memory for coding chunks, where that pays; 0 if it is not offered.
     """
 
     watches_layers = False  # a pass takes milliseconds there, and what watches its layers would be a part of that
@@ -50,14 +51,14 @@ class DeviceEngine(Engine):
         prefetch: bool,
         coding_bytes: int = 0,
     ) -> None:
-        """Make a plan; arguments as of `Engine`, and `coding_bytes`: the device's memory for coding chunks, or none.
+        """Make a plan; arguments as of `Engine`, and attributes.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
         """
         self.below = below
         self.device = device
-        self._coding_bytes = coding_bytes
+        self.coding_bytes = coding_bytes
         super().__init__(
             below.manifest, needs, limit, loader, io=io, metrics=metrics, phases=phases, tables=tables,
             prefetch=prefetch,
@@ -119,7 +120,7 @@ class DeviceEngine(Engine):
         return copied_per_pass(self.plan, self.needs, self.below.copied_bytes())
 
     def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
-        return plan_device(needs, limit, self._coding_bytes)
+        return plan_device(needs, limit, self.coding_bytes)
 
     def _replan(self, needs: Needs, limit: Limit) -> None:
         before = self.plan.pinned
