@@ -46,7 +46,8 @@ def measure_forms(bench: Measuring) -> None:
         streaming = Streaming(source, bench.name, bench.batch, codec=codec)
         try:
             streaming.generate(1)
-            found = bench.measure(f"{name}, streamed", streaming, baseline, _coded(streaming))
+            note = f"{shape['num_hidden_layers']} layers{_coded(streaming)}"
+            found = bench.measure(f"{name}, streamed", streaming, baseline, note)
             bench.say_peak(f"{name}, streamed", streaming)
             seen = streaming.outcome(1, 8)
             streaming.relimit(None)
@@ -85,13 +86,10 @@ def measure_larger(bench: Measuring) -> None:
             streaming.generate(1)
             name = f"a 70B shape in {form}, in 16 GB"
             layers, kept = len(streaming.model.layers), streaming.kept_layers
-            all_of_it = (
-                bench.rate / max(1, streaming.engine.copied_per_pass) * (layers - kept) / (_LARGER_LAYERS - kept)
-            )
-            note = (
-                f"{layers} of its {_LARGER_LAYERS} layers; with all of them, and so much host memory, copies allow "
-                f"{all_of_it:.2f} tok/s; {_coded(streaming)}"
-            )
+            note = f"{layers} of its {_LARGER_LAYERS} layers{_coded(streaming)}"
+            if copied := streaming.engine.copied_per_pass:
+                of_all = bench.rate / copied * (layers - kept) / (_LARGER_LAYERS - kept)
+                note += f"; of all, with host memory for them, copies allow {of_all:.2f} tok/s"
             found = bench.measure(name, streaming, baseline, note)
             baseline = baseline or found
             bench.say_peak(name, streaming)
@@ -103,7 +101,7 @@ def measure_larger(bench: Measuring) -> None:
 def _coded(streaming: Streaming) -> str:
     """How many layers are coded."""
     coded = set(streaming.engine.below.coded).intersection(streaming.model.layers)
-    return f"{len(coded)} layers are coded" if coded else ""
+    return f", {len(coded)} of them coded" if coded else ""
 
 
 def _size(folder: Path) -> int:

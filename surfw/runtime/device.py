@@ -149,15 +149,16 @@ def open_device(device: str | torch.device) -> Device | None:
         return None
     if not is_there:
         raise ConfigurationError(
-            f"device {name!r} cannot be used: torch {torch.__version__} sees no CUDA device; compute on the CPU "
-            "(device 'cpu'), or install a torch that fits the driver"
+            f"device {name!r} cannot be used: torch {torch.__version__} sees no CUDA device; name another one "
+            "(device, --device), or install a torch that fits the driver"
         )
     from surfw.runtime.cuda import CudaDevice
 
     index = int(name.partition(":")[2] or 0) if name != "auto" else 0
     if index >= torch.cuda.device_count():
         raise ConfigurationError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()}, counted from cuda:0"
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()}, counted from cuda:0; name "
+            "one of these (device, --device)"
         )
     return CudaDevice(index)
 
@@ -173,4 +174,9 @@ def check_device(device: str | torch.device) -> str:
         return name
     if name.startswith("mps"):
         raise ConfigurationError(f"device {name[:80]!r} cannot be used yet; expected 'cpu', 'cuda' or 'auto'")
+    if "," in name:
+        raise ConfigurationError(
+            f"device {name[:80]!r} names several, and a model computes on one; expected 'cpu', 'cuda', 'cuda:1' or "
+            "'auto'"
+        )
     raise ConfigurationError(f"device {name[:80]!r} is not a device; expected 'cpu', 'cuda', 'cuda:1' or 'auto'")

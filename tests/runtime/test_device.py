@@ -14,6 +14,8 @@ def test_devices_by_name() -> None:
     assert open_device("cpu") is None
     with pytest.raises(ConfigurationError, match="device 'mps' cannot be used yet; expected 'cpu', 'cuda' or 'auto'"):
         check_device("mps")
+    with pytest.raises(ConfigurationError, match="device 'cuda:0,cuda:1' names several, and a model computes on one"):
+        check_device("cuda:0,cuda:1")
     with pytest.raises(ConfigurationError, match="device 'tpu' is not a device; expected 'cpu', 'cuda', 'cuda:1'"):
         check_device("tpu")
 
