@@ -109,7 +109,9 @@ class Coder:
         Returns:
             The copies; and the last decoding, which is what to wait for.
         """
-        device, words = self._device, into.view(torch.int16)
+        device = self._device
+        with torch.inference_mode(mode=False):  # or other threads could not write to it
+            words = into.view(torch.int16)
         room = _up(room_bytes(len(words)))
         if not self._stages or len(self._stages[0][0]) < room:
             self._stages.clear()  # the old ones are used again only by later copies

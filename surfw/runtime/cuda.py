@@ -69,7 +69,7 @@ class CudaDevice(Device):
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Memory of the stream that copies."""
         try:
-            with torch.cuda.stream(self._copies):
+            with torch.cuda.stream(self._copies), torch.inference_mode(mode=False):
                 return torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
         except torch.cuda.OutOfMemoryError as exc:
             raise SurfwError(

@@ -63,7 +63,7 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory of the device: uint8, of shape (size_bytes,).
+        """Memory of the device: uint8, of shape (size_bytes,), which threads write to whatever mode they are in.
 
         Raises:
             SurfwError: there is none.

@@ -44,6 +44,7 @@ class _Work:
     address: int = 0
     is_waited_for: bool = False
     took_seconds: float = 0.0
+    failed: Exception | None = None
     wanted: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -55,6 +56,8 @@ class _Work:
         for one in self.after:
             one.wanted.set()
         self.done.wait()
+        if self.failed is not None:
+            raise self.failed
 
     def seconds(self) -> float:
         return self.took_seconds
@@ -97,9 +100,13 @@ class _Stream:
             if work.do is not _nothing:
                 work.wanted.wait(self._random.uniform(0, self._latest_seconds))
             for one in work.after:
-                one.synchronize()
+                one.wanted.set()
+                one.done.wait()
             start = time.perf_counter()
-            work.do()
+            try:
+                work.do()
+            except Exception as exc:  # noqa: BLE001 - whoever waits is told
+                work.failed = exc
             work.took_seconds = time.perf_counter() - start
             work.do, work.after = _nothing, ()  # no memory is kept for it any longer
             work.done.set()
@@ -135,7 +142,8 @@ class SimulatedDevice(Device):
 
     def allocate(self, size_bytes: int) -> torch.Tensor:
         """Garbage."""
-        memory = torch.full((size_bytes,), _GARBAGE, dtype=torch.uint8)
+        with torch.inference_mode(mode=False):
+            memory = torch.full((size_bytes,), _GARBAGE, dtype=torch.uint8)
         with self._lock:
             self.in_use_bytes += size_bytes
             self.peak_bytes = max(self.peak_bytes, self.in_use_bytes)

@@ -15,6 +15,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from surfw.cli.explain_view import explanation_rows
+from surfw.config import CodecChoice
 from surfw.models import StreamingModel
 from surfw.models.client import WeightClient
 from surfw.runtime import exponents
@@ -201,3 +202,29 @@ def test_explaining_counts_what_is_coded(llama: Path) -> None:
         rows = dict(explanation_rows(found, SettingOrigin("argument", "--device-memory")))
     assert rows["host memory"].endswith(f"{streamed} layers that the device lacks stay there, {streamed} of them coded")
     assert "(lossless) at " in rows["copied in a pass"]
+
+
+@pytest.mark.parametrize("codec", ["none", "auto"])
+def test_inference_mode_and_outside_of_it(llama: Path, codec: CodecChoice) -> None:
+    device_bytes, _, layer = budgets(llama)
+    expected = outcome(LlamaForCausalLM.from_pretrained(llama).eval(), 1)
+    with opened(llama, device_memory=device_bytes + 3 * layer, codec=codec) as (streaming, _, _):
+        with torch.inference_mode():
+            assert torch.equal(outcome(streaming, 1), expected)
+        assert torch.equal(outcome(streaming, 1), expected)
+
+
+def test_an_error_in_a_hook_leaves_nothing_and_the_next_run_is_right(llama: Path) -> None:
+    device_bytes, _, layer = budgets(llama)
+    expected = outcome(LlamaForCausalLM.from_pretrained(llama).eval(), 1)
+    with opened(llama, device_memory=device_bytes + 3 * layer) as (streaming, _, _):
+        layers: Any = streaming.model.model.layers
+        with layers[LAYERS // 2].register_forward_hook(fail), pytest.raises(ZeroDivisionError):
+            streaming(input_ids=prompt(1))
+        assert torch.equal(outcome(streaming, 1), expected)
+        with layers[LAYERS // 2].register_forward_hook(fail), pytest.raises(ZeroDivisionError):
+            streaming(input_ids=prompt(1))
+
+
+def fail(*_: object) -> None:
+    raise ZeroDivisionError
