@@ -27,7 +27,7 @@ from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
 from surfw.runtime.coding import coding_bytes, usual_bytes
-from surfw.runtime.coding_plan import plan_device
+from surfw.runtime.coding_plan import choose_coded, plan_device
 from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
@@ -253,8 +253,12 @@ def _open_device_engine(
     for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
     plan = plan_device(order, limit, for_coding)
+    behind = needs_behind(needs, plan, order)
+    if plan.coding_bytes and not choose_coded(behind, host_limit, codable):  # no host memory: the source limits
+        for_coding, plan = 0, plan_device(order, limit, 0)
+        behind = needs_behind(needs, plan, order)
     below = Lender(
-        manifest, needs_behind(needs, plan, order), host_limit, loader, device=device, io=io, metrics=metrics,
+        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics,
         rows_bytes=ROWS_BYTES, prefetch=settings.prefetch, codable=codable, is_coding=bool(plan.coding_bytes),
     )  # fmt: skip
     return DeviceEngine(

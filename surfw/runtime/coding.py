@@ -134,7 +134,7 @@ class Coder:
         Args:
             memory: where it is on the device: uint8, of the chunk's size.
             copied: its copy, which is done.
-            is_gone: whether it is still there; what was coded while it went is nothing.
+            is_gone: whether its slot is another chunk's by now; what was coded then is nothing.
 
         Returns:
             The chunk; None where that does not pay.
@@ -158,7 +158,7 @@ class Coder:
                     self.pays = seconds < saved
                 if not self.pays:
                     return None
-                pieces.append((piece, self._write_back(out, piece)))
+                pieces.append((piece, self._write_back(out, piece, again)))
         except Exception as exc:  # noqa: BLE001 - no memory, no compiler for Triton: the chunk is there, and exact
             if not is_gone():
                 self.pays = False
@@ -169,15 +169,23 @@ class Coder:
             return None
         return Coded(tuple(pieces)) if are_worth_it([piece for piece, _ in pieces]) else None
 
+    def gave_up(self) -> bool:
+        """Whether it was found not to pay."""
+        return self.pays is False
+
     def drop(self) -> None:
         """Give the memory back."""
         self._stages.clear()
 
-    def _write_back(self, out: torch.Tensor, piece: Piece) -> Buffer:
+    def _write_back(self, out: torch.Tensor, piece: Piece, again: torch.Tensor) -> Buffer:
+        """Copy a piece to host memory, and back into some memory of the device, where it is to be the same."""
         buffer = Buffer(piece.nbytes)
         self._device.page_lock(buffer)
+        there, here, back = (memory[: piece.nbytes] for memory in (out, flat_view(buffer), again))
         with self._device.between_copies():
-            flat_view(buffer)[: piece.nbytes].copy_(out[: piece.nbytes])
+            here.copy_(there)
+            back.copy_(here)
+            _expect_equal(back, there)
         return buffer
 
     def _decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
@@ -185,9 +193,9 @@ class Coder:
         self._device.decoder(coded, piece, into)
 
 
-def _expect_equal(decoded: torch.Tensor, words: torch.Tensor) -> None:
-    if not torch.equal(decoded, words):
-        raise SurfwError("what was coded decodes to other bits")
+def _expect_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    if not torch.equal(found, expected):
+        raise SurfwError("what was coded comes back as other bits")
 
 
 def _up(size_bytes: int) -> int:

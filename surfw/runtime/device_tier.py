@@ -199,7 +199,7 @@ class DeviceTier:
         return 0
 
     def _is_to_be_coded(self, name: str) -> bool:
-        return bool(self._plan.coding_bytes) and self._coder.pays is not False and self._host.is_to_be_coded(name)
+        return bool(self._plan.coding_bytes) and not self._coder.gave_up() and self._host.is_to_be_coded(name)
 
     async def _bring(self, contents: DeviceContents, lent: Contents | Coded | None, priority: int) -> None:
         """Copy a chunk, if need be once it is in host memory; and code it, if that is to be done."""
@@ -217,7 +217,7 @@ class DeviceTier:
     def _code(self, contents: DeviceContents) -> None:
         """Code a chunk that was copied, and keep it so in host memory."""
         name, memory = contents.chunk.name, contents.memory
-        if contents.is_gone or contents.copied is None or self._coder.pays is False or not self._host.claim(name):
+        if contents.is_gone or contents.copied is None or self._coder.gave_up() or not self._host.claim(name):
             return
         coded = None
         try:
@@ -225,6 +225,8 @@ class DeviceTier:
             coded = self._coder.encode(memory[:size], contents.copied, lambda: contents.is_gone)
         finally:
             self._host.settle(name, coded, is_gone=contents.is_gone)
+            if self._coder.gave_up():
+                self._host.code_no_more()
 
     def _copy(self, contents: DeviceContents, lent: Contents | Coded) -> Copy | None:
         """Issue the copy of a chunk that the host has lent, and give it back when that is done.

@@ -189,11 +189,17 @@ class Lender(Engine):
             if coded is None or is_gone:
                 self._forget(name)
                 if not is_gone:
-                    del self._codable[name]
+                    self._codable.pop(name, None)
             else:
                 self.coded[name] = coded
                 self._claimed[name] = coded.capacity_bytes
             self._replan(self._needs, self.limit)
+
+    def code_no_more(self) -> None:
+        """Leave all other chunks as they are."""
+        with self._lock:
+            self._codable = {name: size for name, size in self._codable.items() if name in self.coded}
+            self._choice = None
 
     @property
     def anonymous_bytes(self) -> int:
