@@ -131,7 +131,7 @@ class SimulatedDevice(Device):
         self.in_use_bytes = self.peak_bytes = 0
         self._time = self._let_go = 0
         self._read: dict[int, int] = {}  # when memory was last handed to those who compute
-        self._decoded: dict[int, _Work] = {}  # what was decoded last out of some memory
+        self._decoded: dict[int, _Work] = {}  # what was decoded last out of some memory, or into it
         self._copies = _Stream("surfw-simulated-copies", latest_seconds, seed)
         self._decodes = _Stream("surfw-simulated-decoder", latest_seconds, seed + 1)
         self._lock = threading.Lock()
@@ -165,7 +165,7 @@ class SimulatedDevice(Device):
         with self._lock:
             self._expect_unread(into)
             reader = self._decoded.get(_address(into))
-            assert reader is None or reader.is_waited_for, "a copy does not wait for what is decoded out of its memory"
+            assert reader is None or reader.is_waited_for, "a copy does not wait for what is decoded with its memory"
             if reader is None:
                 into.fill_(_GARBAGE)
             return self._copies.add(_Work(partial(into.copy_, source), address=_address(into)))
@@ -177,7 +177,7 @@ class SimulatedDevice(Device):
             into.view(torch.uint8).fill_(_GARBAGE)
             after = () if self._copies.last is None else (self._copies.last,)
             work = _Work(partial(_decode, coded, piece, into), after, _address(into))
-            self._decoded[_address(coded)] = work
+            self._decoded[_address(coded)] = self._decoded[_address(into)] = work
             return self._decodes.add(work)
 
     def wait_for_decoding(self, decoded: Copy) -> None:

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def prompt(rows: int) -> torch.Tensor:
 
 def outcome(model: Any, rows: int) -> torch.Tensor:
     """The logits of every step of a greedy generation, of shape (steps, rows, vocabulary)."""
-    ids, found = prompt(rows), {"output_logits": True, "return_dict_in_generate": True}
+    ids, found = prompt(rows).to(model.device), {"output_logits": True, "return_dict_in_generate": True}
     options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, **found}
     return torch.stack(model.generate(ids, attention_mask=torch.ones_like(ids), **options).logits)
 
@@ -228,3 +229,25 @@ def test_an_error_in_a_hook_leaves_nothing_and_the_next_run_is_right(llama: Path
 
 def fail(*_: object) -> None:
     raise ZeroDivisionError
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("codec", ["none", "auto"])
+def test_on_a_card(llama: Path, codec: CodecChoice) -> None:
+    resident: Any = LlamaForCausalLM.from_pretrained(llama).eval().to("cuda")
+    expected = {rows: outcome(resident, rows) for rows in (1, 2)}
+    before = torch.cuda.memory_allocated()
+    with WeightClient(llama) as client:
+        with StreamingModel.open(client, device="cuda", cache_size=1) as probe:
+            engine: Any = probe._engine
+            budget = engine.least_budget_bytes + 3 * max(engine.plan.sizes[one] for one in probe.layers)
+        with StreamingModel.open(client, device="cuda", device_memory=budget, codec=codec) as streaming:
+            for _ in range(2):
+                for rows, want in expected.items():
+                    assert torch.equal(outcome(streaming, rows), want)
+            engine = streaming._engine
+            assert engine.plan.streamed
+            if codec == "none" or find_spec("triton") is None:
+                assert not engine.below.coded
+    assert torch.cuda.memory_allocated() == before

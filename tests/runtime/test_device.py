@@ -54,7 +54,7 @@ def test_what_is_decoded_is_kept_from_the_next_copy_until_that_waits() -> None:
         stage, memory = device.allocate(len(coded)), device.allocate(2 * 2048)
         device.copy(stage, coded)
         decoded = device.decode(stage, piece, memory.view(torch.int16))
-        with pytest.raises(AssertionError, match="does not wait for what is decoded out of its memory"):
+        with pytest.raises(AssertionError, match="does not wait for what is decoded with its memory"):
             device.copy(stage, coded)
         device.wait_for_decoding(decoded)
         device.copy(stage, coded)
