@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from surfw.errors import ConfigurationError
 from surfw.runtime.coding_plan import USUAL_SHARE, choose_coded, copied_per_pass, plan_device, with_coded
 from surfw.runtime.plan import Limit, Needs, least_bytes, needs_behind, plan_residency
+from surfw.runtime.slots import SlotTable
 
 PAGE = 4096
 
@@ -90,3 +91,12 @@ def test_what_is_coded_fits_the_host_and_fewer_bytes_are_copied(
     if len(chosen) < len(choose_coded(behind, Limit(), expected)):
         smallest = min(expected[name] for name in choose_coded(behind, Limit(), expected) - chosen)
         assert settled.peak_bytes + smallest > (below.budget_bytes or 0) or settled.pinned, "as many as fit"
+
+
+def test_what_is_handed_on_is_not_fetched_ahead() -> None:
+    needs = Needs(name="toy", sizes={"a": PAGE, "b": PAGE, "c": PAGE, "d": PAGE}, cycle=("a", "b", "c", "d"))
+    behind = replace(needs, passing=frozenset({"a"}))
+    table = SlotTable(needs.sizes, plan_residency(behind, Limit(budget_bytes=3 * PAGE)))
+    assert "a" not in [slot.name for slot in table.prefetch(["a", "b", "c"]).load]
+    assert "b" in table
+    assert [slot.name for slot in table.make_ready(["a"]).load] == ["a"], "it is loaded when it is asked for"
