@@ -15,6 +15,7 @@ from websockets.protocol import Event
 from websockets.typing import Data
 
 from surfw.server.fairness import Account, Turns
+from surfw.server.outbox import Outbox
 
 PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
@@ -57,7 +58,10 @@ class Newcomers:
 
 
 class FairConnection(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, with input that waits for its turn; `account` pays for turns of the loop."""
+    """The library's server connection, with input that waits for its turn; `account` pays for turns of the loop.
+
+    Runs go out through the `outbox`.
+    """
 
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any
@@ -92,9 +96,15 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         elif self._accepting is not None:
             self._accepting.cancel()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to send, too."""
+        super().connection_made(transport)
+        self.outbox = Outbox(self.transport)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._newcomers.discard(self)
+        self.outbox.close()
         super().connection_lost(exc)
 
     def opened(self) -> None:
@@ -142,6 +152,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     def send_data(self) -> None:
         """Write what is to be sent in one go, such as the answers to many pings."""
         writes = self.protocol.data_to_send()
+        self.outbox.let_go()
         if data := b"".join(writes):
             self.transport.write(data)
         if b"" not in writes:

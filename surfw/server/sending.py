@@ -2,23 +2,23 @@
 
 A turn sends one run. Turns go to the lowest priority number first, and in order of asking among equals, so that answers
 of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out together,
-and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once is
-copied: a view of it would keep its page alive for as long as the client likes. So a client that does not read costs one
-run, and the messages that end its requests, which are counted.
+and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once waits
+as views of its page (see `outbox`), and is copied if the page is evicted: otherwise a client could keep pages alive for
+as long as it likes. So a client that does not read costs one run, and the messages that end its requests, which are
+counted.
 """
 
 import asyncio
 import contextlib
 import heapq
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from websockets.asyncio.server import ServerConnection
 from websockets.protocol import State
 
 from surfw.metrics import Metrics
 from surfw.server.pages import StoredPiece
+from surfw.server.reception import FairConnection
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
 
 
@@ -48,7 +48,7 @@ class Sender:
         sent_bytes: how much was sent of models and other answers, without messages.
     """
 
-    def __init__(self, websocket: ServerConnection, session: ServerSession, metrics: Metrics) -> None:
+    def __init__(self, websocket: FairConnection, session: ServerSession, metrics: Metrics) -> None:
         """Take over the writing side of the connection; counts `bytes_sent`."""
         self._websocket = websocket
         self._session = session
@@ -84,14 +84,22 @@ class Sender:
     async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int) -> int:
         """Send what may be sent now of a piece, and return how much that was.
 
-        No view of it outlives this call. While a client keeps us waiting, none of its requests may hold one: even a
-        single byte would keep a whole page alive, beyond the cache's budget.
+        While a client keeps us waiting, none of its requests may hold a view: even a single byte would keep a whole
+        page alive, beyond the cache's budget. The run that waits for the socket lets go of its page when it has to.
         """
         room = min(self._limits.run_bytes, self._session.credit_bytes)
         room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
         run = await piece.view(sent, min(piece.size, sent + room))
-        self._write_run(self._session.send(Data(request_id, at, at + len(run))), run)
-        return len(run)
+        size = len(run)
+        self._write_run(self._session.send(Data(request_id, at, at + size)), run)
+        del run
+        outbox = self._websocket.outbox
+        if isinstance(piece, StoredPiece):
+            with piece.held(outbox):
+                await outbox.sent()
+        else:  # a view would keep all of the document
+            outbox.let_go()
+        return size
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
@@ -156,22 +164,6 @@ class Sender:
             frame = run[start : start + self._limits.frame_bytes]
             parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
-        self._write(parts)
+        self._websocket.outbox.write(parts)
         self.sent_bytes += len(run)
         self._metrics.add("bytes_sent", len(run))
-
-    def _write(self, parts: list[bytes | memoryview]) -> None:
-        """Write without keeping a view of any part. A TLS transport copies what it is given; others may keep it."""
-        transport = self._websocket.transport
-        if transport.get_extra_info("sslcontext") is not None:
-            for part in parts:
-                transport.write(part)
-            return
-        written = 0
-        if not transport.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # full, or lost: the transport finds out with the rest
-                written = os.writev(transport.get_extra_info("socket").fileno(), parts)
-        for part in parts:
-            if written < len(part):
-                transport.write(bytes(part[written:]))
-            written = max(0, written - len(part))
