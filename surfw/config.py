@@ -283,7 +283,7 @@ class WireLimits:
 
     Attributes:
         frame_bytes: payload of one binary frame; the last one of a run may be smaller.
-        run_bytes: the most that a server announces, and sends of one request, at a time.
+        run_bytes: the most that a server announces, and sends of one request, at a time; less where links are slow.
         window_bytes: how much a server may have sent that the client has not yet credited.
         control_bytes: the largest JSON message either side accepts.
         requests_in_flight: the most requests a client may have open on one connection.
@@ -292,7 +292,7 @@ class WireLimits:
     """
 
     frame_bytes: int = 512 * KIB
-    run_bytes: int = 2 * MIB
+    run_bytes: int = 4 * MIB
     window_bytes: int = 8 * MIB
     control_bytes: int = 256 * KIB
     requests_in_flight: int = 64

@@ -43,20 +43,28 @@ class Outbox:
         waiting = self._waiting
         try:
             descriptor = self._transport.get_extra_info("socket").fileno()
-            while waiting and not self._transport.is_closing():
-                sent = os.writev(descriptor, waiting)
-                self.sent_bytes += sent
-                while waiting and sent >= len(waiting[0]):
-                    sent -= len(waiting.popleft())
-                if sent:
-                    waiting[0] = memoryview(waiting[0])[sent:]
+            if self._transport.is_closing():
+                waiting.clear()
+            if waiting:
+                self._drop(os.writev(descriptor, waiting))
+            if waiting:  # the socket is full
+                self._watch()
+                return
         except BlockingIOError:
             self._watch()
             return
         except OSError:  # lost: the transport finds out
-            pass
-        waiting.clear()
+            waiting.clear()
         self._done()
+
+    def _drop(self, sent: int) -> None:
+        """Refer no more to what was sent."""
+        self.sent_bytes += sent
+        waiting = self._waiting
+        while waiting and sent >= len(waiting[0]):
+            sent -= len(waiting.popleft())
+        if sent:
+            waiting[0] = memoryview(waiting[0])[sent:]
 
     def _watch(self) -> None:
         if self._sent is None:

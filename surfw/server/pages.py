@@ -48,6 +48,9 @@ _READS = 8
 """The most reads at a time; of a storage on this machine, `_NEAR_READS`, since its work takes this processor's time."""
 _NEAR_READS = 2
 
+_NEAR_AHEAD = 3
+"""How many pages of a storage on this machine are read ahead for an answer; of one far away, what the budget lets."""
+
 _LEAD_BYTES = 8 * PAGE_BYTES
 """So much more than others a client may have had, and still what it needs now goes before what they want ahead."""
 
@@ -119,7 +122,7 @@ class PageCache:
         # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
         ahead = capacity_bytes // (4 * PAGE_BYTES)
         slots = min(_NEAR_READS if self._is_near else min(_READS, backend.parallel_reads), 2 * ahead)
-        self._most_ahead = 1 if self._is_near else ahead
+        self._most_ahead = _NEAR_AHEAD if self._is_near else ahead
         self._run_bytes = max(1, ahead // slots) * PAGE_BYTES
         self._read_ahead = Permits(ahead)
         self._memory = PageMemory(capacity_bytes)
@@ -158,13 +161,18 @@ class PageCache:
                 async for piece in pieces:
                     yield piece
 
+    def use_cached(self, page: Page, reader: Reader | None = None) -> bool:
+        """Count a use of the page, if it is cached and need not be read anew; return whether it is."""
+        is_hit = (reader is None or not reader.fresh) and self.cache.get(page) is not None
+        if is_hit:
+            self._metrics.add("hits")
+        return is_hit
+
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
         """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
-        if self.cache.get(page) is not None:
-            self._metrics.add("hits")
-        else:
+        if not self.use_cached(page, reader):
             self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
 
@@ -355,6 +363,10 @@ class StoredPiece:
         """How many bytes."""
         return self.stop - self.start
 
+    def use_cached(self) -> bool:
+        """Count the use, if the page is cached."""
+        return self.pages.use_cached(self.page, self.reader)
+
     async def use(self) -> None:
         """Read the page unless it is cached, and count the use."""
         await self.pages.use(self.page, self.reader, self.size)
@@ -424,6 +436,8 @@ class Permits:
 
 
 class _Usable(Protocol):
+    def use_cached(self) -> bool: ...
+
     async def use(self) -> None: ...
 
 
@@ -435,7 +449,7 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
 
     All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
     """
-    begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
+    begun: deque[tuple[Piece, asyncio.Task[None] | None]] = deque()
 
     def begin() -> None:
         # The first needs no permit, so that every answer gets on.
@@ -445,9 +459,9 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
                 if begun:
                     ahead.free += 1
                 return
-            begun.append((piece, asyncio.create_task(piece.use())))
+            begun.append((piece, None if piece.use_cached() else asyncio.create_task(piece.use())))
 
-    def drop() -> tuple[Piece, asyncio.Task[None]]:
+    def drop() -> tuple[Piece, asyncio.Task[None] | None]:
         dropped = begun.popleft()
         if begun:
             ahead.free += 1  # of the one that is the first now
@@ -456,9 +470,11 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
     try:
         begin()
         while begun:
-            await begun[0][1]
+            if (using := begun[0][1]) is not None:
+                await using
             piece, _ = drop()
             begin()
             yield piece
     finally:
-        await cancel_all([drop()[1] for _ in range(len(begun))])
+        dropped = [drop()[1] for _ in range(len(begun))]
+        await cancel_all([using for using in dropped if using is not None])

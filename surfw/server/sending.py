@@ -11,6 +11,7 @@ counted.
 import asyncio
 import contextlib
 import heapq
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,9 @@ from surfw.metrics import Metrics
 from surfw.server.pages import StoredPiece
 from surfw.server.reception import FairConnection
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
+
+_RUN_SECONDS = 0.1
+"""Runs that take longer to be sent are made shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Sender:
         self._asked = 0
         self._busy = False
         self._untaken = 0
+        self._run_bytes = self._limits.run_bytes
         self.sent_bytes = 0
 
     def hello(self) -> None:
@@ -87,10 +92,10 @@ class Sender:
         While a client keeps us waiting, none of its requests may hold a view: even a single byte would keep a whole
         page alive, beyond the cache's budget. The run that waits for the socket lets go of its page when it has to.
         """
-        room = min(self._limits.run_bytes, self._session.credit_bytes)
+        room = min(self._run_bytes, self._session.credit_bytes)
         room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
         run = await piece.view(sent, min(piece.size, sent + room))
-        size = len(run)
+        size, started = len(run), time.monotonic()
         self._write_run(self._session.send(Data(request_id, at, at + size)), run)
         del run
         outbox = self._websocket.outbox
@@ -99,7 +104,15 @@ class Sender:
                 await outbox.sent()
         else:  # a view would keep all of the document
             outbox.let_go()
+        self._adapt(time.monotonic() - started)
         return size
+
+    def _adapt(self, seconds: float) -> None:
+        """Make runs shorter while they take long, so that what is more urgent, or a cancellation, need not wait."""
+        if seconds > _RUN_SECONDS:
+            self._run_bytes = max(self._limits.frame_bytes, self._run_bytes // 2)
+        else:
+            self._run_bytes = min(self._limits.run_bytes, 2 * self._run_bytes)
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
