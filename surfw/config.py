@@ -57,6 +57,7 @@ DEFAULT_CACHE_MB = 200
 DEFAULT_CLIENTS = 64
 DEFAULT_CONNECT_SECONDS = 5.0
 DEFAULT_SILENCE_SECONDS = 30.0
+DEFAULT_SLOW_SECONDS = 120.0
 
 OnMissing = Literal["error", "uninitialized"]
 """What to do about weights that a model's class has and its checkpoint or manifest has not."""
@@ -124,6 +125,11 @@ def is_size(text: str) -> bool:
         return parse_size(text) > 0
     except ConfigurationError:
         return False
+
+
+def is_rate(text: str) -> bool:
+    """Whether a text is a size that a server may be limited to per second: at least 1 MB."""
+    return is_size(text) and parse_size(text) >= MB
 
 
 def suggest_size(text: str) -> str | None:

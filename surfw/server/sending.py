@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from websockets.protocol import State
 
 from surfw.metrics import Metrics
+from surfw.server.pacing import ClientPace, Pacing
 from surfw.server.pages import StoredPiece
 from surfw.server.reception import FairConnection
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
@@ -52,8 +53,11 @@ class Sender:
         sent_bytes: how much was sent of models and other answers, without messages.
     """
 
-    def __init__(self, websocket: FairConnection, session: ServerSession, metrics: Metrics) -> None:
-        """Take over the writing side of the connection; counts `bytes_sent`."""
+    def __init__(
+        self, websocket: FairConnection, session: ServerSession, metrics: Metrics, pace: ClientPace | None = None
+    ) -> None:
+        """Take over the writing side of the connection, which sends at a pace; counts `bytes_sent`."""
+        self._pace = pace or Pacing().client()
         self._websocket = websocket
         self._session = session
         self._limits = session.limits
@@ -84,9 +88,9 @@ class Sender:
         sent = 0
         while sent < piece.size:
             async with self.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
-                sent += await self._send_run(request_id, at + sent, piece, sent)
+                sent += await self._send_run(request_id, at + sent, piece, sent, priority)
 
-    async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int) -> int:
+    async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int, priority: int) -> int:
         """Send what may be sent now of a piece, and return how much that was.
 
         While a client keeps us waiting, none of its requests may hold a view: even a single byte would keep a whole
@@ -94,6 +98,9 @@ class Sender:
         """
         room = min(self._run_bytes, self._session.credit_bytes)
         room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
+        if (most := self._pace.most_bytes) is not None:
+            room = min(room, most)
+            await self._pace.wait(min(room, piece.size - sent), priority)
         run = await piece.view(sent, min(piece.size, sent + room))
         size, started = len(run), time.monotonic()
         self._write_run(self._session.send(Data(request_id, at, at + size)), run)
@@ -141,6 +148,18 @@ class Sender:
             return
         self._busy = True
         heapq.heappop(self._waiting)[-1].set_result(None)
+
+    @property
+    def taken_bytes(self) -> int:
+        """How much the client has taken so far: what its system took, and what it credited."""
+        return self._websocket.outbox.sent_bytes + self._session.credited_bytes
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the client keeps what it asked for waiting: it takes nothing, or gives no credit."""
+        wants_credit = bool(self._waiting) and not self._busy and self._session.credit_bytes < self._waiting[0][2]
+        is_full = self._websocket.outbox.is_waiting or bool(self._websocket.transport.get_write_buffer_size())
+        return wants_credit or is_full
 
     async def keep_up(self) -> None:
         """If as many requests failed as may be open, wait until the client has been told of them."""
