@@ -58,9 +58,12 @@ class FairQueue(Generic[Item]):
 
     def put(self, account: Account, price: float, item: Item, priority: int = 0) -> None:
         """Queue an item; the account will pay for its turn. Lower numbers are more urgent."""
+        if account not in self._waiting:  # it comes now: no turns are saved up
+            self._waiting[account] = []
+            account.paid = max(account.paid, self._now)
         self._asked += 1
         entry = priority, self._asked, price, item
-        insort(self._waiting.setdefault(account, []), entry, key=lambda one: one[:2])
+        insort(self._waiting[account], entry, key=lambda one: one[:2])
 
     def drop(self, account: Account, item: Item) -> None:
         """Remove an item that the account queued, once, if it is still there."""
@@ -75,9 +78,9 @@ class FairQueue(Generic[Item]):
             if queue:
                 self._waiting[account] = queue
             if not self._is_over(item):
-                self._now = self._start(account)
+                self._now = max(self._now, account.paid)
                 self._last = account
-                account.paid = self._now + price
+                account.paid += price
                 return item
         return None
 
@@ -100,12 +103,9 @@ class FairQueue(Generic[Item]):
             del self._waiting[account]
         return picked
 
-    def _start(self, account: Account) -> float:
-        """Where the account's next turn starts: at what it has paid, but never before now: no turns are saved up."""
-        return max(account.paid, self._now)
-
     def _turn(self, account: Account) -> float:
-        return self._start(account) + (self._lead if self._waiting[account][0][0] > 0 else 0.0)
+        """Where the account's next turn starts: at what it has paid, or later, if its most urgent item can wait."""
+        return account.paid + (self._lead if self._waiting[account][0][0] > 0 else 0.0)
 
 
 class Turns:

@@ -24,7 +24,7 @@ class PageMemory:
         """Have at most so much, in use and kept for use."""
         self.used_bytes = 0
         self._capacity_bytes = capacity_bytes
-        self._kept: list[mmap.mmap] = []
+        self._kept: list[mmap.mmap | bytearray] = []
 
     @property
     def kept_bytes(self) -> int:
@@ -39,11 +39,10 @@ class PageMemory:
             self._kept.pop()
         memory = (ctypes.c_char * size).from_buffer(block)
         self.used_bytes += size
-        kept = block if is_whole and isinstance(block, mmap.mmap) else None
-        weakref.finalize(memory, self._come_back, size, kept).atexit = False
+        weakref.finalize(memory, self._come_back, size, block if is_whole else None).atexit = False
         return memoryview(memory).cast("B")
 
-    def _come_back(self, size: int, block: mmap.mmap | None) -> None:
+    def _come_back(self, size: int, block: mmap.mmap | bytearray | None) -> None:
         self.used_bytes -= size
         if block is not None and self.used_bytes + self.kept_bytes + PAGE_BYTES <= self._capacity_bytes:
             self._kept.append(block)

@@ -256,7 +256,6 @@ class PageCache:
         del memory
         try:
             await self._backend.read_pieces(first.object, first.start, stream.take(), stream.note)
-            stream.advance(stream.size)
         finally:
             stream.end()
         self.healthy = True

@@ -39,7 +39,7 @@ class RunStream:
         self._memory = memory
         self._unread = deque(memory)
         self._landed = 0
-        self._told = 0
+        self._seen = self._told = 0
         self._on_bytes, self._on_page = on_bytes, on_page
         self._loop = asyncio.get_running_loop()
         self._hurries = time.monotonic() + patience_seconds
@@ -51,6 +51,7 @@ class RunStream:
 
     def note(self, count: int) -> None:
         """Note, in any thread, that the first `count` bytes are there."""
+        self._seen = count
         if count - self._told >= BLOCK_BYTES or count == self.size or time.monotonic() > self._hurries:
             self._told = count
             self._loop.call_soon_threadsafe(self.advance, count)
@@ -66,7 +67,8 @@ class RunStream:
         self._on_bytes(new, count - self._landed)
 
     def end(self) -> None:
-        """Whatever arrives from now on is too late."""
+        """Nothing more will arrive; what is told later is too late."""
+        self.advance(self._seen)
         self.arrived = self.size
         self._memory.clear()
         self._unread.clear()

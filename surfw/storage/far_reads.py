@@ -320,6 +320,7 @@ class FarReads:
         """
         into = _InPieces(name, start, pieces, pin, self._patience(), on_filled=on_filled)
         await self._on_loop(lambda: self._fill(path, into))
+        into.filled(len(into.memory))
 
     async def begin(self, path: str, *, name: str, pin: Pin, most_bytes: int) -> tuple[bytearray, int]:
         """Return memory for the whole object, of at most `most_bytes`, and how many of them its first range filled."""

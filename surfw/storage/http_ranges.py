@@ -189,6 +189,7 @@ async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destina
                 place = memory[done : done + len(left)]
                 place[:] = left[: len(place)]
                 done, left = done + len(place), left[len(place) :]
+                del place
                 into.filled(done)
     except (aiohttp.ClientError, TimeoutError):
         await in_thread(into.check_first, done)  # verified blocks need not come again
