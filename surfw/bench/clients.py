@@ -216,7 +216,7 @@ class _Measurement:
         work = self._work
         raw, verified = series["raw"].rate, series["verified"]
         under_way = f"each has {count(ahead, 'chunk')} under way"
-        rows = [rate_row(f"raw TCP, {count(work.clients, 'connection')}", raw)]
+        rows = [rate_row("raw TCP sockets", raw, note=f"{count(work.clients, 'connection')} at the same time")]
         for name in ("unverified", "verified"):
             one = series[name]
             rows.append(rate_row(name, one.rate, raw, verified=name == "verified", note=under_way))
@@ -233,7 +233,7 @@ class _Measurement:
         cpu = summarise([one for each in served for one in each.server_cpu])
         rows.append(Row(name="the server's processor time for a GB", unit="s", **cpu._asdict()))
         hits = summarise([100 * one["cache"]["hit_rate"] for one in stats])
-        rows.append(Row(name=f"hits of the cache ({stats[-1]['cache']['policy']})", unit="%", **hits._asdict()))
+        rows.append(Row(name="hits of the cache", unit="%", **hits._asdict(), note=f"the policy is {work.policy}"))
         peak, windows = max(one.peak_bytes for one in served), work.clients * _WINDOW_BYTES
         most = self._cache_bytes + windows + _ALLOWED_BYTES
         rows.append(

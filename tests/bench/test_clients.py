@@ -17,7 +17,7 @@ def test_it_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     work = ClientsWork(clients=2, idle=3, rounds=1, seconds=0.2, direct=True)
     found = bench_clients(work, on_progress=said.append)
     rows = {row.name: row for row in found.rows}
-    raw = rows["raw TCP, 2 connections"]
+    raw = rows["raw TCP sockets"]
     for name in ("unverified", "verified"):
         row = rows[name]
         assert (row.verified, row.baseline, row.unit) == (name == "verified", raw.value, "GB/s")
@@ -27,7 +27,7 @@ def test_it_measures_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["verified, against that"].baseline == direct.value > 0
     assert rows["the fastest client, against the slowest"].value >= 1
     assert rows["read of the storage, against the model"].value == 1
-    assert rows["hits of the cache (schedule)"].unit == "%"
+    assert (raw.note, rows["hits of the cache"].note) == ("2 connections at the same time", "the policy is schedule")
     memory = rows["the server's memory, at most"]
     assert memory.ceiling == pytest.approx(8 + 64 + 2 * 8.388608 + 128)
     assert memory.share == pytest.approx(memory.value / memory.ceiling)
