@@ -33,7 +33,6 @@ from surfw.source import ChunkSource, Read
 from surfw.storage import open_backend
 from surfw.storage.store_source import open_storage_source
 from surfw.threads import together
-from surfw.wire import ServerStats
 
 _MADE_UP = (16 * MB,) * 16
 """Bytes of the chunks of the model that is made up if there is none."""
@@ -124,14 +123,16 @@ class _Series:
         rates: bytes per second of all clients together, of each round.
         uneven: how many times as long as the fastest client the slowest took, of each round.
         server_cpu: seconds of a processor that the server took for a GB, of each round.
-        stats: of the server, after each round.
+        read_bytes: what the server read of its storage, in each round.
+        hits: what share of the uses the server's cache had, to its end, in percent.
         peak_bytes: the most memory that the server's process had.
     """
 
     rates: list[float] = field(default_factory=list)
     uneven: list[float] = field(default_factory=list)
     server_cpu: list[float] = field(default_factory=list)
-    stats: list[ServerStats] = field(default_factory=list)
+    read_bytes: list[int] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
     def note(self, laps: Sequence[_Lap]) -> None:
@@ -205,11 +206,13 @@ class _Measurement:
                 before = server.cpu_seconds()
                 series.note(clients.read(_Way("server", url, is_verified=is_verified)))
                 series.server_cpu.append((server.cpu_seconds() - before) / (self._size * work.clients / GB))
-                series.stats.append(read_stats(url))
+                series.read_bytes.append(read_stats(url).get("bytes_read", 0))
                 if is_last and work.seconds:
                     self._say(f"going on for {work.seconds:g} seconds")
                     clients.read(_Way("server", url, seconds=work.seconds))
-                self._stayed.append(read_stats(url)["clients"])
+                after = read_stats(url)
+                series.hits.append(100 * after["cache"]["hit_rate"])
+                self._stayed.append(after["clients"])
         series.peak_bytes = max(series.peak_bytes, *peak)
 
     def _rows(self, series: Mapping[str, _Series], ahead: int) -> tuple[Row, ...]:
@@ -227,12 +230,11 @@ class _Measurement:
         served = [series["unverified"], verified]
         uneven = summarise([one for each in served for one in each.uneven])
         rows.append(Row(name="the fastest client, against the slowest", unit="x", **uneven._asdict()))
-        stats = [one for each in served for one in each.stats]
-        read = summarise([one.get("bytes_read", 0) / self._size for one in stats])
+        read = summarise([one / self._size for each in served for one in each.read_bytes])
         rows.append(Row(name="read of the storage, against the model", unit="x", **read._asdict()))
         cpu = summarise([one for each in served for one in each.server_cpu])
         rows.append(Row(name="the server's processor time for a GB", unit="s", **cpu._asdict()))
-        hits = summarise([100 * one["cache"]["hit_rate"] for one in stats])
+        hits = summarise([one for each in served for one in each.hits])
         rows.append(Row(name="hits of the cache", unit="%", **hits._asdict(), note=f"the policy is {work.policy}"))
         peak, windows = max(one.peak_bytes for one in served), work.clients * _WINDOW_BYTES
         most = self._cache_bytes + windows + _ALLOWED_BYTES
