@@ -161,18 +161,19 @@ class PageCache:
                 async for piece in pieces:
                     yield piece
 
-    def use_cached(self, page: Page, reader: Reader | None = None) -> bool:
+    def use_cached(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> bool:
         """Count a use of the page, if it is cached and need not be read anew; return whether it is."""
         is_hit = (reader is None or not reader.fresh) and self.cache.get(page) is not None
         if is_hit:
             self._metrics.add("hits")
+            self._metrics.add("bytes_hit", wanted_bytes)
         return is_hit
 
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
         """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
-        if not self.use_cached(page, reader):
+        if not self.use_cached(page, reader, wanted_bytes):
             self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
 
@@ -364,7 +365,7 @@ class StoredPiece:
 
     def use_cached(self) -> bool:
         """Count the use, if the page is cached."""
-        return self.pages.use_cached(self.page, self.reader)
+        return self.pages.use_cached(self.page, self.reader, self.size)
 
     async def use(self) -> None:
         """Read the page unless it is cached, and count the use."""
