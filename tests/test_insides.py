@@ -53,6 +53,12 @@ PACKED = (
 )
 
 INSIDES = [
+    Inside(
+        "transformers.pytorch_utils",
+        "Conv1D",
+        "skeleton/lora.py",
+        "GPT-2's linear modules, which adapters change as others",
+    ),
     Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightRenaming", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightConverter.add_tensor", "skeleton/loading.py", LOADER),
@@ -187,9 +193,9 @@ def find_in_class(found: type, name: str) -> Any:
 
 PUBLIC = {
     "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
-    "torch", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3", "websockets.asyncio.client",
-    "websockets.asyncio.server", "websockets.client", "websockets.exceptions", "websockets.frames", "websockets.http11",
-    "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
+    "torch", "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
+    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.exceptions",
+    "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
 }  # fmt: skip
 """Modules of these libraries whose names are documented."""
 

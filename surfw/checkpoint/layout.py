@@ -19,6 +19,9 @@ from surfw.files import read_regular
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where an adapter's weights may be, in the order in which peft looks for them."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -42,7 +45,6 @@ _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
 _FOREIGN = {
-    "adapter_config.json": "a LoRA adapter; merge it into its base model first",
     "*.gguf": "GGUF weights",
     "*.msgpack": "Flax weights",
     "*.h5": "TensorFlow weights",
@@ -67,9 +69,11 @@ def find_weights(names: Collection[str], where: str) -> str:
         UnsupportedModelError: there are only files of another kind.
         CheckpointError: no file belongs to a model.
     """
-    for name in WEIGHTS_FILES:
-        if name in names:
-            return name
+    entry = next((name for name in WEIGHTS_FILES if name in names), None)
+    if ADAPTER_CONFIG_FILE in names:
+        raise _has_adapter(where, entry)
+    if entry is not None:
+        return entry
     seen = [
         f"{name} ({what})" for pattern, what in _FOREIGN.items() for name in sorted(names) if fnmatchcase(name, pattern)
     ]
@@ -80,6 +84,20 @@ def find_weights(names: Collection[str], where: str) -> str:
     raise UnsupportedModelError(
         f"{where} has no weights that surfw reads: expected {' or '.join(WEIGHTS_FILES)}, "
         f"it has {', '.join(seen[:3] or sorted(names)[:8])}; {advice} the model with save_pretrained"
+    )
+
+
+def _has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
+    """The error for an adapter, alone or beside weights: transformers would load both, and surfw does so when told."""
+    if entry is None:
+        return UnsupportedModelError(
+            f"{where} is an adapter ({ADAPTER_CONFIG_FILE}), no whole model: chunk its base first, and then the "
+            f"adapter over it, with surfw chunk {where} --base NAME"
+        )
+    return UnsupportedModelError(
+        f"{where} has an adapter ({ADAPTER_CONFIG_FILE}) beside the weights in {entry}, and transformers would apply "
+        "it where peft is installed; move the adapter's files into a folder of their own, chunk the model, and then "
+        "the adapter over it, with surfw chunk FOLDER --base NAME"
     )
 
 

@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from blake3 import blake3
+
 from surfw.checkpoint.layout import (
     TOKENIZER_FILES,
     find_weights,
@@ -20,7 +22,7 @@ from surfw.checkpoint.layout import (
     read_weights,
 )
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
-from surfw.config import quote
+from surfw.config import PIECE_BYTES, quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import describe_file
 from surfw.manifest import Pin
@@ -77,6 +79,20 @@ class Checkpoint:
             )
         self._homes[tensor.file].read_into(tensor, destination, start)
 
+    def digest(self, name: str) -> bytes:
+        """BLAKE3 of a tensor's bytes, of which a piece is in memory at a time.
+
+        Raises:
+            CheckpointError: as of `read_into`.
+        """
+        whole, size = blake3(), self.tensors[name].nbytes
+        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+        for start in range(0, size, PIECE_BYTES):
+            piece = buffer[: size - start]
+            self.read_into(name, piece, start, start + len(piece))
+            whole.update(piece)
+        return whole.digest()
+
     def fingerprint(self) -> tuple[Identity, ...]:
         """Name, size and modification time of every shard; it changes when the source does."""
         return tuple(shard.identity for shard in self.shards)
@@ -124,7 +140,8 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     return open_directory(folder)
 
 
-def _open_shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """Open a file of weights on this machine, by the kind that its name says."""
     if path.suffix == ".safetensors":
         return SafetensorsShard(path)
     from surfw.checkpoint.legacy import LegacyShard
@@ -137,7 +154,7 @@ def open_directory(
     *,
     name: str | None = None,
     names: Collection[str] | None = None,
-    open_shard: Callable[[Path], Shard] = _open_shard,
+    open_shard: Callable[[Path], Shard] = open_shard,
     where: str | None = None,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory.

@@ -13,14 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
-from blake3 import blake3
-
-from surfw.checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from surfw.checkpoint import Checkpoint, open_checkpoint
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
-    PIECE_BYTES,
     OnMissing,
     check_dtype,
     check_on_missing,
@@ -28,7 +25,7 @@ from surfw.config import (
     display_url,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
-from surfw.manifest import Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
+from surfw.manifest import Base, Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
     refuse_kernels,
     sanitise,
@@ -38,6 +35,7 @@ from surfw.storage.backends import read_address
 from surfw.storage.origins import is_local_url
 
 if TYPE_CHECKING:
+    from surfw.skeleton.build import Skeleton
     from surfw.skeleton.loading import Loading, SourceFacts
 
 logger = logging.getLogger("surfw.chunking")
@@ -57,6 +55,7 @@ class PreparedModel:
         plan: what will be written.
         loading: where it comes from.
         facts: the source tensors.
+        base: of an adapter, the model that it changes.
     """
 
     name: str
@@ -68,6 +67,7 @@ class PreparedModel:
     plan: ChunkPlan
     loading: "Loading"
     facts: "SourceFacts"
+    base: Base | None = None
 
     @property
     def key(self) -> str:
@@ -77,7 +77,9 @@ class PreparedModel:
             for c in self.plan.chunks
         ]
         config = json.dumps(self.config, sort_keys=True)
-        return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
+        return payload_digest(
+            repr((self.name, config, chunks, self.checkpoint.fingerprint(), *filter(None, [self.base]))).encode()
+        )[:32]
 
     def manifest(
         self, chunks: Sequence[Chunk], files: Sequence[ModelFile] = (), origin: Origin | None = None
@@ -94,6 +96,7 @@ class PreparedModel:
             chunks=tuple(chunks),
             order=self.plan.order,
             origin=origin,
+            base=self.base,
         )
 
     def close(self) -> None:
@@ -236,17 +239,26 @@ def find_matrices(manifest: Manifest) -> frozenset[str]:
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
     """
+    from surfw.skeleton.units import matrices_of
+
+    return matrices_of(skeleton_of(manifest).units, manifest.ties)
+
+
+def skeleton_of(manifest: Manifest) -> "Skeleton":
+    """The model of a manifest without weights, as it was when it was chunked. This takes torch.
+
+    Raises:
+        UnsupportedModelError: its class or configuration cannot be used here.
+    """
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import parse_dtype
-    from surfw.skeleton.units import matrices_of
 
     clean, *_ = sanitise(manifest.config, manifest.generation_config, where=manifest.name)
     config = read_config(clean, where=manifest.name)
     cls = resolve_class(manifest.class_name, config, where=manifest.name)
     tensor_count = len(manifest.tensors) + len(manifest.ties)
     dtype = parse_dtype(manifest.dtype)
-    skeleton = build_skeleton(config, cls, dtype, tensor_count=tensor_count, where=manifest.name)
-    return matrices_of(skeleton.units, manifest.ties)
+    return build_skeleton(config, cls, dtype, tensor_count=tensor_count, where=manifest.name)
 
 
 class PayloadReader:
@@ -293,13 +305,4 @@ def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return _digest(checkpoint, a) == _digest(checkpoint, b)
-
-
-def _digest(checkpoint: Checkpoint, tensor: SourceTensor) -> bytes:
-    whole, buffer = blake3(), memoryview(bytearray(min(tensor.nbytes, PIECE_BYTES)))
-    for start in range(0, tensor.nbytes, PIECE_BYTES):
-        piece = buffer[: tensor.nbytes - start]
-        checkpoint.read_into(tensor.name, piece, start, start + len(piece))
-        whole.update(piece)
-    return whole.digest()
+    return checkpoint.digest(one) == checkpoint.digest(other)

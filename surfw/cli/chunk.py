@@ -30,6 +30,7 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk ./my-adapter --base mine
   surfw chunk s3://bucket/my-model --in-place
   surfw chunk my-model --from ./store --store s3://bucket/store
 """
@@ -83,6 +84,14 @@ def chunk(
             "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="MODEL is a LoRA adapter over this model of the store.",
+            autocompletion=completion.models_in_store,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show layers, and the forms side by side; write nothing.")
     ] = False,
@@ -105,7 +114,7 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--codec": codec is not None, "--base": base is not None, "--from": source is not None, "--in-place": in_place,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -116,9 +125,8 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--in-place", "--on-missing"):
-            if chunking[option]:
-                raise typer.BadParameter("is for checkpoints, and does not go with --from", param_hint=option)
+        for option in ("--revision", "--dtype", "--base", "--in-place", "--on-missing"):
+            _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
 
@@ -131,6 +139,14 @@ def chunk(
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
+    if base is not None:
+        for option in ("--dtype", "--in-place", "--on-missing"):
+            _refuse_with("--base", option, chunking, "whole models")
+        _chunk_adapter(
+            settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
+            quiet=quiet,
+        )  # fmt: skip
+        return
     options.check_option("dtype", dtype)
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
@@ -196,6 +212,48 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
+def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
+    """Refuse an option that does not go with another one, if it was given."""
+    if given[other]:
+        raise typer.BadParameter(f"is for {what}, and does not go with {option}", param_hint=other)
+
+
+def _chunk_adapter(
+    settings: Settings,
+    *,
+    model: str,
+    base: str,
+    name: str | None,
+    revision: str | None,
+    codec: str | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Chunk a LoRA adapter over a model of the store, or show what that would write."""
+    from surfw.cli.chunk_adapter import WantedAdapter, chunk_adapter
+
+    wanted = WantedAdapter(
+        model=model, base=base, name=name, revision=revision, codecs=_read_adapter_codecs(codec), dry_run=dry_run
+    )
+    with _busy(model, quiet=json or quiet) as step:
+        chunk_adapter(wanted, settings, step, json=json, quiet=quiet)
+
+
+def _read_adapter_codecs(names: str | None) -> tuple[str, ...]:
+    """The codecs of an option for adapters, whose small matrices are not quantised.
+
+    Raises:
+        BadParameter: it names others.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    codecs = _read_codecs(names)
+    if set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter("adapters are not quantised; expected none, lossless, or both", param_hint="--codec")
+    return codecs
 
 
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:

@@ -21,6 +21,9 @@ CODED_VERSION = 3
 PACKED_VERSION = 4
 """The version of manifests with chunks in the forms `int8` and `int4`."""
 
+ADAPTER_VERSION = 5
+"""The version of manifests of adapters."""
+
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
@@ -176,21 +179,36 @@ class Origin:
         return payload_digest(json.dumps([self.key, ranges]).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter changes.
+
+    Attributes:
+        name: its name in the adapter's store.
+        key: its `Manifest.weights_key`: the adapter belongs to these very weights.
+    """
+
+    name: str
+    key: str
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a chunked model but its weights.
+    """Everything about a chunked model, or an adapter, but its weights.
 
     Attributes:
         name: the model's name in its store.
         class_name: the class to build, such as `LlamaForCausalLM`.
         dtype: the dtype the model is built with, such as `bfloat16`.
-        config: the model's configuration, as in `config.json`.
+        config: the model's configuration, as in `config.json`; of an adapter, what `adapter_config.json` says of it.
         generation_config: as in `generation_config.json`, if there is one.
         files: tokenizer files.
         ties: tensors that are the same as another one: their names to its name.
         chunks: in the order of the model's modules.
         order: the execution order, as far as the model's structure tells it.
         origin: the storage of all locations and files, if it is not the manifest's own.
+        base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
+            that they change.
     """
 
     name: str
@@ -203,6 +221,7 @@ class Manifest:
     chunks: tuple[Chunk, ...]
     order: tuple[Use, ...]
     origin: Origin | None = None
+    base: Base | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -239,6 +258,11 @@ class Manifest:
         """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
         return payload_digest(self.public().encode())
 
+    @cached_property
+    def weights_key(self) -> str:
+        """BLAKE3 of the names and identities of all chunks: of the same weights, however they are stored."""
+        return payload_digest(json.dumps([[chunk.name, chunk.id] for chunk in self.chunks]).encode())
+
     def file(self, path: str) -> ModelFile:
         """The file of that name.
 
@@ -261,6 +285,8 @@ class Manifest:
     @property
     def version(self) -> int:
         """The version of the format that it needs."""
+        if self.base is not None:
+            return ADAPTER_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]
         if any(form.is_packed for form in forms):
             return PACKED_VERSION
@@ -279,7 +305,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The manifest as JSON, the same bytes for equal manifests."""
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
             "name": self.name,
@@ -295,7 +321,9 @@ class Manifest:
             "ties": self.ties,
             "chunks": [_chunk_document(chunk) for chunk in self.chunks],
             "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
-        } | ({"origin": _origin_document(self.origin)} if self.origin else {})
+        }
+        document |= {"origin": _origin_document(self.origin)} if self.origin else {}
+        document |= {"base": {"name": self.base.name, "key": self.base.key}} if self.base else {}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

@@ -10,12 +10,14 @@ from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
+    ADAPTER_VERSION,
     CODED_VERSION,
     DTYPE_BITS,
     FORMAT,
     IN_PLACE_VERSION,
     PACKED_VERSION,
     VERSION,
+    Base,
     Chunk,
     Form,
     Kind,
@@ -31,7 +33,7 @@ from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION})
+_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ADAPTER_VERSION})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
@@ -169,7 +171,7 @@ class _Parser:
         if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} to {PACKED_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION} to {ADAPTER_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
         self.in_place = version == IN_PLACE_VERSION
         generation = document["generation_config"]
@@ -186,6 +188,7 @@ class _Parser:
             chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
             order=tuple(self.use(use) for use in self.items(document["order"], "order")),
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
+            base=self.base(document["base"]) if version == ADAPTER_VERSION else None,
         )
         self.consistent(manifest)
         return manifest
@@ -282,6 +285,10 @@ class _Parser:
         size = packed_bytes(plan_parts(tensors, kinds))
         self.require(size == stored_bytes, f"the parts of chunk {chunk} add up to {size} bytes, not {stored_bytes}")
         return tuple(kinds)
+
+    def base(self, document: Any) -> Base:
+        name = check_model_name(self.text(document["name"], "the name of its base"))
+        return Base(name, self.digest(document["key"], "the key of its base"))
 
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")

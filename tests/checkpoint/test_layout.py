@@ -21,10 +21,6 @@ def test_weights_are_found_in_the_order_of_transformers(position):
         ({"a.gguf"}, "a.gguf (GGUF weights)"),
         ({"config.json", "flax_model.msgpack"}, "flax_model.msgpack (Flax weights)"),
         ({"config.json", "tf_model.h5"}, "tf_model.h5 (TensorFlow weights)"),
-        (
-            {"adapter_config.json", "adapter_model.safetensors"},
-            "adapter_config.json (a LoRA adapter; merge it into its base model first)",
-        ),
         ({"consolidated.00.pth", "params.json"}, "consolidated.00.pth (weights in their publisher's own layout)"),
         (
             {"config.json", "consolidated.safetensors"},
@@ -40,6 +36,23 @@ def test_other_kinds_of_weights_are_unsupported_by_name(names, seen):
     assert str(refused.value) == (
         "place has no weights that surfw reads: expected model.safetensors or model.safetensors.index.json or "
         f"pytorch_model.bin or pytorch_model.bin.index.json, it has {seen}; save the model with save_pretrained"
+    )
+
+
+def test_an_adapter_is_told_how_it_is_chunked_alone_and_beside_weights():
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(UnsupportedModelError) as refused:
+        find_weights(adapter, "place")
+    assert str(refused.value) == (
+        "place is an adapter (adapter_config.json), no whole model: chunk its base first, and then the adapter over "
+        "it, with surfw chunk place --base NAME"
+    )
+    with pytest.raises(UnsupportedModelError) as refused:
+        find_weights(adapter | {"config.json", "model.safetensors"}, "place")
+    assert str(refused.value) == (
+        "place has an adapter (adapter_config.json) beside the weights in model.safetensors, and transformers would "
+        "apply it where peft is installed; move the adapter's files into a folder of their own, chunk the model, and "
+        "then the adapter over it, with surfw chunk FOLDER --base NAME"
     )
 
 
