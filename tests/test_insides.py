@@ -43,6 +43,7 @@ class Inside:
 
 
 LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
+DEQUANTISED = "what the loader makes of quantised weights, one at a time; from_pretrained makes all of them at once"
 META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
 RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
 TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
@@ -59,6 +60,9 @@ INSIDES = [
         "skeleton/lora.py",
         "GPT-2's linear modules, which adapters change as others",
     ),
+    Inside("transformers.quantizers.auto", "AutoHfQuantizer.from_config", "skeleton/dequantise.py", DEQUANTISED),
+    Inside("transformers.quantizers.auto", "AutoQuantizationConfig.from_dict", "skeleton/dequantise.py", DEQUANTISED),
+    Inside("transformers.quantizers.base", "HfQuantizer.get_new_dtype", "skeleton/dequantise.py", DEQUANTISED),
     Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightRenaming", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightConverter.add_tensor", "skeleton/loading.py", LOADER),

@@ -35,7 +35,9 @@ logger = logging.getLogger("surfw.checkpoint")
 _ANSWER_SECONDS = 10
 
 
-def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
+def download_model(
+    repo_id: str, revision: str | None, *, show_progress: bool = False, may_be_quantised: bool = False
+) -> Path:
     """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
     See `open_checkpoint` for the arguments and errors.
@@ -50,7 +52,7 @@ def download_model(repo_id: str, revision: str | None, *, show_progress: bool = 
     small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
     fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
     folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
-    read_config(folder)
+    read_config(folder, may_be_quantised=may_be_quantised)
     shards = read_weights(folder, entry).shards
     if missing := set(shards) - names:
         raise CheckpointError(

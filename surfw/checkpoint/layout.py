@@ -41,6 +41,7 @@ _SHARDS = {
 }
 """Patterns of the names of shards, by their index."""
 
+_QUANTISATION = ("quantization_config", "compression_config")
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
@@ -101,7 +102,24 @@ def _has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
     )
 
 
-def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
+def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a configuration says of quantised weights, where transformers looks for it; None if it says nothing."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        if found := next((place[key] for key in _QUANTISATION if place.get(key)), None):
+            return found if isinstance(found, dict) else {}
+    return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantised weights, as that of a model which was dequantised."""
+    clean = {key: value for key, value in config.items() if key not in _QUANTISATION}
+    if isinstance(text := clean.get("text_config"), dict):
+        clean["text_config"] = {key: value for key, value in text.items() if key not in _QUANTISATION}
+    return clean
+
+
+def read_config(folder: Path, where: str | None = None, *, may_be_quantised: bool = False) -> dict[str, Any]:
     """The folder's `config.json`; `where` names a folder of copies in errors.
 
     Raises:
@@ -112,11 +130,11 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
         raise no_checkpoint(where or str(folder))
     path = f"{where or folder}/{CONFIG_FILE}"
     config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
-    if quantised := config.get("quantization_config") or config.get("compression_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if not may_be_quantised and (quantised := quantisation_of(config)) is not None:
         raise UnsupportedModelError(
-            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints "
-            "cannot be chunked yet; take the model's unquantised weights"
+            f"{path} asks for quantised weights ({quote(quantised.get('quant_method') or 'of an unnamed kind')}): take "
+            "the model's unquantised weights, or, of compressed-tensors, fp8, mxfp4 and mxfp8, make dense ones with "
+            "--dequantize bfloat16 (dequantize='bfloat16')"
         )
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(

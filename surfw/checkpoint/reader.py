@@ -115,13 +115,16 @@ def demo_checkpoint() -> Path:
     return Path(__file__).parents[1] / "demo"
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, show_progress: bool = False, may_be_quantised: bool = False
+) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
@@ -132,12 +135,13 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
-        return open_directory(download_model(model, revision, show_progress=show_progress), name=model)
+        downloaded = download_model(model, revision, show_progress=show_progress, may_be_quantised=may_be_quantised)
+        return open_directory(downloaded, name=model, may_be_quantised=may_be_quantised)
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
-    return open_directory(folder)
+    return open_directory(folder, may_be_quantised=may_be_quantised)
 
 
 def open_shard(path: Path) -> Shard:
@@ -156,6 +160,7 @@ def open_directory(
     names: Collection[str] | None = None,
     open_shard: Callable[[Path], Shard] = open_shard,
     where: str | None = None,
+    may_be_quantised: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory.
 
@@ -165,6 +170,7 @@ def open_directory(
         names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
         open_shard: opens a file of weights; default: the one in the directory.
         where: names the directory in errors, if it only has copies of the files.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -175,7 +181,7 @@ def open_directory(
             names = {path.name for path in folder.iterdir() if path.is_file()}
     where = where or str(folder)
     entry = find_weights(names, where)
-    config = read_config(folder, where)
+    config = read_config(folder, where, may_be_quantised=may_be_quantised)
     weights = read_weights(folder, entry, where)
     with ExitStack() as opened:
         shards = []

@@ -57,6 +57,7 @@ class ModelChunker:
         base: str | None = None,
         revision: str | None = None,
         dtype: str | None = None,
+        dequantize: str | None = None,
         model_class: Any = None,
         on_missing: OnMissing = "error",
         codecs: Sequence[str] = DEFAULT_CODECS,
@@ -72,9 +73,11 @@ class ModelChunker:
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
             name: the model's name in the store; default: the hub id, or the directory's name.
             base: for a LoRA adapter in peft's format: the model of the store that it changes. Then `dtype`,
-                `model_class` and `on_missing` have no meaning.
+                `dequantize`, `model_class` and `on_missing` have no meaning.
             revision: branch, tag or commit of the hub repository.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
+            dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does:
+                compressed-tensors, fp8, mxfp4 and mxfp8.
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
@@ -89,7 +92,13 @@ class ModelChunker:
         expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
         if not os.fspath(model_name):
             raise ConfigurationError("model_name is empty, expected a hub id or a local directory")
-        for key, value in (("name", name), ("base", base), ("revision", revision), ("dtype", dtype)):
+        for key, value in (
+            ("name", name),
+            ("base", base),
+            ("revision", revision),
+            ("dtype", dtype),
+            ("dequantize", dequantize),
+        ):
             expect(key, value, str | None, "a text or None")
         if output_dir is not None:
             expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
@@ -105,9 +114,9 @@ class ModelChunker:
         self._progress = progress or (lambda *_: None)
         self._base = base
         if base is not None:
-            if dtype is not None or model_class is not None or on_missing != "error":
+            if dtype is not None or dequantize is not None or model_class is not None or on_missing != "error":
                 raise ConfigurationError(
-                    "dtype, model_class and on_missing are for whole models; leave them out with base"
+                    "dtype, dequantize, model_class and on_missing are for whole models; leave them out with base"
                 )
             if set(self._codecs).intersection(PACKED_CODECS):
                 raise ConfigurationError(
@@ -120,6 +129,7 @@ class ModelChunker:
             name=name,
             revision=revision,
             dtype=dtype,
+            dequantize=dequantize,
             model_class=model_class,
             on_missing=on_missing,
         )

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
+from surfw.checkpoint.layout import quantisation_of, without_quantisation
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
@@ -116,6 +117,7 @@ def prepare_model(
     name: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
+    dequantize: str | None = None,
     model_class: Any = None,
     on_missing: OnMissing = "error",
     show_progress: bool = False,
@@ -130,6 +132,7 @@ def prepare_model(
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+        dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does.
         model_class: default: the one that the configuration names in its `architectures`, else the base model of its
             type.
         on_missing: with `uninitialized`, a model that lacks weights runs only where this is asked for again.
@@ -147,15 +150,27 @@ def prepare_model(
     if name is not None:
         check_model_name(name)
     check_on_missing(on_missing)
+    if dequantize is not None:
+        check_dtype(dequantize)
+        if dtype is not None:
+            raise ConfigurationError("dtype and dequantize exclude each other; give one of them")
+    is_quantised = dequantize is not None
     if model_class is not None:
         from surfw.skeleton.build import check_model_class
 
         check_model_class(model_class)
     address = read_address(model)
     if is_local_url(address):
-        checkpoint = open_checkpoint(address.removeprefix("file://"), revision=revision, show_progress=show_progress)
+        checkpoint = open_checkpoint(
+            address.removeprefix("file://"),
+            revision=revision,
+            show_progress=show_progress,
+            may_be_quantised=is_quantised,
+        )
     elif revision is None:
-        checkpoint = open_remote_checkpoint(address, storage_options, silence_timeout=silence_timeout)
+        checkpoint = open_remote_checkpoint(
+            address, storage_options, silence_timeout=silence_timeout, may_be_quantised=is_quantised
+        )
     else:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
@@ -163,7 +178,10 @@ def prepare_model(
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
         name = check_model_name(name or checkpoint.name)
-        prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model, on_step=on_step)
+        prepared = _plan_model(
+            checkpoint, name, dequantize or dtype, model_class, on_missing, is_quantised=is_quantised, where=model,
+            on_step=on_step,
+        )  # fmt: skip
         opened.pop_all()
     return prepared
 
@@ -175,12 +193,14 @@ def _plan_model(
     model_class: Any,
     on_missing: OnMissing,
     *,
+    is_quantised: bool,
     where: str,
     on_step: Callable[[str], object],
 ) -> PreparedModel:
     """Decide what of a checkpoint goes where."""
     refuse_kernels(checkpoint.config, where=where)
-    clean, generation, code, unfit = sanitise(checkpoint.config, checkpoint.generation_config, where=where)
+    dense = without_quantisation(checkpoint.config) if is_quantised else checkpoint.config
+    clean, generation, code, unfit = sanitise(dense, checkpoint.generation_config, where=where)
     for lines, why in ((code, "surfw runs no code that comes with a model"), (unfit, "no file may choose it")):
         for line in lines:
             logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
@@ -191,6 +211,11 @@ def _plan_model(
     from surfw.skeleton.units import matrices_of
 
     on_step(f"planning the chunks of {name}")
+    quantizer = None
+    if is_quantised:
+        from surfw.skeleton.dequantise import open_quantizer
+
+        quantizer = open_quantizer(quantisation_of(checkpoint.config), where=where)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -198,7 +223,7 @@ def _plan_model(
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
     built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
-    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
+    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where, quantizer=quantizer)
     _report_missing(loading.missing, cls.__name__, on_missing, where)
     if loading.unused:
         logger.warning(

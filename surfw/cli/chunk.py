@@ -47,6 +47,7 @@ class _Wanted:
     name: str | None
     revision: str | None
     dtype: str | None
+    dequantize: str | None
     codecs: tuple[str, ...]
     dry_run: bool
     in_place: bool
@@ -68,6 +69,14 @@ def chunk(
         str | None,
         typer.Option(
             help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
+        ),
+    ] = None,
+    dequantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Make dense weights of quantised ones: compressed-tensors, fp8, mxfp4.",
+            autocompletion=completion.dtypes,
         ),
     ] = None,
     codec: Annotated[
@@ -114,7 +123,8 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--codec": codec is not None, "--base": base is not None, "--from": source is not None, "--in-place": in_place,
+        "--dequantize": dequantize is not None, "--codec": codec is not None, "--base": base is not None,
+        "--from": source is not None, "--in-place": in_place,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -125,7 +135,7 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--base", "--in-place", "--on-missing"):
+        for option in ("--revision", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
             _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
@@ -140,7 +150,7 @@ def chunk(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     if base is not None:
-        for option in ("--dtype", "--in-place", "--on-missing"):
+        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing"):
             _refuse_with("--base", option, chunking, "whole models")
         _chunk_adapter(
             settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
@@ -148,10 +158,11 @@ def chunk(
         )  # fmt: skip
         return
     options.check_option("dtype", dtype)
+    _check_dequantize(dequantize, chunking)
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype,
+        model=model, name=name, revision=revision, dtype=dtype, dequantize=dequantize,
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -212,6 +223,19 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
+def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
+    """Refuse a dtype that no weights have, and options that `--dequantize` does not go with."""
+    from surfw.config import check_dtype
+    from surfw.errors import ConfigurationError
+
+    for other in ("--dtype", "--in-place") if dtype is not None else ():
+        _refuse_with("--dequantize", other, given, "weights that are not quantised")
+    try:
+        check_dtype(dtype or "bfloat16")
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--dequantize") from exc
 
 
 def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
@@ -286,6 +310,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         name=wanted.name,
         revision=wanted.revision,
         dtype=wanted.dtype,
+        dequantize=wanted.dequantize,
         on_missing=settings.on_missing,
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
@@ -389,6 +414,8 @@ def _measure_quality(
     if not has_exact_forms(manifest):
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
     codecs = stored_packed_codecs(manifest)
+    if reference is not written and wanted.dequantize is not None:
+        return {}  # nothing dense is stored anywhere
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 
