@@ -43,6 +43,7 @@ class Inside:
 
 
 LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
+GGUF = "what transformers makes of a GGUF file, one weight at a time; from_pretrained makes all of them at once"
 DEQUANTISED = "what the loader makes of quantised weights, one at a time; from_pretrained makes all of them at once"
 META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
 RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
@@ -60,6 +61,15 @@ INSIDES = [
         "skeleton/lora.py",
         "GPT-2's linear modules, which adapters change as others",
     ),
+    Inside("transformers.integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS", "skeleton/gguf.py", GGUF),
+    Inside("transformers.modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS", "skeleton/gguf.py", GGUF),
+    Inside(
+        "transformers.modeling_gguf_pytorch_utils",
+        "TensorProcessor.process",
+        "skeleton/gguf.py",
+        GGUF,
+    ),
+    Inside("transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map", "skeleton/gguf.py", GGUF),
     Inside("transformers.quantizers.auto", "AutoHfQuantizer.from_config", "skeleton/dequantise.py", DEQUANTISED),
     Inside("transformers.quantizers.auto", "AutoQuantizationConfig.from_dict", "skeleton/dequantise.py", DEQUANTISED),
     Inside("transformers.quantizers.base", "HfQuantizer.get_new_dtype", "skeleton/dequantise.py", DEQUANTISED),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surfw.checkpoint.shard import translate_errors
-from surfw.config import MAX_JSON_DEPTH, MIB, quote
+from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import read_regular
 
@@ -46,7 +46,7 @@ _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
 _FOREIGN = {
-    "*.gguf": "GGUF weights",
+    "*.gguf": "GGUF weights, of which surfw chunk takes one file",
     "*.msgpack": "Flax weights",
     "*.h5": "TensorFlow weights",
     "consolidated.*": "weights in their publisher's own layout",
@@ -119,6 +119,26 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
+def _expect_dense(quantised: Mapping[str, Any], path: str, *, may_be_quantised: bool) -> None:
+    """Refuse quantised weights, unless dense ones are to be made of them, and can be.
+
+    Raises:
+        UnsupportedModelError: with the method's name.
+    """
+    method = quantised.get("quant_method")
+    named = f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')})"
+    if method not in DEQUANTISED:
+        raise UnsupportedModelError(
+            f"{named}, and surfw makes dense ones of {', '.join(DEQUANTISED)} alone, as transformers does on a CPU; "
+            "take the model's unquantised weights"
+        )
+    if not may_be_quantised:
+        raise UnsupportedModelError(
+            f"{named}; make dense ones of them with --dequantize (dequantize=) bfloat16, or take the model's "
+            "unquantised weights"
+        )
+
+
 def read_config(folder: Path, where: str | None = None, *, may_be_quantised: bool = False) -> dict[str, Any]:
     """The folder's `config.json`; `where` names a folder of copies in errors.
 
@@ -130,12 +150,8 @@ def read_config(folder: Path, where: str | None = None, *, may_be_quantised: boo
         raise no_checkpoint(where or str(folder))
     path = f"{where or folder}/{CONFIG_FILE}"
     config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
-    if not may_be_quantised and (quantised := quantisation_of(config)) is not None:
-        raise UnsupportedModelError(
-            f"{path} asks for quantised weights ({quote(quantised.get('quant_method') or 'of an unnamed kind')}): take "
-            "the model's unquantised weights, or, of compressed-tensors, fp8, mxfp4 and mxfp8, make dense ones with "
-            "--dequantize bfloat16 (dequantize='bfloat16')"
-        )
+    if (quantised := quantisation_of(config)) is not None:
+        _expect_dense(quantised, path, may_be_quantised=may_be_quantised)
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(
             f"{path} keeps its weights in {quote(named)} (transformers_weights), "

@@ -205,13 +205,13 @@ def open_directory(
 def folder_name(folder: Path) -> str:
     """What the model in a folder is called: as the folder, or, in the hub's cache, as the model is on the hub.
 
-    A symbolic link has its own name, not that of what it points to.
+    A symbolic link has its own name, not that of what it points to; a GGUF file, its name without the suffix.
     """
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - resolve() follows links, and absolute() keeps ..
     cached = path.parent.parent.name
     if path.parent.name == _SNAPSHOTS and cached.startswith(_CACHED):
         return cached.removeprefix(_CACHED).replace("--", "/", 1)
-    return path.name
+    return path.stem if path.suffix.lower() == ".gguf" and path.is_file() else path.name
 
 
 def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:

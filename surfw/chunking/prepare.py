@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
@@ -160,6 +161,11 @@ def prepare_model(
 
         check_model_class(model_class)
     address = read_address(model)
+    file = Path(address.removeprefix("file://")).expanduser()
+    if is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file():
+        from surfw.chunking.gguf_file import prepare_gguf
+
+        return prepare_gguf(file, name=name, dtype=dequantize or dtype, on_missing=on_missing, on_step=on_step)
     if is_local_url(address):
         checkpoint = open_checkpoint(
             address.removeprefix("file://"),
@@ -224,12 +230,7 @@ def _plan_model(
     built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
     loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where, quantizer=quantizer)
-    _report_missing(loading.missing, cls.__name__, on_missing, where)
-    if loading.unused:
-        logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls.__name__, len(loading.unused), loading.unused[0],
-        )  # fmt: skip
+    report_loading(loading, name, cls.__name__, on_missing, where)
     tensors, matrices = {}, matrices_of(skeleton.units, loading.ties)
     for target, recipe in loading.recipes.items():
         target_dtype, shape = recipe.targets[target]
@@ -244,6 +245,20 @@ def _plan_model(
         )
     clean, generation = tag_floats(clean), tag_floats(generation)
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
+
+
+def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissing, where: str) -> None:
+    """Say which tensors have no place, and refuse a model that lacks weights, unless it is wanted so.
+
+    Raises:
+        CheckpointError: it lacks weights.
+    """
+    _report_missing(loading.missing, cls, on_missing, where)
+    if loading.unused:
+        logger.warning(
+            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
+            name, cls, len(loading.unused), loading.unused[0],
+        )  # fmt: skip
 
 
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:

@@ -58,7 +58,7 @@ def chunk(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory, or a storage URL."),
+        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory or GGUF file, or a storage URL."),
     ] = None,
     configuration: options.Configuration,
     name: Annotated[
@@ -414,7 +414,7 @@ def _measure_quality(
     if not has_exact_forms(manifest):
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
     codecs = stored_packed_codecs(manifest)
-    if reference is not written and wanted.dequantize is not None:
+    if reference is not written and (wanted.dequantize is not None or Path(url).suffix.lower() == ".gguf"):
         return {}  # nothing dense is stored anywhere
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 

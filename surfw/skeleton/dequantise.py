@@ -9,12 +9,9 @@ from typing import Any
 
 import torch
 
-from surfw.config import quote
+from surfw.config import DEQUANTISED
 from surfw.errors import UnsupportedModelError
 from surfw.skeleton.guards import foreign_errors
-
-METHODS = ("compressed-tensors", "fp8", "mxfp4", "mxfp8")
-"""The methods that transformers dequantises on a CPU, by their names in a configuration."""
 
 _PACKAGES = {"compressed-tensors": "compressed_tensors"}
 """Packages that transformers asks to do it; an extra of surfw brings each."""
@@ -28,7 +25,7 @@ def open_quantizer(settings: Mapping[str, Any] | None, *, where: str) -> Any:
         where: names the checkpoint in errors.
 
     Raises:
-        UnsupportedModelError: its weights are not quantised, or in another way, or a package is missing.
+        UnsupportedModelError: its weights are not quantised, or a package is missing.
     """
     if settings is None:
         raise UnsupportedModelError(
@@ -36,11 +33,7 @@ def open_quantizer(settings: Mapping[str, Any] | None, *, where: str) -> Any:
             "leave --dequantize (dequantize=) out, and convert with --dtype (dtype=)"
         )
     method = settings.get("quant_method")
-    if method not in METHODS:
-        raise UnsupportedModelError(
-            f"{where} has weights quantised with {quote(method or 'an unnamed method')}, and surfw dequantises what "
-            f"transformers does on a CPU: {', '.join(METHODS)}; take the model's unquantised weights"
-        )
+    assert method in DEQUANTISED, "others are refused when the checkpoint is opened"
     _expect_package(method, where)
     from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 

@@ -134,6 +134,22 @@ def plan_loading(
     for first, group in groups.items():
         recipe = _recipe(skeleton, first, group, sources, dtypes, where=where, quantizer=quantizer)
         recipes |= dict.fromkeys(recipe.targets, recipe)
+    return finish_loading(skeleton, recipes, unused, equal, where=where)
+
+
+def finish_loading(
+    skeleton: Skeleton,
+    recipes: Mapping[str, Recipe],
+    unused: Sequence[str],
+    equal: Callable[[str, str], bool],
+    *,
+    where: str,
+) -> Loading:
+    """Compare what recipes yield with the model's shapes, and find its ties, and what is missing.
+
+    Raises:
+        CheckpointError: weights have other shapes.
+    """
     for name, recipe in recipes.items():
         expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
         if expected != seen:

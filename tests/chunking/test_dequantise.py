@@ -166,13 +166,11 @@ def test_a_weight_without_its_scale_is_not_taken_for_values(tmp_path: Path) -> N
 def test_other_methods_are_refused_by_name(tmp_path: Path, method: str | None) -> None:
     llama().save_pretrained(tmp_path / "other")
     rewrite(tmp_path / "other", {"bits": 4} | ({"quant_method": method} if method else {}), lambda *one: dict([one]))
-    with pytest.raises(UnsupportedModelError) as refused:
-        chunk(tmp_path / "other", tmp_path / "store")
-    assert f"has weights quantised with {(method or 'an unnamed method')!r}, and surfw dequantises" in str(
-        refused.value
-    )
-    with pytest.raises(UnsupportedModelError, match=r"config.json asks for quantised weights .*--dequantize bfloat16"):
-        chunk(tmp_path / "other", tmp_path / "store", None)
+    for dequantize in ("bfloat16", None):
+        with pytest.raises(UnsupportedModelError) as refused:
+            chunk(tmp_path / "other", tmp_path / "store", dequantize)
+        said = f"config.json asks for quantised weights ({(method or 'of an unnamed kind')!r}), and surfw makes dense"
+        assert f"{tmp_path}/other/{said}" in str(refused.value)
 
 
 def test_what_is_not_quantised_is_not_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +180,8 @@ def test_what_is_not_quantised_is_not_dequantised(tmp_path: Path, monkeypatch: p
     with pytest.raises(ConfigurationError, match="dtype and dequantize exclude each other"):
         chunk(tmp_path / "dense", tmp_path / "store", dtype="float16")
     rewrite(tmp_path / "dense", {"quant_method": "compressed-tensors"}, lambda *one: dict([one]))
+    with pytest.raises(UnsupportedModelError, match=r"make dense ones of them with --dequantize"):
+        chunk(tmp_path / "dense", tmp_path / "store", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedModelError, match=r"install it with: pip install 'surfw\[compressed-tensors\]'"):
         chunk(tmp_path / "dense", tmp_path / "store")
