@@ -119,6 +119,7 @@ class Settings:
         in_repr=False,
     )
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
+    adapter: str | None = _setting(None, "Name of a LoRA adapter over the model, which is applied to it.", shown="none")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
     cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)

@@ -13,7 +13,7 @@ from typing import Self
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
-from surfw.errors import ConfigurationError, UnknownModelError
+from surfw.errors import ConfigurationError, ManifestError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, payload_digest
 
 
@@ -144,6 +144,40 @@ def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
     if len(matches) != 1:
         raise UnknownModelError(name, known, where=where)
     return matches[0]
+
+
+def expect_base(adapter: Manifest, base: Manifest, *, where: str) -> None:
+    """Check that an adapter belongs to the weights of a model, whatever that is called.
+
+    Raises:
+        ManifestError: it belongs to others.
+    """
+    assert adapter.base is not None, "it is an adapter"
+    if adapter.base.key != base.weights_key:
+        raise ManifestError(
+            f"the adapter {adapter.name} belongs to {adapter.base.name} with other weights than {base.name} has in "
+            f"{where} (key {adapter.base.key[:16]}…, here {base.weights_key[:16]}…); chunk the adapter again over this "
+            "base (surfw chunk FOLDER --base NAME), or use the base that it was chunked over"
+        )
+
+
+async def find_base(source: "ChunkSource", adapter: Manifest) -> Manifest:
+    """Return the manifest of the model that an adapter changes.
+
+    Raises:
+        UnknownModelError: the source does not have it.
+        ManifestError: the source has other weights under its name.
+    """
+    assert adapter.base is not None, "it is an adapter"
+    try:
+        base = await source.manifest(adapter.base.name)
+    except UnknownModelError as exc:
+        raise ManifestError(
+            f"{adapter.name} is an adapter over {adapter.base.name}, which {source.url} does not have; copy or chunk "
+            "that model into it as well"
+        ) from exc
+    expect_base(adapter, base, where=source.url)
+    return base
 
 
 class ChunkSource(ABC):

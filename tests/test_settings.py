@@ -20,6 +20,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "source": ("ws://a:1", "ws://b:2", "/c"),
     "storage_options": ({"region": "a"}, {"region": "b"}, {"region": "c"}),
     "model": ("org/a", "b", "c"),
+    "adapter": ("org/a", "b", "c"),
     "host": ("0.0.0.0", "::1", "localhost"),
     "port": (0, 65535, 9000),
     "cache_mb": (17, 1000, 2000),

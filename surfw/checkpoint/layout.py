@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from surfw.checkpoint.shard import translate_errors
-from surfw.config import MAX_JSON_DEPTH, MIB, quote
+from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import read_regular
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where an adapter's weights may be, in the order in which peft looks for them."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -38,12 +41,12 @@ _SHARDS = {
 }
 """Patterns of the names of shards, by their index."""
 
+_QUANTISATION = ("quantization_config", "compression_config")
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
 _FOREIGN = {
-    "adapter_config.json": "a LoRA adapter; merge it into its base model first",
-    "*.gguf": "GGUF weights",
+    "*.gguf": "GGUF weights, of which surfw chunk takes one file",
     "*.msgpack": "Flax weights",
     "*.h5": "TensorFlow weights",
     "consolidated.*": "weights in their publisher's own layout",
@@ -67,9 +70,11 @@ def find_weights(names: Collection[str], where: str) -> str:
         UnsupportedModelError: there are only files of another kind.
         CheckpointError: no file belongs to a model.
     """
-    for name in WEIGHTS_FILES:
-        if name in names:
-            return name
+    entry = next((name for name in WEIGHTS_FILES if name in names), None)
+    if ADAPTER_CONFIG_FILE in names:
+        raise _has_adapter(where, entry)
+    if entry is not None:
+        return entry
     seen = [
         f"{name} ({what})" for pattern, what in _FOREIGN.items() for name in sorted(names) if fnmatchcase(name, pattern)
     ]
@@ -83,7 +88,58 @@ def find_weights(names: Collection[str], where: str) -> str:
     )
 
 
-def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
+def _has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
+    """The error for an adapter, alone or beside weights: transformers would load both, and surfw does so when told."""
+    if entry is None:
+        return UnsupportedModelError(
+            f"{where} is an adapter ({ADAPTER_CONFIG_FILE}), no whole model: chunk its base first, and then the "
+            f"adapter over it, with surfw chunk {where} --base NAME"
+        )
+    return UnsupportedModelError(
+        f"{where} has an adapter ({ADAPTER_CONFIG_FILE}) beside the weights in {entry}, and transformers would apply "
+        "it where peft is installed; move the adapter's files into a folder of their own, chunk the model, and then "
+        "the adapter over it, with surfw chunk FOLDER --base NAME"
+    )
+
+
+def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a configuration says of quantised weights, where transformers looks for it; None if it says nothing."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        if found := next((place[key] for key in _QUANTISATION if place.get(key)), None):
+            return found if isinstance(found, dict) else {}
+    return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantised weights, as that of a model which was dequantised."""
+    clean = {key: value for key, value in config.items() if key not in _QUANTISATION}
+    if isinstance(text := clean.get("text_config"), dict):
+        clean["text_config"] = {key: value for key, value in text.items() if key not in _QUANTISATION}
+    return clean
+
+
+def _expect_dense(quantised: Mapping[str, Any], path: str, *, may_be_quantised: bool) -> None:
+    """Refuse quantised weights, unless dense ones are to be made of them, and can be.
+
+    Raises:
+        UnsupportedModelError: with the method's name.
+    """
+    method = quantised.get("quant_method")
+    named = f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')})"
+    if method not in DEQUANTISED:
+        raise UnsupportedModelError(
+            f"{named}, and surfw makes dense ones of {', '.join(DEQUANTISED)} alone, as transformers does on a CPU; "
+            "take the model's unquantised weights"
+        )
+    if not may_be_quantised:
+        raise UnsupportedModelError(
+            f"{named}; make dense ones of them with --dequantize (dequantize=) bfloat16, or take the model's "
+            "unquantised weights"
+        )
+
+
+def read_config(folder: Path, where: str | None = None, *, may_be_quantised: bool = False) -> dict[str, Any]:
     """The folder's `config.json`; `where` names a folder of copies in errors.
 
     Raises:
@@ -94,12 +150,8 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
         raise no_checkpoint(where or str(folder))
     path = f"{where or folder}/{CONFIG_FILE}"
     config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
-    if quantised := config.get("quantization_config") or config.get("compression_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UnsupportedModelError(
-            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints "
-            "cannot be chunked yet; take the model's unquantised weights"
-        )
+    if (quantised := quantisation_of(config)) is not None:
+        _expect_dense(quantised, path, may_be_quantised=may_be_quantised)
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(
             f"{path} keeps its weights in {quote(named)} (transformers_weights), "

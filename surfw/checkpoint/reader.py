@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from blake3 import blake3
+
 from surfw.checkpoint.layout import (
     TOKENIZER_FILES,
     find_weights,
@@ -20,7 +22,7 @@ from surfw.checkpoint.layout import (
     read_weights,
 )
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
-from surfw.config import quote
+from surfw.config import PIECE_BYTES, quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import describe_file
 from surfw.manifest import Pin
@@ -77,6 +79,20 @@ class Checkpoint:
             )
         self._homes[tensor.file].read_into(tensor, destination, start)
 
+    def digest(self, name: str) -> bytes:
+        """BLAKE3 of a tensor's bytes, of which a piece is in memory at a time.
+
+        Raises:
+            CheckpointError: as of `read_into`.
+        """
+        whole, size = blake3(), self.tensors[name].nbytes
+        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+        for start in range(0, size, PIECE_BYTES):
+            piece = buffer[: size - start]
+            self.read_into(name, piece, start, start + len(piece))
+            whole.update(piece)
+        return whole.digest()
+
     def fingerprint(self) -> tuple[Identity, ...]:
         """Name, size and modification time of every shard; it changes when the source does."""
         return tuple(shard.identity for shard in self.shards)
@@ -99,13 +115,16 @@ def demo_checkpoint() -> Path:
     return Path(__file__).parents[1] / "demo"
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, show_progress: bool = False, may_be_quantised: bool = False
+) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
@@ -116,15 +135,17 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
-        return open_directory(download_model(model, revision, show_progress=show_progress), name=model)
+        downloaded = download_model(model, revision, show_progress=show_progress, may_be_quantised=may_be_quantised)
+        return open_directory(downloaded, name=model, may_be_quantised=may_be_quantised)
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
-    return open_directory(folder)
+    return open_directory(folder, may_be_quantised=may_be_quantised)
 
 
-def _open_shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """Open a file of weights on this machine, by the kind that its name says."""
     if path.suffix == ".safetensors":
         return SafetensorsShard(path)
     from surfw.checkpoint.legacy import LegacyShard
@@ -137,8 +158,9 @@ def open_directory(
     *,
     name: str | None = None,
     names: Collection[str] | None = None,
-    open_shard: Callable[[Path], Shard] = _open_shard,
+    open_shard: Callable[[Path], Shard] = open_shard,
     where: str | None = None,
+    may_be_quantised: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory.
 
@@ -148,6 +170,7 @@ def open_directory(
         names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
         open_shard: opens a file of weights; default: the one in the directory.
         where: names the directory in errors, if it only has copies of the files.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -158,7 +181,7 @@ def open_directory(
             names = {path.name for path in folder.iterdir() if path.is_file()}
     where = where or str(folder)
     entry = find_weights(names, where)
-    config = read_config(folder, where)
+    config = read_config(folder, where, may_be_quantised=may_be_quantised)
     weights = read_weights(folder, entry, where)
     with ExitStack() as opened:
         shards = []
@@ -182,13 +205,13 @@ def open_directory(
 def folder_name(folder: Path) -> str:
     """What the model in a folder is called: as the folder, or, in the hub's cache, as the model is on the hub.
 
-    A symbolic link has its own name, not that of what it points to.
+    A symbolic link has its own name, not that of what it points to; a GGUF file, its name without the suffix.
     """
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - resolve() follows links, and absolute() keeps ..
     cached = path.parent.parent.name
     if path.parent.name == _SNAPSHOTS and cached.startswith(_CACHED):
         return cached.removeprefix(_CACHED).replace("--", "/", 1)
-    return path.name
+    return path.stem if path.suffix.lower() == ".gguf" and path.is_file() else path.name
 
 
 def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:

@@ -31,7 +31,11 @@ _SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
 
 
 def open_remote_checkpoint(
-    url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
+    url: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    may_be_quantised: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
 
@@ -55,6 +59,7 @@ def open_remote_checkpoint(
             names=opened.run(opened.fetch_small()),
             open_shard=partial(_RemoteShard, opened=opened),
             where=opened.backend.url,
+            may_be_quantised=may_be_quantised,
         )
     except BaseException:
         opened.close()

@@ -232,6 +232,7 @@ class _Opened:
             is_whole=is_whole,
             queued_seconds=queued_seconds() - self.queued_seconds,
             ask_server=self.ask_server,
+            adapter=self.streaming.adapter,
         )
 
 

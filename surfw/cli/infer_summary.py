@@ -44,6 +44,7 @@ class Report:
         is_whole: False for a run that was interrupted.
         queued_seconds: how long its threads waited for a processor, all together; see `queued_seconds`.
         ask_server: returns what the server that the weights came from says of itself; None if it is no server.
+        adapter: the name of the adapter that was applied; None if none was.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Report:
     is_whole: bool = True
     queued_seconds: float = 0.0
     ask_server: Callable[[], ServerStats | None] = lambda: None
+    adapter: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -77,8 +79,8 @@ class Report:
             "plan": statistics["plan"],
             "peak_rss_bytes": self.peak_rss_bytes,
         }
-        encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        return facts | {name: value for name, value in encoder.items() if value is not None}
+        some = {"adapter": self.adapter, "embedding": result.embedding, "predictions": result.predictions}
+        return facts | {name: value for name, value in some.items() if value is not None}
 
 
 def place_of(source: str) -> str:

@@ -212,6 +212,7 @@ def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[s
         codec=settings.codec,
         dtype=settings.dtype,
         on_missing=settings.on_missing,
+        adapter=settings.adapter,
     )
 
 

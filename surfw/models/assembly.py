@@ -21,6 +21,7 @@ from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
+from surfw.models.adapters import Adapters
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
@@ -81,6 +82,7 @@ class ModelParts:
     tables: StreamedTables
     hooks: StreamingHooks
     kv: KvReserve
+    adapters: Adapters
     claim: MemoryClaim
     base_bytes: int
 
@@ -124,13 +126,16 @@ class ModelParts:
         with ExitStack() as last:
             last.callback(self.claim.close)
             last.callback(self.engine.close)
+            self.adapters.close()
             self.kv.close()
             self.tables.clear()
             self.hooks.detach()
 
 
-def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> ModelParts:
-    """Build the model of a manifest, and begin to fetch what it needs first.
+def assemble(
+    client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
+) -> ModelParts:
+    """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
 
     Raises:
         ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
@@ -172,7 +177,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             engine = _open_device_engine(
                 device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
             )
-        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        place = torch.device("cpu") if device is None else device.torch_device
+        adapters = Adapters(client, manifest, skeleton, engine, place)
+        claim = MemoryClaim(
+            lambda: engine.claimed_bytes,
+            lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
+        )
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
         logger.warning(
@@ -191,12 +201,17 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(
-            skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
-        ),
+        hooks=StreamingHooks(skeleton, manifest, engine, tables, device=place),
+        adapters=adapters,
         claim=claim,
         base_bytes=rss_bytes(),
     )
+    if adapter is not None:
+        try:
+            adapters.apply(adapters.load(adapter))
+        except BaseException:
+            parts.close()
+            raise
     engine.warm()
     return parts
 

@@ -22,7 +22,7 @@ from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
-from surfw.source import ChunkSource, Read, View
+from surfw.source import ChunkSource, Read, View, find_base
 from surfw.storage import StorageBackend
 from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
@@ -46,7 +46,13 @@ class ReadAhead(ChunkSource):
     """A source, and what was read ahead of one of its models."""
 
     def __init__(
-        self, source: ChunkSource, manifest: Manifest, wanted: str | None, codec: CodecChoice = "auto"
+        self,
+        source: ChunkSource,
+        manifest: Manifest,
+        wanted: str | None,
+        codec: CodecChoice = "auto",
+        *,
+        adapter: str | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -55,11 +61,13 @@ class ReadAhead(ChunkSource):
             manifest: of the model.
             wanted: the name it was asked for by.
             codec: which forms are read; `auto` takes coded ones from another machine, and others from this one.
+            adapter: the full name of the adapter that was wanted, whose base the model is.
         """
         self.url = source.url
         self._source = source
         self._manifest = for_run(manifest, codec, where=source.url)
         self._wanted = wanted
+        self._name = adapter or manifest.name
         self._files: dict[str, asyncio.Task[bytes]] = {}
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
@@ -98,7 +106,7 @@ class ReadAhead(ChunkSource):
 
     async def resolve(self, name: str | None) -> str:
         """The full name of a model."""
-        return self._manifest.name if name == self._wanted else await self._source.resolve(name)
+        return self._name if name == self._wanted else await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of a model."""
@@ -128,7 +136,8 @@ class ReadAhead(ChunkSource):
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination; what is kept of chunks is not wanted, then."""
-        await self._let_go()
+        if manifest.base is None:  # an adapter's come beside those of its base
+            await self._let_go()
         await self._source.fetch(manifest, reads, priority=priority)
 
     async def _let_go(self) -> None:
@@ -189,7 +198,9 @@ class ReadAheadClient(WeightClient):
             try:
                 found = await opened.manifest(await opened.resolve(model))
                 opened.expect_readable(found)
-                return ReadAhead(opened, found, model, codec)
+                base = found if found.base is None else await find_base(opened, found)
+                opened.expect_readable(base)
+                return ReadAhead(opened, base, model, codec, adapter=found.name)
             except BaseException:
                 await opened.close()
                 raise

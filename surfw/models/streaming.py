@@ -5,12 +5,15 @@ And its four families: the same, with the model's name first and a server's addr
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeAlias, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.manifest import ModelFile
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
@@ -37,6 +40,7 @@ class StreamingModel(StreamingBaseModel):
 
     _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
     _tokenizer_read = False
+    _tokenizer_files: tuple[ModelFile, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -64,11 +68,21 @@ class StreamingModel(StreamingBaseModel):
         return self._tokenizer
 
     def _read_tokenizer(self) -> None:
+        """Read it: the adapter's own, where one is applied that has one."""
+        base, adapter = self.manifest, self._open().adapters.manifest
+        owner = adapter if adapter is not None and adapter.files else base
         try:
-            self._tokenizer = open_tokenizer(self.manifest, self.read_file)
+            self._tokenizer = open_tokenizer(replace(base, files=owner.files), partial(self._read_file_of, owner))
         except SurfwError as exc:
             self._tokenizer = exc
-        self._tokenizer_read = True
+        self._tokenizer_read, self._tokenizer_files = True, owner.files
+
+    def _on_adapter(self) -> None:
+        """Read another tokenizer, if the adapter that is applied now has one."""
+        adapter = self._open().adapters.manifest
+        files = adapter.files if adapter is not None and adapter.files else self.manifest.files
+        if self._tokenizer_read and files != self._tokenizer_files:
+            self._read_tokenizer()
 
     async def __aenter__(self) -> Self:
         """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
