@@ -114,6 +114,18 @@ INSIDES = [
         "the classes that users registered; there is no public list of them",
     ),
     Inside(
+        "transformers.models.auto.tokenization_auto",
+        "TOKENIZER_MAPPING._extra_content",
+        "skeleton/tokenizers.py",
+        "the tokenizer classes that users registered; there is no public list of them",
+    ),
+    Inside(
+        "transformers.models.auto.tokenization_auto",
+        "REGISTERED_TOKENIZER_CLASSES",
+        "skeleton/tokenizers.py",
+        "the same, by name",
+    ),
+    Inside(
         "transformers.utils.chat_template_utils",
         "render_jinja_template",
         "models/chat_renderer.py",

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surfw.checkpoint.companions import companions
 from surfw.checkpoint.layout import (
     CONFIG_FILE,
     GENERATION_FILE,
-    TOKENIZER_FILES,
     find_weights,
     no_checkpoint,
     read_config,
@@ -45,7 +45,7 @@ def download_model(repo_id: str, revision: str | None, *, show_progress: bool = 
     entry = find_weights(names, f"hub model {repo_id}")
     if CONFIG_FILE not in names:
         raise no_checkpoint(f"hub model {repo_id}")
-    small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
+    small = {CONFIG_FILE, GENERATION_FILE} & names | set(companions(names))
     fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
     folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
     read_config(folder)

@@ -20,13 +20,6 @@ from surfw.files import read_regular
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-"""Files that a tokenizer and its chat template are made of."""
-
 WEIGHTS_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip

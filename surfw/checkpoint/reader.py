@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.layout import (
-    TOKENIZER_FILES,
     find_weights,
     read_config,
     read_generation_config,
@@ -38,7 +38,7 @@ class Checkpoint:
         path: the directory that holds its files.
         config: `config.json`, as it is: nothing in it is trusted yet.
         generation_config: `generation_config.json`, if there is one.
-        files: the tokenizer's files, by name.
+        files: what belongs to the tokenizer, and to embeddings of sentences, by path in its folder.
         shards: the files of weights, in transformers' order.
         url: where it lies: a folder, or the address of a remote storage, of which `path` has copies of small files.
         pins: of a remote one, size and revision of its objects when they were opened, by name.
@@ -155,7 +155,7 @@ def open_directory(
     """
     if names is None:
         with translate_errors(folder):
-            names = {path.name for path in folder.iterdir() if path.is_file()}
+            names = list_files(folder)
     where = where or str(folder)
     entry = find_weights(names, where)
     config = read_config(folder, where)
@@ -170,7 +170,7 @@ def open_directory(
             path=folder,
             config=config,
             generation_config=read_generation_config(folder, where),
-            files={file: folder / file for file in TOKENIZER_FILES if file in names},
+            files={file: folder / file for file in companions(names)},
             shards=tuple(shards),
             url=str(folder.absolute()),
         )

@@ -61,7 +61,7 @@ async def build_manifest(prepared: PreparedModel) -> Manifest:
     checkpoint = prepared.checkpoint
     places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
     origin = Origin(checkpoint.url, await _pins(checkpoint, {at.object for chunk in places for at in chunk}))
-    files = [await asyncio.to_thread(_file, path) for _, path in sorted(checkpoint.files.items())]
+    files = [await asyncio.to_thread(_file, *file) for file in sorted(checkpoint.files.items())]
     chunks = [_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)]
     return prepared.manifest(chunks, files, origin)
 
@@ -117,9 +117,9 @@ async def _pins(checkpoint: Checkpoint, shards: set[str]) -> Mapping[str, Pin]:
     return pins
 
 
-def _file(path: Path) -> ModelFile:
+def _file(name: str, path: Path) -> ModelFile:
     data = read_small(path, FILE_BYTES)
-    return ModelFile(path.name, len(data), payload_digest(data), path.name)
+    return ModelFile(name, len(data), payload_digest(data), name)
 
 
 async def write_in_place(

@@ -9,17 +9,20 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from blake3 import blake3
 
 from surfw.checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from surfw.checkpoint.companions import is_of_sentences
+from surfw.checkpoint.layout import read_small
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
+    FILE_BYTES,
     PIECE_BYTES,
     OnMissing,
     check_dtype,
@@ -188,6 +191,7 @@ def _plan_model(
     from surfw.skeleton.units import matrices_of
 
     on_step(f"planning the chunks of {name}")
+    checkpoint = _with_registered_files(checkpoint)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -216,6 +220,29 @@ def _plan_model(
         )
     clean, generation = tag_floats(clean), tag_floats(generation)
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
+
+
+def _with_registered_files(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with those of its files too that tokenizer classes of the program's own name."""
+    from surfw.skeleton.tokenizers import registered_names
+
+    own = {name: checkpoint.path / name for name in registered_names() if (checkpoint.path / name).is_file()}
+    return replace(checkpoint, files={**own, **checkpoint.files}) if own else checkpoint
+
+
+def check_files(prepared: PreparedModel) -> None:
+    """Make sure that the tokenizer of a prepared model is the checkpoint's when it is read from the files kept of it.
+
+    Raises:
+        CheckpointError: it has no vocabulary, gives other token ids, or its files cannot be read.
+    """
+    from surfw.skeleton.tokenizers import check_tokenizer
+
+    checkpoint = prepared.checkpoint
+    paths = {name: path for name, path in checkpoint.files.items() if not is_of_sentences(name)}
+    if paths:
+        files = {name: read_small(path, FILE_BYTES) for name, path in paths.items()}
+        check_tokenizer(checkpoint.path, files, prepared.config, where=checkpoint.url)
 
 
 def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:

@@ -7,7 +7,7 @@ an event loop.
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.checkpoint import Checkpoint
-from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHTS_FILES
+from surfw.checkpoint.companions import (
+    MODULES_FILE,
+    SENTENCE_FILES,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    is_companion,
+    module_folders,
+)
+from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILES
 from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
@@ -27,7 +35,7 @@ from surfw.storage.store import MARKER
 
 T = TypeVar("T")
 
-_SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+_SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *SENTENCE_FILES)
 
 
 def open_remote_checkpoint(
@@ -101,18 +109,34 @@ class _Opened:
             raise CheckpointError(
                 f"{url} is not a checkpoint: there is no {CONFIG_FILE}; name the place of what save_pretrained wrote"
             )
-        candidates = (*_SMALL, *WEIGHTS_FILES)
-        there = await asyncio.gather(*map(self.backend.exists, candidates))
-        names = {name for name, is_there in zip(candidates, there, strict=True) if is_there}
+        names = await self._existing((*_SMALL, *WEIGHTS_FILES))
+        names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
         for name in sorted(names):
-            if name in _SMALL or name.endswith(".json"):
-                pin = await self.pin(name)
-                if pin.size > FILE_BYTES:
-                    raise CheckpointError(f"{name} in {url} has {pin.size} bytes, expected at most {FILE_BYTES}")
-                memory = bytearray(pin.size)
-                await self.read(name, 0, memoryview(memory))
-                (self.folder / name).write_bytes(memory)
+            if name in _SMALL or name.endswith((".json", ".jinja")):
+                await self._copy(name)
+        if MODULES_FILE in names:
+            folders = module_folders((self.folder / MODULES_FILE).read_bytes())
+            more = await self._existing(filter(is_companion, (f"{folder}/config.json" for folder in folders)))
+            for name in more:
+                await self._copy(name)
+            names |= more
         return names
+
+    async def _existing(self, candidates: Iterable[str]) -> set[str]:
+        candidates = list(candidates)
+        there = await asyncio.gather(*map(self.backend.exists, candidates))
+        return {name for name, is_there in zip(candidates, there, strict=True) if is_there}
+
+    async def _copy(self, name: str) -> None:
+        """Copy a small file into the folder."""
+        pin = await self.pin(name)
+        if pin.size > FILE_BYTES:
+            raise CheckpointError(f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {FILE_BYTES}")
+        memory = bytearray(pin.size)
+        await self.read(name, 0, memoryview(memory))
+        copy = self.folder / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(memory)
 
     def close(self) -> None:
         self.run(self.backend.close())
