@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from surfw.errors import ConfigurationError
@@ -21,12 +21,15 @@ from surfw.models.heads import encode_texts, expect_text_model, generates, read_
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
 from surfw.models.read_ahead import expect_ids, no_tokenizer
-from surfw.models.text_stream import TextStream
+from surfw.models.text_stream import TextStream, cut_at_stop
 
 logger = logging.getLogger("surfw.models")
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
+
+_OF_SEVERAL = ("num_beams", "num_return_sequences")
+"""Settings that make several answers at a time."""
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
 """What only a generation takes."""
@@ -61,7 +64,7 @@ class InferenceRequest:
         top_p: sample from the smallest set of tokens with this probability.
         top_k: sample from this many tokens.
         seed: of torch's random numbers, which all models of a process share.
-        stop: texts that end the generation.
+        stop: texts that end the generation; they are no part of its text, and neither is the rest of their token.
         ignore_eos: generate `max_new_tokens`, whatever the model says of an end.
         pairs: second texts, for models that read two: documents to rank, choices, the text that holds an answer.
         prompt_name: of the prompt that is put before the text, for models that embed sentences and have several.
@@ -144,11 +147,11 @@ class TokenClock(BaseStreamer):
         if self._skip:
             self._skip = False
             return
-        token = int(value.reshape(-1)[-1])
-        self.times.append(time.perf_counter() - self.start)
-        self._on_token(token, self.times[-1])
-        if self._text is not None:
-            self._text.put(token)
+        for token in value.reshape(-1).tolist():  # several at a time where they were guessed (prompt lookup)
+            self.times.append(time.perf_counter() - self.start)
+            self._on_token(token, self.times[-1])
+            if self._text is not None:
+                self._text.put(token)
 
     def end(self) -> None:
         """No more tokens."""
@@ -222,6 +225,13 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
         remarks.append(f"{' and '.join(given)} {verb} nothing: {name} is an encoder, and generates no tokens")
     elif request.seed is not None and not request.samples:
         remarks.append("the seed changes nothing without sampling; give a temperature, top_p or top_k to sample")
+    own = getattr(model.model, "generation_config", None) if answers else None
+    remarks += [
+        f"{name} asks for {setting} = {asked} in its own settings, and one answer is made, token by token; generate() "
+        "from Python follows them"
+        for setting in _OF_SEVERAL
+        if (asked := getattr(own, setting, None) or 1) > 1
+    ]
     positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and prompt_tokens > positions:
         remarks.append(
@@ -327,14 +337,17 @@ def _generate(
         stalled.append(streaming.metrics.seconds("stall"))
         on_token(token, seconds)
 
-    clock = TokenClock(TextStream(tokenizer, on_text) if tokenizer is not None else None, note)
+    own: GenerationConfig = streaming.model.generation_config
+    stops = list(request.stop) or _own_stops(own, tokenizer, streaming.manifest.name)
+    text = TextStream(tokenizer, on_text, stops) if tokenizer is not None else None
+    clock = TokenClock(text, note)
+    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+    if text is not None and stops:
+        stopping["stopping_criteria"] = StoppingCriteriaList([_Withheld(text)])
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
         streaming.leave_room(prompt_tokens, request.max_new_tokens)
-        own = model.generation_config
-        stops = list(request.stop) or getattr(own, "stop_strings", None)
-        stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
         config = model.generation_config = _generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
@@ -351,7 +364,7 @@ def _generate(
     times = clock.times[-len(new) :] if new else []
     decoding = times[-1] - times[0] if times else 0.0
     return InferenceResult(
-        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
+        text=cut_at_stop(str(tokenizer.decode(new, skip_special_tokens=True)), stops) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
@@ -361,11 +374,31 @@ def _generate(
     )
 
 
+class _Withheld(StoppingCriteria):
+    """Ends a generation where its text has one of those that end it, if the tokens alone did not show it."""
+
+    def __init__(self, text: TextStream) -> None:
+        self._text = text
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._text.is_stopped, device=input_ids.device)
+
+
+def _own_stops(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None, name: str) -> list[str]:
+    """The texts that end a generation by the model's own settings; they take a tokenizer to be seen."""
+    stops = getattr(own, "stop_strings", None) or []
+    if stops and tokenizer is None:
+        logger.warning("%s has texts that end a generation (stop_strings), which take a tokenizer: ignored", name)
+        return []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
 def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
+    config.stop_strings = None
     config.return_dict_in_generate = False
     config.output_attentions = config.output_hidden_states = config.output_scores = config.output_logits = False
     config.do_sample = request.samples
