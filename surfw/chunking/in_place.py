@@ -78,12 +78,12 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     for tensor in chunk.tensors:
         recipe = prepared.loading.recipes[tensor.info.name]
         if not recipe.joined:
-            dtype = prepared.facts[recipe.sources[0]][0]
-            why = (
-                f"it is converted from {dtype} to {tensor.info.dtype}"
-                if recipe.converter is None
-                else f"transformers makes it of {len(recipe.sources)} tensors such as {recipe.sources[0]}"
-            )
+            if not recipe.sources:
+                why = "transformers computes it"
+            elif recipe.converter is None:
+                why = f"it is converted from {prepared.facts[recipe.sources[0]][0]} to {tensor.info.dtype}"
+            else:
+                why = f"transformers makes it of {len(recipe.sources)} tensors such as {recipe.sources[0]}"
             raise UnsupportedModelError(
                 f"{prepared.name} cannot be served in place: {tensor.info.name} is not in its checkpoint as it is "
                 f"used, {why}; {_INSTEAD}"

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 
 from surfw.errors import CheckpointError
 from surfw.skeleton.build import Skeleton
+from surfw.skeleton.computed import compute_missing
 from surfw.skeleton.dtypes import torch_dtype
 
 SourceFacts = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -36,7 +37,7 @@ class Recipe:
 
     Attributes:
         targets: names of the model's tensors that it yields, with their dtype and shape.
-        sources: names of the source tensors that it needs.
+        sources: names of the source tensors that it needs; none where transformers computes it.
         converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
         joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
     """
@@ -126,7 +127,14 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     missing = tuple(
         name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
     )
-    return Loading(recipes, ties, tuple(unused), missing)
+    computed = compute_missing(skeleton, missing, {name: dtypes(name) for name in missing})
+    recipes |= {name: _computed(name, value) for name, value in computed.items()}
+    return Loading(recipes, ties, tuple(unused), tuple(name for name in missing if name not in computed))
+
+
+def _computed(name: str, value: torch.Tensor) -> Recipe:
+    """The recipe of a parameter that no checkpoint has to hold."""
+    return Recipe({name: (value.dtype, tuple(value.shape))}, (), lambda _: {name: value})
 
 
 def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group], list[str]]:
