@@ -248,20 +248,21 @@ def write_table(results: Path) -> None:
     counts = Counter(one["word"] for one in found.values())
     equal = [f"`{one['type']}`" for one in found.values() if one["word"] == "equal" and "all weights" not in one["why"]]
     weights = [f"`{one['type']}`" for one in found.values() if one["word"] == "equal" and "all weights" in one["why"]]
-    lines = [
-        f"Of {len(found)} model types of transformers {transformers.__version__}, {counts['equal']} could be built small and "
-        f"are equal, {counts['refused']} are refused, {counts['not buildable']} could not be built, "
-        f"{counts['crash']} failed.", "",
-        "| what | model types |", "|---|---|",
-        f"| the same bits as transformers' model, one class of each type ({len(equal)}) | {', '.join(sorted(equal))} |",
-        f"| the same weights; they take more than one input ({len(weights)}) | {', '.join(sorted(weights))} |",
-    ]  # fmt: skip
-    for word in ("refused", "crash"):
-        lines += [f"| {word} | `{one['type']}`: {one['why']} |" for one in found.values() if one["word"] == word]
     left = sorted(f"`{one['type']}`" for one in found.values() if one["word"] == "not buildable")
-    lines.append(
-        f"| not built: transformers makes no small model of their default configuration ({len(left)}) | {', '.join(left)} |"
+    summary = (
+        f"Of {len(found)} model types of transformers {transformers.__version__}, {counts['equal']} could be built "
+        f"small and are equal, {counts['refused']} are refused, {counts['not buildable']} could not be built, "
+        f"{counts['crash']} failed."
     )
+    rows = {
+        f"the same bits as transformers' model, one class of each type ({len(equal)})": sorted(equal),
+        f"the same weights; they take more than one input ({len(weights)})": sorted(weights),
+        f"not built: transformers makes no small model of their default configuration ({len(left)})": left,
+    }
+    for word in ("refused", "crash"):
+        rows |= {word: [f"`{one['type']}`: {one['why']}" for one in found.values() if one["word"] == word]}
+    lines = [summary, "", "| what | model types |", "|---|---|"]
+    lines += [f"| {what} | {', '.join(types) or 'none'} |" for what, types in rows.items()]
     before, _, rest = PAGE.read_text().partition(BEGIN)
     PAGE.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + rest.partition(END)[2])
 

@@ -1,7 +1,7 @@
 """Which files make up a checkpoint: its weights by transformers' precedence, its index, configuration and tokenizer.
 
-Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the names an
-index lists are plain file names of its own folder.
+Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the paths an
+index lists lie within its own folder.
 """
 
 import errno
@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from surfw.checkpoint.shard import translate_errors
+from surfw.checkpoint.shard import refuse_pointer, translate_errors
 from surfw.config import MAX_JSON_DEPTH, MIB, quote
 from surfw.errors import CheckpointError, UnsupportedModelError
 from surfw.files import read_regular
@@ -126,7 +126,7 @@ def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
         if not _is_plain(file, suffix):
             raise CheckpointError(
                 f"{path} places tensor {quote(tensor)} in {quote(file)}, "
-                f"expected a plain file name that ends in {suffix}"
+                f"expected a path within the checkpoint that ends in {suffix}"
             )
     return Weights(tuple(sorted(set(promised.values()))), promised)
 
@@ -139,6 +139,7 @@ def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[st
     """
     where = where or str(path)
     text = read_small(path, limit_bytes, where)
+    refuse_pointer(text, where)
     try:
         document = json.loads(text.decode())
     except RecursionError as exc:
@@ -188,4 +189,6 @@ def no_checkpoint(where: str) -> CheckpointError:
 
 
 def _is_plain(file: Any, suffix: str) -> bool:
-    return isinstance(file, str) and file.endswith(suffix) and file.isprintable() and not set(file) & set("/\\")
+    if not isinstance(file, str) or not file.endswith(suffix) or not file.isprintable() or "\\" in file:
+        return False
+    return not {"", ".", ".."} & set(file.split("/"))

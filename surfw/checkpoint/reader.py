@@ -1,9 +1,10 @@
 """A checkpoint, open for reading: its configuration, its tokenizer files, and the bytes of each of its tensors.
 
 What is in a shard counts, not what the index says: like transformers, every tensor of every shard is there, and of two
-with the same name the one of the later shard. A tensor that the index promises and its shard lacks is an error.
+with the same name the one of the later shard. A tensor that the index promises and its shard lacks draws a warning.
 """
 
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from typing import Any, Self
 
 from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.layout import (
+    Weights,
     find_weights,
     read_config,
     read_generation_config,
@@ -24,6 +26,8 @@ from surfw.config import quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import describe_file
 from surfw.manifest import Pin
+
+logger = logging.getLogger("surfw.checkpoint")
 
 _SNAPSHOTS, _CACHED = "snapshots", "models--"
 """The hub's cache keeps `org/name` in `models--org--name/snapshots/COMMIT`."""
@@ -174,7 +178,7 @@ def open_directory(
             shards=tuple(shards),
             url=str(folder.absolute()),
         )
-        _check_promises(checkpoint, weights.promised, where, entry)
+        _check_promises(checkpoint, weights, where, entry)
         opened.pop_all()
     return checkpoint
 
@@ -191,14 +195,22 @@ def folder_name(folder: Path) -> str:
     return path.name
 
 
-def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:
-    holds = {(tensor.name, shard.path.name) for shard in checkpoint.shards for tensor in shard.tensors}
-    for tensor, file in promised.items():
-        if (tensor, file) not in holds:
-            raise CheckpointError(
-                f"{where}/{index} places tensor {quote(tensor)} in {file}, which does not hold it; "
-                "the files are of different downloads, download the checkpoint again"
-            )
+def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index: str) -> None:
+    """Warn about tensors that are not where the index says; whether one is missing, the model's class tells."""
+    holds = {
+        (tensor.name, file)
+        for file, one in zip(weights.shards, checkpoint.shards, strict=True)
+        for tensor in one.tensors
+    }
+    astray = [(tensor, file) for tensor, file in weights.promised.items() if (tensor, file) not in holds]
+    if astray:
+        tensor, file = astray[0]
+        found = "another has it" if tensor in checkpoint.tensors else "and no other does"
+        logger.warning(
+            "%s/%s places tensor %s in %s, which does not hold it (%s), and %d more like it: the files may be of "
+            "different downloads",
+            where, index, quote(tensor), file, found, len(astray) - 1,
+        )  # fmt: skip
     if not checkpoint.tensors:
         raise UnsupportedModelError(f"{where} has no tensors in {index}; expected the weights of a model")
 

@@ -18,6 +18,7 @@ from blake3 import blake3
 from surfw.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from surfw.checkpoint.companions import is_of_sentences
 from surfw.checkpoint.layout import read_small
+from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
@@ -29,6 +30,7 @@ from surfw.config import (
     check_on_missing,
     count,
     display_url,
+    quote,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
@@ -200,7 +202,7 @@ def _plan_model(
     built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
     loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
-    _report_missing(loading.missing, cls.__name__, on_missing, where)
+    _report_missing(loading, cls.__name__, on_missing, where)
     if loading.unused:
         logger.warning(
             "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
@@ -242,13 +244,18 @@ def check_files(prepared: PreparedModel) -> None:
     paths = {name: path for name, path in checkpoint.files.items() if not is_of_sentences(name)}
     if paths:
         files = {name: read_small(path, FILE_BYTES) for name, path in paths.items()}
+        for name, data in files.items():
+            refuse_pointer(data, f"{checkpoint.url}/{name}")
         check_tokenizer(checkpoint.path, files, prepared.config, where=checkpoint.url)
 
 
-def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
-    if not missing:
+def _report_missing(loading: "Loading", cls: str, on_missing: OnMissing, where: str) -> None:
+    if not (missing := loading.missing):
         return
     seen = f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}"
+    if loading.unused:
+        one = quote(loading.unused[0])
+        seen += f", and has {count(len(loading.unused), 'tensor')} that {cls} has no place for, such as {one}"
     if on_missing == "error":
         raise CheckpointError(
             f"{seen}; surfw never makes weights up. Check the architectures in config.json, save the model again with "

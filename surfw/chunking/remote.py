@@ -148,14 +148,15 @@ class _RemoteShard:
     """A safetensors file in a remote storage; its tensors are in the order of their names, as in `SafetensorsShard`."""
 
     def __init__(self, path: Path, opened: _Opened) -> None:
-        where = f"{path.name} in {opened.backend.url}"
+        self._name = path.relative_to(opened.folder).as_posix()
+        where = f"{self._name} in {opened.backend.url}"
         if path.suffix != ".safetensors":
             raise UnsupportedModelError(
                 f"{where} is no safetensors file; download the checkpoint, and run surfw chunk without --in-place"
             )
         self.path = path
         self._opened = opened
-        pin = opened.run(opened.pin(path.name))
+        pin = opened.run(opened.pin(self._name))
         self.identity = Identity(path.name, pin.size, int(payload_digest(pin.revision.encode())[:15], 16))
         self.tensors = read_tensors(path, pin.size, self._fill, where=where)
 
@@ -168,7 +169,7 @@ class _RemoteShard:
 
     def _fill(self, position: int, destination: memoryview) -> None:
         if destination.nbytes:
-            self._opened.run(self._opened.read(self.path.name, position, destination))
+            self._opened.run(self._opened.read(self._name, position, destination))
 
 
 def _commit_of(url: str) -> str:
