@@ -33,7 +33,9 @@ logger = logging.getLogger("surfw.checkpoint")
 _ANSWER_SECONDS = 10
 
 
-def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
+def download_model(
+    repo_id: str, revision: str | None, variant: str | None = None, *, show_progress: bool = False
+) -> Path:
     """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
     See `open_checkpoint` for the arguments and errors.
@@ -42,7 +44,7 @@ def download_model(repo_id: str, revision: str | None, *, show_progress: bool = 
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
         return _find_cached(repo_id, revision, exc)
-    entry = find_weights(names, f"hub model {repo_id}")
+    entry = find_weights(names, f"hub model {repo_id}", variant)
     if CONFIG_FILE not in names:
         raise no_checkpoint(f"hub model {repo_id}")
     small = {CONFIG_FILE, GENERATION_FILE} & names | set(companions(names))

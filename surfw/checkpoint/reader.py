@@ -103,12 +103,15 @@ def demo_checkpoint() -> Path:
     return Path(__file__).parents[1] / "demo"
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str, *, revision: str | None = None, variant: str | None = None, show_progress: bool = False
+) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
+        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
 
     Raises:
@@ -120,12 +123,13 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
-        return open_directory(download_model(model, revision, show_progress=show_progress), name=model)
+        folder = download_model(model, revision, variant, show_progress=show_progress)
+        return open_directory(folder, name=model, variant=variant)
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
-    return open_directory(folder)
+    return open_directory(folder, variant=variant)
 
 
 def _open_shard(path: Path) -> Shard:
@@ -143,6 +147,7 @@ def open_directory(
     names: Collection[str] | None = None,
     open_shard: Callable[[Path], Shard] = _open_shard,
     where: str | None = None,
+    variant: str | None = None,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory.
 
@@ -152,6 +157,7 @@ def open_directory(
         names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
         open_shard: opens a file of weights; default: the one in the directory.
         where: names the directory in errors, if it only has copies of the files.
+        variant: as of `open_checkpoint`.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -161,7 +167,7 @@ def open_directory(
         with translate_errors(folder):
             names = list_files(folder)
     where = where or str(folder)
-    entry = find_weights(names, where)
+    entry = find_weights(names, where, variant)
     config = read_config(folder, where)
     weights = read_weights(folder, entry, where)
     with ExitStack() as opened:

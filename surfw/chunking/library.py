@@ -54,6 +54,7 @@ class ModelChunker:
         storage_backend: StorageBackend | None = None,
         name: str | None = None,
         revision: str | None = None,
+        variant: str | None = None,
         dtype: str | None = None,
         model_class: Any = None,
         on_missing: OnMissing = "error",
@@ -70,6 +71,7 @@ class ModelChunker:
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
             name: the model's name in the store; default: the hub id, or the directory's name.
             revision: branch, tag or commit of the hub repository.
+            variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
@@ -85,7 +87,7 @@ class ModelChunker:
         expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
         if not os.fspath(model_name):
             raise ConfigurationError("model_name is empty, expected a hub id or a local directory")
-        for key, value in (("name", name), ("revision", revision), ("dtype", dtype)):
+        for key, value in (("name", name), ("revision", revision), ("variant", variant), ("dtype", dtype)):
             expect(key, value, str | None, "a text or None")
         if output_dir is not None:
             expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
@@ -104,6 +106,7 @@ class ModelChunker:
             os.fspath(model_name),
             name=name,
             revision=revision,
+            variant=variant,
             dtype=dtype,
             model_class=model_class,
             on_missing=on_missing,

@@ -117,6 +117,7 @@ def prepare_model(
     *,
     name: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: str | None = None,
     model_class: Any = None,
     on_missing: OnMissing = "error",
@@ -131,6 +132,7 @@ def prepare_model(
         model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
+        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
         model_class: default: the one that the configuration names in its `architectures`, else the base model of its
             type.
@@ -155,9 +157,11 @@ def prepare_model(
         check_model_class(model_class)
     address = read_address(model)
     if is_local_url(address):
-        checkpoint = open_checkpoint(address.removeprefix("file://"), revision=revision, show_progress=show_progress)
+        checkpoint = open_checkpoint(
+            address.removeprefix("file://"), revision=revision, variant=variant, show_progress=show_progress
+        )
     elif revision is None:
-        checkpoint = open_remote_checkpoint(address, storage_options, silence_timeout=silence_timeout)
+        checkpoint = open_remote_checkpoint(address, storage_options, variant=variant, silence_timeout=silence_timeout)
     else:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"

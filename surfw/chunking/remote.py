@@ -23,7 +23,7 @@ from surfw.checkpoint.companions import (
     is_companion,
     module_folders,
 )
-from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, WEIGHTS_FILES
+from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, weights_files
 from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
@@ -39,7 +39,11 @@ _SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *SENTENCE_FILES)
 
 
 def open_remote_checkpoint(
-    url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
+    url: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    variant: str | None = None,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
 ) -> Checkpoint:
     """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
 
@@ -60,9 +64,10 @@ def open_remote_checkpoint(
         found = open_directory(
             opened.folder,
             name=name,
-            names=opened.run(opened.fetch_small()),
+            names=opened.run(opened.fetch_small(variant)),
             open_shard=partial(_RemoteShard, opened=opened),
             where=opened.backend.url,
+            variant=variant,
         )
     except BaseException:
         opened.close()
@@ -98,7 +103,7 @@ class _Opened:
     async def read(self, name: str, start: int, destination: memoryview) -> None:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
-    async def fetch_small(self) -> set[str]:
+    async def fetch_small(self, variant: str | None) -> set[str]:
         """Copy the small files; returns which files of a checkpoint there are."""
         url = self.backend.url
         if not await self.backend.exists(CONFIG_FILE):
@@ -109,7 +114,7 @@ class _Opened:
             raise CheckpointError(
                 f"{url} is not a checkpoint: there is no {CONFIG_FILE}; name the place of what save_pretrained wrote"
             )
-        names = await self._existing((*_SMALL, *WEIGHTS_FILES))
+        names = await self._existing((*_SMALL, *weights_files(variant)))
         names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
         for name in sorted(names):
             if name in _SMALL or name.endswith((".json", ".jinja")):

@@ -45,6 +45,7 @@ class _Wanted:
     model: str
     name: str | None
     revision: str | None
+    variant: str | None
     dtype: str | None
     codecs: tuple[str, ...]
     dry_run: bool
@@ -63,6 +64,9 @@ def chunk(
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which files of weights, such as fp16 for model.fp16.safetensors.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -105,7 +109,8 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--variant": variant is not None, "--codec": codec is not None, "--from": source is not None,
+        "--in-place": in_place,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -116,7 +121,7 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--in-place", "--on-missing"):
+        for option in ("--revision", "--variant", "--dtype", "--in-place", "--on-missing"):
             if chunking[option]:
                 raise typer.BadParameter("is for checkpoints, and does not go with --from", param_hint=option)
         from surfw.cli import render
@@ -135,7 +140,7 @@ def chunk(
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype,
+        model=model, name=name, revision=revision, variant=variant, dtype=dtype,
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -227,6 +232,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         model,
         name=wanted.name,
         revision=wanted.revision,
+        variant=wanted.variant,
         dtype=wanted.dtype,
         on_missing=settings.on_missing,
         show_progress=not (json or quiet) and render.err.is_terminal,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from surfw.checkpoint import open_directory
 from surfw.chunking import prepare_model
-from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from tests.checkpoint.samples import write_index, write_sharded, write_single
 from tests.exactness.families import FAMILIES
 
@@ -89,3 +89,28 @@ def test_a_pointer_for_a_tokenizer_is_refused_when_it_is_chunked(tmp_path: Path)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with prepare_model(str(folder)) as prepared, pytest.raises(CheckpointError, match=r"tokenizer.json is a Git LFS"):
         check_files(prepared)
+
+
+@pytest.mark.parametrize(("shards", "kind"), [(False, "safetensors"), (True, "safetensors"), (False, "bin")], ids=str)
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_a_variant_is_taken_where_it_is_named(variant: str, shards: bool, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].build().half()
+    if kind == "bin":
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / f"pytorch_model.{variant}.bin")
+    else:
+        model.save_pretrained(tmp_path, variant=variant, max_shard_size="200KB" if shards else "1GB")
+    with open_directory(tmp_path, variant=variant) as checkpoint:
+        assert set(checkpoint.tensors) == set(model.state_dict())
+        assert len(checkpoint.shards) == 1 or shards
+    with pytest.raises(
+        UnsupportedModelError, match=rf"has its weights as {variant} only; .*: --variant {variant} \(var"
+    ):
+        open_directory(tmp_path)
+    complaint = rf"no weights called other: expected model.other.safetensors or .*index.other.json .* has {variant}$"
+    with pytest.raises(UnsupportedModelError, match=complaint):
+        open_directory(tmp_path, variant="other")
+    with pytest.raises(ConfigurationError, match=r"variant '../x' is none, expected a word such as fp16"):
+        open_directory(tmp_path, variant="../x")
