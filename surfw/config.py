@@ -57,6 +57,7 @@ DEFAULT_CACHE_MB = 200
 DEFAULT_CLIENTS = 64
 DEFAULT_CONNECT_SECONDS = 5.0
 DEFAULT_SILENCE_SECONDS = 30.0
+DEFAULT_DRAIN_SECONDS = 10.0
 
 OnMissing = Literal["error", "uninitialized"]
 """What to do about weights that a model's class has and its checkpoint or manifest has not."""
@@ -66,6 +67,9 @@ Policy = Literal["auto", "lru"]
 
 CachePolicy = Literal["schedule", "lru"]
 """What a server's cache keeps: what clients need soonest, as they announce it, or what was used last."""
+
+LogFormat = Literal["text", "json"]
+"""How a server logs without its screen: lines for people, or one JSON object a line."""
 
 CodecChoice = Literal["auto", "none", "lossless", "int8", "int4"]
 """Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""
@@ -211,6 +215,36 @@ def display_url(url: str) -> str:
     A path that is no URL stays as it is. More may be hidden than is secret, never less.
     """
     return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsFiles:
+    """Certificates in PEM files: what `ssl=` takes besides an `ssl.SSLContext`. Nothing is read here.
+
+    A server reads them again when they change, a client whenever it connects.
+
+    Attributes:
+        certfile: the certificate to show, followed by those that lead to its issuer. A server needs one.
+        keyfile: its private key, without a passphrase; None if that is in `certfile`.
+        ca_certs: the issuers to trust. With them, a server lets in only clients that show a certificate of theirs;
+            for a client, they take the place of those that the system trusts.
+
+    Raises:
+        ConfigurationError: one is no path, or there is a key without a certificate.
+    """
+
+    certfile: str | Path | None = None
+    keyfile: str | Path | None = None
+    ca_certs: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the paths."""
+        for name in ("certfile", "keyfile", "ca_certs"):
+            expect(name, getattr(self, name), str | Path | None, "the path of a file, or None")
+        if self.keyfile is not None and self.certfile is None:
+            raise ConfigurationError(
+                f"the private key {self.keyfile} has no certificate; name it with --ssl-certfile (certfile=)"
+            )
 
 
 def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:

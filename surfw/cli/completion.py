@@ -83,12 +83,13 @@ def _list_source(context: typer.Context) -> list[str]:
     from surfw.client import read_stats
     from surfw.errors import SurfwError
 
-    settings = _settings(context, "source")
+    settings = _settings(context, "source", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
     if settings.source is not None:
         address = read_address(settings.source)
         if not address.is_server:
             return _models_of_storage(settings, address.url)
-        return read_stats(address.url, token=settings.token, timeout_seconds=_SECONDS)["models"]
+        tls = settings.tls_for(address.url)
+        return read_stats(address.url, token=settings.token, ssl=tls, timeout_seconds=_SECONDS)["models"]
     try:
         url = f"ws://{DEFAULT_HOST}:{settings.port}"
         return read_stats(url, token=settings.token, timeout_seconds=_SECONDS / 2)["models"]

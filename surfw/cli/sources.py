@@ -22,8 +22,8 @@ from blake3 import blake3
 
 from surfw.checkpoint import demo_checkpoint
 from surfw.cli.addresses import Mistake, is_here, is_host, is_path, read_address, read_source
-from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST, DEFAULT_PORT, display_url, is_server_url, parse_size, surfw_home
+from surfw.cli.options import Configuration, tls_for
+from surfw.config import DEFAULT_HOST, DEFAULT_PORT, TlsFiles, display_url, is_server_url, parse_size, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
@@ -40,10 +40,11 @@ _MODEL = "MODEL"
 
 @dataclass(frozen=True)
 class ChosenSource:
-    """Where the weights come from, and why."""
+    """Where the weights come from, and why; for a server with TLS, the certificates."""
 
     url: str
     reason: str
+    tls: TlsFiles | None = None
 
     @property
     def is_server(self) -> bool:
@@ -82,12 +83,14 @@ def choose_source(
             "argument": "as MODEL" if origin.name == _MODEL else "with --source",
             "variable": f"by {origin.name}",
         }.get(origin.kind, f"in {origin.name}")
-        url = read_source(settings.source, seconds=settings.connect_timeout)
+        url = read_source(settings.source, seconds=settings.connect_timeout, tls=settings.tls)
         is_hub = read_address(settings.source).kind == "hub"
-        yield ChosenSource(url, f"named {how}{'; no such folder is here' if is_hub else ''}")
+        reason = f"named {how}{'; no such folder is here' if is_hub else ''}"
+        yield ChosenSource(url, reason, tls_for(configuration, url))
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
+        tls_for(configuration, local)
         if _is_served(local, configuration):
             yield ChosenSource(local, "the server on this machine")
             return
@@ -178,6 +181,7 @@ def connect(
         memory_bytes=0 if is_streamed else budget,
         codec=settings.codec,
         token=settings.token if chosen.is_server else None,
+        ssl=chosen.tls,
         storage_options=None if chosen.is_server else settings.storage_options,
         retry=settings.retry,
         connect_timeout=settings.connect_timeout,

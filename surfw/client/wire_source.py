@@ -6,6 +6,7 @@ damaged is asked for again, to be read fresh from the server's storage.
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,10 @@ from typing import TypeVar
 from surfw.client.connect import START_ONE, Endpoint, open_link
 from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
-from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
+from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
-from surfw.retry import RetryPolicy
+from surfw.retry import RESTART_DELAY_SECONDS, RetryPolicy
 from surfw.source import ChunkSource, Read, describe_damage, locate_damage
 from surfw.threads import together
 from surfw.wire import MOST_SCHEDULED, Get, GetDigests, GetFile, GetManifest, ListModels, Request, Schedule
@@ -32,6 +33,10 @@ Connect = Callable[[], Awaitable[Link]]
 """Opens another link to the same server."""
 
 _VERIFIERS = 2
+_LONGEST_NAME = 256
+"""A request has room for this; nothing that is longer is a model's name."""
+_NAMED = 10
+"""How many models are named in an error."""
 _SERVED = "the server's storage or memory"
 _AROUND_DIGESTS_BYTES = 1024
 """What the digests document has besides 64 characters for each block."""
@@ -63,6 +68,7 @@ class WireSource(ChunkSource):
         self._connect = connect
         self._retry = retry
         self._link: Link | None = None
+        self._awaited: Link | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
         self._limits = limits
@@ -79,6 +85,24 @@ class WireSource(ChunkSource):
         """The names of the server's models, sorted."""
         answer = await self._persistently(lambda link: link.receive(ListModels))
         return sorted(answer.models) if answer else []
+
+    async def resolve(self, name: str | None) -> str:
+        """As of any source; if the token may not read the model, the server says so.
+
+        Raises:
+            UnknownModelError: no model or several models match.
+            RefusedError: the token may not read the model.
+        """
+        try:
+            return await super().resolve(name)
+        except UnknownModelError as exc:
+            if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+                raise
+            try:
+                return (await self.manifest(name)).name
+            except RefusedError as refused:
+                may = f"; it may read {', '.join(exc.known[:_NAMED])}" if exc.known else ""
+                raise RefusedError(f"{refused}{may}", code=refused.code) from None
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
@@ -214,17 +238,30 @@ class WireSource(ChunkSource):
         `failed` hears of each lost connection. If it returns True, there was progress, and attempts are counted anew.
         """
         delays = self._retry.delays()
+        waits_until: float | None = None
         while True:
             try:
                 return await attempt(await self._connected())
             except ConnectionFailedError as exc:
                 if failed(exc):
-                    delays = self._retry.delays()
-                delay = next(delays, None) if exc.transient and not self._closed else None
-                if delay is None:
+                    delays, waits_until = self._retry.delays(), None
+                if waits_until is None and self._link and self._link.said_goodbye and self._retry.attempts > 1:
+                    waits_until = time.monotonic() + self._retry.restart_seconds
+                delay = next(delays, None)
+                if delay is None and waits_until is not None and time.monotonic() < waits_until and not self._closed:
+                    delay = RESTART_DELAY_SECONDS
+                    self._note_waiting()
+                if delay is None or not exc.transient or self._closed:
                     raise
                 logger.info("%s; trying again in %.2f seconds", exc, delay)
                 await asyncio.sleep(delay)
+
+    def _note_waiting(self) -> None:
+        """Say once of each server that it is waited for."""
+        if self._link is not None and self._awaited is not self._link:
+            self._awaited = self._link
+            seconds = self._retry.restart_seconds
+            logger.warning("the server at %s is stopping; waiting %g seconds for it to be back", self.url, seconds)
 
     async def _connected(self) -> Link:
         """The link, or a new one if there is none yet, or it has ended."""
@@ -256,7 +293,7 @@ async def open_wire_source(
     connect_timeout: float = DEFAULT_CONNECT_SECONDS,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     token: str | None = None,
-    ssl: SSLContext | None = None,
+    ssl: SSLContext | TlsFiles | None = None,
     retry: RetryPolicy | None = None,
 ) -> WireSource:
     """Open a source over the server at a `ws://` or `wss://` address.
@@ -267,8 +304,8 @@ async def open_wire_source(
         connect_timeout: seconds that the server has to say hello.
         silence_timeout: seconds without progress, while requests are open, after which a connection is given up.
             Progress is 64 KiB that arrive, an answer that is completed, or a report that the server read that much.
-        token: the secret that the server was started with, if any.
-        ssl: trusts the certificates of a `wss://` server, instead of the system's.
+        token: the secret that the server knows, if any.
+        ssl: for a `wss://` server: whose certificates to trust, instead of the system's, and which to show.
         retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
 
     Raises:

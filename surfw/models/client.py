@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.retry import RetryPolicy
 from surfw.runtime.run import IoThread, run_in_executor
@@ -120,7 +120,7 @@ class WeightClient(SourceThread):
         source: str | os.PathLike[str] | StorageBackend,
         *,
         token: str | None = None,
-        ssl: SSLContext | None = None,
+        ssl: SSLContext | TlsFiles | None = None,
         retry: RetryPolicy | None = None,
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
@@ -132,7 +132,8 @@ class WeightClient(SourceThread):
             source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
                 URL may also be that of a plain checkpoint, which is then read from where it is.
             token: the secret that the server wants.
-            ssl: whose certificates to trust for `wss://`, instead of the system's.
+            ssl: for `wss://`: whose certificates to trust, instead of the system's, and which to show; their files, or
+                a context.
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
@@ -149,7 +150,7 @@ class WeightClient(SourceThread):
         if storage_options and (is_server or not isinstance(source, str | os.PathLike)):
             raise ConfigurationError("storage_options are for a storage URL; expected one with them")
         expect("token", token, str | None, "a text or None")
-        expect("ssl", ssl, SSLContext | None, "an ssl.SSLContext or None")
+        expect("ssl", ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
         for name, seconds in (("connect_timeout", connect_timeout), ("silence_timeout", silence_timeout)):
             expect(name, seconds, int | float, "a number of seconds over 0")

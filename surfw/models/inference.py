@@ -348,7 +348,7 @@ def _generate(
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
         streaming.leave_room(prompt_tokens, request.max_new_tokens)
-        config = model.generation_config = _generation_config(own, request)
+        config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
@@ -393,7 +393,7 @@ def _own_stops(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None,
     return [stops] if isinstance(stops, str) else list(stops)
 
 
-def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
+def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None

@@ -100,7 +100,7 @@ class Engine:
         self._schedule = Schedule(manifest.order if order is None else order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
-        plan = plan_residency(self._needs, limit)
+        plan = self._plan(self._needs, limit)
         self.table = SlotTable(needs.sizes, plan)
         self.host: Tier = self._open_tier(loader, io, plan)
         self._lock = threading.RLock()
@@ -120,6 +120,10 @@ class Engine:
         """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
 
+    def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
+        """The plan for these needs under this limit."""
+        return plan_residency(needs, limit)
+
     # What a run asks for.
 
     @contextmanager
@@ -134,6 +138,14 @@ class Engine:
                 yield
         finally:
             self._run, self._ahead, self._runner = before
+
+    def check(self) -> None:
+        """See whether the run that the engine works for is to end.
+
+        Raises:
+            SurfwError: it is.
+        """
+        self._run.check()
 
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
@@ -325,7 +337,7 @@ class Engine:
             ConfigurationError: the limit is too small for the model.
         """
         with self._lock:
-            return plan_residency(self._schedule.apply_to(self._needs), limit)
+            return self._plan(self._schedule.apply_to(self._needs), limit)
 
     @property
     def least_budget_bytes(self) -> int:
@@ -452,7 +464,7 @@ class Engine:
             ConfigurationError: there is none; nothing has changed.
         """
         needs = self._schedule.apply_to(needs)
-        plan = plan_residency(needs, limit)
+        plan = self._plan(needs, limit)
         self._needs, self.limit, self._planned_version = needs, limit, self._schedule.version
         self.host.adopt(plan)
         self._sync()
