@@ -260,7 +260,9 @@ def write_table(results: Path) -> None:
         f"not built: transformers makes no small model of their default configuration ({len(left)})": left,
     }
     for word in ("refused", "crash"):
-        rows |= {word: [f"`{one['type']}`: {one['why']}" for one in found.values() if one["word"] == word]}
+        rows |= {
+            word: [f"`{one['type']}`: {one['why'].partition(';')[0]}" for one in found.values() if one["word"] == word]
+        }
     lines = [summary, "", "| what | model types |", "|---|---|"]
     lines += [f"| {what} | {', '.join(types) or 'none'} |" for what, types in rows.items()]
     before, _, rest = PAGE.read_text().partition(BEGIN)
