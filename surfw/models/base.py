@@ -114,8 +114,8 @@ class StreamingBaseModel(ModelLifetime):
                 run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
                 the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there. With `none`
                 nothing is coded on the way to a device, either.
-            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
-                `WeightClient`.
+            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
+                `encryption_key_file`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
