@@ -156,6 +156,36 @@ INSIDES = [
         "the classes that users registered; there is no public list of them",
     ),
     Inside(
+        "transformers",
+        "MarianMTModel._keys_to_ignore_on_load_missing",
+        "skeleton/computed.py",
+        "the parameters that need not be in a checkpoint",
+    ),
+    Inside(
+        "torch.nn.utils.parametrize",
+        "ParametrizationList",
+        "skeleton/units.py",
+        "a list of modules whose items are steps of one weight, not layers",
+    ),
+    Inside(
+        "transformers",
+        "PreTrainedModel._init_weights",
+        "skeleton/computed.py",
+        "what from_pretrained makes them with",
+    ),
+    Inside(
+        "transformers.models.auto.tokenization_auto",
+        "TOKENIZER_MAPPING._extra_content",
+        "skeleton/tokenizers.py",
+        "the tokenizer classes that users registered; there is no public list of them",
+    ),
+    Inside(
+        "transformers.models.auto.tokenization_auto",
+        "REGISTERED_TOKENIZER_CLASSES",
+        "skeleton/tokenizers.py",
+        "the same, by name",
+    ),
+    Inside(
         "transformers.utils.chat_template_utils",
         "render_jinja_template",
         "models/chat_renderer.py",

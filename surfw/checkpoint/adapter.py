@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from surfw.checkpoint.companions import companions
 from surfw.checkpoint.layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILES,
-    TOKENIZER_FILES,
     read_json,
 )
 from surfw.checkpoint.reader import Checkpoint, folder_name, open_shard
@@ -92,7 +92,7 @@ def _open_folder(folder: Path, name: str) -> Checkpoint:
         path=folder,
         config=clean,
         generation_config=None,
-        files={one: folder / one for one in TOKENIZER_FILES if one in names},
+        files={one: folder / one for one in companions(names)},
         shards=(shard,),
         url=str(folder.absolute()),
     )

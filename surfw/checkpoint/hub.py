@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surfw.checkpoint.companions import companions
 from surfw.checkpoint.layout import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILES,
     CONFIG_FILE,
     GENERATION_FILE,
-    TOKENIZER_FILES,
     find_weights,
     no_checkpoint,
     read_config,
@@ -36,7 +36,12 @@ _ANSWER_SECONDS = 10
 
 
 def download_model(
-    repo_id: str, revision: str | None, *, show_progress: bool = False, may_be_quantised: bool = False
+    repo_id: str,
+    revision: str | None,
+    variant: str | None = None,
+    *,
+    show_progress: bool = False,
+    may_be_quantised: bool = False,
 ) -> Path:
     """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
@@ -46,10 +51,10 @@ def download_model(
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
         return _find_cached(repo_id, revision, exc)
-    entry = find_weights(names, f"hub model {repo_id}")
+    entry = find_weights(names, f"hub model {repo_id}", variant)
     if CONFIG_FILE not in names:
         raise no_checkpoint(f"hub model {repo_id}")
-    small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
+    small = {CONFIG_FILE, GENERATION_FILE} & names | set(companions(names))
     fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
     folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
     read_config(folder, may_be_quantised=may_be_quantised)
@@ -68,8 +73,8 @@ def download_adapter(repo_id: str, revision: str | None, *, show_progress: bool 
     except Exception as exc:  # noqa: BLE001  # as above
         return _find_cached(repo_id, revision, exc, ADAPTER_CONFIG_FILE)
     weights = next((name for name in ADAPTER_WEIGHTS_FILES if name in names), None)
-    wanted = {ADAPTER_CONFIG_FILE, *TOKENIZER_FILES} | ({weights} if weights else set())
-    return _fetch(repo_id, revision, wanted & names, show_progress=show_progress)
+    wanted = {ADAPTER_CONFIG_FILE} & names | set(companions(names)) | ({weights} if weights else set())
+    return _fetch(repo_id, revision, wanted, show_progress=show_progress)
 
 
 def resolve_commit(repo_id: str, revision: str | None) -> str:

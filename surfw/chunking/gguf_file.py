@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from surfw.checkpoint import Checkpoint
+from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.gguf import GgufShard
-from surfw.checkpoint.layout import TOKENIZER_FILES
 from surfw.checkpoint.reader import folder_name
 from surfw.chunking.plan import PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.prepare import PreparedModel, report_loading
@@ -80,7 +80,7 @@ def _tokenizer_files(file: Path, folder: Path) -> dict[str, Path]:
     except UnsupportedModelError as exc:
         logger.warning("%s; the model takes token ids only", exc)
         return {}
-    return {one: folder / one for one in TOKENIZER_FILES if (folder / one).is_file()}
+    return {one: folder / one for one in companions(list_files(folder))}
 
 
 def _plan(checkpoint: Checkpoint, shard: GgufShard, name: str, dtype: str, on_missing: OnMissing) -> PreparedModel:

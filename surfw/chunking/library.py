@@ -57,6 +57,7 @@ class ModelChunker:
         name: str | None = None,
         base: str | None = None,
         revision: str | None = None,
+        variant: str | None = None,
         dtype: str | None = None,
         dequantize: str | None = None,
         model_class: Any = None,
@@ -77,6 +78,7 @@ class ModelChunker:
             base: for a LoRA adapter in peft's format: the model of the store that it changes. Then `dtype`,
                 `dequantize`, `model_class` and `on_missing` have no meaning.
             revision: branch, tag or commit of the hub repository.
+            variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
             dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does:
                 compressed-tensors, fp8, mxfp4 and mxfp8.
@@ -100,6 +102,7 @@ class ModelChunker:
             ("name", name),
             ("base", base),
             ("revision", revision),
+            ("variant", variant),
             ("dtype", dtype),
             ("dequantize", dequantize),
         ):
@@ -135,6 +138,7 @@ class ModelChunker:
             os.fspath(model_name),
             name=name,
             revision=revision,
+            variant=variant,
             dtype=dtype,
             dequantize=dequantize,
             model_class=model_class,

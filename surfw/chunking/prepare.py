@@ -9,22 +9,26 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from surfw.checkpoint import Checkpoint, open_checkpoint
-from surfw.checkpoint.layout import quantisation_of, without_quantisation
+from surfw.checkpoint.companions import is_of_sentences
+from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
+from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
+    FILE_BYTES,
     OnMissing,
     check_dtype,
     check_on_missing,
     count,
     display_url,
+    quote,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
 from surfw.manifest import Base, Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
@@ -117,6 +121,7 @@ def prepare_model(
     *,
     name: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: str | None = None,
     dequantize: str | None = None,
     model_class: Any = None,
@@ -132,6 +137,7 @@ def prepare_model(
         model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
+        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
         dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does.
         model_class: default: the one that the configuration names in its `architectures`, else the base model of its
@@ -170,12 +176,17 @@ def prepare_model(
         checkpoint = open_checkpoint(
             address.removeprefix("file://"),
             revision=revision,
+            variant=variant,
             show_progress=show_progress,
             may_be_quantised=is_quantised,
         )
     elif revision is None:
         checkpoint = open_remote_checkpoint(
-            address, storage_options, silence_timeout=silence_timeout, may_be_quantised=is_quantised
+            address,
+            storage_options,
+            variant=variant,
+            silence_timeout=silence_timeout,
+            may_be_quantised=is_quantised,
         )
     else:
         raise ConfigurationError(
@@ -222,6 +233,7 @@ def _plan_model(
         from surfw.skeleton.dequantise import open_quantizer
 
         quantizer = open_quantizer(quantisation_of(checkpoint.config), where=where)
+    checkpoint = _with_registered_files(checkpoint)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -247,13 +259,38 @@ def _plan_model(
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
 
 
+def _with_registered_files(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with those of its files too that tokenizer classes of the program's own name."""
+    from surfw.skeleton.tokenizers import registered_names
+
+    own = {name: checkpoint.path / name for name in registered_names() if (checkpoint.path / name).is_file()}
+    return replace(checkpoint, files={**own, **checkpoint.files}) if own else checkpoint
+
+
+def check_files(prepared: PreparedModel) -> None:
+    """Make sure that the tokenizer of a prepared model is the checkpoint's when it is read from the files kept of it.
+
+    Raises:
+        CheckpointError: it has no vocabulary, gives other token ids, or its files cannot be read.
+    """
+    from surfw.skeleton.tokenizers import check_tokenizer
+
+    checkpoint = prepared.checkpoint
+    paths = {name: path for name, path in checkpoint.files.items() if not is_of_sentences(name)}
+    if paths:
+        files = {name: read_small(path, FILE_BYTES) for name, path in paths.items()}
+        for name, data in files.items():
+            refuse_pointer(data, f"{checkpoint.url}/{name}")
+        check_tokenizer(checkpoint.path, files, prepared.config, where=checkpoint.url)
+
+
 def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissing, where: str) -> None:
     """Say which tensors have no place, and refuse a model that lacks weights, unless it is wanted so.
 
     Raises:
         CheckpointError: it lacks weights.
     """
-    _report_missing(loading.missing, cls, on_missing, where)
+    _report_missing(loading, cls, on_missing, where)
     if loading.unused:
         logger.warning(
             "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
@@ -261,10 +298,13 @@ def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissin
         )  # fmt: skip
 
 
-def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
-    if not missing:
+def _report_missing(loading: "Loading", cls: str, on_missing: OnMissing, where: str) -> None:
+    if not (missing := loading.missing):
         return
     seen = f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}"
+    if loading.unused:
+        one = quote(loading.unused[0])
+        seen += f", and has {count(len(loading.unused), 'tensor')} that {cls} has no place for, such as {one}"
     if on_missing == "error":
         raise CheckpointError(
             f"{seen}; surfw never makes weights up. Check the architectures in config.json, save the model again with "

@@ -48,6 +48,7 @@ class _Wanted:
     model: str
     name: str | None
     revision: str | None
+    variant: str | None
     dtype: str | None
     dequantize: str | None
     codecs: tuple[str, ...]
@@ -69,6 +70,9 @@ def chunk(
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which files of weights, such as fp16 for model.fp16.safetensors.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -133,8 +137,9 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--dequantize": dequantize is not None, "--codec": codec is not None, "--base": base is not None,
-        "--from": source is not None, "--in-place": in_place, "--encrypt": encrypt is not None,
+        "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
+        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
+        "--encrypt": encrypt is not None,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -145,7 +150,7 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
+        for option in ("--revision", "--variant", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
             _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
@@ -179,7 +184,7 @@ def chunk(
             "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
         )
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
+        model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
         key=_read_key(encrypt),
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
@@ -336,6 +341,7 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         model,
         name=wanted.name,
         revision=wanted.revision,
+        variant=wanted.variant,
         dtype=wanted.dtype,
         dequantize=wanted.dequantize,
         on_missing=settings.on_missing,

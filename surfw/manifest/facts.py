@@ -40,7 +40,7 @@ Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 """Bits of the element types a tensor may have, under their safetensors names."""

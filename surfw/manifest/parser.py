@@ -36,7 +36,7 @@ from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _KEY_ID = re.compile(r"[0-9a-f]{32}")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,3}")
 _VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION, ADAPTER_VERSION})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
@@ -209,7 +209,7 @@ class _Parser:
     def file(self, document: Any) -> ModelFile:
         path = self.text(document["path"], "a file's path")
         plain = len(path) <= _MAX_FILE_NAME and bool(_FILE.fullmatch(path))
-        self.require(plain, f"file path {path[:80]!r} is not a plain file name")
+        self.require(plain, f"file path {path[:80]!r} is not one of plain file names")
         size = self.size(document["size"], f"the size of {path}")
         digest = self.digest(document["digest"], f"the digest of {path}")
         return ModelFile(path, size, digest, self.text(document.get("object", ""), f"the object of {path}"))
@@ -312,7 +312,7 @@ class _Parser:
         pins = {}
         for name, pin in document["objects"].items():
             plain = len(name) <= _MAX_OBJECT_NAME and bool(_FILE.fullmatch(name))
-            self.require(plain, f"object {name[:80]!a} of its origin is not a plain file name")
+            self.require(plain, f"object {name[:80]!a} of its origin is not one of plain file names")
             revision = self.text(pin["revision"], f"the revision of {name}")
             pins[name] = Pin(self.size(pin["size"], f"the size of {name}"), revision)
         return Origin(self.text(document["url"], "the URL of its origin"), pins)

@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 
 from surfw.errors import CheckpointError
 from surfw.skeleton.build import Skeleton
+from surfw.skeleton.computed import compute_missing
 from surfw.skeleton.dequantise import source_dtype
 from surfw.skeleton.dtypes import torch_dtype
 
@@ -41,7 +42,7 @@ class Recipe:
 
     Attributes:
         targets: names of the model's tensors that it yields, with their dtype and shape.
-        sources: names of the source tensors that it needs.
+        sources: names of the source tensors that it needs; none where transformers computes it.
         converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
         joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
     """
@@ -162,7 +163,15 @@ def finish_loading(
     missing = tuple(
         name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
     )
-    return Loading(recipes, ties, tuple(unused), missing)
+    dtypes = target_dtypes(skeleton)
+    computed = compute_missing(skeleton, missing, {name: dtypes(name) for name in missing})
+    recipes |= {name: _computed(name, value) for name, value in computed.items()}
+    return Loading(recipes, ties, tuple(unused), tuple(name for name in missing if name not in computed))
+
+
+def _computed(name: str, value: torch.Tensor) -> Recipe:
+    """The recipe of a parameter that no checkpoint has to hold."""
+    return Recipe({name: (value.dtype, tuple(value.shape))}, (), lambda _: {name: value})
 
 
 def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[dict[str, _Group], list[str]]:

@@ -19,7 +19,7 @@ MISTAKES = [
     ("help list all", 2, "'surfw list' has no commands of its own, and no 'all'"),
     ("bench wier", 2, "No such command 'wier'. Did you mean 'wire'"),
     # Options.
-    ("infer --promt a", 2, "No such option: --promt; did you mean --prompt or --prompt-ids?"),
+    ("infer --promt a", 2, "No such option: --promt; did you mean --prompt or --prompts?"),
     ("--verison", 2, "No such option: --verison; did you mean --version?"),
     ("infer my-model Weight streaming is", 2, "(streaming is); a text with spaces goes between quotes"),
     (
