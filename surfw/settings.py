@@ -168,6 +168,18 @@ class Settings:
         form=f"one of {', '.join(DTYPES)}",
         has_form=DTYPES.__contains__,
     )
+    disk_cache: str | None = _setting(
+        None,
+        "Disk space for weights that arrive, so that later runs read them there.",
+        shown="none is kept",
+        metavar="SIZE",
+        form="a size such as 20GB",
+        has_form=is_size,
+    )
+    cache_dir: str | None = _setting(
+        None, "The folder for that; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
+    )
+    offline: bool = _setting(False, "Contact nobody: take the weights from the disk cache.")
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
 from surfw.errors import UnknownModelError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Digests, Form, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,26 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
         if seen != form.block_digest(index):
             damage[index] = seen.hex()
     return damage
+
+
+class Verification:
+    """A check that notes which blocks of a form are damaged, from stored byte `start` on.
+
+    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
+
+    Attributes:
+        damaged: the BLAKE3 that each of them has instead, in hex, by its index.
+    """
+
+    def __init__(self, form: Form, start: int) -> None:
+        """Expect the blocks of the form from stored byte `start` on."""
+        self.damaged: dict[int, str] = {}
+        self._form = form
+        self._first = start // BLOCK_BYTES
+
+    def __call__(self, at: int, piece: memoryview) -> None:
+        """Look at whole blocks, `at` bytes after the first one."""
+        self.damaged.update(find_damage(self._form, self._first + at // BLOCK_BYTES, piece))
 
 
 def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
@@ -199,6 +219,27 @@ class ChunkSource(ABC):
         """
         del manifest, chunk, form
         return None
+
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """Return the digests of a chunk whose manifest lacks them, or None if nobody knows them."""
+        del manifest, chunk
+        return None
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have a form's stored bytes near by, before they are used; return whether all of them are.
+
+        Most sources have no such place, and do nothing.
+
+        Raises:
+            IntegrityError, StorageError, WireError: they could not be read.
+        """
+        del manifest, chunk, form, priority
+        return False
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """Return the forms of a chunk that are to be preferred, because they are nearer than others of it."""
+        del manifest, chunk
+        return ()
 
     @property
     def buffered_bytes(self) -> int:

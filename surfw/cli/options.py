@@ -39,7 +39,7 @@ RUN_SETTINGS = (
     "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
     "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
     "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "token_file", "live",
+    "token_file", "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 Place = Annotated[
@@ -67,7 +67,7 @@ _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
 
 _OTHER_WORDS = {
-    "run": "infer", "generate": "infer", "ask": "infer", "download": "chunk", "pull": "chunk", "convert": "chunk",
+    "run": "infer", "generate": "infer", "ask": "infer", "download": "pull", "convert": "chunk",
     "split": "chunk", "start": "serve", "status": "stats", "top": "stats", "benchmark": "bench", "ls": "list",
     "models": "list", "info": "show", "inspect": "show", "remove": "rm", "delete": "rm", "clean": "prune",
     "gc": "prune", "check": "verify", "settings": "config",
@@ -198,7 +198,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
             Settings(**{name: value for name, (value, _) in found.items()}),
             {name: where for name, (_, where) in found.items()},
         )
-        for name in ("memory_budget", "device_memory"):
+        for name in ("memory_budget", "device_memory", "disk_cache"):
             _check_size(loaded, name)
     except ConfigurationError as exc:
         raise WrongSettingError(str(exc)) from exc

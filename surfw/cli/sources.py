@@ -88,7 +88,10 @@ def choose_source(
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
-        if _is_served(local, configuration):
+        if settings.offline and not _holds_models(configuration):
+            yield ChosenSource(local, "the server on this machine, as far as the disk cache has it")
+            return
+        if not settings.offline and _is_served(local, configuration):
             yield ChosenSource(local, "the server on this machine")
             return
         if _holds_models(configuration):
@@ -182,6 +185,9 @@ def connect(
         retry=settings.retry,
         connect_timeout=settings.connect_timeout,
         silence_timeout=settings.silence_timeout,
+        disk_cache=settings.disk_cache,
+        cache_dir=settings.cache_dir,
+        offline=settings.offline or None,
     ) as client:
         client.begin(check)
         yield client

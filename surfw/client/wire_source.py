@@ -171,18 +171,25 @@ class WireSource(ChunkSource):
             logger.warning("%s; fetching %s again", what, count(len(found), "block"))
         self.refetched_blocks += len(found)
 
-    async def _with_digests(self, model: str, read: Read) -> Read:
-        """The read with the digests that its manifest lacks. The server is asked for those of a chunk once."""
-        name = (model, read.chunk.id)
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests:
+        """The digests of a chunk that its manifest lacks. The server is asked for those of a chunk once."""
+        return await self._find_digests(manifest.name, chunk)
+
+    async def _find_digests(self, model: str, chunk: Chunk) -> Digests:
+        name = (model, chunk.id)
         async with self._asking[name]:
             if name not in self._digests:
-                what = f"what the server at {self.url} says of chunk {read.chunk.name}"
-                size = read.form.stored_bytes
+                what = f"what the server at {self.url} says of chunk {chunk.name}"
+                size = chunk.forms[0].stored_bytes
                 most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
                 document = DocumentDownload(what, most_read(size), most_bytes=most_bytes)
-                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
+                data = await self._receive(lambda number: GetDigests(number, model, chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
-        known = with_digests(read.chunk, self._digests[name])
+            return self._digests[name]
+
+    async def _with_digests(self, model: str, read: Read) -> Read:
+        """The read with the digests that its manifest lacks."""
+        known = with_digests(read.chunk, await self._find_digests(model, read.chunk))
         asked = replace(known, id=read.chunk.id)  # the server finds the chunk by the id of its manifest
         return replace(read, chunk=asked, form=known.forms[0])
 

@@ -113,8 +113,8 @@ class StreamingBaseModel(ModelLifetime):
             codec: which form of the weights is read where the source has several: `auto` takes the exact one that the
                 run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
                 the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there.
-            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
-                `WeightClient`.
+            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
+                `disk_cache`, `cache_dir`, `offline`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

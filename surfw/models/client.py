@@ -13,6 +13,7 @@ from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError, ModelClosedError
+from surfw.models.disk_options import disk_options
 from surfw.retry import RetryPolicy
 from surfw.runtime.run import IoThread, run_in_executor
 from surfw.source import ChunkSource
@@ -125,6 +126,9 @@ class WeightClient(SourceThread):
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
         storage_options: Mapping[str, Any] | None = None,
+        disk_cache: int | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        offline: bool | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -138,6 +142,11 @@ class WeightClient(SourceThread):
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
                 which a server or a remote storage is given up; a backend of your own has its own.
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
+            disk_cache: what may be kept on a local disk of what arrives, such as `20GB`, for this run and later ones;
+                None to keep nothing. Sources on this machine need none, and have none.
+            cache_dir: the folder for that, which many processes may share; default `$SURFW_HOME/cache`.
+            offline: whether only that folder is read and nothing is contacted; default: what `HF_HUB_OFFLINE` says,
+                where there is a `disk_cache`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
@@ -164,7 +173,9 @@ class WeightClient(SourceThread):
             silence_timeout=silence_timeout,
         )
         open_place = connect if is_server else partial(_open_store, storage_options, silence_timeout)
-        super().__init__(*_locate(source, open_place))
+        disk = disk_options(disk_cache, cache_dir, offline)
+        url, open_source = _locate(source, open_place)
+        super().__init__(url, disk.wrap(url, open_source) if _has_url(source) else open_source)
 
     def models(self) -> list[str]:
         """The names of the models that the source has, sorted.
@@ -206,6 +217,11 @@ class WeightClient(SourceThread):
 
 Source = str | os.PathLike[str] | StorageBackend | WeightClient
 """Where a model's weights may come from."""
+
+
+def _has_url(source: object) -> bool:
+    """Whether a source is named by an address, so that it is known whether it is on this machine."""
+    return isinstance(source, str | os.PathLike | StorageBackend)
 
 
 def _locate(

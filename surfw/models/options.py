@@ -1,6 +1,7 @@
 """What models are opened with: the keywords, and the checks that they go through."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ssl import SSLContext
@@ -38,6 +39,9 @@ class ConnectionOptions(TypedDict, total=False):
     connect_timeout: float
     silence_timeout: float
     storage_options: Mapping[str, Any] | None
+    disk_cache: int | str | None
+    cache_dir: str | os.PathLike[str] | None
+    offline: bool | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Digests, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
@@ -61,8 +61,10 @@ class ReadAhead(ChunkSource):
         self._manifest = for_run(manifest, codec, where=source.url)
         self._wanted = wanted
         self._files: dict[str, asyncio.Task[bytes]] = {}
+        self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
+        self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
 
@@ -71,17 +73,32 @@ class ReadAhead(ChunkSource):
         check(self._manifest)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
-        if sum(chunk.payload_bytes for chunk in self._manifest.chunks) > memory_bytes // _MODEL_SHARE:
-            return
+        fits = sum(chunk.payload_bytes for chunk in self._manifest.chunks) <= memory_bytes // _MODEL_SHARE
         self._free_bytes = memory_bytes // _KEPT_SHARE
         used = dict.fromkeys(name for use in self._manifest.order for name in use.chunks)
         for priority, name in enumerate(used, 1):
             chunk = self._manifest.by_name[name]
-            form = choose_form(chunk, self._codec)
-            self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
+            form = self._choose_form(chunk)
+            if fits:
+                self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
+            else:
+                self._kept.append(_start(self._keep(chunk, form, priority)))
+
+    def _choose_form(self, chunk: Chunk) -> Form:
+        """The form that a run will ask for first."""
+        near = self._source.near(self._manifest, chunk) if self._is_free else ()
+        if near and self._codec not in {form.codec for form in near}:
+            return near[0]
+        return choose_form(chunk, self._codec)
+
+    async def _keep(self, chunk: Chunk, form: Form, priority: int) -> bool:
+        """Have the form near by, where the source has such a place; it takes little memory."""
+        async with self._turns:
+            return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
+        await self._keep(chunk, form, priority)
         async with self._turns:
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
@@ -113,6 +130,18 @@ class ReadAhead(ChunkSource):
         """Tell the source."""
         await self._source.announce(manifest, cycle, kept)
 
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks."""
+        return await self._source.digests(manifest, chunk)
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have the form near by, if the source can."""
+        return await self._source.keep(manifest, chunk, form, priority=priority)
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """The forms of a chunk that are near by."""
+        return self._source.near(manifest, chunk)
+
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
         task = self._chunks.pop((chunk.name, form.codec), None) if manifest is self._manifest else None
@@ -124,8 +153,9 @@ class ReadAhead(ChunkSource):
         await self._source.fetch(manifest, reads, priority=priority)
 
     async def _let_go(self) -> None:
-        tasks = list(self._chunks.values())
+        tasks = [*self._chunks.values(), *self._kept]
         self._chunks.clear()
+        self._kept.clear()
         await cancel_all(tasks)
 
     @property
