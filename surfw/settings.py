@@ -94,9 +94,9 @@ class Settings:
     store: str = _setting(
         default_store, "The store: a folder or a storage URL.", shown="$SURFW_HOME/store", metavar="URL"
     )
-    source: str | None = _setting(
+    source: str | tuple[str, ...] | None = _setting(
         None,
-        "A server (host:port), a folder, a storage URL, or a hub id.",
+        "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
     )
@@ -201,6 +201,12 @@ class Settings:
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
     retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
     retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
+    deadline: float | None = _setting(
+        None,
+        "Wait so many seconds for whatever is to be read, although its source fails.",
+        shown="as often as it is tried again",
+        least=_SHORTEST_SECONDS,
+    )
     token_file: str | None = _setting(
         None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
     )
@@ -225,6 +231,11 @@ class Settings:
             ConfigurationError: a value cannot be used, a name is unknown, or the file cannot be read.
         """
         return cls(**{name: value for name, (value, _) in trace_settings(config, arguments).items()})
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, the one that is wanted first; empty if none is named."""
+        return (self.source,) if isinstance(self.source, str) else self.source or ()
 
     @property
     def retry(self) -> RetryPolicy:
@@ -265,6 +276,7 @@ def _read_registry() -> dict[str, Setting]:
             optional=type(None) in get_args(hints[one.name]),
             choices=choices,
             words=tuple(words),
+            many=any(get_origin(kind) is tuple for kind in parts),
             **{**one.metadata, "default_text": shown},
         )
     return found

@@ -13,8 +13,8 @@ from typing import Self
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
-from surfw.errors import UnknownModelError
-from surfw.manifest import Chunk, Digests, Form, Manifest
+from surfw.errors import ConfigurationError, IntegrityError, UnknownModelError
+from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,60 @@ class View:
     memory: memoryview
     expect_unchanged: Callable[[], None]
     is_mapped: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a source waits for; times are those of `time.monotonic`.
+
+    Attributes:
+        lost: the address that failed.
+        since: when it did.
+        trying: the address that is tried next.
+        at: when.
+    """
+
+    lost: str
+    since: float
+    trying: str
+    at: float
+
+
+_PIN = "@b3:"
+
+
+def split_pin(name: str | None) -> tuple[str | None, str | None]:
+    """A model's name, and the identity that it is pinned to, if it is: `name@b3:DIGEST`.
+
+    Raises:
+        ConfigurationError: what stands behind `@b3:` is no BLAKE3.
+    """
+    name, mark, pin = (name or "").rpartition(_PIN) if _PIN in (name or "") else (name, "", "")
+    if mark and not is_digest(pin):
+        raise ConfigurationError(
+            f"{name} is pinned to {pin[:80]!a}, expected 64 hexadecimal digits, as 'surfw show' has them"
+        )
+    return name or None, pin or None
+
+
+def check_pin(manifest: Manifest, pin: str | None, *, where: str) -> None:
+    """Check that a model is the one that it is pinned to.
+
+    Raises:
+        IntegrityError: it is another one, or it cannot be told, because digests of its weights are not known.
+    """
+    if pin is None:
+        return
+    if not manifest.is_known:
+        raise IntegrityError(
+            f"{manifest.name} in {where} is served in place, without digests of its weights, so that it cannot be "
+            "pinned; chunk it, or leave out the pin"
+        )
+    if manifest.identity != pin:
+        raise IntegrityError(
+            f"{manifest.name} in {where} is not the model that is wanted: its identity is b3:{manifest.identity}, "
+            f"expected b3:{pin}; take another source, or leave out the pin if the change is meant"
+        )
 
 
 def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
@@ -259,6 +313,11 @@ class ChunkSource(ABC):
     def fetched_bytes(self) -> int:
         """Stored bytes delivered so far."""
         return 0
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps everything waiting, if a source failed and is to be tried again."""
+        return None
 
     async def resolve(self, name: str | None) -> str:
         """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.

@@ -32,7 +32,8 @@ _DIGEST_SHOWN = 12
 
 @options.with_settings(
     "model", "source", "storage_options", "codec", "disk_cache", "cache_dir", "connect_timeout", "silence_timeout",
-    "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "token_file",
+    "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "deadline",
+    "token_file",
 )  # fmt: skip
 def pull(
     *,
@@ -58,21 +59,15 @@ def pull(
         configuration = choose_model(configuration, place)
     settings = configuration.settings
     with choose_source(configuration) as chosen:
-        if is_local_url(chosen.url):
+        if all(map(is_local_url, chosen.all)):
             raise Mistake(
                 f"{display_url(chosen.url)} is on this machine, which needs no disk cache; name a source with --source"
             )
-        with WeightClient(
-            chosen.url,
-            token=settings.token if chosen.is_server else None,
-            storage_options=None if chosen.is_server else settings.storage_options,
-            retry=settings.retry,
-            connect_timeout=settings.connect_timeout,
-            silence_timeout=settings.silence_timeout,
-            disk_cache=settings.disk_cache or _NO_LIMIT_BYTES,
-            cache_dir=settings.cache_dir,
-            offline=False,
-        ) as client:
+        connection = chosen.connection(settings) | {
+            "disk_cache": settings.disk_cache or _NO_LIMIT_BYTES,
+            "offline": False,
+        }
+        with WeightClient(chosen.all if chosen.others else chosen.url, **connection) as client:
             pulled = _pull(client, settings, quiet=json or quiet)
     cache = _folder(settings).path
     if json:

@@ -84,8 +84,8 @@ def _list_source(context: typer.Context) -> list[str]:
     from surfw.errors import SurfwError
 
     settings = _settings(context, "source")
-    if settings.source is not None:
-        address = read_address(settings.source)
+    if settings.sources:
+        address = read_address(settings.sources[0])
         if not address.is_server:
             return _models_of_storage(settings, address.url)
         return read_stats(address.url, token=settings.token, timeout_seconds=_SECONDS)["models"]

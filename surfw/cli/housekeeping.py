@@ -192,6 +192,7 @@ def _show_details(model: ModelDetails) -> None:
         ("forms", ", ".join(f"{codec} {format_size(size)}" for codec, size in model.form_bytes.items())),
         ("files", ", ".join(file.name for file in model.files) or "none, so that it takes no text"),
         ("digest", model.digest),
+        ("pin", f"@b3:{model.identity}" if model.identity else "none, without digests of its weights"),
     ]
     if model.origin is not None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")

@@ -39,7 +39,7 @@ RUN_SETTINGS = (
     "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
     "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
     "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "token_file", "disk_cache", "cache_dir", "offline", "live",
+    "deadline", "token_file", "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 Place = Annotated[
@@ -342,6 +342,8 @@ def _value(setting: Setting, given: Any) -> Any:
     """Return what an option says; None if it was not given."""
     if setting.kind is dict:
         return parse_options(given) if given else None
+    if setting.many:
+        return (given[0] if len(given) == 1 else tuple(given)) if given else None
     return given
 
 
@@ -362,6 +364,6 @@ def _annotation(setting: Setting) -> Any:
         help=f"{setting.help} [{'; '.join(notes)}]",
     )
     kind: Any = Literal[setting.choices] if setting.choices else setting.kind
-    if setting.kind is dict:
+    if setting.kind is dict or setting.many:
         kind = list[str]
     return Annotated[kind | None, declared]

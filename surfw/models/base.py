@@ -114,7 +114,7 @@ class StreamingBaseModel(ModelLifetime):
                 run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
                 the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
-                `disk_cache`, `cache_dir`, `offline`; see `WeightClient`.
+                `disk_cache`, `cache_dir`, `offline`, `deadline`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

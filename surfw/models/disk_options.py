@@ -1,7 +1,7 @@
 """What a model is told of a disk cache: how large, where, and whether to do without the network. Without torch."""
 
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,16 +35,16 @@ class DiskOptions:
     folder: Path | None = None
     offline: bool = False
 
-    def wrap(self, url: str, open_source: OpenSource) -> OpenSource:
+    def wrap(self, urls: Sequence[str], open_source: OpenSource) -> OpenSource:
         """How to open a source behind the cache; one on this machine has none, and is opened as it is.
 
         Args:
-            url: the address of the source, without secrets.
+            urls: the address of the source, or of all that it consists of, without secrets.
             open_source: opens it.
         """
-        if is_local_url(url) or (self.budget_bytes is None and not self.offline):
+        if all(map(is_local_url, urls)) or (self.budget_bytes is None and not self.offline):
             return open_source
-        return partial(_open_cached, self, url, open_source)
+        return partial(_open_cached, self, urls[0], open_source)
 
     def open_folder(self) -> CacheFolder:
         """The folder, which is not contacted yet."""

@@ -42,6 +42,7 @@ class ConnectionOptions(TypedDict, total=False):
     disk_cache: int | str | None
     cache_dir: str | os.PathLike[str] | None
     offline: bool | None
+    deadline: float | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

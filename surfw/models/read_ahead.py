@@ -11,7 +11,6 @@ is kept: whoever has weights fetched does not want them as views.
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,10 +19,10 @@ from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError
 from surfw.manifest import Chunk, Digests, Form, Manifest
 from surfw.models.client import WeightClient
+from surfw.models.places import Place
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
-from surfw.source import ChunkSource, Read, View
-from surfw.storage import StorageBackend
+from surfw.source import ChunkSource, Read, View, Waiting, check_pin, split_pin
 from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
 
@@ -164,6 +163,11 @@ class ReadAhead(ChunkSource):
         return self._source.buffered_bytes
 
     @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting."""
+        return self._source.waiting
+
+    @property
     def refetched_blocks(self) -> int:
         """Blocks that arrived damaged and were fetched again."""
         return self._source.refetched_blocks
@@ -187,7 +191,7 @@ class ReadAheadClient(WeightClient):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | StorageBackend,
+        source: Place | Sequence[Place],
         model: str | None,
         *,
         memory_bytes: int | None,
@@ -209,7 +213,10 @@ class ReadAheadClient(WeightClient):
         async def open_ahead() -> ChunkSource:
             opened = await open_source()
             try:
-                return ReadAhead(opened, await opened.manifest(await opened.resolve(model)), model, codec)
+                wanted, pin = split_pin(model)
+                manifest = await opened.manifest(await opened.resolve(wanted))
+                check_pin(manifest, pin, where=opened.url)
+                return ReadAhead(opened, manifest, wanted, codec)
             except BaseException:
                 await opened.close()
                 raise

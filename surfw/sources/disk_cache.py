@@ -26,7 +26,7 @@ from surfw.errors import (
     UnknownModelError,
 )
 from surfw.manifest import Chunk, Digests, Form, Manifest, count_blocks, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, Verification, View, find_damage, find_model
+from surfw.source import ChunkSource, Read, Verification, View, Waiting, find_damage, find_model
 from surfw.sources.disk import Blob, CacheFolder
 from surfw.storage.local_reader import FileRange, LocalReader, MappedFile
 from surfw.threads import in_thread, together
@@ -445,6 +445,11 @@ class DiskCache(ChunkSource):
     def buffered_bytes(self) -> int:
         """The most memory that fetching takes besides the destinations."""
         return self._source.buffered_bytes if self._source else 0
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting."""
+        return self._source.waiting if self._source else None
 
     @property
     def refetched_blocks(self) -> int:

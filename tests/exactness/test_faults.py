@@ -19,10 +19,10 @@ from surfw.config import DAMAGE_RETRIES
 from surfw.errors import IntegrityError, ModelError, SurfwError, WireError
 from surfw.models import StreamingModel
 from surfw.storage import Store, open_backend
+from surfw.testing.faults import DOWN, UP, Fault, FaultProxy
 from tests.exactness.families import FAMILIES
 from tests.exactness.test_families import inputs
 from tests.servers import serve
-from tests.services.faults import DOWN, UP, Fault, faults_before, make_schedule
 
 NAMES = ("llama", "bert-mlm", "t5")
 TOGETHER, AT_ONCE = 10, 3
@@ -62,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
 
 def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
     """One schedule: its error, if there may be one; None if the model gave the bits that it should."""
-    schedule = make_schedule(seed, served.payload_bytes)
+    schedule = Fault.draw(seed, served.payload_bytes)
     kinds = {fault.kind for faults in schedule for fault in faults}
     what = f"seed {seed}, {name}: {schedule}"
     seconds = 30 if kinds <= HARMLESS else 0.7
@@ -79,7 +79,7 @@ def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
             logits: torch.Tensor = streaming(**served.given).logits
             return logits
 
-    with faults_before(served.url, schedule) as proxy:
+    with FaultProxy(served.url, schedule) as proxy:
         try:
             seen = within(GUARD_SECONDS, lambda: run(proxy.url))
         except (WireError, IntegrityError, ModelError) as exc:
@@ -142,7 +142,7 @@ def test_through_faults_a_model_is_exact_or_fails_with_one_error(first: int, mod
 def test_a_flip_in_a_chunk_costs_a_block_and_is_told(models: dict[str, Served]) -> None:
     served = models["llama"]
     flip = Fault("flip", DOWN, served.payload_bytes // 2, b"", 3)
-    with faults_before(served.url, [[flip]]) as proxy, StreamingModel.open(proxy.url, "llama") as streaming:
+    with FaultProxy(served.url, [[flip]]) as proxy, StreamingModel.open(proxy.url, "llama") as streaming:
         assert torch.equal(streaming(**served.given).logits, served.logits)
         statistics = streaming.statistics()
     assert statistics["cache"]["refetched_blocks"] == 1
