@@ -142,6 +142,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
     """
     link = Link(endpoint.shown, limits, silence_seconds)
     tls: dict[str, Any] = {} if endpoint.ssl is None else {"ssl": endpoint.ssl}
+    is_open = False
     try:
         async with asyncio.timeout(connect_seconds):
             connection = await _Connecting(
@@ -161,6 +162,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
             )
             _require_protocol(connection)
             await link.greeted
+            is_open = True
     except TimeoutError as exc:
         what = f"{link.url} answers, but said no hello" if link.heard else f"no surfw server at {link.url}: no answer"
         raise _failed(f"{what} within {connect_seconds:g} seconds; {START_ONE}", transient=True) from exc
@@ -169,7 +171,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
     except (ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
         raise _explain(link, endpoint, exc) from exc
     finally:
-        if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
+        if not is_open:  # also if this is cancelled just when the hello has come
             link.abort()
     return link
 

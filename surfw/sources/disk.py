@@ -152,6 +152,10 @@ class Blob:
             os.close(self._fd)
         self._fd = -1
 
+    def __del__(self) -> None:
+        """Close the file: whoever opened it in a thread may have been cancelled meanwhile."""
+        self.close()
+
 
 class CacheFolder:
     """A folder with verified bytes of models. Used by one process in one thread at a time, and by many processes.

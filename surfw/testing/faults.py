@@ -26,6 +26,7 @@ DOWN, UP = "down", "up"
 KINDS = ("delay", "throttle", "cut", "flip", "truncate", "half-open", "reset", "duplicate")
 _ANNOUNCEMENT, _BEGINNING = b'{"type":"data"', b'{"type":"begin"'
 _READ_BYTES = 1 << 14
+_CLOSE_SECONDS = 5.0
 _SLOW_BYTES = 1 << 11
 
 
@@ -159,6 +160,9 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         if self._thread is not None:
             self._thread.join()
         self.server_close()
+        ends = time.monotonic() + _CLOSE_SECONDS
+        while self.ends and time.monotonic() < ends:
+            time.sleep(0.005)
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -172,8 +176,9 @@ class _Handler(socketserver.BaseRequestHandler):
             faults = self.server.schedule.pop(0) if self.server.schedule else []
         with contextlib.suppress(OSError), socket.create_connection(self.server.target) as upstream:
             stuck = threading.Event()
+            ends = {self.request, upstream}
             with self.server.lock:
-                self.server.ends |= {self.request, upstream}
+                self.server.ends |= ends
             for end in (self.request, upstream):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pumps = [
@@ -197,8 +202,8 @@ class _Handler(socketserver.BaseRequestHandler):
                     end.shutdown(socket.SHUT_RDWR)
             for thread in threads:
                 thread.join()
-            with self.server.lock:
-                self.server.ends -= {self.request, upstream}
+        with self.server.lock:
+            self.server.ends -= ends
 
 
 class _Pump:
@@ -303,6 +308,7 @@ class _Pump:
     def reset(self, data: bytes, fault: Fault) -> bytes:
         del data, fault
         self.sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sink.shutdown(socket.SHUT_RD)  # or the other direction would read on, and keep it from being closed
         self.sink.close()
         self.source.shutdown(socket.SHUT_RDWR)
         return b""

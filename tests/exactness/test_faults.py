@@ -1,11 +1,16 @@
 """Through a network that delays, cuts, damages and repeats, a model gives the resident model's bits, or one error."""
 
 import asyncio
+import contextlib
 import copy
+import gc
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +34,7 @@ TOGETHER, AT_ONCE = 10, 3
 SCHEDULES = 300
 EQUAL_AT_LEAST = 3
 HARMLESS = {"delay", "throttle", "cut"}
+DEADLINE_SECONDS = 15
 GUARD_SECONDS = 60
 """A schedule that hangs ends here; one that does not takes a few seconds at most."""
 
@@ -122,6 +128,72 @@ def is_payload(sent: bytes | bytearray, place: int) -> bool:
             return sent[at] & 15 == Opcode.BINARY and place >= at + head
         at += head + size
     return False
+
+
+def run_through_two(seed: int, name: str, served: Served, folder: Path) -> SurfwError | None:
+    """Two sources, each with a schedule of its own; every third seed with a disk cache, which is right afterwards."""
+    schedules = [Fault.draw(seed, served.payload_bytes), Fault.draw(seed + 1_000_000, served.payload_bytes)]
+    what = f"seed {seed}, {name}: {schedules}"
+    cache: dict[str, Any] = {"disk_cache": "1GB", "cache_dir": folder, "offline": False} if seed % 3 == 0 else {}
+
+    def run(source: str | list[str], **options: Any) -> torch.Tensor:
+        with StreamingModel.open(source, name, cache_size=1 + seed % 3, **options, **cache) as streaming:
+            logits: torch.Tensor = streaming(**served.given).logits
+            return logits
+
+    with FaultProxy(served.url, schedules[0]) as one, FaultProxy(served.url, schedules[1]) as other:
+        patience: dict[str, Any] = {"connect_timeout": 0.7, "silence_timeout": 0.7, "deadline": DEADLINE_SECONDS}
+        began = time.monotonic()
+        error: SurfwError | None = None
+        try:
+            seen = within(
+                GUARD_SECONDS,
+                lambda: run([one.url, other.url], retry=RetryPolicy(first_delay_seconds=0.01, backoff=2), **patience),
+            )
+            assert torch.equal(seen, served.logits), what
+        except SurfwError as exc:
+            error = exc
+        except Exception as exc:
+            raise AssertionError(what) from exc
+        assert time.monotonic() - began < GUARD_SECONDS, what
+    if cache:
+        assert not list(folder.rglob(".*")), what
+        assert torch.equal(run(served.url), served.logits), what
+    return error
+
+
+def open_files() -> set[str]:
+    """What this process has open, but for what Python opens while it looks."""
+    found = set()
+    for number in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(f"{number.name} {number.readlink()}")
+    return {one for one in found if "/proc/" not in one}
+
+
+def is_left(thread: threading.Thread) -> bool:
+    """Whether a thread is one of surfw's own."""
+    return thread.name.startswith("surfw")
+
+
+@pytest.mark.parametrize("first", range(0, 300 if os.environ.get("SURFW_TEST_LONG") else TOGETHER, TOGETHER))
+def test_through_faults_of_two_sources_a_model_is_exact_or_fails_with_one_error(
+    first: int, models: dict[str, Served], tmp_path: Path
+) -> None:
+    def run(seed: int) -> SurfwError | None:
+        name = NAMES[seed % len(NAMES)]
+        return run_through_two(seed, name, models[name], tmp_path / str(seed))
+
+    before = open_files()
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        errors = list(threads.map(run, range(first, first + TOGETHER)))
+    texts = [str(error) for error in errors if error]
+    assert all(text.isprintable() for text in texts), texts
+    assert TOGETHER - len(texts) >= EQUAL_AT_LEAST, texts
+    gc.collect()
+    assert not list(filter(is_left, threading.enumerate()))
+    left = {one for one in open_files() - before if "socket:" in one or str(tmp_path) in one}
+    assert not left
 
 
 @pytest.mark.parametrize("first", range(0, SCHEDULES, TOGETHER))
