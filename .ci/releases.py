@@ -28,6 +28,7 @@ AT_ONCE = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
 USED_INSIDE = ("botocore", "s3fs", "transformers", "websockets")
 PLACES = [
     "tests/test_insides.py", "tests/skeleton", "tests/client", "tests/server/test_server.py",
+    "tests/models/test_many.py",
     "tests/storage/test_s3.py", "tests/storage/test_s3_ranges.py", "tests/storage/test_http.py",
 ]  # fmt: skip
 """Tests of the places that use insides of these libraries."""

@@ -35,6 +35,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
             policy=settings.policy,
             retry=settings.retry,
             token=settings.token if source.startswith(("ws://", "wss://")) else None,
+            ssl=settings.tls_for(source),
         ) as model:
             app.state.model = model
             yield

@@ -3,6 +3,7 @@
 from .checkpoint import demo_checkpoint as demo_checkpoint
 from .chunking.library import ModelChunker as ModelChunker
 from .chunking.library import ModelInfo as ModelInfo
+from .config import TlsFiles as TlsFiles
 from .config import WireLimits as WireLimits
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigurationError as ConfigurationError
@@ -25,7 +26,10 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .errors import WireError as WireError
 from .models import CacheInfo as CacheInfo
 from .models import Explanation as Explanation
+from .models import InferenceRequest as InferenceRequest
+from .models import InferenceResult as InferenceResult
 from .models import InferenceStats as InferenceStats
+from .models import ManyResult as ManyResult
 from .models import StreamingBaseModel as StreamingBaseModel
 from .models import StreamingBertModel as StreamingBertModel
 from .models import StreamingGPTModel as StreamingGPTModel

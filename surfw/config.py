@@ -213,6 +213,36 @@ def display_url(url: str) -> str:
     return "::".join(_without_secrets(link) for link in _CHAIN.split(url))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsFiles:
+    """Certificates in PEM files: what `ssl=` takes besides an `ssl.SSLContext`. Nothing is read here.
+
+    A server reads them again when they change, a client whenever it connects.
+
+    Attributes:
+        certfile: the certificate to show, followed by those that lead to its issuer. A server needs one.
+        keyfile: its private key, without a passphrase; None if that is in `certfile`.
+        ca_certs: the issuers to trust. With them, a server lets in only clients that show a certificate of theirs;
+            for a client, they take the place of those that the system trusts.
+
+    Raises:
+        ConfigurationError: one is no path, or there is a key without a certificate.
+    """
+
+    certfile: str | Path | None = None
+    keyfile: str | Path | None = None
+    ca_certs: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check the paths."""
+        for name in ("certfile", "keyfile", "ca_certs"):
+            expect(name, getattr(self, name), str | Path | None, "the path of a file, or None")
+        if self.keyfile is not None and self.certfile is None:
+            raise ConfigurationError(
+                f"the private key {self.keyfile} has no certificate; name it with --ssl-certfile (certfile=)"
+            )
+
+
 def expect(name: str, value: object, kind: type | UnionType, what: str) -> None:
     """Make sure that an argument has a type that can be used; a `bool` is no number.
 

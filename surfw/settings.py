@@ -25,6 +25,7 @@ from surfw.config import (
     CodecChoice,
     OnMissing,
     Policy,
+    TlsFiles,
     default_store,
     is_device,
     is_size,
@@ -81,6 +82,10 @@ def _setting(
     if callable(default):
         return field(default_factory=default, metadata=known, repr=in_repr)
     return field(default=default, metadata=known, repr=in_repr)
+
+
+class SeveralTokensError(ConfigurationError):
+    """A file of tokens for a server is given to a client, which shows one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -208,7 +213,19 @@ class Settings:
         least=_SHORTEST_SECONDS,
     )
     token_file: str | None = _setting(
-        None, "A file that holds the token that clients show.", shown="none", metavar="FILE"
+        None, "A file with the token that clients show; a server's may hold several.", shown="none", metavar="FILE"
+    )
+    ssl_certfile: str | None = _setting(
+        None, "The certificate to show over TLS, in PEM; a server needs it for wss://.", shown="none", metavar="FILE"
+    )
+    ssl_keyfile: str | None = _setting(
+        None, "The certificate's private key, in PEM.", shown="in the same file", metavar="FILE"
+    )
+    ssl_ca_certs: str | None = _setting(
+        None,
+        "Whose certificates to trust, in PEM; a server wants one from each client then.",
+        shown="the system's; a server wants none",
+        metavar="FILE",
     )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
@@ -250,12 +267,27 @@ class Settings:
 
     @property
     def token(self) -> str | None:
-        """The token: what `token_file` holds, else what `$SURFW_TOKEN` holds, else None. It is read at every use.
+        """A client's token: what `token_file` holds, else what `$SURFW_TOKEN` holds. It is read at every use.
 
         Raises:
-            ConfigurationError: the file cannot be read, or holds no token.
+            ConfigurationError: the file cannot be read, or holds no token, or several.
         """
         return read_token(self.token_file)
+
+    def tls_for(self, url: str) -> TlsFiles | None:
+        """As `tls`, for a client of the server at this address; None if that is without TLS."""
+        return self.tls if url.startswith("wss://") else None
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """The certificates of this side, and those that it trusts; None if nothing is set.
+
+        Raises:
+            ConfigurationError: there is a key without a certificate.
+        """
+        if self.ssl_certfile is self.ssl_keyfile is self.ssl_ca_certs is None:
+            return None
+        return TlsFiles(certfile=self.ssl_certfile, keyfile=self.ssl_keyfile, ca_certs=self.ssl_ca_certs)
 
 
 def _read_registry() -> dict[str, Setting]:
@@ -453,6 +485,8 @@ def _check_token(text: str, where: str) -> str:
     token = text.strip()
     if not token:
         raise ConfigurationError(f"{where} is empty, expected a token; put one in, or unset it")
+    if token.startswith(("[", "#")) and "\n" in token:
+        raise SeveralTokensError(f"{where} holds a server's tokens, expected one; put the one to show in a file alone")
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigurationError(f"{where} holds no token, expected one word of printable ASCII characters")
     return token

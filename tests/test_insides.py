@@ -46,6 +46,9 @@ LOADER = "the loader's own renaming and conversion of weights; there is no publi
 META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
 RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
 TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
+TOGETHER = (
+    "continuous batching, a pass at a time in the model's own thread; the public ways run in a thread of their own"
+)
 CONTINUED = "which caches can go on with several tokens at once, and be cropped; is_croppable says it of others too"
 REGISTRY = "placing a tensor without torch's checks and hooks, 10 times a layer and token; setattr takes microseconds"
 PACKED = (
@@ -96,6 +99,25 @@ INSIDES = [
     Inside("transformers.cache_utils", "DummyLayer", "models/conversation.py", CONTINUED),
     Inside(
         "transformers.generation.streamers", "BaseStreamer", "models/inference.py", "sees tokens, not only their text"
+    ),
+    Inside(
+        "transformers.generation.continuous_batching.continuous_api",
+        "ContinuousBatchingManager._create_batch_processor",
+        "models/many.py",
+        TOGETHER,
+    ),
+    Inside(
+        "transformers.generation.continuous_batching.continuous_api",
+        "ContinuousBatchProcessor._generation_step",
+        "models/many.py",
+        TOGETHER,
+        ("model",),
+    ),
+    Inside(
+        "transformers",
+        "GenerationMixin._get_logits_processor",
+        "models/many.py",
+        "what its settings ask for is applied",
     ),
     Inside(
         "huggingface_hub.constants",

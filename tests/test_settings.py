@@ -51,7 +51,11 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "retry_jitter": (0.0, 0.25, 1.0),
     "deadline": (0.5, 1.5, 2.5),
     "token_file": ("/a", "/b", "/c"),
+    "ssl_certfile": ("/a", "/b", "/c"),
+    "ssl_keyfile": ("/a", "/b", "/c"),
+    "ssl_ca_certs": ("/a", "/b", "/c"),
     "on_missing": ("uninitialized", "error", "uninitialized"),
+    "redis_url": ("redis://a", "rediss://b", "redis://c:6380/1"),
 }
 """Of every setting, a value for the argument, the variable and the file."""
 

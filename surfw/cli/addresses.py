@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from surfw.config import display_url, is_server_url
+from surfw.config import TlsFiles, display_url, is_server_url
 from surfw.errors import ConnectionFailedError, RefusedError
 from surfw.wire import is_loopback
 
@@ -100,10 +100,10 @@ def is_host(text: str) -> bool:
     return _HOST_ALONE.fullmatch(text) is not None
 
 
-def read_source(text: str, *, seconds: float) -> str:
+def read_source(text: str, *, seconds: float, tls: TlsFiles | None = None) -> str:
     """The address of a source of weights; a web server is asked, for so long, whether it is a surfw server."""
     address = read_address(text)
-    return address.as_server if address.kind == "web" and _is_surfw(address, seconds) else address.url
+    return address.as_server if address.kind == "web" and _is_surfw(address, seconds, tls) else address.url
 
 
 def read_server(text: str) -> str:
@@ -120,14 +120,14 @@ def read_server(text: str) -> str:
     raise Mistake(f"{display_url(text)} is not the address of a server; expected HOST:PORT or ws://HOST:PORT")
 
 
-def _is_surfw(address: Address, seconds: float) -> bool:
+def _is_surfw(address: Address, seconds: float, tls: TlsFiles | None) -> bool:
     """Whether a surfw server answers at the address of a web server; it may want a token, which is not sent here."""
     import asyncio
 
     from surfw.client import probe
 
     try:
-        return asyncio.run(probe(address.as_server, seconds))
+        return asyncio.run(probe(address.as_server, seconds, ssl=tls if address.url.startswith("https:") else None))
     except RefusedError:
         return True
     except ConnectionFailedError:

@@ -40,6 +40,9 @@ Examples:
   surfw bench device --folder /dev/shm --parts streamed,packed
 """
 
+_CONNECTION = ("token_file", *options.TLS_SETTINGS)
+"""How servers are reached; the processes that are measured have it by variables."""
+
 _FOLDER = typer.Option(
     "--dir", metavar="DIR", help="Where to write; removed afterwards. [default: the temporary folder]"
 )
@@ -154,7 +157,9 @@ def bench_storage(
 
 
 @app.command("infer", cls=options.Command, epilog=INFER_EXAMPLES)
-def infer(
+@options.with_settings(*_CONNECTION)
+def bench_infer(
+    *,
     model_dir: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="A checkpoint in a local directory.")],
     against: Annotated[
         str | None,
@@ -193,6 +198,7 @@ def infer(
     source: Annotated[
         str | None, typer.Option(metavar="URL", help="What surfw reads instead of a local store, such as a server.")
     ] = None,
+    configuration: options.Configuration,
     bandwidth: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Bytes per second of the source's link, such as 119MB. [default: measured]"),
@@ -212,11 +218,16 @@ def infer(
     names = None if against is None else [name.strip() for name in against.split(",")]
     _check_against(names or ())  # before torch is imported
     from surfw.bench.comparison import Comparison
-    from surfw.bench.infer import bench_infer
+    from surfw.bench.infer import bench_infer as measure
     from surfw.cli import bench_view, render
     from surfw.cli.addresses import read_source
     from surfw.config import DEFAULT_CONNECT_SECONDS, parse_size
 
+    if source is not None:
+        tls = configuration.settings.tls
+        source = read_source(source, seconds=DEFAULT_CONNECT_SECONDS, tls=tls)
+    options.tls_for(configuration, source or "a local store")
+    options.hand_on(configuration, _CONNECTION)
     comparison = Comparison(
         model_dir=model_dir,
         against=names,
@@ -226,14 +237,14 @@ def infer(
         memory_budget=memory_budget,
         store=store,
         folder=folder,
-        source=None if source is None else read_source(source, seconds=DEFAULT_CONNECT_SECONDS),
+        source=source,
         bandwidth_bytes=None if bandwidth is None else parse_size(bandwidth),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         rounds=rounds,
         patience_seconds=patience,
     )
-    found = bench_infer(comparison, on_progress=partial(_say, quiet=quiet))
+    found = measure(comparison, on_progress=partial(_say, quiet=quiet))
     render.show(found, bench_view.show_comparison, json=json)
     if found.rows[0].failed:
         raise typer.Exit(1)  # surfw itself did not run
@@ -315,7 +326,9 @@ def quality(
     cls=options.Command,
     epilog="Example:  surfw bench start 10.0.0.5:8765 --download http://10.0.0.5:8000/my-model",
 )
-def start(
+@options.with_settings(*_CONNECTION)
+def bench_start(
+    *,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A server (host:port), a folder, or a storage URL.")],
     model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
     download: Annotated[
@@ -329,16 +342,20 @@ def start(
     codec: Annotated[
         str, typer.Option(metavar="NAMES", help="Of auto, none, lossless, int8, int4, separated by commas.")
     ] = "auto,none,lossless",
+    configuration: options.Configuration,
     rounds: Annotated[int, typer.Option(min=1, help="Starts of each, in turn; medians are shown.")] = 3,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """From the start of `surfw infer` to its first token, against transformers, which needs all weights first."""
-    from surfw.bench.start import bench_start
+    from surfw.bench.start import bench_start as measure
+    from surfw.cli.addresses import read_address
 
+    options.tls_for(configuration, read_address(source).as_server)
+    options.hand_on(configuration, _CONNECTION)
     codecs = [name.strip() for name in codec.split(",")]
     say = partial(_say, quiet=quiet)
-    _show(bench_start(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say), json=json)
+    _show(measure(source, model=model, download=download, codecs=codecs, rounds=rounds, on_progress=say), json=json)
 
 
 @app.command(

@@ -70,7 +70,7 @@ def _in_time(look: Callable[[], list[str]]) -> list[str]:
 def _settings(context: typer.Context, *names: str) -> Settings:
     """The settings, as far as they have been typed already."""
     config = context.params.get("config") or context.find_root().params.get("config")
-    return Settings.load(config, **{name: context.params.get(name) for name in names})
+    return Settings.load(config, **{name: context.params.get(name) or None for name in names})
 
 
 def _list_store(context: typer.Context) -> list[str]:
@@ -83,12 +83,13 @@ def _list_source(context: typer.Context) -> list[str]:
     from surfw.client import read_stats
     from surfw.errors import SurfwError
 
-    settings = _settings(context, "source")
+    settings = _settings(context, "source", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
     if settings.sources:
         address = read_address(settings.sources[0])
         if not address.is_server:
             return _models_of_storage(settings, address.url)
-        return read_stats(address.url, token=settings.token, timeout_seconds=_SECONDS)["models"]
+        tls = settings.tls_for(address.url)
+        return read_stats(address.url, token=settings.token, ssl=tls, timeout_seconds=_SECONDS)["models"]
     try:
         url = f"ws://{DEFAULT_HOST}:{settings.port}"
         return read_stats(url, token=settings.token, timeout_seconds=_SECONDS / 2)["models"]

@@ -7,7 +7,7 @@ import typer
 
 from surfw.cli import options
 from surfw.config import display_url
-from surfw.settings import TOKEN_VARIABLE
+from surfw.settings import TOKEN_VARIABLE, SeveralTokensError
 from surfw.storage_options import shown_options
 
 EXAMPLES = """\b
@@ -35,7 +35,10 @@ def config(
         name: {"value": _shown(name, getattr(found.settings, name)), "from": origin.name}
         for name, origin in found.origins.items()
     }
-    is_set = found.settings.token is not None
+    try:
+        is_set = found.settings.token is not None
+    except SeveralTokensError:
+        is_set = True
     place = TOKEN_VARIABLE if os.environ.get(TOKEN_VARIABLE) else "token_file" if is_set else "default"
     shown["token"] = {"value": "set" if is_set else "not set", "from": place}
     if json:

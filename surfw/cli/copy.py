@@ -39,13 +39,16 @@ def copy_model(
     from surfw.storage.origins import PlacedOptions, is_local_url
 
     settings = configuration.settings
-    url = read_source(wanted.source, seconds=settings.connect_timeout)
+    url = read_source(wanted.source, seconds=settings.connect_timeout, tls=settings.tls)
     placed = PlacedOptions(url if is_local_url(settings.store) else settings.store, settings.storage_options)
     backend = open_backend(settings.store, placed.for_url(settings.store))
     is_server = is_server_url(url)
     outcomes: Counter[Outcome] = Counter()
     with WeightClient(
-        url, token=settings.token if is_server else None, storage_options=None if is_server else placed.for_url(url)
+        url,
+        token=settings.token if is_server else None,
+        ssl=options.tls_for(configuration, url),
+        storage_options=None if is_server else placed.for_url(url),
     ) as client:
 
         async def find(source: "ChunkSource") -> "Manifest":

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from surfw.cli import chat, options
+from surfw.cli import chat, infer_many, options
 from surfw.cli.addresses import Mistake
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
@@ -34,6 +35,7 @@ Examples:
   echo Hello | surfw infer org/name
   surfw infer 127.0.0.1:8765 --cache-layers 2 --prompt-ids 1,2,3 --json
   surfw infer my-model --memory-budget 2GB --explain
+  surfw infer my-model --prompts questions.jsonl --output answers.jsonl --resume
 """
 
 _PATIENCE_SECONDS = 1.0
@@ -58,6 +60,22 @@ def infer(
     ignore_eos: options.IgnoreEos = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Answer many: JSON lines such as {"id": 1, "prompt": "…"}; - is stdin.'),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to --prompts there, instead of to stdout.")
+    ] = None,
+    ordered: Annotated[
+        bool, typer.Option("--ordered", help="Answers in the order of --prompts, not as they finish.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the prompts that --output has answers to.")
+    ] = False,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
+    ] = None,
     configuration: options.Configuration,
     explain: Annotated[
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
@@ -72,12 +90,22 @@ def infer(
     if "" in (stop or ()):
         raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
     prompt = _one_of("PROMPT", text, "--prompt", prompt)
+    many = infer_many.Many(
+        prompts=prompts, output=output, ordered=ordered, resume=resume, sequences=sequences, stop=tuple(stop or ()),
+        ignore_eos=ignore_eos, system=system, raw=raw, quiet=quiet,
+    )  # fmt: skip
+    infer_many.check_together(
+        many, {"a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json}
+    )
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
     if place is not None:
         from surfw.cli.sources import choose_model
 
         configuration = choose_model(configuration, place)
+    if prompts is not None:
+        infer_many.answer_file(many, configuration)
+        return
     from surfw.cli.infer_view import choose_view
 
     settings = configuration.settings
@@ -171,7 +199,7 @@ def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | 
     if not chosen.is_server or is_cached or settings.dtype not in {None, "auto"}:
         return None
     try:
-        return read_stats(chosen.url, token=settings.token, timeout_seconds=_STATS_SECONDS)
+        return read_stats(chosen.url, token=settings.token, ssl=chosen.tls, timeout_seconds=_STATS_SECONDS)
     except SurfwError:
         return None
 

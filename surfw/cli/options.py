@@ -6,6 +6,7 @@ own, and one that is not given is None.
 
 import inspect
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from surfw.cli import completion, signals
 from surfw.cli.addresses import Mistake, is_here
-from surfw.config import is_size, suggest_size
+from surfw.config import TlsFiles, display_url, is_size, suggest_size
 from surfw.errors import ConfigurationError
 from surfw.setting import Setting
 from surfw.settings import (
@@ -39,9 +40,11 @@ RUN_SETTINGS = (
     "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
     "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
     "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "deadline", "token_file", "disk_cache", "cache_dir", "offline", "live",
+    "deadline", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "disk_cache", "cache_dir", "offline",
+    "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
+TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
 Place = Annotated[
     str | None,
     typer.Argument(
@@ -203,6 +206,29 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
     except ConfigurationError as exc:
         raise WrongSettingError(str(exc)) from exc
     return loaded
+
+
+def tls_for(configuration: Configuration, url: str) -> TlsFiles | None:
+    """The certificates for a server, if it is one with TLS.
+
+    Raises:
+        Mistake: it is none, or no server, and there is an option for them.
+        ConfigurationError: there is a key without a certificate.
+    """
+    for name in TLS_SETTINGS:
+        if configuration.origins[name].kind == "argument" and not url.startswith("wss://"):
+            raise Mistake(
+                f"{SETTINGS[name].option} is for a server with TLS, and {display_url(url)} is none; "
+                "expected wss://HOST:PORT"
+            )
+    return configuration.settings.tls_for(url)
+
+
+def hand_on(configuration: Configuration, names: Sequence[str]) -> None:
+    """Let processes that this one starts have these settings too, by their variables."""
+    for name in names:
+        if (value := getattr(configuration.settings, name)) is not None:
+            os.environ[SETTINGS[name].variable] = str(value)
 
 
 def check_option(name: str, value: Any) -> None:

@@ -17,6 +17,7 @@ from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     TextColumn,
@@ -187,6 +188,35 @@ def byte_bar(what: str, total_bytes: int | None = None, *, quiet: bool) -> Itera
     is_off = quiet or not can_draw(sys.stderr)
     with Progress(name, *figures, console=err, disable=is_off, transient=True) as progress:
         yield partial(progress.update, progress.add_task(what, total=total_bytes))
+
+
+@contextmanager
+def count_bar(what: str, total: int | None, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """Draw a progress bar of so many prompts on stderr, if that is a terminal and `quiet` is not set.
+
+    Yields:
+        A function that takes `advance`, how many more are done; `tokens`, all that were generated so far; and `note`, a
+        line to print above the bar, also where none is drawn. Usable from any thread.
+    """
+    whole: dict[str, Any] = {"table_column": Column(no_wrap=True)}
+    figures: list[ProgressColumn] = [
+        MofNCompleteColumn(**whole), TextColumn("{task.fields[speed]}", **whole), TimeRemainingColumn(**whole)
+    ]  # fmt: skip
+    if err.width >= _FULL_BAR_COLUMNS:
+        figures.insert(0, BarColumn())
+    start, is_off = time.perf_counter(), quiet or not can_draw(sys.stderr)
+    with Progress(TextColumn(what), *figures, console=err, disable=is_off, transient=True) as progress:
+        task = progress.add_task(what, total=total, speed="")
+
+        def update(*, advance: int = 0, tokens: int | None = None, note: str = "") -> None:
+            if note:
+                err.print(Text(note), soft_wrap=True)
+            if tokens is None:
+                progress.update(task, advance=advance)
+            else:
+                progress.update(task, speed=f"{tokens / (time.perf_counter() - start):.0f} tok/s")
+
+        yield update
 
 
 @contextmanager

@@ -31,6 +31,7 @@ Examples:
   surfw serve ./my-model
   surfw serve s3://bucket/my-model
   surfw serve --store s3://bucket/store --redis-url redis://cache:6379/0
+  surfw serve --host 0.0.0.0 --token-file tokens.toml --ssl-certfile server.pem
   surfw serve --host 0.0.0.0 --port 9000 --insecure
 """
 
@@ -50,6 +51,9 @@ _READ_SECONDS = 1.0
     "clients",
     "allowed_host",
     "token_file",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "ssl_ca_certs",
     "live",
 )
 def serve(
@@ -173,7 +177,9 @@ def _make_server(settings: Settings, place: str, policy: CachePolicy, record: Pa
     where = settings.host, settings.port, settings.cache_mb
     options: ServerOptions = {
         "storage_options": settings.storage_options,
-        "token": settings.token,
+        "token": settings.token if settings.token_file is None else None,
+        "token_file": settings.token_file,
+        "ssl": settings.tls,
         "insecure": settings.insecure,
         "clients": settings.clients,
         "cache_policy": policy,

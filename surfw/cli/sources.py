@@ -22,8 +22,8 @@ from blake3 import blake3
 
 from surfw.checkpoint import demo_checkpoint
 from surfw.cli.addresses import Mistake, is_here, is_host, is_path, read_address, read_source
-from surfw.cli.options import Configuration
-from surfw.config import DEFAULT_HOST, DEFAULT_PORT, display_url, is_server_url, parse_size, surfw_home
+from surfw.cli.options import Configuration, tls_for
+from surfw.config import DEFAULT_HOST, DEFAULT_PORT, TlsFiles, display_url, is_server_url, parse_size, surfw_home
 from surfw.errors import ConfigurationError, StorageError, SurfwError, WireError
 from surfw.manifest import VERSION
 from surfw.settings import SettingOrigin, Settings
@@ -41,11 +41,12 @@ _MODEL = "MODEL"
 
 @dataclass(frozen=True)
 class ChosenSource:
-    """Where the weights come from, and why."""
+    """Where the weights come from, and why; for a server with TLS, the certificates."""
 
     url: str
     reason: str
     others: tuple[str, ...] = ()
+    tls: TlsFiles | None = None
 
     @property
     def is_server(self) -> bool:
@@ -68,6 +69,7 @@ class ChosenSource:
         servers = [is_server_url(url) for url in self.all]
         return {
             "token": settings.token if any(servers) else None,
+            "ssl": self.tls,
             "storage_options": None if all(servers) else settings.storage_options,
             "retry": settings.retry,
             "connect_timeout": settings.connect_timeout,
@@ -110,12 +112,17 @@ def choose_source(
             "argument": "as MODEL" if origin.name == _MODEL else "with --source",
             "variable": f"by {origin.name}",
         }.get(origin.kind, f"in {origin.name}")
-        url, *others = [read_source(one, seconds=settings.connect_timeout) for one in settings.sources]
+        url, *others = [
+            read_source(one, seconds=settings.connect_timeout, tls=settings.tls) for one in settings.sources
+        ]
         is_hub = read_address(settings.sources[0]).kind == "hub"
-        yield ChosenSource(url, f"named {how}{'; no such folder is here' if is_hub else ''}", tuple(others))
+        reason = f"named {how}{'; no such folder is here' if is_hub else ''}"
+        encrypted = next((one for one in (url, *others) if one.startswith("wss://")), url)
+        yield ChosenSource(url, reason, tuple(others), tls_for(configuration, encrypted))
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
+        tls_for(configuration, local)
         if settings.offline and not _holds_models(configuration):
             yield ChosenSource(local, "the server on this machine, as far as the disk cache has it")
             return

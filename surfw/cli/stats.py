@@ -20,13 +20,14 @@ Examples:
   surfw stats
   surfw stats ws://127.0.0.1:8765 --watch
   surfw stats --watch --every 10 >> server.log
+  surfw stats wss://gpu.example.org:8765 --token-file token --ssl-ca-certs ca.pem
   surfw stats --json
 """
 
 _EVERY_SECONDS = 1.0
 
 
-@options.with_settings("connect_timeout", "token_file")
+@options.with_settings("connect_timeout", "token_file", *options.TLS_SETTINGS)
 def stats(
     *,
     url: Annotated[
@@ -53,12 +54,12 @@ def stats(
         raise Mistake("--every needs --watch; add it, or leave --every out")
     settings = configuration.settings
     address = read_server(url) if url else f"ws://{DEFAULT_HOST}:{settings.port}"
-    where = display_url(address)
+    where, tls = display_url(address), options.tls_for(configuration, address)
 
     def look() -> "ServerStats":
         from surfw.client import read_stats  # takes a moment: what is waited for is on the screen by then
 
-        return read_stats(address, token=settings.token, timeout_seconds=settings.connect_timeout)
+        return read_stats(address, token=settings.token, ssl=tls, timeout_seconds=settings.connect_timeout)
 
     if not watch and json:
         render.print_json(look())

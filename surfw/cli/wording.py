@@ -14,8 +14,7 @@ _PATTERNS = {
 PHRASES = {
     "(max_new_tokens)": "(--max-new-tokens)",
     "give a temperature, top_p or top_k": "give --temperature, --top-p or --top-k",
-    "ssl= or SSL_CERT_FILE": "SSL_CERT_FILE",
-    "(ssl=, from Python)": "(from Python)",
+    "certificates were given (ssl=)": "certificates were given",
     "or use another folder": "or use another folder (--store, --source, SURFW_HOME)",
     "give sse='aws:kms' with it": "give --storage-option sse=aws:kms with it",
     "named by endpoint_url or": "named by --storage-option endpoint_url=URL or",

@@ -6,8 +6,10 @@ A token is never sent to another machine in clear text, nor to another server by
 import asyncio
 import errno
 import logging
+import re
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from http.client import RemoteDisconnected
 from ssl import SSLCertVerificationError, SSLContext, SSLEOFError, SSLError, SSLZeroReturnError
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,10 +22,11 @@ from websockets.uri import parse_uri
 
 from surfw import __version__
 from surfw.client.link import CLOSE_SECONDS, Link
-from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, WireLimits, display_url, printable
+from surfw.config import DEFAULT_CONNECT_SECONDS, MAX_FRAME_BYTES, TlsFiles, WireLimits, display_url, printable
 from surfw.errors import ConfigurationError, ConnectionFailedError, RefusedError, SurfwError
 from surfw.retry import HAS_TLS, MOST_REDIRECTS, REDIRECT_STATUSES, TRANSIENT_STATUSES, parse_redirect
-from surfw.wire import PROTOCOL, bearer, is_loopback
+from surfw.tls import client_context
+from surfw.wire import EXPIRED, PROTOCOL, bearer, is_loopback
 
 _library_log = logging.getLogger("surfw.client.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it logs headers, which have the token
@@ -34,6 +37,9 @@ _NOT_LET_IN = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_A
 """A proxy in front of a surfw server may answer with these."""
 
 _SHOWN = 200
+_NO_TLS, _TLS = " (does it want ws://?)", " (does it want wss://?)"
+_CERTIFICATE_ALERT = re.compile(r"ALERT_(.*CERTIFICATE.*|UNKNOWN_CA)")
+"""What TLS says to whoever shows no certificate, or one that is not trusted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +48,27 @@ class Endpoint:
 
     Attributes:
         url: `ws://` or `wss://`, host and port.
-        token: the secret that the server was started with, if any. Without TLS it is sent to this machine only.
-        ssl: trusts the certificates of a `wss://` server; None for those that the system trusts.
+        token: the secret that the server knows, if any. Without TLS it is sent to this machine only.
+        ssl: for a `wss://` server: whose certificates to trust, and which to show; None for those that the system
+            trusts, and none.
     """
 
     url: str
     token: str | None = field(default=None, repr=False)
-    ssl: SSLContext | None = None
+    ssl: SSLContext | TlsFiles | None = None
 
     @property
     def shown(self) -> str:
         """The address without its secrets."""
         return display_url(self.url)
+
+    def context(self) -> SSLContext | None:
+        """The context for TLS; reads its files.
+
+        Raises:
+            ConfigurationError: one of them cannot be used.
+        """
+        return client_context(self.ssl) if isinstance(self.ssl, TlsFiles) else self.ssl
 
     def headers(self) -> dict[str, str]:
         """The headers of a request: the token, if there is one.
@@ -66,7 +81,7 @@ class Endpoint:
         plain = HAS_TLS.get(parts.scheme) is False
         if plain and self.ssl is not None:
             raise ConfigurationError(
-                f"{self.shown} is an address without TLS, but an SSL context was given; expected wss://HOST:PORT"
+                f"{self.shown} is an address without TLS, but certificates were given (ssl=); expected wss://HOST:PORT"
             )
         if self.token is None:
             return {}
@@ -81,8 +96,11 @@ class Endpoint:
             )
         return bearer(self.token)
 
-    def refusal(self, where: str) -> RefusedError:
-        """The error for a server, named by `where`, that answered 401."""
+    def refusal(self, where: str, challenge: str) -> RefusedError:
+        """The error for a server, named by `where`, that answered 401 with this `WWW-Authenticate`."""
+        if challenge == EXPIRED:
+            text = f"the server at {where} refuses the token, which has expired; give one that is valid"
+            return RefusedError(text, code="expired-token")
         why, code = ("wants a token", "no-token") if self.token is None else ("refuses the token", "another-token")
         return RefusedError(f"the server at {where} {why}; give the one it was started with", code=code)
 
@@ -141,14 +159,15 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     link = Link(endpoint.shown, limits, silence_seconds)
-    tls: dict[str, Any] = {} if endpoint.ssl is None else {"ssl": endpoint.ssl}
     is_open = False
     try:
+        headers, context = endpoint.headers(), endpoint.context()
+        tls: dict[str, Any] = {} if context is None else {"ssl": context}
         async with asyncio.timeout(connect_seconds):
             connection = await _Connecting(
                 endpoint.url,
                 link,
-                additional_headers=endpoint.headers(),
+                additional_headers=headers,
                 **tls,
                 subprotocols=[Subprotocol(PROTOCOL)],
                 compression=None,
@@ -169,7 +188,8 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
     except OSError as exc:
         raise explain_network(exc, link.url) from exc
     except (ValueError, LookupError, WebSocketException, ConnectionFailedError) as exc:
-        raise _explain(link, endpoint, exc) from exc
+        failure = link.tls_failure
+        raise (explain_network(failure, link.url) if failure else _explain(link, endpoint, exc)) from exc
     finally:
         if not is_open:  # also if this is cancelled just when the hello has come
             link.abort()
@@ -181,7 +201,7 @@ async def probe(
     timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
     *,
     token: str | None = None,
-    ssl: SSLContext | None = None,
+    ssl: SSLContext | TlsFiles | None = None,
 ) -> bool:
     """Whether a surfw server is at the address: False if nothing listens there, or something else does.
 
@@ -222,7 +242,7 @@ def _explain(link: Link, endpoint: Endpoint, exc: Exception) -> SurfwError:
         case InvalidStatus():
             return _explain_status(link, endpoint, exc.response)
         case InvalidMessage() if isinstance(exc.__cause__, EOFError) and link.may_be_http:
-            return _hung_up(link.url, " (does it want wss://?)" if endpoint.url.startswith("ws:") else "")
+            return _hung_up(link.url, _TLS if endpoint.url.startswith("ws:") else "")
         case ConnectionFailedError() if exc.transient:
             return _failed(f"{exc} before it said hello; {START_ONE}", transient=True)
         case _NotFollowed():
@@ -250,7 +270,7 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
     status, server = response.status_code, f"the server at {link.url}"
     match status:
         case HTTPStatus.UNAUTHORIZED if link.shows_token:
-            return endpoint.refusal(link.url)
+            return endpoint.refusal(link.url, response.headers.get("WWW-Authenticate", ""))
         case HTTPStatus.UNAUTHORIZED:
             text = f"{server} wants a token, which redirects take nowhere else; name the server's own address"
             return RefusedError(text, code="no-token")
@@ -273,23 +293,35 @@ def explain_network(exc: Exception, where: str) -> ConnectionFailedError:
     """The error for a connection that failed, but not by taking too long."""
     nobody = f"no surfw server at {where}"
     match exc:
-        case SSLCertVerificationError():
-            return _failed(
-                f"the certificate of {where} is not trusted: {exc.verify_message}; trust the one who signed it, with "
-                "ssl= or SSL_CERT_FILE"
-            )
         case SSLEOFError() | SSLZeroReturnError():
-            return _hung_up(where)
+            return _hung_up(where, _NO_TLS)
         case SSLError():
-            return _failed(
-                f"{where} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
-            )
+            return _failed(_explain_tls(exc, where))
         case ConnectionRefusedError():
             return _failed(f"{nobody}: connection refused; {START_ONE}", transient=True, absent=True)
+        case ConnectionResetError() if where.startswith(("wss:", "https:")):
+            return _hung_up(where, _NO_TLS)
+        case RemoteDisconnected():
+            return _hung_up(where, _TLS)
     lost = isinstance(exc, ConnectionError)
     unreachable = isinstance(exc, OSError) and exc.errno in _UNREACHABLE
     why = (isinstance(exc, OSError) and exc.strerror) or str(exc) or type(exc).__name__
     return _failed(f"{nobody}: {why}; {START_ONE}", transient=lost or unreachable, absent=not lost)
+
+
+def _explain_tls(exc: SSLError, where: str) -> str:
+    if isinstance(exc, SSLCertVerificationError):
+        return (
+            f"the certificate of {where} is not trusted: {exc.verify_message}; trust the one who signed it, with "
+            "--ssl-ca-certs (ssl=) or SSL_CERT_FILE"
+        )
+    alert = _CERTIFICATE_ALERT.search(exc.reason or "")
+    if alert is None:
+        return f"{where} does not speak TLS as it should ({exc.reason or 'handshake failed'}); does it want ws://?"
+    why = alert[1].lower().replace("_", " ")
+    if why == "certificate required":
+        return f"{where} wants a certificate of its clients; show one with --ssl-certfile (ssl=)"
+    return f"{where} refuses the certificate of this client: {why}; show another with --ssl-certfile (ssl=)"
 
 
 def _hung_up(where: str, hint: str = "") -> ConnectionFailedError:

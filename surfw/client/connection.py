@@ -7,6 +7,7 @@ And messages go to the receiver at once, not into a queue.
 
 import asyncio
 from collections.abc import Generator
+from ssl import SSLError
 from typing import Any, Protocol
 
 from websockets.asyncio.client import ClientConnection
@@ -94,12 +95,14 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
     Attributes:
         heard: when the last byte came, on the loop's clock, or None.
         may_be_http: whether the first bytes, if any came, may begin an HTTP response.
+        tls_failure: why TLS has ended the connection, if it has.
     """
 
     def __init__(self, protocol: ClientProtocol, receiver: Receiver, **options: Any) -> None:
         super().__init__(protocol, **options)
         self.heard: float | None = None
         self.may_be_http = True
+        self.tls_failure: SSLError | None = None
         self._receiver = receiver
         self._error: RemoteProtocolError | None = None
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -187,6 +190,7 @@ class WireConnection(ClientConnection, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell the receiver too, if the handshake succeeded."""
+        self.tls_failure = exc if isinstance(exc, SSLError) else None
         super().connection_lost(exc)
         if self.response is not None and self.response.status_code == 101:
             self._receiver.lost(self._error)

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from ssl import SSLError
 from typing import Any
 
 from websockets.client import ClientProtocol
@@ -96,6 +97,11 @@ class Link:
     def may_be_http(self) -> bool:
         """Whether the first bytes, if any came, may begin an HTTP response."""
         return self._connection is None or self._connection.may_be_http
+
+    @property
+    def tls_failure(self) -> SSLError | None:
+        """Why TLS has ended the connection, if it has: the server's alert, mostly."""
+        return self._connection.tls_failure if self._connection else None
 
     @property
     def is_surfw(self) -> bool:

@@ -10,7 +10,7 @@ from ssl import SSLContext
 from urllib.parse import urlsplit
 
 from surfw.client.connect import START_ONE, Endpoint, explain_away, explain_network
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_PORT, TlsFiles
 from surfw.errors import ConfigurationError, ConnectionFailedError, RemoteProtocolError
 from surfw.retry import HAS_TLS, TRANSIENT_STATUSES
 from surfw.wire import ServerStats, parse_stats
@@ -22,15 +22,15 @@ def read_stats(
     url: str,
     *,
     token: str | None = None,
-    ssl: SSLContext | None = None,
+    ssl: SSLContext | TlsFiles | None = None,
     timeout_seconds: float = DEFAULT_CONNECT_SECONDS,
 ) -> ServerStats:
     """Ask a server for its statistics.
 
     Args:
         url: `ws://` or `wss://`, host and port; `host:port` means `ws://host:port`.
-        token: the secret that the server was started with, if any. Without TLS it is sent to this machine only.
-        ssl: trusts the certificates of a `wss://` server; None for those that the system trusts.
+        token: the secret that the server knows, if any. Without TLS it is sent to this machine only.
+        ssl: for a `wss://` server: whose certificates to trust, and which to show.
         timeout_seconds: how long to wait for the whole answer.
 
     Raises:
@@ -40,7 +40,7 @@ def read_stats(
     """
     endpoint = Endpoint(url if "://" in url else f"ws://{url}", token, ssl)
     try:
-        status, is_surfw, body = _get_stats(endpoint, timeout_seconds)
+        status, challenge, is_surfw, body = _get_stats(endpoint, timeout_seconds)
     except TimeoutError as exc:
         raise ConnectionFailedError(
             f"no surfw server at {endpoint.shown}: no complete answer within {timeout_seconds:g} seconds; {START_ONE}",
@@ -49,7 +49,7 @@ def read_stats(
     except (OSError, UnicodeError, http.client.HTTPException) as exc:
         raise explain_network(exc, endpoint.shown) from exc
     if status == HTTPStatus.UNAUTHORIZED and is_surfw:
-        raise endpoint.refusal(endpoint.shown)
+        raise endpoint.refusal(endpoint.shown, challenge)
     if status in TRANSIENT_STATUSES and not is_surfw:
         raise explain_away(status, endpoint.shown)
     why = f"status {status} for GET /stats"
@@ -61,8 +61,8 @@ def read_stats(
     raise ConnectionFailedError(f"{endpoint.shown} answers, but is not a surfw server ({why})")
 
 
-def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, bool, bytes]:
-    """The status, whether a surfw server answered, and the body.
+def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, str, bool, bytes]:
+    """The status, the challenge to show a token, whether a surfw server answered, and the body.
 
     A thread asks: a socket's own timeout would begin anew with every byte.
 
@@ -70,7 +70,7 @@ def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, bool, bytes]:
         TimeoutError: it took longer. The thread ends soon after, or with the process.
     """
     connection, headers = _connection(endpoint, seconds), endpoint.headers()
-    answer: Future[tuple[int, bool, bytes]] = Future()
+    answer: Future[tuple[int, str, bool, bytes]] = Future()
     sockets: list[socket.socket] = []  # kept here: the connection hands its socket to the response
     given_up = threading.Event()
 
@@ -84,7 +84,8 @@ def _get_stats(endpoint: Endpoint, seconds: float) -> tuple[int, bool, bytes]:
                 connection.request("GET", "/stats", headers=headers)
                 with connection.getresponse() as response:
                     is_surfw = response.headers.get("Server", "").startswith("surfw/")
-                    answer.set_result((response.status, is_surfw, response.read(_MAX_BYTES)))
+                    challenge = response.headers.get("WWW-Authenticate", "")
+                    answer.set_result((response.status, challenge, is_surfw, response.read(_MAX_BYTES)))
         except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
             answer.set_exception(exc)
 
@@ -109,5 +110,5 @@ def _connection(endpoint: Endpoint, seconds: float) -> http.client.HTTPConnectio
             f"{endpoint.shown!r} is not the address of a server; expected something like ws://127.0.0.1:8765"
         )
     if HAS_TLS[parts.scheme]:
-        return http.client.HTTPSConnection(host, port, timeout=seconds, context=endpoint.ssl)
+        return http.client.HTTPSConnection(host, port, timeout=seconds, context=endpoint.context())
     return http.client.HTTPConnection(host, port or DEFAULT_PORT, timeout=seconds)

@@ -17,7 +17,7 @@ from typing import TypeVar
 from surfw.client.connect import START_ONE, Endpoint, open_link
 from surfw.client.downloads import ChunkDownload, DocumentDownload, most_read
 from surfw.client.link import Link
-from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, WireLimits, count
+from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
@@ -32,6 +32,10 @@ Connect = Callable[[], Awaitable[Link]]
 """Opens another link to the same server."""
 
 _VERIFIERS = 2
+_LONGEST_NAME = 256
+"""A request has room for this; nothing that is longer is a model's name."""
+_NAMED = 10
+"""How many models are named in an error."""
 _SERVED = "the server's storage or memory"
 _AROUND_DIGESTS_BYTES = 1024
 """What the digests document has besides 64 characters for each block."""
@@ -79,6 +83,24 @@ class WireSource(ChunkSource):
         """The names of the server's models, sorted."""
         answer = await self._persistently(lambda link: link.receive(ListModels))
         return sorted(answer.models) if answer else []
+
+    async def resolve(self, name: str | None) -> str:
+        """As of any source; if the token may not read the model, the server says so.
+
+        Raises:
+            UnknownModelError: no model or several models match.
+            RefusedError: the token may not read the model.
+        """
+        try:
+            return await super().resolve(name)
+        except UnknownModelError as exc:
+            if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+                raise
+            try:
+                return (await self.manifest(name)).name
+            except RefusedError as refused:
+                may = f"; it may read {', '.join(exc.known[:_NAMED])}" if exc.known else ""
+                raise RefusedError(f"{refused}{may}", code=refused.code) from None
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of the model."""
@@ -263,7 +285,7 @@ async def open_wire_source(
     connect_timeout: float = DEFAULT_CONNECT_SECONDS,
     silence_timeout: float = DEFAULT_SILENCE_SECONDS,
     token: str | None = None,
-    ssl: SSLContext | None = None,
+    ssl: SSLContext | TlsFiles | None = None,
     retry: RetryPolicy | None = None,
 ) -> WireSource:
     """Open a source over the server at a `ws://` or `wss://` address.
@@ -274,8 +296,8 @@ async def open_wire_source(
         connect_timeout: seconds that the server has to say hello.
         silence_timeout: seconds without progress, while requests are open, after which a connection is given up.
             Progress is 64 KiB that arrive, an answer that is completed, or a report that the server read that much.
-        token: the secret that the server was started with, if any.
-        ssl: trusts the certificates of a `wss://` server, instead of the system's.
+        token: the secret that the server knows, if any.
+        ssl: for a `wss://` server: whose certificates to trust, instead of the system's, and which to show.
         retry: how often a connection that was refused or lost is made again; default: `RetryPolicy()`.
 
     Raises:

@@ -1,6 +1,9 @@
 from .base import StreamingBaseModel as StreamingBaseModel
 from .client import WeightClient as WeightClient
 from .explain import Explanation as Explanation
+from .inference import InferenceRequest as InferenceRequest
+from .inference import InferenceResult as InferenceResult
+from .many import ManyResult as ManyResult
 from .statistics import CacheInfo as CacheInfo
 from .statistics import InferenceStats as InferenceStats
 from .streaming import StreamingBertModel as StreamingBertModel

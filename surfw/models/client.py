@@ -8,7 +8,7 @@ from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles
 from surfw.errors import ModelClosedError
 from surfw.models.disk_options import disk_options
 from surfw.models.places import Connection, Place
@@ -120,7 +120,7 @@ class WeightClient(SourceThread):
         source: Place | Sequence[Place],
         *,
         token: str | None = None,
-        ssl: SSLContext | None = None,
+        ssl: SSLContext | TlsFiles | None = None,
         retry: RetryPolicy | None = None,
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
@@ -138,7 +138,8 @@ class WeightClient(SourceThread):
                 list, are asked in this order: the next one where the one before fails, is late, or delivers damage.
                 All of them have to have the same model.
             token: the secret that the server wants, or that all of several servers want.
-            ssl: whose certificates to trust for `wss://`, instead of the system's.
+            ssl: for `wss://`: whose certificates to trust, instead of the system's, and which to show; their files, or
+                a context.
             retry: how often a connection that was refused or lost is made again.
             connect_timeout: seconds that a server has to answer.
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after

@@ -320,7 +320,7 @@ def _generate(
         own = model.generation_config
         stops = list(request.stop) or getattr(own, "stop_strings", None)
         stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
-        config = model.generation_config = _generation_config(own, request)
+        config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
@@ -346,7 +346,7 @@ def _generate(
     )
 
 
-def _generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
+def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None

@@ -58,6 +58,14 @@ class KvReserve:
         size_bytes = self._cost.total_bytes(prompt_tokens, new_tokens, sequences=sequences)
         self._reserve(size_bytes, size_bytes, or_fail=not self._engine.limit.reason)
 
+    def reserve_bytes(self, size_bytes: int) -> None:
+        """Reserve so much, instead of what was reserved before, for a cache of one's own.
+
+        Raises:
+            ConfigurationError: the budget is too small for it.
+        """
+        self._reserve(size_bytes, size_bytes, or_fail=True)
+
     def close(self) -> None:
         """Watch no more."""
         self._hook.remove()

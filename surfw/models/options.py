@@ -15,6 +15,7 @@ from surfw.config import (
     CodecChoice,
     OnMissing,
     Policy,
+    TlsFiles,
     check_codec,
     check_on_missing,
     check_policy,
@@ -34,7 +35,7 @@ class ConnectionOptions(TypedDict, total=False):
     """How a server or a storage is reached; see `WeightClient`."""
 
     token: str | None
-    ssl: SSLContext | None
+    ssl: SSLContext | TlsFiles | None
     retry: RetryPolicy | None
     connect_timeout: float
     silence_timeout: float

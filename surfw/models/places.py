@@ -9,7 +9,7 @@ from typing import Any
 
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
-from surfw.config import display_url, expect, is_server_url
+from surfw.config import TlsFiles, display_url, expect, is_server_url
 from surfw.errors import ConfigurationError
 from surfw.models.disk_options import DiskOptions, OpenSource
 from surfw.retry import RetryPolicy
@@ -34,7 +34,7 @@ class Connection:
     """
 
     token: str | None
-    ssl: SSLContext | None
+    ssl: SSLContext | TlsFiles | None
     retry: RetryPolicy | None
     connect_timeout: float
     silence_timeout: float
@@ -46,7 +46,7 @@ class Connection:
         """Check the values."""
         expect("storage_options", self.storage_options, Mapping | None, "a mapping of names to values, or None")
         expect("token", self.token, str | None, "a text or None")
-        expect("ssl", self.ssl, SSLContext | None, "an ssl.SSLContext or None")
+        expect("ssl", self.ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", self.retry, RetryPolicy | None, "a RetryPolicy or None")
         for name in ("connect_timeout", "silence_timeout", "deadline"):
             seconds = getattr(self, name)
@@ -75,20 +75,24 @@ class Connection:
             raise ConfigurationError("storage_options are for a storage URL; expected one with them")
         is_alone = len(places) == 1 and self.deadline is None
         retry = self.retry if is_alone else RetryPolicy(attempts=1)
-        found = [_locate(place, partial(self._open, retry)) for place in places]
+        found = [_locate(place, partial(self._open, retry, self._tls_for(place, places))) for place in places]
         url, open_source = found[0] if is_alone else (found[0][0], partial(self._open_all, found))
         if all(isinstance(place, str | os.PathLike | StorageBackend) for place in places):
             open_source = self.disk.wrap([one for one, _ in found], open_source)
         return url, open_source
 
-    async def _open(self, retry: RetryPolicy | None, place: str) -> ChunkSource:
+    def _tls_for(self, place: object, places: Sequence[object]) -> SSLContext | TlsFiles | None:
+        """The certificates for a place: of several, those without TLS get none."""
+        return self.ssl if len(places) == 1 or str(place).startswith("wss://") else None
+
+    async def _open(self, retry: RetryPolicy | None, tls: SSLContext | TlsFiles | None, place: str) -> ChunkSource:
         """A source over a server, or a store."""
         if not is_server_url(place):
             return await _open_store(self.storage_options, self.silence_timeout, place)
         return await open_wire_source(
             place,
             token=self.token,
-            ssl=self.ssl,
+            ssl=tls,
             retry=retry,
             connect_timeout=self.connect_timeout,
             silence_timeout=self.silence_timeout,

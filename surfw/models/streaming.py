@@ -4,8 +4,8 @@ And its four families: the same, with the model's name first and a server's addr
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, Self, Unpack, overload
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from typing import Any, Self, TypeAlias, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,8 @@ from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
-from surfw.models.options import ModelOptions, OpenOptions
+from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many
+from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
 from surfw.threads import refuse_event_loop
@@ -24,6 +25,9 @@ _AHEAD = 16
 
 DEFAULT_URI = f"ws://localhost:{DEFAULT_PORT}"
 DEFAULT_CACHE_SIZE = 5
+
+Prompt: TypeAlias = str | Sequence[int] | InferenceRequest
+"""What may be asked: a text, token ids, or either with settings of its own."""
 
 _OPTIONS = set(GenerationOptions.__annotations__)
 
@@ -96,27 +100,102 @@ class StreamingModel(StreamingBaseModel):
         """
         if unknown := sorted(set(options) - _OPTIONS):
             raise ConfigurationError(f"stream() has no option {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
-        if not isinstance(prompt, str | Sequence):
-            raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
-        if isinstance(prompt, str):
-            return self._stream(InferenceRequest(prompt=prompt, **options))
-        return self._stream(InferenceRequest(prompt_ids=prompt, **options))
+        return self._stream(_request(prompt, options))
+
+    async def generate_many(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        sequences: int = MOST_SEQUENCES,
+        on_tokens: OnTokens | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> AsyncGenerator[ManyResult, None]:
+        """Answer many prompts together, and yield each answer once it is complete, without blocking the event loop.
+
+        Each pass over the layers computes a token for every sequence, so while weights stream, many answers take hardly
+        longer than one; a sequence that has ended makes place for the next prompt. Token ids are those that the
+        resident model gives under transformers' continuous batching of the same prompts.
+
+        Args:
+            prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
+                `system` and `raw` of their own; may come as they please, and are taken as there is room.
+            sequences: how many run together at most; fewer where the memory budget has no room for their KV cache.
+            on_tokens: called in the model's thread with a prompt's index and its new tokens, as they come; returns
+                False to end that answer.
+            **options: as of `stream`, for every prompt that brings none of its own.
+
+        Raises:
+            UnsupportedModelError: the model does not generate, has an encoder, or transformers cannot batch it.
+            ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
+            SurfwError: weights could not be read.
+        """
+        expect_number("sequences", sequences, 1)
+        shared = InferenceRequest(prompt_ids=(0,), **options)
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[ManyResult](_AHEAD)
+        has_room = asyncio.Event()
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(has_room.set)
+
+        feed = Feed(2 * sequences, tell)
+
+        async def fill() -> None:
+            try:
+                index = 0
+                async for prompt in _each(prompts):
+                    request = prompt if isinstance(prompt, InferenceRequest) else _request(prompt, options)
+                    has_room.clear()
+                    while not feed.offer(index, request):
+                        await has_room.wait()
+                        has_room.clear()
+                    index += 1
+            finally:
+                feed.close()
+
+        def run() -> None:
+            self.answer_many(feed, shared, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
+
+        filling, work = asyncio.create_task(fill()), asyncio.create_task(self._in_thread(run))
+        try:
+            while (result := await _next(queue, work)) is not None:
+                yield result
+            await work
+            await filling  # which may have met a mistake among the prompts
+        finally:
+            filling.cancel()
+            work.cancel()
+            await asyncio.wait([filling, work])
+            for task in (filling, work):
+                if not task.cancelled():
+                    task.exception()
+
+    def answer_many(
+        self,
+        feed: Feed,
+        shared: InferenceRequest,
+        *,
+        on_result: Callable[[ManyResult], None],
+        on_tokens: OnTokens | None = None,
+        sequences: int = MOST_SEQUENCES,
+    ) -> None:
+        """As `generate_many`, in this thread: the feed is filled from another one, and each answer handed over.
+
+        Args:
+            feed: of the prompts, until it is closed.
+            shared: how tokens are sampled; its prompt does not count.
+            on_result: called with each answer.
+            on_tokens: as of `generate_many`.
+            sequences: as of `generate_many`.
+        """
+        answer_many(
+            self, self._open_here(), self.find_tokenizer(), feed, shared=shared, on_result=on_result,
+            on_tokens=on_tokens, most_sequences=sequences,
+        )  # fmt: skip
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
         """The pieces of a generation: of text for a text, token ids for token ids."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any](_AHEAD)
-
-        def give(piece: Any) -> None:
-            run = current_run.get()
-            assert run is not None, "generations of a stream run in the model's thread"
-            # The queue is short, so this waits for the reader: as the run, which closing the stream interrupts.
-            handed_over = asyncio.run_coroutine_threadsafe(queue.put(piece), loop)
-            try:
-                run.wait_for(handed_over)
-            except BaseException:
-                handed_over.cancel()
-                raise
-
+        give = _giver(loop, queue)
         work = asyncio.create_task(self._in_thread(lambda: self._generate_for(request, give)))
         try:
             while (piece := await _next(queue, work)) is not None:
@@ -136,6 +215,42 @@ class StreamingModel(StreamingBaseModel):
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
         else:
             answer(self, tokenizer, request, on_token=lambda token, _: give(token))
+
+
+def _request(prompt: str | Sequence[int], options: GenerationOptions) -> InferenceRequest:
+    """A request for a text, or for token ids."""
+    if not isinstance(prompt, str | Sequence):
+        raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
+    if isinstance(prompt, str):
+        return InferenceRequest(prompt=prompt, **options)
+    return InferenceRequest(prompt_ids=prompt, **options)
+
+
+async def _each(prompts: Iterable[Prompt] | AsyncIterable[Prompt]) -> AsyncIterator[Prompt]:
+    """What an iterable gives, whatever kind it is."""
+    if isinstance(prompts, AsyncIterable):
+        async for prompt in prompts:
+            yield prompt
+    else:
+        for prompt in prompts:
+            yield prompt
+
+
+def _giver(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]") -> Callable[[Any], None]:
+    """Put things into a queue of an event loop, from the model's thread; it is short, so that waits for the reader."""
+
+    def give(piece: Any) -> None:
+        run = current_run.get()
+        assert run is not None, "generations of a stream run in the model's thread"
+        # This waits as the run, which closing the stream interrupts.
+        handed_over = asyncio.run_coroutine_threadsafe(queue.put(piece), loop)
+        try:
+            run.wait_for(handed_over)
+        except BaseException:
+            handed_over.cancel()
+            raise
+
+    return give
 
 
 async def _next(queue: "asyncio.Queue[Any]", work: "asyncio.Task[None]") -> Any:

@@ -135,6 +135,14 @@ class Engine:
         finally:
             self._run, self._ahead, self._runner = before
 
+    def check(self) -> None:
+        """See whether the run that the engine works for is to end.
+
+        Raises:
+            SurfwError: it is.
+        """
+        self._run.check()
+
     def acquire(self, module: str) -> dict[str, torch.Tensor]:
         """The tensors a module needs, waiting for what is not there yet; they stay until `release`.
 

@@ -17,6 +17,7 @@ from surfw import __version__
 from surfw.config import WireLimits, printable
 from surfw.errors import RefusedError, RemoteProtocolError, SurfwError
 from surfw.manifest import Form
+from surfw.server.access import Access
 from surfw.server.fairness import Account, Reader
 from surfw.server.futures import Future
 from surfw.server.journal import ClientLog
@@ -73,7 +74,14 @@ class Connection:
     """
 
     def __init__(
-        self, number: int, websocket: FairConnection, served: ServedStore, limits: WireLimits, client_log: ClientLog
+        self,
+        number: int,
+        websocket: FairConnection,
+        served: ServedStore,
+        access: Access,
+        *,
+        limits: WireLimits,
+        client_log: ClientLog,
     ) -> None:
         """Take over an open WebSocket; counts `requests` and their latency."""
         self._number = number
@@ -83,6 +91,7 @@ class Connection:
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
         self._served = served
+        self._access = access
         self._limits = limits
         self._account = Account()
         self._futures: dict[str, Future] = {}
@@ -137,7 +146,9 @@ class Connection:
         self._served.metrics.add("requests")
         if not self._has_joined:
             self._has_joined = True
-            self._log.arrivals.note(f"{self._session.client} at {self._peer} joined")
+            grant = self._websocket.grant
+            by = f" with {grant.shown}" if grant.name else ""
+            self._log.arrivals.note(f"{self._session.client} at {self._peer} joined{by}")
 
     def _note_departure(self, how: str) -> None:
         if self._has_joined:
@@ -180,6 +191,10 @@ class Connection:
 
     def _take_schedule(self, schedule: Schedule) -> None:
         """Expect that a client reads by a schedule, instead of by what it announced of the same model before."""
+        try:
+            self._access.check(self._websocket.grant, schedule.model)
+        except RefusedError:  # which its requests are told; a schedule has no answer
+            return
         futures = self._served.pages.futures
         if self._served.recording:
             self._served.recording.scheduled(self._number, schedule)
@@ -231,10 +246,12 @@ class Connection:
 
     async def _send_answer(self, request: Request, reader: Reader) -> None:
         catalog = self._served.catalog
+        model = None if isinstance(request, ListModels) else request.model
+        grant = self._access.check(self._websocket.grant, model)
         looking_up = Reader(reader.account)  # the same account pays, but the client hears no progress of it
         match request:
             case ListModels():
-                await self._send_models(request.id, await catalog.models(reader))
+                await self._send_models(request.id, grant.choose(await catalog.models(reader)))
             case GetManifest():
                 await self._send_document(request.id, await catalog.document(request.model, reader))
             case GetDigests():

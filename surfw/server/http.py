@@ -1,7 +1,7 @@
 """Plain HTTP on the same port: health, statistics and metrics, at four paths and read-only.
 
-A server with a token wants to see it before it tells anything but its health, and before any WebSocket exists. One
-without a token only answers requests for a name of its own. However often its health is asked for, the storage is
+A server with tokens wants to see one before it tells anything but its health, and before any WebSocket exists. One that
+lets everybody in only answers requests for a name of its own. However often its health is asked for, the storage is
 looked at only every few seconds.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
-from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
+from surfw.server.access import Access
 from surfw.server.fairness import SingleFlight
 from surfw.server.journal import Journal, Sparse
 from surfw.server.reception import FairConnection
-from surfw.wire import PROTOCOL, ServerHealth, ServerStats, admits, is_meant
+from surfw.wire import EXPIRED, PROTOCOL, ServerHealth, ServerStats, is_meant
 
 _HELP = f"""\
 This is a surfw server. It speaks {PROTOCOL} over WebSocket here: surfw infer --source ws://HOST:PORT
@@ -55,10 +55,10 @@ class _Server(Protocol):
 class HttpEndpoints:
     """Answers requests that are not for a WebSocket."""
 
-    def __init__(self, server: _Server, token: str | None, names: Collection[str], journal: Journal) -> None:
-        """Report on a server that wants this token, if any, and may be called by these names."""
+    def __init__(self, server: _Server, access: Access, names: Collection[str] | None, journal: Journal) -> None:
+        """Report on a server with this access, which may be called by these names, or None by any."""
         self._server = server
-        self._token = token
+        self._access = access
         self._names = names
         self._looks = SingleFlight(self._look, 1)
         self._ready = False
@@ -90,15 +90,15 @@ class HttpEndpoints:
             response = connection.respond(HTTPStatus.UPGRADE_REQUIRED, _HELP)
             response.headers["Upgrade"] = "websocket"
             return response
-        if path not in _OPEN_PATHS and not self._admits(connection, request):
+        if path not in _OPEN_PATHS and (challenge := self._challenge(connection, request)):
             response = connection.respond(HTTPStatus.UNAUTHORIZED, "Show the token: Authorization: Bearer TOKEN\n")
-            response.headers["WWW-Authenticate"] = "Bearer"
+            response.headers["WWW-Authenticate"] = challenge
             return response
         return None
 
     def _is_meant(self, connection: FairConnection, request: Request) -> bool:
-        """Whether the request is for this server, by its `Host`; with a token, that decides alone."""
-        if self._token is not None:
+        """Whether the request is for this server, by its `Host`; with tokens, they decide alone."""
+        if self._names is None or not self._access.is_open:
             return True
         hosts = request.headers.get_all("Host")
         if len(hosts) == 1 and is_meant(hosts[0], self._names):
@@ -109,16 +109,18 @@ class HttpEndpoints:
         )
         return False
 
-    def _admits(self, connection: FairConnection, request: Request) -> bool:
-        if self._token is None:
-            return True
+    def _challenge(self, connection: FairConnection, request: Request) -> str | None:
+        """Admit a request with its token, and return None; or return the challenge to show a valid one."""
         shown = request.headers.get_all("Authorization")
-        if admits(self._token, shown):
-            return True
-        self._refusals.note(f"{connection.shown_address} is refused: {'another token' if shown else 'no token'}")
-        return False
+        grant = self._access.find(shown)
+        if grant is not None and not grant.has_expired:
+            connection.grant = grant
+            return None
+        why = f"{grant.shown} has expired" if grant is not None else "another token" if shown else "no token"
+        self._refusals.note(f"{connection.shown_address} is refused: {why}")
+        return "Bearer" if grant is None else EXPIRED
 
-    async def _answer(self, connection: ServerConnection, path: str) -> Response:
+    async def _answer(self, connection: FairConnection, path: str) -> Response:
         match path:
             case "/livez":
                 return connection.respond(HTTPStatus.OK, "ok\n")
@@ -128,9 +130,10 @@ class HttpEndpoints:
                 return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "the storage cannot be reached\n")
             case "/stats":
                 await self._is_ready()
-                kind, text = "application/json", json.dumps(self._server.stats()) + "\n"
+                kind, text = "application/json", json.dumps(connection.grant.limit(self._server.stats())) + "\n"
             case _:
-                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(self._server.stats())).decode()
+                stats = connection.grant.limit(self._server.stats())
+                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(stats)).decode()
         response = connection.respond(HTTPStatus.OK, text)
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = kind

@@ -120,6 +120,7 @@ class ClientLog:
         self.departures = Sparse(journal, "left", logging.INFO, most=10)
         self.closings = Sparse(journal, "closed", logging.WARNING)
         self.refusals = Sparse(journal, "refused", logging.INFO)
+        self.handshakes = Sparse(journal, "refused", logging.WARNING)
         self.failures = Sparse(journal, "failed", logging.WARNING)
         self.changes = Sparse(journal, "failed", logging.ERROR)
         self.bugs = Sparse(journal, "failed", logging.ERROR)

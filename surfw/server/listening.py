@@ -1,4 +1,4 @@
-"""Where a server listens: the address, TLS, the token and the names it answers to; and why it cannot listen there."""
+"""Where a server listens: the address, TLS and the names it answers to; and why it cannot listen there."""
 
 import errno
 import logging
@@ -6,7 +6,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from websockets.asyncio.server import Server, serve
@@ -16,7 +16,7 @@ from websockets.typing import Subprotocol
 from surfw import __version__
 from surfw.config import WireLimits, expect
 from surfw.errors import ConfigurationError
-from surfw.wire import PROTOCOL, check_token, is_loopback
+from surfw.wire import PROTOCOL, is_loopback
 
 _library_log = logging.getLogger("surfw.server.websocket")
 _library_log.setLevel(logging.WARNING)  # below that, it repeats our own lines, and shows headers with tokens
@@ -38,7 +38,7 @@ class Listening:
 
     host: str
     port: int
-    token: str | None = field(repr=False)
+    wants_token: bool
     tls: ssl.SSLContext | None
     insecure: bool
     allowed_hosts: Sequence[str]
@@ -52,8 +52,7 @@ class Listening:
         """
         expect("host", self.host, str, "a name or an address")
         expect("port", self.port, int, f"a whole number from 0 to {_MAX_PORT}")
-        expect("token", self.token, str | None, "a text or None")
-        expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext or None")
+        expect("ssl", self.tls, ssl.SSLContext | None, "an ssl.SSLContext, TlsFiles or None")
         for name in [self.allowed_hosts] if isinstance(self.allowed_hosts, str) else self.allowed_hosts:
             if name is self.allowed_hosts or not isinstance(name, str) or not _HOST.fullmatch(name):
                 raise ConfigurationError(
@@ -61,8 +60,6 @@ class Listening:
                 )
         if not 0 <= self.port <= _MAX_PORT:
             raise ConfigurationError(f"port is {self.port}; expected 0 (a free one) to {_MAX_PORT}")
-        if self.token is not None:
-            check_token(self.token)
         if self.tls is not None and self.tls.protocol is ssl.PROTOCOL_TLS_CLIENT:
             raise ConfigurationError(
                 "the SSL context is for clients; make one with ssl.create_default_context(ssl.Purpose.CLIENT_AUTH) "
@@ -70,9 +67,17 @@ class Listening:
             )
 
     @property
-    def names(self) -> Sequence[str]:
-        """What the server may be called, besides addresses and `localhost`."""
-        return (self.host, *self.allowed_hosts)
+    def wants_certificate(self) -> bool:
+        """Whether clients have to show a certificate."""
+        return self.tls is not None and self.tls.verify_mode is ssl.CERT_REQUIRED
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """What the server may be called, besides addresses and `localhost`; None for anything.
+
+        Client certificates keep web pages out, whatever they call the server.
+        """
+        return None if self.wants_certificate else (self.host, *self.allowed_hosts)
 
     def url(self, port: int) -> str:
         """Where clients find the server that listens on the port."""
@@ -119,20 +124,21 @@ class Listening:
 
     def _check_exposure(self) -> None:
         """Refuse to be open to other machines without protection, unless that is intended."""
-        if self.insecure or is_loopback(self.host) or (self.token and self.tls):
+        if self.insecure or is_loopback(self.host) or (self.wants_token and self.tls) or self.wants_certificate:
             return
         if _NUMBERS.fullmatch(self.host):
             try:
                 socket.inet_aton(self.host)
             except OSError:
                 raise ConfigurationError(f"{self.host} is no IP address; listen on one of this machine's") from None
-        if self.token is None:
+        if not self.wants_token:
             reason = "clients are not authenticated"
         else:
             reason = "without TLS anybody on the way reads the token, and the weights, in clear text"
         raise ConfigurationError(
             f"{self.host} may be reached from other machines, and {reason}; listen on 127.0.0.1 behind a proxy with "
-            "TLS, set a token and TLS (ssl=, from Python), or allow it with --insecure (insecure=True)"
+            "TLS, set a token and a certificate with --token-file and --ssl-certfile (token=, ssl=), or allow it with "
+            "--insecure (insecure=True)"
         )
 
     def _cannot_listen(self, exc: OSError | UnicodeError) -> str:

@@ -14,6 +14,7 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import Event
 from websockets.typing import Data
 
+from surfw.server.access import EVERYTHING, Grant
 from surfw.server.fairness import Account, Turns
 
 PORTION_BYTES = 256
@@ -57,7 +58,14 @@ class Newcomers:
 
 
 class FairConnection(ServerConnection, asyncio.BufferedProtocol):
-    """The library's server connection, with input that waits for its turn; `account` pays for turns of the loop."""
+    """The library's server connection, with input that waits for its turn.
+
+    Attributes:
+        account: pays for turns of the loop.
+        grant: what the token of the request that opened it allows.
+    """
+
+    grant: Grant = EVERYTHING
 
     def __init__(
         self, *arguments: Any, turns: Turns, newcomers: Newcomers, most_unsent_bytes: int, **options: Any

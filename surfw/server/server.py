@@ -27,12 +27,14 @@ from surfw.config import (
     DEFAULT_PORT,
     MB,
     CachePolicy,
+    TlsFiles,
     WireLimits,
     check_cache_policy,
     expect,
 )
 from surfw.errors import ConfigurationError
 from surfw.metrics import hit_rate
+from surfw.server.access import Access
 from surfw.server.connection import Connection
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
@@ -40,7 +42,9 @@ from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
 from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
+from surfw.server.reloading import FromFiles, Reloading
 from surfw.server.served import ServedStore
+from surfw.server.tls import ServerTls
 from surfw.storage import StorageBackend
 from surfw.wire import MOST_CONNECTIONS, ClientFacts, ServerHealth, ServerStats
 
@@ -62,7 +66,8 @@ class WeightServer:
         cache_size_mb: float = DEFAULT_CACHE_MB,
         *,
         token: str | None = None,
-        ssl: SSLContext | None = None,
+        token_file: str | Path | None = None,
+        ssl: SSLContext | TlsFiles | None = None,
         insecure: bool = False,
         clients: int = DEFAULT_CLIENTS,
         allowed_hosts: Sequence[str] = (),
@@ -77,11 +82,14 @@ class WeightServer:
             storage_backend: the storage of the store. It stays the caller's, who closes it.
             model_path: instead, the store's folder or URL, opened and closed by the server; or that of a plain
                 checkpoint, which is then served from where it is.
-            host: address to listen on; other machines reach it only with `token` and `ssl`, or `insecure`.
+            host: address to listen on; other machines reach it only with a token and `ssl`, or `insecure`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache of stored bytes, in units of 10^6 bytes; at least 16 MiB are used.
-            token: what clients have to show; None lets everybody in who reaches the port.
-            ssl: a server's context with its certificates, for `wss://`.
+            token: what clients have to show; without it, and without `token_file`, everybody is let in who reaches
+                the port.
+            token_file: instead, a file with one token, or with several, each with the models that it may read and the
+                time when it expires. It is read again when it changes.
+            ssl: the certificate, for `wss://`: its files, which are read again when they change, or a context.
             insecure: listen beyond loopback without a token, or with a token in clear text.
             clients: the most connections at a time.
             allowed_hosts: names that the server may be called by, besides addresses, `localhost` and its `host`.
@@ -104,10 +112,18 @@ class WeightServer:
         if clients < 1:
             raise ConfigurationError(f"clients is {clients}; expected at least 1 connection")
         expect("limits", limits, WireLimits | None, "WireLimits or None")
+        self._journal = Journal()
+        self._client_log = ClientLog(self._journal)
+        self._access = Access(token, token_file, self._journal)
+        files: list[FromFiles] = [] if self._access.file is None else [self._access.file]
+        if isinstance(ssl, TlsFiles):
+            files.append(tls := ServerTls(ssl, self._client_log.handshakes))
+            ssl = tls.context
+        self._reloading = Reloading(files, self._journal)
         self._listening = Listening(
             host=host,
             port=port,
-            token=token,
+            wants_token=not self._access.is_open,
             tls=ssl,
             insecure=insecure,
             allowed_hosts=allowed_hosts,
@@ -117,10 +133,8 @@ class WeightServer:
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
         self._connected = 0
-        self._journal = Journal()
-        self._client_log = ClientLog(self._journal)
         self._process = psutil.Process()
-        self._endpoints = HttpEndpoints(self, token, self._listening.names, self._journal)
+        self._endpoints = HttpEndpoints(self, self._access, self._listening.names, self._journal)
         self._websockets: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changing = asyncio.Lock()
@@ -200,13 +214,22 @@ class WeightServer:
                 await self.stop()
             raise
 
+    async def reload(self) -> bool:
+        """Read the token file and the certificates again, which the server otherwise does when they change.
+
+        What cannot be used is told in the log, and what was there before stays in force; returns False then.
+        """
+        return await self._reloading.look(anyway=True)
+
     async def _prepare(self) -> None:
         """Make sure of what the server depends on, before it listens."""
+        await self._reloading.start()
         await self._served.start()
         self._process.cpu_percent()
 
     async def _release(self) -> None:
         """Close what was opened for this start."""
+        await self._reloading.stop()
         await self._endpoints.close()
         self._client_log.flush()
         await self._served.close()
@@ -239,7 +262,10 @@ class WeightServer:
 
     async def _serve_client(self, websocket: FairConnection) -> None:
         self._connected += 1
-        connection = Connection(self._connected, websocket, self._served, self._listening.limits, self._client_log)
+        limits, client_log = self._listening.limits, self._client_log
+        connection = Connection(
+            self._connected, websocket, self._served, self._access, limits=limits, client_log=client_log
+        )
         self._connections.add(connection)
         try:
             await connection.serve()
@@ -303,7 +329,8 @@ class ServerOptions(TypedDict, total=False):
     """How a server may be reached, and how it reads its storage; see `WeightServer`."""
 
     token: str | None
-    ssl: SSLContext | None
+    token_file: str | Path | None
+    ssl: SSLContext | TlsFiles | None
     insecure: bool
     clients: int
     allowed_hosts: Sequence[str]
@@ -337,7 +364,7 @@ class AdvancedWeightServer(WeightServer):
             host: address to listen on, as for `WeightServer`.
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
-            options: `token`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
+            options: `token`, `token_file`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
                 `cache_policy` and `record`, as for `WeightServer`.
 
         Raises:

@@ -5,7 +5,7 @@ so that two sessions joined in memory are the whole protocol. The invariant: *wh
 or raises `RemoteProtocolError`, never anything else*. A mistake of our own side raises `LocalProtocolError`.
 """
 
-from surfw.wire.access import admits, bearer, check_token, is_loopback, is_meant
+from surfw.wire.access import EXPIRED, bearer, check_token, is_loopback, is_meant, shown_token
 from surfw.wire.messages import (
     MOST_SCHEDULED,
     PROTOCOL,
@@ -41,6 +41,7 @@ from surfw.wire.reports import (
 from surfw.wire.sessions import ClientSession, ServerSession
 
 __all__ = [
+    "EXPIRED",
     "MOST_CONNECTIONS",
     "MOST_SCHEDULED",
     "PROTOCOL",
@@ -68,7 +69,6 @@ __all__ = [
     "ServerHello",
     "ServerSession",
     "ServerStats",
-    "admits",
     "bearer",
     "binary_header",
     "check_token",
@@ -77,4 +77,5 @@ __all__ = [
     "is_meant",
     "parse_stats",
     "rates_between",
+    "shown_token",
 ]

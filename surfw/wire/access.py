@@ -1,10 +1,9 @@
-"""Access to a server: the token that both sides share, and the hosts that may be named.
+"""Access to a server: how a token is shown, and the hosts that may be named.
 
 A client sends `Authorization: Bearer TOKEN` with its WebSocket handshake, and with `GET /stats` and `/metrics`. Without
 TLS it sends it to this machine only. No error and no `repr` shows a token.
 """
 
-import hmac
 import ipaddress
 import re
 from collections.abc import Collection, Sequence
@@ -38,11 +37,14 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {check_token(token)}"}
 
 
-def admits(token: str, shown: Sequence[str]) -> bool:
-    """Whether the values of a request's `Authorization` headers carry the token, compared in constant time."""
-    scheme, _, secret = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
-    same = hmac.compare_digest(secret.strip().encode(errors="surrogatepass"), token.encode())
-    return same and scheme.lower() == "bearer"
+def shown_token(shown: Sequence[str]) -> str | None:
+    """The token that the values of a request's `Authorization` headers carry, if they do so as they should."""
+    scheme, _, token = shown[0].partition(" ") if len(shown) == 1 else ("", "", "")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+EXPIRED = 'Bearer error="invalid_token", error_description="The access token expired"'
+"""The challenge (`WWW-Authenticate`) to a token that was valid once, as RFC 6750 has it."""
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,8 @@ from surfw.cli.wording import PHRASES, with_options
         ("this one is missing (on_missing='uninitialized' makes it up)", "(--on-missing uninitialized makes it up)"),
         ("to go beyond it (memory_budget, --memory-budget)", "to go beyond it (--memory-budget)"),
         ("ask for fewer (max_new_tokens)", "ask for fewer (--max-new-tokens)"),
-        ("set a token and TLS (ssl=, from Python)", "set a token and TLS (from Python)"),
+        ("with --token-file and --ssl-certfile (token=, ssl=), or", "with --token-file and --ssl-certfile, or"),
+        ("but certificates were given (ssl=); expected", "but certificates were given; expected"),
         ("unknown dtype='fp8' in config.json", "unknown dtype='fp8' in config.json"),
         (
             "a.toml: max_new_tokens is 0 (a file of [tool.surfw])",

@@ -1,5 +1,6 @@
 """Every example runs as its first lines say, in a process of its own, with no hub."""
 
+import asyncio
 import os
 import re
 import signal
@@ -7,15 +8,22 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import openai
 import pytest
 
 from tests.services import warm
 from tests.services.s3 import S3Service
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-TESTED = {"custom_backend", "custom_model", "fastapi_app", "inference_example", "llama_example", "llama_s3_example"}
+TESTED = {
+    "custom_backend", "custom_model", "fastapi_app", "inference_example", "llama_example", "llama_s3_example",
+    "openai_server",
+}  # fmt: skip
 START = """
 import runpy, sys, transformers
 transformers.logging.set_verbosity_warning()
@@ -93,31 +101,85 @@ def test_a_model_class_of_ones_own(tmp_path: Path) -> None:
     )
 
 
-def test_a_web_service(tmp_path: Path) -> None:
+@contextmanager
+def service(tmp_path: Path, name: str) -> Iterator[str]:
+    """An example that serves HTTP, as its first lines say; what it writes to stderr has no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", str(EXAMPLES), "--port", str(port)]
-    service = warm.start(command, cwd=tmp_path, stderr=subprocess.PIPE)
-    assert service.stderr is not None
+    command = [sys.executable, "-m", "uvicorn", f"{name}:app", "--app-dir", str(EXAMPLES), "--port", str(port)]
+    process = warm.start(command, cwd=tmp_path, stderr=subprocess.PIPE)
+    assert process.stderr is not None
     try:
-        for line in service.stderr:
+        for line in process.stderr:
             if "Uvicorn running on" in line:
                 break
-        url = f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+        assert process.wait(60) in {0, -signal.SIGINT}
+        process.stderr.close()
+    assert "Traceback" not in rest, rest
+
+
+def test_a_web_service(tmp_path: Path) -> None:
+    with service(tmp_path, "fastapi_app") as url:
         with urllib.request.urlopen(
             f"{url}/generate?prompt=Weight+streaming+is&max_new_tokens=40", timeout=60
         ) as answer:
             assert f"Weight streaming is{answer.read().decode()}".startswith(SENTENCE)
         with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
             assert b'"total_inferences":1' in answer.read()
-        with socket.create_connection(("127.0.0.1", port)) as caller:  # and hang up in the middle
+        address = (urlsplit(url).hostname, urlsplit(url).port)
+        with socket.create_connection(address) as caller:  # and hang up in the middle
             caller.sendall(b"GET /generate?prompt=A&max_new_tokens=200 HTTP/1.1\r\nHost: x\r\n\r\n")
             caller.recv(1)
         with urllib.request.urlopen(f"{url}/stats", timeout=60) as answer:
             assert answer.status == 200
-    finally:
-        service.send_signal(signal.SIGINT)
-        rest = service.stderr.read()
-        assert service.wait(60) in {0, -signal.SIGINT}
-        service.stderr.close()
-    assert "Traceback" not in rest, rest
+
+
+def test_clients_of_openai(tmp_path: Path) -> None:
+    """Their own client, sixteen of them at once, streaming; one hangs up, others ask for what there is not."""
+
+    async def ask(client: openai.AsyncOpenAI, index: int) -> str:
+        pieces = await client.completions.create(
+            model="demo", prompt="Weight streaming is", max_tokens=30 + index % 3, stream=True
+        )
+        text, ends = "", []
+        async for piece in pieces:
+            text += piece.choices[0].text
+            ends.append(piece.choices[0].finish_reason)
+            if index == 5:
+                await pieces.close()
+                return ""
+        assert ends[-1] in {"length", "stop"}
+        assert set(ends[:-1]) == {None}
+        return f"Weight streaming is{text}"
+
+    async def main(url: str) -> None:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as client:
+            assert [model.id async for model in client.models.list()] == ["demo"]
+            texts = await asyncio.gather(*(ask(client, index) for index in range(16)))
+            assert len({text for text in texts if text}) <= 3
+            assert all(SENTENCE.startswith(text[:60]) for text in texts)
+            whole = await client.completions.create(model="demo", prompt="Weight streaming is", max_tokens=30)
+            assert f"Weight streaming is{whole.choices[0].text}" == texts[0]
+            assert whole.usage is not None
+            assert whole.usage.completion_tokens == 30
+            said = await client.chat.completions.create(
+                model="demo", messages=[{"role": "user", "content": "Weight streaming is"}], max_tokens=30, stop=" run"
+            )
+            assert said.choices[0].finish_reason == "stop"
+            assert said.choices[0].message.content == " a way to"
+            sampled = [
+                await client.completions.create(model="demo", prompt="A", max_tokens=9, temperature=1.0, seed=7)
+                for _ in range(2)
+            ]
+            assert sampled[0].choices[0].text == sampled[1].choices[0].text
+            with pytest.raises(openai.NotFoundError, match="this server has demo"):
+                await client.completions.create(model="other", prompt="A")
+            with pytest.raises(openai.UnprocessableEntityError):
+                await client.completions.create(model="demo", prompt="A", max_tokens=0)
+
+    with service(tmp_path, "openai_server") as url:
+        asyncio.run(main(url))

@@ -112,6 +112,7 @@ def test_the_snippets_did_what_they_say(told: dict[str, Any]) -> None:
     assert guide["cache"]["cache_size"] == 2
     assert guide["times"]["total_inferences"] == 3
     assert guide["settings"].cache_layers == 3
+    assert sorted((one.index, one.error) for one in guide["many"]) == [(0, None), (1, None), (2, None)]
     (missing,) = {str(one.message) for one in guide["told"] if "UNINITIALIZED" in str(one.message)}
     assert missing.startswith("my-headless: 2 weights of BertForSequenceClassification are UNINITIALIZED")
     assert told["surfw/wire/PROTOCOL.md"]["payload"]

@@ -11,14 +11,15 @@ def run(work: Comparison) -> Measurement:
     from surfw.settings import Settings
 
     assert work.source is not None, "bench_infer names it"
-    connection = {"token": Settings.load().token} if is_server_url(work.source) else {}
+    settings = Settings.load()
+    connection = {"token": settings.token, "ssl": settings.tls_for(work.source)} if is_server_url(work.source) else {}
     with StreamingModel.open(
         work.source,
         work.model,
         memory_budget=work.memory_budget,
         codec=work.codec,
         policy=work.policy,
-        **connection,  # type: ignore[arg-type]  # a text or None
+        **connection,  # type: ignore[arg-type]  # of its two types
     ) as model:
         return measure_generation(
             model.generate, work, fetched_bytes=lambda: model.statistics()["cache"]["fetched_bytes"]

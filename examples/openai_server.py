@@ -1,0 +1,295 @@
+"""A server that clients of OpenAI's API can talk to; requests that come together share each pass over the layers.
+
+    pip install fastapi uvicorn
+    SURFW_SOURCE=ws://127.0.0.1:8765 uvicorn openai_server:app --app-dir examples
+    curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \
+        -d '{"model": "demo", "prompt": "Weight streaming is", "max_tokens": 32}'
+
+It has `/v1/models`, `/v1/completions` and `/v1/chat/completions`, both also with `"stream": true`. Requests with the
+same temperature, top_p and seed run together; others wait for their turn. Whoever hangs up gives its place to the next.
+Without SURFW_SOURCE it serves the small model that comes with surfw, from a store made for this.
+"""
+
+import asyncio
+import json
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from surfw import InferenceRequest, ManyResult, ModelChunker, Settings, StreamingModel, SurfwError, demo_checkpoint
+
+MOST_WAITING = 256
+"""More requests than that are refused, so that nobody waits for ever."""
+
+TURN_SECONDS = 10.0
+"""After so long, those who sample differently get their turn."""
+
+
+class Sampling(BaseModel):
+    """What requests of both kinds have."""
+
+    model: str = ""
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0)
+    stop: str | list[str] | None = None
+    stream: bool = False
+    n: Literal[1] = 1
+
+
+class Completion(Sampling):
+    """A request to `/v1/completions`."""
+
+    prompt: str
+
+
+class Message(BaseModel):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+
+class Chat(Sampling):
+    """A request to `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+
+
+class Answer:
+    """An answer on its way: its new tokens, then None; `result` is there at the end."""
+
+    def __init__(self, request: InferenceRequest) -> None:
+        """Nothing has come yet."""
+        self.request = request
+        self.tokens: asyncio.Queue[list[int] | None] = asyncio.Queue()  # one pass adds one token, so it stays short
+        self.result: ManyResult | None = None
+        self.is_wanted = True
+
+    @property
+    def sampling(self) -> tuple[Any, ...]:
+        """What has to be the same for requests that run together."""
+        return self.request.temperature, self.request.top_p, self.request.seed
+
+
+class Batcher:
+    """Runs what waits, as many together as fit."""
+
+    def __init__(self, model: StreamingModel) -> None:
+        """Take an open model."""
+        self.model = model
+        self._waiting: list[Answer] = []
+        self._running: dict[int, Answer] = {}
+        self._changed = asyncio.Event()
+
+    def add(self, answer: Answer) -> None:
+        """Put a request into the line."""
+        if len(self._waiting) >= MOST_WAITING:
+            raise HTTPException(429, "too many requests wait already; try again later")
+        self._waiting.append(answer)
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Answer requests for ever."""
+        while True:
+            while not self._waiting:
+                self._changed.clear()
+                await self._changed.wait()
+            await self._turn(self._waiting[0].sampling)
+
+    async def _turn(self, sampling: tuple[Any, ...]) -> None:
+        """Answer all that sample in one way, until there are none, or others have waited for long."""
+        temperature, top_p, seed = sampling
+        loop, until = asyncio.get_running_loop(), time.monotonic() + TURN_SECONDS
+        self._running = {}
+
+        async def requests() -> AsyncIterator[InferenceRequest]:
+            index = 0
+            while time.monotonic() < until or all(one.sampling == sampling for one in self._waiting):
+                mine = [one for one in self._waiting if one.sampling == sampling]
+                for answer in mine:
+                    self._waiting.remove(answer)
+                    self._running[index] = answer
+                    index += 1
+                    yield answer.request
+                if not mine:
+                    if not self._running:
+                        return
+                    self._changed.clear()
+                    await self._changed.wait()
+
+        def on_tokens(index: int, tokens: list[int]) -> bool:
+            answer = self._running[index]
+            loop.call_soon_threadsafe(answer.tokens.put_nowait, tokens)
+            return answer.is_wanted
+
+        try:
+            results = self.model.generate_many(
+                requests(), on_tokens=on_tokens, temperature=temperature, top_p=top_p, seed=seed
+            )
+            async for result in results:
+                answer = self._running.pop(result.index)
+                answer.result = result
+                answer.tokens.put_nowait(None)
+                self._changed.set()
+        except SurfwError as exc:
+            for index, answer in self._running.items():
+                answer.result = ManyResult(index=index, error=str(exc))
+                answer.tokens.put_nowait(None)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Keep the model open as long as the service runs."""
+    settings = Settings.load()  # SURFW_* variables, and the file that SURFW_CONFIG names
+    with tempfile.TemporaryDirectory() as store:
+        if settings.source is None:
+            await ModelChunker(demo_checkpoint(), output_dir=store).chunk_model()
+        source = settings.source or store
+        async with StreamingModel(
+            source,
+            settings.model,
+            cache_size=settings.cache_layers,
+            memory_budget=settings.memory_budget,
+            codec=settings.codec,
+            retry=settings.retry,
+            token=settings.token if source.startswith(("ws://", "wss://")) else None,
+        ) as model:
+            app.state.batcher = batcher = Batcher(model)
+            running = asyncio.create_task(batcher.run())
+            yield
+            running.cancel()
+            await asyncio.wait([running])
+
+
+app = FastAPI(lifespan=lifespan)
+
+
+@app.exception_handler(HTTPException)
+async def tell(_: Request, exc: HTTPException) -> JSONResponse:
+    """What is wrong, where clients of OpenAI look for it."""
+    return JSONResponse({"error": {"message": exc.detail, "code": exc.status_code}}, exc.status_code)
+
+
+@app.get("/v1/models")
+async def models() -> dict[str, Any]:
+    """The one model there is."""
+    name = app.state.batcher.model.manifest.name
+    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "surfw"}]}
+
+
+@app.post("/v1/completions")
+async def completions(asked: Completion) -> Any:
+    """A text that goes on where the prompt ends."""
+    return await respond(asked, "text_completion", prompt=asked.prompt, raw=True)
+
+
+@app.post("/v1/chat/completions")
+async def chat_completions(asked: Chat) -> Any:
+    """The next message of a chat; a model without a chat template gets the last message as it is."""
+    *history, last = [message.model_dump() for message in asked.messages]
+    template = app.state.batcher.model.tokenizer.chat_template
+    return await respond(
+        asked, "chat.completion", prompt=last["content"], history=history if template else (), raw=not template
+    )
+
+
+async def respond(asked: Sampling, kind: str, **prompt: Any) -> Any:
+    """Answer a request, at once or as it comes."""
+    batcher: Batcher = app.state.batcher
+    name = batcher.model.manifest.name
+    if asked.model not in {"", name}:
+        raise HTTPException(404, f"there is no model {asked.model!r}; this server has {name}")
+    try:
+        request = InferenceRequest(
+            **prompt,
+            max_new_tokens=asked.max_completion_tokens or asked.max_tokens or 256,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=asked.seed,
+            stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or (),
+        )
+    except SurfwError as exc:
+        raise HTTPException(400, str(exc)) from exc
+    answer = Answer(request)
+    batcher.add(answer)
+    common = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+    if asked.stream:
+        return StreamingResponse(stream(answer, kind, common), media_type="text/event-stream")
+    try:
+        while await answer.tokens.get() is not None:
+            pass
+    finally:
+        answer.is_wanted = False
+    result = finished(answer)
+    new = len(result.token_ids)
+    usage = {
+        "prompt_tokens": result.prompt_tokens,
+        "completion_tokens": new,
+        "total_tokens": result.prompt_tokens + new,
+    }
+    return common | {
+        "object": kind,
+        "choices": [choice(kind, result.text, reason(answer), is_whole=True)],
+        "usage": usage,
+    }
+
+
+async def stream(answer: Answer, kind: str, common: dict[str, Any]) -> AsyncIterator[str]:
+    """Server-sent events, one for each piece of text."""
+    tokenizer, ids, shown = app.state.batcher.model.tokenizer, [], ""
+    kind_of_piece = "chat.completion.chunk" if kind == "chat.completion" else kind
+
+    def event(text: str, why: str | None) -> str:
+        return f"data: {json.dumps(common | {'object': kind_of_piece, 'choices': [choice(kind, text, why)]})}\n\n"
+
+    try:
+        while (tokens := await answer.tokens.get()) is not None:
+            ids += tokens
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            held = max((len(one) for one in answer.request.stop), default=1) - 1  # may be the beginning of a stop text
+            text = text[: len(text) - held]
+            if not text.endswith("\ufffd") and len(text) > len(shown):
+                yield event(text[len(shown) :], None)
+                shown = text
+        try:
+            result = finished(answer)
+        except HTTPException as exc:
+            yield f"data: {json.dumps({'error': {'message': exc.detail, 'code': exc.status_code}})}\n\n"
+            return
+        if rest := result.text[len(shown) :]:
+            yield event(rest, None)
+        yield event("", reason(answer))
+        yield "data: [DONE]\n\n"
+    finally:
+        answer.is_wanted = False
+
+
+def finished(answer: Answer) -> Any:
+    """The result of an answer that has ended."""
+    assert answer.result is not None
+    if answer.result.result is None:
+        raise HTTPException(400, answer.result.error)
+    return answer.result.result
+
+
+def reason(answer: Answer) -> str:
+    """Why an answer ended."""
+    return "length" if len(finished(answer).token_ids) >= answer.request.max_new_tokens else "stop"
+
+
+def choice(kind: str, text: str, why: str | None, *, is_whole: bool = False) -> dict[str, Any]:
+    """A text as each of the two kinds of answers has it."""
+    if kind == "text_completion":
+        return {"index": 0, "text": text, "finish_reason": why, "logprobs": None}
+    message = {"role": "assistant", "content": text}
+    return {"index": 0, "message" if is_whole else "delta": message, "finish_reason": why}

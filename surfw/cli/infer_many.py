@@ -1,0 +1,410 @@
+"""`surfw infer --prompts FILE`: many prompts as JSON lines, and their answers as JSON lines."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from surfw.cli import options
+from surfw.cli.addresses import Mistake
+from surfw.config import count, display_url, printable
+from surfw.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from surfw.models.inference import InferenceRequest
+    from surfw.models.many import Feed, ManyResult
+    from surfw.models.streaming import StreamingModel
+
+_MOST_LINE_BYTES = 16 * 1024 * 1024
+_MOST_AHEAD = 1024
+"""How many prompts may be read before the oldest that has no answer yet; with --ordered, so many answers wait."""
+
+_EXPECTED: Mapping[str, tuple[type, str]] = {
+    "prompt": (str, "a text"),
+    "prompt_ids": (list, "a list of token ids"),
+    "max_new_tokens": (int, "a whole number"),
+    "stop": (list, "a text, or a list of texts"),
+    "ignore_eos": (bool, "true or false"),
+    "system": (str, "a text"),
+    "raw": (bool, "true or false"),
+}
+"""What a line may have besides its id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    """What was asked for; see the options of `infer`."""
+
+    prompts: Path | None
+    output: Path | None
+    ordered: bool
+    resume: bool
+    sequences: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    system: str | None
+    raw: bool
+    quiet: bool
+
+
+def check_together(many: Many, others: Mapping[str, object]) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        Mistake: two of them do.
+    """
+    if many.prompts is None:
+        alone: dict[str, object] = {
+            "--output": many.output, "--ordered": many.ordered, "--resume": many.resume, "--sequences": many.sequences
+        }  # fmt: skip
+        for name, value in alone.items():
+            if value:
+                raise Mistake(f"{name} goes with --prompts FILE, which is not given")
+        return
+    for name, value in others.items():
+        if value:
+            raise Mistake(f"--prompts does not go with {name}; give one of them")
+    if many.resume and many.output is None:
+        raise Mistake("--resume needs --output FILE, which holds the answers so far")
+
+
+@dataclass
+class _Question:
+    """A line of the file: what it asks, or what is wrong with it."""
+
+    line: int
+    id: Any
+    request: "InferenceRequest | None" = None
+    error: str | None = None
+
+
+@dataclass
+class _Tally:
+    """What has come of the prompts so far."""
+
+    answered: int = 0
+    failed: int = 0
+    left_out: int = 0
+    tokens: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+
+def answer_file(many: Many, configuration: options.Configuration) -> None:
+    """Answer all prompts of a file.
+
+    Raises:
+        SurfwError: the file, or the model, cannot be read; or a prompt could not be answered, once all others are.
+    """
+    from surfw.cli import render
+    from surfw.cli.sources import choose_source, connect, open_model
+
+    settings = configuration.settings
+    with _open_prompts(many) as lines, _open_output(many) as (done, write):
+        total = _count_lines(lines)
+        with (
+            render.busy("looking for the weights", quiet=many.quiet) as step,
+            choose_source(configuration, on_phase=step) as chosen,
+        ):
+            chosen.check_folder()
+            if not many.quiet:
+                step("")
+                print(f"surfw: source: {display_url(chosen.url)} ({chosen.reason})", file=sys.stderr)
+            step("reading the manifest")
+            with connect(chosen, settings, explain=False) as client, open_model(client, settings, step) as streaming:
+                step("")
+                tally = _Run(many, configuration, streaming, done=done, write=write).run(lines, total)
+    if not many.quiet:
+        print(_summary(tally), file=sys.stderr)
+    if tally.failed:
+        raise ConfigurationError(
+            f"{count(tally.failed, 'prompt')} of {tally.failed + tally.answered} could not be answered; the answers "
+            "say which and why"
+        )
+
+
+def _summary(tally: _Tally) -> str:
+    from surfw.cli.status import duration, rate
+
+    seconds = time.perf_counter() - tally.start
+    parts = [f"{count(tally.answered, 'prompt')} answered"]
+    if tally.failed:
+        parts.append(f"{tally.failed} failed")
+    if tally.left_out:
+        parts.append(f"{tally.left_out} answered before")
+    parts.append(f"{count(tally.tokens, 'token')} in {duration(seconds)}")
+    if tally.tokens:
+        parts.append(f"{rate(tally.tokens / seconds)} tok/s")
+    return f"surfw: {', '.join(parts)}"
+
+
+class _Run:
+    """Questions go to the model from a thread that reads them; answers come in the model's."""
+
+    def __init__(
+        self,
+        many: Many,
+        configuration: options.Configuration,
+        streaming: "StreamingModel",
+        *,
+        done: set[str],
+        write: Callable[[Mapping[str, Any]], None],
+    ) -> None:
+        """Note the model, the ids that are answered, and what writes an answer."""
+        self._many, self._settings, self._streaming = many, configuration.settings, streaming
+        self._done, self._write = done, write
+        self._tally = _Tally()
+        self._asked: dict[int, _Question] = {}
+        self._waiting: dict[int, Mapping[str, Any]] = {}  # answers that come after one that is not there yet
+        self._next = 0
+        self._lock = threading.RLock()
+        self._room = threading.Semaphore(_MOST_AHEAD)
+        self._advance: Callable[..., None] = lambda **_: None
+        self._failure: BaseException | None = None
+
+    def run(self, lines: IO[bytes], total: int | None) -> _Tally:
+        """Answer all questions of a file, of which so many are known to be there."""
+        from surfw.cli import render
+        from surfw.models.inference import InferenceRequest
+        from surfw.models.many import MOST_SEQUENCES, Feed
+
+        most, settings = self._many.sequences or MOST_SEQUENCES, self._settings
+        shared = InferenceRequest(
+            prompt="", max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+            top_p=settings.top_p, top_k=settings.top_k, seed=settings.seed,
+        )  # fmt: skip
+        feed = Feed(2 * most)
+        reading = threading.Thread(target=self._read, args=(lines, feed, shared), name="surfw-prompts", daemon=True)
+        with render.count_bar("answering", total, quiet=self._many.quiet) as self._advance:
+            reading.start()
+            try:
+                self._streaming.answer_many(feed, shared, on_result=self._take, on_tokens=self._count, sequences=most)
+            except KeyboardInterrupt as exc:
+                if self._many.output is not None:
+                    raise KeyboardInterrupt("the same command with --resume goes on where it stopped") from exc
+                raise
+            finally:
+                feed.close()
+                self._room.release(_MOST_AHEAD)
+        if self._failure is not None:
+            raise self._failure
+        return self._tally
+
+    def _read(self, lines: IO[bytes], feed: "Feed", shared: "InferenceRequest") -> None:
+        """Read all questions, and put them to the model; in a thread of its own."""
+        try:
+            seen: dict[str, int] = {}
+            for index, question in enumerate(self._questions(lines, seen, shared)):
+                self._room.acquire()
+                with self._lock:
+                    self._asked[index] = question
+                if question.request is None:
+                    self._answer(index, {"error": question.error})
+                elif not feed.put(index, question.request):
+                    return
+        except BaseException as exc:  # noqa: BLE001 - it is raised where the run ends
+            self._failure = exc
+        finally:
+            feed.close()
+
+    def _questions(self, lines: IO[bytes], seen: dict[str, int], shared: "InferenceRequest") -> Iterator[_Question]:
+        for number in _numbers():
+            line = lines.readline(_MOST_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > _MOST_LINE_BYTES:
+                raise ConfigurationError(
+                    f"line {number} of the prompts has over {_MOST_LINE_BYTES} bytes; split it into several"
+                )
+            if not line.strip():
+                continue
+            question = self._parse(number, line, shared)
+            key = json.dumps(question.id)
+            if question.error is None and key in self._done:
+                self._tally.left_out += 1
+                self._advance(advance=1)
+                continue
+            if question.error is None and (before := seen.setdefault(key, number)) != number:
+                question.request, question.error = None, f"line {before} has the id {printable(key)} already"
+            yield question
+
+    def _parse(self, number: int, line: bytes, shared: "InferenceRequest") -> _Question:
+        """Read a line; what is wrong with it is its answer."""
+        question = _Question(number, None)
+        many = self._many
+        common: dict[str, Any] = {
+            "stop": many.stop,
+            "ignore_eos": many.ignore_eos,
+            "system": many.system,
+            "raw": many.raw,
+        }
+        try:
+            found = _read_line(line)
+            question.id = found.pop("id", number)
+            question.request = replace(shared, **(common | _read_settings(question.id, found)))
+        except (_LineError, ConfigurationError) as exc:
+            question.error = str(exc)
+        return question
+
+    def _count(self, _index: int, tokens: list[int]) -> None:
+        self._tally.tokens += len(tokens)
+        self._advance(tokens=self._tally.tokens)
+
+    def _take(self, found: "ManyResult") -> None:
+        if found.result is None:
+            self._answer(found.index, {"error": found.error})
+            return
+        result = found.result
+        self._answer(
+            found.index,
+            {"text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens},
+        )
+
+    def _answer(self, index: int, answer: Mapping[str, Any]) -> None:
+        """Write an answer, in its turn."""
+        with self._lock:
+            question = self._asked.pop(index)
+            document = {"id": question.id, "line": question.line, **answer}
+            self._tally.failed += "error" in answer
+            self._tally.answered += "error" not in answer
+            if "error" in answer and not self._many.quiet:
+                self._advance(note=f"surfw: line {question.line} of the prompts: {printable(str(answer['error']))}")
+            self._waiting[index] = document
+            ready = [index] if not self._many.ordered else []
+            while self._many.ordered and self._next in self._waiting:
+                ready.append(self._next)
+                self._next += 1
+            for one in ready:
+                self._write(self._waiting.pop(one))
+                self._room.release()
+                self._advance(advance=1)
+
+
+class _LineError(ValueError):
+    """A line of the prompts cannot be used as it is."""
+
+
+def _read_line(line: bytes) -> dict[str, Any]:
+    """The object that a line has."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise _LineError(f"no JSON: {exc}") from None
+    if not isinstance(found, dict):
+        raise _LineError(f'a line is an object such as {{"prompt": "…"}}, not {json.dumps(found)[:40]}')
+    return found
+
+
+def _read_settings(own: object, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a line asks for, by the names of `InferenceRequest`."""
+    if not isinstance(own, str | int) or isinstance(own, bool):
+        raise _LineError(f"an id is a text or a whole number, not {json.dumps(own)[:40]}")
+    if unknown := sorted(set(found) - set(_EXPECTED)):
+        raise _LineError(
+            f"{printable(unknown[0])!r} means nothing here; a line may have {', '.join(['id', *_EXPECTED])}"
+        )
+    given = {name: value for name, value in found.items() if value is not None}
+    if ("prompt" in given) == ("prompt_ids" in given):
+        raise _LineError("give either prompt or prompt_ids")
+    if isinstance(given.get("stop"), str):
+        given["stop"] = [given["stop"]]
+    for name, value in given.items():
+        kind, what = _EXPECTED[name]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise _LineError(f"{name} is {json.dumps(value)[:40]}, expected {what}")
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in given.get("prompt_ids", ())):
+        raise _LineError("prompt_ids are whole numbers")
+    return given
+
+
+def _numbers() -> Iterator[int]:
+    number = 0
+    while True:
+        number += 1
+        yield number
+
+
+@contextmanager
+def _open_prompts(many: Many) -> Iterator[IO[bytes]]:
+    assert many.prompts is not None
+    if str(many.prompts) == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        file = many.prompts.open("rb")
+    except OSError as exc:
+        raise ConfigurationError(f"the prompts cannot be read from {many.prompts}: {exc.strerror}") from exc
+    with file:
+        yield file
+
+
+def _count_lines(lines: IO[bytes]) -> int | None:
+    """How many lines a file has that are not empty; None for a pipe."""
+    if not lines.seekable():
+        return None
+    total = sum(bool(line.strip()) for line in lines)
+    lines.seek(0)
+    return total
+
+
+@contextmanager
+def _open_output(many: Many) -> Iterator[tuple[set[str], Callable[[Mapping[str, Any]], None]]]:
+    """Where answers go, and the ids that have one there already."""
+    if many.output is None:
+        out = sys.stdout
+
+        def write(document: Mapping[str, Any]) -> None:
+            out.write(json.dumps(document) + "\n")
+            out.flush()
+
+        yield set(), write
+        return
+    done, whole = _read_answers(many.output) if many.resume else (set(), 0)
+    if not many.resume and many.output.is_file() and many.output.stat().st_size:
+        raise ConfigurationError(
+            f"{many.output} holds something already; add --resume to go on with it, or name another file"
+        )
+    try:
+        file = os.open(many.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as exc:
+        raise ConfigurationError(f"the answers cannot be written to {many.output}: {exc.strerror}") from exc
+    try:
+        os.ftruncate(file, whole)
+
+        def append(document: Mapping[str, Any]) -> None:
+            line = (json.dumps(document) + "\n").encode()
+            while line:
+                line = line[os.write(file, line) :]
+
+        yield done, append
+    finally:
+        os.close(file)
+
+
+def _read_answers(output: Path) -> tuple[set[str], int]:
+    """The ids that have an answer, errors not counted, and how many bytes of whole lines there are."""
+    done: set[str] = set()
+    whole = 0
+    try:
+        with output.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break  # it was being written when the process was killed
+                try:
+                    answer = json.loads(line)
+                    key = json.dumps(answer["id"])
+                except (ValueError, TypeError, KeyError):
+                    raise ConfigurationError(
+                        f"line {number} of {output} is no answer of surfw's; name that of an earlier run, or a new file"
+                    ) from None
+                if "error" not in answer:
+                    done.add(key)
+                whole += len(line)
+    except FileNotFoundError:
+        pass
+    return done, whole

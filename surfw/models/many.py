@@ -1,0 +1,447 @@
+"""Many prompts through a streaming model: each pass over the layers computes a token of every sequence.
+
+Which sequences run together, what is read of a prompt in a pass, and where keys and values lie, is transformers' own
+continuous batching (`transformers.generation.continuous_batching`): a sequence that has ended makes place for the next
+prompt at once, and no sequence is filled up to the length of another. So an answer is what the resident model gives
+under the same scheduler, with the same prompts in the same order and the same most of sequences and cache.
+"""
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias, cast
+
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from surfw.config import format_size
+from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.models.assembly import ModelParts
+from surfw.models.base import StreamingBaseModel
+from surfw.models.inference import InferenceRequest, InferenceResult, encode_prompt, generation_config
+from surfw.runtime.kv_cache import kv_cost
+
+PAGE_TOKENS = 32
+"""The KV cache grows by so many tokens of a sequence at a time."""
+
+MOST_SEQUENCES = 64
+"""So many run together, unless the caller says how many: beyond, computing takes longer than reading weights."""
+
+MOST_TOKENS = 512
+"""So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
+
+_SHARED = ("temperature", "top_p", "top_k", "seed")
+"""What is the same for all prompts of a run, as their tokens are sampled together."""
+
+_SPARE_PAGES = 2
+"""The cache has two more than it is asked for, into which padding is written."""
+
+_NO_TOKEN = -1
+"""For transformers' scheduler, an end that no token is."""
+
+_PATIENCE_SECONDS = 0.1
+"""After so long without a prompt, see whether the run is to end."""
+
+
+OnTokens: TypeAlias = Callable[[int, list[int]], bool | None]
+"""Hears of new tokens of a prompt, and returns False if it wants no more of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyResult:
+    """The answer to one of many prompts, or why there is none.
+
+    Attributes:
+        index: of the prompt, counted from 0 in the order they were given.
+        result: the answer; None if there is an error.
+        error: why this prompt was not answered; the others were.
+    """
+
+    index: int
+    result: InferenceResult | None = None
+    error: str | None = None
+
+
+class Feed:
+    """Prompts on their way to a run, a bounded number of them; filled from other threads than the one that takes."""
+
+    def __init__(self, most: int = 2 * MOST_SEQUENCES, on_room: Callable[[], None] = lambda: None) -> None:
+        """Hold at most so many; `on_room` is called in the run's thread whenever one was taken."""
+        self._most = most
+        self._on_room = on_room
+        self._waiting: deque[tuple[int, InferenceRequest]] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = False
+
+    def offer(self, index: int, request: InferenceRequest) -> bool:
+        """Add a prompt, if there is room."""
+        with self._changed:
+            if len(self._waiting) >= self._most:
+                return False
+            self._waiting.append((index, request))
+            self._changed.notify_all()
+            return True
+
+    def put(self, index: int, request: InferenceRequest) -> bool:
+        """Add a prompt, and wait until there is room for it; False if nobody takes any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._waiting) < self._most or self._is_closed)
+            return not self._is_closed and self.offer(index, request)
+
+    def close(self) -> None:
+        """No prompts come after those that wait."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether none waits, and none will come."""
+        with self._changed:
+            return self._is_closed and not self._waiting
+
+    def take(self, most: int, *, wait_seconds: float) -> list[tuple[int, InferenceRequest]]:
+        """Up to so many of those that wait; if there are none, wait so long for one."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._is_closed, wait_seconds)
+            taken = [self._waiting.popleft() for _ in range(min(most, len(self._waiting)))]
+            self._changed.notify_all()
+        if taken:
+            self._on_room()
+        return taken
+
+
+@dataclass
+class _Sequence:
+    """A prompt that is being answered."""
+
+    index: int
+    request: InferenceRequest
+    ids: list[int]
+    told: int = 0  # how many of its tokens its reader has seen
+
+    @property
+    def most_tokens(self) -> int:
+        """Of prompt and answer."""
+        return len(self.ids) + self.request.max_new_tokens
+
+
+def answer_many(
+    model: StreamingBaseModel,
+    parts: ModelParts,
+    tokenizer: PreTrainedTokenizerBase | None,
+    feed: Feed,
+    *,
+    shared: InferenceRequest,
+    on_result: Callable[[ManyResult], None],
+    on_tokens: OnTokens | None = None,
+    most_sequences: int = MOST_SEQUENCES,
+) -> None:
+    """Answer prompts until their feed ends; the model is busy as long.
+
+    Args:
+        model: an open model that generates, without an encoder.
+        parts: of it.
+        tokenizer: its tokenizer; None needs `prompt_ids`.
+        feed: of the prompts; requests differ from `shared` in what is their own.
+        shared: how tokens are sampled, which is the same for all; its prompt does not count.
+        on_result: called with each answer as it is complete.
+        on_tokens: called with the index of a prompt and its new tokens, in every pass that gave it some; returns False
+            to end that answer.
+        most_sequences: how many run together, where the memory budget has room for their KV cache.
+
+    Raises:
+        UnsupportedModelError: the model does not run like this.
+        SurfwError: weights could not be read.
+    """
+    expect_many(model)
+    answering = _Answering(model, tokenizer, feed, shared, on_result=on_result, on_tokens=on_tokens)
+
+    def run(_: Any) -> None:
+        waiting: deque[_Sequence] = deque()
+        while True:
+            parts.engine.check()
+            missing = most_sequences - len(waiting)
+            waiting += answering.encode(feed.take(missing, wait_seconds=0 if waiting else _PATIENCE_SECONDS))
+            if not waiting:
+                if feed.has_ended:
+                    return
+                continue
+            longest = max(waiting, key=lambda one: one.most_tokens)
+            try:
+                room = find_room(model, parts, most_sequences, longest.most_tokens)
+            except ConfigurationError as exc:
+                waiting.remove(longest)
+                on_result(ManyResult(index=longest.index, error=str(exc)))
+                continue
+            try:
+                with _Batch(model, tokenizer, shared, room) as batch:
+                    answering.run(batch, waiting, parts.engine.check)
+            finally:
+                parts.kv.reserve_bytes(0)
+
+    model.run(run)
+
+
+def expect_many(model: StreamingBaseModel) -> None:
+    """See that a model can answer many prompts together.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    inner, name = model.model, model.manifest.name
+    config = inner.config.get_text_config(decoder=True)
+    if not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} ({model.manifest.class_name}) is no model that only decodes; give it one prompt at a time"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := sorted(kinds - {"full_attention", "sliding_attention"}):
+        raise UnsupportedModelError(
+            f"{name} has layers of {other[0]}, which transformers does not batch continuously; give it one prompt at a "
+            "time"
+        )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What of the memory budget a batch takes.
+
+    Attributes:
+        sequences: how many run together.
+        pages: of `PAGE_TOKENS` each, for all of them.
+        size_bytes: of the cache, and of what a pass copies of it.
+    """
+
+    sequences: int
+    pages: int
+    size_bytes: int
+
+
+def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, longest_tokens: int) -> _Room:
+    """Give a batch as much of the memory budget as it needs, or half of what weights do not need at least.
+
+    Raises:
+        ConfigurationError: not even one sequence has room.
+    """
+    parts.kv.reserve_bytes(0)
+    engine, cost = parts.engine, _page_bytes(model)
+    each = -(-longest_tokens // PAGE_TOKENS) + 1  # a page is begun before the last one is full
+    if (budget := engine.limit.budget_bytes) is None:
+        room = sequences * each
+    else:
+        free = max((budget - engine.least_budget_bytes) // 2, budget - engine.plan.peak_bytes)
+        room = min(sequences * each, free // cost - _SPARE_PAGES)
+        if room < each:
+            least = engine.least_budget_bytes + 2 * (each + _SPARE_PAGES) * cost
+            raise ConfigurationError(
+                f"{model.manifest.name} has no room for the KV cache of a prompt and its answer of {longest_tokens} "
+                f"tokens within a memory budget of {format_size(budget)}; give {format_size(least)}, or ask for fewer "
+                "tokens (max_new_tokens)"
+            )
+    size_bytes = (room + _SPARE_PAGES) * cost
+    parts.kv.reserve_bytes(size_bytes)
+    return _Room(min(sequences, room // each), room, size_bytes)
+
+
+def _page_bytes(model: StreamingBaseModel) -> int:
+    """What a page takes in all layers, and the copy that attention makes of it in one of them, for every head."""
+    inner: Any = model.model
+    dtype: torch.dtype = inner.dtype
+    text = inner.config.get_text_config(decoder=True)
+    kept = kv_cost(inner.config, dtype).new_token_bytes
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    copied = 3 * text.num_attention_heads * head * dtype.itemsize + 8
+    return int(PAGE_TOKENS * (kept + copied))
+
+
+class _Batch:
+    """Sequences that run together, by transformers' scheduler; a context that leaves the model as it was."""
+
+    def __init__(
+        self,
+        model: StreamingBaseModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        shared: InferenceRequest,
+        room: _Room,
+    ) -> None:
+        """Set up the scheduler, and the cache."""
+        self._model, self._tokenizer, self._shared, self._room = model, tokenizer, shared, room
+        self._inner = inner = cast("Any", model.model)
+        self._running: dict[str, _Sequence] = {}
+        config = generation_config(self._inner.generation_config, shared)
+        _expect_processors(model, config)
+        if config.eos_token_id is None:
+            config.eos_token_id = _NO_TOKEN
+        self._ends = config.eos_token_id
+        self._attention = self._inner.config._attn_implementation  # noqa: SLF001 - there is no other name for it
+        manager: Any = inner.init_continuous_batching(
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS,
+                num_blocks=room.pages,
+                max_batch_tokens=max(MOST_TOKENS, room.sequences),
+                max_requests_per_batch=room.sequences,
+                auto_switch_to_flash=False,
+                seed=shared.seed,
+            ),
+        )
+        self._manager = manager
+        self._processor = manager._create_batch_processor()  # noqa: SLF001 - its thread would not be the model's
+
+    def __enter__(self) -> Self:
+        """Use it."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Give the memory back, and the model its own attention."""
+        self._processor = self._manager.batch_processor = None
+        if self._inner.config._attn_implementation != self._attention:  # noqa: SLF001
+            self._inner.set_attn_implementation(self._attention)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a prompt and its answer may have."""
+        return (self._room.pages - 1) * PAGE_TOKENS
+
+    def has_room(self) -> bool:
+        """Whether one more sequence may run."""
+        return len(self._running) < self._room.sequences
+
+    def add(self, sequence: _Sequence, *, tells: bool) -> None:
+        """Let a sequence run; its tokens are told as they come if somebody wants to know."""
+        request = sequence.request
+        key = str(sequence.index)
+        self._running[key] = sequence
+        self._manager.add_request(
+            sequence.ids,
+            request_id=key,
+            max_new_tokens=request.max_new_tokens,
+            streaming=tells or bool(request.stop),
+            eos_token_id=_NO_TOKEN if request.ignore_eos else self._ends,
+        )
+
+    def step(self) -> Iterator[tuple[_Sequence, list[int], bool]]:
+        """One pass over the layers: sequences that have tokens to tell, all of their tokens, and whether they end."""
+        if not self._processor.prepare_next_batch():
+            raise RuntimeError("transformers' scheduler found nothing to run among sequences that have not ended")
+        self._processor._generation_step(self._inner)  # noqa: SLF001 - see above
+        self._processor.update_batch()
+        outputs = self._manager.output_router.output_queue
+        while not outputs.empty():
+            output = outputs.get_nowait()
+            if (sequence := self._running.get(output.request_id)) is None:
+                continue  # it was stopped
+            if output.error is not None:
+                raise RuntimeError(f"transformers' scheduler gave a sequence up: {output.error}")
+            if ended := output.is_finished():
+                del self._running[output.request_id]
+            yield sequence, output.generated_tokens, ended
+
+    def stop(self, sequence: _Sequence) -> None:
+        """End a sequence now."""
+        if self._running.pop(str(sequence.index), None) is not None:
+            self._manager.cancel_request(str(sequence.index))
+
+
+def _expect_processors(model: StreamingBaseModel, config: GenerationConfig) -> None:
+    """See that nothing that the model's generation settings ask for would be left out in silence."""
+    inner: Any = model.model
+    with warnings.catch_warnings(action="ignore"):  # about prompts that it would be given
+        processors = inner._get_logits_processor(config)  # noqa: SLF001 - there is no public way to know
+    for processor in processors:
+        if not getattr(processor, "supports_continuous_batching", False):
+            raise UnsupportedModelError(
+                f"{model.manifest.name} has generation settings that need a {type(processor).__name__}, which "
+                "transformers cannot apply to many sequences of a continuous batch; give it one prompt at a time"
+            )
+
+
+class _Answering:
+    """A run of many prompts."""
+
+    def __init__(
+        self,
+        model: StreamingBaseModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        feed: Feed,
+        shared: InferenceRequest,
+        *,
+        on_result: Callable[[ManyResult], None],
+        on_tokens: OnTokens | None,
+    ) -> None:
+        """Note who gives prompts, and who wants answers."""
+        self._model, self._tokenizer, self._feed, self._shared = model, tokenizer, feed, shared
+        self._on_result, self._on_tokens = on_result, on_tokens
+
+    def encode(self, taken: list[tuple[int, InferenceRequest]]) -> list[_Sequence]:
+        """Prompts as token ids; one that cannot be encoded is answered with its error."""
+        sequences = []
+        for index, request in taken:
+            if wrong := self._mistake(request):
+                self._on_result(ManyResult(index=index, error=wrong))
+                continue
+            try:
+                ids = encode_prompt(self._model, self._tokenizer, request)["input_ids"][0].tolist()
+            except ConfigurationError as exc:
+                self._on_result(ManyResult(index=index, error=str(exc)))
+                continue
+            if ids:
+                sequences.append(_Sequence(index, request, ids))
+            else:
+                self._on_result(ManyResult(index=index, error="the prompt has no tokens"))
+        return sequences
+
+    def _mistake(self, request: InferenceRequest) -> str | None:
+        """What of a request does not go with the others, or with the model."""
+        for name in _SHARED:
+            if getattr(request, name) != getattr(self._shared, name):
+                return f"{name} is {getattr(request, name)}, but it is the same for all prompts of a run"
+        if request.stop and self._tokenizer is None:
+            return f"{self._model.manifest.name} has no tokenizer, so no text can end its generation"
+        return None
+
+    def run(self, batch: _Batch, waiting: deque[_Sequence], check: Callable[[], None]) -> None:
+        """Answer the prompts that wait, and all that come, until there are none or the next one needs a larger cache.
+
+        Args:
+            batch: runs them.
+            waiting: those that come first; what does not fit stays there.
+            check: raises if the run is to end.
+        """
+        running = 0
+        while True:
+            while batch.has_room():
+                if not waiting:
+                    waiting += self.encode(self._feed.take(1, wait_seconds=0 if running else _PATIENCE_SECONDS))
+                if not waiting or waiting[0].most_tokens > batch.most_tokens:
+                    break
+                batch.add(waiting.popleft(), tells=self._on_tokens is not None)
+                running += 1
+            if running:
+                for sequence, tokens, ended in batch.step():
+                    running -= self._tell(batch, sequence, tokens, ended=ended)
+            elif waiting or self._feed.has_ended:
+                return
+            else:
+                check()
+
+    def _tell(self, batch: _Batch, sequence: _Sequence, tokens: list[int], *, ended: bool) -> bool:
+        """Hand tokens on; returns whether this was the end of a sequence."""
+        is_wanted = True
+        if self._on_tokens is not None and len(tokens) > sequence.told:
+            is_wanted = self._on_tokens(sequence.index, tokens[sequence.told :]) is not False
+            sequence.told = len(tokens)
+        text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if self._tokenizer is not None else ""
+        at = [place for one in sequence.request.stop if (place := text.find(one)) >= 0]
+        if not ended and not at and is_wanted:
+            return False
+        if at:
+            text = text[: min(at)]
+        batch.stop(sequence)
+        result = InferenceResult(text=text, token_ids=list(tokens), prompt_tokens=len(sequence.ids))
+        self._on_result(ManyResult(index=sequence.index, result=result))
+        return True

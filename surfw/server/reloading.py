@@ -1,0 +1,115 @@
+"""What a server reads from files while it serves: tokens and certificates, again whenever they change.
+
+Files are read in a thread, every two seconds and whenever it is asked for. Contents that cannot be used leave what was
+there before in force; that is said once for each of them.
+"""
+
+import asyncio
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from surfw.errors import ConfigurationError
+from surfw.server.journal import Journal
+from surfw.threads import cancel_all
+
+POLL_SECONDS = 2.0
+
+
+class FromFiles(ABC):
+    """Something that is read from files, and replaced when they change."""
+
+    shown = ""
+    """What it is, in words."""
+    _digest: bytes | None = None
+    _complaint = ""
+
+    @abstractmethod
+    def contents(self) -> bytes:
+        """Read the files. Runs in a thread.
+
+        Raises:
+            ConfigurationError: they cannot be read.
+        """
+
+    @abstractmethod
+    def load(self, contents: bytes) -> Callable[[], str]:
+        """Return what puts the contents in force, and says in words what that is. Runs in a thread.
+
+        Raises:
+            ConfigurationError: they cannot be used.
+        """
+
+    def look(self, *, anyway: bool) -> Callable[[], str] | None:
+        """Read the files; None if they are as before, and not wanted anyway. Runs in a thread."""
+        before, self._digest = self._digest, None
+        contents = self.contents()
+        self._digest = hashlib.sha256(contents).digest()
+        if self._digest == before and not anyway:
+            return None  # so what cannot be used is not tried again either
+        return self.load(contents)
+
+    def is_new(self, complaint: str) -> bool:
+        """Whether this was not complained of last time."""
+        before, self._complaint = self._complaint, complaint
+        return complaint != before
+
+
+class Reloading:
+    """Reads files when the server starts, when they change, and when it is asked for."""
+
+    def __init__(self, files: Sequence[FromFiles], journal: Journal) -> None:
+        """Nothing is read yet."""
+        self._files = files
+        self._journal = journal
+        self._alone = asyncio.Lock()
+        self._polling: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read everything for the first time, and then whenever it changes.
+
+        Raises:
+            ConfigurationError: something cannot be used.
+        """
+        self._alone = asyncio.Lock()  # of this event loop
+        for one in self._files:
+            await self._look(one, anyway=True)
+        if self._files:
+            self._polling = asyncio.create_task(self._poll(), name="surfw reloading")
+
+    async def stop(self) -> None:
+        """Read no more."""
+        if self._polling is not None:
+            await cancel_all([self._polling])
+            self._polling = None
+
+    async def look(self, *, anyway: bool = False) -> bool:
+        """Read what has changed, or everything anyway; return whether all that was read can be used."""
+        can_be_used = True
+        async with self._alone:
+            for one in self._files:
+                try:
+                    said = await self._look(one, anyway=anyway)
+                except ConfigurationError as exc:
+                    can_be_used = False
+                    if one.is_new(str(exc)) or anyway:
+                        text = f"{one.shown} cannot be used, and what was there before stays in force"
+                        self._journal.note("access", text, str(exc), level=logging.WARNING)
+                else:
+                    if said is not None:
+                        self._journal.note("access", f"{one.shown} was read again: {said}")
+        return can_be_used
+
+    async def _look(self, one: FromFiles, *, anyway: bool) -> str | None:
+        """Put in force what has changed, and return what that is, in words; None if nothing has."""
+        put_in_force = await asyncio.to_thread(one.look, anyway=anyway)
+        if put_in_force is None:
+            return None
+        one.is_new("")
+        return put_in_force()
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            await self.look()

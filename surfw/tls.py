@@ -1,0 +1,117 @@
+"""Certificates in files, as both sides of TLS read them.
+
+What is wrong with a file is said in one line that names it. A key that has a passphrase is refused: nobody is there to
+type it when the file is read again.
+"""
+
+import ssl
+from pathlib import Path
+
+from surfw.config import TlsFiles
+from surfw.errors import ConfigurationError
+from surfw.files import read_regular
+
+_MOST_BYTES = 4 << 20
+_CERTIFICATE, _KEY = b"-----BEGIN CERTIFICATE-----", b"PRIVATE KEY-----"
+_TRUSTED = "the certificates to trust"
+
+
+def client_context(files: TlsFiles) -> ssl.SSLContext:
+    """A client's context; reads the files.
+
+    Raises:
+        ConfigurationError: one cannot be read or used.
+    """
+    trusted = _read_trusted(files)
+    try:
+        context = ssl.create_default_context(cadata=trusted)
+    except ssl.SSLError as exc:
+        raise _not_trustworthy(files, exc) from exc
+    _show_certificate(files, context)
+    return context
+
+
+def fill_context(files: TlsFiles, context: ssl.SSLContext) -> None:
+    """Fill in a server's context; reads the files.
+
+    Raises:
+        ConfigurationError: one cannot be read or used, or there is no certificate.
+    """
+    if files.certfile is None:
+        raise ConfigurationError("a server with TLS has no certificate; name it with --ssl-certfile (certfile=)")
+    _show_certificate(files, context)
+    if (trusted := _read_trusted(files)) is not None:
+        try:
+            context.load_verify_locations(cadata=trusted)
+        except ssl.SSLError as exc:
+            raise _not_trustworthy(files, exc) from exc
+        context.verify_mode = ssl.CERT_REQUIRED
+
+
+def read_files(files: TlsFiles) -> bytes:
+    """What all files hold, one after another: it tells whether any of them has changed.
+
+    Raises:
+        ConfigurationError: one cannot be read.
+    """
+    paths = {"the certificate": files.certfile, "the private key": files.keyfile, _TRUSTED: files.ca_certs}
+    return b"\0".join(_read(what, path) for what, path in paths.items() if path is not None)
+
+
+def _show_certificate(files: TlsFiles, context: ssl.SSLContext) -> None:
+    if files.certfile is None:
+        return
+    certificate, key_path = _read("the certificate", files.certfile), files.keyfile or files.certfile
+    key = _read("the private key", key_path)
+    if _CERTIFICATE not in certificate:
+        raise ConfigurationError(
+            f"{files.certfile} holds no certificate in PEM; name one that does with --ssl-certfile (certfile=)"
+        )
+    if _KEY not in key:
+        raise ConfigurationError(
+            f"{key_path} holds no private key in PEM; name the certificate's with --ssl-keyfile (keyfile=)"
+        )
+
+    def refuse_passphrase() -> str:
+        raise ConfigurationError(
+            f"the private key {key_path} has a passphrase, expected one without; "
+            "'openssl pkey -in OLD -out NEW' writes it without"
+        )
+
+    try:
+        context.load_cert_chain(Path(files.certfile).expanduser(), Path(key_path).expanduser(), refuse_passphrase)
+    except OSError as exc:  # of which ssl.SSLError is one
+        if getattr(exc, "reason", None) in {"KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"}:
+            why = "is not that of the certificate"
+        else:
+            why = f"cannot be used with the certificate ({_reason(exc)})"
+        raise ConfigurationError(
+            f"the private key {key_path} {why} {files.certfile}; name both, as they were issued"
+        ) from exc
+
+
+def _read_trusted(files: TlsFiles) -> str | None:
+    if files.ca_certs is None:
+        return None
+    return _read(_TRUSTED, files.ca_certs).decode("ascii", errors="ignore")  # only comments have other characters
+
+
+def _not_trustworthy(files: TlsFiles, exc: ssl.SSLError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{files.ca_certs} holds no certificates to trust in PEM ({_reason(exc)}); "
+        "name a file that does with --ssl-ca-certs (ca_certs=)"
+    )
+
+
+def _read(what: str, path: str | Path) -> bytes:
+    try:
+        return read_regular(Path(path).expanduser(), _MOST_BYTES)
+    except (OSError, ValueError) as exc:
+        reason = getattr(exc, "strerror", None) or type(exc).__name__
+        raise ConfigurationError(f"{what} {path} cannot be read: {reason}; name a file that can") from exc
+
+
+def _reason(exc: OSError) -> str:
+    """What the library says, in plain words: `not enough data`."""
+    said = getattr(exc, "reason", None) or exc.strerror or type(exc).__name__
+    return str(said).lower().replace("_", " ")
