@@ -6,6 +6,7 @@ damaged is asked for again, to be read fresh from the server's storage.
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENC
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
 from surfw.retry import RetryPolicy
-from surfw.source import ChunkSource, Read, describe_damage, locate_damage
+from surfw.source import ChunkSource, Read, Waiting, describe_damage, locate_damage
 from surfw.threads import together
 from surfw.wire import MOST_SCHEDULED, Get, GetDigests, GetFile, GetManifest, ListModels, Request, Schedule
 
@@ -51,6 +52,7 @@ class WireSource(ChunkSource):
     Attributes:
         fetched_bytes: stored bytes delivered so far.
         refetched_blocks: blocks, manifests and files that arrived damaged and were fetched again.
+        waiting: since when the connection is lost, and when it is tried again.
         buffered_bytes: the window: what a server may have sent that has not been taken in.
         unverified_for_measurement_only: leaves bytes unverified; only `bench wire` sets it.
     """
@@ -58,6 +60,7 @@ class WireSource(ChunkSource):
     fetched_bytes = 0
     refetched_blocks = 0
     buffered_bytes = 0
+    waiting: Waiting | None = None
     unverified_for_measurement_only = False
 
     def __init__(self, url: str, connect: Connect, retry: RetryPolicy, limits: WireLimits) -> None:
@@ -245,15 +248,20 @@ class WireSource(ChunkSource):
         delays = self._retry.delays()
         while True:
             try:
-                return await attempt(await self._connected())
+                answer = await attempt(await self._connected())
             except ConnectionFailedError as exc:
                 if failed(exc):
                     delays = self._retry.delays()
                 delay = next(delays, None) if exc.transient and not self._closed else None
                 if delay is None:
                     raise
+                now = time.monotonic()
+                self.waiting = Waiting(self.url, self.waiting.since if self.waiting else now, self.url, now + delay)
                 logger.info("%s; trying again in %.2f seconds", exc, delay)
                 await asyncio.sleep(delay)
+            else:
+                self.waiting = None
+                return answer
 
     async def _connected(self) -> Link:
         """The link, or a new one if there is none yet, or it has ended."""

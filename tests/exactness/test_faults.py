@@ -19,12 +19,14 @@ import transformers
 from websockets.frames import Opcode
 
 from surfw import RetryPolicy
+from surfw.checkpoint import demo_checkpoint
 from surfw.chunking import prepare_model, write_model
 from surfw.config import DAMAGE_RETRIES
 from surfw.errors import IntegrityError, ModelError, SurfwError, WireError
 from surfw.models import StreamingModel
 from surfw.storage import Store, open_backend
 from surfw.testing.faults import DOWN, UP, Fault, FaultProxy
+from tests.cli.run import complaint, surfw
 from tests.exactness.families import FAMILIES
 from tests.exactness.test_families import inputs
 from tests.servers import serve
@@ -169,6 +171,27 @@ def open_files() -> set[str]:
         with contextlib.suppress(OSError):
             found.add(f"{number.name} {number.readlink()}")
     return {one for one in found if "/proc/" not in one}
+
+
+@pytest.mark.parametrize("seed", range(20 if os.environ.get("SURFW_TEST_LONG") else 1))
+def test_through_faults_of_two_sources_the_command_line_says_the_same_or_one_error(seed: int, tmp_path: Path) -> None:
+    """As above, by `surfw infer`, with the model that comes with surfw."""
+    assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy", "-q").returncode == 0
+    schedules = [Fault.draw(seed, 3_500_000), Fault.draw(seed + 1_000_000, 3_500_000)]
+    common = ("--prompt-ids", "1,2,3", "--max-new-tokens", "3", "--cache-layers", "2", "-q")
+    patience = ("--deadline", str(DEADLINE_SECONDS), "--silence-timeout", "0.7", "--connect-timeout", "1")
+    with (
+        serve(tmp_path / "store") as server,
+        FaultProxy(server.url, schedules[0]) as one,
+        FaultProxy(server.url, schedules[1]) as other,
+    ):
+        expected = surfw(tmp_path, "infer", "--source", server.url, *common)
+        done = surfw(tmp_path, "infer", "--source", one.url, "--source", other.url, *patience, *common)
+    assert expected.stdout
+    if done.returncode:
+        assert complaint(done)
+    else:
+        assert done.stdout == expected.stdout, f"seed {seed}: {schedules}"
 
 
 def is_left(thread: threading.Thread) -> bool:
