@@ -215,6 +215,7 @@ def connect(
         settings.model,
         memory_bytes=0 if is_streamed else budget,
         codec=settings.codec,
+        budget_bytes=budget,
         **chosen.connection(settings),
     ) as client:
         client.begin(check)

@@ -7,7 +7,8 @@ they run. `ReadAhead` is the source with what was read; it hands each chunk out 
 Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
 memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early.
 Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
-is kept: whoever has weights fetched does not want them as views.
+is kept in memory: whoever has weights fetched does not want them as views. What is on its way to a disk cache goes on,
+where there is memory for that.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surfw.codec import choose_form, for_run
-from surfw.config import CodecChoice
+from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
 from surfw.manifest import Chunk, Digests, Form, Manifest
 from surfw.models.client import WeightClient
@@ -36,6 +37,9 @@ T = TypeVar("T")
 _MODEL_SHARE = 2
 """A model has its chunks read ahead if it takes at most this part of the memory: then it will surely fit as a whole."""
 
+_AMPLE_BYTES = 512 * MB
+"""A budget that has room for what a disk cache is filled through while the model runs."""
+
 _AT_A_TIME = 2
 _KEPT_SHARE = 8
 """What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
@@ -45,7 +49,13 @@ class ReadAhead(ChunkSource):
     """A source, and what was read ahead of one of its models."""
 
     def __init__(
-        self, source: ChunkSource, manifest: Manifest, wanted: str | None, codec: CodecChoice = "auto"
+        self,
+        source: ChunkSource,
+        manifest: Manifest,
+        wanted: str | None,
+        codec: CodecChoice = "auto",
+        *,
+        goes_on: bool = False,
     ) -> None:
         """Nothing is read yet.
 
@@ -54,12 +64,14 @@ class ReadAhead(ChunkSource):
             manifest: of the model.
             wanted: the name it was asked for by.
             codec: which forms are read; `auto` takes coded ones from another machine, and others from this one.
+            goes_on: whether chunks are brought to a disk cache also while the model runs.
         """
         self.url = source.url
         self._source = source
         self._manifest = for_run(manifest, codec, where=source.url)
         self._wanted = wanted
         self._files: dict[str, asyncio.Task[bytes]] = {}
+        self._goes_on = goes_on
         self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
@@ -147,14 +159,15 @@ class ReadAhead(ChunkSource):
         return await (task or self._source.view(manifest, chunk, form))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination; what is kept of chunks is not wanted, then."""
-        await self._let_go()
+        """Fill every read's destination; what is kept of chunks in memory is not wanted, then."""
+        await self._let_go(on_disk=not self._goes_on)
         await self._source.fetch(manifest, reads, priority=priority)
 
-    async def _let_go(self) -> None:
-        tasks = [*self._chunks.values(), *self._kept]
+    async def _let_go(self, *, on_disk: bool = True) -> None:
+        tasks: list[asyncio.Task[Any]] = [*self._chunks.values(), *(self._kept if on_disk else ())]
         self._chunks.clear()
-        self._kept.clear()
+        if on_disk:
+            self._kept.clear()
         await cancel_all(tasks)
 
     @property
@@ -196,6 +209,7 @@ class ReadAheadClient(WeightClient):
         *,
         memory_bytes: int | None,
         codec: CodecChoice = "auto",
+        budget_bytes: int | None = None,
         **connection: "Unpack[ConnectionOptions]",
     ) -> None:
         """Note where the weights are; nothing is contacted before `begin`.
@@ -205,10 +219,12 @@ class ReadAheadClient(WeightClient):
             model: its name there, in full or a unique last part; None for the only one.
             memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
             codec: as of `StreamingBaseModel`.
+            budget_bytes: of the model, if it has one: with a small one, a disk cache is not filled while it runs.
             **connection: as of `WeightClient`.
         """
         super().__init__(source, **connection)
         open_source = self._open_source
+        goes_on = budget_bytes is None or budget_bytes >= _AMPLE_BYTES
 
         async def open_ahead() -> ChunkSource:
             opened = await open_source()
@@ -216,7 +232,7 @@ class ReadAheadClient(WeightClient):
                 wanted, pin = split_pin(model)
                 manifest = await opened.manifest(await opened.resolve(wanted))
                 check_pin(manifest, pin, where=opened.url)
-                return ReadAhead(opened, manifest, wanted, codec)
+                return ReadAhead(opened, manifest, wanted, codec, goes_on=goes_on)
             except BaseException:
                 await opened.close()
                 raise

@@ -444,7 +444,7 @@ class DiskCache(ChunkSource):
     @property
     def buffered_bytes(self) -> int:
         """The most memory that fetching takes besides the destinations."""
-        return self._source.buffered_bytes if self._source else 0
+        return self._source.buffered_bytes + _KEPT_AT_A_TIME * _SCRATCH_BYTES if self._source else 0
 
     @property
     def waiting(self) -> Waiting | None:

@@ -17,7 +17,8 @@ import pytest
 
 from surfw.config import MB, MIB
 from surfw.errors import ConfigurationError, IntegrityError, NotFoundError, UnknownModelError
-from surfw.manifest import Manifest
+from surfw.manifest import Manifest, count_blocks
+from surfw.models.read_ahead import ReadAhead
 from surfw.source import Read
 from surfw.sources.disk import CacheFolder
 from surfw.sources.disk_cache import DiskCache
@@ -101,6 +102,31 @@ def test_all_of_a_form_is_mapped_once_it_is_there(tmp_path: Path) -> None:
         assert set(source.asked.values()) == {1}
 
     asyncio.run(main())
+
+
+def test_the_disk_is_filled_ahead_of_a_run_and_while_it_goes_on(tmp_path: Path) -> None:
+    made = make_store(tmp_path / "store", sizes=SIZES)
+    source = CountedSource(tmp_path / "store")
+
+    async def main(*, goes_on: bool) -> int:
+        async with cached(tmp_path, source=source) as cache:
+            manifest = await cache.manifest(made.name)
+            ahead = ReadAhead(cache, manifest, None, goes_on=goes_on)
+            await ahead.begin(memory_bytes=0)
+            first = whole(manifest.chunks[0])
+            await ahead.fetch(manifest, [first])
+            assert bytes(first.destination) == payload(tmp_path / "store", manifest.chunks[0])
+            waits = 0
+            while goes_on and not all(cache.near(manifest, chunk) for chunk in manifest.chunks) and waits < 1000:
+                await asyncio.sleep(0.01)
+                waits += 1
+            await ahead.close()
+            return cache.kept_bytes
+
+    assert asyncio.run(main(goes_on=False)) < sum(SIZES)
+    assert asyncio.run(main(goes_on=True)) <= sum(SIZES)
+    assert set(source.asked.values()) == {1}
+    assert len(source.asked) == sum(count_blocks(size) for size in SIZES)
 
 
 def test_only_the_blocks_that_are_missing_are_asked_for(tmp_path: Path) -> None:
