@@ -57,6 +57,7 @@ DEFAULT_CACHE_MB = 200
 DEFAULT_CLIENTS = 64
 DEFAULT_CONNECT_SECONDS = 5.0
 DEFAULT_SILENCE_SECONDS = 30.0
+DEFAULT_DRAIN_SECONDS = 10.0
 
 OnMissing = Literal["error", "uninitialized"]
 """What to do about weights that a model's class has and its checkpoint or manifest has not."""
@@ -66,6 +67,9 @@ Policy = Literal["auto", "lru"]
 
 CachePolicy = Literal["schedule", "lru"]
 """What a server's cache keeps: what clients need soonest, as they announce it, or what was used last."""
+
+LogFormat = Literal["text", "json"]
+"""How a server logs without its screen: lines for people, or one JSON object a line."""
 
 CodecChoice = Literal["auto", "none", "lossless", "int8", "int4"]
 """Which form of a chunk is read: the one that a run is faster with, as measured, or that of one codec."""

@@ -18,11 +18,13 @@ from surfw.config import (
     DEFAULT_CACHE_MB,
     DEFAULT_CLIENTS,
     DEFAULT_CONNECT_SECONDS,
+    DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
     DTYPES,
     CodecChoice,
+    LogFormat,
     OnMissing,
     Policy,
     TlsFiles,
@@ -136,6 +138,10 @@ class Settings:
         shown="its addresses, localhost and --host",
         metavar="NAMES",
     )
+    log_format: LogFormat = _setting("text", "How to log on stderr: lines to read, or a JSON object per line.")  # noqa: RUF009 - it makes a field
+    drain_seconds: float = _setting(
+        DEFAULT_DRAIN_SECONDS, "How long requests in flight may take when a signal ends the server.", least=0
+    )
     cache_layers: int | None = _setting(
         None,
         "Layers in memory: the one that runs, and those that are kept; one more may be in flight.",
@@ -206,6 +212,9 @@ class Settings:
     retry_backoff: float = _setting(_RETRY.backoff, "How many times longer each further delay is.", least=1)
     retry_most_delay: float = _setting(_RETRY.most_delay_seconds, "Longest delay in seconds.", least=0)
     retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
+    retry_restart: float = _setting(
+        _RETRY.restart_seconds, "Seconds that a server may take to be back that says that it is stopping.", least=0
+    )
     deadline: float | None = _setting(
         None,
         "Wait so many seconds for whatever is to be read, although its source fails.",
@@ -263,6 +272,7 @@ class Settings:
             backoff=self.retry_backoff,
             most_delay_seconds=self.retry_most_delay,
             jitter=self.retry_jitter,
+            restart_seconds=self.retry_restart,
         )
 
     @property

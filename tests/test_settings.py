@@ -26,6 +26,8 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "insecure": (False, True, True),
     "clients": (1, 2, 3),
     "allowed_host": ("a.example", "b.example", "c.example"),
+    "log_format": ("json", "text", "json"),
+    "drain_seconds": (1.0, 2.0, 3.0),
     "cache_layers": (1, 2, 3),
     "memory_budget": ("1.2GB", "500 MiB", "4096"),
     "device": ("auto", "cuda", "cuda:1"),
@@ -49,6 +51,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "retry_backoff": (1.0, 2.5, 3.5),
     "retry_most_delay": (0.0, 5.0, 60.0),
     "retry_jitter": (0.0, 0.25, 1.0),
+    "retry_restart": (0.0, 20.0, 60.0),
     "deadline": (0.5, 1.5, 2.5),
     "token_file": ("/a", "/b", "/c"),
     "ssl_certfile": ("/a", "/b", "/c"),
@@ -351,12 +354,20 @@ def test_any_text_of_a_variable_gives_a_value_or_is_refused(name: str, text: str
 
 def test_the_retry_policy_is_made_of_settings_at_any_allowed_value() -> None:
     assert Settings().retry == RetryPolicy()
-    names = ("retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter")
+    names = (
+        "retry_attempts",
+        "retry_first_delay",
+        "retry_backoff",
+        "retry_most_delay",
+        "retry_jitter",
+        "retry_restart",
+    )
     for edge in (0, 2):
         values = [THREE[name][edge] for name in names]
         policy = Settings(**dict(zip(names, values, strict=True))).retry
         assert [
             policy.attempts, policy.first_delay_seconds, policy.backoff, policy.most_delay_seconds, policy.jitter,
+            policy.restart_seconds,
         ] == values  # fmt: skip
 
 

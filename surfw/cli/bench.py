@@ -370,8 +370,8 @@ def device(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of streamed, half, whole, packed, accelerate, accelerate-half, diffusers, server, disk, separated by "
-            "commas. [default: all; disk with --disk]",
+            help="Of streamed, accelerate, half, accelerate-half, whole, packed, diffusers, server, disk, 70b, "
+            "separated by commas. [default: all; disk with --disk]",
         ),
     ] = None,
     folder: Annotated[

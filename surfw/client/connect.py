@@ -268,6 +268,7 @@ def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> Surfw
 def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
     """The error for a surfw server that refuses the handshake."""
     status, server = response.status_code, f"the server at {link.url}"
+    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
     match status:
         case HTTPStatus.UNAUTHORIZED if link.shows_token:
             return endpoint.refusal(link.url, response.headers.get("WWW-Authenticate", ""))
@@ -275,11 +276,11 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
             text = f"{server} wants a token, which redirects take nowhere else; name the server's own address"
             return RefusedError(text, code="no-token")
         case HTTPStatus.SERVICE_UNAVAILABLE:
-            return _failed(f"{server} takes no more clients; try again later, or {START_ONE}", transient=True)
+            why = f": {said}" if said else ""
+            return _failed(f"{server} takes no more clients{why}; try again later, or {START_ONE}", transient=True)
         case HTTPStatus.NOT_FOUND:
             path = urlsplit(endpoint.shown).path or "/"
             return _failed(f"{server} refuses the path {path} with status {status}; expected ws://HOST:PORT")
-    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
     return _failed(f"{server} refuses the connection with status {status}: {said or response.reason_phrase}")
 
 

@@ -21,7 +21,7 @@ from surfw.client.link import Link
 from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, WireLimits, count
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
-from surfw.retry import RetryPolicy
+from surfw.retry import RESTART_DELAY_SECONDS, RetryPolicy
 from surfw.source import ChunkSource, Read, Waiting, describe_damage, locate_damage
 from surfw.threads import together
 from surfw.wire import MOST_SCHEDULED, Get, GetDigests, GetFile, GetManifest, ListModels, Request, Schedule
@@ -70,6 +70,7 @@ class WireSource(ChunkSource):
         self._connect = connect
         self._retry = retry
         self._link: Link | None = None
+        self._awaited: Link | None = None
         self._connecting = asyncio.Lock()
         self._closed = False
         self._limits = limits
@@ -246,14 +247,20 @@ class WireSource(ChunkSource):
         `failed` hears of each lost connection. If it returns True, there was progress, and attempts are counted anew.
         """
         delays = self._retry.delays()
+        waits_until: float | None = None
         while True:
             try:
                 answer = await attempt(await self._connected())
             except ConnectionFailedError as exc:
                 if failed(exc):
-                    delays = self._retry.delays()
-                delay = next(delays, None) if exc.transient and not self._closed else None
-                if delay is None:
+                    delays, waits_until = self._retry.delays(), None
+                if waits_until is None and self._link and self._link.said_goodbye and self._retry.attempts > 1:
+                    waits_until = time.monotonic() + self._retry.restart_seconds
+                delay = next(delays, None)
+                if delay is None and waits_until is not None and time.monotonic() < waits_until and not self._closed:
+                    delay = RESTART_DELAY_SECONDS
+                    self._note_waiting()
+                if delay is None or not exc.transient or self._closed:
                     raise
                 now = time.monotonic()
                 self.waiting = Waiting(self.url, self.waiting.since if self.waiting else now, self.url, now + delay)
@@ -262,6 +269,13 @@ class WireSource(ChunkSource):
             else:
                 self.waiting = None
                 return answer
+
+    def _note_waiting(self) -> None:
+        """Say once of each server that it is waited for."""
+        if self._link is not None and self._awaited is not self._link:
+            self._awaited = self._link
+            seconds = self._retry.restart_seconds
+            logger.warning("the server at %s is stopping; waiting %g seconds for it to be back", self.url, seconds)
 
     async def _connected(self) -> Link:
         """The link, or a new one if there is none yet, or it has ended."""

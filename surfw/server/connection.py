@@ -7,7 +7,7 @@ server does wrong is an `error` for the request; the details, such as where thin
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,6 +87,7 @@ class Connection:
         self._number = number
         self._since = time.monotonic()
         self._has_joined = False
+        self._takes_requests = True
         self._model = ""
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
@@ -142,6 +143,14 @@ class Connection:
             "bytes_sent": self._sender.sent_bytes,
         }
 
+    def take_no_more(self) -> Iterable[asyncio.Task[None]]:
+        """Begin no more requests, and return the tasks that answer those that were made before.
+
+        A request that comes from now on has no answer: the connection is closed soon, and says why.
+        """
+        self._takes_requests = False
+        return [request.task for request in self.open_requests.values()]
+
     def _note_request(self) -> None:
         self._served.metrics.add("requests")
         if not self._has_joined:
@@ -161,7 +170,7 @@ class Connection:
             self._served.note_reading(model)
 
     async def _close(self, code: int, reason: str) -> None:
-        self._log.closings.note(f"{self._peer} is closed: {reason}")
+        self._log.closings.note(f"{self._peer} is closed: {reason}", code=str(code))
         await self._stop_answering()
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
@@ -182,6 +191,8 @@ class Connection:
                 if request := self.open_requests.get(message.id):
                     request.task.cancel()
                 self._sender.send(Failed(message.id, "cancelled", "the client gave it up"))
+            case _ if not self._takes_requests:
+                self._log.refusals.note(f"{self._peer} is refused: the server is stopping", code="stopping")
             case _:
                 self._note_request()
                 reader = Reader(self._account)
@@ -218,10 +229,10 @@ class Connection:
         try:
             await self._send_answer(request, reader)
         except RefusedError as exc:
-            self._log.refusals.note(f"{self._peer} is refused: {exc}")
+            self._log.refusals.note(f"{self._peer} is refused: {exc}", code=exc.code)
             self._fail(request, exc.code, str(exc))
         except ChangedObjectError as exc:
-            self._log.changes.note(f"{self._peer} cannot be answered", str(exc))
+            self._log.changes.note(f"{self._peer} cannot be answered", str(exc), code="changed")
             self._fail(
                 request,
                 "changed",
@@ -229,7 +240,7 @@ class Connection:
                 "surfw chunk --in-place again; the server's log names the file",
             )
         except SurfwError as exc:
-            self._log.failures.note(f"{self._peer} cannot be answered", str(exc))
+            self._log.failures.note(f"{self._peer} cannot be answered", str(exc), code="storage")
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
             self._served.metrics.latency("requests").observe(time.perf_counter() - started)
@@ -237,7 +248,8 @@ class Connection:
     def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
         del self.open_requests[request.id]
         if not task.cancelled() and (exc := task.exception()):
-            self._log.bugs.note(f"{self._peer} cannot be answered, which is a bug in surfw", str(request), trace=exc)
+            text = f"{self._peer} cannot be answered, which is a bug in surfw"
+            self._log.bugs.note(text, str(request), code="internal", trace=exc)
             self._fail(request, "internal", "the server failed; its log says more")
 
     def _fail(self, request: Request, code: str, text: str) -> None:

@@ -154,6 +154,7 @@ class PageCache:
             page = replace(page, anew=True)
         if self.cache.get(page) is not None:
             self._metrics.add("hits")
+            self._metrics.add("bytes_hit", wanted_bytes)
         else:
             self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)

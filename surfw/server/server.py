@@ -23,6 +23,7 @@ from surfw import __version__
 from surfw.config import (
     DEFAULT_CACHE_MB,
     DEFAULT_CLIENTS,
+    DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
     MB,
@@ -36,10 +37,12 @@ from surfw.errors import ConfigurationError
 from surfw.metrics import hit_rate
 from surfw.server.access import Access
 from surfw.server.connection import Connection
+from surfw.server.exposition import Exposition
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
 from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
+from surfw.server.operations import GOODBYE, Drain, Reloads
 from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.reloading import FromFiles, Reloading
@@ -133,6 +136,7 @@ class WeightServer:
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
         self._connected = 0
+        self._drain, self._reloads = Drain(self._journal), Reloads(self._journal)
         self._process = psutil.Process()
         self._endpoints = HttpEndpoints(self, self._access, self._listening.names, self._journal)
         self._websockets: Server | None = None
@@ -143,6 +147,7 @@ class WeightServer:
             source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy,
             record=None if record is None else Path(record),
         )  # fmt: skip
+        self._reloads.add("the models", self._served.reload)
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -183,11 +188,33 @@ class WeightServer:
             if self._websockets is None:
                 return
             await self._stop_accepting(self._websockets)
-            self._websockets.close(code=1001, reason="the server is stopping")
+            self._websockets.close(code=1001, reason=GOODBYE)
             await self._websockets.wait_closed()
             await self._release()
             self._websockets = None
+            self._drain.is_on = False
             self._stopped.set()
+
+    async def drain(self, most_seconds: float = DEFAULT_DRAIN_SECONDS) -> int:
+        """Take no new requests and connections, and answer those that are in flight; then `stop` loses nothing.
+
+        `/readyz` says 503 meanwhile, and clients stay connected: `stop` tells them to connect again.
+
+        Args:
+            most_seconds: how long that may take.
+
+        Returns:
+            How many requests were not answered within that time.
+        """
+        return await self._drain.run(self._connections, most_seconds)
+
+    async def reload(self) -> bool:
+        """Look again at what may have changed beside the server: tokens, certificates, and the models of its store.
+
+        Returns:
+            Whether all of it could be read; the journal and the log say what could not, and stays as it was.
+        """
+        return await self._reloads.run(after=await self._reloading.look(anyway=True))
 
     @staticmethod
     async def _stop_accepting(listening: Server) -> None:
@@ -213,13 +240,6 @@ class WeightServer:
             if starting:
                 await self.stop()
             raise
-
-    async def reload(self) -> bool:
-        """Read the token file and the certificates again, which the server otherwise does when they change.
-
-        What cannot be used is told in the log, and what was there before stays in force; returns False then.
-        """
-        return await self._reloading.look(anyway=True)
 
     async def _prepare(self) -> None:
         """Make sure of what the server depends on, before it listens."""
@@ -256,6 +276,11 @@ class WeightServer:
         return self._listening.url(self.port)
 
     @property
+    def is_draining(self) -> bool:
+        """Whether no new requests and connections are taken, because it is about to stop."""
+        return self._drain.is_on
+
+    @property
     def full(self) -> bool:
         """Whether no more clients are taken."""
         return len(self._connections) >= self._clients
@@ -267,6 +292,8 @@ class WeightServer:
             self._connected, websocket, self._served, self._access, limits=limits, client_log=client_log
         )
         self._connections.add(connection)
+        if self._drain.is_on:  # it was let in just before
+            connection.take_no_more()
         try:
             await connection.serve()
         finally:
@@ -318,6 +345,14 @@ class WeightServer:
         if served.cache_shortage:
             stats["cache_shortage"] = served.cache_shortage
         return stats
+
+    def metrics(self, stats: ServerStats | None = None) -> bytes:
+        """All that can be counted of it, as Prometheus reads it; of statistics that are given, what those say."""
+        return Exposition(
+            stats=stats or self.stats(), served=self._served, journal=self._journal, reloads=self._reloads,
+            newcomers=len(self._newcomers), accepted=self._connected, most_clients=self._clients,
+            draining=self._drain.is_on,
+        ).text()  # fmt: skip
 
     def _busiest(self) -> list[ClientFacts]:
         """The clients that are answered now, then the others; of each, those before that were sent most."""

@@ -97,7 +97,8 @@ class ServerEvent(TypedDict):
 
     Kinds are `joined`, `left`, `closed` (for breaking the protocol), `refused`, `failed` (a request, because of the
     storage), `storage` (slow, away or back), `redis` (away or there, slow, full, or with wrong bytes), `models` (came
-    or went), `cache` and `access` (tokens or certificates were read again). Later versions may have more.
+    or went), `cache`, `access` (tokens or certificates were read again), `reload` (what was looked at again, or could
+    not be) and `stopping`. Later versions may have more.
     """
 
     time: float
