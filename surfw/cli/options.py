@@ -40,8 +40,8 @@ RUN_SETTINGS = (
     "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
     "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
     "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "retry_restart", "deadline", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "disk_cache", "cache_dir",
-    "offline", "live",
+    "retry_restart", "deadline", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "encryption_key_file",
+    "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")

@@ -78,6 +78,7 @@ class ChosenSource:
             "cache_dir": settings.cache_dir,
             "offline": settings.offline or None,
             "deadline": settings.deadline,
+            "encryption_key_file": settings.encryption_key_file,
         }
 
     def check_folder(self) -> None:

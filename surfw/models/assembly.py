@@ -133,10 +133,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     """Build the model of a manifest, and begin to fetch what it needs first.
 
     Raises:
-        ConfigurationError: the limit is too small for the model, or its dtype is not known.
+        ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
+            key is not given.
         UnsupportedModelError: its class or configuration cannot be used here.
         ManifestError: configuration and chunks do not belong together.
     """
+    client.source.expect_readable(manifest)
     manifest = for_run(manifest, settings.codec, where=client.url)
     packed = packed_codec(manifest)
     if packed and settings.codec == "auto":

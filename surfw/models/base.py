@@ -115,7 +115,7 @@ class StreamingBaseModel(ModelLifetime):
                 the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there. With `none`
                 nothing is coded on the way to a device, either.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
-                `disk_cache`, `cache_dir`, `offline`, `deadline`; see `WeightClient`.
+                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

@@ -129,6 +129,7 @@ class WeightClient(SourceThread):
         cache_dir: str | os.PathLike[str] | None = None,
         offline: bool | None = None,
         deadline: float | None = None,
+        encryption_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -152,6 +153,7 @@ class WeightClient(SourceThread):
                 where there is a `disk_cache`.
             deadline: seconds that whatever is to be read is waited for, however often its sources fail meanwhile;
                 default: as `retry` says.
+            encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
@@ -165,6 +167,7 @@ class WeightClient(SourceThread):
             storage_options=storage_options,
             disk=disk_options(disk_cache, cache_dir, offline),
             deadline=deadline,
+            encryption_key_file=encryption_key_file,
         )
         super().__init__(*connection.locate(source))
 

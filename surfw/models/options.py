@@ -44,6 +44,7 @@ class ConnectionOptions(TypedDict, total=False):
     cache_dir: str | os.PathLike[str] | None
     offline: bool | None
     deadline: float | None
+    encryption_key_file: str | os.PathLike[str] | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

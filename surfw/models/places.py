@@ -10,6 +10,7 @@ from typing import Any
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import TlsFiles, display_url, expect, is_server_url
+from surfw.encryption import DecryptingSource, EncryptionKey, read_key
 from surfw.errors import ConfigurationError
 from surfw.models.disk_options import DiskOptions, OpenSource
 from surfw.retry import RetryPolicy
@@ -41,10 +42,12 @@ class Connection:
     storage_options: Mapping[str, Any] | None
     disk: DiskOptions
     deadline: float | None
+    encryption_key_file: str | os.PathLike[str] | None
 
     def __post_init__(self) -> None:
         """Check the values."""
         expect("storage_options", self.storage_options, Mapping | None, "a mapping of names to values, or None")
+        expect("encryption_key_file", self.encryption_key_file, str | os.PathLike | None, "a file or None")
         expect("token", self.token, str | None, "a text or None")
         expect("ssl", self.ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", self.retry, RetryPolicy | None, "a RetryPolicy or None")
@@ -79,6 +82,8 @@ class Connection:
         url, open_source = found[0] if is_alone else (found[0][0], partial(self._open_all, found))
         if all(isinstance(place, str | os.PathLike | StorageBackend) for place in places):
             open_source = self.disk.wrap([one for one, _ in found], open_source)
+        if self.encryption_key_file is not None:  # in front of the disk, where everything stays encrypted
+            open_source = partial(_open_encrypted, open_source, read_key(self.encryption_key_file))
         return url, open_source
 
     def _tls_for(self, place: object, places: Sequence[object]) -> SSLContext | TlsFiles | None:
@@ -101,6 +106,10 @@ class Connection:
     async def _open_all(self, found: Sequence[tuple[str, OpenSource]]) -> ChunkSource:
         """Several sources as one; none is contacted yet."""
         return Failover(found, retry=self.retry, deadline_seconds=self.deadline)
+
+
+async def _open_encrypted(open_source: OpenSource, key: EncryptionKey) -> ChunkSource:
+    return DecryptingSource(await open_source(), key)
 
 
 def _locate(source: object, open_place: Callable[[str], Coroutine[Any, Any, ChunkSource]]) -> tuple[str, OpenSource]:

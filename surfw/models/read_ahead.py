@@ -137,6 +137,14 @@ class ReadAhead(ChunkSource):
         task = self._files.pop(path, None) if manifest is self._manifest else None
         return await (task or self._source.file(manifest, path))
 
+    def expect_readable(self, manifest: Manifest) -> None:
+        """Check that the source has the key of an encrypted model."""
+        self._source.expect_readable(manifest)
+
+    def identify(self, manifest: Manifest, payload: memoryview) -> str:
+        """The id of a chunk with this payload."""
+        return self._source.identify(manifest, payload)
+
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
         """Tell the source."""
         await self._source.announce(manifest, cycle, kept)
@@ -231,6 +239,7 @@ class ReadAheadClient(WeightClient):
             try:
                 wanted, pin = split_pin(model)
                 manifest = await opened.manifest(await opened.resolve(wanted))
+                opened.expect_readable(manifest)
                 check_pin(manifest, pin, where=opened.url)
                 return ReadAhead(opened, manifest, wanted, codec, goes_on=goes_on)
             except BaseException:

@@ -180,7 +180,9 @@ class DiskCache(ChunkSource):
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
         """Fill every read's destination from the folder, or from the source, and the folder with what that gave."""
         turns = asyncio.Semaphore(_RUNS_AT_A_TIME)
-        await together(self._fetch(manifest, read, priority, turns) for read in reads)
+        # Nobody is told of single blocks: whoever changes them then would change what is written to the folder.
+        plain = [replace(read, on_verified=None) for read in reads]
+        await together(self._fetch(manifest, read, priority, turns) for read in plain)
 
     async def _fetch(self, manifest: Manifest, read: Read, priority: int, turns: asyncio.Semaphore) -> None:
         is_whole = read.stop - read.start == read.form.stored_bytes
@@ -277,7 +279,7 @@ class DiskCache(ChunkSource):
 
     async def _read_near(self, read: Read, blob: Blob, *, urgent: bool) -> list[int]:
         """Read blocks from the folder; returns those that are damaged, which are marked as not there."""
-        check = Verification(read.form, read.start)
+        check = Verification(read)
         try:
             await self._local.read(
                 [FileRange(blob.path, read.start, read.stop)], read.destination, check, urgent=urgent
@@ -368,7 +370,7 @@ class DiskCache(ChunkSource):
                 mapped = await in_thread(MappedFile, FileRange(blob.path, 0, form.stored_bytes))
             except StorageError:
                 return None
-            check = Verification(form, 0)
+            check = Verification(Read(chunk, form, 0, form.stored_bytes, mapped.memory))
             await self._local.check(mapped.memory, check)
             await self._forget(chunk, form, blob, sorted(check.damaged))
             if check.damaged:

@@ -15,7 +15,16 @@ from functools import partial
 from surfw.config import BLOCK_BYTES, FILE_BYTES
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, Verification, View, describe_damage, find_damage, locate_damage, read_again
+from surfw.source import (
+    ChunkSource,
+    Read,
+    Verification,
+    View,
+    describe_damage,
+    find_damage,
+    locate_damage,
+    read_again,
+)
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.fsspec_backend import is_denial
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
@@ -82,7 +91,7 @@ class StorageSource(ChunkSource):
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
-        verified = [(read, Verification(read.form, read.start)) for read in found if read is not None]
+        verified = [(read, Verification(read)) for read in found if read is not None]
         await self._read(verified, urgent=urgent)
         for read, check in verified:
             await self._mend(read, check.damaged, urgent=urgent)
@@ -162,7 +171,7 @@ class StorageSource(ChunkSource):
             return None
         with _naming(f"chunk {chunk.name}", self.url):
             mapped = await in_thread(MappedFile, files[0])
-        check = Verification(form, 0)
+        check = Verification(Read(chunk, form, 0, form.stored_bytes, mapped.memory))
         await self._local.check(mapped.memory, check)
         if check.damaged:
             for block, seen in check.damaged.items():
@@ -229,7 +238,7 @@ class StorageSource(ChunkSource):
                 self._refetched_blocks += 1
                 for key, _, _ in segments(one.form.locations, one.start, one.stop):
                     self.store.objects.forget(key)
-                check = Verification(one.form, one.start)
+                check = Verification(one)
                 await self._read([(one, check)], urgent=urgent)
                 return next(iter(check.damaged.values()), None)
 
