@@ -192,6 +192,7 @@ def _show_details(model: ModelDetails) -> None:
         ("forms", ", ".join(f"{codec} {format_size(size)}" for codec, size in model.form_bytes.items())),
         ("files", ", ".join(file.name for file in model.files) or "none, so that it takes no text"),
         ("digest", model.digest),
+        ("pin", f"@b3:{model.identity}" if model.identity else "none, without digests of its weights"),
     ]
     if model.base is not None:
         rows.insert(1, ("adapter", f"LoRA over {model.base}"))

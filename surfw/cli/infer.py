@@ -182,7 +182,7 @@ def _run(
         view.phase("looking for the weights")
         with choose_source(configuration, on_phase=view.phase) as chosen:
             source = display_url(chosen.url)
-            view.note(f"source: {source} ({chosen.reason})")
+            view.note(f"source: {chosen.described}")
             chosen.check_folder()
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
@@ -202,11 +202,13 @@ def _run(
 def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | None":
     """What the server says of itself; None if it is none, or says nothing soon.
 
-    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then.
+    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then. And
+    where there is a disk cache: a run reads that, and offline nobody is asked anything.
     """
     from surfw.client import read_stats
 
-    if not chosen.is_server or settings.dtype not in {None, "auto"}:
+    is_cached = settings.disk_cache is not None or settings.offline
+    if not chosen.is_server or is_cached or settings.dtype not in {None, "auto"}:
         return None
     try:
         return read_stats(chosen.url, token=settings.token, ssl=chosen.tls, timeout_seconds=_STATS_SECONDS)

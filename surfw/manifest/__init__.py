@@ -25,6 +25,7 @@ from surfw.manifest.digests import (
     decode_line,
     digest_blocks,
     encode_line,
+    is_digest,
     parse_digests,
     payload_digest,
     read_digests,
@@ -80,7 +81,7 @@ __all__ = [
     "IN_PLACE_VERSION", "LEAST_WEIGHTS", "PACKED_VERSION", "PANEL", "SEAL_BYTES", "VERSION", "Base", "Chunk",
     "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile", "Origin", "Part", "Pin", "Reason",
     "TensorInfo", "Use", "check_model_name", "count_blocks", "decode_line", "digest_blocks", "encode_line",
-    "encode_stored_manifest", "fits", "has_digest", "nbytes", "packed_bytes", "parse_digests", "parse_manifest",
-    "parse_stored_manifest", "parts_of", "payload_digest", "plan_parts", "read_digests", "stored_bytes",
-    "why_exact", "with_digests",
+    "encode_stored_manifest", "fits", "has_digest", "is_digest", "nbytes", "packed_bytes", "parse_digests",
+    "parse_manifest", "parse_stored_manifest", "parts_of", "payload_digest", "plan_parts", "read_digests",
+    "stored_bytes", "why_exact", "with_digests",
 ]  # fmt: skip

@@ -281,6 +281,21 @@ class Manifest:
         """BLAKE3 of the names and identities of all chunks: of the same weights, however they are stored."""
         return payload_digest(json.dumps([[chunk.name, chunk.id] for chunk in self.chunks]).encode())
 
+    @cached_property
+    def identity(self) -> str:
+        """BLAKE3 of what the model is: configuration, files and payloads, whatever its name, forms and locations are.
+
+        Chunks that lack digests are named provisionally: see `is_known`.
+        """
+        document = json.loads(self.encode())
+        for chunk in document["chunks"]:
+            del chunk["forms"]
+        for file in document["files"]:
+            file.pop("object", None)
+        for name in ("format", "version", "name", "origin"):
+            document.pop(name, None)
+        return payload_digest(json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
     def file(self, path: str) -> ModelFile:
         """The file of that name.
 

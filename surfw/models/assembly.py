@@ -152,7 +152,8 @@ def assemble(
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
+    near = partial(client.source.near, manifest)
+    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics, near=near)
     if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
     find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)

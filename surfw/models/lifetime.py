@@ -17,7 +17,8 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar, Unpack
 
-from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
+from surfw.codec import for_run, packed_codec
+from surfw.errors import ConfigurationError, IntegrityError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
@@ -25,7 +26,7 @@ from surfw.models.client import Source, WeightClient
 from surfw.models.options import ConnectionOptions, OpenSettings
 from surfw.runtime.run import Run, current_run, run_in_executor
 from surfw.skeleton.default_dtype import runs
-from surfw.source import find_base
+from surfw.source import check_pin, find_base, split_pin
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -198,9 +199,17 @@ class ModelLifetime:
 
         Raises:
             ConfigurationError: two adapters are wanted.
+            IntegrityError: it is not the one that a pin names.
         """
-        name = self._client.run(lambda source: source.resolve(self._wanted))
+        wanted, pin = split_pin(self._wanted)
+        name = self._client.run(lambda source: source.resolve(wanted))
         manifest, adapter = self._client.run(lambda source: source.manifest(name)), None
+        check_pin(manifest, pin, where=self._client.url)
+        if pin and (packed := packed_codec(for_run(manifest, self._settings.codec, where=self._client.url))):
+            raise IntegrityError(
+                f"{manifest.name} is read as {packed}, which its identity does not cover; leave out the pin, or read "
+                "an exact form of it (codec, --codec)"
+            )
         if manifest.base is not None:
             adapter = manifest.name
             if self._settings.adapter is not None:

@@ -40,6 +40,10 @@ class ConnectionOptions(TypedDict, total=False):
     connect_timeout: float
     silence_timeout: float
     storage_options: Mapping[str, Any] | None
+    disk_cache: int | str | None
+    cache_dir: str | os.PathLike[str] | None
+    offline: bool | None
+    deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
 
 

@@ -321,6 +321,12 @@ class Engine:
     # The plan.
 
     @property
+    def read_ahead(self) -> int:
+        """How many chunks are ready that were read early, for their next use."""
+        with self._lock:
+            return sum(slot.state is SlotState.READY and not slot.is_known for slot in self.table)
+
+    @property
     def plan(self) -> ResidencyPlan:
         """What is kept, and what passes through."""
         return self.table.plan
