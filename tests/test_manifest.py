@@ -420,3 +420,9 @@ def test_a_number_that_json_has_not_is_refused() -> None:
     data = SAMPLE.encode().replace(b"2.5", b"1e400")
     with pytest.raises(ManifestError, match=r"config\.layers is no number that JSON has"):
         parse_manifest(data, where="there")
+
+
+@pytest.mark.parametrize("crowd", [b"[]," * 1_000_001, b"0," * 4_000_001])
+def test_a_manifest_of_more_values_than_memory_has_room_for_is_not_parsed(crowd: bytes) -> None:
+    with pytest.raises(ManifestError, match="not more than 1000000 objects and lists with 4000000 values"):
+        parse_manifest(b'{"config":[' + crowd + b"0]}", where="here")
