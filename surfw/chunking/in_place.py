@@ -94,7 +94,9 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
                 raise UnsupportedModelError(
                     f"{prepared.name} cannot be served in place: {source.file.name} is no safetensors file; {_INSTEAD}"
                 )
-            at = Location(source.file.name, source.start, source.start + source.nbytes)
+            start = source.start + recipe.start
+            stop = start + tensor.info.nbytes if len(recipe.joined) == 1 else source.start + source.nbytes
+            at = Location(source.file.name, start, stop)
             if found and (found[-1].object, found[-1].stop) == (at.object, at.start):
                 at = Location(at.object, found.pop().start, at.stop)
             if at.start < at.stop:

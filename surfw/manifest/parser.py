@@ -12,6 +12,7 @@ from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
     CODED_VERSION,
     DTYPE_BITS,
+    EXPERTS_VERSION,
     FORMAT,
     IN_PLACE_VERSION,
     PACKED_VERSION,
@@ -31,7 +32,8 @@ from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION})
+_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, EXPERTS_VERSION})
+_KINDS = frozenset({"layer", "part", "own"})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
@@ -124,6 +126,7 @@ class _Parser:
     def __init__(self, where: str) -> None:
         self.where = where
         self.in_place = False  # whether digests may be missing
+        self.kinds_known = _KINDS
 
     def require(self, truth: bool, complaint: str) -> None:
         if not truth:
@@ -169,9 +172,10 @@ class _Parser:
         if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} to {PACKED_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION} to {EXPERTS_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
-        self.in_place = version == IN_PLACE_VERSION
+        self.in_place = version in {IN_PLACE_VERSION, EXPERTS_VERSION}
+        self.kinds_known = _KINDS | {"expert"} if version == EXPERTS_VERSION else _KINDS
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
@@ -205,7 +209,7 @@ class _Parser:
 
     def chunk(self, document: Any) -> Chunk:
         name = self.text(document["name"], "a chunk's name")
-        self.require(document["kind"] in {"layer", "part", "own"}, f"chunk {name} has an unknown kind")
+        self.require(document["kind"] in self.kinds_known, f"chunk {name} has an unknown kind")
         size = self.size(document["payload_bytes"], f"payload_bytes of chunk {name}")
         tensors = tuple(self.tensor(tensor, name) for tensor in self.items(document["tensors"], f"tensors of {name}"))
         self.require(bool(tensors), f"chunk {name} has no tensors")
@@ -308,6 +312,8 @@ class _Parser:
         tensors = [tensor.name for chunk in manifest.chunks for tensor in chunk.tensors]
         known = self.unique(tensors, "two tensors have the same name")
         self.unique([file.path for file in manifest.files], "two files have the same path")
+        stacks = {name for experts in manifest.experts.values() for name in experts.stacks}
+        self.require(stacks.isdisjoint(known), "a stack of experts is there twice, whole and in slices")
         for name, to in manifest.ties.items():
             self.require(to in known and name not in known, f"the tie of {name} to {to} leads nowhere")
         used = {name for use in manifest.order for name in use.chunks}

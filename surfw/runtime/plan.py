@@ -51,6 +51,9 @@ class Needs:
         before: chunks that run before the cycle begins, such as those of an encoder.
         passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
         working_bytes: memory that computing takes in this tier besides weights and KV cache.
+        expert_bytes: memory of all experts of which routers choose; they are no chunks of the above.
+        least_expert_bytes: of the module whose experts take most: all of them may be used at once.
+        expert_pass_bytes: what is read of them for one token, if none is in memory.
     """
 
     name: str
@@ -66,6 +69,9 @@ class Needs:
     before: tuple[str, ...] = ()
     passing: frozenset[str] = frozenset()
     working_bytes: int = 0
+    expert_bytes: int = 0
+    least_expert_bytes: int = 0
+    expert_pass_bytes: int = 0
 
     @property
     def ring_buffers(self) -> int:
@@ -171,6 +177,8 @@ class ResidencyPlan:
         in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
         fixed: those of the pinned chunks that stay in every plan.
         passing: as of the needs.
+        expert_bytes: memory for experts of which routers choose.
+        all_expert_bytes: what all of them take.
     """
 
     pinned: frozenset[str]
@@ -190,6 +198,8 @@ class ResidencyPlan:
     in_pieces: bool = False
     fixed: frozenset[str] = field(default=frozenset(), repr=False)
     passing: frozenset[str] = field(default=frozenset(), repr=False)
+    expert_bytes: int = 0
+    all_expert_bytes: int = 0
 
     @property
     def streamed(self) -> dict[str, int]:
@@ -204,7 +214,8 @@ class ResidencyPlan:
     @property
     def peak_bytes(self) -> int:
         """The most memory that weights take, the overhead included; the reserve is not counted."""
-        return self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes + self.overhead_bytes
+        chunks = self.pinned_bytes + self.floating_bytes + self.ring_buffers * self.ring_bytes
+        return chunks + self.overhead_bytes + self.expert_bytes
 
     @property
     def slots(self) -> int:
@@ -222,7 +233,8 @@ class ResidencyPlan:
     @property
     def everything_fits(self) -> bool:
         """Whether every chunk stays, and nothing is read twice."""
-        return (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
+        chunks_fit = (self.pinned | self.passing).issuperset(self.sizes) and not self.absent
+        return chunks_fit and self.expert_bytes >= self.all_expert_bytes
 
     def ceiling(self, bytes_per_second: float, *, tokens_per_pass: float = 1.0) -> float | None:
         """The most tokens per second that reading allows: tokens per pass × bandwidth ÷ bytes per pass.
@@ -243,6 +255,8 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
     Raises:
         ConfigurationError: the limit is smaller than what the model needs at least; the error names that.
     """
+    if needs.expert_bytes:
+        return _plan_experts(needs, limit)
     if limit.cache_layers is not None:
         return _plan_layers(needs, limit.cache_layers, limit.policy)
     if limit.budget_bytes is None:
@@ -251,6 +265,34 @@ def plan_residency(needs: Needs, limit: Limit) -> ResidencyPlan:
         if (made := _plan_budget(tried, limit, limit.budget_bytes)) is not None:
             return replace(made, in_pieces=tried is not needs)
     raise _too_small(needs, limit, limit.budget_bytes)
+
+
+def _plan_experts(needs: Needs, limit: Limit) -> ResidencyPlan:
+    """Decide what stays of a mixture of experts: first of what every token uses, then of its experts.
+
+    A byte of the former that stays saves a byte of every pass, of the latter as often as it is chosen.
+    """
+    shared, least = replace(needs, expert_bytes=0), needs.least_expert_bytes
+    budget_bytes, room = limit.budget_bytes, needs.expert_bytes
+    if limit.cache_layers is not None:
+        made, room = plan_residency(shared, limit), limit.cache_layers * least
+    elif budget_bytes is None:
+        made = plan_residency(shared, limit)
+    elif budget_bytes - limit.reserved_bytes < least_bytes(needs.in_pieces()):
+        raise _too_small(needs, limit, budget_bytes)
+    else:
+        made = replace(
+            plan_residency(shared, replace(limit, budget_bytes=budget_bytes - least)), budget_bytes=budget_bytes
+        )
+        room = budget_bytes - limit.reserved_bytes - made.peak_bytes
+    kept = max(least, min(room, needs.expert_bytes))
+    missed = needs.expert_pass_bytes * (needs.expert_bytes - kept) // needs.expert_bytes
+    return replace(
+        made,
+        expert_bytes=kept,
+        all_expert_bytes=needs.expert_bytes,
+        bytes_per_pass=made.bytes_per_pass + missed,
+    )
 
 
 def needs_behind(needs: Needs, nearer: ResidencyPlan, order: Needs) -> Needs:
@@ -285,7 +327,7 @@ def least_bytes(needs: Needs) -> int:
     for ring_bytes in {0, *(size for name, size in sizes.items() if name not in needs.fixed)}:
         stays = sum(size for name, size in sizes.items() if name in needs.fixed or size > ring_bytes)
         least = min(least, overhead + stays + needs.ring_buffers * ring_bytes)
-    return least
+    return least + needs.least_expert_bytes
 
 
 def _everything(needs: Needs, limit: Limit) -> ResidencyPlan:
