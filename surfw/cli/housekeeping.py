@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from surfw.cli import render
+from surfw.cli.status import percent
 from surfw.client import read_stats
 from surfw.codec import PACKED_CODECS
 from surfw.config import DEFAULT_HOST, count, display_url, format_size
@@ -195,6 +196,9 @@ def _show_details(model: ModelDetails) -> None:
     ]
     if model.origin is not None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")
+    if used := model.experts:
+        share = f"{percent(used.quarter_share)} of the choices fell on the most chosen quarter"
+        rows.append(("experts", f"{share}, in {count(used.tokens, 'token')} so far"))
     render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")

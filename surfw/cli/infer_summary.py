@@ -77,8 +77,12 @@ class Report:
             "plan": statistics["plan"],
             "peak_rss_bytes": self.peak_rss_bytes,
         }
-        encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        return facts | {name: value for name, value in encoder.items() if value is not None}
+        some = {
+            "embedding": result.embedding,
+            "predictions": result.predictions,
+            "experts": statistics.get("experts"),
+        }
+        return facts | {name: value for name, value in some.items() if value is not None}
 
 
 def place_of(source: str) -> str:
@@ -96,6 +100,8 @@ def summary(report: Report) -> str:
         parts.append(f"weights are {plan['codec']}, not exact")
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
+    if experts := statistics.get("experts"):
+        parts.append(f"{percent(experts['hit_rate'])} of the experts that were chosen were in memory")
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
     parts += _busy(report)
     if report.is_whole:

@@ -43,6 +43,7 @@ from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
+from surfw.storage.expert_usage import ExpertUsage, keep_usage, read_usage
 from surfw.storage.origins import is_local_url
 
 logger = logging.getLogger("surfw.models")
@@ -121,7 +122,12 @@ class ModelParts:
 
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
+        pool = self.engine.experts
         with ExitStack() as last:
+            if self.manifest.experts and pool.tokens:
+                before = read_usage(self.manifest)
+                tokens = pool.tokens + (before.tokens if before else 0)
+                last.callback(keep_usage, self.manifest, ExpertUsage(tokens, pool.counts()))
             last.callback(self.claim.close)
             last.callback(self.engine.close)
             self.kv.close()
@@ -202,6 +208,8 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         base_bytes=rss_bytes(),
     )
     engine.warm()
+    if settings.prefetch and manifest.experts and (usage := read_usage(manifest)):
+        engine.experts.warm(usage.counts)
     return parts
 
 

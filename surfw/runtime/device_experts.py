@@ -25,6 +25,11 @@ class DeviceExperts(ExpertPool):
         self._memory: torch.Tensor | None = None
         self._on_device: dict[str, dict[str, torch.Tensor]] = {}
 
+    @property
+    def foresees(self) -> bool:
+        """As of `ExpertPool`: on a device, guesses would wait for it to compute."""
+        return False
+
     def stack(self, name: str) -> torch.Tensor | None:
         """As of `ExpertPool`, on the device."""
         return self._on_device.get(name.rpartition(".")[0], {}).get(name)
@@ -49,6 +54,19 @@ class DeviceExperts(ExpertPool):
     def release_all(self) -> None:
         """As of `ExpertPool`."""
         self._below.release_all()
+
+    def counts(self) -> dict[str, tuple[float, ...]]:
+        """As of `ExpertPool`."""
+        return self._below.counts()
+
+    def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
+        """As of `ExpertPool`: in host memory."""
+        self._below.warm(counts)
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]  # read only here
+        """As of `ExpertPool`."""
+        return self._below.tokens
 
     def read(self, name: str) -> torch.Tensor:
         """As of `ExpertPool`, on the device."""

@@ -96,6 +96,7 @@ class Engine:
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
+        self._ahead = prefetch
         self._io = io
         self._source = loader.source
         self._units = tables or {}
@@ -109,7 +110,6 @@ class Engine:
         self._closed = False
         self._run = Run()
         self._runner: int | None = None  # the thread that has a run
-        self._ahead = prefetch
         self._asked = _DEMAND
         self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
@@ -125,7 +125,9 @@ class Engine:
 
     def _open_experts(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> ExpertPool:
         """The memory of experts."""
-        return ExpertPool(self.manifest, loader, io=io, metrics=self.metrics, plan=plan, run=lambda: self._run)
+        return ExpertPool(
+            self.manifest, loader, io=io, metrics=self.metrics, plan=plan, run=lambda: self._run, is_ahead=self._ahead
+        )
 
     # What a run asks for.
 

@@ -16,6 +16,7 @@ from surfw.errors import ManifestError, ModelError
 from surfw.manifest import Manifest
 from surfw.runtime.absent import AbsentParameter
 from surfw.runtime.experts import ExpertPool
+from surfw.runtime.foresight import Foresight
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.experts import ExpertModule, expert_module
 from surfw.skeleton.units import Slot
@@ -46,6 +47,7 @@ class ExpertHooks:
         self._name = manifest.name
         self._places: list[_Place] = []
         self._handles: list[RemovableHandle] = []
+        attached: list[ExpertModule] = []
         modules = dict(skeleton.model.named_modules())
         for path, experts in manifest.experts.items():
             # A class that does not say which experts it uses any more gets all of them.
@@ -53,6 +55,9 @@ class ExpertHooks:
             if found is None or {slot.name for slot in found.slots} != set(experts.stacks):
                 raise ManifestError(f"{manifest.name}: {path} holds other experts now; chunk the model again")
             self._attach(found)
+            attached.append(found)
+        self._foresight = Foresight(skeleton.model, attached, pool.afford)
+        pool.on_cramped = self._foresight.forget
 
     def detach(self) -> None:
         """Remove the hooks; every slot gets back what it held before, unless the user has replaced that."""
@@ -99,6 +104,8 @@ class ExpertHooks:
             return  # the user has replaced all of them
         counts, used = module.choice(args, kwargs)
         tensors = self._pool.acquire(module.path, counts, used)
+        if self._pool.foresees:
+            self._foresee(module.path, used, args)
         for place in ours:
             place.slot.put(tensors[place.slot.name])
 
@@ -107,6 +114,15 @@ class ExpertHooks:
             if not self._is_replaced(place):
                 place.slot.put(place.absent)
         self._pool.release(module.path)
+
+    def _foresee(self, path: str, used: list[int], args: Any) -> None:
+        """Have the experts on their way that the next module will probably use, where one token is computed."""
+        self._foresight.learn(path)
+        inputs = args[0] if args else None
+        if not isinstance(inputs, torch.Tensor) or inputs.numel() != inputs.shape[-1]:
+            return
+        if guess := self._foresight.guess(path, inputs, len(used)):
+            self._pool.expect(*guess)
 
     def _is_replaced(self, place: _Place) -> bool:
         """Whether the user has put something else there."""

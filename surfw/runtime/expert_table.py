@@ -121,17 +121,31 @@ class ExpertTable:
         for key in self._held:
             self._offer(key)
 
-    def shares(self, module: str, count: int) -> list[float]:
-        """How often each of a module's experts is chosen, of all choices, as far as is known."""
+    def counts(self, module: str, number: int) -> list[float]:
+        """How many tokens each of a module's experts has computed; earlier ones count less."""
         now = self._tokens[module] / HALF_LIFE
-        worths = [2 ** (self._worth[module, one] - now) if (module, one) in self._worth else 0 for one in range(count)]
-        return [worth / (sum(worths) or 1.0) for worth in worths]
+        worths = [self._worth.get((module, index)) for index in range(number)]
+        return [0.0 if worth is None else 2.0 ** (worth - now) for worth in worths]
 
-    def remember(self, module: str, worths: Sequence[float]) -> None:
-        """Begin with what was known of a module's experts before: how many tokens each has computed."""
-        for index, worth in enumerate(worths):
-            if worth > 0:
-                self._worth[module, index] = log2(worth) + self._tokens[module] / HALF_LIFE
+    def remember(self, module: str, counts: Sequence[float]) -> None:
+        """Begin with what was known of a module's experts before; see `counts`."""
+        for index, count in enumerate(counts):
+            if count > 0:
+                self._worth[module, index] = log2(count) + self._tokens[module] / HALF_LIFE
+
+    def worthiest(self) -> list[Key]:
+        """Experts that are not there, the most worthy first, as many as there is free memory for."""
+        free, found = self.budget_bytes - self.held_bytes, []
+        for key in sorted(self._worth.keys() - self._held, key=lambda key: -self._worth[key]):
+            free -= self._sizes[key[0]]
+            if free < 0:
+                break
+            found.append(key)
+        return found
+
+    def admit(self, keys: Sequence[Key]) -> Decision:
+        """Have experts in memory that may be used soon; they may make way as any others once they are loaded."""
+        return self._make_room(keys)
 
     def _make_room(self, keys: Sequence[Key]) -> Decision:
         decision = Decision(load=[key for key in dict.fromkeys(keys) if key not in self._held])

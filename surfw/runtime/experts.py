@@ -33,7 +33,12 @@ logger = logging.getLogger("surfw.runtime")
 _AT_A_TIME = 8
 """Experts that are asked for at once; each is large enough to keep a source busy."""
 
-_DEMAND = 0
+_WARM_AT_A_TIME, _GUESSES_AT_A_TIME = 2, 4
+_MOSTLY = 0.5
+_GUESSES = 32
+"""How many guesses count, about: from when half of them are right, what is guessed is loaded."""
+
+_DEMAND, _AHEAD = 0, 1 << 29
 
 
 class _Stacks:
@@ -70,6 +75,9 @@ class ExpertPool:
 
     Attributes:
         table: which experts are there.
+        is_ahead: as given.
+        on_cramped: called when what `afford` was asked for is to be given back.
+        tokens: how many the first module has seen, about.
     """
 
     def __init__(
@@ -81,6 +89,7 @@ class ExpertPool:
         metrics: Metrics,
         plan: ResidencyPlan,
         run: Callable[[], Run] = Run,
+        is_ahead: bool = True,
     ) -> None:
         """Reserve addresses; nothing is loaded yet.
 
@@ -91,8 +100,10 @@ class ExpertPool:
             metrics: counts: `expert_hits` and `expert_loads`, and what is fetched.
             plan: how much memory there is.
             run: the run that the pool works for now.
+            is_ahead: whether experts are ever loaded before a router has chosen them.
         """
         self._loader = loader
+        self.is_ahead = is_ahead
         self._io = io
         self._metrics = metrics
         self._run = run
@@ -101,13 +112,24 @@ class ExpertPool:
             path: _Stacks(experts, expert_bytes(experts, loader.dtypes), loader.dtypes)
             for path, experts in manifest.experts.items()
         }
+        self._first = next(iter(self._stacks), "")
         sizes = {path: stacks.arena.size_bytes for path, stacks in self._stacks.items()}
         self.table = ExpertTable(sizes, plan.expert_bytes)
         self._loads: dict[Key, Job[None]] = {}
+        self._waiting: dict[Key, asyncio.Semaphore] = {}  # those that nobody waits for, and that have not begun
         self._used: dict[str, list[Key]] = {}  # by modules that run
         self._lock = threading.RLock()
         self._name = manifest.name
         self._turns = asyncio.Semaphore(_AT_A_TIME)
+        self._warm_turns, self._guess_turns = asyncio.Semaphore(_WARM_AT_A_TIME), asyncio.Semaphore(_GUESSES_AT_A_TIME)
+        self.on_cramped: Callable[[], object] = lambda: None
+        self.tokens = 0
+        self._aside = 0  # bytes of the budget that are used for something else
+        modules = [len(one.experts.chunks) * one.arena.size_bytes for one in self._stacks.values()]
+        self._budget_bytes = plan.expert_bytes
+        self._least_bytes, self._all_bytes = max(modules, default=0), sum(modules)
+        self._expected: dict[str, list[int]] = {}
+        self._right = 0.0  # the part of the guesses that were right lately
 
     def stack(self, name: str) -> torch.Tensor | None:
         """A stack, in which only those experts are there that are in memory; None after `close`."""
@@ -129,9 +151,15 @@ class ExpertPool:
         run.pause()
         # Where there are several tokens, in the order of the file.
         keys = [(path, index) for index in (used if max(counts) <= 1 else sorted(used))]
+        with self._lock:
+            for key in self._waiting.keys() & keys:
+                self._loads[key].cancel()  # it is not on its way yet: now it goes first
         self._wait_for_ends(keys)
         with self._lock:
             self.table.note(path, counts)
+            self._compare(path, used)
+            if path == self._first:
+                self.tokens += max(counts, default=0)
             there = sum(key in self.table for key in keys)
             self._metrics.add("expert_hits", there)
             self._metrics.add("expert_loads", len(keys) - there)
@@ -158,6 +186,53 @@ class ExpertPool:
             self.table.release_all(but=self._loads)
             self._obey(self.table.adopt(self.table.budget_bytes))
 
+    def afford(self, size_bytes: int) -> bool:
+        """Leave so much of the budget for something else; False if it is needed."""
+        with self._lock:
+            aside = self._aside + size_bytes
+            if self._budget_bytes - aside < self._least_bytes:
+                return False
+            self._aside = aside
+            self._obey(self.table.adopt(self._budget_bytes - aside))
+            return True
+
+    @property
+    def foresees(self) -> bool:
+        """Whether it is of use to know which experts will be used: not all of them fit."""
+        return self.is_ahead and self._budget_bytes < self._all_bytes
+
+    def expect(self, path: str, likely: Sequence[int]) -> None:
+        """Note which experts a module will probably use, and begin to load them if such guesses are mostly right."""
+        with self._lock:
+            self._expected[path] = list(likely)
+            for key, turns in list(self._waiting.items()):
+                if turns is self._guess_turns:
+                    self._loads[key].cancel()  # of an earlier guess
+            self._collect()
+            new = [key for index in likely if (key := (path, index)) not in self.table]
+            if self._right >= _MOSTLY and new:
+                self._obey(self.table.admit(new), self._guess_turns)
+
+    def _compare(self, path: str, used: Sequence[int]) -> None:
+        """See how good the guess for a module was."""
+        if expected := self._expected.pop(path, None):
+            right = len(set(expected).intersection(used))
+            self._metrics.add("experts_foreseen", right)
+            self._metrics.add("expert_guesses", len(expected))
+            self._right += (right / len(expected) - self._right) / _GUESSES
+
+    def counts(self) -> dict[str, tuple[float, ...]]:
+        """How many tokens each expert of each module has computed; earlier ones count less."""
+        with self._lock:
+            return {path: tuple(self.table.counts(path, len(one.experts.chunks))) for path, one in self._stacks.items()}
+
+    def warm(self, counts: Mapping[str, Sequence[float]]) -> None:
+        """Begin with what was known of the experts before, and to load those that were chosen most."""
+        with self._lock:
+            for path, known in counts.items():
+                self.table.remember(path, known)
+            self._obey(self.table.admit(self.table.worthiest()), self._warm_turns)
+
     def read(self, name: str) -> torch.Tensor:
         """A copy of a whole stack, which is the caller's own; what is kept stays as it was.
 
@@ -176,8 +251,11 @@ class ExpertPool:
     def adopt(self, plan: ResidencyPlan) -> None:
         """Keep to another plan."""
         with self._lock:
-            self._in_pieces = plan.in_pieces
-            self._obey(self.table.adopt(plan.expert_bytes))
+            self._in_pieces, self._budget_bytes = plan.in_pieces, plan.expert_bytes
+            if self._aside and plan.expert_bytes - self._aside < self._least_bytes:
+                self.on_cramped()
+                self._aside = 0
+            self._obey(self.table.adopt(plan.expert_bytes - self._aside))
 
     def clear(self) -> None:
         """Let all go that is not in use."""
@@ -226,19 +304,23 @@ class ExpertPool:
                 if (path, index) in self.table and (path, index) not in self._loads
             ]
 
-    def _obey(self, decision: Decision) -> None:
-        """Carry out a decision."""
+    def _obey(self, decision: Decision, turns: asyncio.Semaphore | None = None) -> None:
+        """Carry out a decision; what is loaded ahead of its use waits for its turn, and can still be called off."""
         for path, index in decision.evict:
             self._stacks[path].arena.give_back(index)
         for path in {path for path, _ in decision.evict}:
             self._stacks[path].changed()
-        if decision.load:
+        if turns is not None:
+            for key in decision.load:
+                self._waiting[key] = turns
+                self._loads[key] = self._io.submit(self._fill_ahead(key, turns))
+        elif decision.load:
             load = self._io.submit(self._fill(decision.load))
             self._loads |= dict.fromkeys(decision.load, load)
 
     async def _fill(self, keys: Sequence[Key]) -> None:
         """Load experts into their places, the first ones first; the first failure is raised when all have ended."""
-        works = [asyncio.ensure_future(self._fill_one(key)) for key in keys]
+        works = [asyncio.ensure_future(self._fill_in_turn(key)) for key in keys]
         try:
             await asyncio.gather(*works)
         finally:
@@ -246,12 +328,20 @@ class ExpertPool:
                 work.cancel()
             await asyncio.gather(*works, return_exceptions=True)
 
-    async def _fill_one(self, key: Key) -> None:
+    async def _fill_in_turn(self, key: Key) -> None:
+        async with self._turns:
+            await self._fill_one(key, _DEMAND)
+
+    async def _fill_ahead(self, key: Key, turns: asyncio.Semaphore) -> None:
+        async with turns:
+            self._waiting.pop(key, None)
+            await self._fill_one(key, _AHEAD)
+
+    async def _fill_one(self, key: Key, priority: int) -> None:
         stacks = self._stacks[key[0]]
         chunk, place = stacks.experts.chunks[key[1]], stacks.arena.place(key[1])
-        async with self._turns:
-            start = time.perf_counter()
-            read_bytes = await self._loader.load(chunk, place, priority=_DEMAND, in_pieces=self._in_pieces)
+        start = time.perf_counter()
+        read_bytes = await self._loader.load(chunk, place, priority=priority, in_pieces=self._in_pieces)
         self._metrics.add("fetched_bytes", read_bytes)
         self._metrics.add("expert_bytes", read_bytes)
         self._metrics.latency("fetch").observe(time.perf_counter() - start)
@@ -289,6 +379,7 @@ class ExpertPool:
         for key, load in list(self._loads.items()):
             if load.done():
                 del self._loads[key]
+                self._waiting.pop(key, None)
                 self.table.loaded(key)
                 if load.cancelled() or load.exception() is not None:
                     self.table.drop([key])

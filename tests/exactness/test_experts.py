@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 import transformers
 
 from surfw.chunking import prepare_model, write_model
-from surfw.errors import ConfigurationError, IntegrityError
-from surfw.manifest import Manifest
+from surfw.errors import ConfigurationError, IntegrityError, ModelError
+from surfw.manifest import Chunk, Manifest
 from surfw.models import StreamingModel
 from surfw.storage import Store, open_backend
+from surfw.storage.expert_usage import read_usage
 from tests.exactness.families import MIXTURES, VOCABULARY
 from tests.exactness.test_families import assert_equal, inputs, outputs
 from tests.servers import Served, serve
@@ -36,6 +38,12 @@ def server(store: Path) -> Iterator[Served]:
     """A server over it; models chunked later become visible."""
     with serve(store) as served:
         yield served
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of each test's own: what one learns of experts does not help the next."""
+    monkeypatch.setenv("SURFW_HOME", str(tmp_path / "home"))
 
 
 def chunked(name: str, folder: Path, store: Path) -> tuple[Any, Manifest]:
@@ -182,3 +190,75 @@ def test_weights_that_are_looked_at_are_whole(store: Path, tmp_path: Path) -> No
                 assert torch.equal(held + 0, want)
         model = streaming.model
     assert model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").is_meta
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("right", [0.0, 1.0])
+def test_guesses_change_no_bit(right: float, store: Path, tmp_path: Path) -> None:
+    resident, manifest = chunked("qwen3-moe", tmp_path, store)
+    one = next(chunk.payload_bytes for chunk in manifest.chunks if chunk.kind == "expert")
+    with StreamingModel.open(str(store), "qwen3-moe") as streaming:
+        least = streaming.explain().least_budget_bytes
+    with StreamingModel.open(str(store), "qwen3-moe", memory_budget=least + 3 * one + KV_BYTES) as streaming:
+        pool, loaded = streaming._engine.experts, 0
+        for token in range(3, 40):
+            pool._right = right  # whether they are acted upon
+            want = resident(input_ids=one_token(token)).logits
+            assert torch.equal(streaming(input_ids=one_token(token), use_cache=False).logits, want)
+            assert pool.resident_bytes <= streaming.plan.expert_bytes
+        experts = streaming.statistics()["experts"]
+        assert experts is not None
+        assert experts["guesses"] == 35 * 2 * 2 + 4, "of the two routers that another layer runs before"
+        assert 0 < experts["foreseen"] < experts["guesses"]
+        loaded = experts["fetched_bytes"] // one
+        assert (loaded > experts["loads"]) is bool(right), "what was guessed was loaded, or not"
+
+
+@torch.no_grad()
+def test_a_run_that_is_interrupted_while_an_expert_comes(store: Path, tmp_path: Path) -> None:
+    resident, _ = chunked("qwen3-moe", tmp_path, store)
+    with StreamingModel.open(str(store), "qwen3-moe") as streaming:
+        pool = streaming._engine.experts
+        load, reached = pool._loader.load, threading.Event()
+
+        async def stuck(chunk: Chunk, *args: Any, **kwargs: Any) -> int:
+            if chunk.kind == "expert":
+                reached.set()
+                await asyncio.sleep(3600)
+            return await load(chunk, *args, **kwargs)
+
+        def interrupt() -> None:
+            reached.wait()
+            streaming._engine._run.interrupt(ModelError("that is enough"))
+
+        pool._loader.load = stuck  # type: ignore[method-assign]
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(ModelError, match="that is enough"):
+            streaming(input_ids=one_token(7))
+        thread.join()
+        pool._loader.load = load  # type: ignore[method-assign]
+        assert torch.equal(streaming(input_ids=one_token(7)).logits, resident(input_ids=one_token(7)).logits)
+
+
+@torch.no_grad()
+def test_a_second_run_begins_with_the_experts_of_the_first(store: Path, tmp_path: Path) -> None:
+    resident, manifest = chunked("qwen3-moe", tmp_path / "model", store)
+    with StreamingModel.open(str(store), "qwen3-moe") as streaming:
+        for _ in range(3):
+            streaming(input_ids=one_token(7))
+        used = set(streaming._engine.experts.resident())
+    assert len(used) == 6
+    usage = read_usage(manifest)
+    assert usage is not None
+    assert usage.tokens == 3
+    assert usage.concentration() == 1.0
+    with StreamingModel.open(str(store), "qwen3-moe") as streaming:
+        pool = streaming._engine.experts
+        for load in list(pool._loads.values()):
+            load.result()
+        assert set(pool.resident()) == used
+        assert torch.equal(streaming(input_ids=one_token(7)).logits, resident(input_ids=one_token(7)).logits)
+        experts = streaming.statistics()["experts"]
+        assert experts is not None
+        assert (experts["hits"], experts["loads"]) == (6, 0)
