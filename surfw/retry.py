@@ -18,6 +18,7 @@ _BOUNDS = {
     "backoff": (1, _FINITE, "a backoff of {} makes no sense; expected 1 or more"),
     "most_delay_seconds": (0, _FINITE, "a longest delay of {} seconds makes no sense; expected 0 or more"),
     "jitter": (0, 1, "a jitter of {} makes no sense; expected a share from 0 to 1"),
+    "restart_seconds": (0, _FINITE, "{} seconds for a restart make no sense; expected 0 or more"),
 }
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -27,6 +28,9 @@ REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 
 MOST_REDIRECTS = 5
 """How many redirects are followed in a row."""
+
+RESTART_DELAY_SECONDS = 0.5
+"""How often a server that is being restarted is tried, after the delays of the policy."""
 
 HAS_TLS = {"http": False, "ws": False, "https": True, "wss": True}
 """The schemes of HTTP and WebSocket, and whether they are encrypted."""
@@ -77,12 +81,16 @@ class RetryPolicy:
     The n-th delay is `first_delay_seconds * backoff ** (n - 1)`, at most `most_delay_seconds`. A random share of it, up
     to `jitter`, is left out, so that many clients of one server do not come back at the same moment.
 
+    A server that says that it stops is probably being restarted. It is tried until `restart_seconds` after that, too,
+    every `RESTART_DELAY_SECONDS`.
+
     Attributes:
         attempts: the number of attempts in all; 1 never tries again.
         first_delay_seconds: the delay before the second attempt.
         backoff: the factor from each delay to the next, 1 or more.
         most_delay_seconds: the longest delay.
         jitter: the largest share of a delay that may be left out, from 0 to 1.
+        restart_seconds: how long a server may take to be back that said that it stops; of no effect with one attempt.
     """
 
     attempts: int = 4
@@ -90,6 +98,7 @@ class RetryPolicy:
     backoff: float = 4.0
     most_delay_seconds: float = 30.0
     jitter: float = 0.5
+    restart_seconds: float = 15.0
 
     def __post_init__(self) -> None:
         """Check the values.

@@ -46,6 +46,7 @@ def test_one_attempt_never_waits() -> None:
         ({"backoff": float("inf")}, "a backoff of inf"),
         ({"most_delay_seconds": -1}, "a longest delay of -1 seconds makes no sense"),
         ({"jitter": 1.5}, "a jitter of 1.5 makes no sense; expected a share from 0 to 1"),
+        ({"restart_seconds": -1}, "-1 seconds for a restart make no sense; expected 0 or more"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, float], message: str) -> None:

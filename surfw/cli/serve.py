@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import signal
 import sys
 import time
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from surfw.cli import options, signals
+from surfw.cli import logs, options
 from surfw.cli.addresses import is_here, read_address
-from surfw.cli.streams import OneLine, can_draw, one_line
-from surfw.config import CachePolicy, display_url
+from surfw.cli.streams import can_draw, one_line
+from surfw.config import CachePolicy, display_url, parse_size
 from surfw.errors import NotAStoreError
 from surfw.settings import Settings
 
@@ -47,6 +46,9 @@ _READ_SECONDS = 1.0
     "port",
     "cache_mb",
     "redis_url",
+    "max_bytes_per_second",
+    "max_client_bytes_per_second",
+    "slow_client_timeout",
     "insecure",
     "clients",
     "allowed_host",
@@ -54,6 +56,8 @@ _READ_SECONDS = 1.0
     "ssl_certfile",
     "ssl_keyfile",
     "ssl_ca_certs",
+    "log_format",
+    "drain_seconds",
     "live",
 )
 def serve(
@@ -82,31 +86,25 @@ def serve(
 ) -> None:
     """Serve a store, or a plain checkpoint, to clients, through a cache.
 
-    GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port.
+    GET /livez, /readyz, /stats (JSON) and /metrics (Prometheus) answer on the same port. SIGTERM and Ctrl-C finish what
+    is in flight first; SIGHUP looks for new models.
     """
     settings = configuration.settings
     if place is not None and configuration.origins["store"].kind == "argument":
         raise typer.BadParameter("give it or PATH_OR_URL, not both", param_hint="--store")
-    show = not quiet and settings.live is not False and can_draw(sys.stderr)
+    is_json = settings.log_format == "json"
+    show = not quiet and not is_json and settings.live is not False and can_draw(sys.stderr)
     place = settings.store if place is None else read_address(place).url
     if show:
         print(f"surfw: opening {one_line(display_url(place))}", file=sys.stderr, flush=True)
     else:
-        _log_lines(logging.WARNING if quiet else logging.INFO)
+        logs.set_up(settings.log_format, logging.WARNING if quiet else logging.INFO)
     import asyncio
 
     serving = _serve(settings, place, policy, record, show=show, announce=announce, exit_with_stdin=exit_with_stdin)
-    if not asyncio.run(serving):
-        raise KeyboardInterrupt
-
-
-def _log_lines(level: int) -> None:
-    """Log one line per event on stderr, instead of the table."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    logger.propagate = False
+    with logs.reporting(settings.log_format):
+        if not asyncio.run(serving):
+            raise KeyboardInterrupt
 
 
 async def _serve(
@@ -123,41 +121,40 @@ async def _serve(
     import asyncio
 
     from surfw.cli import render
+    from surfw.cli.service import Service, tell_manager
 
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         server = _make_server(settings, place, policy, record)
         starting = asyncio.ensure_future(stack.enter_async_context(server))
-
-        def end() -> None:
-            stop.set()
-            starting.cancel()  # does nothing once it has started
-
-        def end_by(number: int) -> None:
-            end()
-            for other in signals.ENDING:
-                loop.remove_signal_handler(other)
-            signals.note(number)
-
-        for number in signals.ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                loop.add_signal_handler(number, end_by, number)
+        service = Service(starting.cancel)  # which does nothing once it has started
         if exit_with_stdin:
-            loop.add_reader(sys.stdin.fileno(), end)
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), service.end)
         with render.busy("starting", quiet=not show):
             await asyncio.wait([starting])
-        if stop.is_set():
+        if service.stop.is_set():
             return False
         with _naming_the_store(place):
             await starting
+        service.reload_by_signal(server.reload)
         if announce:
             render.print_json({"url": server.url, "store": display_url(place)})
-        logger.info("%s serves %s", server.url, display_url(place))
+        logger.info("%s serves %s", server.url, display_url(place), extra={"kind": "serving"})
+        tell_manager("READY=1")
         if show:
-            await _show(server, stop)
+            await _show(server, service.stop)
         else:
-            await stop.wait()
+            await service.stop.wait()
+        tell_manager("STOPPING=1")
+        if service.is_ended_by_signal:
+            await _drain(server, settings.drain_seconds, show=show)
     return True
+
+
+async def _drain(server: "WeightServer", most_seconds: float, *, show: bool) -> None:
+    """Finish what is in flight; after the screen, say so."""
+    if show and server.stats()["requests"]["in_flight"]:
+        print(f"surfw: finishing what is in flight, for {most_seconds:g} s at most", file=sys.stderr, flush=True)
+    await server.drain(most_seconds)
 
 
 @contextlib.contextmanager
@@ -184,11 +181,18 @@ def _make_server(settings: Settings, place: str, policy: CachePolicy, record: Pa
         "clients": settings.clients,
         "cache_policy": policy,
         "record": record,
+        "max_bytes_per_second": _rate(settings.max_bytes_per_second),
+        "max_client_bytes_per_second": _rate(settings.max_client_bytes_per_second),
+        "slow_client_timeout": settings.slow_client_timeout,
         "allowed_hosts": [name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
     }
     if settings.redis_url is None:
         return WeightServer(None, place, *where, **options)
     return AdvancedWeightServer(place, settings.redis_url, *where, **options)
+
+
+def _rate(size: str | None) -> int | None:
+    return None if size is None else parse_size(size)
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:

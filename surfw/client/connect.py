@@ -159,6 +159,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     link = Link(endpoint.shown, limits, silence_seconds)
+    is_open = False
     try:
         headers, context = endpoint.headers(), endpoint.context()
         tls: dict[str, Any] = {} if context is None else {"ssl": context}
@@ -180,6 +181,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
             )
             _require_protocol(connection)
             await link.greeted
+            is_open = True
     except TimeoutError as exc:
         what = f"{link.url} answers, but said no hello" if link.heard else f"no surfw server at {link.url}: no answer"
         raise _failed(f"{what} within {connect_seconds:g} seconds; {START_ONE}", transient=True) from exc
@@ -189,7 +191,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         failure = link.tls_failure
         raise (explain_network(failure, link.url) if failure else _explain(link, endpoint, exc)) from exc
     finally:
-        if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
+        if not is_open:  # also if this is cancelled just when the hello has come
             link.abort()
     return link
 
@@ -266,6 +268,7 @@ def _explain_status(link: Link, endpoint: Endpoint, response: Response) -> Surfw
 def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> SurfwError:
     """The error for a surfw server that refuses the handshake."""
     status, server = response.status_code, f"the server at {link.url}"
+    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
     match status:
         case HTTPStatus.UNAUTHORIZED if link.shows_token:
             return endpoint.refusal(link.url, response.headers.get("WWW-Authenticate", ""))
@@ -273,11 +276,11 @@ def _explain_refusal(link: Link, endpoint: Endpoint, response: Response) -> Surf
             text = f"{server} wants a token, which redirects take nowhere else; name the server's own address"
             return RefusedError(text, code="no-token")
         case HTTPStatus.SERVICE_UNAVAILABLE:
-            return _failed(f"{server} takes no more clients; try again later, or {START_ONE}", transient=True)
+            why = f": {said}" if said else ""
+            return _failed(f"{server} takes no more clients{why}; try again later, or {START_ONE}", transient=True)
         case HTTPStatus.NOT_FOUND:
             path = urlsplit(endpoint.shown).path or "/"
             return _failed(f"{server} refuses the path {path} with status {status}; expected ws://HOST:PORT")
-    said = bytes(response.body or b"").decode(errors="replace").partition("\n")[0][:_SHOWN]
     return _failed(f"{server} refuses the connection with status {status}: {said or response.reason_phrase}")
 
 

@@ -41,6 +41,7 @@ _FAULTS_OF_OURS = {
     CloseCode.MESSAGE_TOO_BIG, CloseCode.MANDATORY_EXTENSION,
 }  # fmt: skip
 """A server closes with these because of what it was sent. Connecting again would not help."""
+_GOODBYES = {CloseCode.GOING_AWAY, CloseCode.SERVICE_RESTART}
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class Link:
         greeted: done when hellos were exchanged; fails if the link ends before.
         shows_token: whether the token was sent; a redirect to another server takes it nowhere.
         ended: why the link has ended ("went away", for example), or None.
+        said_goodbye: whether it has ended because the server stops, which may be back soon.
     """
 
     def __init__(self, url: str, limits: WireLimits, silence_seconds: float) -> None:
@@ -72,6 +74,7 @@ class Link:
         self.greeted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.shows_token = True
         self.ended: str | None = None
+        self.said_goodbye = False
         self._transient = False
         self._session = ClientSession(limits, client=f"surfw/{__version__}")
         self._connection: WireConnection | None = None
@@ -263,6 +266,7 @@ class Link:
             self._end(f"broke the protocol: {error}")
         elif close and (close.reason or close.code in _FAULTS_OF_OURS):
             why = close.reason or f"with code {close.code}"
+            self.said_goodbye |= not self.ended and close.code in _GOODBYES
             self._end(f"closed the connection: {why}", transient=close.code not in _FAULTS_OF_OURS)
         else:
             self._end("went away", transient=True)

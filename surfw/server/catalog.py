@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surfw.config import MIB, count
-from surfw.errors import ManifestError, RefusedError, StorageError, UnknownModelError
+from surfw.errors import ManifestError, RefusedError, StorageError, SurfwError, UnknownModelError
 from surfw.manifest import Chunk, Form, Location, Manifest, payload_digest
 from surfw.server.cache import LruCache
 from surfw.server.fairness import Reader, SingleFlight
@@ -104,6 +104,23 @@ class Catalog:
         for name in set(self._entries) - set(self.names):
             del self._entries[name]
         return self.names
+
+    async def reload(self) -> str:
+        """List the models anew, read the manifests anew that are kept, and return what is there now in words.
+
+        Raises:
+            SurfwError: something could not be read, and is kept as it was.
+        """
+        await self.models()
+        failures = []
+        for name in list(self._entries):
+            try:
+                await self._reads.join(name)
+            except SurfwError as exc:
+                failures.append(exc)
+        if failures:
+            raise failures[0]
+        return count(len(self.names), "model")
 
     def _note_changes(self, before: Sequence[str]) -> None:
         """Note which models have come, and which have gone, since the listing before."""

@@ -7,11 +7,12 @@ server does wrong is an `error` for the request; the details, such as where thin
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
+from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.config import WireLimits, printable
@@ -21,6 +22,7 @@ from surfw.server.access import Access
 from surfw.server.fairness import Account, Reader
 from surfw.server.futures import Future
 from surfw.server.journal import ClientLog
+from surfw.server.pacing import ClientPace
 from surfw.server.pages import PROGRESS_SECONDS, StoredPiece
 from surfw.server.reception import FairConnection
 from surfw.server.sending import Document, Sender
@@ -82,11 +84,17 @@ class Connection:
         *,
         limits: WireLimits,
         client_log: ClientLog,
+        pace: ClientPace,
+        slow_seconds: float,
     ) -> None:
-        """Take over an open WebSocket; counts `requests` and their latency."""
+        """Take over an open WebSocket; counts `requests` and their latency, and `slow_clients`.
+
+        It sends at a pace, and is closed if the client takes nothing of what it asked for in `slow_seconds`.
+        """
         self._number = number
         self._since = time.monotonic()
         self._has_joined = False
+        self._takes_requests = True
         self._model = ""
         self.open_requests: dict[int, _Open] = {}
         self._websocket = websocket
@@ -98,7 +106,8 @@ class Connection:
         self._session = ServerSession(
             limits, server=f"surfw/{__version__}", takes_schedules=served.pages.cache.policy == "schedule"
         )
-        self._sender = Sender(websocket, self._session, served.metrics)
+        self._sender = Sender(websocket, self._session, served.metrics, pace)
+        self._slow_seconds = slow_seconds
         self._peer = websocket.shown_address
         self._log = client_log
 
@@ -142,6 +151,14 @@ class Connection:
             "bytes_sent": self._sender.sent_bytes,
         }
 
+    def take_no_more(self) -> Iterable[asyncio.Task[None]]:
+        """Begin no more requests, and return the tasks that answer those that were made before.
+
+        A request that comes from now on has no answer: the connection is closed soon, and says why.
+        """
+        self._takes_requests = False
+        return [request.task for request in self.open_requests.values()]
+
     def _note_request(self) -> None:
         self._served.metrics.add("requests")
         if not self._has_joined:
@@ -161,7 +178,7 @@ class Connection:
             self._served.note_reading(model)
 
     async def _close(self, code: int, reason: str) -> None:
-        self._log.closings.note(f"{self._peer} is closed: {reason}")
+        self._log.closings.note(f"{self._peer} is closed: {reason}", code=str(code))
         await self._stop_answering()
         await self._websocket.close(code, reason.encode()[:_REASON_BYTES].decode(errors="ignore"))
 
@@ -182,6 +199,8 @@ class Connection:
                 if request := self.open_requests.get(message.id):
                     request.task.cancel()
                 self._sender.send(Failed(message.id, "cancelled", "the client gave it up"))
+            case _ if not self._takes_requests:
+                self._log.refusals.note(f"{self._peer} is refused: the server is stopping", code="stopping")
             case _:
                 self._note_request()
                 reader = Reader(self._account)
@@ -204,9 +223,20 @@ class Connection:
             self._futures[schedule.model] = futures.add(schedule.cycle, schedule.kept)
 
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
+        """Tell a client whose requests wait for the storage, every now and then, how far that has got.
+
+        One that keeps what it asked for waiting for too long is closed.
+        """
+        taken, since = 0, time.monotonic()
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
+            if not self._sender.is_blocked or self._sender.taken_bytes > taken:
+                taken, since = self._sender.taken_bytes, time.monotonic()
+            elif time.monotonic() - since >= self._slow_seconds:
+                self._served.metrics.add("slow_clients")
+                reason = f"it took nothing of what it asked for in {self._slow_seconds:g} seconds"
+                await self._close(CloseCode.TRY_AGAIN_LATER, reason)
+                return
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
                 count = request.reader.progress_bytes
                 if count > request.told and self._session.is_open(number):
@@ -218,10 +248,10 @@ class Connection:
         try:
             await self._send_answer(request, reader)
         except RefusedError as exc:
-            self._log.refusals.note(f"{self._peer} is refused: {exc}")
+            self._log.refusals.note(f"{self._peer} is refused: {exc}", code=exc.code)
             self._fail(request, exc.code, str(exc))
         except ChangedObjectError as exc:
-            self._log.changes.note(f"{self._peer} cannot be answered", str(exc))
+            self._log.changes.note(f"{self._peer} cannot be answered", str(exc), code="changed")
             self._fail(
                 request,
                 "changed",
@@ -229,7 +259,7 @@ class Connection:
                 "surfw chunk --in-place again; the server's log names the file",
             )
         except SurfwError as exc:
-            self._log.failures.note(f"{self._peer} cannot be answered", str(exc))
+            self._log.failures.note(f"{self._peer} cannot be answered", str(exc), code="storage")
             self._fail(request, "storage", "the server could not read it from its storage; its log says more")
         else:
             self._served.metrics.latency("requests").observe(time.perf_counter() - started)
@@ -237,7 +267,8 @@ class Connection:
     def _answered(self, request: Request, task: asyncio.Task[None]) -> None:
         del self.open_requests[request.id]
         if not task.cancelled() and (exc := task.exception()):
-            self._log.bugs.note(f"{self._peer} cannot be answered, which is a bug in surfw", str(request), trace=exc)
+            text = f"{self._peer} cannot be answered, which is a bug in surfw"
+            self._log.bugs.note(text, str(request), code="internal", trace=exc)
             self._fail(request, "internal", "the server failed; its log says more")
 
     def _fail(self, request: Request, code: str, text: str) -> None:
@@ -264,7 +295,7 @@ class Connection:
             case Get():
                 form = await catalog.chunk(request, looking_up)
                 self._note_model(request.model)
-                reader.fresh = request.fresh
+                reader.fresh, reader.priority = request.fresh, request.priority
                 await self._send_chunk(request, form, reader)
 
     async def _send_models(self, number: int, names: Sequence[str]) -> None:

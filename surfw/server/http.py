@@ -8,21 +8,17 @@ looked at only every few seconds.
 import json
 import logging
 import time
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Collection
 from http import HTTPStatus
-from operator import getitem
-from typing import Any, Protocol
+from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from websockets.http11 import Request, Response
 
 from surfw.server.access import Access
 from surfw.server.fairness import SingleFlight
 from surfw.server.journal import Journal, Sparse
+from surfw.server.operations import GOODBYE
 from surfw.server.reception import FairConnection
 from surfw.wire import EXPIRED, PROTOCOL, ServerHealth, ServerStats, is_meant
 
@@ -36,6 +32,7 @@ KEPT_SECONDS = 3.0
 _MISDIRECTED = """\
 This server is not known by that name. Call it by its address or as localhost, or start it with --allowed-host NAME.
 """
+_FULL = "all places for clients are taken"
 _PATHS = {"/livez", "/readyz", "/stats", "/metrics"}
 _OPEN_PATHS = {"/livez", "/readyz"}
 """Paths without a token: they tell no more than that there is a server, and whether it works."""
@@ -47,9 +44,14 @@ class _Server(Protocol):
     @property
     def full(self) -> bool: ...
 
+    @property
+    def is_draining(self) -> bool: ...
+
     async def health(self) -> ServerHealth: ...
 
     def stats(self) -> ServerStats: ...
+
+    def metrics(self, stats: ServerStats) -> bytes: ...
 
 
 class HttpEndpoints:
@@ -75,9 +77,12 @@ class HttpEndpoints:
             return refusal
         if path in _PATHS:
             return await self._answer(connection, path)
+        if self._server.is_draining:
+            self._full.note(f"{connection.shown_address} is refused: {GOODBYE}", code="stopping")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{GOODBYE}\n")
         if self._server.full:
-            self._full.note(f"{connection.shown_address} is refused: all places for clients are taken")
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "All its places for clients are taken.\n")
+            self._full.note(f"{connection.shown_address} is refused: {_FULL}", code="full")
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{_FULL}\n")
         return None
 
     def _refuse(self, connection: FairConnection, request: Request, path: str) -> Response | None:
@@ -105,7 +110,8 @@ class HttpEndpoints:
             return True
         shown = ", ".join(hosts)[:80]
         self._refusals.note(
-            f"{connection.shown_address} is refused: it calls the server {shown!a}; --allowed-host allows a name"
+            f"{connection.shown_address} is refused: it calls the server {shown!a}; --allowed-host allows a name",
+            code="host",
         )
         return False
 
@@ -116,14 +122,17 @@ class HttpEndpoints:
         if grant is not None and not grant.has_expired:
             connection.grant = grant
             return None
-        why = f"{grant.shown} has expired" if grant is not None else "another token" if shown else "no token"
-        self._refusals.note(f"{connection.shown_address} is refused: {why}")
+        code = "expired" if grant is not None else "another-token" if shown else "no-token"
+        why = code.replace("-", " ") if grant is None else f"{grant.shown} has expired"
+        self._refusals.note(f"{connection.shown_address} is refused: {why}", code=code)
         return "Bearer" if grant is None else EXPIRED
 
     async def _answer(self, connection: FairConnection, path: str) -> Response:
         match path:
             case "/livez":
                 return connection.respond(HTTPStatus.OK, "ok\n")
+            case "/readyz" if self._server.is_draining:
+                return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{GOODBYE}\n")
             case "/readyz":
                 if await self._is_ready():
                     return connection.respond(HTTPStatus.OK, self._health)
@@ -133,7 +142,7 @@ class HttpEndpoints:
                 kind, text = "application/json", json.dumps(connection.grant.limit(self._server.stats())) + "\n"
             case _:
                 stats = connection.grant.limit(self._server.stats())
-                kind, text = CONTENT_TYPE_LATEST, generate_latest(_StatsCollector(stats)).decode()
+                kind, text = CONTENT_TYPE_LATEST, self._server.metrics(stats).decode()
         response = connection.respond(HTTPStatus.OK, text)
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = kind
@@ -157,55 +166,3 @@ class HttpEndpoints:
         self._refusals.flush()
         self._full.flush()
         self._looked = float("-inf")
-
-
-_COUNTERS = {
-    "cache_hits": ("Uses of cached pages", "cache", "hits"),
-    "cache_misses": ("Uses of pages that had to be read", "cache", "misses"),
-    "cache_coalesced": ("Uses that joined another use's read", "cache", "coalesced"),
-    "cache_evictions": ("Pages that had to make room", "cache", "evictions"),
-    "requests": ("Requests received", "requests", "total"),
-    "sent_bytes": ("Bytes of models sent", "bytes_sent"),
-    "read_bytes": ("Bytes read from the storage", "bytes_read"),
-}
-"""The metrics: what each is, and where in the statistics it stands."""
-_REDIS_COUNTERS = {
-    "redis_hits": ("Segments that Redis had", "redis", "hits"),
-    "redis_misses": ("Segments that Redis lacked", "redis", "misses"),
-    "redis_read_bytes": ("Bytes read from Redis", "redis", "bytes_read"),
-    "redis_written_bytes": ("Bytes written to Redis", "redis", "bytes_written"),
-    "redis_poisoned": ("Segments that had wrong bytes in Redis", "redis", "poisoned"),
-}
-_GAUGES = {
-    "cache_bytes": ("Bytes in the cache", "cache", "bytes"),
-    "cache_capacity_bytes": ("Budget of the cache", "cache", "capacity_bytes"),
-    "requests_in_flight": ("Requests being answered", "requests", "in_flight"),
-    "clients": ("Open connections", "clients"),
-    "models": ("Models in the store", "models"),
-    "storage_healthy": ("1 if the storage answered when last asked", "storage", "healthy"),
-    "resident_bytes": ("Memory of the process", "resources", "rss_bytes"),
-    "cpu_percent": ("CPU of the process since the last look", "resources", "cpu_percent"),
-    "uptime_seconds": ("Time since the start", "server", "uptime_seconds"),
-}
-
-
-@dataclass(frozen=True)
-class _StatsCollector(Collector):
-    """A server's statistics as Prometheus metrics."""
-
-    stats: Any
-
-    def collect(self) -> Iterator[Metric]:
-        counters = _COUNTERS
-        if "redis" in self.stats:
-            counters = _COUNTERS | _REDIS_COUNTERS
-            seconds = self.stats["redis"].get("bypassed_seconds", 0.0)
-            yield GaugeMetricFamily("surfw_redis_bypassed_seconds", "For how long Redis is not used; else 0", seconds)
-        for kind, table in ((CounterMetricFamily, counters), (GaugeMetricFamily, _GAUGES)):
-            for name, (text, *path) in table.items():
-                value = reduce(getitem, path, self.stats)
-                yield kind(f"surfw_{name}", text, value=len(value) if isinstance(value, list) else float(value))
-        latency = GaugeMetricFamily("surfw_request_latency_seconds", "Latency of recent requests", labels=["quantile"])
-        for rank, seconds in self.stats["requests"]["latency_seconds"].items():
-            latency.add_metric([f"0.{rank.removeprefix('p')}"], seconds)
-        yield latency

@@ -2,12 +2,12 @@
 
 Clients can cause events as often as they like, so those are sparse: every ten seconds a few are told, the others
 counted. What an event says goes to everybody who may see the statistics; its details, such as where things lie, go to
-the log and to the server's own screen only.
+the log and to the server's own screen only. All are counted, by kind.
 """
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from surfw.config import count, printable
@@ -29,11 +29,19 @@ class _Entry:
 
 
 class Journal:
-    """Logs events, and keeps the latest `KEPT_EVENTS`."""
+    """Logs events, and keeps the latest `KEPT_EVENTS`.
+
+    A line of the log has the parts of its event as attributes of the record: `kind`, `event` (the text), `details`, and
+    `more`, for how many others it stands.
+
+    Attributes:
+        counts: how many events there were of each kind and code, those included that were not told.
+    """
 
     def __init__(self) -> None:
         """Start with none."""
         self._entries: deque[_Entry] = deque(maxlen=KEPT_EVENTS)
+        self.counts: Counter[tuple[str, str]] = Counter()
 
     def note(
         self,
@@ -44,7 +52,7 @@ class Journal:
         level: int = logging.INFO,
         trace: BaseException | None = None,
     ) -> None:
-        """Log an event, and keep it.
+        """Log an event, keep it, and count it.
 
         Args:
             kind: one of those that `ServerEvent` lists.
@@ -53,7 +61,25 @@ class Journal:
             level: of the line in the log.
             trace: an exception whose traceback goes to the log.
         """
-        log.log(level, "%s%s", text, f": {details}" if details else "", exc_info=trace)
+        self.counts[kind, ""] += 1
+        self.tell(kind, text, details, level=level, trace=trace)
+
+    def tell(
+        self,
+        kind: str,
+        text: str,
+        details: str = "",
+        *,
+        level: int = logging.INFO,
+        trace: BaseException | None = None,
+        more: int = 0,
+    ) -> None:
+        """Log and keep an event that was counted; it stands for so many more before."""
+        parts = {"kind": kind, "event": text, "details": details, "more": more}
+        if more:
+            told = f" (and {count(more, 'time')} more before)"
+            text, details = (text, details + told) if details else (text + told, "")
+        log.log(level, "%s%s", text, f": {details}" if details else "", exc_info=trace, extra=parts)
         self._entries.append(_Entry(time.time(), kind, text, details))
 
     def recent(self, *, details: bool = False) -> list[ServerEvent]:
@@ -88,9 +114,10 @@ class Sparse:
         self._counted = 0
         self._last: tuple[str, str, BaseException | None] = ("", "", None)
 
-    def note(self, text: str, details: str = "", *, trace: BaseException | None = None) -> None:
-        """Note the event, or count it."""
+    def note(self, text: str, details: str = "", *, code: str = "", trace: BaseException | None = None) -> None:
+        """Note the event, or count it; `code` is one of a few, and says more than the kind."""
         self._counted += 1
+        self._journal.counts[self._kind, code] += 1
         self._last = text, details, trace
         if time.monotonic() >= self._next:
             self._left, self._next = self._most, time.monotonic() + _SPARSE_SECONDS
@@ -103,10 +130,7 @@ class Sparse:
         if not self._counted:
             return
         text, details, trace = self._last
-        if self._counted > 1:
-            more = f" (and {count(self._counted - 1, 'time')} more before)"
-            text, details = (text, details + more) if details else (text + more, "")
-        self._journal.note(self._kind, text, details, level=self._level, trace=trace)
+        self._journal.tell(self._kind, text, details, level=self._level, trace=trace, more=self._counted - 1)
         self._counted = 0
         self._last = ("", "", None)
 

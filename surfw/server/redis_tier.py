@@ -17,7 +17,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,16 @@ class RedisTier:
             state["bypassed"], state["bypassed_seconds"] = self._bypassed, time.monotonic() - self._since
         return state
 
+    @property
+    def bypasses(self) -> int:
+        """How often it was bypassed after it had been used."""
+        return self._metrics.count("bypasses")
+
+    @property
+    def waits(self) -> Mapping[str, float]:
+        """The seconds that readers wait for a full segment from `redis` and from the `storage`; 0 if not measured."""
+        return {"redis": self._redis.seconds, "storage": self._storage.seconds}
+
     async def open(self, journal: Journal) -> None:
         """Connect. If it cannot be reached, go on; the journal notes that, and when it changes."""
         self._reset(journal)
@@ -278,6 +288,7 @@ class RedisTier:
         if link is not self._link:
             return
         self._link = None
+        self._metrics.add("bypasses")
         self._spawn(link.close())
         is_soon = time.monotonic() - self._since < _MOST_PAUSE
         self._pause = min(2 * self._pause, _MOST_PAUSE) if is_soon else _FIRST_PAUSE

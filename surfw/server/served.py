@@ -123,6 +123,15 @@ class ServedStore:
         await self.store.check()
         await self.catalog.models()
 
+    async def reload(self) -> str:
+        """Look up all models anew, and return what is there now in words; what cannot be read stays as it was.
+
+        Raises:
+            SurfwError: something cannot be read.
+        """
+        await self.store.check()
+        return await self.catalog.reload()
+
     async def is_ready(self) -> bool:
         """Look as `look` does, and return whether the storage can be reached; log why not."""
         try:

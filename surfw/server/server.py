@@ -23,8 +23,10 @@ from surfw import __version__
 from surfw.config import (
     DEFAULT_CACHE_MB,
     DEFAULT_CLIENTS,
+    DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
+    DEFAULT_SLOW_SECONDS,
     MB,
     CachePolicy,
     TlsFiles,
@@ -36,17 +38,20 @@ from surfw.errors import ConfigurationError
 from surfw.metrics import hit_rate
 from surfw.server.access import Access
 from surfw.server.connection import Connection
+from surfw.server.exposition import Exposition
 from surfw.server.fairness import Turns
 from surfw.server.http import HttpEndpoints
 from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
+from surfw.server.operations import GOODBYE, Drain, Reloads
+from surfw.server.pacing import Pacing, check_rate
 from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.reloading import FromFiles, Reloading
 from surfw.server.served import ServedStore
 from surfw.server.tls import ServerTls
 from surfw.storage import StorageBackend
-from surfw.wire import MOST_CONNECTIONS, ClientFacts, ServerHealth, ServerStats
+from surfw.wire import MOST_CONNECTIONS, ClientFacts, SendingState, ServerHealth, ServerStats
 
 _ADVANCED_CACHE_MB = 1000
 
@@ -75,6 +80,9 @@ class WeightServer:
         storage_options: Mapping[str, Any] | None = None,
         cache_policy: CachePolicy = "schedule",
         record: str | Path | None = None,
+        max_bytes_per_second: float | None = None,
+        max_client_bytes_per_second: float | None = None,
+        slow_client_timeout: float = DEFAULT_SLOW_SECONDS,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -99,6 +107,10 @@ class WeightServer:
             cache_policy: what the cache keeps. `schedule`: what clients need soonest, as they announce it, and else
                 what was used last. `lru`: what was used last.
             record: a file for what clients read, which `surfw bench cache --trace` reads; replaced at each start.
+            max_bytes_per_second: the most that all clients together are sent, at least 1 MB; None for no limit.
+            max_client_bytes_per_second: the most that each of them is sent, likewise.
+            slow_client_timeout: seconds after which a client is closed that takes nothing of what it asked for. It may
+                connect again.
 
         Raises:
             ConfigurationError: one of them cannot be used.
@@ -112,6 +124,14 @@ class WeightServer:
         if clients < 1:
             raise ConfigurationError(f"clients is {clients}; expected at least 1 connection")
         expect("limits", limits, WireLimits | None, "WireLimits or None")
+        check_rate("max_bytes_per_second", max_bytes_per_second)
+        check_rate("max_client_bytes_per_second", max_client_bytes_per_second)
+        expect("slow_client_timeout", slow_client_timeout, int | float, "a number of seconds")
+        if not slow_client_timeout > 0:
+            raise ConfigurationError(f"slow_client_timeout is {slow_client_timeout}; expected more than 0 seconds")
+        self._rates = max_bytes_per_second, max_client_bytes_per_second
+        self._pacing = Pacing(*self._rates)
+        self._slow_seconds = slow_client_timeout
         self._journal = Journal()
         self._client_log = ClientLog(self._journal)
         self._access = Access(token, token_file, self._journal)
@@ -133,6 +153,7 @@ class WeightServer:
         self._connections: set[Connection] = set()
         self._newcomers = Newcomers()
         self._connected = 0
+        self._drain, self._reloads = Drain(self._journal), Reloads(self._journal)
         self._process = psutil.Process()
         self._endpoints = HttpEndpoints(self, self._access, self._listening.names, self._journal)
         self._websockets: Server | None = None
@@ -143,6 +164,7 @@ class WeightServer:
             source, dict(storage_options or {}), int(cache_size_mb * MB), self._journal, policy=cache_policy,
             record=None if record is None else Path(record),
         )  # fmt: skip
+        self._reloads.add("the models", self._served.reload)
 
     def _alone(self) -> asyncio.Lock:
         """Held while the server starts or stops; each event loop that it is used in has a lock of its own."""
@@ -162,6 +184,7 @@ class WeightServer:
             if self._websockets is not None:
                 raise ConfigurationError(f"the server at {self.url} is started already; stop it before the next start")
             self._stopped = asyncio.Event()
+            self._pacing = Pacing(*self._rates)
             try:
                 await self._prepare()
                 connection = partial(
@@ -183,11 +206,33 @@ class WeightServer:
             if self._websockets is None:
                 return
             await self._stop_accepting(self._websockets)
-            self._websockets.close(code=1001, reason="the server is stopping")
+            self._websockets.close(code=1001, reason=GOODBYE)
             await self._websockets.wait_closed()
             await self._release()
             self._websockets = None
+            self._drain.is_on = False
             self._stopped.set()
+
+    async def drain(self, most_seconds: float = DEFAULT_DRAIN_SECONDS) -> int:
+        """Take no new requests and connections, and answer those that are in flight; then `stop` loses nothing.
+
+        `/readyz` says 503 meanwhile, and clients stay connected: `stop` tells them to connect again.
+
+        Args:
+            most_seconds: how long that may take.
+
+        Returns:
+            How many requests were not answered within that time.
+        """
+        return await self._drain.run(self._connections, most_seconds)
+
+    async def reload(self) -> bool:
+        """Look again at what may have changed beside the server: tokens, certificates, and the models of its store.
+
+        Returns:
+            Whether all of it could be read; the journal and the log say what could not, and stays as it was.
+        """
+        return await self._reloads.run(after=await self._reloading.look(anyway=True))
 
     @staticmethod
     async def _stop_accepting(listening: Server) -> None:
@@ -213,13 +258,6 @@ class WeightServer:
             if starting:
                 await self.stop()
             raise
-
-    async def reload(self) -> bool:
-        """Read the token file and the certificates again, which the server otherwise does when they change.
-
-        What cannot be used is told in the log, and what was there before stays in force; returns False then.
-        """
-        return await self._reloading.look(anyway=True)
 
     async def _prepare(self) -> None:
         """Make sure of what the server depends on, before it listens."""
@@ -256,17 +294,30 @@ class WeightServer:
         return self._listening.url(self.port)
 
     @property
+    def is_draining(self) -> bool:
+        """Whether no new requests and connections are taken, because it is about to stop."""
+        return self._drain.is_on
+
+    @property
     def full(self) -> bool:
         """Whether no more clients are taken."""
         return len(self._connections) >= self._clients
 
     async def _serve_client(self, websocket: FairConnection) -> None:
         self._connected += 1
-        limits, client_log = self._listening.limits, self._client_log
         connection = Connection(
-            self._connected, websocket, self._served, self._access, limits=limits, client_log=client_log
+            self._connected,
+            websocket,
+            self._served,
+            self._access,
+            limits=self._listening.limits,
+            client_log=self._client_log,
+            pace=self._pacing.client(),
+            slow_seconds=self._slow_seconds,
         )
         self._connections.add(connection)
+        if self._drain.is_on:  # it was let in just before
+            connection.take_no_more()
         try:
             await connection.serve()
         finally:
@@ -314,10 +365,28 @@ class WeightServer:
             "bytes_read": metrics.count("bytes_read"),
             "connections": self._busiest(),
             "events": self._journal.recent(details=details),
+            "sending": self._sending(),
         }
         if served.cache_shortage:
             stats["cache_shortage"] = served.cache_shortage
         return stats
+
+    def _sending(self) -> SendingState:
+        rate, client_rate = self._rates
+        state: SendingState = {"slow_clients": self._served.metrics.count("slow_clients")}
+        if rate is not None:
+            state["max_bytes_per_second"] = int(rate)
+        if client_rate is not None:
+            state["max_client_bytes_per_second"] = int(client_rate)
+        return state
+
+    def metrics(self, stats: ServerStats | None = None) -> bytes:
+        """All that can be counted of it, as Prometheus reads it; of statistics that are given, what those say."""
+        return Exposition(
+            stats=stats or self.stats(), served=self._served, journal=self._journal, reloads=self._reloads,
+            newcomers=len(self._newcomers), accepted=self._connected, most_clients=self._clients,
+            draining=self._drain.is_on,
+        ).text()  # fmt: skip
 
     def _busiest(self) -> list[ClientFacts]:
         """The clients that are answered now, then the others; of each, those before that were sent most."""
@@ -338,6 +407,9 @@ class ServerOptions(TypedDict, total=False):
     storage_options: Mapping[str, Any] | None
     cache_policy: CachePolicy
     record: str | Path | None
+    max_bytes_per_second: float | None
+    max_client_bytes_per_second: float | None
+    slow_client_timeout: float
 
 
 class AdvancedWeightServer(WeightServer):
@@ -365,7 +437,8 @@ class AdvancedWeightServer(WeightServer):
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
             options: `token`, `token_file`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
-                `cache_policy` and `record`, as for `WeightServer`.
+                `cache_policy`, `record`, `max_bytes_per_second`, `max_client_bytes_per_second` and
+                `slow_client_timeout`, as for `WeightServer`.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.

@@ -6,9 +6,9 @@ from only the source tensors it needs: plain renamings are byte copies, everythi
 operation. The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,16 @@ from transformers.core_model_loading import (
 from surfw.errors import CheckpointError
 from surfw.manifest import nbytes, slice_name
 from surfw.skeleton.build import Skeleton
+from surfw.skeleton.computed import compute_missing
+from surfw.skeleton.dequantise import source_dtype
 from surfw.skeleton.dtypes import torch_dtype
 
 SourceFacts = Mapping[str, tuple[str, tuple[int, ...]]]
 """Of every source tensor: its safetensors dtype and its shape."""
+
+
+_CODED = {"F8_E4M3", "F8_E5M2", "I8"}
+"""Types of weights that mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Recipe:
 
     Attributes:
         targets: names of the model's tensors that it yields, with their dtype and shape.
-        sources: names of the source tensors that it needs.
+        sources: names of the source tensors that it needs; none where transformers computes it.
         converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
         joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
         start: where in its one source the bytes of a slice begin.
@@ -66,6 +72,13 @@ def convert_bytes(
 
     if recipe.converter is not None:
         made = recipe.converter(read_tensor)
+        for name, (dtype, shape) in recipe.targets.items():
+            seen = made.get(name)
+            if seen is None or (seen.dtype, tuple(seen.shape)) != (dtype, shape):
+                found = "nothing" if seen is None else f"{seen.dtype} of shape {tuple(seen.shape)}"
+                raise CheckpointError(
+                    f"transformers makes {found} of {recipe.sources[0]} for {name}, expected {dtype} of shape {shape}"
+                )
         return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
     ((name, (dtype, shape)),) = recipe.targets.items()
     return {name: _bytes_of(read_tensor(recipe.sources[0], shape).to(dtype))}
@@ -102,7 +115,14 @@ class _Group:
     collected: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str, str], bool], *, where: str) -> Loading:
+def plan_loading(
+    skeleton: Skeleton,
+    sources: SourceFacts,
+    equal: Callable[[str, str], bool],
+    *,
+    where: str,
+    quantizer: Any = None,
+) -> Loading:
     """Plan what `from_pretrained` would load into the skeleton.
 
     Args:
@@ -110,16 +130,50 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
         sources: the checkpoint's tensors.
         equal: whether two source tensors have the same bytes; asked where both sides of a tie are in the checkpoint.
         where: names the checkpoint in errors.
+        quantizer: dequantises the sources; see `surfw.skeleton.dequantise`.
 
     Raises:
         CheckpointError: weights have other shapes, or cannot be converted.
     """
-    groups, unused = _group(skeleton, sources)
-    maker = _Maker(skeleton, sources, where=where)
+    groups, unused = _group(skeleton, sources, quantizer)
+    maker = _Maker(skeleton, sources, quantizer, where=where)
     recipes: dict[str, Recipe] = {}
     for first, group in groups.items():
         recipe = maker.recipe(first, group)
         recipes |= dict.fromkeys(recipe.targets, recipe)
+    loading = finish_loading(skeleton, recipes, unused, equal, where=where)
+    return replace(loading, recipes=_slice_experts(skeleton, loading, groups, maker))
+
+
+def _slice_experts(
+    skeleton: Skeleton, loading: Loading, groups: Mapping[str, _Group], maker: "_Maker"
+) -> dict[str, Recipe]:
+    """The recipes, those of slices in place of stacks where all stacks of a module can be made so."""
+    recipes, tied = dict(loading.recipes), set(loading.ties.values())
+    for module in skeleton.experts.values():
+        names = [slot.name for slot in module.slots]
+        if all(name in recipes and name in groups and name not in tied for name in names):
+            sliced = [maker.slices(name, recipes[name], groups[name]) for name in names]
+            if all(sliced):
+                for name, slices in zip(names, sliced, strict=True):
+                    del recipes[name]
+                    recipes |= slices
+    return recipes
+
+
+def finish_loading(
+    skeleton: Skeleton,
+    recipes: Mapping[str, Recipe],
+    unused: Sequence[str],
+    equal: Callable[[str, str], bool],
+    *,
+    where: str,
+) -> Loading:
+    """Compare what recipes yield with the model's shapes, and find its ties, and what is missing.
+
+    Raises:
+        CheckpointError: weights have other shapes.
+    """
     for name, recipe in recipes.items():
         expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
         if expected != seen:
@@ -132,20 +186,21 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     missing = tuple(
         name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
     )
-    for module in skeleton.experts.values():
-        names = [slot.name for slot in module.slots]
-        if all(name in recipes and name in groups and name not in ties.values() for name in names):
-            sliced = [maker.slices(name, recipes[name], groups[name]) for name in names]
-            if all(sliced):
-                recipes = {name: one for name, one in recipes.items() if name not in names}
-                recipes |= {name: one for slices in sliced for name, one in slices.items()}
-    return Loading(recipes, ties, tuple(unused), missing)
+    dtypes = target_dtypes(skeleton)
+    computed = compute_missing(skeleton, missing, {name: dtypes(name) for name in missing})
+    recipes |= {name: _computed(name, value) for name, value in computed.items()}
+    return Loading(recipes, ties, tuple(unused), tuple(name for name in missing if name not in computed))
 
 
-def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group], list[str]]:
+def _computed(name: str, value: torch.Tensor) -> Recipe:
+    """The recipe of a parameter that no checkpoint has to hold."""
+    return Recipe({name: (value.dtype, tuple(value.shape))}, (), lambda _: {name: value})
+
+
+def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[dict[str, _Group], list[str]]:
     """Collect the sources by the target they go to."""
     model = skeleton.model
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
@@ -170,8 +225,9 @@ def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group],
 class _Maker:
     """Makes the recipes of one checkpoint."""
 
-    def __init__(self, skeleton: Skeleton, sources: SourceFacts, *, where: str) -> None:
+    def __init__(self, skeleton: Skeleton, sources: SourceFacts, quantizer: Any, *, where: str) -> None:
         self._skeleton = skeleton
+        self._quantizer = quantizer
         self._sources = sources
         self._dtypes = target_dtypes(skeleton)
         self._where = where
@@ -183,6 +239,10 @@ class _Maker:
             joined = names[:1] if torch_dtype(sources[names[0]][0]) == self._dtypes(first) else ()
             return Recipe({first: (self._dtypes(first), sources[names[0]][1])}, names, joined=joined)
         convert = partial(self._convert, first, group)
+        if self._quantizer is not None:
+            _expect_scales(names, sources, where=self._where)
+            if len(group.converter.target_patterns) == 1:
+                return _untried(self._skeleton, first, names, self._dtypes, convert)
         trial = convert(lambda one: torch.empty(sources[one][1], dtype=torch_dtype(sources[one][0]), device="meta"))
         slots = self._skeleton.slots
         targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in slots}
@@ -203,7 +263,7 @@ class _Maker:
                 one: Recipe(target, recipe.sources, joined=recipe.joined, start=index * size)
                 for index, (one, target) in enumerate(zip(names, targets, strict=True))
             }
-        if len(recipe.targets) > 1 or not _stacks(group.converter):
+        if self._quantizer is not None or len(recipe.targets) > 1 or not _stacks(group.converter):
             return {}
         alone = _apart(group, len(names))
         facts = [[self._sources[source] for _, source in one.collected] for one in alone]
@@ -226,7 +286,9 @@ class _Maker:
         """What transformers' operation makes of the sources of a group."""
         converter: Any = deepcopy(group.converter)
         for pattern, source in group.collected:
-            converter.add_tensor(first, source, pattern, read(source).to(self._dtypes(first)))
+            tensor = read(source)
+            dtype = source_dtype(self._quantizer, converter, tensor, self._dtypes(first))
+            converter.add_tensor(first, source, pattern, tensor if dtype is None else tensor.to(dtype))
         try:
             realised = converter.convert(first, model=self._skeleton.model, config=self._skeleton.model.config)
         except Exception as exc:
@@ -234,7 +296,8 @@ class _Maker:
                 f"{self._where}: transformers cannot make {first} out of {len(group.collected)} tensors such as "
                 f"{group.collected[0][1]}: {exc}"
             ) from exc
-        return {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
+        made = {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
+        return {name: tensor.detach() for name, tensor in made.items()}
 
     def _convert_slice(
         self, stack: str, group: _Group, name: str, shape: tuple[int, ...], read: Callable[[str], torch.Tensor]
@@ -261,6 +324,36 @@ def _apart(group: _Group, count: int) -> list[_Group]:
     if any(len(sources) != count for sources in by_pattern.values()):
         return []
     return [_Group(group.converter, [(one, by_pattern[one][index]) for one in ordered]) for index in range(count)]
+
+
+def _expect_scales(names: Sequence[str], sources: SourceFacts, *, where: str) -> None:
+    """Make sure that quantised weights have scales beside them: without these, transformers takes them for values.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    for name in names:
+        module = name.removesuffix("weight")
+        is_coded = sources[name][0] in _CODED and "scale" not in name.removeprefix(module)
+        if is_coded and not any("scale" in one.removeprefix(module) for one in names if one.startswith(module)):
+            raise CheckpointError(
+                f"{where} has {name} in {sources[name][0]} and no scale for it; the checkpoint is incomplete, download "
+                "it again"
+            )
+
+
+def _untried(
+    skeleton: Skeleton,
+    first: str,
+    names: tuple[str, ...],
+    dtypes: Callable[[str], torch.dtype],
+    convert: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]],
+) -> Recipe:
+    """A recipe that yields `first`, and that cannot be tried without values: some read a shape out of a tensor.
+
+    What it really yields is compared with the model's shape once it has run: see `convert_bytes`.
+    """
+    return Recipe({first: (dtypes(first), tuple(skeleton.slots[first].tensor.shape))}, names, convert)
 
 
 def _joined(

@@ -23,7 +23,7 @@ from tests.peers import pretending, until, whole
 from tests.servers import serve
 from tests.stores import make_store, payload
 
-AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0)
+AT_ONCE = RetryPolicy(attempts=3, first_delay_seconds=0, restart_seconds=0)
 Talk = Callable[[ServerConnection], Awaitable[None]]
 
 
@@ -160,6 +160,53 @@ def test_attempts_without_progress_end(tmp_path: Path) -> None:
 
     asyncio.run(main())
     assert len(asked) == 3
+
+
+def test_a_server_that_says_that_it_stops_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For longer than one that is just gone, whose attempts are over at once here."""
+    manifest = make_store(tmp_path, sizes=[MIB])
+    monkeypatch.setattr("surfw.client.wire_source.RESTART_DELAY_SECONDS", 0.005)
+    patient = RetryPolicy(attempts=2, first_delay_seconds=0, restart_seconds=60)
+    caplog.set_level("INFO", "surfw.client")
+
+    async def main() -> None:
+        server = WeightServer(FilesystemBackend(tmp_path), port=0)
+        await server.start()
+        async with await open_wire_source(server.url, retry=patient) as source:
+            again = WeightServer(FilesystemBackend(tmp_path), port=server.port)
+            await server.stop()
+            reads = [whole(manifest.chunks[0]) for _ in range(3)]
+            fetching = [asyncio.create_task(source.fetch(manifest, [read])) for read, _ in reads]
+            await until(lambda: caplog.text.count("trying again") > 9 or any(task.done() for task in fetching))
+            assert not any(task.done() for task in fetching)
+            async with again:
+                await asyncio.gather(*fetching)
+        assert all(bytes(memory) == payload(tmp_path, manifest.chunks[0]) for _, memory in reads)
+        waiting = f"the server at {again.url} is stopping; waiting 60 seconds for it to be back"
+        assert caplog.messages.count(waiting) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("attempts", "restart_seconds"), [(2, 0), (2, 0.02), (1, 60)])
+def test_a_server_that_does_not_come_back_is_not_waited_for_longer_than_that(
+    attempts: int, restart_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_store(tmp_path, sizes=[MIB])
+    monkeypatch.setattr("surfw.client.wire_source.RESTART_DELAY_SECONDS", 0.005)
+    policy = RetryPolicy(attempts=attempts, first_delay_seconds=0, restart_seconds=restart_seconds)
+
+    async def main() -> None:
+        server = WeightServer(FilesystemBackend(tmp_path), port=0)
+        await server.start()
+        async with await open_wire_source(server.url, retry=policy) as source:
+            await server.stop()
+            with pytest.raises(ConnectionFailedError, match=r"the server is stopping|connection refused"):
+                await source.fetch(manifest, [whole(manifest.chunks[0])[0]])
+
+    asyncio.run(main())
 
 
 def test_a_server_that_is_killed_and_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -73,9 +73,9 @@ def test_a_smaller_budget_holds_at_once() -> None:
 
 def test_what_is_remembered_comes_first() -> None:
     table = ExpertTable(SIZES, 20)
-    table.remember("a", [0.0, 5.0, 1.0])
-    table.remember("b", [3.0])
-    assert table.counts("a", 3) == [0.0, 5.0, 1.0]
+    table.remember("a", [0.0, 4.0, 1.0])
+    table.remember("b", [2.0])
+    assert table.counts("a", 3) == [0.0, 4.0, 1.0]
     assert table.worthiest() == [("a", 1), ("b", 0)]
     assert table.admit(table.worthiest()) == Decision([], [("a", 1), ("b", 0)])
     assert table.worthiest() == []

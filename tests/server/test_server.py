@@ -18,6 +18,7 @@ from websockets.typing import Origin, Subprotocol
 from surfw.client import open_wire_source
 from surfw.config import MIB
 from surfw.errors import ConfigurationError, ConnectionFailedError, NotAStoreError
+from surfw.retry import RetryPolicy
 from surfw.server import WeightServer
 from surfw.storage import FilesystemBackend
 from surfw.wire import PROTOCOL
@@ -94,7 +95,7 @@ def test_stopping_says_goodbye_and_leaves_nothing(tmp_path: Path) -> None:
             )
             await client.hear_text()
             stopping = asyncio.create_task(server.stop())
-            assert await client.closed() == (1001, "the server is stopping")
+            assert await client.closed() == (1001, "the server is stopping, and may be back soon")
             await stopping
         await waiting
         await server.stop()
@@ -141,7 +142,9 @@ def test_more_clients_than_there_is_room_for_are_told_so(tmp_path: Path) -> None
 
     async def main() -> None:
         async with serving(tmp_path, clients=1) as server, bare_client(server.url):
-            with pytest.raises(ConnectionFailedError, match="takes no more clients"):
+            with pytest.raises(
+                ConnectionFailedError, match="takes no more clients: all places for clients are taken; try"
+            ):
                 await open_wire_source(server.url)
 
     asyncio.run(main())
@@ -162,6 +165,7 @@ def test_stats_have_the_documented_shape(tmp_path: Path) -> None:
                 "requests": ["in_flight", "latency_seconds", "total"],
                 "storage": ["healthy", "url"],
                 "resources": ["cpu_percent", "rss_bytes"],
+                "sending": ["slow_clients"],
             }
             assert stats["models"] == ["toy/model"]
             assert stats["bytes_sent"] == 2 * 5 * MIB
@@ -255,7 +259,8 @@ def test_a_custom_storage_that_hangs_is_left_at_the_stop(tmp_path: Path) -> None
 
     async def main() -> None:
         backend = Hanging(objects)
-        async with serving(backend) as server, await open_wire_source(server.url) as source:
+        once = RetryPolicy(attempts=1)
+        async with serving(backend) as server, await open_wire_source(server.url, retry=once) as source:
             fetching = asyncio.create_task(source.fetch(manifest, [whole(manifest.chunks[0])[0]]))
             await backend.loading.wait()
             await server.stop()

@@ -1,0 +1,70 @@
+"""How a server without a screen logs on stderr: lines for people, or one JSON object a line for programs."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+import typer
+
+from surfw.cli.streams import OneLine, one_line
+from surfw.cli.wording import with_options
+from surfw.config import LogFormat, escape_json
+from surfw.errors import SurfwError
+
+_LOGGER = logging.getLogger("surfw.server")
+
+
+class JsonLines(logging.Formatter):
+    """Formats every record as one JSON object in one line.
+
+    Always there are `time` (RFC 3339, in UTC), `level` (`info`, `warning` or `error`), `kind` and `text`. The kind is
+    that of a server's event, as its statistics list them; or `serving` (with its address), `ended` (by an error), or
+    `log`, for what libraries log. `details` (such as where things lie), `more` (how many others before it the line
+    stands for), and `trace` (of an exception) are there if there are any.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record."""
+        parts = vars(record)
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "kind": parts.get("kind", "log"),
+            "text": parts.get("event") or record.getMessage(),
+            "details": parts.get("details"),
+            "more": parts.get("more"),
+            "trace": self.formatException(record.exc_info) if record.exc_info else None,
+        }
+        return escape_json(json.dumps({key: value for key, value in line.items() if value}))
+
+
+def set_up(form: LogFormat, level: int) -> None:
+    """Log what a server does, from this level on, instead of showing it."""
+    handler: logging.Handler
+    if form == "text":
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+        _LOGGER.addHandler(handler)
+        _LOGGER.propagate = False
+    else:  # whatever is logged, by any library
+        handler = logging.StreamHandler(getattr(sys.stderr, "rich_proxied_file", sys.stderr))  # which breaks no lines
+        handler.setFormatter(JsonLines())
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("surfw").handlers.clear()
+        logging.captureWarnings(capture=True)
+    _LOGGER.setLevel(level)
+
+
+@contextmanager
+def reporting(form: LogFormat) -> Iterator[None]:
+    """Log the error that ends the command, where lines are JSON, in words of the command line; exit with code 1."""
+    try:
+        yield
+    except SurfwError as exc:
+        if form == "text":
+            raise
+        _LOGGER.error(one_line(with_options(str(exc))), extra={"kind": "ended"})  # noqa: TRY400 - no traceback
+        raise typer.Exit(1) from None
