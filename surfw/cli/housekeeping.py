@@ -176,6 +176,8 @@ def _show_models(models: Sequence[StoredModel]) -> None:
 def _document(model: ModelDetails) -> dict[str, Any]:
     """What `--json` prints of a model: also under the keys that `chunk` has for the same things."""
     facts = asdict(model)
+    if facts["experts"] is None:
+        del facts["experts"]
     parts = [part | {"bytes": part["payload_bytes"]} for part in facts["parts"]]
     return facts | {"model": model.name, "class": model.class_name, "parts": parts}
 
