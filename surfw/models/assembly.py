@@ -287,7 +287,7 @@ def _open_device_engine(
     )  # fmt: skip
     codable: dict[str, int] = {}
     if device.decoder is not None and settings.codec in {"auto", "lossless"}:
-        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in manifest.chunks}
+        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in chunks}
         codable = {name: size for name, size in expected.items() if size is not None}
     for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)

@@ -46,7 +46,8 @@ class Needs:
         overhead_bytes: the most memory that reads in flight take besides the chunks, if these are large.
         in_flight_bytes: as `overhead_bytes`, where chunks are read one small piece at a time, from any source; None
             where that would make no difference.
-        scratch: memory that each chunk passes through to be converted, one at a time; nothing for those not named.
+        scratch: memory that each chunk passes through to be converted, one at a time, experts among them; nothing for
+            those not named.
         cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
         before: chunks that run before the cycle begins, such as those of an encoder.
         passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
@@ -91,13 +92,14 @@ class Needs:
     def overhead_of(self, names: Iterable[str]) -> int:
         """Memory besides the chunks where no others than these are ever in memory, in bytes.
 
-        No more is in flight than two chunks, or what rows take that are read of the others.
+        No more is in flight than two chunks, the experts of a module, or what rows take that are read of the others.
         """
-        names = list(names)
-        flight = 2 * max((self.sizes[name] for name in names), default=0)
+        names = set(names)
+        flight = max(self.least_expert_bytes, 2 * max((self.sizes[name] for name in names), default=0))
         if not self.tables.issubset(names):
             flight = max(flight, self.table_bytes)
-        scratch = max((self.scratch.get(name, 0) for name in names), default=0)
+        used = (size for name, size in self.scratch.items() if name in names or name not in self.sizes)
+        scratch = max(used, default=0)
         return min(self.overhead_bytes, flight) + scratch + self.working_bytes
 
     def in_memory(self) -> tuple[dict[str, int], int]:
