@@ -83,6 +83,7 @@ INSIDES = [
         "transformers.core_model_loading", "WeightConverter.convert", "skeleton/loading.py", LOADER, ("model", "config")
     ),
     Inside("transformers.core_model_loading", "Concatenate", "skeleton/loading.py", LOADER),
+    Inside("transformers.core_model_loading", "MergeModulelist", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "build_glob_alternation", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "dot_natural_key", "skeleton/loading.py", LOADER),
     Inside(

@@ -92,7 +92,7 @@ class Report:
         }
         some = {
             "adapter": self.adapter, "embedding": result.embedding, "pooling": result.pooling,
-            "predictions": result.predictions,
+            "predictions": result.predictions, "experts": statistics.get("experts"),
         }  # fmt: skip
         return facts | {name: value for name, value in some.items() if value is not None}
 
@@ -112,6 +112,8 @@ def summary(report: Report) -> str:
         parts.append(f"weights are {plan['codec']}, not exact")
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
+    if experts := statistics.get("experts"):
+        parts.append(f"{percent(experts['hit_rate'])} of the experts that were chosen were in memory")
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
     parts += _busy(report)
     if report.is_whole:

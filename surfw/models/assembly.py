@@ -32,6 +32,8 @@ from surfw.runtime.coding_plan import choose_coded, plan_device
 from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
+from surfw.runtime.expert_hooks import ExpertHooks
+from surfw.runtime.experts import expert_bytes, stacked_bytes
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.hooks import StreamingHooks
 from surfw.runtime.lender import Lender
@@ -44,6 +46,7 @@ from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
 from surfw.skeleton.build import Skeleton
 from surfw.skeleton.dtypes import parse_dtype
+from surfw.storage.expert_usage import ExpertUsage, keep_usage, read_usage
 from surfw.storage.origins import is_local_url
 
 logger = logging.getLogger("surfw.models")
@@ -123,7 +126,12 @@ class ModelParts:
 
     def close(self) -> None:
         """Leave transformers' model as it was, without weights and hooks, and give all memory back."""
+        pool = self.engine.experts
         with ExitStack() as last:
+            if self.manifest.experts and pool.tokens:
+                before = read_usage(self.manifest)
+                tokens = pool.tokens + (before.tokens if before else 0)
+                last.callback(keep_usage, self.manifest, ExpertUsage(tokens, pool.counts()))
             last.callback(self.claim.close)
             last.callback(self.engine.close)
             self.adapters.close()
@@ -193,6 +201,7 @@ def assemble(
         )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
+    place = torch.device("cpu") if device is None else device.torch_device
     parts = ModelParts(
         client=client,
         manifest=manifest,
@@ -202,7 +211,14 @@ def assemble(
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(skeleton, manifest, engine, tables, device=place),
+        hooks=StreamingHooks(
+            skeleton,
+            manifest,
+            engine,
+            tables,
+            device=place,
+            experts=ExpertHooks(skeleton, manifest, engine.experts, place) if manifest.experts else None,
+        ),
         adapters=adapters,
         claim=claim,
         base_bytes=rss_bytes(),
@@ -214,6 +230,8 @@ def assemble(
             parts.close()
             raise
     engine.warm()
+    if settings.prefetch and manifest.experts and (usage := read_usage(manifest)):
+        engine.experts.warm(usage.counts)
     return parts
 
 
@@ -255,18 +273,21 @@ def _open_device_engine(
     if budget is None and limit.cache_layers is None:
         found = device.find_budget()
         limit = replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
+    chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     near = replace(
         needs,
         sizes={
             chunk.name: -(-held_bytes(chunk, loader.dtypes) // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT or DEVICE_ALIGNMENT
-            for chunk in manifest.chunks
+            for chunk in chunks
         },
-        table_bytes=0, overhead_bytes=0, in_flight_bytes=None, working_bytes=device.working_bytes,
-        scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in manifest.chunks},
+        table_bytes=0, overhead_bytes=0, in_flight_bytes=None,
+        working_bytes=device.working_bytes + stacked_bytes(manifest, loader.dtypes),
+        scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in chunks},
+        expert_bytes=0, least_expert_bytes=0, expert_pass_bytes=0,
     )  # fmt: skip
     codable: dict[str, int] = {}
     if device.decoder is not None and settings.codec in {"auto", "lossless"}:
-        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in manifest.chunks}
+        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in chunks}
         codable = {name: size for name, size in expected.items() if size is not None}
     for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
@@ -340,15 +361,15 @@ def model_needs(
         buffered_bytes: what its source holds at most besides the memory it fills.
         keeps_operands: as of `Loader`.
     """
+    chunks = [chunk for chunk in manifest.chunks if chunk.kind != "expert"]
     known = describe_needs(
         manifest.name,
-        {chunk.name: chunk.kind for chunk in manifest.chunks},
-        {
-            chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes, keeps_operands=keeps_operands))
-            for chunk in manifest.chunks
-        },
+        {chunk.name: chunk.kind for chunk in chunks},
+        {chunk.name: buffer_capacity(buffer_bytes(chunk, dtypes, keeps_operands=keeps_operands)) for chunk in chunks},
         manifest.order,
     )
+    experts = [(len(one.chunks), expert_bytes(one, dtypes)) for one in manifest.experts.values()]
+    chosen = chosen_experts(manifest.config)
     looked_up = {name for unit in tables.values() for name in unit.looked_up}
     others = {name for unit in tables.values() for name in unit.others}
     is_coded = any(form.codec not in {"none", *PACKED_CODECS} for chunk in manifest.chunks for form in chunk.forms)
@@ -360,7 +381,18 @@ def model_needs(
         scratch={chunk.name: scratch_bytes(chunk, dtypes) for chunk in manifest.chunks},
         tables=frozenset(manifest.home[name].name for name in looked_up) - known.fixed,
         table_bytes=2 * ROWS_BYTES + sum(manifest.tensors[name].nbytes for name in others),
+        expert_bytes=sum(number * size for number, size in experts),
+        least_expert_bytes=max((number * size for number, size in experts), default=0),
+        expert_pass_bytes=sum(min(number, chosen or number) * size for number, size in experts),
     )
+
+
+def chosen_experts(config: Mapping[str, Any]) -> int | None:
+    """How many experts of a layer compute a token, as far as a configuration says that by one of the usual names."""
+    parts = [config, *(one for one in config.values() if isinstance(one, Mapping))]
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts", "moe_topk")
+    found = [part[name] for part in parts for name in names if isinstance(part.get(name), int)]
+    return found[0] if found and found[0] > 0 else None
 
 
 def find_phases(manifest: Manifest, skeleton: Skeleton) -> Phases:

@@ -89,13 +89,31 @@ class PlanFacts(TypedDict):
     bytes_per_pass: int
 
 
+class ExpertCounts(TypedDict):
+    """What was found in memory of the experts of a mixture, when a router had chosen them.
+
+    Each module counts an expert once in a forward, however many tokens it computes. `fetched_bytes` are those of
+    `CacheCounts` that were read for experts. Of `guesses` at the experts that the next layer would use, `foreseen` were
+    right.
+    """
+
+    hits: int
+    loads: int
+    hit_rate: float
+    resident_bytes: int
+    fetched_bytes: int
+    guesses: int
+    foreseen: int
+
+
 class Statistics(TypedDict):
-    """All statistics; `plan` is None for a model that is not open."""
+    """All statistics; `plan` is None for a model that is not open, `experts` for one that is no mixture."""
 
     cache: CacheCounts
     time: RunTimes
     fetch_latency_seconds: dict[str, float]
     plan: PlanFacts | None
+    experts: ExpertCounts | None
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
@@ -149,6 +167,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
         },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(metrics, parts) if parts else None,
+        "experts": _expert_counts(metrics, parts) if parts and parts.manifest.experts else None,
     }
 
 
@@ -205,6 +224,19 @@ def _plan_facts(metrics: Metrics, parts: ModelParts) -> PlanFacts:
         "pinned": len(plan.pinned),
         "streamed": len(plan.streamed),
         "bytes_per_pass": plan.bytes_per_pass,
+    }
+
+
+def _expert_counts(metrics: Metrics, parts: ModelParts) -> ExpertCounts:
+    hits, loads = metrics.count("expert_hits"), metrics.count("expert_loads")
+    return {
+        "hits": hits,
+        "loads": loads,
+        "hit_rate": hit_rate(hits, loads),
+        "resident_bytes": parts.engine.experts.resident_bytes,
+        "fetched_bytes": metrics.count("expert_bytes"),
+        "guesses": metrics.count("expert_guesses"),
+        "foreseen": metrics.count("experts_foreseen"),
     }
 
 

@@ -65,3 +65,10 @@ class Buffer:
                 if mapped_bytes > huge_bytes:
                     self._map.madvise(mmap.MADV_NOHUGEPAGE, huge_bytes, mapped_bytes - huge_bytes)
         self.view = memoryview(self._map)[: self.capacity_bytes]
+
+    @classmethod
+    def over(cls, view: memoryview) -> "Buffer":
+        """Memory that another object maps: page-aligned, and of whole pages."""
+        buffer = cls.__new__(cls)
+        buffer.capacity_bytes, buffer.is_locked, buffer.view = view.nbytes, False, view
+        return buffer

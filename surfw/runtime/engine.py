@@ -27,6 +27,7 @@ from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest, Use
 from surfw.metrics import Metrics
+from surfw.runtime.experts import ExpertPool
 from surfw.runtime.host import HostTier, Tier
 from surfw.runtime.loader import Loader
 from surfw.runtime.packed import values_of
@@ -52,6 +53,7 @@ class Engine:
         table: which chunk is in which slot.
         host: the memory of the slots.
         rows: reads rows of tables for the run that the engine works for.
+        experts: brings the experts that a router chooses.
         watches_layers: whether it is told of each module that runs also where all of them stay; if not, of each pass.
         reached: the chunks of the module that execution has reached last.
     """
@@ -94,6 +96,7 @@ class Engine:
         self.manifest = manifest
         self.metrics = metrics
         self.limit = limit
+        self._ahead = prefetch
         self._io = io
         self._source = loader.source
         self._units = tables or {}
@@ -107,11 +110,11 @@ class Engine:
         self._closed = False
         self._run = Run()
         self._runner: int | None = None  # the thread that has a run
-        self._ahead = prefetch
         self._asked = _DEMAND
         self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
+        self.experts = self._open_experts(loader, io, plan)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
         self._outside = reader(scratch_bytes=_OUTSIDE_BYTES, keep_bytes=0)
         self._reading = threading.Lock()  # held while a tensor is read outside of a run
@@ -120,6 +123,12 @@ class Engine:
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
+
+    def _open_experts(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> ExpertPool:
+        """The memory of experts."""
+        return ExpertPool(
+            self.manifest, loader, io=io, metrics=self.metrics, plan=plan, run=lambda: self._run, is_ahead=self._ahead
+        )
 
     def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
         """The plan for these needs under this limit."""
@@ -310,12 +319,14 @@ class Engine:
         with self._lock:
             self._obey(self.table.clear())
             self.host.spare.clear()
+            self.experts.clear()
 
     def close(self) -> None:
         """Cancel what is in flight and let go of all memory."""
         with self._lock:
             self._closed = True
             self.table.forget(list(self.table))
+            self.experts.close()
             self.host.close()
 
     # The plan.
@@ -412,19 +423,19 @@ class Engine:
         """Names of the chunks in memory, least recently used first."""
         with self._lock:
             self._sync()
-            return [slot.name for slot in self.table if slot.state is SlotState.READY]
+            return [slot.name for slot in self.table if slot.state is SlotState.READY] + self.experts.resident()
 
     @property
     def resident_bytes(self) -> int:
         """Memory of all buffers that hold a chunk or receive one."""
         with self._lock:
-            return sum(slot.size_bytes for slot in self.table)
+            return sum(slot.size_bytes for slot in self.table) + self.experts.resident_bytes
 
     @property
     def anonymous_bytes(self) -> int:
         """Memory of filled buffers that are not mapped files: what the system counts as in use."""
         with self._lock:
-            return self.host.anonymous_bytes
+            return self.host.anonymous_bytes + self.experts.resident_bytes
 
     def _hold(self, module: str, names: Sequence[str]) -> list[tuple[Slot, Any, bool]]:
         """Mark the chunks of a module as used, starting their loads if need be; say of each whether it is ready."""
@@ -488,6 +499,7 @@ class Engine:
         self.host.adopt(plan)
         self._sync()
         self._obey(self.table.adopt(plan))
+        self.experts.adopt(plan)
         del self.host.spare[self.table.spare_ring_slots :]
         self._announce()
 

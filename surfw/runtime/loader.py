@@ -139,7 +139,7 @@ class Loader:
         """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
         if form := packed_form(chunk):
             return _packed_views(chunk, form, flat, self.dtypes, keeps_operands=self._keeps_operands)
-        return _views(chunk, flat, plan_layout(_sizes(chunk, self.dtypes))[0], self.dtypes)
+        return _views(chunk, flat, plan_layout(tensor_bytes(chunk, self.dtypes))[0], self.dtypes)
 
     async def _read(
         self, chunk: Chunk, form: Form, buffer: Buffer, priority: int, *, in_pieces: bool, may_map: bool
@@ -150,7 +150,7 @@ class Loader:
             await self._read_coded(chunk, form, buffer, priority, in_pieces=in_pieces, may_map=may_map)
         else:
             await self._read_as_it_is(chunk, form, place, priority, in_pieces=in_pieces)
-        spread(buffer.view, _sizes(chunk, {}))
+        spread(buffer.view, tensor_bytes(chunk, {}))
 
     async def _read_as_it_is(
         self, chunk: Chunk, form: Form, into: memoryview, priority: int, *, in_pieces: bool
@@ -233,7 +233,7 @@ class Loader:
 
     def _cast(self, chunk: Chunk, stored: Buffer, buffer: Buffer) -> None:
         cast = self.tensors(chunk, buffer)
-        for name, tensor in _views(chunk, flat_view(stored), plan_layout(_sizes(chunk, {}))[0], {}).items():
+        for name, tensor in _views(chunk, flat_view(stored), plan_layout(tensor_bytes(chunk, {}))[0], {}).items():
             cast[name].copy_(tensor)
 
 
@@ -274,7 +274,7 @@ def held_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
     """How much of its buffer a chunk takes on a device: its tensors, with these dtypes for the stored ones."""
     if form := packed_form(chunk):
         return _plan_casts(chunk, form, dtypes)[1]
-    return plan_layout(_sizes(chunk, dtypes))[1]
+    return plan_layout(tensor_bytes(chunk, dtypes))[1]
 
 
 def scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int:
@@ -380,7 +380,7 @@ def _packed_views(
     return found
 
 
-def _sizes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
+def tensor_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> list[int]:
     """The bytes of each tensor, with these dtypes instead of the stored ones."""
     return [
         tensor.nbytes // (stored := torch_dtype(tensor.dtype)).itemsize * dtypes.get(tensor.name, stored).itemsize
@@ -393,7 +393,7 @@ def _views(
 ) -> dict[str, torch.Tensor]:
     """Tensors that begin at these places, as views, or as copies where a place is no multiple of 64."""
     found = {}
-    for info, size, place in zip(chunk.tensors, _sizes(chunk, dtypes), places, strict=True):
+    for info, size, place in zip(chunk.tensors, tensor_bytes(chunk, dtypes), places, strict=True):
         values = flat[place : place + size]
         placed = values.clone() if place % ALIGNMENT else values
         found[info.name] = placed.view(dtypes.get(info.name, torch_dtype(info.dtype))).view(info.shape)
