@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,6 +22,7 @@ Examples:
   surfw stats ws://127.0.0.1:8765 --watch
   surfw stats --watch --every 10 >> server.log
   surfw stats wss://gpu.example.org:8765 --token-file token --ssl-ca-certs ca.pem
+  surfw stats --run run.json
   surfw stats --json
 """
 
@@ -43,6 +45,9 @@ def stats(
     every: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds between two readings with --watch. [default: 1]")
     ] = None,
+    run: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Show instead what 'surfw infer --trace FILE' wrote of a run.")
+    ] = None,
     configuration: options.Configuration,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -50,6 +55,13 @@ def stats(
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
 
+    if run is not None:
+        if url or watch:
+            raise Mistake(f"--run does not go with {'ADDRESS' if url else '--watch'}; give one of them")
+        from surfw.cli.run_view import show_run
+
+        show_run(run, json=json)
+        return
     if every is not None and not watch:
         raise Mistake("--every needs --watch; add it, or leave --every out")
     settings = configuration.settings

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from surfw import tracing
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
@@ -310,6 +311,7 @@ def _generate(
 
     def note(token: int, seconds: float) -> None:
         stalled.append(streaming.metrics.seconds("stall"))
+        tracing.token()
         on_token(token, seconds)
 
     clock = TokenClock(TextStream(tokenizer, on_text) if tokenizer is not None else None, note)

@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from surfw import tracing
 from surfw.codec import choose_form, for_run
 from surfw.config import CodecChoice
 from surfw.errors import ConfigurationError
@@ -89,7 +90,9 @@ class ReadAhead(ChunkSource):
             self._free_bytes -= form.stored_bytes
             memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
             read = Read(chunk, form, 0, form.stored_bytes, memory)
-            await self._source.fetch(self._manifest, [read], priority=priority)
+            about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
+            with tracing.span("fetch", f"fetch {chunk.name}", **about):
+                await self._source.fetch(self._manifest, [read], priority=priority)
             return View(memory, lambda: None, is_mapped=False)
 
     async def models(self) -> list[str]:

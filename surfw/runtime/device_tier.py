@@ -8,12 +8,14 @@ Invariant: a chunk of the host tier is held from before the copy is issued until
 """
 
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from surfw import tracing
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk
 from surfw.metrics import Metrics
@@ -214,6 +216,9 @@ class DeviceTier:
         try:
             await in_thread(copied.synchronize)
             self._metrics.add("copied_bytes", self._plan.sizes[name])
-            self._metrics.add_seconds("copy", copied.seconds())
+            self._metrics.add_seconds("copy", seconds := copied.seconds())
+            if (trace := tracing.current()) is not None:
+                now = time.perf_counter()
+                trace.add("copy", f"copy {name}", now - seconds, now, {"layer": name, "tier": "device"})
         finally:
             self._host.give_back(name)
