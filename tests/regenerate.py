@@ -41,6 +41,14 @@ def _commands(group: click.Command, path: str) -> Iterator[str]:
             yield from _commands(command, f"{path} {name}".strip())
 
 
+def options_of(command: str) -> list[str]:
+    """The options of a command, such as `--json`."""
+    found = typer.main.get_command(app)
+    for word in command.split():
+        found = found.commands[word]  # type: ignore[attr-defined]
+    return [name for one in found.params for name in one.opts if name.startswith("--")]
+
+
 def completions() -> dict[Path, str]:
     """The completion scripts, by their file."""
     found = {}
