@@ -17,7 +17,8 @@ _HIDDEN = {"--list": "list", "--remove": "rm", "--prune": "prune", "--verify": "
 
 def check(arguments: Sequence[str], printed: str) -> None:
     """Fail if a line that the command printed is not what its schema says, or has a key that it does not tell of."""
-    words = next((name for name in _longest_first() if list(arguments[: name.count(" ") + 1]) == name.split()), None)
+    typed = list(arguments[2:] if arguments[0] == "--config" else arguments)
+    words = next((name for name in _longest_first() if typed[: name.count(" ") + 1] == name.split()), None)
     assert words is not None, arguments
     words = next((_HIDDEN[name] for name in arguments if words == "chunk" and name in _HIDDEN), words)
     for line in printed.splitlines():
