@@ -22,6 +22,7 @@ from surfw.config import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
+    DEFAULT_SLOW_SECONDS,
     DTYPES,
     CodecChoice,
     LogFormat,
@@ -30,6 +31,7 @@ from surfw.config import (
     TlsFiles,
     default_store,
     is_device,
+    is_rate,
     is_size,
 )
 from surfw.errors import ConfigurationError
@@ -101,9 +103,9 @@ class Settings:
     store: str = _setting(
         default_store, "The store: a folder or a storage URL.", shown="$SURFW_HOME/store", metavar="URL"
     )
-    source: str | None = _setting(
+    source: str | tuple[str, ...] | None = _setting(
         None,
-        "A server (host:port), a folder, a storage URL, or a hub id.",
+        "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
     )
@@ -117,6 +119,7 @@ class Settings:
         in_repr=False,
     )
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
+    adapter: str | None = _setting(None, "Name of a LoRA adapter over the model, which is applied to it.", shown="none")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
     cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
@@ -126,6 +129,27 @@ class Settings:
         shown="none",
         metavar="URL",
         in_repr=False,
+    )
+    max_bytes_per_second: str | None = _setting(
+        None,
+        "What a server sends per second, to all clients together.",
+        shown="no limit",
+        metavar="SIZE",
+        form="a size of 1MB or more",
+        has_form=is_rate,
+    )
+    max_client_bytes_per_second: str | None = _setting(
+        None,
+        "What a server sends per second to each client.",
+        shown="no limit",
+        metavar="SIZE",
+        form="a size of 1MB or more",
+        has_form=is_rate,
+    )
+    slow_client_timeout: float = _setting(
+        DEFAULT_SLOW_SECONDS,
+        "Seconds after which a server closes a client that takes nothing of what it asked for.",
+        least=_SHORTEST_SECONDS,
     )
     insecure: bool = _setting(
         False,
@@ -179,6 +203,18 @@ class Settings:
         form=f"one of {', '.join(DTYPES)}",
         has_form=DTYPES.__contains__,
     )
+    disk_cache: str | None = _setting(
+        None,
+        "Disk space for weights that arrive, so that later runs read them there.",
+        shown="none is kept",
+        metavar="SIZE",
+        form="a size such as 20GB",
+        has_form=is_size,
+    )
+    cache_dir: str | None = _setting(
+        None, "The folder for that; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
+    )
+    offline: bool = _setting(False, "Contact nobody: take the weights from the disk cache.")
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
@@ -203,6 +239,12 @@ class Settings:
     retry_restart: float = _setting(
         _RETRY.restart_seconds, "Seconds that a server may take to be back that says that it is stopping.", least=0
     )
+    deadline: float | None = _setting(
+        None,
+        "Wait so many seconds for whatever is to be read, although its source fails.",
+        shown="as often as it is tried again",
+        least=_SHORTEST_SECONDS,
+    )
     token_file: str | None = _setting(
         None, "A file with the token that clients show; a server's may hold several.", shown="none", metavar="FILE"
     )
@@ -217,6 +259,9 @@ class Settings:
         "Whose certificates to trust, in PEM; a server wants one from each client then.",
         shown="the system's; a server wants none",
         metavar="FILE",
+    )
+    encryption_key_file: str | None = _setting(
+        None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
     )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
@@ -239,6 +284,11 @@ class Settings:
             ConfigurationError: a value cannot be used, a name is unknown, or the file cannot be read.
         """
         return cls(**{name: value for name, (value, _) in trace_settings(config, arguments).items()})
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, the one that is wanted first; empty if none is named."""
+        return (self.source,) if isinstance(self.source, str) else self.source or ()
 
     @property
     def retry(self) -> RetryPolicy:
@@ -295,6 +345,7 @@ def _read_registry() -> dict[str, Setting]:
             optional=type(None) in get_args(hints[one.name]),
             choices=choices,
             words=tuple(words),
+            many=any(get_origin(kind) is tuple for kind in parts),
             **{**one.metadata, "default_text": shown},
         )
     return found

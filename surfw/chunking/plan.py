@@ -36,14 +36,14 @@ class PlannedChunk:
 
     Attributes:
         id: its identity, where that is known before its payload is read.
-        packed: forms with quantised weights that are there already, and are copied as they are.
+        ready: forms with quantised weights, or encrypted ones, that are there already and are copied as they are.
     """
 
     name: str
     kind: str
     tensors: tuple[PlannedTensor, ...]
     id: str = ""
-    packed: tuple[Form, ...] = ()
+    ready: tuple[Form, ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -67,7 +67,7 @@ class PlannedChunk:
 
     def copied(self, codec: str) -> Form | None:
         """The form of that codec that is copied as it is, if there is one."""
-        return next((form for form in self.packed if form.codec == codec), None)
+        return next((form for form in self.ready if form.codec == codec), None)
 
     def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
         """The chunk as its manifest describes it, stored in these forms."""
@@ -110,14 +110,15 @@ def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor]
     chunks, order = [], []
     for unit in units:
         if own := [tensors[name] for name in unit.tensors if name in tensors]:
-            chunks.append(PlannedChunk(unit.path, unit.kind, _arrange(own)))
+            chunks.append(PlannedChunk(unit.path, unit.kind, arrange(own)))
         stored = (ties.get(name, name) for name in unit.tensors)
         if needed := dict.fromkeys(home[name] for name in stored if name in tensors):
             order.append(Use(unit.path, tuple(needed)))
     return ChunkPlan(tuple(chunks), tuple(order))
 
 
-def _arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+def arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """The tensors of a chunk in the order and at the places that they have in its payload."""
     arranged, offset = [], 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.nbytes % ALIGNMENT != 0):
         arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))

@@ -19,6 +19,7 @@ from surfw.settings import Settings
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
+    from surfw.encryption import EncryptionKey
     from surfw.manifest import Manifest
     from surfw.models.planned import PlannedModel
     from surfw.models.quality import Quality
@@ -30,7 +31,9 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk ./my-adapter --base mine
   surfw chunk s3://bucket/my-model --in-place
+  surfw chunk ./my-model --encrypt ./model.key
   surfw chunk my-model --from ./store --store s3://bucket/store
 """
 
@@ -45,8 +48,12 @@ class _Wanted:
     model: str
     name: str | None
     revision: str | None
+    variant: str | None
     dtype: str | None
+    dequantize: str | None
     codecs: tuple[str, ...]
+    encrypt: str | None
+    key: "EncryptionKey | None"
     dry_run: bool
     in_place: bool
 
@@ -56,17 +63,28 @@ def chunk(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory, or a storage URL."),
+        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory or GGUF file, or a storage URL."),
     ] = None,
     configuration: options.Configuration,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which files of weights, such as fp16 for model.fp16.safetensors.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
+        ),
+    ] = None,
+    dequantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Make dense weights of quantised ones: compressed-tensors, fp8, mxfp4.",
+            autocompletion=completion.dtypes,
         ),
     ] = None,
     codec: Annotated[
@@ -81,6 +99,20 @@ def chunk(
         str | None,
         typer.Option(
             "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
+        ),
+    ] = None,
+    encrypt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEYFILE", help="Encrypt the weights with the key in this file; only who runs the model needs it."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="MODEL is a LoRA adapter over this model of the store.",
+            autocompletion=completion.models_in_store,
         ),
     ] = None,
     dry_run: Annotated[
@@ -105,7 +137,9 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
+        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
+        "--encrypt": encrypt is not None,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -116,14 +150,16 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--in-place", "--on-missing"):
-            if chunking[option]:
-                raise typer.BadParameter("is for checkpoints, and does not go with --from", param_hint=option)
+        for option in ("--revision", "--variant", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
+            _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
 
         codecs = None if codec is None else _read_codecs(codec)
-        wanted_copy = Copy(model=model, source=source, name=name, codecs=codecs, dry_run=dry_run)
+        wanted_copy = Copy(
+            model=model, source=source, name=name, codecs=codecs, encrypt=encrypt, key=_read_key(encrypt),
+            dry_run=dry_run,
+        )  # fmt: skip
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
             copy_model(wanted_copy, configuration, step, json=json, quiet=quiet)
         return
@@ -131,11 +167,25 @@ def chunk(
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
+    if base is not None:
+        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing", "--encrypt"):
+            _refuse_with("--base", option, chunking, "whole models")
+        _chunk_adapter(
+            settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
+            quiet=quiet,
+        )  # fmt: skip
+        return
     options.check_option("dtype", dtype)
+    _check_dequantize(dequantize, chunking)
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
+    if encrypt is not None and in_place:
+        raise typer.BadParameter(
+            "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
+        )
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype,
+        model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
+        key=_read_key(encrypt),
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -198,6 +248,70 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
 
 
+def _read_key(file: str | None) -> "EncryptionKey | None":
+    """The key of --encrypt."""
+    if file is None:
+        return None
+    from surfw.encryption import read_key
+
+    return read_key(file)
+
+
+def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
+    """Refuse a dtype that no weights have, and options that `--dequantize` does not go with."""
+    from surfw.config import check_dtype
+    from surfw.errors import ConfigurationError
+
+    for other in ("--dtype", "--in-place") if dtype is not None else ():
+        _refuse_with("--dequantize", other, given, "weights that are not quantised")
+    try:
+        check_dtype(dtype or "bfloat16")
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--dequantize") from exc
+
+
+def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
+    """Refuse an option that does not go with another one, if it was given."""
+    if given[other]:
+        raise typer.BadParameter(f"is for {what}, and does not go with {option}", param_hint=other)
+
+
+def _chunk_adapter(
+    settings: Settings,
+    *,
+    model: str,
+    base: str,
+    name: str | None,
+    revision: str | None,
+    codec: str | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Chunk a LoRA adapter over a model of the store, or show what that would write."""
+    from surfw.cli.chunk_adapter import WantedAdapter, chunk_adapter
+
+    wanted = WantedAdapter(
+        model=model, base=base, name=name, revision=revision, codecs=_read_adapter_codecs(codec), dry_run=dry_run
+    )
+    with _busy(model, quiet=json or quiet) as step:
+        chunk_adapter(wanted, settings, step, json=json, quiet=quiet)
+
+
+def _read_adapter_codecs(names: str | None) -> tuple[str, ...]:
+    """The codecs of an option for adapters, whose small matrices are not quantised.
+
+    Raises:
+        BadParameter: it names others.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    codecs = _read_codecs(names)
+    if set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter("adapters are not quantised; expected none, lossless, or both", param_hint="--codec")
+    return codecs
+
+
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
     import asyncio
@@ -227,7 +341,9 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         model,
         name=wanted.name,
         revision=wanted.revision,
+        variant=wanted.variant,
         dtype=wanted.dtype,
+        dequantize=wanted.dequantize,
         on_missing=settings.on_missing,
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
@@ -301,6 +417,7 @@ def _write(
                 prepared,
                 backend,
                 codecs=wanted.codecs,
+                key=wanted.key,
                 progress=progress,
                 on_outcome=lambda _, outcome: outcomes.update([outcome]),
             )
@@ -325,12 +442,19 @@ def _measure_quality(
     url, missing = prepared.checkpoint.url, settings.on_missing
     written: chunk_quality.Place = (
         settings.store,
-        {"model": manifest.name, "storage_options": placed.for_url(settings.store), "on_missing": missing},
+        {
+            "model": manifest.name,
+            "storage_options": placed.for_url(settings.store),
+            "on_missing": missing,
+            "encryption_key_file": wanted.encrypt,
+        },
     )
     reference = written
     if not has_exact_forms(manifest):
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
     codecs = stored_packed_codecs(manifest)
+    if reference is not written and (wanted.dequantize is not None or Path(url).suffix.lower() == ".gguf"):
+        return {}  # nothing dense is stored anywhere
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 

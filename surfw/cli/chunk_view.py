@@ -48,18 +48,22 @@ def show_result(
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
         forms = {"form_bytes": form_bytes(manifest), **weight_facts(manifest)}
         measured = chunk_quality.facts(quality)
-        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms, **measured})
+        key = {"key_id": manifest.key_id} if manifest.key_id else {}
+        render.print_json({**facts, "store": place, "digest": manifest.digest, **key, **counts, **forms, **measured})
         return
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
     render.say(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{_describe_forms(manifest)} in {place}{how}"
     )
+    if manifest.key_id:
+        render.say(f"encrypted with key {manifest.key_id}; nobody can run the model without it, so keep a copy safe")
     for line in _describe_weights(manifest):
         render.say(line)
     for codec, one in quality.items():
         render.say(chunk_quality.describe(codec, one))
-    if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
+    has_text = any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model"))
+    if not has_text and manifest.base is None:
         logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
 
 
@@ -105,6 +109,21 @@ def _tell(outcomes: "Counter[Outcome]") -> str:
         "new": "new", "unchanged": "there already", "replaced": "damaged in the store and replaced",
     }  # fmt: skip
     return "; " + ", ".join(f"{outcomes[outcome]} {text}" for outcome, text in words.items() if outcomes[outcome])
+
+
+def adapter_facts(prepared: "PreparedModel") -> dict[str, Any]:
+    """What `--json` prints of an adapter, under the keys that a model has for the same things."""
+    return {
+        "model": prepared.name,
+        "name": prepared.name,
+        "base": prepared.base.name if prepared.base else None,
+        "class": prepared.class_name,
+        "class_name": prepared.class_name,
+        "dtype": prepared.dtype,
+        "payload_bytes": prepared.plan.payload_bytes,
+        "layers": _layer_count(prepared),
+        "chunks": len(prepared.plan.chunks),
+    }
 
 
 def plan_facts(planned: "PlannedModel", codecs: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,17 @@ CODED_VERSION = 3
 PACKED_VERSION = 4
 """The version of manifests with chunks in the forms `int8` and `int4`."""
 
+CIPHER = "AES-256-GCM"
+
+ENCRYPTED_VERSION = 5
+"""The version of manifests of models whose stored bytes are encrypted."""
+
+SEAL_BYTES = 48
+"""What an encrypted block needs beside it to be decrypted: 32 bytes that its key comes from, and 16 of a tag."""
+
+ADAPTER_VERSION = 6
+"""The version of manifests of adapters."""
+
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
@@ -29,7 +40,7 @@ Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 """Bits of the element types a tensor may have, under their safetensors names."""
@@ -76,6 +87,8 @@ class Form:
         locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
         frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; only of `lossless`.
         kinds: how each of the chunk's tensors is held; only of packed forms, `int8` and `int4`.
+        seals: of an encrypted form, `SEAL_BYTES` for each block, joined; see `surfw.encryption`. Encrypted bytes are as
+            long as what they hide, and lie where that would.
     """
 
     codec: str
@@ -85,6 +98,7 @@ class Form:
     locations: tuple[Location, ...] = ()
     frames: tuple[int, ...] = field(default=(), repr=False)
     kinds: tuple[Kind, ...] = field(default=(), repr=False)
+    seals: bytes = field(default=b"", repr=False)
 
     @property
     def is_packed(self) -> bool:
@@ -100,6 +114,10 @@ class Form:
         """The digest of block `index`."""
         return self.blocks[32 * index : 32 * index + 32]
 
+    def seal(self, index: int) -> bytes:
+        """What decrypts block `index`, with the key."""
+        return self.seals[SEAL_BYTES * index : SEAL_BYTES * (index + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -109,7 +127,8 @@ class Chunk:
         name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
             containing module holds directly.
         kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
-        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`).
+        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`). Where
+            the model is encrypted, it is keyed, so that it does not tell which payload it is of.
         payload_bytes: length of the payload.
         tensors: in payload order, without gaps.
         forms: at least one.
@@ -176,21 +195,37 @@ class Origin:
         return payload_digest(json.dumps([self.key, ranges]).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter changes.
+
+    Attributes:
+        name: its name in the adapter's store.
+        key: its `Manifest.weights_key`: the adapter belongs to these very weights.
+    """
+
+    name: str
+    key: str
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a chunked model but its weights.
+    """Everything about a chunked model, or an adapter, but its weights.
 
     Attributes:
         name: the model's name in its store.
         class_name: the class to build, such as `LlamaForCausalLM`.
         dtype: the dtype the model is built with, such as `bfloat16`.
-        config: the model's configuration, as in `config.json`.
+        config: the model's configuration, as in `config.json`; of an adapter, what `adapter_config.json` says of it.
         generation_config: as in `generation_config.json`, if there is one.
         files: tokenizer files.
         ties: tensors that are the same as another one: their names to its name.
         chunks: in the order of the model's modules.
         order: the execution order, as far as the model's structure tells it.
         origin: the storage of all locations and files, if it is not the manifest's own.
+        key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
+        base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
+            that they change.
     """
 
     name: str
@@ -203,6 +238,8 @@ class Manifest:
     chunks: tuple[Chunk, ...]
     order: tuple[Use, ...]
     origin: Origin | None = None
+    key_id: str = ""
+    base: Base | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -239,6 +276,26 @@ class Manifest:
         """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
         return payload_digest(self.public().encode())
 
+    @cached_property
+    def weights_key(self) -> str:
+        """BLAKE3 of the names and identities of all chunks: of the same weights, however they are stored."""
+        return payload_digest(json.dumps([[chunk.name, chunk.id] for chunk in self.chunks]).encode())
+
+    @cached_property
+    def identity(self) -> str:
+        """BLAKE3 of what the model is: configuration, files and payloads, whatever its name, forms and locations are.
+
+        Chunks that lack digests are named provisionally: see `is_known`.
+        """
+        document = json.loads(self.encode())
+        for chunk in document["chunks"]:
+            del chunk["forms"]
+        for file in document["files"]:
+            file.pop("object", None)
+        for name in ("format", "version", "name", "origin"):
+            document.pop(name, None)
+        return payload_digest(json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
     def file(self, path: str) -> ModelFile:
         """The file of that name.
 
@@ -261,6 +318,10 @@ class Manifest:
     @property
     def version(self) -> int:
         """The version of the format that it needs."""
+        if self.base is not None:
+            return ADAPTER_VERSION
+        if self.key_id:
+            return ENCRYPTED_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]
         if any(form.is_packed for form in forms):
             return PACKED_VERSION
@@ -279,7 +340,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The manifest as JSON, the same bytes for equal manifests."""
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
             "name": self.name,
@@ -295,7 +356,10 @@ class Manifest:
             "ties": self.ties,
             "chunks": [_chunk_document(chunk) for chunk in self.chunks],
             "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
-        } | ({"origin": _origin_document(self.origin)} if self.origin else {})
+        }
+        document |= {"origin": _origin_document(self.origin)} if self.origin else {}
+        document |= {"encryption": {"cipher": CIPHER, "key": self.key_id}} if self.key_id else {}
+        document |= {"base": {"name": self.base.name, "key": self.base.key}} if self.base else {}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -326,6 +390,7 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
             | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
             | ({"frames": list(form.frames)} if form.frames else {})
             | ({"kinds": list(form.kinds)} if form.kinds else {})
+            | ({"seals": form.seals.hex()} if form.seals else {})
             | (
                 {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
                 if form.locations

@@ -21,11 +21,14 @@ from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
+from surfw.models.adapters import Adapters
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.coding import coding_bytes, usual_bytes
+from surfw.runtime.coding_plan import choose_coded, plan_device
 from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
@@ -79,6 +82,7 @@ class ModelParts:
     tables: StreamedTables
     hooks: StreamingHooks
     kv: KvReserve
+    adapters: Adapters
     claim: MemoryClaim
     base_bytes: int
 
@@ -122,19 +126,24 @@ class ModelParts:
         with ExitStack() as last:
             last.callback(self.claim.close)
             last.callback(self.engine.close)
+            self.adapters.close()
             self.kv.close()
             self.tables.clear()
             self.hooks.detach()
 
 
-def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> ModelParts:
-    """Build the model of a manifest, and begin to fetch what it needs first.
+def assemble(
+    client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
+) -> ModelParts:
+    """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
 
     Raises:
-        ConfigurationError: the limit is too small for the model, or its dtype is not known.
+        ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
+            key is not given.
         UnsupportedModelError: its class or configuration cannot be used here.
         ManifestError: configuration and chunks do not belong together.
     """
+    client.source.expect_readable(manifest)
     manifest = for_run(manifest, settings.codec, where=client.url)
     packed = packed_codec(manifest)
     if packed and settings.codec == "auto":
@@ -143,7 +152,8 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
+    near = partial(client.source.near, manifest)
+    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics, near=near)
     if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
     find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
@@ -168,7 +178,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             engine = _open_device_engine(
                 device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
             )
-        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        place = torch.device("cpu") if device is None else device.torch_device
+        adapters = Adapters(client, manifest, skeleton, engine, place)
+        claim = MemoryClaim(
+            lambda: engine.claimed_bytes,
+            lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
+        )
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
         logger.warning(
@@ -187,12 +202,17 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(
-            skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
-        ),
+        hooks=StreamingHooks(skeleton, manifest, engine, tables, device=place),
+        adapters=adapters,
         claim=claim,
         base_bytes=rss_bytes(),
     )
+    if adapter is not None:
+        try:
+            adapters.apply(adapters.load(adapter))
+        except BaseException:
+            parts.close()
+            raise
     engine.warm()
     return parts
 
@@ -201,6 +221,11 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
     """The limit of host memory: as given, or by what there is. Behind a device, layers are not counted there."""
     if is_behind and limit.cache_layers is not None:
         limit = replace(limit, cache_layers=None)
+    if limit.cache_layers is not None and limit.budget_bytes is not None:
+        raise ConfigurationError(
+            f"{limit.cache_layers} layers (cache_size, --cache-layers) and {format_size(limit.budget_bytes)} of memory "
+            "(memory_budget, --memory-budget) exclude each other where there is no graphics card; give one of them"
+        )
     if limit.budget_bytes is None and limit.cache_layers is None:
         found = find_default_budget()
         return replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
@@ -239,15 +264,24 @@ def _open_device_engine(
         table_bytes=0, overhead_bytes=0, in_flight_bytes=None, working_bytes=device.working_bytes,
         scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in manifest.chunks},
     )  # fmt: skip
+    codable: dict[str, int] = {}
+    if device.decoder is not None and settings.codec in {"auto", "lossless"}:
+        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in manifest.chunks}
+        codable = {name: size for name, size in expected.items() if size is not None}
+    for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
-    behind = needs_behind(needs, plan_residency(order, limit), order)
+    plan = plan_device(order, limit, for_coding)
+    behind = needs_behind(needs, plan, order)
+    if plan.coding_bytes and not choose_coded(behind, host_limit, codable):  # no host memory: the source limits
+        for_coding, plan = 0, plan_device(order, limit, 0)
+        behind = needs_behind(needs, plan, order)
     below = Lender(
-        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics, rows_bytes=ROWS_BYTES,
-        prefetch=settings.prefetch,
+        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics,
+        rows_bytes=ROWS_BYTES, prefetch=settings.prefetch, codable=codable, is_coding=bool(plan.coding_bytes),
     )  # fmt: skip
     return DeviceEngine(
         below, device, near, limit, loader, io=io, metrics=metrics, phases=phases, tables=units,
-        prefetch=settings.prefetch,
+        prefetch=settings.prefetch, coding_bytes=for_coding,
     )  # fmt: skip
 
 

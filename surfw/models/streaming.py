@@ -5,16 +5,19 @@ And its four families: the same, with the model's name first and a server's addr
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeAlias, Unpack, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.manifest import ModelFile
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
-from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many
+from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many, feeding
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
@@ -37,6 +40,7 @@ class StreamingModel(StreamingBaseModel):
 
     _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
     _tokenizer_read = False
+    _tokenizer_files: tuple[ModelFile, ...] = ()
 
     @property
     def tokenizer(self) -> Any:
@@ -64,11 +68,21 @@ class StreamingModel(StreamingBaseModel):
         return self._tokenizer
 
     def _read_tokenizer(self) -> None:
+        """Read it: the adapter's own, where one is applied that has one."""
+        base, adapter = self.manifest, self._open().adapters.manifest
+        owner = adapter if adapter is not None and adapter.files else base
         try:
-            self._tokenizer = open_tokenizer(self.manifest, self.read_file)
+            self._tokenizer = open_tokenizer(replace(base, files=owner.files), partial(self._read_file_of, owner))
         except SurfwError as exc:
             self._tokenizer = exc
-        self._tokenizer_read = True
+        self._tokenizer_read, self._tokenizer_files = True, owner.files
+
+    def _on_adapter(self) -> None:
+        """Read another tokenizer, if the adapter that is applied now has one."""
+        adapter = self._open().adapters.manifest
+        files = adapter.files if adapter is not None and adapter.files else self.manifest.files
+        if self._tokenizer_read and files != self._tokenizer_files:
+            self._read_tokenizer()
 
     async def __aenter__(self) -> Self:
         """Open the model, if it is not open, and read its tokenizer, without blocking the event loop."""
@@ -107,7 +121,7 @@ class StreamingModel(StreamingBaseModel):
         prompts: Iterable[Prompt] | AsyncIterable[Prompt],
         *,
         sequences: int = MOST_SEQUENCES,
-        on_tokens: OnTokens | None = None,
+        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[ManyResult, None]:
         """Answer many prompts together, and yield each answer once it is complete, without blocking the event loop.
@@ -130,7 +144,7 @@ class StreamingModel(StreamingBaseModel):
             SurfwError: weights could not be read.
         """
         expect_number("sequences", sequences, 1)
-        shared = InferenceRequest(prompt_ids=(0,), **options)
+        InferenceRequest(prompt_ids=(0,), **options)  # or say what of them is wrong
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[ManyResult](_AHEAD)
         has_room = asyncio.Event()
 
@@ -143,7 +157,7 @@ class StreamingModel(StreamingBaseModel):
             try:
                 index = 0
                 async for prompt in _each(prompts):
-                    request = prompt if isinstance(prompt, InferenceRequest) else _request(prompt, options)
+                    request = _request(prompt, options)
                     has_room.clear()
                     while not feed.offer(index, request):
                         await has_room.wait()
@@ -153,7 +167,7 @@ class StreamingModel(StreamingBaseModel):
                 feed.close()
 
         def run() -> None:
-            self.answer_many(feed, shared, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
+            self._answer_many(feed, options, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
 
         filling, work = asyncio.create_task(fill()), asyncio.create_task(self._in_thread(run))
         try:
@@ -171,25 +185,39 @@ class StreamingModel(StreamingBaseModel):
 
     def answer_many(
         self,
-        feed: Feed,
-        shared: InferenceRequest,
+        prompts: Iterable[Prompt],
         *,
         on_result: Callable[[ManyResult], None],
-        on_tokens: OnTokens | None = None,
         sequences: int = MOST_SEQUENCES,
+        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> None:
-        """As `generate_many`, in this thread: the feed is filled from another one, and each answer handed over.
+        """As `generate_many`, in this thread; prompts are read in another one.
 
         Args:
-            feed: of the prompts, until it is closed.
-            shared: how tokens are sampled; its prompt does not count.
-            on_result: called with each answer.
-            on_tokens: as of `generate_many`.
+            prompts: as of `generate_many`.
+            on_result: called with each answer once it is complete.
             sequences: as of `generate_many`.
+            on_tokens: as of `generate_many`.
+            **options: as of `generate_many`.
         """
+        expect_number("sequences", sequences, 1)
+        feed = Feed(2 * sequences)
+        with feeding(feed, (_request(prompt, options) for prompt in prompts)):
+            self._answer_many(feed, options, on_result=on_result, on_tokens=on_tokens, sequences=sequences)
+
+    def _answer_many(
+        self,
+        feed: Feed,
+        options: GenerationOptions,
+        *,
+        on_result: Callable[[ManyResult], None],
+        on_tokens: OnTokens | None,
+        sequences: int,
+    ) -> None:
         answer_many(
-            self, self._open_here(), self.find_tokenizer(), feed, shared=shared, on_result=on_result,
-            on_tokens=on_tokens, most_sequences=sequences,
+            self, self._open_here(), self.find_tokenizer(), feed, shared=InferenceRequest(prompt_ids=(0,), **options),
+            on_result=on_result, on_tokens=on_tokens, most_sequences=sequences,
         )  # fmt: skip
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
@@ -217,8 +245,10 @@ class StreamingModel(StreamingBaseModel):
             answer(self, tokenizer, request, on_token=lambda token, _: give(token))
 
 
-def _request(prompt: str | Sequence[int], options: GenerationOptions) -> InferenceRequest:
-    """A request for a text, or for token ids."""
+def _request(prompt: Prompt, options: GenerationOptions) -> InferenceRequest:
+    """A request for a text, or for token ids; one that is made already stays as it is."""
+    if isinstance(prompt, InferenceRequest):
+        return prompt
     if not isinstance(prompt, str | Sequence):
         raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if isinstance(prompt, str):

@@ -101,7 +101,7 @@ class Engine:
         self._schedule = Schedule(manifest.order if order is None else order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
-        plan = plan_residency(self._needs, limit)
+        plan = self._plan(self._needs, limit)
         self.table = SlotTable(needs.sizes, plan)
         self.host: Tier = self._open_tier(loader, io, plan)
         self._lock = threading.RLock()
@@ -110,6 +110,7 @@ class Engine:
         self._runner: int | None = None  # the thread that has a run
         self._ahead = prefetch
         self._asked = _DEMAND
+        self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
@@ -120,6 +121,10 @@ class Engine:
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
+
+    def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
+        """The plan for these needs under this limit."""
+        return plan_residency(needs, limit)
 
     # What a run asks for.
 
@@ -317,6 +322,12 @@ class Engine:
     # The plan.
 
     @property
+    def read_ahead(self) -> int:
+        """How many chunks are ready that were read early, for their next use."""
+        with self._lock:
+            return sum(slot.state is SlotState.READY and not slot.is_known for slot in self.table)
+
+    @property
     def plan(self) -> ResidencyPlan:
         """What is kept, and what passes through."""
         return self.table.plan
@@ -334,7 +345,7 @@ class Engine:
             ConfigurationError: the limit is too small for the model.
         """
         with self._lock:
-            return plan_residency(self._schedule.apply_to(self._needs), limit)
+            return self._plan(self._schedule.apply_to(self._needs), limit)
 
     @property
     def least_budget_bytes(self) -> int:
@@ -365,6 +376,18 @@ class Engine:
                 size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least))
             if size_bytes != self.limit.reserved_bytes:
                 self._replan(self._needs, replace(self.limit, reserved_bytes=size_bytes))
+
+    def hold_beside(self, size_bytes: int) -> None:
+        """Count so much memory beside the weights where the model computes, instead of what was counted before.
+
+        Raises:
+            ConfigurationError: the model does not run with the rest; all stays as it was.
+        """
+        with self._lock:
+            working_bytes = self._needs.working_bytes - self._beside_bytes + size_bytes
+            if working_bytes != self._needs.working_bytes:
+                self._replan(replace(self._needs, working_bytes=working_bytes), self.limit)
+            self._beside_bytes = size_bytes
 
     def resize(self, cache_layers: int) -> None:
         """Keep another number of chunks from now on: evict at once what is too much and idle, the rest after its use.
@@ -461,7 +484,7 @@ class Engine:
             ConfigurationError: there is none; nothing has changed.
         """
         needs = self._schedule.apply_to(needs)
-        plan = plan_residency(needs, limit)
+        plan = self._plan(needs, limit)
         self._needs, self.limit, self._planned_version = needs, limit, self._schedule.version
         self.host.adopt(plan)
         self._sync()
