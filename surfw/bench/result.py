@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import psutil
 
@@ -57,6 +57,14 @@ class Result:
     rows: tuple[Row, ...]
 
 
+class Figures(TypedDict):
+    """What a row says of several rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Spread(NamedTuple):
     """The median of several rounds, the extremes, and all of them, in the order they were."""
 
@@ -65,7 +73,7 @@ class Spread(NamedTuple):
     high: float
     rounds: tuple[float, ...] = ()
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> Figures:
         """Return what a row says of it."""
         return {"value": self.value, "low": self.low, "high": self.high}
 

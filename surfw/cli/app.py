@@ -15,7 +15,19 @@ import typer
 
 from surfw import __version__
 from surfw.cli import (
-    bench, cached, chat, chunk, config, infer, options, schema, serve, signals, stats, store, streams,
+    bench,
+    cached,
+    chat,
+    chunk,
+    config,
+    infer,
+    options,
+    schema,
+    serve,
+    signals,
+    stats,
+    store,
+    streams,
 )  # fmt: skip
 from surfw.cli.addresses import Mistake
 from surfw.cli.wording import with_options

@@ -11,7 +11,7 @@ from surfw.cli.kept import keeps_results
 from surfw.config import CachePolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from surfw.bench.result import Result, Row
 
@@ -120,7 +120,7 @@ def everything(
     from surfw.bench.wire import bench_wire
     from surfw.checkpoint import demo_checkpoint
 
-    ways = {
+    ways: dict[str, Callable[[], Result]] = {
         "wire": partial(bench_wire, rounds=rounds),
         "codec": partial(bench_codec, rounds=rounds),
         "cache": bench_cache,

@@ -41,7 +41,7 @@ def keeps_results(command: Callable[..., "Result | Sequence[Result]"]) -> Callab
     def run(*, save: Path | None, compare: Path | None, report: Path | None, **given: Any) -> None:
         before = _prepare(save, compare, report)
         found = command(**given)
-        results = [found] if not isinstance(found, list | tuple) else list(found)
+        results: Sequence[Result] = list(found) if isinstance(found, Sequence) else [found]
         _keep(results, save=save, compare=compare, before=before, report=report, json=given["json"])
 
     signature = inspect.signature(command)

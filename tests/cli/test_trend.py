@@ -22,7 +22,7 @@ def rates(sent: float) -> Rates:
 
 
 def test_a_sparkline_has_a_step_for_each_value() -> None:
-    assert sparkline([0, 1, 2, 4, 8]) == "▁▁▂▄█"
+    assert sparkline([0, 1, 2, 4, 8]) == "▁▂▃▅█"
     assert sparkline([0, 0]) == "▁▁"
     assert sparkline([0.5, 1], 1.0) == "▅█"
 
