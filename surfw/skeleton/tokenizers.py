@@ -152,7 +152,8 @@ def _missing_vocabulary(tokenizer: PreTrainedTokenizerBase, files: Mapping[str, 
     untyped: Any = tokenizer
     named: dict[str, str] = {key: file for key, file in untyped.vocab_files_names.items() if isinstance(file, str)}
     wanted = [file for key, file in named.items() if key not in _NOT_NEEDED]
-    is_whole = "tokenizer_file" in named and any(_WHOLE.fullmatch(path) for path in files)
+    reads_whole = "tokenizer_file" in named or untyped.is_fast
+    is_whole = reads_whole and any(_WHOLE.fullmatch(path) for path in files)
     absent = [] if is_whole else [file for file in wanted if file not in files]
     if not absent and (not named or len(tokenizer) > len(untyped.added_tokens_decoder)):
         return None
