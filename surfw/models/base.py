@@ -31,6 +31,7 @@ from surfw.models.statistics import (
     full_statistics,
     inference_stats,
 )
+from surfw.models.traced import traced
 from surfw.runtime.engine import Engine
 from surfw.runtime.plan import Limit, ResidencyPlan
 from surfw.runtime.run import Run, current_run, wait_until_done
@@ -231,6 +232,7 @@ class StreamingBaseModel(AdaptedModel):
                     parts.engine.running(run, prefetch=enable_prefetch),
                     self.metrics.span("forward"),
                     torch.no_grad(),
+                    traced(parts.model, parts.manifest),
                 ):
                     result = work(parts.model)
             except BaseException:

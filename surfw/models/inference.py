@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from surfw import tracing
 from surfw.errors import ConfigurationError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
@@ -335,6 +336,7 @@ def _generate(
 
     def note(token: int, seconds: float) -> None:
         stalled.append(streaming.metrics.seconds("stall"))
+        tracing.token()
         on_token(token, seconds)
 
     own: GenerationConfig = streaming.model.generation_config

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from surfw import tracing
 from surfw.codec import choose_form, for_run
 from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
@@ -120,7 +121,9 @@ class ReadAhead(SourceInFront):
             self._free_bytes -= form.stored_bytes
             memory = Buffer(form.stored_bytes).view[: form.stored_bytes]
             read = Read(chunk, form, 0, form.stored_bytes, memory)
-            await self._source.fetch(self._manifest, [read], priority=priority)
+            about = {"layer": chunk.name, "bytes": form.stored_bytes, "form": form.codec, "tier": "host"}
+            with tracing.span("fetch", f"fetch {chunk.name}", **about):
+                await self._source.fetch(self._manifest, [read], priority=priority)
             return View(memory, lambda: None, is_mapped=False)
 
     async def resolve(self, name: str | None) -> str:

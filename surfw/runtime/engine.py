@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from surfw import tracing
 from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest, Use
@@ -478,7 +479,7 @@ class Engine:
             return True
 
     def _wait(self, load: Future[None]) -> None:
-        with self.metrics.span("stall"):
+        with self.metrics.span("stall"), tracing.span("stall", "stall", layer=self.reached):
             self._run.wait_for(load)
 
     def _learn(self, module: str) -> None:

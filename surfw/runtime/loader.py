@@ -14,6 +14,7 @@ from contextlib import nullcontext
 
 import torch
 
+from surfw import tracing
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
@@ -162,7 +163,9 @@ class Loader:
     async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
         """One part of a chunk; where it is one of many small pieces, one at a time."""
         async with self._piece_turn if in_pieces else nullcontext():
-            with self.forms.reading.transfer(read.stop - read.start):
+            size_bytes = read.stop - read.start
+            about = {"layer": read.chunk.name, "bytes": size_bytes, "form": read.form.codec, "tier": "host"}
+            with self.forms.reading.transfer(size_bytes), tracing.span("fetch", f"fetch {read.chunk.name}", **about):
                 await self.source.fetch(self.manifest, [read], priority=priority)
 
     async def _read_coded(
@@ -207,7 +210,8 @@ class Loader:
         async with self._decode_turn:
             if not self.forms.decoding.bytes:  # the threads have begun before time counts
                 await to_its_end(asyncio.gather(*(loop.run_in_executor(self._decoders, int) for _ in range(DECODERS))))
-            with self.forms.decode(size_bytes):
+            about = {"layer": chunk.name, "bytes": size_bytes, "tier": "host"}
+            with self.forms.decode(size_bytes), tracing.span("decode", f"decode {chunk.name}", **about):
                 works = [loop.run_in_executor(self._decoders, decoder.decode, arrived) for _ in range(DECODERS)]
                 try:
                     await to_its_end(_all(works))
