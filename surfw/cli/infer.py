@@ -13,6 +13,7 @@ import typer
 
 from surfw.cli import chat, infer_many, options
 from surfw.cli.addresses import Mistake
+from surfw.cli.guessing import Guessing
 from surfw.cli.streams import expect_utf8
 from surfw.config import display_url
 from surfw.errors import SurfwError, UnsupportedModelError
@@ -76,6 +77,14 @@ def infer(
     sequences: Annotated[
         int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
     ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Guess up to N tokens from the text so far, and check them in one pass."),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Have a smaller model guess: a name, a source, or self:int4."),
+    ] = None,
     configuration: options.Configuration,
     explain: Annotated[
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
@@ -95,8 +104,13 @@ def infer(
         ignore_eos=ignore_eos, system=system, raw=raw, quiet=quiet,
     )  # fmt: skip
     infer_many.check_together(
-        many, {"a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json}
-    )
+        many,
+        {
+            "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json,
+            "--prompt-lookup": prompt_lookup, "--draft": draft,
+        },
+    )  # fmt: skip
+    guessing = Guessing(prompt_lookup, draft)
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
     if place is not None:
@@ -111,9 +125,11 @@ def infer(
     settings = configuration.settings
     if explain and prompt is None and ids is None:
         view = choose_view("text", live=settings.live, json=True, quiet=quiet)
-        _run(None, configuration, view, explain=True, json=json)
+        guessing.refuse("--explain without a prompt; give one")
+        _run(None, configuration, view, guessing, explain=True, json=json)
         return
     if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
+        guessing.refuse("a chat, whose turns go on with a KV cache; give a prompt")
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
         return
     if explain and quiet and not json:
@@ -146,13 +162,14 @@ def infer(
 
         expect_prompt(manifest, ids)
 
-    _run(make_request, configuration, view, explain=explain, json=json, check=check)
+    _run(make_request, configuration, view, guessing, explain=explain, json=json, check=check)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
     view: "View",
+    guessing: Guessing,
     *,
     explain: bool,
     json: bool,
@@ -182,6 +199,7 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
+                guessing.begin(streaming, client, settings, view.phase)
                 seconds, queued = time.perf_counter() - start, queued_seconds()
                 opened = _Opened(streaming, source, seconds, queued, lambda: _ask_server(chosen, settings))
                 _answer(opened, make_request(), configuration, view, explain=explain, json=json)

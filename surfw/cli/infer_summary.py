@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surfw.cli.addresses import is_on_this_machine
+from surfw.cli.guessing import guessed
 from surfw.cli.status import duration, percent, rate
 from surfw.codec import PACKED_CODECS
 from surfw.config import MB, count, format_size, is_server_url
@@ -78,7 +79,8 @@ class Report:
             "peak_rss_bytes": self.peak_rss_bytes,
         }
         encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        return facts | {name: value for name, value in encoder.items() if value is not None}
+        more = encoder | {"speculation": statistics.get("speculation")}
+        return facts | {name: value for name, value in more.items() if value is not None}
 
 
 def place_of(source: str) -> str:
@@ -96,6 +98,7 @@ def summary(report: Report) -> str:
         parts.append(f"weights are {plan['codec']}, not exact")
     if damaged := statistics["cache"]["refetched_blocks"]:
         parts.append(f"{count(damaged, 'damaged block')} fetched again")
+    parts += guessed(statistics.get("speculation"))
     parts.append(limits(report.source, statistics["time"], statistics["plan"], report.advice))
     parts += _busy(report)
     if report.is_whole:

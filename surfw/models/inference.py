@@ -131,15 +131,16 @@ class TokenClock(BaseStreamer):
         self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
-        """A token, or first of all the prompt."""
+        """The tokens of a pass, or first of all the prompt."""
         if self._skip:
             self._skip = False
             return
-        token = int(value.reshape(-1)[-1])
-        self.times.append(time.perf_counter() - self.start)
-        self._on_token(token, self.times[-1])
-        if self._text is not None:
-            self._text.put(token)
+        now = time.perf_counter() - self.start
+        for token in value.reshape(-1).tolist():  # several, where guesses were right
+            self.times.append(now)
+            self._on_token(token, now)
+            if self._text is not None:
+                self._text.put(token)
 
     def end(self) -> None:
         """No more tokens."""
@@ -213,6 +214,8 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
         remarks.append(f"{' and '.join(given)} {verb} nothing: {name} is an encoder, and generates no tokens")
     elif request.seed is not None and not request.samples:
         remarks.append("the seed changes nothing without sampling; give a temperature, top_p or top_k to sample")
+    if model.guesses and (request.stop or getattr(model.model.generation_config, "stop_strings", None)):
+        remarks.append(f"{name} guesses no tokens ahead here: a stop text inside several at once would be missed")
     positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if positions is not None and prompt_tokens > positions:
         remarks.append(
@@ -316,7 +319,6 @@ def _generate(
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
-        streaming.leave_room(prompt_tokens, request.max_new_tokens)
         own = model.generation_config
         stops = list(request.stop) or getattr(own, "stop_strings", None)
         stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
@@ -324,8 +326,13 @@ def _generate(
         if request.seed is not None:
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
+
+        def run(guessing: Mapping[str, Any]) -> Any:
+            return model.generate(generation_config=config, streamer=clock, **given, **past, **stopping, **guessing)[0]
+
         try:
-            tokens = model.generate(generation_config=config, streamer=clock, **given, **past, **stopping)[0]
+            size = prompt_tokens, request.max_new_tokens, 1
+            tokens = streaming.generate_with(size, run, guesses=not past and not stops)
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()

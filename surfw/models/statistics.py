@@ -7,6 +7,7 @@ from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.progress import Progress
+from surfw.models.speculation import Speculation, SpeculationFacts
 
 
 class CacheInfo(TypedDict):
@@ -89,12 +90,13 @@ class PlanFacts(TypedDict):
 
 
 class Statistics(TypedDict):
-    """All statistics; `plan` is None for a model that is not open."""
+    """All statistics; `plan` is None for a model that is not open, `speculation` for one that does not guess."""
 
     cache: CacheCounts
     time: RunTimes
     fetch_latency_seconds: dict[str, float]
     plan: PlanFacts | None
+    speculation: SpeculationFacts | None
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
@@ -123,7 +125,9 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> Statistics:
+def full_statistics(
+    metrics: Metrics, parts: ModelParts | None, refetched_blocks: int, speculation: Speculation | None = None
+) -> Statistics:
     """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
@@ -148,6 +152,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
         },
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(metrics, parts) if parts else None,
+        "speculation": speculation.facts() if speculation is not None else None,
     }
 
 

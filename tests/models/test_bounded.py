@@ -254,3 +254,39 @@ def test_a_machine_that_is_too_full_is_told_of_and_no_budget_of_nothing(
         assert "--memory-budget" in text
         assert "tokens" not in text
         assert " 0 B" not in text
+
+
+def test_the_budget_may_change_while_the_model_runs(large: Path) -> None:
+    ids = torch.arange(3, 12)[None]
+    with StreamingModel.open(large, "large", memory_budget="1GB") as model:
+        expected = model(ids).logits
+        assert model.plan.everything_fits
+        small, held = model._engine.least_budget_bytes + 2 * max(model.plan.sizes.values()), []
+        changed = model.model.get_submodule("model.layers.9").register_forward_hook(
+            lambda *_: setattr(model, "memory_budget", small)
+        )
+        assert torch.equal(model(ids).logits, expected)
+        assert model.memory_budget == small
+        changed.remove()
+        for module in model.model.modules():
+            module.register_forward_hook(
+                lambda *_: held.append(model._engine.resident_bytes + model.plan.overhead_bytes)
+            )
+        assert torch.equal(model(ids).logits, expected)
+        assert max(held) + model.plan.overhead_bytes <= small
+        with pytest.raises(ConfigurationError, match="too small"):
+            model.memory_budget = "1MB"
+        assert model.memory_budget == small
+        model.memory_budget = "1GB"
+        assert model.plan.everything_fits
+        assert torch.equal(model(ids).logits, expected)
+    assert StreamingModel(large, "large", memory_budget="2MB").memory_budget == 2_000_000
+
+
+@pytest.mark.parametrize("wrong", ["much", 0, None, True])
+def test_a_budget_that_is_none_is_refused(large: Path, wrong: Any) -> None:
+    with (
+        StreamingModel.open(large, "small", memory_budget="1GB") as model,
+        pytest.raises(ConfigurationError, match="memory_budget is"),
+    ):
+        model.memory_budget = wrong
