@@ -57,6 +57,7 @@ DEFAULT_CACHE_MB = 200
 DEFAULT_CLIENTS = 64
 DEFAULT_CONNECT_SECONDS = 5.0
 DEFAULT_SILENCE_SECONDS = 30.0
+DEFAULT_SLOW_SECONDS = 120.0
 DEFAULT_DRAIN_SECONDS = 10.0
 
 OnMissing = Literal["error", "uninitialized"]
@@ -128,6 +129,11 @@ def is_size(text: str) -> bool:
         return parse_size(text) > 0
     except ConfigurationError:
         return False
+
+
+def is_rate(text: str) -> bool:
+    """Whether a text is a size that a server may be limited to per second: at least 1 MB."""
+    return is_size(text) and parse_size(text) >= MB
 
 
 def suggest_size(text: str) -> str | None:
@@ -317,7 +323,7 @@ class WireLimits:
 
     Attributes:
         frame_bytes: payload of one binary frame; the last one of a run may be smaller.
-        run_bytes: the most that a server announces, and sends of one request, at a time.
+        run_bytes: the most that a server announces, and sends of one request, at a time; less where links are slow.
         window_bytes: how much a server may have sent that the client has not yet credited.
         control_bytes: the largest JSON message either side accepts.
         requests_in_flight: the most requests a client may have open on one connection.
@@ -326,7 +332,7 @@ class WireLimits:
     """
 
     frame_bytes: int = 512 * KIB
-    run_bytes: int = 2 * MIB
+    run_bytes: int = 4 * MIB
     window_bytes: int = 8 * MIB
     control_bytes: int = 256 * KIB
     requests_in_flight: int = 64

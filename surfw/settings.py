@@ -22,6 +22,7 @@ from surfw.config import (
     DEFAULT_HOST,
     DEFAULT_PORT,
     DEFAULT_SILENCE_SECONDS,
+    DEFAULT_SLOW_SECONDS,
     DTYPES,
     CodecChoice,
     LogFormat,
@@ -30,6 +31,7 @@ from surfw.config import (
     TlsFiles,
     default_store,
     is_device,
+    is_rate,
     is_size,
 )
 from surfw.errors import ConfigurationError
@@ -127,6 +129,27 @@ class Settings:
         metavar="URL",
         in_repr=False,
     )
+    max_bytes_per_second: str | None = _setting(
+        None,
+        "What a server sends per second, to all clients together.",
+        shown="no limit",
+        metavar="SIZE",
+        form="a size of 1MB or more",
+        has_form=is_rate,
+    )
+    max_client_bytes_per_second: str | None = _setting(
+        None,
+        "What a server sends per second to each client.",
+        shown="no limit",
+        metavar="SIZE",
+        form="a size of 1MB or more",
+        has_form=is_rate,
+    )
+    slow_client_timeout: float = _setting(
+        DEFAULT_SLOW_SECONDS,
+        "Seconds after which a server closes a client that takes nothing of what it asked for.",
+        least=_SHORTEST_SECONDS,
+    )
     insecure: bool = _setting(
         False,
         "Allow listening beyond loopback without a token, or with one in clear text.",
@@ -217,6 +240,9 @@ class Settings:
         "Whose certificates to trust, in PEM; a server wants one from each client then.",
         shown="the system's; a server wants none",
         metavar="FILE",
+    )
+    encryption_key_file: str | None = _setting(
+        None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
     )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 

@@ -1,7 +1,7 @@
 """The source of weights: the one interface that the runtime knows, whether a storage or a server is behind it.
 
 A `ChunkSource` delivers *verified stored bytes* into memory that the caller owns. It never decodes, and it is
-read-only.
+read-only. Stored bytes may be encrypted: `surfw.encryption` makes a source of plain ones of it.
 """
 
 from abc import ABC, abstractmethod
@@ -13,8 +13,8 @@ from typing import Self
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
-from surfw.errors import UnknownModelError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.errors import ConfigurationError, UnknownModelError
+from surfw.manifest import Chunk, Form, Manifest, payload_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class Read:
 
     `start` and `stop` (end-exclusive) count stored bytes of the form. Both lie on block boundaries (1 MiB), except that
     `stop` may be the end of the form: only whole blocks can be verified. `destination` has `stop - start` bytes.
+
+    `on_verified` may be told of each block as soon as it is right, with its index and its memory, which it may change:
+    by the thread that verified it, before `fetch` ends, and again if the block arrives again.
     """
 
     chunk: Chunk
@@ -30,6 +33,7 @@ class Read:
     start: int
     stop: int
     destination: memoryview
+    on_verified: Callable[[int, memoryview], None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse ranges that cannot be verified."""
@@ -51,6 +55,20 @@ def find_damage(form: Form, first: int, data: memoryview) -> dict[int, str]:
         seen = blake3(data[start : start + BLOCK_BYTES]).digest()
         if seen != form.block_digest(index):
             damage[index] = seen.hex()
+    return damage
+
+
+def check_blocks(read: Read, first: int, data: memoryview) -> dict[int, str]:
+    """As `find_damage`, for blocks in the destination of a read, which is told of those that are right."""
+    if read.on_verified is None:
+        return find_damage(read.form, first, data)
+    damage: dict[int, str] = {}
+    for index, start in enumerate(range(0, len(data), BLOCK_BYTES), first):
+        block = data[start : start + BLOCK_BYTES]
+        if found := find_damage(read.form, index, block):
+            damage |= found
+        else:
+            read.on_verified(index, block)  # while it is in the processor's cache
     return damage
 
 
@@ -199,6 +217,23 @@ class ChunkSource(ABC):
         """
         del manifest, chunk, form
         return None
+
+    def expect_readable(self, manifest: Manifest) -> None:
+        """Check that what this delivers of a model are its weights. Whoever computes with them asks this first.
+
+        Raises:
+            ConfigurationError: they are encrypted, and there is no key, or another one.
+        """
+        if manifest.key_id:
+            raise ConfigurationError(
+                f"{manifest.name} is encrypted with key {manifest.key_id}, and no key is given; name the file that "
+                "holds it (encryption_key_file, --encryption-key-file)"
+            )
+
+    def identify(self, manifest: Manifest, payload: memoryview) -> str:
+        """The id that a chunk with this payload has in a model: the BLAKE3, unless the model is encrypted."""
+        del manifest
+        return payload_digest(payload)
 
     @property
     def buffered_bytes(self) -> int:

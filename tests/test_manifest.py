@@ -237,7 +237,7 @@ for _ in range(80):
     ("path", "value", "complaint"),
     [
         ("format", "surfw.store", "its format is not 'surfw.manifest'"),
-        ("version", 5, "has format version '5'; this surfw reads 1 to 4. Chunk the model again"),
+        ("version", 6, "has format version '6'; this surfw reads 1 to 5. Chunk the model again"),
         ("name", "../x", "model name '../x' cannot be used"),
         ("class", "a\x1b[2J", "class is not a printable text"),
         ("files", {}, "files is not a list"),
@@ -348,7 +348,7 @@ def test_blocks_are_digested_one_by_one(size: int) -> None:
 
 
 def test_a_manifest_of_another_version_is_told_apart_from_a_broken_one() -> None:
-    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 4"):
+    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 5"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 99}', where="there")
     with pytest.raises(ManifestError, match="the manifest from there is malformed: KeyError 'generation_config'"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 1}', where="there")

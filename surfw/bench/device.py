@@ -16,40 +16,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from surfw.bench.device_forms import measure_forms, measure_larger
 from surfw.bench.device_model import (
     SHAPES,
     Outcome,
     Timing,
-    a_quarter,
     make_model,
     outcome,
     prompt,
     save_model,
     time_generation,
 )
-from surfw.bench.device_peers import PEERS
-from surfw.bench.device_streaming import NEW_TOKENS, Streaming
+from surfw.bench.device_peers import LAST_PEER, PEERS
+from surfw.bench.device_streaming import NEW_TOKENS, Measuring, OnRow, Streaming, make_row
 from surfw.bench.result import Result, Row, describe_machine, summarise
-from surfw.config import GB, MIB, CodecChoice
+from surfw.config import GB, MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.device import SIMULATED, Device, open_device
 from surfw.runtime.loader import flat_view
 from surfw.runtime.plan import least_bytes
-from surfw.runtime.simulated import SimulatedDevice
 
-PARTS = ("streamed", "half", "whole", "packed", *PEERS, "server", "disk")
+PARTS = (
+    "streamed", "accelerate", "half", "accelerate-half", "whole", "packed", "diffusers", "server", "disk", "70b",
+)  # fmt: skip
 """What can be measured, in that order."""
 
 _COPIED_BYTES, _MOST_COPIED_BYTES = {"tiny": 16 * MIB}, 1024 * MIB
 _LIBRARIES = ("accelerate", "diffusers", "triton")
-_PACKED: Sequence[CodecChoice] = ("int8", "int4")
 _HOST_LAYERS = 2
 _TURNS, _MOST_TURNS = {"tiny": 2}, 6
-
-OnRow = Callable[[Row], object]
 
 
 def bench_device(
@@ -106,19 +102,12 @@ def bench_device(
     return Result(benchmark="device", machine=describe_machine(*_LIBRARIES) | bench.machine(), rows=tuple(bench.rows))
 
 
-class _Bench:
-    """What is measured, and what one part knows of the others."""
+class _Bench(Measuring):
+    """The parts, and what one knows of the others."""
 
     def __init__(self, device: Device, shape: str, folder: Path, disk: str | None, on_row: OnRow) -> None:
-        self.rows: list[Row] = []
-        self._device = device
-        self._name = SIMULATED if isinstance(device, SimulatedDevice) else device.torch_device
-        self._shape = shape
-        self._folder = folder
+        super().__init__(device, shape, folder, on_row)
         self._disk = disk
-        self._on_row = on_row
-        self._batch = 2 if shape == "tiny" else 16
-        self._rate = 0.0  # bytes per second of a copy out of page-locked memory
         self._resident: Any = None
         self._want: dict[int, Outcome] = {}
         self._resident_rate: dict[int, float] = {}
@@ -127,149 +116,116 @@ class _Bench:
     def works(self, parts: Sequence[str]) -> list[tuple[str, Callable[[], object]]]:
         """What is to be done for these parts, in order."""
         known: dict[str, Callable[[], object]] = {
-            "streamed": self.streamed, "half": self.half, "whole": self.whole, "packed": self.packed,
-            **{name: partial(self.peer, name) for name in PEERS}, "server": self.server, "disk": self.disk,
+            "streamed": self.streamed, "half": self.half, "whole": self.whole,
+            "packed": partial(self._alone, measure_forms), **{name: partial(self.peer, name) for name in PEERS},
+            "server": self.server, "disk": self.disk, "70b": self.larger,
         }  # fmt: skip
         first: list[tuple[str, Callable[[], object]]] = [("copies", self.copies)]
-        if {*parts} - {"packed"}:
+        if {*parts} - {"packed", "70b"}:
             first.append(("model", self.make))
-        if {*parts} - {"packed", *PEERS}:
+        if {*parts} - {"packed", "70b", *PEERS}:
             first.append(("checkpoint", self.write))
         return [*first, *((one, known[one]) for one in parts)]
 
-    def say(self, row: Row) -> None:
-        """A row is known."""
-        self.rows.append(row)
-        self._on_row(row)
-
     def machine(self) -> dict[str, str]:
         """The device, and the model."""
-        return {"device": self._device.name, "shape": self._shape}
+        return {"device": self.device.name, "shape": self.shape}
 
     def copies(self) -> None:
         """How fast memory is copied to the device."""
-        size = _COPIED_BYTES.get(self._shape, _MOST_COPIED_BYTES)
+        size = _COPIED_BYTES.get(self.shape, _MOST_COPIED_BYTES)
         locked, pageable = Buffer(size), Buffer(size)
         for buffer in (locked, pageable):
             flat_view(buffer).fill_(1)
         start = time.perf_counter()
-        self._device.page_lock(locked)
-        self.say(_row("page-locking", size / (time.perf_counter() - start) / GB, "GB/s"))
-        memory = self._device.allocate(size)
+        self.device.page_lock(locked)
+        self.say(make_row("page-locking", size / (time.perf_counter() - start) / GB, "GB/s"))
+        memory = self.device.allocate(size)
         for name, buffer, rounds in (
             ("copies of page-locked memory", locked, 5),
             ("copies of pageable memory", pageable, 2),
         ):
-            self._device.copy(memory, flat_view(buffer)).synchronize()
+            self.device.copy(memory, flat_view(buffer)).synchronize()
             start = time.perf_counter()
             for _ in range(rounds):
-                copied = self._device.copy(memory, flat_view(buffer))
+                copied = self.device.copy(memory, flat_view(buffer))
             copied.synchronize()
             rate = rounds * size / (time.perf_counter() - start)
-            self._rate = self._rate or rate
-            self.say(_row(name, rate / GB, "GB/s"))
+            self.rate = self.rate or rate
+            self.say(make_row(name, rate / GB, "GB/s"))
 
     def make(self) -> None:
         """The model on the device, and its speed there."""
-        place = self._device.torch_device
+        place = self.device.torch_device
         start = time.perf_counter()
-        self._resident = make_model(SHAPES[self._shape], place)
+        self._resident = make_model(SHAPES[self.shape], place)
         size = _size_bytes(self._resident)
-        self.say(_row("the model", size / GB, "GB", note=f"made in {time.perf_counter() - start:.1f} s"))
-        for rows in (1, self._batch):
+        self.say(make_row("the model", size / GB, "GB", note=f"made in {time.perf_counter() - start:.1f} s"))
+        for rows in (1, self.batch):
             found = self._time_resident(rows, 32 if rows == 1 else 16)
             self._resident_rate[rows] = found.per_second
             self._want[rows] = outcome(self._resident, prompt(rows, place), NEW_TOKENS if rows == 1 else 16)
-            self.say(_row(f"resident, {_rows(rows)}", found.per_second, "tok/s"))
+            self.say(make_row(f"resident, {_rows(rows)}", found.per_second, "tok/s"))
 
     def write(self) -> None:
         """Its checkpoint."""
         start = time.perf_counter()
         save_model(self._resident, self._checkpoint)
         rate = _size_bytes(self._resident) / (time.perf_counter() - start)
-        self.say(_row("the checkpoint written", rate / GB, "GB/s"))
+        self.say(make_row("the checkpoint written", rate / GB, "GB/s"))
 
     def streamed(self) -> None:
         """As little of the device's memory as the model runs with."""
         name, streaming = "everything streamed", self._open()
-        self._measure(name, streaming, 0, self._resident_rate[1])
+        self._measure(name, streaming, 0)
         self._compare(name, streaming, 1)
-        self._compare(name, streaming, self._batch)
-        found = streaming.time(self._batch, 12)
-        self.say(_row(f"{name}, {_rows(self._batch)}", found.per_second, "tok/s"))
-        self._say_peak(name, streaming)
+        self._compare(name, streaming, self.batch)
+        found = streaming.time(self.batch, 12)
+        self.say(make_row(f"{name}, {_rows(self.batch)}", found.per_second, "tok/s"))
+        self.say_peak(name, streaming)
 
     def half(self) -> None:
         """Half of the layers stay on the device; and three quarters."""
         streaming = self._open()
         layers = len(streaming.model.layers)
         for name, kept in (("half on the device", layers // 2), ("three quarters on the device", layers * 3 // 4)):
-            self._measure(name, streaming, kept, self._resident_rate[1])
+            self._measure(name, streaming, kept)
             self._compare(name, streaming, 1)
-            self._say_peak(name, streaming)
+            self.say_peak(name, streaming)
 
     def whole(self) -> None:
         """All of it stays on the device; beside resident, in turns."""
         name, streaming = "everything on the device", self._open()
-        self._measure(name, streaming, None, self._resident_rate[1])
+        self._measure(name, streaming, None)
         self._compare(name, streaming, 1)
-        self._say_peak(name, streaming)
+        self.say_peak(name, streaming)
         ours: list[float] = []
         theirs: list[float] = []
         turns: list[Callable[[], None]] = [lambda: ours.append(streaming.time(1, 32).per_second)]
         turns.append(lambda: theirs.append(self._time_resident(1, 32).per_second))
-        for index in range(_TURNS.get(self._shape, _MOST_TURNS)):
+        for index in range(_TURNS.get(self.shape, _MOST_TURNS)):
             for turn in turns if index % 2 else turns[::-1]:  # each is first as often
                 turn()
         found, base = summarise(ours), summarise(theirs)
         note = f"resident {base.low:.2f} to {base.high:.2f}"
         self.say(
-            _row(
+            make_row(
                 f"{name}, in turns with resident", found.value, "tok/s", base.value, low=found.low, high=found.high,
                 note=note,
             )
         )  # fmt: skip
 
-    def packed(self) -> None:
-        """A part of the model in int8 and int4, against the same part in bfloat16; all that can be is streamed."""
-        self._close_streaming()
-        shape = a_quarter(SHAPES[self._shape])
-        plain, store = self._folder / "part", self._folder / "packed"
-        start = time.perf_counter()
-        _store_packed(shape, self._device.torch_device, plain, store)
-        size = sum(path.stat().st_size for path in plain.glob("*.safetensors"))
-        note = f"{size / GB:.2f} GB: {shape['num_hidden_layers']} layers, and as much less of the vocabulary"
-        took = time.perf_counter() - start
-        self.say(_row("a part of the model, made and stored as int8 and int4", took, "s", note=note))
-        baseline = None
-        forms: Sequence[tuple[Path, CodecChoice]] = [(plain, "none"), *((store, codec) for codec in _PACKED)]
-        for source, codec in forms:
-            name = f"a part of the model in {'bf16' if codec == 'none' else codec}"
-            streaming = Streaming(source, self._name, self._batch, codec=codec)
-            try:
-                streaming.generate(1)
-                found = self._measure(f"{name}, streamed", streaming, 0, baseline)
-                self._say_peak(f"{name}, streamed", streaming)
-                seen = streaming.outcome(1, 8)
-                streaming.relimit(None)
-                equal = seen.equals(streaming.outcome(1, 8))
-                self.say(_row(f"{name}, streamed: equal to all of it on the device", float(equal), "equal"))
-                whole = streaming.time(1, NEW_TOKENS).per_second
-                self.say(_row(f"{name}, on the device", whole, "tok/s", note=f"streamed: {found / whole:.3f} of it"))
-            finally:
-                streaming.close()
-                gc.collect()
-            baseline = baseline or found
-
     def peer(self, name: str) -> None:
         """Another tool, with the resident model's own weights; the rows of surfw that it is to be compared with."""
-        self._close_streaming()
-        for label, found, ours in PEERS[name](self._resident, self._device.torch_device):
+        timed = PEERS[name](self._resident, self.device.torch_device)
+        if name != LAST_PEER:
+            self._resident.to(self.device.torch_device)
+        for label, found, ours in timed:
             equal = found.tokens[0] == self._want[1].tokens[0][: len(found.tokens[0])]
-            self.say(_row(label, found.per_second, "tok/s", note=f"same tokens as resident: {equal}"))
+            self.say(make_row(label, found.per_second, "tok/s", note=f"same tokens as resident: {equal}"))
             mine = next((one for one in self.rows if one.name == ours), None)
             if mine is not None:
-                self.say(_row(f"{ours}, against {label}", mine.value, "tok/s", found.per_second))
+                self.say(make_row(f"{ours}, against {label}", mine.value, "tok/s", found.per_second))
 
     def server(self) -> None:
         """From a server on this machine, with little host memory, and little of the device's."""
@@ -291,27 +247,38 @@ class _Bench:
             start = time.perf_counter()
             shutil.copytree(self._checkpoint, copy)
             size = sum(one.stat().st_size for one in copy.glob("*.safetensors"))
-            self.say(_row("copied to the disk", size / (time.perf_counter() - start) / GB, "GB/s"))
+            self.say(make_row("copied to the disk", size / (time.perf_counter() - start) / GB, "GB/s"))
             rate = read_files(sorted(copy.glob("*.safetensors")), seconds=3.0).bytes_per_second
-            self.say(_row("reads of the disk", rate / GB, "GB/s"))
+            self.say(make_row("reads of the disk", rate / GB, "GB/s"))
             self._capped("from disk", str(copy), rate)
+
+    def larger(self) -> None:
+        """A model that needs most of what there is; nothing comes after it."""
+        self._resident = None
+        shutil.rmtree(self._checkpoint, ignore_errors=True)
+        self._alone(measure_larger)
 
     def close(self) -> None:
         """Let go of everything."""
         self._close_streaming()
         self._resident = None
-        self._device.close()
+        self.device.close()
 
     @property
     def _checkpoint(self) -> Path:
-        return self._folder / "model"
+        return self.folder / "model"
+
+    def _alone(self, measure: Callable[[Measuring], object]) -> None:
+        """A part with models of its own."""
+        self._close_streaming()
+        measure(self)
 
     def _open(self) -> Streaming:
         if self._streaming is None:
             start = time.perf_counter()
-            self._streaming = Streaming(self._checkpoint, self._name, self._batch)
+            self._streaming = Streaming(self._checkpoint, self.name, self.batch)
             self._streaming.generate(1)
-            self.say(_row("opened, and read into page-locked memory", time.perf_counter() - start, "s"))
+            self.say(make_row("opened, and read into page-locked memory", time.perf_counter() - start, "s"))
         return self._streaming
 
     def _close_streaming(self) -> None:
@@ -321,40 +288,31 @@ class _Bench:
             gc.collect()
 
     def _time_resident(self, rows: int, count: int) -> Timing:
-        ids = prompt(rows, self._device.torch_device)
-        return time_generation(self._resident, ids, count, self._device.synchronize)
+        ids = prompt(rows, self.device.torch_device)
+        return time_generation(self._resident, ids, count, self.device.synchronize)
 
-    def _measure(self, name: str, streaming: Streaming, kept_layers: int | None, baseline: float | None) -> float:
-        """One budget: the speed, and its share of what copies allow."""
+    def _measure(self, name: str, streaming: Streaming, kept_layers: int | None) -> None:
+        """One budget: the speed, beside resident, and its share of what copies allow."""
         streaming.relimit(kept_layers)
-        found = streaming.measure()
-        speed = found.timing.per_second
-        ceiling = found.ceiling(self._rate)
-        self.say(_row(name, speed, "tok/s", baseline, ceiling, note=found.describe()))
-        return speed
+        self.measure(name, streaming, self._resident_rate[1])
 
     def _compare(self, name: str, streaming: Streaming, rows: int) -> None:
         seen = streaming.outcome(rows, 8 if rows == 1 else 4)
-        self.say(_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
-
-    def _say_peak(self, name: str, streaming: Streaming) -> None:
-        """The most memory of the device that was taken, beside its budget."""
-        budget = streaming.engine.plan.budget_bytes or 0
-        self.say(_row(f"{name}: peak of device memory", streaming.peak_bytes / GB, "GB", ceiling=budget / GB))
+        self.say(make_row(f"{name}: equal to resident, {_rows(rows)}", float(seen.equals(self._want[rows])), "equal"))
 
     def _capped(self, name: str, source: str, rate: float | None) -> None:
         """Little memory everywhere: all but a few layers come from the source in every pass.
 
         With the least host memory, the source would be read a block at a time. Most have a few layers more.
         """
-        probe = Streaming(source, self._name, self._batch)
+        probe = Streaming(source, self.name, self.batch)
         try:
             behind = probe.engine.below
             layer = max(behind.plan.sizes[one] for one in probe.model.layers)
             budget = least_bytes(behind.needs) + behind.limit.reserved_bytes + _HOST_LAYERS * layer
         finally:
             probe.close()
-        streaming = Streaming(source, self._name, self._batch, memory_budget=budget)
+        streaming = Streaming(source, self.name, self.batch, memory_budget=budget)
         try:
             self._say_capped(name, streaming, budget, rate)
         finally:
@@ -372,30 +330,11 @@ class _Bench:
             f"same tokens as resident: {same}"
         )
         ceiling = None if rate is None else rate / GB
-        self.say(_row(f"{name}, host memory capped", reached / GB, "GB/s", ceiling=ceiling, note=note))
-
-
-def _store_packed(shape: dict[str, Any], device: torch.device, plain: Path, store: Path) -> None:
-    """Make a model of a shape, write its checkpoint, and store it in packed forms."""
-    from surfw.chunking import prepare_model, write_model
-    from surfw.storage import open_backend
-
-    save_model(make_model(shape, device), plain)
-    with prepare_model(str(plain), name="part") as prepared:
-        asyncio.run(write_model(prepared, open_backend(store), codecs=_PACKED))
+        self.say(make_row(f"{name}, host memory capped", reached / GB, "GB/s", ceiling=ceiling, note=note))
 
 
 def _size_bytes(model: Any) -> int:
     return sum(one.numel() * one.element_size() for one in model.parameters())
-
-
-def _row(
-    name: str, value: float, unit: str, baseline: float | None = None, ceiling: float | None = None, **more: Any
-) -> Row:
-    return Row(
-        name=name, value=value, unit=unit, baseline=baseline, ratio=value / baseline if baseline else None,
-        ceiling=ceiling, share=value / ceiling if ceiling else None, **more,
-    )  # fmt: skip
 
 
 def _rows(count: int) -> str:

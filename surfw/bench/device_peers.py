@@ -72,4 +72,7 @@ PEERS: Mapping[str, Peer] = {
     "accelerate-half": accelerate_half,
     "diffusers": diffusers_groups,
 }
-"""In the order in which they run; the last one leaves its hooks on the model."""
+"""By name, in the order in which they run."""
+
+LAST_PEER = "diffusers"
+"""It leaves its hooks on the model, and the model where it is."""

@@ -1,6 +1,7 @@
-"""A model of surfw that streams to a device, as `bench device` uses it: under one budget after another."""
+"""What `bench device` measures with: a model that streams to a device, under one budget after another, and rows."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import torch
 
 from surfw.bench.device_model import Outcome, Timing, generate, outcome, prompt, time_generation
+from surfw.bench.result import Row
 from surfw.config import GB, CodecChoice
 from surfw.models.streaming import StreamingModel
-from surfw.runtime.device import Device
+from surfw.runtime.device import SIMULATED, Device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.kv_cache import kv_cost
 from surfw.runtime.plan import Limit, least_bytes
 from surfw.runtime.simulated import SimulatedDevice
+
+OnRow = Callable[[Row], object]
 
 NEW_TOKENS = 24
 _LONGEST = 48
@@ -57,6 +61,58 @@ class Streamed:
         )
 
 
+class Measuring:
+    """What all parts measure with.
+
+    Attributes:
+        rows: what is known.
+        device, name: where models compute, and what it is opened with.
+        shape: the name of the model's shape.
+        folder: for files.
+        batch: the most prompts at a time.
+        rate: bytes per second of a copy out of page-locked memory.
+    """
+
+    def __init__(self, device: Device, shape: str, folder: Path, on_row: OnRow) -> None:
+        """Nothing is measured yet."""
+        self.rows: list[Row] = []
+        self.device = device
+        self.name: torch.device | str = SIMULATED if isinstance(device, SimulatedDevice) else device.torch_device
+        self.shape = shape
+        self.folder = folder
+        self.batch = 2 if shape == "tiny" else 16
+        self.rate = 0.0
+        self._on_row = on_row
+
+    def say(self, row: Row) -> None:
+        """A row is known."""
+        self.rows.append(row)
+        self._on_row(row)
+
+    def measure(self, name: str, streaming: "Streaming", baseline: float | None, note: str = "") -> float:
+        """A generation: tokens per second, which are also said, and their share of what copies allow."""
+        found = streaming.measure()
+        speed = found.timing.per_second
+        said = f"{note}; {found.describe()}" if note else found.describe()
+        self.say(make_row(name, speed, "tok/s", baseline, found.ceiling(self.rate), note=said))
+        return speed
+
+    def say_peak(self, name: str, streaming: "Streaming") -> None:
+        """The most memory of the device that was taken, beside its budget."""
+        budget = streaming.engine.plan.budget_bytes or 0
+        self.say(make_row(f"{name}: peak of device memory", streaming.peak_bytes / GB, "GB", ceiling=budget / GB))
+
+
+def make_row(
+    name: str, value: float, unit: str, baseline: float | None = None, ceiling: float | None = None, **more: Any
+) -> Row:
+    """A row, with its ratio to a baseline and its share of a ceiling."""
+    return Row(
+        name=name, value=value, unit=unit, baseline=baseline, ratio=value / baseline if baseline else None,
+        ceiling=ceiling, share=value / ceiling if ceiling else None, **more,
+    )  # fmt: skip
+
+
 class Streaming:
     """An open model, whose budget of device memory is set anew for each measurement."""
 
@@ -66,7 +122,7 @@ class Streaming:
         device: torch.device | str,
         batch: int,
         *,
-        codec: CodecChoice = "auto",
+        codec: CodecChoice = "none",
         memory_budget: int | None = None,
     ) -> None:
         """Open it with as little of the device's memory as it runs with.
@@ -75,7 +131,7 @@ class Streaming:
             source: where its weights are.
             device: where it computes.
             batch: the most prompts at a time.
-            codec: the form to read.
+            codec: the form to read; with `auto` exponents are coded on the way.
             memory_budget: of host memory, in bytes.
         """
         self._batch = batch
@@ -104,12 +160,16 @@ class Streaming:
         """Have so many layers stay on the device, and leave room for the KV cache of a batch; None: all of it stays."""
         engine = self.engine
         cost = kv_cost(self.model.model.config, torch.bfloat16)
-        budget = least_bytes(engine.needs) + cost.total_bytes(16, _LONGEST, sequences=self._batch)
+        budget = engine.coding_bytes + least_bytes(engine.needs) + cost.total_bytes(16, _LONGEST, sequences=self._batch)
         if kept_layers is None:
             budget += sum(engine.plan.sizes.values())
         else:
             budget += kept_layers * max(engine.plan.sizes[name] for name in self.model.layers)
-        engine.relimit(Limit(budget_bytes=budget, tier="device"))
+        self.limit(budget)
+
+    def limit(self, budget_bytes: int) -> None:
+        """Have so much of the device's memory."""
+        self.engine.relimit(Limit(budget_bytes=budget_bytes, tier="device"))
 
     def generate(self, count: int) -> list[list[int]]:
         """The tokens of a generation with one prompt."""
@@ -129,14 +189,19 @@ class Streaming:
         timing = self.time(1, NEW_TOKENS)
         return Streamed(
             timing=timing,
-            bytes_per_token=plan.bytes_per_pass,
+            bytes_per_token=self.engine.copied_per_pass,
             copied_bytes=metrics.count("copied_bytes") - before[0],
             copying_seconds=metrics.seconds("copy") - before[1],
             seconds=time.perf_counter() - start,
             layers=len(self.model.layers),
-            kept_layers=len(plan.pinned.intersection(self.model.layers)),
+            kept_layers=self.kept_layers,
             budget_bytes=plan.budget_bytes or 0,
         )
+
+    @property
+    def kept_layers(self) -> int:
+        """How many layers stay on the device."""
+        return len(self.engine.plan.pinned.intersection(self.model.layers))
 
     def outcome(self, rows: int, count: int) -> Outcome:
         """What it comes to."""

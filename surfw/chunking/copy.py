@@ -2,7 +2,8 @@
 
 Payloads are read as the runtime reads them, verified, and written as `write` writes those of a checkpoint. A chunk
 keeps its identity: what was read is compared with it before anything becomes visible. The checkpoint is not needed, and
-torch only to tell which weights can be quantised. Quantised forms that are there already are copied as they are.
+torch only to tell which weights can be quantised. Quantised forms that are there already are copied as they are, and so
+are all forms of an encrypted model, which takes no key.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from surfw.codec import (
 )
 from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES
+from surfw.encryption import EncryptionKey
 from surfw.errors import ConfigurationError, IntegrityError, StorageError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
 from surfw.source import ChunkSource, Read
@@ -40,6 +42,7 @@ async def copy_model(
     *,
     name: str | None = None,
     codecs: Sequence[str] | None = None,
+    key: EncryptionKey | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -50,7 +53,9 @@ async def copy_model(
         model: its name there, in full or a unique last part; None for the only one; or its manifest, if that is read.
         backend: the storage.
         name: its name in the store; default: the one that it has.
-        codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms.
+        codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms, or
+            that is encrypted.
+        key: encrypts the copy; an encrypted model stays as it is, so of that one it is its own.
         progress: as of `write_model`.
         on_outcome: as of `write_model`.
 
@@ -64,7 +69,8 @@ async def copy_model(
     manifest = model if isinstance(model, Manifest) else await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
     codecs = codecs or _default_codecs(manifest)
-    chunks = await asyncio.to_thread(_plan, manifest, codecs)
+    chunks = await asyncio.to_thread(_plan, manifest, codecs, key)
+    key = None if manifest.key_id else key  # then it is encrypted already
     payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())
     contents = Contents(
         name=name,
@@ -72,10 +78,10 @@ async def copy_model(
         plan=ChunkPlan(chunks, manifest.order),
         payloads=payloads,
         files={file.path: partial(source.file, manifest, file.path) for file in manifest.files},
-        manifest=partial(_copied, manifest, name, source.url),
+        manifest=partial(_copied, manifest, name, source.url, key=key),
     )
     writing = asyncio.ensure_future(
-        write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+        write_contents(contents, backend, codecs=codecs, key=key, progress=progress, on_outcome=on_outcome)
     )
 
     def stop() -> None:
@@ -86,20 +92,29 @@ async def copy_model(
 
 
 async def check_copy(
-    manifest: Manifest, backend: StorageBackend, *, name: str | None = None, codecs: Sequence[str] | None = None
+    manifest: Manifest,
+    backend: StorageBackend,
+    *,
+    name: str | None = None,
+    codecs: Sequence[str] | None = None,
+    key: EncryptionKey | None = None,
 ) -> None:
     """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
     codecs = codecs or _default_codecs(manifest)
-    await asyncio.to_thread(_plan, manifest, codecs)
+    await asyncio.to_thread(_plan, manifest, codecs, key)
     await check_target(backend, check_model_name(name or manifest.name), codecs)
 
 
 def _default_codecs(manifest: Manifest) -> Sequence[str]:
+    if manifest.key_id:
+        return stored_codecs(manifest)
     return DEFAULT_CODECS if has_exact_forms(manifest) else stored_packed_codecs(manifest)
 
 
-def _plan(manifest: Manifest, codecs: Sequence[str]) -> tuple[PlannedChunk, ...]:
+def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
     """The chunks to write; torch is needed where a form is to be made that is not there."""
+    if manifest.key_id:
+        return _plan_encrypted(manifest, codecs, key)
     new = set(codecs).intersection(PACKED_CODECS).difference(stored_codecs(manifest))
     matrices = find_matrices(manifest) if new else frozenset[str]()
     planned = []
@@ -116,10 +131,43 @@ def _plan(manifest: Manifest, codecs: Sequence[str]) -> tuple[PlannedChunk, ...]
     return tuple(planned)
 
 
-def _copied(manifest: Manifest, name: str, where: str, chunks: Sequence[Chunk], files: Sequence[ModelFile]) -> Manifest:
+def _plan_encrypted(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
+    """The chunks of an encrypted model, each with those of its forms that are copied."""
+    if key and key.id != manifest.key_id:
+        raise ConfigurationError(
+            f"{manifest.name} is encrypted with key {manifest.key_id} already, and a copy stays as it is; the "
+            f"{key.where} holds key {key.id}; for that one, chunk its checkpoint again"
+        )
+    if missing := set(codecs).difference(stored_codecs(manifest)):
+        raise ConfigurationError(
+            f"{manifest.name} is encrypted and copied as it is, as {', '.join(stored_codecs(manifest))}; "
+            f"{min(missing)} cannot be made of it; leave that out, or chunk its checkpoint"
+        )
+    planned = []
+    for chunk in manifest.chunks:
+        kept = tuple(form for form in chunk.forms if form.codec in codecs) or exact_forms(chunk)
+        if not kept:
+            raise ConfigurationError(
+                f"chunk {chunk.name} of {manifest.name} is stored as "
+                f"{', '.join(form.codec for form in chunk.forms)} alone; name that too"
+            )
+        tensors = tuple(PlannedTensor(info, None) for info in chunk.tensors)
+        planned.append(PlannedChunk(chunk.name, chunk.kind, tensors, chunk.id, kept))
+    return tuple(planned)
+
+
+def _copied(
+    manifest: Manifest,
+    name: str,
+    where: str,
+    chunks: Sequence[Chunk],
+    files: Sequence[ModelFile],
+    *,
+    key: EncryptionKey | None,
+) -> Manifest:
     for ours, theirs in zip(chunks, manifest.chunks, strict=True):
         is_known = all(form.is_known for form in theirs.forms)
-        if is_known and ours.id != theirs.id:
+        if is_known and ours.id != (key.hide(theirs.id) if key else theirs.id):
             raise IntegrityError(
                 f"chunk {theirs.name} from {where} has a payload with BLAKE3 {ours.id[:16]}…, its manifest promises "
                 f"{theirs.id[:16]}…; chunk the model again"

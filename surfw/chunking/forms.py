@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.codec import PACKED_CODECS
 from surfw.codec.lossless import FRAME_BYTES, decode_frame, decoders, encode_frame, item_bytes_of
+from surfw.encryption import EncryptionKey, Sealer
 from surfw.manifest import (
     Digester,
     Digests,
@@ -55,16 +56,40 @@ class Written:
     forms: tuple[Form, ...]
 
 
+class _Stored:
+    """The stored bytes of one form on their way into its file: encrypted if there is a key, and digested."""
+
+    def __init__(self, file: int, key: EncryptionKey | None) -> None:
+        self._file, self._digester = file, Digester()
+        self._sealer = Sealer(key) if key else None
+        self.size = 0
+
+    def add(self, part: bytes | memoryview) -> None:
+        """Write the next bytes."""
+        self.size += len(part)
+        for stored in (part,) if self._sealer is None else self._sealer.update(part):
+            self._write(stored)
+
+    def finish(self) -> tuple[Digests, bytes]:
+        """The digests of all of it, and the seals of its blocks."""
+        for stored in self._sealer.finish() if self._sealer else ():
+            self._write(stored)
+        return self._digester.result(), self._sealer.seals if self._sealer else b""
+
+    def _write(self, stored: bytes | memoryview) -> None:
+        _write_all(self._file, memoryview(stored))
+        self._digester.update(stored)
+
+
 class _PackedFile:
     """The file of one packed form, which is encoded in a thread of its own."""
 
-    def __init__(self, codec: str, planned: PlannedChunk, file: int) -> None:
+    def __init__(self, codec: str, planned: PlannedChunk, stored: _Stored) -> None:
         from surfw.codec.quantised import PackedEncoder  # here: it brings numpy
 
-        self._codec, self._kinds, self._file = codec, planned.kinds(codec), file
+        self._codec, self._kinds, self._stored = codec, planned.kinds(codec), stored
         parts = plan_parts([tensor.info for tensor in planned.tensors], self._kinds)
-        self._bytes, self._digester = packed_bytes(parts), Digester()
-        self._encoder: PackedEncoder = PackedEncoder(parts, self._write)
+        self._encoder: PackedEncoder = PackedEncoder(parts, stored.add)
         self._thread = ThreadPoolExecutor(1, f"surfw-{codec}")
 
     def add(self, piece: memoryview) -> Future[None]:
@@ -74,34 +99,37 @@ class _PackedFile:
     def finish(self) -> Form:
         """The form, once all is encoded."""
         self._thread.submit(self._encoder.finish).result()
-        digests = self._digester.result()
-        place = Location(_packed_key(digests.digest), 0, self._bytes)
-        return Form(self._codec, self._bytes, *digests, (place,), kinds=self._kinds)
+        digests, seals = self._stored.finish()
+        place = Location(_key(self._codec, digests, seals), 0, self._stored.size)
+        return Form(self._codec, self._stored.size, *digests, (place,), kinds=self._kinds, seals=seals)
 
     def close(self) -> None:
         """End its thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _write(self, coded: bytes | memoryview) -> None:
-        _write_all(self._file, memoryview(coded))
-        self._digester.update(coded)
-
 
 class FormFiles:
-    """The files of one chunk's forms, while it is written. Pieces are hashed and coded in threads of their own."""
+    """The files of one chunk's forms, while it is written. Pieces are hashed and coded in threads of their own.
 
-    def __init__(self, planned: PlannedChunk, scratch: Path, codecs: Sequence[str]) -> None:
+    With a key, what comes into the files is encrypted, the plain form's too: it has no header then.
+    """
+
+    def __init__(
+        self, planned: PlannedChunk, scratch: Path, codecs: Sequence[str], key: EncryptionKey | None = None
+    ) -> None:
         self._planned = planned
         self._infos = [tensor.info for tensor in planned.tensors]
         self._scratch = scratch
         self._codecs = codecs_of(planned, codecs)
-        self._payload, self._coded = Digester(), Digester()
+        self._key = key
+        self._payload = Digester()
         self._frames: list[int] = []
         self._size = 0
         self._pending: deque[tuple[list[Future[None]], list[Future[bytes | memoryview]]]] = deque()
         self._packed: list[_PackedFile] = []
         self._open = ExitStack()
         self._files: dict[str, int] = {}
+        self._stored: dict[str, _Stored] = {}
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -110,11 +138,12 @@ class FormFiles:
             for codec in self._codecs:
                 path = scratch_file(self._scratch, codec)
                 self._files[codec] = file = opened.enter_context(path.open("wb", buffering=0)).fileno()
+                self._stored[codec] = _Stored(file, self._key)
                 if self._planned.kinds(codec) and not self._planned.copied(codec):
-                    self._packed.append(_PackedFile(codec, self._planned, file))
+                    self._packed.append(_PackedFile(codec, self._planned, self._stored[codec]))
                     opened.callback(self._packed[-1].close)
             self._header = encode_header(self._infos)
-            if "none" in self._files:
+            if "none" in self._files and self._key is None and not self._planned.copied("none"):
                 _write_all(self._files["none"], memoryview(self._header))
             self._open = opened.pop_all()
         return self
@@ -134,7 +163,7 @@ class FormFiles:
 
     def copy(self, form: Form, piece: memoryview) -> None:
         """Write the next piece of a form that is copied."""
-        _write_all(self._files[form.codec], piece)
+        self._stored[form.codec].add(piece)
 
     def add(self, piece: memoryview) -> None:
         """Write the next piece of the payload, whose memory must not change before it is settled."""
@@ -143,10 +172,12 @@ class FormFiles:
             start = self._size + at
             item_bytes = item_bytes_of(self._infos, start, start + FRAME_BYTES)
             encoded.append(self._encoding.submit(encode_frame, piece[at : at + FRAME_BYTES], item_bytes))
-        hashed = self._hashing.submit(self._payload.update, piece)
-        self._pending.append(([hashed, *(packed.add(piece) for packed in self._packed)], encoded))
+        taken = [self._hashing.submit(self._payload.update, piece), *(packed.add(piece) for packed in self._packed)]
+        if "none" in self._files and self._key is not None:
+            taken.append(self._hashing.submit(self._stored["none"].add, piece))
+        self._pending.append((taken, encoded))
         self._size += len(piece)
-        if "none" in self._files:
+        if "none" in self._files and self._key is None:
             _write_all(self._files["none"], piece)
 
     def settle(self) -> None:
@@ -154,8 +185,7 @@ class FormFiles:
         taken, encoded = self._pending.popleft()
         for coded in encoded:
             frame = coded.result()
-            _write_all(self._files["lossless"], memoryview(frame))
-            self._coded.update(frame)
+            self._stored["lossless"].add(frame)
             self._frames.append(len(frame))
         for job in taken:
             job.result()
@@ -164,26 +194,42 @@ class FormFiles:
         """Settle the rest; returns the forms that are worth keeping."""
         while self._pending:
             self.settle()
-        payload, size, forms = self._payload.result(), self._size, []
-        if "none" in self._files:
-            place = Location(blob_key(payload.digest, ".safetensors"), len(self._header), len(self._header) + size)
-            forms.append(Form("none", size, *payload, (place,)))
+        payload, forms = self._payload.result(), list[Form]()
+        new = set(self._files).difference(form.codec for form in self.copied)
+        if "none" in new:
+            forms.append(self._finish_plain(payload))
         coded_bytes = sum(self._frames)
-        if "lossless" in self._files and (not forms or coded_bytes <= (1 - LEAST_GAIN) * size):
-            coded = self._coded.result()
-            place = Location(blob_key(coded.digest, ".lossless"), 0, coded_bytes)
-            forms.append(Form("lossless", coded_bytes, *coded, (place,), tuple(self._frames)))
+        if "lossless" in new and (not forms or coded_bytes <= (1 - LEAST_GAIN) * self._size):
+            coded, seals = self._stored["lossless"].finish()
+            place = Location(_key("lossless", coded, seals), 0, coded_bytes)
+            forms.append(Form("lossless", coded_bytes, *coded, (place,), tuple(self._frames), seals=seals))
         forms += [packed.finish() for packed in self._packed]
         for form in self.copied:
-            forms.append(replace(form, locations=(Location(_packed_key(form.digest), 0, form.stored_bytes),)))
-        return Written(payload.digest if self.needs_payload else self._planned.id, tuple(forms))
+            digests, seals = self._stored[form.codec].finish()
+            seals = seals or form.seals
+            place = Location(_key(form.codec, digests, seals), 0, form.stored_bytes)
+            forms.append(replace(form, digest=digests.digest, blocks=digests.blocks, locations=(place,), seals=seals))
+        chunk_id = payload.digest if self.needs_payload else self._planned.id
+        return Written(self._key.hide(chunk_id) if self._key else chunk_id, tuple(forms))
+
+    def _finish_plain(self, payload: Digests) -> Form:
+        """The form that is the payload itself: in a safetensors file, or encrypted."""
+        if self._key is None:
+            start, digests, seals = len(self._header), payload, b""
+        else:
+            start, (digests, seals) = 0, self._stored["none"].finish()
+        place = Location(_key("none", digests, seals), start, start + self._size)
+        return Form("none", self._size, *digests, (place,), seals=seals)
 
 
 def codecs_of(planned: PlannedChunk, codecs: Sequence[str]) -> tuple[str, ...]:
     """Of these codecs, those that a chunk has forms of, as far as what it holds decides it; if there is none, `none`.
 
-    A chunk without matrices has no packed form, and a small one no compressed form beside the plain one.
+    A chunk without matrices has no packed form, and a small one no compressed form beside the plain one. Of an
+    encrypted one, there is what was decided when it was encrypted.
     """
+    if any(form.seals for form in planned.ready):
+        return tuple(form.codec for form in planned.ready)
     is_small = planned.payload_bytes < FRAME_BYTES and "none" in codecs
     left_out = {"lossless"} if is_small else set[str]()
     left_out |= {codec for codec in PACKED_CODECS if not planned.kinds(codec)}
@@ -239,8 +285,10 @@ def _decode_seconds(frames: Sequence[tuple[bytes | memoryview, memoryview]]) -> 
     return min(seconds)
 
 
-def _packed_key(digest: str) -> str:
-    return blob_key(digest, ".packed")
+def _key(codec: str, digests: Digests, seals: bytes) -> str:
+    """The blob of a form."""
+    suffix = {"none": ".safetensors", "lossless": ".lossless"}.get(codec, ".packed")
+    return blob_key(digests.digest, ".encrypted" if seals else suffix)
 
 
 def scratch_file(scratch: Path, codec: str) -> Path:
@@ -267,15 +315,17 @@ def decode_entry(line: bytes) -> tuple[str, tuple[str, ...], Written]:
 
 def _encode_form(form: Form) -> dict[str, Any]:
     (place,) = form.locations
-    facts = {"codec": form.codec, "object": place.object, "start": place.start, "stop": place.stop}
-    return facts | Digests(form.digest, form.blocks).document() | {"frames": form.frames, "kinds": form.kinds}
+    facts: dict[str, Any] = {"codec": form.codec, "object": place.object, "start": place.start, "stop": place.stop}
+    facts |= Digests(form.digest, form.blocks).document()
+    return facts | {"frames": form.frames, "kinds": form.kinds, "seals": form.seals.hex()}
 
 
 def _decode_form(entry: dict[str, Any]) -> Form:
     place = Location(entry["object"], entry["start"], entry["stop"])
     size = place.stop - place.start
     digests, kinds = read_digests(entry, size), tuple(entry.get("kinds", ()))
-    return Form(entry["codec"], size, *digests, (place,), tuple(entry["frames"]), kinds)
+    seals = bytes.fromhex(entry.get("seals", ""))
+    return Form(entry["codec"], size, *digests, (place,), tuple(entry["frames"]), kinds, seals)
 
 
 def _write_all(fd: int, data: memoryview) -> None:

@@ -11,6 +11,7 @@ from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.write import Progress, write_model
 from surfw.codec import DEFAULT_CODECS, check_codecs
 from surfw.config import OnMissing, display_url, expect
+from surfw.encryption import read_key
 from surfw.errors import ConfigurationError
 from surfw.storage import StorageBackend, open_backend
 from surfw.threads import refuse_event_loop
@@ -60,6 +61,7 @@ class ModelChunker:
         codecs: Sequence[str] = DEFAULT_CODECS,
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
+        encryption_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Set up the work; nothing is read or written yet.
 
@@ -78,9 +80,10 @@ class ModelChunker:
                 Beside `none`, `lossless` is kept where it is at least 10 % smaller.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
+            encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
 
         Raises:
-            ConfigurationError: both a folder and a backend are given.
+            ConfigurationError: both a folder and a backend are given, or the file holds no key.
         """
         expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
         if not os.fspath(model_name):
@@ -98,6 +101,7 @@ class ModelChunker:
         self._backend = storage_backend
         self._output_dir = os.fspath(DEFAULT_OUTPUT_DIR if output_dir is None else output_dir)
         self._codecs = check_codecs(codecs)
+        self._key = None if encryption_key_file is None else read_key(encryption_key_file)
         self._progress = progress or (lambda *_: None)
         self._prepare = partial(
             prepare_model,
@@ -124,7 +128,9 @@ class ModelChunker:
             if backend is None:
                 backend = open_backend(self._output_dir, self._storage_options)
             try:
-                manifest = await write_model(prepared, backend, codecs=self._codecs, progress=self._progress)
+                manifest = await write_model(
+                    prepared, backend, codecs=self._codecs, key=self._key, progress=self._progress
+                )
             finally:
                 if self._backend is None:
                     await backend.close()

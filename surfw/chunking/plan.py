@@ -36,14 +36,14 @@ class PlannedChunk:
 
     Attributes:
         id: its identity, where that is known before its payload is read.
-        packed: forms with quantised weights that are there already, and are copied as they are.
+        ready: forms with quantised weights, or encrypted ones, that are there already and are copied as they are.
     """
 
     name: str
     kind: str
     tensors: tuple[PlannedTensor, ...]
     id: str = ""
-    packed: tuple[Form, ...] = ()
+    ready: tuple[Form, ...] = ()
 
     @property
     def payload_bytes(self) -> int:
@@ -67,7 +67,7 @@ class PlannedChunk:
 
     def copied(self, codec: str) -> Form | None:
         """The form of that codec that is copied as it is, if there is one."""
-        return next((form for form in self.packed if form.codec == codec), None)
+        return next((form for form in self.ready if form.codec == codec), None)
 
     def chunk(self, chunk_id: str, *forms: Form) -> Chunk:
         """The chunk as its manifest describes it, stored in these forms."""

@@ -42,6 +42,7 @@ from surfw.chunking.plan import ChunkPlan, PlannedChunk
 from surfw.chunking.prepare import PayloadReader, PreparedModel
 from surfw.codec import CODECS, PACKED_CODECS, whole_codecs
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
+from surfw.encryption import EncryptionKey
 from surfw.errors import (
     ConfigurationError,
     ManifestError,
@@ -109,6 +110,7 @@ async def write_model(
     backend: StorageBackend,
     *,
     codecs: Sequence[str] = ("none",),
+    key: EncryptionKey | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -119,6 +121,7 @@ async def write_model(
         backend: the storage.
         codecs: the forms to write of each chunk. Beside `none`, `lossless` is kept where it is at least 10 % smaller;
             `int8` and `int4` are written where there are weights to quantise.
+        key: encrypts all of them; the tokenizer's files and the manifest stay readable.
         progress: see `Progress`.
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
@@ -137,7 +140,7 @@ async def write_model(
         },
         manifest=prepared.manifest,
     )
-    return await write_contents(contents, backend, codecs=codecs, progress=progress, on_outcome=on_outcome)
+    return await write_contents(contents, backend, codecs=codecs, key=key, progress=progress, on_outcome=on_outcome)
 
 
 async def write_contents(
@@ -145,20 +148,22 @@ async def write_contents(
     backend: StorageBackend,
     *,
     codecs: Sequence[str],
+    key: EncryptionKey | None = None,
     progress: Progress,
     on_outcome: Callable[[str, Outcome], object],
 ) -> Manifest:
     """Write a model, and publish it; arguments and errors as of `write_model`."""
     store = Store(backend)
     await store.create()
-    key = contents.key
-    if tuple(codecs) != ("none",):
-        key = payload_digest(f"{key} {' '.join(codecs)}".encode())[:32]
-    writer = ChunkWriter(store.backend, contents.payloads, model=contents.name, key=key, progress=progress)
+    work = contents.key
+    if tuple(codecs) != ("none",) or key:
+        work = payload_digest(" ".join([work, *codecs, *([key.id] if key else [])]).encode())[:32]
+    writer = ChunkWriter(store.backend, contents.payloads, model=contents.name, key=work, progress=progress)
     writer.on_outcome = on_outcome
-    writer.codecs = codecs
+    writer.codecs, writer.encryption = codecs, key
     with writer.locked():
-        before = await _stored_before(store, contents.name)
+        facts = await _find_stored(store, contents.name)
+        before = whole_codecs(facts) if facts else ()
         _expect_exact_forms(store, contents.name, before, codecs)
         await writer.expect_space(store, contents.plan)
         try:
@@ -166,6 +171,7 @@ async def write_contents(
                 chunks = await writer.write(contents.plan)
                 files = [await writer.write_file(name, await read()) for name, read in contents.files.items()]
                 manifest = contents.manifest(chunks, files)
+                manifest = replace(manifest, key_id=key.id) if key else manifest
                 await writer.publish(store, manifest)
         except StorageError as exc:
             raise type(exc)(f"{exc}; what was finished is kept, and the same command goes on where it stopped") from exc
@@ -174,7 +180,20 @@ async def write_contents(
             "%s was stored as %s too, and is not any more; to keep that, give all of them (codecs, --codec): %s",
             contents.name, " and ".join(lost), ",".join(codec for codec in CODECS if codec in {*codecs, *lost}),
         )  # fmt: skip
+    if facts and facts.key_id != manifest.key_id:
+        _warn_of_change(store, facts, manifest)
     return manifest
+
+
+def _warn_of_change(store: Store, before: Manifest, manifest: Manifest) -> None:
+    if before.key_id and not manifest.key_id:
+        logger.warning("%s was encrypted in %s, and is not any more", manifest.name, store.url)
+    elif not before.key_id and before.origin is None:
+        logger.warning(
+            "%s was stored without encryption before, and those blobs can still be read in %s: remove them with "
+            "'surfw prune'",
+            manifest.name, store.url,
+        )  # fmt: skip
 
 
 async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]) -> None:
@@ -187,14 +206,15 @@ async def check_target(backend: StorageBackend, name: str, codecs: Sequence[str]
     """
     store = Store(backend)
     if await store.check_place():
-        _expect_exact_forms(store, name, await _stored_before(store, name), codecs)
+        facts = await _find_stored(store, name)
+        _expect_exact_forms(store, name, whole_codecs(facts) if facts else (), codecs)
 
 
-async def _stored_before(store: Store, name: str) -> tuple[str, ...]:
-    """The codecs that a store has all weights of a model in; none if it has no such model."""
+async def _find_stored(store: Store, name: str) -> Manifest | None:
+    """What a store says of a model; None if it has no such model."""
     with suppress(UnknownModelError, ManifestError):  # a damaged manifest may be replaced
-        return whole_codecs(await store.facts(name))
-    return ()
+        return await store.facts(name)
+    return None
 
 
 def _expect_exact_forms(store: Store, name: str, before: Sequence[str], codecs: Sequence[str]) -> None:
@@ -225,6 +245,7 @@ class ChunkWriter:
         self.lease = WriteLease(backend, model, self.folder)
         self.on_outcome: Callable[[str, Outcome], object] = lambda *_: None
         self.codecs: Sequence[str] = ("none",)
+        self.encryption: EncryptionKey | None = None
         self._model = model
         self._journal = self.folder / "journal.jsonl"
         self._stop = threading.Event()
@@ -343,7 +364,7 @@ class ChunkWriter:
         buffers = [memoryview(bytearray(min(size, PIECE_BYTES))) for _ in range(min(_BUFFERS, -(-size // PIECE_BYTES)))]
         with (
             translate_errors(f"writing chunk {planned.name} to {self.backend.url}"),
-            FormFiles(planned, scratch, self.codecs) as files,
+            FormFiles(planned, scratch, self.codecs, self.encryption) as files,
         ):
             for index, start in enumerate(range(0, size if files.needs_payload else 0, PIECE_BYTES)):
                 self._expect_to_go_on(planned)
@@ -390,7 +411,7 @@ class ChunkWriter:
 
     async def _is_whole(self, at: Location, form: Form) -> bool:
         """Whether an object has these stored bytes; payloads lie behind a header, and nothing else does."""
-        has_header = form.codec == "none"
+        has_header = form.codec == "none" and not form.seals
         if not (PREFIX_BYTES < at.start <= PREFIX_BYTES + MAX_HEADER_BYTES if has_header else at.start == 0):
             return False
         seen = blake3()

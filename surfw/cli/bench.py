@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from surfw.cli import options
+from surfw.config import CachePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,13 @@ Examples:
   surfw bench cache
   surfw bench cache --clients 4 --share 0.25 --json
   surfw bench cache --trace recorded.jsonl
+"""
+
+CLIENTS_EXAMPLES = """\b
+Examples:
+  surfw bench clients
+  surfw bench clients ./store --clients 32 --idle 1000 --seconds 600
+  surfw bench clients s3://bucket/store --clients 1 --cache 200MB --direct --json
 """
 
 QUALITY_EXAMPLES = """\b
@@ -80,6 +88,55 @@ def flood(
     from surfw.bench.flood import bench_flood
 
     _show(bench_flood(seconds=seconds), json=json)
+
+
+@app.command("clients", cls=options.Command, epilog=CLIENTS_EXAMPLES)
+@options.with_settings("storage_options")
+def clients(
+    *,
+    place: Annotated[
+        str | None,
+        typer.Argument(metavar="STORE", help="A store: a folder or a storage URL. [default: one that is made up]"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model. [default: the only one there is]")] = None,
+    configuration: options.Configuration,
+    number: Annotated[int, typer.Option("--clients", min=1, max=1000, help="How many read at the same time.")] = 8,
+    idle: Annotated[int, typer.Option(min=0, max=100_000, help="How many more are connected, and do nothing.")] = 0,
+    cache: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Size of the server's cache. [default: the model fits]")
+    ] = None,
+    policy: Annotated[CachePolicy, typer.Option(help="What the cache keeps.")] = "schedule",
+    direct: Annotated[bool, typer.Option("--direct", help="Also read the storage without a server.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternations with the baseline; medians are shown.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="Go on for so long after the last round.")] = 0.0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Many clients of one server, each a process, against as many raw TCP connections with the same bytes.
+
+    Each round starts servers with empty caches. Shown are the rates of all clients together, how evenly they share, how
+    often the storage is read, what the cache hits, and the server's memory.
+    """
+    options.check_size("--cache", cache)
+    from surfw.cli.addresses import read_address
+    from surfw.config import parse_size
+
+    _say("measuring", quiet=quiet)
+    from surfw.bench.clients import ClientsWork, bench_clients
+
+    work = ClientsWork(
+        store=None if place is None else read_address(place).url,
+        model=model,
+        options=configuration.settings.storage_options,
+        clients=number,
+        idle=idle,
+        cache_bytes=None if cache is None else parse_size(cache),
+        policy=policy,
+        rounds=rounds,
+        seconds=seconds,
+        direct=direct,
+    )
+    _show(bench_clients(work, on_progress=partial(_say, quiet=quiet)), json=json)
 
 
 @app.command("cache", cls=options.Command, epilog=CACHE_EXAMPLES)
@@ -370,8 +427,8 @@ def device(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Of streamed, half, whole, packed, accelerate, accelerate-half, diffusers, server, disk, separated by "
-            "commas. [default: all; disk with --disk]",
+            help="Of streamed, accelerate, half, accelerate-half, whole, packed, diffusers, server, disk, 70b, "
+            "separated by commas. [default: all; disk with --disk]",
         ),
     ] = None,
     folder: Annotated[

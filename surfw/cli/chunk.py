@@ -19,6 +19,7 @@ from surfw.settings import Settings
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome, PreparedModel
+    from surfw.encryption import EncryptionKey
     from surfw.manifest import Manifest
     from surfw.models.planned import PlannedModel
     from surfw.models.quality import Quality
@@ -31,6 +32,7 @@ Examples:
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
   surfw chunk s3://bucket/my-model --in-place
+  surfw chunk ./my-model --encrypt ./model.key
   surfw chunk my-model --from ./store --store s3://bucket/store
 """
 
@@ -47,6 +49,8 @@ class _Wanted:
     revision: str | None
     dtype: str | None
     codecs: tuple[str, ...]
+    encrypt: str | None
+    key: "EncryptionKey | None"
     dry_run: bool
     in_place: bool
 
@@ -83,6 +87,12 @@ def chunk(
             "--from", metavar="SOURCE", help="Copy MODEL from a store or a server, where it is in chunks already."
         ),
     ] = None,
+    encrypt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEYFILE", help="Encrypt the weights with the key in this file; only who runs the model needs it."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show layers, and the forms side by side; write nothing.")
     ] = False,
@@ -106,6 +116,7 @@ def chunk(
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
         "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--encrypt": encrypt is not None,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -123,7 +134,10 @@ def chunk(
         from surfw.cli.copy import Copy, copy_model
 
         codecs = None if codec is None else _read_codecs(codec)
-        wanted_copy = Copy(model=model, source=source, name=name, codecs=codecs, dry_run=dry_run)
+        wanted_copy = Copy(
+            model=model, source=source, name=name, codecs=codecs, encrypt=encrypt, key=_read_key(encrypt),
+            dry_run=dry_run,
+        )  # fmt: skip
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
             copy_model(wanted_copy, configuration, step, json=json, quiet=quiet)
         return
@@ -134,8 +148,12 @@ def chunk(
     options.check_option("dtype", dtype)
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
+    if encrypt is not None and in_place:
+        raise typer.BadParameter(
+            "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
+        )
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype,
+        model=model, name=name, revision=revision, dtype=dtype, encrypt=encrypt, key=_read_key(encrypt),
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -196,6 +214,15 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
+def _read_key(file: str | None) -> "EncryptionKey | None":
+    """The key of --encrypt."""
+    if file is None:
+        return None
+    from surfw.encryption import read_key
+
+    return read_key(file)
 
 
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
@@ -301,6 +328,7 @@ def _write(
                 prepared,
                 backend,
                 codecs=wanted.codecs,
+                key=wanted.key,
                 progress=progress,
                 on_outcome=lambda _, outcome: outcomes.update([outcome]),
             )
@@ -325,7 +353,12 @@ def _measure_quality(
     url, missing = prepared.checkpoint.url, settings.on_missing
     written: chunk_quality.Place = (
         settings.store,
-        {"model": manifest.name, "storage_options": placed.for_url(settings.store), "on_missing": missing},
+        {
+            "model": manifest.name,
+            "storage_options": placed.for_url(settings.store),
+            "on_missing": missing,
+            "encryption_key_file": wanted.encrypt,
+        },
     )
     reference = written
     if not has_exact_forms(manifest):

@@ -48,13 +48,16 @@ def show_result(
         counts = {"unchanged_chunks": outcomes["unchanged"], "replaced_chunks": outcomes["replaced"]}
         forms = {"form_bytes": form_bytes(manifest), **weight_facts(manifest)}
         measured = chunk_quality.facts(quality)
-        render.print_json({**facts, "store": place, "digest": manifest.digest, **counts, **forms, **measured})
+        key = {"key_id": manifest.key_id} if manifest.key_id else {}
+        render.print_json({**facts, "store": place, "digest": manifest.digest, **key, **counts, **forms, **measured})
         return
     how = ", which points at the checkpoint" if is_in_place else _tell(outcomes)
     render.say(
         f"{manifest.name}: {count(len(manifest.chunks), 'chunk')} ({count(manifest.layer_count, 'layer')}), "
         f"{_describe_forms(manifest)} in {place}{how}"
     )
+    if manifest.key_id:
+        render.say(f"encrypted with key {manifest.key_id}; nobody can run the model without it, so keep a copy safe")
     for line in _describe_weights(manifest):
         render.say(line)
     for codec, one in quality.items():

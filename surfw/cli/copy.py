@@ -10,6 +10,7 @@ from surfw.config import display_url, is_server_url
 
 if TYPE_CHECKING:
     from surfw.chunking import Outcome
+    from surfw.encryption import EncryptionKey
     from surfw.manifest import Manifest
     from surfw.source import ChunkSource
 
@@ -22,6 +23,8 @@ class Copy:
     source: str
     name: str | None
     codecs: tuple[str, ...] | None
+    encrypt: str | None
+    key: "EncryptionKey | None"
     dry_run: bool
 
 
@@ -58,7 +61,7 @@ def copy_model(
         step("")
         facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
         if wanted.dry_run:
-            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs))
+            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs, key=wanted.key))
             render.print_json(facts) if json else chunk_view.show_copy(manifest)
             return
         with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:
@@ -70,6 +73,7 @@ def copy_model(
                         backend,
                         name=wanted.name,
                         codecs=wanted.codecs,
+                        key=wanted.key,
                         progress=lambda size, chunk: update(advance=size, description=chunk),
                         on_outcome=lambda _, outcome: outcomes.update([outcome]),
                     )
@@ -80,7 +84,14 @@ def copy_model(
             copied,
             [codec for codec in stored_packed_codecs(copied) if codec not in stored_codecs(manifest)],
             reference=(client, {"model": manifest.name}),
-            written=(settings.store, {"model": copied.name, "storage_options": placed.for_url(settings.store)}),
+            written=(
+                settings.store,
+                {
+                    "model": copied.name,
+                    "storage_options": placed.for_url(settings.store),
+                    "encryption_key_file": wanted.encrypt,
+                },
+            ),
             step=step,
         )
     chunk_view.show_result(facts, copied, outcomes, display_url(settings.store), quality=quality, json=json)

@@ -65,10 +65,9 @@ def _memory_rows(one: "Explanation", origin: SettingOrigin) -> list[tuple[str, s
     ]
     if is_device:
         takes = f"{format_size(one.host_peak_bytes or 0)} of {format_size(one.host_budget_bytes or 0)}"
-        rows[-1] = (
-            "host memory",
-            f"{takes}; {count(one.host_kept_layers or 0, 'layer')} that the device lacks stay there",
-        )
+        coded = f", {one.host_coded_layers} of them coded" if one.host_coded_layers else ""
+        stay = f"{count(one.host_kept_layers or 0, 'layer')} that the device lacks stay there{coded}"
+        rows[-1] = ("host memory", f"{takes}; {stay}")
     return rows
 
 
@@ -106,7 +105,8 @@ def _speed_rows(one: "Explanation") -> list[tuple[str, str]]:
             ("ceiling by reading", f"{_speed(one.reading_ceiling, one)} (bandwidth ÷ bytes in a pass)"),
         ]
     if one.bus_ceiling is not None and one.bus_bytes_per_second is not None:
-        copied = f"{format_size(one.bus_bytes_per_pass)} at {_rate(one.bus_bytes_per_second)} (measured)"
+        coded = " (lossless)" if one.host_coded_layers else ""
+        copied = f"{format_size(one.bus_bytes_per_pass)}{coded} at {_rate(one.bus_bytes_per_second)} (measured)"
         rows += [("copied in a pass", copied), ("ceiling by copying", _speed(one.bus_ceiling, one))]
     rows.append(("ceiling by computing", _computing(one)))
     rows.append(("what limits it", _limit(one)))

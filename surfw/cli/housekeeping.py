@@ -195,6 +195,8 @@ def _show_details(model: ModelDetails) -> None:
     ]
     if model.origin is not None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")
+    if model.key_id is not None:
+        rows.append(("encrypted", f"with key {model.key_id}"))
     render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")

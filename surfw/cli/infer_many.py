@@ -18,7 +18,7 @@ from surfw.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from surfw.models.inference import InferenceRequest
-    from surfw.models.many import Feed, ManyResult
+    from surfw.models.many import ManyResult
     from surfw.models.streaming import StreamingModel
 
 _MOST_LINE_BYTES = 16 * 1024 * 1024
@@ -165,52 +165,44 @@ class _Run:
         self._lock = threading.RLock()
         self._room = threading.Semaphore(_MOST_AHEAD)
         self._advance: Callable[..., None] = lambda **_: None
-        self._failure: BaseException | None = None
+        self._places: list[int] = []  # of what the model is asked, among all questions
 
     def run(self, lines: IO[bytes], total: int | None) -> _Tally:
         """Answer all questions of a file, of which so many are known to be there."""
         from surfw.cli import render
-        from surfw.models.inference import InferenceRequest
-        from surfw.models.many import MOST_SEQUENCES, Feed
+        from surfw.models.inference import GenerationOptions, InferenceRequest
+        from surfw.models.many import MOST_SEQUENCES
 
-        most, settings = self._many.sequences or MOST_SEQUENCES, self._settings
-        shared = InferenceRequest(
-            prompt="", max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=settings.top_k, seed=settings.seed,
-        )  # fmt: skip
-        feed = Feed(2 * most)
-        reading = threading.Thread(target=self._read, args=(lines, feed, shared), name="surfw-prompts", daemon=True)
+        settings = self._settings
+        sampling: GenerationOptions = {
+            "max_new_tokens": settings.max_new_tokens, "temperature": settings.temperature, "top_p": settings.top_p,
+            "top_k": settings.top_k, "seed": settings.seed,
+        }  # fmt: skip
         with render.count_bar("answering", total, quiet=self._many.quiet) as self._advance:
-            reading.start()
             try:
-                self._streaming.answer_many(feed, shared, on_result=self._take, on_tokens=self._count, sequences=most)
+                self._streaming.answer_many(
+                    self._requests(lines, InferenceRequest(prompt="", **sampling)), on_result=self._take,
+                    on_tokens=self._count, sequences=self._many.sequences or MOST_SEQUENCES, **sampling,
+                )  # fmt: skip
             except KeyboardInterrupt as exc:
                 if self._many.output is not None:
                     raise KeyboardInterrupt("the same command with --resume goes on where it stopped") from exc
                 raise
             finally:
-                feed.close()
                 self._room.release(_MOST_AHEAD)
-        if self._failure is not None:
-            raise self._failure
         return self._tally
 
-    def _read(self, lines: IO[bytes], feed: "Feed", shared: "InferenceRequest") -> None:
-        """Read all questions, and put them to the model; in a thread of its own."""
-        try:
-            seen: dict[str, int] = {}
-            for index, question in enumerate(self._questions(lines, seen, shared)):
-                self._room.acquire()
-                with self._lock:
-                    self._asked[index] = question
-                if question.request is None:
-                    self._answer(index, {"error": question.error})
-                elif not feed.put(index, question.request):
-                    return
-        except BaseException as exc:  # noqa: BLE001 - it is raised where the run ends
-            self._failure = exc
-        finally:
-            feed.close()
+    def _requests(self, lines: IO[bytes], shared: "InferenceRequest") -> Iterator["InferenceRequest"]:
+        """What the model is asked, in a thread that reads ahead of it; questions that are wrong are answered here."""
+        for place, question in enumerate(self._questions(lines, {}, shared)):
+            self._room.acquire()
+            with self._lock:
+                self._asked[place] = question
+            if question.request is None:
+                self._answer(place, {"error": question.error})
+            else:
+                self._places.append(place)
+                yield question.request
 
     def _questions(self, lines: IO[bytes], seen: dict[str, int], shared: "InferenceRequest") -> Iterator[_Question]:
         for number in _numbers():
@@ -256,14 +248,12 @@ class _Run:
         self._advance(tokens=self._tally.tokens)
 
     def _take(self, found: "ManyResult") -> None:
-        if found.result is None:
-            self._answer(found.index, {"error": found.error})
-            return
-        result = found.result
-        self._answer(
-            found.index,
-            {"text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens},
-        )
+        place, result = self._places[found.index], found.result
+        if result is None:
+            self._answer(place, {"error": found.error})
+        else:
+            facts = {"text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens}
+            self._answer(place, facts)
 
     def _answer(self, index: int, answer: Mapping[str, Any]) -> None:
         """Write an answer, in its turn."""

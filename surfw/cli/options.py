@@ -40,7 +40,7 @@ RUN_SETTINGS = (
     "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
     "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
     "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "retry_restart", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "live",
+    "retry_restart", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "encryption_key_file", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")

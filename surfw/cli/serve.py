@@ -12,7 +12,7 @@ import typer
 from surfw.cli import logs, options
 from surfw.cli.addresses import is_here, read_address
 from surfw.cli.streams import can_draw, one_line
-from surfw.config import CachePolicy, display_url
+from surfw.config import CachePolicy, display_url, parse_size
 from surfw.errors import NotAStoreError
 from surfw.settings import Settings
 
@@ -46,6 +46,9 @@ _READ_SECONDS = 1.0
     "port",
     "cache_mb",
     "redis_url",
+    "max_bytes_per_second",
+    "max_client_bytes_per_second",
+    "slow_client_timeout",
     "insecure",
     "clients",
     "allowed_host",
@@ -178,11 +181,18 @@ def _make_server(settings: Settings, place: str, policy: CachePolicy, record: Pa
         "clients": settings.clients,
         "cache_policy": policy,
         "record": record,
+        "max_bytes_per_second": _rate(settings.max_bytes_per_second),
+        "max_client_bytes_per_second": _rate(settings.max_client_bytes_per_second),
+        "slow_client_timeout": settings.slow_client_timeout,
         "allowed_hosts": [name.strip() for name in (settings.allowed_host or "").split(",") if name.strip()],
     }
     if settings.redis_url is None:
         return WeightServer(None, place, *where, **options)
     return AdvancedWeightServer(place, settings.redis_url, *where, **options)
+
+
+def _rate(size: str | None) -> int | None:
+    return None if size is None else parse_size(size)
 
 
 async def _show(server: "WeightServer", stop: "asyncio.Event") -> None:

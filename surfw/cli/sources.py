@@ -186,6 +186,7 @@ def connect(
         retry=settings.retry,
         connect_timeout=settings.connect_timeout,
         silence_timeout=settings.silence_timeout,
+        encryption_key_file=settings.encryption_key_file,
     ) as client:
         client.begin(check)
         yield client

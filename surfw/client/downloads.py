@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES, MIB, PAGE_BYTES
 from surfw.errors import ConnectionFailedError, IntegrityError
 from surfw.manifest import payload_digest
-from surfw.source import Read, find_damage
+from surfw.source import Read, check_blocks
 from surfw.threads import to_its_end
 from surfw.wire import Begin
 
@@ -134,7 +134,7 @@ class ChunkDownload:
         end = stop if last else stop - stop % BLOCK_BYTES
         if self._verifiers is not None:
             run = self.place(self._checked, end - self._checked)
-            self._checks.append(self._verifiers.submit(find_damage, self.read.form, self._checked // BLOCK_BYTES, run))
+            self._checks.append(self._verifiers.submit(check_blocks, self.read, self._checked // BLOCK_BYTES, run))
         self._checked = end
 
     async def verify(self) -> dict[int, str]:

@@ -9,6 +9,8 @@ documented in `surfw/storage/FORMAT.md`. Its rules, checked whenever one is pars
   verified alone. For codec `none` the stored bytes are the payload itself; for `lossless` they are its parts of
   1 MiB, each compressed alone, whose stored sizes are listed (format version 3). `int8` and `int4` hold quantised
   weights; how each tensor is held is listed, and where it lies follows from that (format version 4).
+- Stored bytes may be encrypted, all with one key, after they were coded (format version 5). Digests are of what is
+  stored, so that nobody needs the key to verify, serve or copy it.
 - The locations and files of a model that was not copied lie in another storage, its *origin*, and each object is
   pinned to its revision. Digests may then be missing (format version 2) until all bytes of a chunk have been read.
 - Locations (object and byte range) belong to the storage. They and the origin never cross the wire: see
@@ -27,11 +29,14 @@ from surfw.manifest.digests import (
     read_digests,
 )
 from surfw.manifest.facts import (
+    CIPHER,
     CODED_VERSION,
     DTYPE_BITS,
+    ENCRYPTED_VERSION,
     FORMAT,
     IN_PLACE_VERSION,
     PACKED_VERSION,
+    SEAL_BYTES,
     VERSION,
     Chunk,
     Form,
@@ -68,10 +73,10 @@ from surfw.manifest.parts import (
 )
 
 __all__ = [
-    "CODED_VERSION", "DTYPE_BITS", "FORMAT", "GROUP", "IN_PLACE_VERSION", "LEAST_WEIGHTS", "PACKED_VERSION",
-    "PANEL", "VERSION", "Chunk", "Digester", "Digests", "Form", "Kind", "Location", "Manifest", "ModelFile",
-    "Origin", "Part", "Pin", "Reason", "TensorInfo", "Use", "check_model_name", "count_blocks", "decode_line",
-    "digest_blocks", "encode_line", "encode_stored_manifest", "fits", "has_digest", "nbytes", "packed_bytes",
-    "parse_digests", "parse_manifest", "parse_stored_manifest", "parts_of", "payload_digest", "plan_parts",
-    "read_digests", "stored_bytes", "why_exact", "with_digests",
+    "CIPHER", "CODED_VERSION", "DTYPE_BITS", "ENCRYPTED_VERSION", "FORMAT", "GROUP", "IN_PLACE_VERSION",
+    "LEAST_WEIGHTS", "PACKED_VERSION", "PANEL", "SEAL_BYTES", "VERSION", "Chunk", "Digester", "Digests", "Form", "Kind",
+    "Location", "Manifest", "ModelFile", "Origin", "Part", "Pin", "Reason", "TensorInfo", "Use", "check_model_name",
+    "count_blocks", "decode_line", "digest_blocks", "encode_line", "encode_stored_manifest", "fits", "has_digest",
+    "nbytes", "packed_bytes", "parse_digests", "parse_manifest", "parse_stored_manifest", "parts_of", "payload_digest",
+    "plan_parts", "read_digests", "stored_bytes", "why_exact", "with_digests",
 ]  # fmt: skip

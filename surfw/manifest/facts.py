@@ -21,6 +21,14 @@ CODED_VERSION = 3
 PACKED_VERSION = 4
 """The version of manifests with chunks in the forms `int8` and `int4`."""
 
+CIPHER = "AES-256-GCM"
+
+ENCRYPTED_VERSION = 5
+"""The version of manifests of models whose stored bytes are encrypted."""
+
+SEAL_BYTES = 48
+"""What an encrypted block needs beside it to be decrypted: 32 bytes that its key comes from, and 16 of a tag."""
+
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
@@ -76,6 +84,8 @@ class Form:
         locations: where the stored bytes lie, in order; empty once a manifest has crossed the wire.
         frames: the stored bytes of each frame, a part of 1 MiB of the payload that is coded alone; only of `lossless`.
         kinds: how each of the chunk's tensors is held; only of packed forms, `int8` and `int4`.
+        seals: of an encrypted form, `SEAL_BYTES` for each block, joined; see `surfw.encryption`. Encrypted bytes are as
+            long as what they hide, and lie where that would.
     """
 
     codec: str
@@ -85,6 +95,7 @@ class Form:
     locations: tuple[Location, ...] = ()
     frames: tuple[int, ...] = field(default=(), repr=False)
     kinds: tuple[Kind, ...] = field(default=(), repr=False)
+    seals: bytes = field(default=b"", repr=False)
 
     @property
     def is_packed(self) -> bool:
@@ -100,6 +111,10 @@ class Form:
         """The digest of block `index`."""
         return self.blocks[32 * index : 32 * index + 32]
 
+    def seal(self, index: int) -> bytes:
+        """What decrypts block `index`, with the key."""
+        return self.seals[SEAL_BYTES * index : SEAL_BYTES * (index + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -109,7 +124,8 @@ class Chunk:
         name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
             containing module holds directly.
         kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
-        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`).
+        id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`). Where
+            the model is encrypted, it is keyed, so that it does not tell which payload it is of.
         payload_bytes: length of the payload.
         tensors: in payload order, without gaps.
         forms: at least one.
@@ -191,6 +207,7 @@ class Manifest:
         chunks: in the order of the model's modules.
         order: the execution order, as far as the model's structure tells it.
         origin: the storage of all locations and files, if it is not the manifest's own.
+        key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
     """
 
     name: str
@@ -203,6 +220,7 @@ class Manifest:
     chunks: tuple[Chunk, ...]
     order: tuple[Use, ...]
     origin: Origin | None = None
+    key_id: str = ""
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -261,6 +279,8 @@ class Manifest:
     @property
     def version(self) -> int:
         """The version of the format that it needs."""
+        if self.key_id:
+            return ENCRYPTED_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]
         if any(form.is_packed for form in forms):
             return PACKED_VERSION
@@ -279,7 +299,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The manifest as JSON, the same bytes for equal manifests."""
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "version": self.version,
             "name": self.name,
@@ -295,7 +315,11 @@ class Manifest:
             "ties": self.ties,
             "chunks": [_chunk_document(chunk) for chunk in self.chunks],
             "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
-        } | ({"origin": _origin_document(self.origin)} if self.origin else {})
+        }
+        if self.origin:
+            document["origin"] = _origin_document(self.origin)
+        if self.key_id:
+            document["encryption"] = {"cipher": CIPHER, "key": self.key_id}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
@@ -326,6 +350,7 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
             | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
             | ({"frames": list(form.frames)} if form.frames else {})
             | ({"kinds": list(form.kinds)} if form.kinds else {})
+            | ({"seals": form.seals.hex()} if form.seals else {})
             | (
                 {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
                 if form.locations

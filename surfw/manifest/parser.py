@@ -10,11 +10,14 @@ from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
+    CIPHER,
     CODED_VERSION,
     DTYPE_BITS,
+    ENCRYPTED_VERSION,
     FORMAT,
     IN_PLACE_VERSION,
     PACKED_VERSION,
+    SEAL_BYTES,
     VERSION,
     Chunk,
     Form,
@@ -30,8 +33,9 @@ from surfw.manifest.facts import (
 from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_KEY_ID = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION})
+_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
@@ -124,6 +128,7 @@ class _Parser:
     def __init__(self, where: str) -> None:
         self.where = where
         self.in_place = False  # whether digests may be missing
+        self.is_encrypted = False
 
     def require(self, truth: bool, complaint: str) -> None:
         if not truth:
@@ -169,9 +174,9 @@ class _Parser:
         if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} to {PACKED_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION} to {ENCRYPTED_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
-        self.in_place = version == IN_PLACE_VERSION
+        self.in_place, self.is_encrypted = version == IN_PLACE_VERSION, version == ENCRYPTED_VERSION
         generation = document["generation_config"]
         self.require(isinstance(document["config"], dict), "config is not an object")
         self.require(generation is None or isinstance(generation, dict), "generation_config is not an object")
@@ -186,9 +191,17 @@ class _Parser:
             chunks=tuple(self.chunk(chunk) for chunk in self.items(document["chunks"], "chunks")),
             order=tuple(self.use(use) for use in self.items(document["order"], "order")),
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
+            key_id=self.key_id(document["encryption"]) if self.is_encrypted else "",
         )
         self.consistent(manifest)
         return manifest
+
+    def key_id(self, document: Any) -> str:
+        cipher, key_id = document["cipher"], document["key"]
+        self.require(cipher == CIPHER, f"it is encrypted with {str(cipher)[:40]!a}, expected {CIPHER}")
+        known = isinstance(key_id, str) and bool(_KEY_ID.fullmatch(key_id))
+        self.require(known, "the name of its key is not 32 hex digits")
+        return str(key_id)
 
     def file(self, document: Any) -> ModelFile:
         path = self.text(document["path"], "a file's path")
@@ -223,7 +236,8 @@ class _Parser:
         known = all(form.is_known for form in forms) or codecs == ["none"]
         self.require(known, f"chunk {name} lacks digests, and is stored in another form than 'none'")
         plain = chunk.form("none")
-        same = plain is None or (plain.stored_bytes == size and plain.digest in {chunk.id, ""})
+        is_payload = self.is_encrypted or plain is None or plain.digest in {chunk.id, ""}
+        same = plain is None or (plain.stored_bytes == size and is_payload)
         self.require(same, f"the form 'none' of chunk {name} is not its payload")
         return chunk
 
@@ -258,7 +272,10 @@ class _Parser:
             covered = sum(at.stop - at.start for at in locations)
             forward = all(at.start <= at.stop for at in locations)
             self.require(forward and covered == size, f"the locations of chunk {chunk} do not add up to {size} bytes")
-        return Form(codec, size, digest, blocks, locations, frames, kinds)
+        seals = bytes.fromhex(document.get("seals", "")) if self.is_encrypted else b""
+        expected = SEAL_BYTES * count_blocks(size) if self.is_encrypted else 0
+        self.require(len(seals) == expected, f"chunk {chunk} has {len(seals)} bytes of seals, expected {expected}")
+        return Form(codec, size, digest, blocks, locations, frames, kinds, seals)
 
     def frames(self, document: Any, chunk: str, payload_bytes: int, stored_bytes: int) -> tuple[int, ...]:
         """The sizes of a chunk's frames: one for each MiB of its payload, none longer than that part of it."""

@@ -26,6 +26,8 @@ from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
 from surfw.models.options import OpenSettings
 from surfw.runtime.buffers import buffer_capacity
+from surfw.runtime.coding import coding_bytes, usual_bytes
+from surfw.runtime.coding_plan import choose_coded, plan_device
 from surfw.runtime.device import DEVICE_ALIGNMENT, Device, open_device
 from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.engine import Engine
@@ -131,10 +133,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     """Build the model of a manifest, and begin to fetch what it needs first.
 
     Raises:
-        ConfigurationError: the limit is too small for the model, or its dtype is not known.
+        ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
+            key is not given.
         UnsupportedModelError: its class or configuration cannot be used here.
         ManifestError: configuration and chunks do not belong together.
     """
+    client.source.expect_readable(manifest)
     manifest = for_run(manifest, settings.codec, where=client.url)
     packed = packed_codec(manifest)
     if packed and settings.codec == "auto":
@@ -201,6 +205,11 @@ def _decide_limit(limit: Limit, *, is_behind: bool) -> Limit:
     """The limit of host memory: as given, or by what there is. Behind a device, layers are not counted there."""
     if is_behind and limit.cache_layers is not None:
         limit = replace(limit, cache_layers=None)
+    if limit.cache_layers is not None and limit.budget_bytes is not None:
+        raise ConfigurationError(
+            f"{limit.cache_layers} layers (cache_size, --cache-layers) and {format_size(limit.budget_bytes)} of memory "
+            "(memory_budget, --memory-budget) exclude each other where there is no graphics card; give one of them"
+        )
     if limit.budget_bytes is None and limit.cache_layers is None:
         found = find_default_budget()
         return replace(limit, budget_bytes=found.budget_bytes, reason=found.reason)
@@ -239,15 +248,24 @@ def _open_device_engine(
         table_bytes=0, overhead_bytes=0, in_flight_bytes=None, working_bytes=device.working_bytes,
         scratch={chunk.name: device_scratch_bytes(chunk, loader.dtypes) for chunk in manifest.chunks},
     )  # fmt: skip
+    codable: dict[str, int] = {}
+    if device.decoder is not None and settings.codec in {"auto", "lossless"}:
+        expected = {chunk.name: usual_bytes(chunk, loader.dtypes) for chunk in manifest.chunks}
+        codable = {name: size for name, size in expected.items() if size is not None}
+    for_coding = coding_bytes(max(near.sizes[name] for name in codable)) if codable else 0
     order = Schedule(manifest.order, phases, row_wise=units).apply_to(near)
-    behind = needs_behind(needs, plan_residency(order, limit), order)
+    plan = plan_device(order, limit, for_coding)
+    behind = needs_behind(needs, plan, order)
+    if plan.coding_bytes and not choose_coded(behind, host_limit, codable):  # no host memory: the source limits
+        for_coding, plan = 0, plan_device(order, limit, 0)
+        behind = needs_behind(needs, plan, order)
     below = Lender(
-        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics, rows_bytes=ROWS_BYTES,
-        prefetch=settings.prefetch,
+        manifest, behind, host_limit, loader, device=device, io=io, metrics=metrics,
+        rows_bytes=ROWS_BYTES, prefetch=settings.prefetch, codable=codable, is_coding=bool(plan.coding_bytes),
     )  # fmt: skip
     return DeviceEngine(
         below, device, near, limit, loader, io=io, metrics=metrics, phases=phases, tables=units,
-        prefetch=settings.prefetch,
+        prefetch=settings.prefetch, coding_bytes=for_coding,
     )  # fmt: skip
 
 

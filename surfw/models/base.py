@@ -116,9 +116,10 @@ class StreamingBaseModel(ModelLifetime):
                 which they run; `lru`: those that were used last.
             codec: which form of the weights is read where the source has several: `auto` takes the exact one that the
                 run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
-                the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there.
-            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`; see
-                `WeightClient`.
+                the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there. With `none`
+                nothing is coded on the way to a device, either.
+            **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
+                `encryption_key_file`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

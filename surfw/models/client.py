@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
 from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, display_url, expect, is_server_url
+from surfw.encryption import DecryptingSource, EncryptionKey, read_key
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.retry import RetryPolicy
 from surfw.runtime.run import IoThread, run_in_executor
@@ -125,6 +126,7 @@ class WeightClient(SourceThread):
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
         storage_options: Mapping[str, Any] | None = None,
+        encryption_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -139,6 +141,7 @@ class WeightClient(SourceThread):
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
                 which a server or a remote storage is given up; a backend of your own has its own.
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
+            encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
@@ -149,6 +152,7 @@ class WeightClient(SourceThread):
         expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
         if storage_options and (is_server or not isinstance(source, str | os.PathLike)):
             raise ConfigurationError("storage_options are for a storage URL; expected one with them")
+        expect("encryption_key_file", encryption_key_file, str | os.PathLike | None, "a file or None")
         expect("token", token, str | None, "a text or None")
         expect("ssl", ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
@@ -165,7 +169,10 @@ class WeightClient(SourceThread):
             silence_timeout=silence_timeout,
         )
         open_place = connect if is_server else partial(_open_store, storage_options, silence_timeout)
-        super().__init__(*_locate(source, open_place))
+        url, open_source = _locate(source, open_place)
+        if encryption_key_file is not None:
+            open_source = partial(_open_encrypted, open_source, read_key(encryption_key_file))
+        super().__init__(url, open_source)
 
     def models(self) -> list[str]:
         """The names of the models that the source has, sorted.
@@ -231,6 +238,12 @@ def _locate(
     raise ConfigurationError(
         f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {kind}"
     )
+
+
+async def _open_encrypted(
+    open_source: Callable[[], Coroutine[Any, Any, ChunkSource]], key: EncryptionKey
+) -> ChunkSource:
+    return DecryptingSource(await open_source(), key)
 
 
 async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float, place: str) -> ChunkSource:

@@ -20,6 +20,7 @@ from surfw.models.measure import (
     measure_copying,
     measure_reading,
 )
+from surfw.runtime.device_engine import DeviceEngine
 from surfw.runtime.plan import Limit, ResidencyPlan
 
 _MOSTLY = 0.5
@@ -70,6 +71,7 @@ class Explanation:
             what follows is of host memory, and of the bus between them.
         host_budget_bytes: the budget of host memory.
         host_kept_layers: how many layers stay there, because they are copied to the device in every pass.
+        host_coded_layers: how many of them, once they are coded, see `runtime.coding`.
         host_peak_bytes: the most memory that weights take there.
         bus_bytes_per_pass: what is copied to the device in a pass.
         bus_bytes_per_second: how fast that was, in a measurement.
@@ -110,6 +112,7 @@ class Explanation:
     device: str = "cpu"
     host_budget_bytes: int | None = None
     host_kept_layers: int | None = None
+    host_coded_layers: int = 0
     host_peak_bytes: int | None = None
     bus_bytes_per_pass: int = 0
     bus_bytes_per_second: float | None = None
@@ -163,7 +166,9 @@ def explain_plan(
     """The explanation of a model's plan, with these measurements; `copying` is bytes per second to the device."""
     engine, manifest, below = parts.engine, parts.manifest, parts.below
     plan, limit = engine.plan, engine.limit
-    behind = below.plan if below else plan
+    behind = below.settled_plan() if below else plan
+    copied = engine.copied_per_pass if isinstance(engine, DeviceEngine) else 0
+    coded = set(below.copied_bytes()) if below else set[str]()
     # Stored bytes ÷ bytes in memory: they differ where the model runs in another dtype than it is stored in, and where
     # coded forms are read.
     read: Counter[str] = Counter()
@@ -174,9 +179,10 @@ def explain_plan(
     speed = reading.bytes_per_second / stored if reading and stored else None
     by_computing = 1 / computing.seconds if computing and computing.seconds else None
     by_reading = behind.ceiling(speed) if speed else None
-    by_copying = plan.ceiling(copying) if below and copying else None
+    by_copying = copying / copied if copied and copying else None
     more = engine.plan_with(_one_gb_more(plan, limit)) if plan.bytes_per_pass else None
-    pace = copying if below else speed
+    share = copied / plan.bytes_per_pass if copied else 1.0
+    pace = copying / share if below and copying else speed
     more_ceiling = more.ceiling(pace) if more and pace else None
     if below:
         more_ceiling = _smallest(more_ceiling, by_reading)
@@ -216,13 +222,14 @@ def explain_plan(
         reading_ceiling=by_reading,
         computing_ceiling=by_computing,
         bottleneck=next((name for name, one in ceilings.items() if one is not None and one == smallest), "compute"),
-        more_bytes_per_pass=round(more.bytes_per_pass * (1 if below else stored)) if more else None,
+        more_bytes_per_pass=round(more.bytes_per_pass * (share if below else stored)) if more else None,
         more_ceiling=_smallest(more_ceiling, by_computing) if more else None,
         device=str(parts.device) if below is None else below.device.name,
         host_budget_bytes=below.limit.budget_bytes if below else None,
-        host_kept_layers=len(behind.pinned.intersection(parts.layers)) if below else None,
+        host_kept_layers=len(behind.pinned.union(coded).intersection(parts.layers)) if below else None,
+        host_coded_layers=len(coded.intersection(parts.layers)),
         host_peak_bytes=behind.peak_bytes if below else None,
-        bus_bytes_per_pass=plan.bytes_per_pass if below else 0,
+        bus_bytes_per_pass=copied,
         bus_bytes_per_second=copying,
         bus_ceiling=by_copying,
     )

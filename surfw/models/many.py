@@ -9,7 +9,8 @@ under the same scheduler, with the same prompts in the same order and the same m
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias, cast
 
@@ -112,6 +113,30 @@ class Feed:
         if taken:
             self._on_room()
         return taken
+
+
+@contextmanager
+def feeding(feed: Feed, requests: Iterable[InferenceRequest]) -> Iterator[None]:
+    """Fill a feed from a thread of its own, so that reading prompts keeps nobody; what reading raises, this does."""
+    failure: list[BaseException] = []
+
+    def fill() -> None:
+        try:
+            for index, request in enumerate(requests):
+                if not feed.put(index, request):
+                    return
+        except BaseException as exc:  # noqa: BLE001 - it is raised below
+            failure.append(exc)
+        finally:
+            feed.close()
+
+    threading.Thread(target=fill, name="surfw-prompts", daemon=True).start()  # a pipe may keep it for ever
+    try:
+        yield
+    finally:
+        feed.close()
+    if failure:
+        raise failure[0]
 
 
 @dataclass

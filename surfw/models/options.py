@@ -1,6 +1,7 @@
 """What models are opened with: the keywords, and the checks that they go through."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ssl import SSLContext
@@ -39,6 +40,7 @@ class ConnectionOptions(TypedDict, total=False):
     connect_timeout: float
     silence_timeout: float
     storage_options: Mapping[str, Any] | None
+    encryption_key_file: str | os.PathLike[str] | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

@@ -113,6 +113,14 @@ class ReadAhead(ChunkSource):
         task = self._files.pop(path, None) if manifest is self._manifest else None
         return await (task or self._source.file(manifest, path))
 
+    def expect_readable(self, manifest: Manifest) -> None:
+        """Check that the source has the key of an encrypted model."""
+        self._source.expect_readable(manifest)
+
+    def identify(self, manifest: Manifest, payload: memoryview) -> str:
+        """The id of a chunk with this payload."""
+        return self._source.identify(manifest, payload)
+
     async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
         """Tell the source."""
         await self._source.announce(manifest, cycle, kept)
@@ -183,7 +191,9 @@ class ReadAheadClient(WeightClient):
         async def open_ahead() -> ChunkSource:
             opened = await open_source()
             try:
-                return ReadAhead(opened, await opened.manifest(await opened.resolve(model)), model, codec)
+                found = await opened.manifest(await opened.resolve(model))
+                opened.expect_readable(found)
+                return ReadAhead(opened, found, model, codec)
             except BaseException:
                 await opened.close()
                 raise

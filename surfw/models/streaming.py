@@ -14,7 +14,7 @@ from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
-from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many
+from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many, feeding
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.tokenizer import open_tokenizer
 from surfw.runtime.run import current_run
@@ -107,7 +107,7 @@ class StreamingModel(StreamingBaseModel):
         prompts: Iterable[Prompt] | AsyncIterable[Prompt],
         *,
         sequences: int = MOST_SEQUENCES,
-        on_tokens: OnTokens | None = None,
+        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
         **options: Unpack[GenerationOptions],
     ) -> AsyncGenerator[ManyResult, None]:
         """Answer many prompts together, and yield each answer once it is complete, without blocking the event loop.
@@ -130,7 +130,7 @@ class StreamingModel(StreamingBaseModel):
             SurfwError: weights could not be read.
         """
         expect_number("sequences", sequences, 1)
-        shared = InferenceRequest(prompt_ids=(0,), **options)
+        InferenceRequest(prompt_ids=(0,), **options)  # or say what of them is wrong
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[ManyResult](_AHEAD)
         has_room = asyncio.Event()
 
@@ -143,7 +143,7 @@ class StreamingModel(StreamingBaseModel):
             try:
                 index = 0
                 async for prompt in _each(prompts):
-                    request = prompt if isinstance(prompt, InferenceRequest) else _request(prompt, options)
+                    request = _request(prompt, options)
                     has_room.clear()
                     while not feed.offer(index, request):
                         await has_room.wait()
@@ -153,7 +153,7 @@ class StreamingModel(StreamingBaseModel):
                 feed.close()
 
         def run() -> None:
-            self.answer_many(feed, shared, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
+            self._answer_many(feed, options, on_result=_giver(loop, queue), on_tokens=on_tokens, sequences=sequences)
 
         filling, work = asyncio.create_task(fill()), asyncio.create_task(self._in_thread(run))
         try:
@@ -171,25 +171,39 @@ class StreamingModel(StreamingBaseModel):
 
     def answer_many(
         self,
-        feed: Feed,
-        shared: InferenceRequest,
+        prompts: Iterable[Prompt],
         *,
         on_result: Callable[[ManyResult], None],
-        on_tokens: OnTokens | None = None,
         sequences: int = MOST_SEQUENCES,
+        on_tokens: Callable[[int, list[int]], bool | None] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> None:
-        """As `generate_many`, in this thread: the feed is filled from another one, and each answer handed over.
+        """As `generate_many`, in this thread; prompts are read in another one.
 
         Args:
-            feed: of the prompts, until it is closed.
-            shared: how tokens are sampled; its prompt does not count.
-            on_result: called with each answer.
-            on_tokens: as of `generate_many`.
+            prompts: as of `generate_many`.
+            on_result: called with each answer once it is complete.
             sequences: as of `generate_many`.
+            on_tokens: as of `generate_many`.
+            **options: as of `generate_many`.
         """
+        expect_number("sequences", sequences, 1)
+        feed = Feed(2 * sequences)
+        with feeding(feed, (_request(prompt, options) for prompt in prompts)):
+            self._answer_many(feed, options, on_result=on_result, on_tokens=on_tokens, sequences=sequences)
+
+    def _answer_many(
+        self,
+        feed: Feed,
+        options: GenerationOptions,
+        *,
+        on_result: Callable[[ManyResult], None],
+        on_tokens: OnTokens | None,
+        sequences: int,
+    ) -> None:
         answer_many(
-            self, self._open_here(), self.find_tokenizer(), feed, shared=shared, on_result=on_result,
-            on_tokens=on_tokens, most_sequences=sequences,
+            self, self._open_here(), self.find_tokenizer(), feed, shared=InferenceRequest(prompt_ids=(0,), **options),
+            on_result=on_result, on_tokens=on_tokens, most_sequences=sequences,
         )  # fmt: skip
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
@@ -217,8 +231,10 @@ class StreamingModel(StreamingBaseModel):
             answer(self, tokenizer, request, on_token=lambda token, _: give(token))
 
 
-def _request(prompt: str | Sequence[int], options: GenerationOptions) -> InferenceRequest:
-    """A request for a text, or for token ids."""
+def _request(prompt: Prompt, options: GenerationOptions) -> InferenceRequest:
+    """A request for a text, or for token ids; one that is made already stays as it is."""
+    if isinstance(prompt, InferenceRequest):
+        return prompt
     if not isinstance(prompt, str | Sequence):
         raise ConfigurationError(f"a prompt is a text or a list of token ids, not {type(prompt).__name__}")
     if isinstance(prompt, str):

@@ -3,24 +3,22 @@
 Copies have a stream of their own; computing has the one that is current where the model runs. Events order the two, in
 both directions: computing waits for the copy of what it reads, and a copy waits for those who read its memory before.
 None of these waits holds up the host. Memory of the device belongs to the stream of the copies, so what is given back
-is used again only by later copies.
+is used again only by later copies. What arrives coded (`exponents`) is decoded beside the copies that come after it.
 """
 
-import logging
 import time
-import weakref
 from abc import ABC, abstractmethod
-from contextlib import suppress
-from typing import Any, Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 
-from surfw.config import MIB, format_size, is_device
-from surfw.errors import ConfigurationError, SurfwError
+from surfw.config import MIB, is_device
+from surfw.errors import ConfigurationError
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.exponents import Decode, Piece
 from surfw.runtime.memory import DefaultBudget
-
-logger = logging.getLogger("surfw.runtime")
 
 DEVICE_ALIGNMENT = 512
 """Sizes of memory on a device are multiples of this: what torch's allocator on CUDA rounds to."""
@@ -29,8 +27,6 @@ SIMULATED = "simulated"
 """The device that `surfw.runtime.simulated` stands in for."""
 
 _COPIES = 4
-_WORKING_BYTES = 192 * MIB
-_HEADROOM_BYTES, _HEADROOM_SHARE = 512 * MIB, 0.05
 
 
 class Copy(Protocol):
@@ -53,11 +49,13 @@ class Device(ABC):
         torch_device: as torch calls it.
         name: for people.
         working_bytes: memory that computing takes besides weights and KV cache, as long as activations are small.
+        decoder: decodes exponents in the current stream; None where the device does not.
     """
 
     torch_device: torch.device
     name: str
     working_bytes: int = 0
+    decoder: Decode | None = None
 
     @abstractmethod
     def find_budget(self) -> DefaultBudget:
@@ -65,7 +63,7 @@ class Device(ABC):
 
     @abstractmethod
     def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory of the device: uint8, of shape (size_bytes,).
+        """Memory of the device: uint8, of shape (size_bytes,), which threads write to whatever mode they are in.
 
         Raises:
             SurfwError: there is none.
@@ -93,6 +91,25 @@ class Device(ABC):
         """Make copies from now on wait for all that was to be computed on a stream until now, one that `wait` gave."""
 
     @abstractmethod
+    def decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> Copy:
+        """Decode what the copies until now bring, beside the copies from now on; as of `Decode`.
+
+        What is computed waits for it as for a copy.
+        """
+
+    @abstractmethod
+    def wait_for_decoding(self, decoded: Copy) -> None:
+        """Make copies from now on wait until something is decoded."""
+
+    @abstractmethod
+    def between_copies(self) -> AbstractContextManager[object]:
+        """What is computed inside comes after the copies until now, and before those from now on."""
+
+    @abstractmethod
+    def time(self, work: Callable[[], object]) -> float:
+        """How many seconds the device takes for what work computes between copies."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait on the host until the device has nothing to do."""
 
@@ -111,114 +128,6 @@ class Device(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of all that is not memory, once nobody copies any more."""
-
-
-class _CudaCopy:
-    """A copy between two events of its stream; who waits for it on the host sleeps meanwhile."""
-
-    def __init__(self) -> None:
-        self.begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self.end: Any = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-
-    def query(self) -> bool:
-        return bool(self.end.query())
-
-    def synchronize(self) -> None:
-        self.end.synchronize()
-
-    def seconds(self) -> float:
-        return float(self.begin.elapsed_time(self.end)) / 1000
-
-
-class CudaDevice(Device):
-    """A CUDA device."""
-
-    working_bytes = _WORKING_BYTES
-
-    def __init__(self, index: int) -> None:
-        """Use the device of that index."""
-        self.torch_device = torch.device("cuda", index)
-        self.name = torch.cuda.get_device_name(index)
-        self._has_warned = False
-        self._copies: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-
-    def find_budget(self) -> DefaultBudget:
-        """What is free, less a headroom; memory that torch has cached counts as free."""
-        free, total = torch.cuda.mem_get_info(self.torch_device)
-        reserved, used = torch.cuda.memory_reserved(self.torch_device), torch.cuda.memory_allocated(self.torch_device)
-        free += reserved - used
-        headroom = max(_HEADROOM_BYTES, int(total * _HEADROOM_SHARE))
-        return DefaultBudget(
-            max(0, free - headroom),
-            f"{self.name} has {format_size(total)}, {format_size(free)} of it is free, {format_size(headroom)} is "
-            "headroom",
-        )
-
-    def allocate(self, size_bytes: int) -> torch.Tensor:
-        """Memory of the stream that copies."""
-        try:
-            with torch.cuda.stream(self._copies):
-                return torch.empty(size_bytes, dtype=torch.uint8, device=self.torch_device)
-        except torch.cuda.OutOfMemoryError as exc:
-            raise SurfwError(
-                f"{self.name} has no memory for {size_bytes} bytes of weights; close what else uses it, or give the "
-                "model less of it (device_memory, --device-memory)"
-            ) from exc
-
-    def page_lock(self, buffer: Buffer) -> None:
-        """Register the buffer with CUDA; it is unregistered before it is unmapped. Where that fails, warn once."""
-        if buffer.is_locked:
-            return
-        address = torch.frombuffer(buffer.view, dtype=torch.uint8).data_ptr()
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self.torch_device):
-            code = runtime.cudaHostRegister(address, buffer.capacity_bytes, 0)
-        buffer.is_locked = True
-        if not int(code):
-            weakref.finalize(buffer, _unregister, runtime, address, buffer.view)
-            return
-        with suppress(RuntimeError):
-            torch.zeros(1, device=self.torch_device)  # takes note of the error, so that no kernel after it does
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "host memory cannot be page-locked for %s (CUDA error %d), so copies to it are slower; allow the "
-                "process more of it (ulimit -l), or give the weights less (memory_budget, --memory-budget)",
-                self.name, int(code),
-            )  # fmt: skip
-
-    def copy(self, into: torch.Tensor, source: torch.Tensor) -> Copy:
-        """Issue it on the stream that copies."""
-        copy = _CudaCopy()
-        copy.begin.record(self._copies)
-        with torch.cuda.stream(self._copies):
-            into.copy_(source, non_blocking=True)
-        copy.end.record(self._copies)
-        return copy
-
-    def wait(self, copied: Copy) -> object:
-        """Make the current stream wait."""
-        stream: Any = torch.cuda.current_stream(self.torch_device)
-        assert isinstance(copied, _CudaCopy), "computing waits for copies"
-        stream.wait_event(copied.end)
-        return stream
-
-    def wait_for_computing(self, stream: Any) -> None:
-        """Make the stream that copies wait."""
-        self._copies.wait_stream(stream)
-
-    def synchronize(self) -> None:
-        """Wait for all streams."""
-        torch.cuda.synchronize(self.torch_device)
-
-    def close(self) -> None:
-        """Let torch give back what it has cached for this."""
-        torch.cuda.empty_cache()
-
-
-def _unregister(runtime: Any, address: int, _view: memoryview) -> None:
-    """Let the pages of a buffer go; the view has kept them mapped until now."""
-    runtime.cudaHostUnregister(address)
 
 
 def open_device(device: str | torch.device) -> Device | None:
@@ -240,13 +149,16 @@ def open_device(device: str | torch.device) -> Device | None:
         return None
     if not is_there:
         raise ConfigurationError(
-            f"device {name!r} cannot be used: torch {torch.__version__} sees no CUDA device; compute on the CPU "
-            "(device 'cpu'), or install a torch that fits the driver"
+            f"device {name!r} cannot be used: torch {torch.__version__} sees no CUDA device; name another one "
+            "(device, --device), or install a torch that fits the driver"
         )
+    from surfw.runtime.cuda import CudaDevice
+
     index = int(name.partition(":")[2] or 0) if name != "auto" else 0
     if index >= torch.cuda.device_count():
         raise ConfigurationError(
-            f"device {name!r} is not there: torch sees {torch.cuda.device_count()}, counted from cuda:0"
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()}, counted from cuda:0; name "
+            "one of these (device, --device)"
         )
     return CudaDevice(index)
 
@@ -262,4 +174,9 @@ def check_device(device: str | torch.device) -> str:
         return name
     if name.startswith("mps"):
         raise ConfigurationError(f"device {name[:80]!r} cannot be used yet; expected 'cpu', 'cuda' or 'auto'")
+    if "," in name:
+        raise ConfigurationError(
+            f"device {name[:80]!r} names several, and a model computes on one; expected 'cpu', 'cuda', 'cuda:1' or "
+            "'auto'"
+        )
     raise ConfigurationError(f"device {name[:80]!r} is not a device; expected 'cpu', 'cuda', 'cuda:1' or 'auto'")

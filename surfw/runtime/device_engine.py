@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from surfw.metrics import Metrics
+from surfw.runtime.coding_plan import copied_per_pass, plan_device
 from surfw.runtime.device import Device
 from surfw.runtime.device_tier import DeviceTier
 from surfw.runtime.engine import Engine
@@ -30,6 +31,7 @@ class DeviceEngine(Engine):
     Attributes:
         below: the engine of host memory.
         device: where the model computes.
+        coding_bytes: the device's memory for coding chunks, where that pays; 0 if it is not offered.
     """
 
     watches_layers = False  # a pass takes milliseconds there, and what watches its layers would be a part of that
@@ -47,14 +49,16 @@ class DeviceEngine(Engine):
         phases: Phases | None,
         tables: Mapping[str, TableUnit],
         prefetch: bool,
+        coding_bytes: int = 0,
     ) -> None:
-        """Make a plan; arguments as of `Engine`.
+        """Make a plan; arguments as of `Engine`, and attributes.
 
         Raises:
             ConfigurationError: the limit is too small for the model.
         """
         self.below = below
         self.device = device
+        self.coding_bytes = coding_bytes
         super().__init__(
             below.manifest, needs, limit, loader, io=io, metrics=metrics, phases=phases, tables=tables,
             prefetch=prefetch,
@@ -110,12 +114,21 @@ class DeviceEngine(Engine):
         """As of `Engine`, of host memory."""
         return self.below.anonymous_bytes
 
+    @property
+    def copied_per_pass(self) -> int:
+        """What is copied in one pass, in bytes, once all is coded in host memory that is to be."""
+        return copied_per_pass(self.plan, self.needs, self.below.copied_bytes())
+
+    def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
+        return plan_device(needs, limit, self.coding_bytes)
+
     def _replan(self, needs: Needs, limit: Limit) -> None:
         before = self.plan.pinned
         super()._replan(needs, limit)
         new = [one.name for one in self.manifest.chunks if one.name in self.plan.pinned - before]
         self._obey(self.table.fetch([name for name in new if self.below.has(name)]))  # while host memory has them
-        self.below.pass_on(self.plan.pinned, self._needs.tables - self.plan.pinned)
+        pinned = self.plan.pinned
+        self.below.pass_on(pinned, self._needs.tables - pinned, is_coding=bool(self.plan.coding_bytes))
 
 
 class DeviceRows:
@@ -129,7 +142,7 @@ class DeviceRows:
     def lookup(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """As `RowReader.lookup`: of ids on the CPU; the result is on the device."""
         chunk = self._below.manifest.home[name].name
-        lent = self._below.lend_ready(chunk, for_copy=False)
+        lent = self._below.lend_rows(chunk)
         if lent is None:
             return self._below.rows.lookup(name, ids).to(self._device.torch_device)
         try:

@@ -2,13 +2,15 @@
 
 A load takes a chunk from the host's engine, which brings it if need be and keeps it in place as long as it is read, and
 copies it whole. It has ended when the copy has been issued: from then on, the device keeps the order. What computes
-waits for the copy, and a copy waits for those who computed with what was there before.
+waits for the copy, and a copy waits for those who computed with what was there before. Where a chunk is to be coded
+(`coding`), that is done after its copy and before its load has ended.
 
 Invariant: a chunk of the host tier is held from before the copy is issued until it is done.
 """
 
+import asyncio
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -18,6 +20,7 @@ from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk
 from surfw.metrics import Metrics
 from surfw.runtime.buffers import Buffer
+from surfw.runtime.coding import Coded, Coder
 from surfw.runtime.device import Copy, Device
 from surfw.runtime.host import Contents
 from surfw.runtime.lender import Lender
@@ -38,7 +41,7 @@ class DeviceContents:
         chunk: the chunk that it holds or receives.
         memory: of its own: uint8, of shape (bytes,); empty once the slot is gone.
         load: done when the copy has been issued, or could not be.
-        copied: the copy.
+        copied: the copy, or what decodes it.
         stream: on which the chunk was used last; None before.
         is_used: whether it was.
         is_gone: whether the slot is no longer this chunk's, so that nothing may be copied to its memory.
@@ -85,8 +88,10 @@ class DeviceTier:
         self._plan = plan
         self._contents: dict[str, DeviceContents] = {}
         self._in_flight: dict[str, Future[None]] = {}  # loads that `collect` has not told of
-        self._returns: set[Job[None]] = set()  # chunks of the host that are still read
+        self._unfinished: set[Job[None]] = set()  # what reads chunks of the host, or memory of slots that may be gone
         self._issuing = threading.Lock()
+        self._coder = Coder(device)
+        self._coding = asyncio.Semaphore(1)
 
     def __getitem__(self, name: str) -> DeviceContents:
         """The contents of the slot of a chunk."""
@@ -97,6 +102,9 @@ class DeviceTier:
         if plan.ring_bytes != self._plan.ring_bytes:
             self.spare.clear()
         self._plan = plan
+        if not plan.coding_bytes:
+            with self._issuing:
+                self._coder.drop()
 
     def load(self, slot: Slot, priority: int) -> None:
         """Begin to copy a chunk: now, if it is in host memory, or once it is."""
@@ -106,11 +114,11 @@ class DeviceTier:
             memory = self._device.allocate(slot.size_bytes)
         contents = DeviceContents(self._host.manifest.by_name[slot.name], memory)
         lent = self._host.lend_ready(slot.name)
-        if lent is None:
-            contents.load = self._io.submit(self._bring(contents, priority))
-        else:
+        if isinstance(lent, Coded) or (lent is not None and not self._is_to_be_coded(slot.name)):
             self._copy(contents, lent)
             contents.load = _Issued()
+        else:
+            contents.load = self._await_at_end(self._io.submit(self._bring(contents, lent, priority)))
         self._contents[slot.name] = contents
         self._in_flight[slot.name] = contents.load
 
@@ -173,10 +181,13 @@ class DeviceTier:
                 contents.is_gone = True
             contents.load.cancel()
         self._device.synchronize()  # before memory goes that is copied to, or from
-        wait(list(self._returns))
+        wait(list(self._unfinished))
+        for contents in self._contents.values():
+            contents.memory = _NOTHING  # a load that failed may keep the contents
         self._contents.clear()
         self._in_flight.clear()
         self.spare.clear()
+        self._coder.drop()
 
     def loads(self) -> dict[str, Future[None]]:
         """The loads of all chunks that have a slot, which have ended or will."""
@@ -187,33 +198,74 @@ class DeviceTier:
         """None: this is not the machine's memory."""
         return 0
 
-    async def _bring(self, contents: DeviceContents, priority: int) -> None:
-        """Wait for a chunk in host memory, and copy it."""
-        self._copy(contents, await self._host.lend(contents.chunk.name, priority))
+    def _is_to_be_coded(self, name: str) -> bool:
+        return bool(self._plan.coding_bytes) and not self._coder.gave_up() and self._host.is_to_be_coded(name)
 
-    def _copy(self, contents: DeviceContents, lent: Contents) -> None:
-        """Issue the copy of a chunk that the host has lent, and give it back when that is done."""
+    async def _bring(self, contents: DeviceContents, lent: Contents | Coded | None, priority: int) -> None:
+        """Copy a chunk, if need be once it is in host memory; and code it, if that is to be done."""
         name = contents.chunk.name
-        assert isinstance(lent.memory, Buffer), f"{name} is mapped, and a device cannot read it there"
-        size = self._plan.sizes[name]
+        if lent is None:
+            lent = await self._host.lend(name, priority)
+        copied = self._copy(contents, lent)
+        if copied is None or isinstance(lent, Coded) or not self._is_to_be_coded(name):
+            return
+        del lent  # its memory is needed for the coded one
+        async with self._coding:
+            await in_thread(copied.synchronize)
+            await in_thread(self._code, contents)
+
+    def _code(self, contents: DeviceContents) -> None:
+        """Code a chunk that was copied, and keep it so in host memory."""
+        name, memory = contents.chunk.name, contents.memory
+        if contents.is_gone or contents.copied is None or self._coder.gave_up() or not self._host.claim(name):
+            return
+        coded = None
+        try:
+            size = self._plan.sizes[name]
+            coded = self._coder.encode(memory[:size], contents.copied, lambda: contents.is_gone)
+        finally:
+            self._host.settle(name, coded, is_gone=contents.is_gone)
+            if self._coder.gave_up():
+                self._host.code_no_more()
+
+    def _copy(self, contents: DeviceContents, lent: Contents | Coded) -> Copy | None:
+        """Issue the copy of a chunk that the host has lent, and give it back when that is done.
+
+        Returns:
+            The copy, or what decodes it; None if the chunk's slot is gone.
+        """
+        name, size = contents.chunk.name, self._plan.sizes[contents.chunk.name]
         try:
             with self._issuing:
                 if contents.is_gone:
-                    self._host.give_back(name)
-                    return
-                contents.copied = self._device.copy(contents.memory[:size], flat_view(lent.memory)[:size])
-            job = self._io.submit(self._return(contents.copied, name))
+                    self._give_back(name, lent)
+                    return None
+                if isinstance(lent, Coded):
+                    copies, contents.copied = self._coder.copy(lent, contents.memory[:size])
+                else:
+                    assert isinstance(lent.memory, Buffer), f"{name} is mapped, and a device cannot read it there"
+                    contents.copied = self._device.copy(contents.memory[:size], flat_view(lent.memory)[:size])
+                    copies = [contents.copied]
+            self._await_at_end(self._io.submit(self._return(copies, name, lent)))
         except BaseException:
-            self._host.give_back(name)
+            self._give_back(name, lent)
             raise
-        self._returns.add(job)
-        job.add_done_callback(self._returns.discard)
+        return contents.copied
 
-    async def _return(self, copied: Copy, name: str) -> None:
+    def _await_at_end(self, job: Job[None]) -> Job[None]:
+        self._unfinished.add(job)
+        job.add_done_callback(self._unfinished.discard)
+        return job
+
+    async def _return(self, copies: Sequence[Copy], name: str, lent: Contents | Coded) -> None:
         """Give a chunk back once it is copied."""
         try:
-            await in_thread(copied.synchronize)
-            self._metrics.add("copied_bytes", self._plan.sizes[name])
-            self._metrics.add_seconds("copy", copied.seconds())
+            await in_thread(copies[-1].synchronize)
+            self._metrics.add("copied_bytes", lent.nbytes if isinstance(lent, Coded) else self._plan.sizes[name])
+            self._metrics.add_seconds("copy", sum(one.seconds() for one in copies))
         finally:
+            self._give_back(name, lent)
+
+    def _give_back(self, name: str, lent: Contents | Coded) -> None:
+        if not isinstance(lent, Coded):
             self._host.give_back(name)

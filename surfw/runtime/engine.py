@@ -100,7 +100,7 @@ class Engine:
         self._schedule = Schedule(manifest.order if order is None else order, phases, row_wise=self._units)
         self._planned_version = self._schedule.version
         self._needs = self._schedule.apply_to(needs)
-        plan = plan_residency(self._needs, limit)
+        plan = self._plan(self._needs, limit)
         self.table = SlotTable(needs.sizes, plan)
         self.host: Tier = self._open_tier(loader, io, plan)
         self._lock = threading.RLock()
@@ -119,6 +119,10 @@ class Engine:
     def _open_tier(self, loader: Loader, io: IoThread, plan: ResidencyPlan) -> Tier:
         """The memory of the slots."""
         return HostTier(self.manifest, loader, io, self.metrics, plan)
+
+    def _plan(self, needs: Needs, limit: Limit) -> ResidencyPlan:
+        """The plan for these needs under this limit."""
+        return plan_residency(needs, limit)
 
     # What a run asks for.
 
@@ -333,7 +337,7 @@ class Engine:
             ConfigurationError: the limit is too small for the model.
         """
         with self._lock:
-            return plan_residency(self._schedule.apply_to(self._needs), limit)
+            return self._plan(self._schedule.apply_to(self._needs), limit)
 
     @property
     def least_budget_bytes(self) -> int:
@@ -460,7 +464,7 @@ class Engine:
             ConfigurationError: there is none; nothing has changed.
         """
         needs = self._schedule.apply_to(needs)
-        plan = plan_residency(needs, limit)
+        plan = self._plan(needs, limit)
         self._needs, self.limit, self._planned_version = needs, limit, self._schedule.version
         self.host.adopt(plan)
         self._sync()

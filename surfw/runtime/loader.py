@@ -17,7 +17,7 @@ import torch
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
-from surfw.manifest import Chunk, Form, Manifest, Part, parts_of, payload_digest
+from surfw.manifest import Chunk, Form, Manifest, Part, parts_of
 from surfw.runtime import matrices
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
@@ -223,7 +223,7 @@ class Loader:
         """
         if (chunk.id, form.digest) in self._proven:
             return
-        seen = await in_thread(payload_digest, payload)
+        seen = await in_thread(self.source.identify, self.manifest, payload)
         if seen != chunk.id:
             raise IntegrityError(
                 f"chunk {chunk.name} from {self.source.url} decodes from its form {form.codec!r} to a payload with "

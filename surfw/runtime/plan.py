@@ -50,7 +50,8 @@ class Needs:
         cycle: the chunks in the order in which they run again and again, lookups in tables left out; a chunk may recur.
         before: chunks that run before the cycle begins, such as those of an encoder.
         passing: chunks that are handed on to a nearer tier, where they stay: here, they only pass through.
-        working_bytes: memory that computing takes in this tier besides weights and KV cache.
+        working_bytes: memory that is taken in this tier besides slots and KV cache: by computing, or by chunks that
+            wait in coded form.
     """
 
     name: str
@@ -171,6 +172,7 @@ class ResidencyPlan:
         in_pieces: whether chunks have to be read one small piece at a time, so that no source holds much of them.
         fixed: those of the pinned chunks that stay in every plan.
         passing: as of the needs.
+        coding_bytes: of a device's overhead, what coding and decoding chunks takes; 0 where that is not done.
     """
 
     pinned: frozenset[str]
@@ -190,6 +192,7 @@ class ResidencyPlan:
     in_pieces: bool = False
     fixed: frozenset[str] = field(default=frozenset(), repr=False)
     passing: frozenset[str] = field(default=frozenset(), repr=False)
+    coding_bytes: int = 0
 
     @property
     def streamed(self) -> dict[str, int]:
@@ -392,13 +395,13 @@ def _choose(sizes: Mapping[str, int], free: int, needs: Needs) -> tuple[frozense
     kept = set(recurring)
     left = free - needed
     for names in (once, rarely):
-        for chosen in _spread_over_groups(names, sizes, set(needs.before), left):
+        for chosen in spread_over_groups(names, sizes, set(needs.before), left):
             kept.add(chosen)
             left -= sizes[chosen]
     return frozenset(kept), frozenset()
 
 
-def _spread_over_groups(
+def spread_over_groups(
     names: Sequence[str], sizes: Mapping[str, int], before: Collection[str], free: int
 ) -> Iterator[str]:
     """As many chunks as fit: those that also ran before the cycle first, then the large ones; spread among equals."""

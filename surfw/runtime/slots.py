@@ -230,6 +230,8 @@ class SlotTable:
         decision = Decision()
         in_flight, sooner = self.in_flight_bytes, set(in_use)
         for name in upcoming:
+            if name in self.plan.passing:
+                continue  # it is asked for when it is handed on
             if name not in self._slots:
                 if in_flight and in_flight + self._sizes[name] > self._most_in_flight:
                     break

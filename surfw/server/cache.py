@@ -19,6 +19,7 @@ class LruCache(MutableMapping[Key, Value]):
         capacity_bytes: the budget.
         bytes: what the values take, at most the budget.
         evictions: how many values were evicted.
+        on_removed: hears the key of each value that is evicted, replaced or removed.
     """
 
     policy = "lru"
@@ -28,6 +29,7 @@ class LruCache(MutableMapping[Key, Value]):
         self.capacity_bytes = capacity_bytes
         self.bytes = 0
         self.evictions = 0
+        self.on_removed: Callable[[Key], object] = lambda _: None
         self._size_of = size_of
         self._values: OrderedDict[Key, Value] = OrderedDict()
 
@@ -45,6 +47,7 @@ class LruCache(MutableMapping[Key, Value]):
 
     def __delitem__(self, key: Key) -> None:
         self.bytes -= self._size_of(self._values.pop(key))
+        self.on_removed(key)
 
     def __contains__(self, key: object) -> bool:
         return key in self._values

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
+from websockets.frames import CloseCode
 
 from surfw import __version__
 from surfw.config import WireLimits, printable
@@ -21,6 +22,7 @@ from surfw.server.access import Access
 from surfw.server.fairness import Account, Reader
 from surfw.server.futures import Future
 from surfw.server.journal import ClientLog
+from surfw.server.pacing import ClientPace
 from surfw.server.pages import PROGRESS_SECONDS, StoredPiece
 from surfw.server.reception import FairConnection
 from surfw.server.sending import Document, Sender
@@ -82,8 +84,13 @@ class Connection:
         *,
         limits: WireLimits,
         client_log: ClientLog,
+        pace: ClientPace,
+        slow_seconds: float,
     ) -> None:
-        """Take over an open WebSocket; counts `requests` and their latency."""
+        """Take over an open WebSocket; counts `requests` and their latency, and `slow_clients`.
+
+        It sends at a pace, and is closed if the client takes nothing of what it asked for in `slow_seconds`.
+        """
         self._number = number
         self._since = time.monotonic()
         self._has_joined = False
@@ -99,7 +106,8 @@ class Connection:
         self._session = ServerSession(
             limits, server=f"surfw/{__version__}", takes_schedules=served.pages.cache.policy == "schedule"
         )
-        self._sender = Sender(websocket, self._session, served.metrics)
+        self._sender = Sender(websocket, self._session, served.metrics, pace)
+        self._slow_seconds = slow_seconds
         self._peer = websocket.shown_address
         self._log = client_log
 
@@ -215,9 +223,20 @@ class Connection:
             self._futures[schedule.model] = futures.add(schedule.cycle, schedule.kept)
 
     async def _tell_progress(self) -> None:
-        """Tell a client whose requests wait for the storage, every now and then, how far that has got."""
+        """Tell a client whose requests wait for the storage, every now and then, how far that has got.
+
+        One that keeps what it asked for waiting for too long is closed.
+        """
+        taken, since = 0, time.monotonic()
         while True:
             await asyncio.sleep(PROGRESS_SECONDS)
+            if not self._sender.is_blocked or self._sender.taken_bytes > taken:
+                taken, since = self._sender.taken_bytes, time.monotonic()
+            elif time.monotonic() - since >= self._slow_seconds:
+                self._served.metrics.add("slow_clients")
+                reason = f"it took nothing of what it asked for in {self._slow_seconds:g} seconds"
+                await self._close(CloseCode.TRY_AGAIN_LATER, reason)
+                return
             for number, request in self.open_requests.items() if self._session.takes_progress else ():
                 count = request.reader.progress_bytes
                 if count > request.told and self._session.is_open(number):
@@ -276,7 +295,7 @@ class Connection:
             case Get():
                 form = await catalog.chunk(request, looking_up)
                 self._note_model(request.model)
-                reader.fresh = request.fresh
+                reader.fresh, reader.priority = request.fresh, request.priority
                 await self._send_chunk(request, form, reader)
 
     async def _send_models(self, number: int, names: Sequence[str]) -> None:

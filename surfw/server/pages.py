@@ -15,25 +15,26 @@ A page is a byte range of a stored object, of at most `PAGE_BYTES`. Invariants:
 
 import asyncio
 import logging
-import mmap
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
-from surfw.config import BLOCK_BYTES, MIB, PAGE_BYTES, CachePolicy, format_size
+from surfw.config import BLOCK_BYTES, PAGE_BYTES, CachePolicy, format_size
 from surfw.errors import NotFoundError, StorageError
 from surfw.manifest import Form, Location
 from surfw.metrics import Metrics
 from surfw.server.cache import ProvingCache
-from surfw.server.fairness import Reader, SingleFlight
+from surfw.server.fairness import Flights, Reader, Run
 from surfw.server.futures import Future, Futures, Part
 from surfw.server.journal import Journal, Sparse
+from surfw.server.memory import PageMemory
 from surfw.server.policies import make_cache
 from surfw.server.redis_tier import RedisTier, Segment
-from surfw.storage import StorageBackend
+from surfw.server.streams import RunStream
+from surfw.storage.base import RangedBackend
 from surfw.storage.origins import Objects
 from surfw.threads import cancel_all
 
@@ -46,6 +47,12 @@ PROGRESS_SECONDS = 1.0
 _READS = 8
 """The most reads at a time; of a storage on this machine, `_NEAR_READS`, since its work takes this processor's time."""
 _NEAR_READS = 2
+
+_NEAR_AHEAD = 3
+"""How many pages of a storage on this machine are read ahead for an answer; of one far away, what the budget lets."""
+
+_LEAD_BYTES = 8 * PAGE_BYTES
+"""So much more than others a client may have had, and still what it needs now goes before what they want ahead."""
 
 _MOST_PRICE = 64
 """The highest price of a page of which little is wanted, as a multiple of its size."""
@@ -92,7 +99,7 @@ class PageCache:
 
     def __init__(
         self,
-        backend: StorageBackend | Objects,
+        backend: RangedBackend | Objects,
         capacity_bytes: int,
         metrics: Metrics,
         journal: Journal | None = None,
@@ -112,13 +119,19 @@ class PageCache:
         self._backend = backend
         self._metrics = metrics
         self._is_near = backend.parallel_reads == 1
-        most = _NEAR_READS if self._is_near else _READS
-        self.reads = SingleFlight(self._read, slots=min(most, capacity_bytes // (2 * PAGE_BYTES)))
+        # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
+        ahead = capacity_bytes // (4 * PAGE_BYTES)
+        slots = min(_NEAR_READS if self._is_near else min(_READS, backend.parallel_reads), 2 * ahead)
+        self._most_ahead = _NEAR_AHEAD if self._is_near else ahead
+        self._run_bytes = max(1, ahead // slots) * PAGE_BYTES
+        self._read_ahead = Permits(ahead)
+        self._memory = PageMemory(capacity_bytes)
+        self._holders: dict[Page, list[Holder]] = {}
+        self.cache.on_removed = self._evicted
+        self.reads = _Reads(self, slots)
         self.redis: RedisTier | None = None
         self._is_slow = False
         self._slow = Sparse(journal or Journal(), "storage", logging.INFO)
-        # Within a quarter of the budget, so that what was read ahead is still cached when its turn comes.
-        self._read_ahead = Permits(capacity_bytes // (4 * PAGE_BYTES))
 
     def read(
         self, locations: Sequence[Location], start: int, stop: int, reader: Reader, *, form: Form | None = None
@@ -129,7 +142,7 @@ class PageCache:
         what they are the stored bytes of.
         """
         pieces = plan_pieces(self, locations, start, stop, reader, form=form)
-        return use_ahead(pieces, self._read_ahead, min(_READS, self._backend.parallel_reads))
+        return use_ahead(pieces, self._read_ahead, self._most_ahead)
 
     async def read_foreseen(
         self,
@@ -148,14 +161,19 @@ class PageCache:
                 async for piece in pieces:
                     yield piece
 
+    def use_cached(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> bool:
+        """Count a use of the page, if it is cached and need not be read anew; return whether it is."""
+        is_hit = (reader is None or not reader.fresh) and self.cache.get(page) is not None
+        if is_hit:
+            self._metrics.add("hits")
+            self._metrics.add("bytes_hit", wanted_bytes)
+        return is_hit
+
     async def use(self, page: Page, reader: Reader | None = None, wanted_bytes: int = PAGE_BYTES) -> None:
         """Read the page unless it is cached, and count the use; `wanted_bytes` of it are wanted."""
         if reader is not None and reader.fresh:
             page = replace(page, anew=True)
-        if self.cache.get(page) is not None:
-            self._metrics.add("hits")
-            self._metrics.add("bytes_hit", wanted_bytes)
-        else:
+        if not self.use_cached(page, reader, wanted_bytes):
             self._metrics.add("coalesced" if page in self.reads else "misses")
             await self._join(page, reader, wanted_bytes)
 
@@ -177,22 +195,77 @@ class PageCache:
         page = replace(page, for_little=waste >= _LITTLE)
         return await self.reads.join(page, reader, page.size * min(_MOST_PRICE, max(1, waste)))
 
-    async def _read(self, page: Page, reader: Reader) -> memoryview:
-        reading_bytes = sum(other.size for other, _ in self.reads.running())
-        self.cache.trim(self.cache.capacity_bytes - reading_bytes)
-        buffer = _allocate(page.size)
+    def belongs(self, run: Run[Page, memoryview], page: Page) -> bool:
+        """Whether a page is to be read by the same request as a run, which it has to follow.
+
+        A slow storage is read page by page, and so is a Redis.
+        """
+        first, last = run[0].key, run[-1].key
+        if (last.object, last.stop, last.anew) != (page.object, page.start, page.anew) or self._is_slow:
+            return False
+        if page.segment is not None and self.redis is not None and "bypassed" not in self.redis.state:
+            return False
+        most = min(self._run_bytes, self._backend.run_bytes(page.object))
+        return page.stop - first.start <= most
+
+    async def read_run(self, run: Run[Page, memoryview]) -> None:
+        """Read pages, each of which can be used as soon as it is there."""
+        self._make_room()
         try:
-            took = await self._fill(page, buffer, reader)
-            if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
-                await asyncio.sleep(3 * took)
+            if len(run) == 1:
+                page, reader = run[0].key, run[0].reader
+                memory = self._memory.take(page.size)
+                took = await self._fill(page, memory, reader)
+                if page.for_little and self._is_near:  # reading is this machine's own work, and others need it more
+                    await asyncio.sleep(3 * took)
+                self._land(run, memory)
+            else:
+                await self._stream(run)
         except StorageError as exc:
             self.healthy = isinstance(exc, NotFoundError)
             raise
-        view = buffer.toreadonly()
+
+    def _make_room(self) -> None:
+        """Make room for all that is being read, also for what has just begun."""
+        reading_bytes = sum(page.size for page, _ in self.reads.running())
+        self.cache.trim(self.cache.capacity_bytes - reading_bytes)
+
+    def _land(self, run: Run[Page, memoryview], memory: memoryview) -> None:
+        """The first page of a run is there."""
+        page, view = run[0].key, memory.toreadonly()
         place = replace(page, anew=False)
         if page.anew or place not in self.cache:  # one that was read anew meanwhile is newer
             self.cache[place] = view
-        return view
+        run.pop(0).land(view)
+
+    async def _stream(self, run: Run[Page, memoryview]) -> None:
+        """Read a run by one request."""
+        first, pages, started = run[0].key, len(run), time.monotonic()
+
+        def count(new: int, of_page: int) -> None:
+            self._metrics.add("bytes_read", new)
+            self.reads.read_bytes += new
+            if run:
+                run[0].reader.read_bytes = of_page
+
+        def land(memory: memoryview) -> None:
+            run[0].reader.read_bytes = len(memory)
+            self._land(run, memory)
+
+        memory = deque(self._memory.take(flight.key.size) for flight in run)
+        stream = RunStream(memory, count, land, patience_seconds=PROGRESS_SECONDS)
+        del memory
+        try:
+            await self._backend.read_pieces(first.object, first.start, stream.take(), stream.note)
+        finally:
+            stream.end()
+        self.healthy = True
+        self._note_pace(stream.size, time.monotonic() - started, pages)
+
+    def _note_pace(self, size: int, took: float, pages: int = 1) -> None:
+        self._is_slow = took > pages * PROGRESS_SECONDS
+        if self._is_slow:
+            self._slow.note(f"the storage is slow: reading {format_size(size)} took {took:.1f} s")
 
     async def _fill(self, page: Page, buffer: memoryview, reader: Reader) -> float:
         """Fill a page from Redis or the storage, and return the seconds that the storage took."""
@@ -224,16 +297,55 @@ class PageCache:
             self._metrics.add("bytes_read", stop - at)
         self.healthy = True
         took = time.monotonic() - started
-        self._is_slow = took > PROGRESS_SECONDS
-        if self._is_slow:
-            self._slow.note(f"the storage is slow: reading {format_size(page.size)} took {took:.1f} s")
+        self._note_pace(page.size, took)
         return took
+
+    @contextmanager
+    def held(self, page: Page, holder: "Holder") -> Iterator[None]:
+        """During the body, somebody may have views of a page. If it is evicted, or was before, they have to let go."""
+        if page not in self.cache:
+            holder.let_go()
+        holders = self._holders.setdefault(page, [])
+        holders.append(holder)
+        try:
+            yield
+        finally:
+            holder.let_go()
+            holders.remove(holder)
+            if not holders:
+                del self._holders[page]
+
+    def _evicted(self, page: Page) -> None:
+        for holder in self._holders.get(page, ()):
+            holder.let_go()
 
     async def close(self) -> None:
         """Stop reading, tell what was only counted, and forget everything."""
         await self.reads.close()
         self._slow.flush()
         self.cache.clear()
+        self._memory.close()
+
+
+class _Reads(Flights[Page, memoryview]):
+    """Reads of pages; those that follow each other are one request, where the storage is far away."""
+
+    def __init__(self, pages: PageCache, slots: int) -> None:
+        super().__init__(slots, lead=_LEAD_BYTES)
+        self._pages = pages
+
+    def belongs(self, run: Run[Page, memoryview], key: Page) -> bool:
+        return self._pages.belongs(run, key)
+
+    async def do(self, run: Run[Page, memoryview]) -> None:
+        await self._pages.read_run(run)
+
+
+class Holder(Protocol):
+    """Whoever has views of a page for longer than until the next `await`."""
+
+    def let_go(self) -> None:
+        """Copy what is still needed, and drop the views."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +363,10 @@ class StoredPiece:
         """How many bytes."""
         return self.stop - self.start
 
+    def use_cached(self) -> bool:
+        """Count the use, if the page is cached."""
+        return self.pages.use_cached(self.page, self.reader, self.size)
+
     async def use(self) -> None:
         """Read the page unless it is cached, and count the use."""
         await self.pages.use(self.page, self.reader, self.size)
@@ -261,6 +377,10 @@ class StoredPiece:
             self.reader.asked.start = part.start + (self.start + stop) / self.page.size * (part.stop - part.start)
         page = await self.pages.view(self.page, self.reader, stop - start)
         return page[self.start + start : self.start + stop]
+
+    def held(self, holder: "Holder") -> AbstractContextManager[None]:
+        """Let somebody keep views of it during the body; see `PageCache.held`."""
+        return self.pages.held(self.page, holder)
 
 
 def plan_pieces(
@@ -316,6 +436,8 @@ class Permits:
 
 
 class _Usable(Protocol):
+    def use_cached(self) -> bool: ...
+
     async def use(self) -> None: ...
 
 
@@ -327,7 +449,7 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
 
     All but the first of those need a permit of `ahead`. Close the generator to give up the uses that have begun.
     """
-    begun: deque[tuple[Piece, asyncio.Task[None]]] = deque()
+    begun: deque[tuple[Piece, asyncio.Task[None] | None]] = deque()
 
     def begin() -> None:
         # The first needs no permit, so that every answer gets on.
@@ -337,9 +459,9 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
                 if begun:
                     ahead.free += 1
                 return
-            begun.append((piece, asyncio.create_task(piece.use())))
+            begun.append((piece, None if piece.use_cached() else asyncio.create_task(piece.use())))
 
-    def drop() -> tuple[Piece, asyncio.Task[None]]:
+    def drop() -> tuple[Piece, asyncio.Task[None] | None]:
         dropped = begun.popleft()
         if begun:
             ahead.free += 1  # of the one that is the first now
@@ -348,24 +470,11 @@ async def use_ahead(pieces: Iterator[Piece], ahead: Permits, most: int) -> Async
     try:
         begin()
         while begun:
-            await begun[0][1]
+            if (using := begun[0][1]) is not None:
+                await using
             piece, _ = drop()
             begin()
             yield piece
     finally:
-        await cancel_all([drop()[1] for _ in range(len(begun))])
-
-
-def _allocate(size: int) -> memoryview:
-    """Return memory for a page. Large pages are mapped, so that the system gets them back whole when they are dropped.
-
-    An allocator would keep freed memory, and scatter small objects over it. Huge pages make up for the cost of mapping:
-    4 MiB were mapped and read in 1.1 ms, in ordinary pages in 5.3.
-    """
-    if size >= MIB:
-        with suppress(OSError):  # the system allows no more mappings; the allocator may still have memory
-            mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with suppress(OSError, AttributeError):  # a system without huge pages
-                mapped.madvise(mmap.MADV_HUGEPAGE)
-            return memoryview(mapped)
-    return memoryview(bytearray(size))
+        dropped = [drop()[1] for _ in range(len(begun))]
+        await cancel_all([using for using in dropped if using is not None])

@@ -16,6 +16,7 @@ from websockets.typing import Data
 
 from surfw.server.access import EVERYTHING, Grant
 from surfw.server.fairness import Account, Turns
+from surfw.server.outbox import Outbox
 
 PORTION_BYTES = 256
 """About one request, or a few dozen pings: as much work as a turn may be."""
@@ -63,6 +64,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     Attributes:
         account: pays for turns of the loop.
         grant: what the token of the request that opened it allows.
+        outbox: what runs go out through; there is one once there is a transport.
     """
 
     grant: Grant = EVERYTHING
@@ -100,9 +102,15 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         elif self._accepting is not None:
             self._accepting.cancel()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to send, too."""
+        super().connection_made(transport)
+        self.outbox = Outbox(self.transport)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection."""
         self._newcomers.discard(self)
+        self.outbox.close()
         super().connection_lost(exc)
 
     def opened(self) -> None:
@@ -150,6 +158,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
     def send_data(self) -> None:
         """Write what is to be sent in one go, such as the answers to many pings."""
         writes = self.protocol.data_to_send()
+        self.outbox.let_go()
         if data := b"".join(writes):
             self.transport.write(data)
         if b"" not in writes:

@@ -2,24 +2,29 @@
 
 A turn sends one run. Turns go to the lowest priority number first, and in order of asking among equals, so that answers
 of the same priority interleave. Writing a run needs no `await`: an announcement and all of its bytes go out together,
-and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once is
-copied: a view of it would keep its page alive for as long as the client likes. So a client that does not read costs one
-run, and the messages that end its requests, which are counted.
+and an answer that waits for credit holds no bytes of the cache meanwhile. What the socket does not take at once waits
+as views of its page (see `outbox`), and is copied if the page is evicted: otherwise a client could keep pages alive for
+as long as it likes. So a client that does not read costs one run, and the messages that end its requests, which are
+counted.
 """
 
 import asyncio
 import contextlib
 import heapq
-import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
-from websockets.asyncio.server import ServerConnection
 from websockets.protocol import State
 
 from surfw.metrics import Metrics
+from surfw.server.pacing import ClientPace, Pacing
 from surfw.server.pages import StoredPiece
+from surfw.server.reception import FairConnection
 from surfw.wire import Begin, Data, Failed, Models, Progress, ServerSession, binary_header
+
+_RUN_SECONDS = 0.1
+"""Runs that take longer to be sent are made shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +53,11 @@ class Sender:
         sent_bytes: how much was sent of models and other answers, without messages.
     """
 
-    def __init__(self, websocket: ServerConnection, session: ServerSession, metrics: Metrics) -> None:
-        """Take over the writing side of the connection; counts `bytes_sent`."""
+    def __init__(
+        self, websocket: FairConnection, session: ServerSession, metrics: Metrics, pace: ClientPace | None = None
+    ) -> None:
+        """Take over the writing side of the connection, which sends at a pace; counts `bytes_sent`."""
+        self._pace = pace or Pacing().client()
         self._websocket = websocket
         self._session = session
         self._limits = session.limits
@@ -58,6 +66,7 @@ class Sender:
         self._asked = 0
         self._busy = False
         self._untaken = 0
+        self._run_bytes = self._limits.run_bytes
         self.sent_bytes = 0
 
     def hello(self) -> None:
@@ -79,19 +88,38 @@ class Sender:
         sent = 0
         while sent < piece.size:
             async with self.turn(priority, min(self._limits.frame_bytes, piece.size - sent)):
-                sent += await self._send_run(request_id, at + sent, piece, sent)
+                sent += await self._send_run(request_id, at + sent, piece, sent, priority)
 
-    async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int) -> int:
+    async def _send_run(self, request_id: int, at: int, piece: Document | StoredPiece, sent: int, priority: int) -> int:
         """Send what may be sent now of a piece, and return how much that was.
 
-        No view of it outlives this call. While a client keeps us waiting, none of its requests may hold one: even a
-        single byte would keep a whole page alive, beyond the cache's budget.
+        While a client keeps us waiting, none of its requests may hold a view: even a single byte would keep a whole
+        page alive, beyond the cache's budget. The run that waits for the socket lets go of its page when it has to.
         """
-        room = min(self._limits.run_bytes, self._session.credit_bytes)
+        room = min(self._run_bytes, self._session.credit_bytes)
         room = room - room % self._limits.frame_bytes or room  # whole frames, unless there is credit for less than one
+        if (most := self._pace.most_bytes) is not None:
+            room = min(room, most)
+            await self._pace.wait(min(room, piece.size - sent), priority)
         run = await piece.view(sent, min(piece.size, sent + room))
-        self._write_run(self._session.send(Data(request_id, at, at + len(run))), run)
-        return len(run)
+        size, started = len(run), time.monotonic()
+        self._write_run(self._session.send(Data(request_id, at, at + size)), run)
+        del run
+        outbox = self._websocket.outbox
+        if isinstance(piece, StoredPiece):
+            with piece.held(outbox):
+                await outbox.sent()
+        else:  # a view would keep all of the document
+            outbox.let_go()
+        self._adapt(time.monotonic() - started)
+        return size
+
+    def _adapt(self, seconds: float) -> None:
+        """Make runs shorter while they take long, so that what is more urgent, or a cancellation, need not wait."""
+        if seconds > _RUN_SECONDS:
+            self._run_bytes = max(self._limits.frame_bytes, self._run_bytes // 2)
+        else:
+            self._run_bytes = min(self._limits.run_bytes, 2 * self._run_bytes)
 
     @contextlib.asynccontextmanager
     async def turn(self, priority: int, least_bytes: int) -> AsyncIterator[None]:
@@ -120,6 +148,18 @@ class Sender:
             return
         self._busy = True
         heapq.heappop(self._waiting)[-1].set_result(None)
+
+    @property
+    def taken_bytes(self) -> int:
+        """How much the client has taken so far: what its system took, and what it credited."""
+        return self._websocket.outbox.sent_bytes + self._session.credited_bytes
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the client keeps what it asked for waiting: it takes nothing, or gives no credit."""
+        wants_credit = bool(self._waiting) and not self._busy and self._session.credit_bytes < self._waiting[0][2]
+        is_full = self._websocket.outbox.is_waiting or bool(self._websocket.transport.get_write_buffer_size())
+        return wants_credit or is_full
 
     async def keep_up(self) -> None:
         """If as many requests failed as may be open, wait until the client has been told of them."""
@@ -156,22 +196,6 @@ class Sender:
             frame = run[start : start + self._limits.frame_bytes]
             parts += [prefix + binary_header(len(frame)), frame]
             prefix = b""
-        self._write(parts)
+        self._websocket.outbox.write(parts)
         self.sent_bytes += len(run)
         self._metrics.add("bytes_sent", len(run))
-
-    def _write(self, parts: list[bytes | memoryview]) -> None:
-        """Write without keeping a view of any part. A TLS transport copies what it is given; others may keep it."""
-        transport = self._websocket.transport
-        if transport.get_extra_info("sslcontext") is not None:
-            for part in parts:
-                transport.write(part)
-            return
-        written = 0
-        if not transport.get_write_buffer_size():
-            with contextlib.suppress(OSError):  # full, or lost: the transport finds out with the rest
-                written = os.writev(transport.get_extra_info("socket").fileno(), parts)
-        for part in parts:
-            if written < len(part):
-                transport.write(bytes(part[written:]))
-            written = max(0, written - len(part))

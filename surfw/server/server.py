@@ -26,6 +26,7 @@ from surfw.config import (
     DEFAULT_DRAIN_SECONDS,
     DEFAULT_HOST,
     DEFAULT_PORT,
+    DEFAULT_SLOW_SECONDS,
     MB,
     CachePolicy,
     TlsFiles,
@@ -43,13 +44,14 @@ from surfw.server.http import HttpEndpoints
 from surfw.server.journal import ClientLog, Journal
 from surfw.server.listening import Listening
 from surfw.server.operations import GOODBYE, Drain, Reloads
+from surfw.server.pacing import Pacing, check_rate
 from surfw.server.reception import FairConnection, Newcomers
 from surfw.server.redis_tier import RedisTier
 from surfw.server.reloading import FromFiles, Reloading
 from surfw.server.served import ServedStore
 from surfw.server.tls import ServerTls
 from surfw.storage import StorageBackend
-from surfw.wire import MOST_CONNECTIONS, ClientFacts, ServerHealth, ServerStats
+from surfw.wire import MOST_CONNECTIONS, ClientFacts, SendingState, ServerHealth, ServerStats
 
 _ADVANCED_CACHE_MB = 1000
 
@@ -78,6 +80,9 @@ class WeightServer:
         storage_options: Mapping[str, Any] | None = None,
         cache_policy: CachePolicy = "schedule",
         record: str | Path | None = None,
+        max_bytes_per_second: float | None = None,
+        max_client_bytes_per_second: float | None = None,
+        slow_client_timeout: float = DEFAULT_SLOW_SECONDS,
     ) -> None:
         """Say what to serve, and where; nothing is read yet.
 
@@ -102,6 +107,10 @@ class WeightServer:
             cache_policy: what the cache keeps. `schedule`: what clients need soonest, as they announce it, and else
                 what was used last. `lru`: what was used last.
             record: a file for what clients read, which `surfw bench cache --trace` reads; replaced at each start.
+            max_bytes_per_second: the most that all clients together are sent, at least 1 MB; None for no limit.
+            max_client_bytes_per_second: the most that each of them is sent, likewise.
+            slow_client_timeout: seconds after which a client is closed that takes nothing of what it asked for. It may
+                connect again.
 
         Raises:
             ConfigurationError: one of them cannot be used.
@@ -115,6 +124,14 @@ class WeightServer:
         if clients < 1:
             raise ConfigurationError(f"clients is {clients}; expected at least 1 connection")
         expect("limits", limits, WireLimits | None, "WireLimits or None")
+        check_rate("max_bytes_per_second", max_bytes_per_second)
+        check_rate("max_client_bytes_per_second", max_client_bytes_per_second)
+        expect("slow_client_timeout", slow_client_timeout, int | float, "a number of seconds")
+        if not slow_client_timeout > 0:
+            raise ConfigurationError(f"slow_client_timeout is {slow_client_timeout}; expected more than 0 seconds")
+        self._rates = max_bytes_per_second, max_client_bytes_per_second
+        self._pacing = Pacing(*self._rates)
+        self._slow_seconds = slow_client_timeout
         self._journal = Journal()
         self._client_log = ClientLog(self._journal)
         self._access = Access(token, token_file, self._journal)
@@ -167,6 +184,7 @@ class WeightServer:
             if self._websockets is not None:
                 raise ConfigurationError(f"the server at {self.url} is started already; stop it before the next start")
             self._stopped = asyncio.Event()
+            self._pacing = Pacing(*self._rates)
             try:
                 await self._prepare()
                 connection = partial(
@@ -287,9 +305,15 @@ class WeightServer:
 
     async def _serve_client(self, websocket: FairConnection) -> None:
         self._connected += 1
-        limits, client_log = self._listening.limits, self._client_log
         connection = Connection(
-            self._connected, websocket, self._served, self._access, limits=limits, client_log=client_log
+            self._connected,
+            websocket,
+            self._served,
+            self._access,
+            limits=self._listening.limits,
+            client_log=self._client_log,
+            pace=self._pacing.client(),
+            slow_seconds=self._slow_seconds,
         )
         self._connections.add(connection)
         if self._drain.is_on:  # it was let in just before
@@ -341,10 +365,20 @@ class WeightServer:
             "bytes_read": metrics.count("bytes_read"),
             "connections": self._busiest(),
             "events": self._journal.recent(details=details),
+            "sending": self._sending(),
         }
         if served.cache_shortage:
             stats["cache_shortage"] = served.cache_shortage
         return stats
+
+    def _sending(self) -> SendingState:
+        rate, client_rate = self._rates
+        state: SendingState = {"slow_clients": self._served.metrics.count("slow_clients")}
+        if rate is not None:
+            state["max_bytes_per_second"] = int(rate)
+        if client_rate is not None:
+            state["max_client_bytes_per_second"] = int(client_rate)
+        return state
 
     def metrics(self, stats: ServerStats | None = None) -> bytes:
         """All that can be counted of it, as Prometheus reads it; of statistics that are given, what those say."""
@@ -373,6 +407,9 @@ class ServerOptions(TypedDict, total=False):
     storage_options: Mapping[str, Any] | None
     cache_policy: CachePolicy
     record: str | Path | None
+    max_bytes_per_second: float | None
+    max_client_bytes_per_second: float | None
+    slow_client_timeout: float
 
 
 class AdvancedWeightServer(WeightServer):
@@ -400,7 +437,8 @@ class AdvancedWeightServer(WeightServer):
             port: TCP port; 0 lets the system choose.
             cache_size_mb: budget of the cache in the server's own memory, in units of 10^6 bytes.
             options: `token`, `token_file`, `ssl`, `insecure`, `clients`, `allowed_hosts`, `limits`, `storage_options`,
-                `cache_policy` and `record`, as for `WeightServer`.
+                `cache_policy`, `record`, `max_bytes_per_second`, `max_client_bytes_per_second` and
+                `slow_client_timeout`, as for `WeightServer`.
 
         Raises:
             ConfigurationError: one of them cannot be used, or the `redis` package is missing.

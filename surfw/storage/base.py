@@ -12,7 +12,7 @@ own, with retries (see `far_reads`); everywhere else it is a `read_into`.
 import asyncio
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -285,6 +285,35 @@ class RangedBackend(StorageBackend):
                 await self._read_piece(piece)
 
         await together(take() for _ in range(min(len(pieces), self.parallel_reads)))
+
+    def run_bytes(self, key: str) -> int:
+        """How much one `read_pieces` of an object is to have at most; 0 if reading pieces by themselves is as good."""
+        check_key(key)
+        return 0
+
+    async def read_pieces(
+        self,
+        key: str,
+        start: int,
+        pieces: Iterable[memoryview],
+        on_filled: Callable[[int], object],
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Fill several pieces of memory with consecutive bytes of an object, from `start` on.
+
+        `on_filled` hears how many bytes are there, again and again, in any thread. A piece that is full is let go of,
+        and not written to any more, so that it can be used while the rest arrives; give an iterator to keep none.
+
+        Raises:
+            StorageError: as in `read_into`.
+        """
+        done = 0
+        pinned = {} if revision is None else {"revision": revision}
+        for piece in pieces:
+            await self.read_into(key, start + done, piece, **pinned)
+            done += piece.nbytes
+            on_filled(done)
 
     async def _read_piece(self, piece: ObjectRead) -> None:
         if len(piece.parts) == 1:

@@ -17,7 +17,8 @@ Everything here runs on the reader's event loop, except `FarReads`' public metho
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -119,6 +120,9 @@ class Destination:
         if response.length and response.revision != expected:
             raise ChangedObjectError(self.name, str(expected), str(response.revision))
 
+    def filled(self, count: int) -> None:
+        """Note that the first `count` bytes have arrived. May be called in a thread."""
+
     def check_first(self, count: int) -> None:
         """Verify the whole blocks among the first `count` bytes. Call it in a thread: hashing takes its time.
 
@@ -140,6 +144,64 @@ class Destination:
         """Verify the rest, once all bytes have arrived."""
         if self._check is not None and self._verified < len(self.memory):
             await in_thread(self.check_first, len(self.memory))
+
+
+class Pieces:
+    """Several pieces of memory, one after the other, as one; a slice of it ends with the piece that it begins in."""
+
+    def __init__(self, pieces: Iterable[memoryview]) -> None:
+        """Join them."""
+        self._pieces = deque(pieces)
+        self._begins = 0
+        self._size = sum(map(len, self._pieces))
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: slice) -> memoryview:
+        at = place.start - self._begins
+        for piece in self._pieces:
+            if at < len(piece):
+                return piece[at : at + place.stop - place.start]
+            at -= len(piece)
+        return memoryview(b"")
+
+    def drop(self, done: int) -> None:
+        """Let go of the pieces that lie before a place."""
+        while self._pieces and self._begins + len(self._pieces[0]) <= done:
+            self._begins += len(self._pieces.popleft())
+
+    def rest(self) -> tuple[int, "Pieces"]:
+        """How much lies before the pieces that are left, and those by themselves."""
+        return self._begins, Pieces(self._pieces)
+
+
+class _InPieces(Destination):
+    """A range that goes to several pieces of memory. Those that are full are let go of, and never written again."""
+
+    memory: Pieces  # type: ignore[assignment]  # readers take slices of it, as of a memoryview
+
+    def __init__(
+        self,
+        name: str,
+        start: int,
+        pieces: Iterable[memoryview],
+        pin: Pin,
+        patience: ReadPatience,
+        *,
+        on_filled: Callable[[int], object],
+    ) -> None:
+        super().__init__(name, start, Pieces(pieces), pin, patience)  # type: ignore[arg-type]
+        self._on_filled = on_filled
+        self._before = 0
+
+    def filled(self, count: int) -> None:
+        self.memory.drop(count)
+        self._on_filled(self._before + count)
+
+    def resume(self) -> None:
+        done, self.memory = self.memory.rest()
+        self.start, self._before = self.start + done, self._before + done
 
 
 class _Beginning(Destination):
@@ -201,7 +263,8 @@ class RangeReader(ABC):
     async def get(self, path: str, into: Destination) -> None:
         """Read bytes `into.start` to `into.stop`, or fewer if the object ends before, into the memory of `into.accept`.
 
-        It calls `patience.begin` when the request is made, and `patience.arrived` for bytes as they come. It may call
+        It calls `patience.begin` when the request is made, and `patience.arrived` and `filled` for bytes as they come.
+        A slice of the memory may be shorter than it was asked for: what is left follows. It may call
         `check_first` once the first bytes of the memory will not change any more; `FarReads` verifies the rest in the
         end. All may be called in a thread.
         Once this has ended, also by a cancellation, nothing is written any more.
@@ -240,6 +303,24 @@ class FarReads:
         """Fill the memory with the object's bytes from `start` on, as one range; with `check`, they are verified."""
         into = Destination(name, start, memory, pin, self._patience(), check=check)
         await self._on_loop(lambda: self._fill(path, into))
+
+    async def read_pieces(
+        self,
+        path: str,
+        start: int,
+        pieces: Iterable[memoryview],
+        *,
+        name: str,
+        pin: Pin,
+        on_filled: Callable[[int], object],
+    ) -> None:
+        """Fill several pieces of memory with the object's bytes from `start` on, as one range.
+
+        `on_filled` hears how many bytes are there, in any thread. A piece that is full is never written to again.
+        """
+        into = _InPieces(name, start, pieces, pin, self._patience(), on_filled=on_filled)
+        await self._on_loop(lambda: self._fill(path, into))
+        into.filled(len(into.memory))
 
     async def begin(self, path: str, *, name: str, pin: Pin, most_bytes: int) -> tuple[bytearray, int]:
         """Return memory for the whole object, of at most `most_bytes`, and how many of them its first range filled."""

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
@@ -269,6 +269,29 @@ class FsspecBackend(RangedBackend):
             await self._far.read(self.path(key), part.start, destination, name=self._name(key), pin=pin, check=check)
         if not self._far.reader.tells_revision and pin.revision is not None:
             await self.expect_revision(key, pin.revision)
+
+    def run_bytes(self, key: str) -> int:
+        """How much one read of several pages should have."""
+        streams = self._far is not None and self._far.reader.streams and self._far.reader.tells_revision
+        return self.range_bytes if streams else super().run_bytes(key)
+
+    async def read_pieces(
+        self,
+        key: str,
+        start: int,
+        pieces: Iterable[memoryview],
+        on_filled: Callable[[int], object],
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Fill pieces of memory by one request, as the bytes arrive."""
+        if self._far is None or not self.run_bytes(key):
+            await super().read_pieces(key, start, pieces, on_filled, revision=revision)
+            return
+        async with self._translating(key):
+            await self._far.read_pieces(
+                self.path(key), start, pieces, name=self._name(key), pin=Pin(revision), on_filled=on_filled
+            )
 
     async def revision(self, key: str) -> str | None:
         """A string that changes with the object; None if the file system has no such thing, or no such object."""

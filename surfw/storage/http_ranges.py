@@ -183,9 +183,14 @@ async def _read(content: aiohttp.StreamReader, memory: memoryview, into: Destina
             piece = await content.read(min(_BUFFER_BYTES, len(memory) - done))
             if not piece:
                 raise aiohttp.ClientPayloadError(f"it ends after {done} of {len(memory)} bytes")
-            memory[done : done + len(piece)] = piece
-            done += len(piece)
             into.patience.arrived(len(piece))
+            left = memoryview(piece)
+            while left:
+                place = memory[done : done + len(left)]
+                place[:] = left[: len(place)]
+                done, left = done + len(place), left[len(place) :]
+                del place
+                into.filled(done)
     except (aiohttp.ClientError, TimeoutError):
         await in_thread(into.check_first, done)  # verified blocks need not come again
         raise

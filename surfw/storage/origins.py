@@ -14,7 +14,7 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -163,6 +163,19 @@ class Objects:
         pinned = {} if found.revision is None else {"revision": found.revision}  # some custom backends know none
         with explain_change(is_pinned=found.revision is not None):
             await found.backend.read_into(found.key, start, destination, **pinned)
+
+    def run_bytes(self, key: str) -> int:
+        """As `RangedBackend.run_bytes`."""
+        found = self.find(key)
+        return found.backend.run_bytes(found.key)
+
+    async def read_pieces(
+        self, key: str, start: int, pieces: Iterable[memoryview], on_filled: Callable[[int], object]
+    ) -> None:
+        """As `RangedBackend.read_pieces`, if the object is unchanged."""
+        found = self.find(key)
+        with explain_change(is_pinned=found.revision is not None):
+            await found.backend.read_pieces(found.key, start, pieces, on_filled, revision=found.revision)
 
     async def read_all(self, reads: Sequence[ObjectRead]) -> None:
         """Fill the destinations of reads of one model, as `RangedBackend.read_all`. Its bytes are in one storage."""

@@ -161,6 +161,7 @@ def _read(stream: urllib3.HTTPResponse, memory: memoryview, into: Destination) -
         done += count
         most = _STREAM_BYTES if time.monotonic() - start < _SLOW_SECONDS else PROGRESS_BYTES
         into.patience.arrived(count)
+        into.filled(done)
         into.check_first(done)
 
 

@@ -15,7 +15,16 @@ from functools import partial
 from surfw.config import BLOCK_BYTES, FILE_BYTES
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.manifest import Chunk, Digests, Form, Manifest, payload_digest, with_digests
-from surfw.source import ChunkSource, Read, View, describe_damage, find_damage, locate_damage, read_again
+from surfw.source import (
+    ChunkSource,
+    Read,
+    View,
+    check_blocks,
+    describe_damage,
+    find_damage,
+    locate_damage,
+    read_again,
+)
 from surfw.storage.base import ChangedObjectError, StorageBackend
 from surfw.storage.fsspec_backend import is_denial
 from surfw.storage.local_reader import BOUNCES_BYTES, FileRange, LocalReader, MappedFile
@@ -82,7 +91,7 @@ class StorageSource(ChunkSource):
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
-        verified = [(read, _Verification(read.form, read.start)) for read in found if read is not None]
+        verified = [(read, _Verification(read)) for read in found if read is not None]
         await self._read(verified, urgent=urgent)
         for read, check in verified:
             await self._mend(read, check.damaged, urgent=urgent)
@@ -156,7 +165,7 @@ class StorageSource(ChunkSource):
             return None
         with _naming(f"chunk {chunk.name}", self.url):
             mapped = await in_thread(MappedFile, files[0])
-        check = _Verification(form, 0)
+        check = _Verification(Read(chunk, form, 0, form.stored_bytes, mapped.memory))
         await self._local.check(mapped.memory, check)
         if check.damaged:
             for block, seen in check.damaged.items():
@@ -223,7 +232,7 @@ class StorageSource(ChunkSource):
                 self._refetched_blocks += 1
                 for key, _, _ in segments(one.form.locations, one.start, one.stop):
                     self.store.objects.forget(key)
-                check = _Verification(one.form, one.start)
+                check = _Verification(one)
                 await self._read([(one, check)], urgent=urgent)
                 return next(iter(check.damaged.values()), None)
 
@@ -238,18 +247,18 @@ class StorageSource(ChunkSource):
 
 
 class _Verification:
-    """A check that notes which blocks of a form are damaged, from stored byte `start` on.
+    """A check that notes which blocks of a read are damaged, counted from the read's start.
 
     It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
     """
 
-    def __init__(self, form: Form, start: int) -> None:
+    def __init__(self, read: Read) -> None:
         self.damaged: dict[int, str] = {}
-        self._form = form
-        self._first = start // BLOCK_BYTES
+        self._read = read
+        self._first = read.start // BLOCK_BYTES
 
     def __call__(self, at: int, piece: memoryview) -> None:
-        self.damaged.update(find_damage(self._form, self._first + at // BLOCK_BYTES, piece))
+        self.damaged.update(check_blocks(self._read, self._first + at // BLOCK_BYTES, piece))
 
 
 @contextmanager

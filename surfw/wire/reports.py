@@ -76,6 +76,17 @@ class RedisState(TypedDict):
     bypassed_seconds: NotRequired[float]
 
 
+class SendingState(TypedDict):
+    """The most that is sent per second, to all clients and to each, where that is limited.
+
+    `slow_clients` counts those that were closed since they took nothing of what they had asked for.
+    """
+
+    slow_clients: int
+    max_bytes_per_second: NotRequired[int]
+    max_client_bytes_per_second: NotRequired[int]
+
+
 class ClientFacts(TypedDict):
     """An open connection.
 
@@ -95,10 +106,10 @@ class ClientFacts(TypedDict):
 class ServerEvent(TypedDict):
     """Something that happened, when (in seconds since 1970), and of which kind.
 
-    Kinds are `joined`, `left`, `closed` (for breaking the protocol), `refused`, `failed` (a request, because of the
-    storage), `storage` (slow, away or back), `redis` (away or there, slow, full, or with wrong bytes), `models` (came
-    or went), `cache`, `access` (tokens or certificates were read again), `reload` (what was looked at again, or could
-    not be) and `stopping`. Later versions may have more.
+    Kinds are `joined`, `left`, `closed` (for breaking the protocol, or for being too slow), `refused`, `failed` (a
+    request, because of the storage), `storage` (slow, away or back), `redis` (away or there, slow, full, or with wrong
+    bytes), `models` (came or went), `cache`, `access` (tokens or certificates were read again), `reload` (what was
+    looked at again, or could not be) and `stopping`. Later versions may have more.
     """
 
     time: float
@@ -121,8 +132,8 @@ class ServerStats(TypedDict):
     """A server's counters since its start, and how it is now.
 
     `connections` are the busiest `MOST_CONNECTIONS`, `events` the latest, the oldest of them first. Older servers have
-    neither, nor `bytes_read` (from the storage). Only a server whose cache is too small has `cache_shortage`, and only
-    one with a Redis tier `redis`.
+    neither, nor `bytes_read` (from the storage) and `sending`. Only a server whose cache is too small has
+    `cache_shortage`, and only one with a Redis tier `redis`.
     """
 
     server: ServerFacts
@@ -138,6 +149,7 @@ class ServerStats(TypedDict):
     events: NotRequired[list[ServerEvent]]
     cache_shortage: NotRequired[CacheShortage]
     redis: NotRequired[RedisState]
+    sending: NotRequired[SendingState]
 
 
 class ServerHealth(TypedDict):

@@ -322,6 +322,7 @@ class ServerSession(_Session):
 
     Attributes:
         credit_bytes: how much may be announced before the client credits more; 0 before its hello.
+        credited_bytes: how much it has credited so far.
         takes_progress: whether the client takes `progress`.
         client: what the client calls itself; "" before its hello.
     """
@@ -331,7 +332,7 @@ class ServerSession(_Session):
     def __init__(self, limits: WireLimits, *, server: str, takes_schedules: bool = False) -> None:
         """Begin a session; the hello has name and version of the server, and whether it makes use of schedules."""
         super().__init__(limits)
-        self.credit_bytes = 0
+        self.credit_bytes = self.credited_bytes = 0
         self.takes_progress = False
         self.client = ""
         self._server = server
@@ -391,6 +392,7 @@ class ServerSession(_Session):
                 f"credit of {message.bytes} bytes, while {self._window_bytes - self.credit_bytes} are not credited"
             )
         self.credit_bytes += message.bytes
+        self.credited_bytes += message.bytes
         return message
 
     def _asked(self, request: Request) -> Request:

@@ -13,8 +13,7 @@ from websockets.asyncio.server import ServerConnection
 from surfw.client import open_wire_source
 from surfw.config import DAMAGE_RETRIES, KIB, MIB, WireLimits
 from surfw.errors import IntegrityError, RefusedError, UnknownModelError
-from surfw.manifest import Form
-from surfw.source import Read, find_damage
+from surfw.source import Read, check_blocks
 from tests.peers import pretending, serving, until, whole
 from tests.server.backends import GatedBackend
 from tests.stores import TOKENIZER, make_store, payload
@@ -226,14 +225,14 @@ def test_a_fetch_ends_when_nobody_reads_its_memory_however_often_it_is_cancelled
     looking: list[int] = []
     looked: list[int] = []
 
-    def find_when_told(form: Form, first: int, data: memoryview) -> dict[int, str]:
+    def check_when_told(read: Read, first: int, data: memoryview) -> dict[int, str]:
         looking.append(first)
         assert gates[first // 4].wait(60)
-        found = find_damage(form, first, data)
+        found = check_blocks(read, first, data)
         looked.append(first)
         return found
 
-    monkeypatch.setattr("surfw.client.downloads.find_damage", find_when_told)
+    monkeypatch.setattr("surfw.client.downloads.check_blocks", check_when_told)
 
     async def goes_on(fetching: "asyncio.Task[None]") -> None:
         for _ in range(50):

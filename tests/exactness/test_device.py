@@ -14,6 +14,7 @@ import transformers
 
 from surfw.chunking import prepare_model, write_model
 from surfw.config import CodecChoice
+from surfw.errors import ConfigurationError
 from surfw.models import StreamingModel
 from surfw.models.client import WeightClient
 from surfw.runtime.device_engine import DeviceEngine
@@ -94,3 +95,10 @@ def test_on_a_device_that_has_all_of_it_passes_are_counted_as_on_the_cpu(tmp_pat
                 counted.append((cache["hits"], cache["misses"]))
     chunks = len(streaming.manifest.chunks)
     assert counted == [(5 * chunks, chunks)] * 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_card_layers_and_bytes_of_the_same_memory_are_an_error(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    with WeightClient(tmp_path) as client, pytest.raises(ConfigurationError, match="exclude each other where there is"):
+        StreamingModel.open(client, device="auto", cache_size=1, memory_budget="1GB")

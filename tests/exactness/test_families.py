@@ -70,6 +70,8 @@ def test_streamed_equals_resident(name: str, store: Path, server: Served, tmp_pa
             cache = streaming.statistics()["cache"]
         sent = server.stats()["bytes_sent"] - before - len(manifest.public().encode())
         assert_really_streamed(manifest, cache_layers, sent, cache)
+    with StreamingModel.open(server.url, name, cache_size=1, device="simulated") as streaming:
+        assert_equal(outputs(streaming, inputs(resident, 1)), expected[0], f"{name}, on a simulated device")
 
 
 def inputs(model: PreTrainedModel, batch: int) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from surfw.errors import ConfigurationError
+from surfw.runtime import exponents
 from surfw.runtime.device import check_device, open_device
 from surfw.runtime.simulated import SimulatedDevice
 
@@ -13,6 +14,8 @@ def test_devices_by_name() -> None:
     assert open_device("cpu") is None
     with pytest.raises(ConfigurationError, match="device 'mps' cannot be used yet; expected 'cpu', 'cuda' or 'auto'"):
         check_device("mps")
+    with pytest.raises(ConfigurationError, match="device 'cuda:0,cuda:1' names several, and a model computes on one"):
+        check_device("cuda:0,cuda:1")
     with pytest.raises(ConfigurationError, match="device 'tpu' is not a device; expected 'cpu', 'cuda', 'cuda:1'"):
         check_device("tpu")
 
@@ -37,5 +40,30 @@ def test_memory_is_garbage_until_its_copy_was_waited_for_and_then_kept_from_othe
             device.copy(memory, source)
         device.wait_for_computing(stream)
         device.copy(memory, source).synchronize()
+    finally:
+        device.close()
+
+
+def test_what_is_decoded_is_kept_from_the_next_copy_until_that_waits() -> None:
+    device = SimulatedDevice(latest_seconds=60)
+    try:
+        words = torch.randn(2048).to(torch.bfloat16).view(torch.int16)
+        coded = torch.zeros(exponents.room_bytes(2048), dtype=torch.uint8)
+        piece = exponents.encode(words, 0, coded)
+        assert piece is not None
+        stage, memory = device.allocate(len(coded)), device.allocate(2 * 2048)
+        device.copy(stage, coded)
+        decoded = device.decode(stage, piece, memory.view(torch.int16))
+        with pytest.raises(AssertionError, match="does not wait for what is decoded with its memory"):
+            device.copy(stage, coded)
+        device.wait_for_decoding(decoded)
+        device.copy(stage, coded)
+        assert memory.view(torch.bfloat16).isnan().all(), "nothing has come yet"
+        stream = device.wait(decoded)
+        assert torch.equal(memory.view(torch.int16), words)
+        with pytest.raises(AssertionError, match="does not wait for those who read"):
+            device.decode(stage, piece, memory.view(torch.int16))
+        device.wait_for_computing(stream)
+        device.decode(stage, piece, memory.view(torch.int16)).synchronize()
     finally:
         device.close()

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surfw.errors import ConfigurationError
+from surfw.runtime.coding_plan import USUAL_SHARE, choose_coded, copied_per_pass, plan_device, with_coded
 from surfw.runtime.plan import Limit, Needs, least_bytes, needs_behind, plan_residency
+from surfw.runtime.slots import SlotTable
 
 PAGE = 4096
 
@@ -59,3 +61,42 @@ def test_too_little_on_the_device_is_said_of_the_device() -> None:
         "device memory of 4.1 kB (4096 bytes) is too small for toy, which needs 81.9 kB (81920 bytes) at least; "
         "give that or more"
     )
+
+
+@given(models(), st.integers(0, 60), st.integers(0, 60), st.integers(1, 12))
+def test_what_is_coded_fits_the_host_and_fewer_bytes_are_copied(
+    needs: Needs, device: int, host: int, coding: int
+) -> None:
+    near = replace(needs, table_bytes=0, overhead_bytes=0, working_bytes=PAGE)
+    limit = Limit(budget_bytes=least_bytes(near) + device * PAGE, tier="device")
+    plain, plan = plan_residency(near, limit), plan_device(near, limit, coding * PAGE)
+    assert plan.peak_bytes <= (limit.budget_bytes or 0)
+    if not plan.coding_bytes:
+        assert plan == plain
+        return
+    behind = needs_behind(needs, plan, near)
+    below = Limit(budget_bytes=least_bytes(behind) + host * PAGE)
+    expected = {name: round(USUAL_SHARE * size) for name, size in needs.sizes.items() if name != "norm"}
+    chosen = choose_coded(behind, below, expected)
+    assert chosen.isdisjoint(plan.pinned | behind.tables), "what stays on the device is not coded, and no table"
+    coded = {name: expected[name] for name in chosen}
+    settled = plan_residency(with_coded(behind, coded), below)
+    assert settled.peak_bytes <= (below.budget_bytes or 0)
+    assert settled.pinned.isdisjoint(name for name in chosen if needs.sizes[name] <= settled.ring_bytes)
+    copied = copied_per_pass(plan, near, coded)
+    assert copied <= plan.bytes_per_pass
+    if chosen.issuperset(plan.streamed):
+        assert copied <= USUAL_SHARE * plan.bytes_per_pass + len(near.cycle)
+        assert copied < plain.bytes_per_pass, "or there would be no coding"
+    if len(chosen) < len(choose_coded(behind, Limit(), expected)):
+        smallest = min(expected[name] for name in choose_coded(behind, Limit(), expected) - chosen)
+        assert settled.peak_bytes + smallest > (below.budget_bytes or 0) or settled.pinned, "as many as fit"
+
+
+def test_what_is_handed_on_is_not_fetched_ahead() -> None:
+    needs = Needs(name="toy", sizes={"a": PAGE, "b": PAGE, "c": PAGE, "d": PAGE}, cycle=("a", "b", "c", "d"))
+    behind = replace(needs, passing=frozenset({"a"}))
+    table = SlotTable(needs.sizes, plan_residency(behind, Limit(budget_bytes=3 * PAGE)))
+    assert "a" not in [slot.name for slot in table.prefetch(["a", "b", "c"]).load]
+    assert "b" in table
+    assert [slot.name for slot in table.make_ready(["a"]).load] == ["a"], "it is loaded when it is asked for"

@@ -241,3 +241,34 @@ def test_what_is_detached_is_done_again() -> None:
         assert await asyncio.gather(first, second) == ["A", "A"]
 
     asyncio.run(main())
+
+
+def test_of_an_account_what_is_needed_now_goes_first() -> None:
+    queue: FairQueue[str] = FairQueue(lambda item: item == "x")
+    account = Account()
+    for item, priority in (("p", 2), ("q", 1), ("r", 1), ("a", 0), ("b", 0), ("z", -1)):
+        queue.put(account, 1, item, priority)
+    assert names(queue, 7) == "zabqrp-"
+
+
+def test_what_is_needed_now_goes_before_what_others_want_ahead_up_to_a_lead() -> None:
+    queue: FairQueue[str] = FairQueue(lambda item: item == "x", lead=3)
+    ahead, now = Account(), Account()
+    for _ in range(10):
+        queue.put(ahead, 1, "p", 1)
+        queue.put(now, 1, "n")
+    assert names(queue, 3) == "nnn"
+    assert names(queue, 10).count("n") == 5, "then they take turns"
+
+
+def test_what_belongs_to_a_turn_is_taken_with_it_and_paid_for() -> None:
+    queue: FairQueue[str] = FairQueue(lambda item: item == "x")
+    one, two = Account(), Account()
+    for item in "axbcd":
+        queue.put(one, 1, item)
+    queue.put(two, 1, "B")
+    assert queue.take() == "a"
+    assert queue.take_too(lambda item: item in "Bbx") == "b", "not what is over, or of somebody else"
+    assert queue.take_too(lambda item: item in "Bbx") is None
+    assert one.paid == 2
+    assert names(queue, 4) == "Bcd-"

@@ -354,6 +354,9 @@ class Announced:
     def __init__(self, name: str, seen: list[str], *, hangs: bool = False) -> None:
         self.name, self.seen, self.hangs = name, seen, hangs
 
+    def use_cached(self) -> bool:
+        return False
+
     async def use(self) -> None:
         self.seen.append(f"use {self.name}")
         try:

@@ -10,12 +10,9 @@ import pytest
 
 from surfw.bench.raw_peer import RawPeer, message, ping
 from surfw.config import KIB, WireLimits
-from surfw.metrics import Metrics
 from surfw.server import reception
 from surfw.server.connection import Connection
 from surfw.server.reception import PORTION_BYTES, show_address
-from surfw.server.sending import Sender
-from surfw.wire import ServerSession
 from tests.certificates import for_server, make_certificate
 from tests.peers import bare_client, serving, until
 from tests.stores import make_store
@@ -155,44 +152,6 @@ def test_too_many_connections_that_say_nothing_push_each_other_out(
                 writer.close()
 
     asyncio.run(main())
-
-
-class Kept:
-    """A transport that takes a part at once, keeps what else it is given, and says what that was."""
-
-    def __init__(self, ours: socket.socket) -> None:
-        self.ours = ours
-        self.kept: list[object] = []
-
-    def get_extra_info(self, name: str) -> object:
-        return self.ours if name == "socket" else None
-
-    def get_write_buffer_size(self) -> int:
-        return sum(len(part) for part in self.kept)  # type: ignore[arg-type]
-
-    def write(self, data: object) -> None:
-        self.kept.append(data)
-
-
-def test_no_transport_is_given_a_view_of_a_page_to_keep() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        ours.setblocking(False)
-        websocket, metrics = type("Websocket", (), {})(), Metrics()
-        websocket.transport = Kept(ours)
-        sender = Sender(websocket, ServerSession(SMALL, server="s"), metrics)
-        page = bytes(range(256)) * (16 * KIB)
-        sender._write([b"header", memoryview(page)])
-        kept = websocket.transport.kept
-        assert kept, "a socket does not take so much at once"
-        assert all(type(part) is bytes for part in kept)
-        sender._write([b"more", memoryview(page)[:5]])
-        theirs.settimeout(10)
-        taken = len(b"header") + len(page) - sum(map(len, kept[:-2]))
-        received = b""
-        while len(received) < taken:
-            received += theirs.recv(1 << 20)
-        assert received + b"".join(kept) == b"header" + page + b"more" + page[:5]
 
 
 def test_pings_are_answered_in_one_go(tmp_path: Path) -> None:

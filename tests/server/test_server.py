@@ -165,6 +165,7 @@ def test_stats_have_the_documented_shape(tmp_path: Path) -> None:
                 "requests": ["in_flight", "latency_seconds", "total"],
                 "storage": ["healthy", "url"],
                 "resources": ["cpu_percent", "rss_bytes"],
+                "sending": ["slow_clients"],
             }
             assert stats["models"] == ["toy/model"]
             assert stats["bytes_sent"] == 2 * 5 * MIB

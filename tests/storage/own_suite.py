@@ -9,8 +9,19 @@ import pytest
 from surfw.config import BLOCK_BYTES
 from surfw.errors import IntegrityError, NotFoundError, StorageError
 from surfw.storage import StorageBackend
+from surfw.storage.base import RangedBackend
 from surfw.storage.ranges import ObjectRange
 from surfw.testing import KEY, StorageBackendSuite
+
+
+def check_pieces(backend: RangedBackend, key: str, data: bytes) -> None:
+    """Check that an object from its fourth byte on comes in pieces of memory, and that what is there is told."""
+    sizes, heard = (BLOCK_BYTES - 5, 17, len(data) - 3 - BLOCK_BYTES - 12), list[int]()
+    memory = [memoryview(bytearray(size)) for size in sizes]
+    asyncio.run(backend.read_pieces(key, 3, iter(memory), heard.append))
+    assert b"".join(memory) == data[3:]
+    assert heard == sorted(heard)
+    assert heard[-1] == len(data) - 3
 
 
 class OwnBackendSuite(StorageBackendSuite):
@@ -45,6 +56,14 @@ class OwnBackendSuite(StorageBackendSuite):
         with pytest.raises(IntegrityError, match=r"^damaged$"):
             asyncio.run(backend.read_range(part, memory, refuse))
 
+    def test_pieces_of_memory_are_filled_in_order_each_told_of(self, backend: StorageBackend) -> None:
+        data = bytes(range(251)) * (2 * BLOCK_BYTES // 251)
+        asyncio.run(backend.save("x", data))
+        assert isinstance(backend, RangedBackend)
+        check_pieces(backend, "x", data)
+        with pytest.raises(StorageError, match=r"x.* ends"):
+            asyncio.run(backend.read_pieces("x", len(data) - 3, [memoryview(bytearray(2))] * 2, lambda _: None))
+
     @pytest.mark.parametrize("key", ["../x", "/etc/passwd", "", "a//b", "a/../../x", "a\\b", "a\0b", ".hidden", "a/"])
     def test_keys_that_lead_elsewhere_reach_nothing(self, backend: StorageBackend, key: str, tmp_path: Path) -> None:
         (tmp_path / "x").write_text("canary")
@@ -52,7 +71,7 @@ class OwnBackendSuite(StorageBackendSuite):
             backend.load(key), backend.save(key, b"!"), backend.exists(key), backend.size(key),
             backend.load_range(key, 0, 1), backend.read_into(key, 0, memoryview(bytearray(1))),
             backend.adopt(key, tmp_path / "x"), backend.revision(key),
-            backend.remove(key),
+            backend.remove(key), backend.read_pieces(key, 0, [memoryview(bytearray(1))], print),
         ):  # fmt: skip
             with pytest.raises(StorageError, match=r"storage key .* is refused"):
                 asyncio.run(work)

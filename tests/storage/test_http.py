@@ -12,7 +12,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from surfw.config import MIB
+from surfw.config import BLOCK_BYTES, MIB
 from surfw.errors import NotFoundError, StorageError
 from surfw.models import StreamingModel
 from surfw.retry import RetryPolicy
@@ -24,6 +24,7 @@ from tests.services.http import http_server
 from tests.services.processes import free_port
 from tests.services.proxy import PASS, proxy_to
 from tests.storage.dict_backend import DictBackend
+from tests.storage.own_suite import check_pieces
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,15 @@ def test_a_revision_is_compared_with_one_of_the_same_kind(kind: type[Ignoring], 
         memory = bytearray(4)
         asyncio.run(backend.read_into("x", 5, memoryview(memory), revision=pinned))
         assert memory == b"text"
+
+
+def test_pieces_of_memory_are_filled_in_order(tmp_path: Path) -> None:
+    data = bytes(range(251)) * (2 * BLOCK_BYTES // 251)
+    (tmp_path / "x").write_bytes(data)
+    with offered_by(TaggingRanges, tmp_path) as url:
+        backend = FsspecBackend(url)
+        assert backend.run_bytes("x") == backend.range_bytes
+        check_pieces(backend, "x", data)
 
 
 def test_a_server_that_cannot_be_reached_is_no_missing_object(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ WITH_MORE: ServerStats = STATS | {
     ],
     "events": [{"time": 1.5e9, "kind": "joined", "text": "surfw/1 at 127.0.0.1:50412 joined"}],
     "cache_shortage": {"model": "org/b", "pass_bytes": 15, "cache_mb": 30},
+    "sending": {"slow_clients": 16, "max_bytes_per_second": 17},
 }  # fmt: skip
 """With what older servers do not report."""
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

@@ -39,6 +39,7 @@ class ModelDetails(StoredModel):
         store: where it lies.
         digest: BLAKE3 of its manifest: equal for equal models.
         form_bytes: what is stored in forms of each codec.
+        key_id: which key they are encrypted with; None where they are not.
         files: of its tokenizer.
         parts: its chunks, in the order of its modules.
     """
@@ -46,6 +47,7 @@ class ModelDetails(StoredModel):
     store: str
     digest: str
     form_bytes: Mapping[str, int]
+    key_id: str | None
     files: tuple[StoredFile, ...]
     parts: tuple[StoredChunk, ...]
 
@@ -78,6 +80,7 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         store=store.url,
         digest=manifest.digest,
         form_bytes=form_bytes(manifest),
+        key_id=manifest.key_id or None,
         files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),
         parts=tuple(
             StoredChunk(name=chunk.name, kind=chunk.kind, tensors=len(chunk.tensors), payload_bytes=chunk.payload_bytes)

@@ -134,8 +134,10 @@ def _parts_of(manifest: Manifest) -> Iterator[_Part]:
     for chunk in manifest.chunks:
         for form in chunk.forms:
             if form.is_known:
-                has_header = manifest.origin is None and form.codec == "none" and len(form.locations) == 1
-                payload = (chunk.payload_bytes, chunk.id) if form.codec == "lossless" else None
+                is_ours = manifest.origin is None and not manifest.key_id
+                has_header = is_ours and form.codec == "none" and len(form.locations) == 1
+                is_coded = form.codec == "lossless" and not manifest.key_id  # or nobody here can decode it
+                payload = (chunk.payload_bytes, chunk.id) if is_coded else None
                 yield _Part(manifest.name, chunk.name, form, has_header=has_header, payload=payload)
     for file in manifest.files:
         form = Form("none", file.size, file.digest, b"", (Location(file.object, 0, file.size),))

@@ -1,0 +1,202 @@
+"""Chunks that wait in host memory with their exponents coded, so that fewer bytes are copied, and more of them fit.
+
+A chunk arrives as it is, whatever form its source has, and is copied to the device as it is. There it is coded, and
+decoded again: only what comes to the same bits is used. The coded pieces go back to page-locked host memory, the one
+place where data goes back, and once. From then on they are copied, through two pieces of memory on the device, and each
+is decoded into its place while the next one is copied.
+
+It pays, or it is not used: a chunk that hardly gets smaller stays as it is, and so do all of them where decoding the
+first one takes the device longer than it saves in copying.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from surfw.errors import SurfwError
+from surfw.manifest import Chunk
+from surfw.runtime.buffers import Buffer, buffer_capacity
+from surfw.runtime.coding_plan import USUAL_SHARE
+from surfw.runtime.device import DEVICE_ALIGNMENT, Copy, Device
+from surfw.runtime.exponents import (
+    MOST_SHARE,
+    Piece,
+    are_worth_it,
+    cut,
+    encode,
+    room_bytes,
+    scratch_bytes,
+)
+from surfw.runtime.loader import flat_view, held_bytes, packed_form
+from surfw.skeleton.dtypes import torch_dtype
+
+logger = logging.getLogger("surfw.runtime")
+
+_LEAST_BYTES = 64 << 10
+_LEAST_SHARE = 0.875
+"""Of a chunk that is coded, at least this part is bfloat16."""
+
+_STAGES = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """A chunk in host memory, its exponents coded: its pieces, and the buffer of each."""
+
+    pieces: tuple[tuple[Piece, Buffer], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """What is copied of it."""
+        return sum(piece.nbytes for piece, _ in self.pieces)
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The host memory that it takes."""
+        return sum(buffer.capacity_bytes for _, buffer in self.pieces)
+
+
+def usual_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int | None:
+    """What a chunk is expected to take, coded; None if it is not to be coded."""
+    size = held_bytes(chunk, dtypes)
+    if packed_form(chunk) or size < _LEAST_BYTES:
+        return None
+    bfloat16 = sum(
+        tensor.nbytes
+        for tensor in chunk.tensors
+        if torch_dtype(tensor.dtype) is torch.bfloat16 and tensor.name not in dtypes
+    )
+    return buffer_capacity(int(USUAL_SHARE * size)) if bfloat16 >= _LEAST_SHARE * chunk.payload_bytes else None
+
+
+def most_bytes(size_bytes: int) -> int:
+    """The most host memory that a chunk of this size takes, coded."""
+    pieces = len(cut(size_bytes // 2))
+    return buffer_capacity(int(MOST_SHARE * size_bytes)) + pieces * buffer_capacity(1)
+
+
+def coding_bytes(size_bytes: int) -> int:
+    """Memory of a device, besides slots, with which chunks up to this size are coded and decoded."""
+    words = size_bytes // 2
+    stage, largest = _up(room_bytes(words)), max(size for _, size in cut(words))
+    return _STAGES * stage + _up(scratch_bytes(words)) + _up(2 * largest)
+
+
+class Coder:
+    """Codes chunks on a device, and brings coded ones there.
+
+    The caller sees to it that one thread at a time copies, and one at a time codes.
+
+    Attributes:
+        pays: whether decoding takes less time than it saves; None before that was measured.
+    """
+
+    def __init__(self, device: Device) -> None:
+        """Take no memory yet."""
+        self.pays: bool | None = None
+        self._device = device
+        self._stages: list[tuple[torch.Tensor, Copy | None]] = []
+
+    def copy(self, coded: Coded, into: torch.Tensor) -> tuple[list[Copy], Copy]:
+        """Issue the copies of a coded chunk, and its decoding.
+
+        Args:
+            coded: what `encode` made.
+            into: memory of the device: uint8, of the chunk's size.
+
+        Returns:
+            The copies; and the last decoding, which is what to wait for.
+        """
+        device = self._device
+        with torch.inference_mode(mode=False):  # or other threads could not write to it
+            words = into.view(torch.int16)
+        room = _up(room_bytes(len(words)))
+        if not self._stages or len(self._stages[0][0]) < room:
+            self._stages.clear()  # the old ones are used again only by later copies
+            self._stages = [(device.allocate(room), None) for _ in range(_STAGES)]
+        copies, decoded = [], None
+        for piece, buffer in coded.pieces:
+            stage, before = self._stages.pop(0)
+            if before is not None:
+                device.wait_for_decoding(before)
+            copies.append(device.copy(stage[: piece.nbytes], flat_view(buffer)[: piece.nbytes]))
+            decoded = device.decode(stage, piece, words[piece.start : piece.start + piece.words])
+            self._stages.append((stage, decoded))
+        assert decoded is not None, "a coded chunk has pieces"
+        device.wait_for_decoding(decoded)  # whoever is copied to this memory next, or to the memory of the stages
+        return copies, decoded
+
+    def encode(self, memory: torch.Tensor, copied: Copy, is_gone: Callable[[], bool]) -> Coded | None:
+        """Code a chunk that was copied.
+
+        Args:
+            memory: where it is on the device: uint8, of the chunk's size.
+            copied: its copy, which is done.
+            is_gone: whether its slot is another chunk's by now; what was coded then is nothing.
+
+        Returns:
+            The chunk; None where that does not pay.
+        """
+        device, words = self._device, memory.view(torch.int16)
+        cuts = cut(len(words))
+        pieces: list[tuple[Piece, Buffer]] = []
+        try:
+            out, again = device.allocate(_up(room_bytes(len(words)))), device.allocate(_up(2 * cuts[0][1]))
+            for start, count in cuts:
+                with device.between_copies():
+                    part, back = words[start : start + count], again.view(torch.int16)[:count]
+                    piece = None if is_gone() else encode(part, start, out)
+                    if piece is None:
+                        return None
+                    self._decode(out, piece, back)
+                    _expect_equal(back, part)
+                if self.pays is None:
+                    seconds = device.time(lambda: self._decode(out, piece, back))  # noqa: B023 - called here
+                    saved = copied.seconds() * (2 * count - piece.nbytes) / memory.numel()
+                    self.pays = seconds < saved
+                if not self.pays:
+                    return None
+                pieces.append((piece, self._write_back(out, piece, again)))
+        except Exception as exc:  # noqa: BLE001 - no memory, no compiler for Triton: the chunk is there, and exact
+            if not is_gone():
+                self.pays = False
+                said = str(exc)[:300]  # not the error itself, which holds memory
+                logger.warning(
+                    "weights are copied to %s as they are, since they cannot be coded there: %s", device.name, said
+                )
+            return None
+        return Coded(tuple(pieces)) if are_worth_it([piece for piece, _ in pieces]) else None
+
+    def gave_up(self) -> bool:
+        """Whether it was found not to pay."""
+        return self.pays is False
+
+    def drop(self) -> None:
+        """Give the memory back."""
+        self._stages.clear()
+
+    def _write_back(self, out: torch.Tensor, piece: Piece, again: torch.Tensor) -> Buffer:
+        """Copy a piece to host memory, and back into some memory of the device, where it is to be the same."""
+        buffer = Buffer(piece.nbytes)
+        self._device.page_lock(buffer)
+        there, here, back = (memory[: piece.nbytes] for memory in (out, flat_view(buffer), again))
+        with self._device.between_copies():
+            here.copy_(there)
+            back.copy_(here)
+            _expect_equal(back, there)
+        return buffer
+
+    def _decode(self, coded: torch.Tensor, piece: Piece, into: torch.Tensor) -> None:
+        assert self._device.decoder is not None, f"{self._device.name} decodes nothing"
+        self._device.decoder(coded, piece, into)
+
+
+def _expect_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    if not torch.equal(found, expected):
+        raise SurfwError("what was coded comes back as other bits")
+
+
+def _up(size_bytes: int) -> int:
+    return -(-size_bytes // DEVICE_ALIGNMENT) * DEVICE_ALIGNMENT

@@ -1,0 +1,104 @@
+"""What a client's socket does not take at once: it goes out as the client takes it, without being copied.
+
+asyncio's transport copies what waits, twice, which with several clients is most of what is sent. So runs are written
+past it, from views of the pages themselves. Everything else that a connection sends goes through the transport; before
+it does, what waits here is handed to the transport, as a copy, so that the order stays.
+"""
+
+import asyncio
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+
+
+class Outbox:
+    """The runs of one connection, on their way to its socket. Usable once the transport is there."""
+
+    def __init__(self, transport: asyncio.WriteTransport) -> None:
+        """Write to this transport's socket, or, where the transport encrypts, to the transport."""
+        self._transport = transport
+        self._is_plain = transport.get_extra_info("sslcontext") is None
+        self._waiting: deque[bytes | memoryview] = deque()
+        self._sent: asyncio.Future[None] | None = None
+        self._watched: socket.socket | None = None  # asyncio lets nobody else watch the transport's own descriptor
+        self.sent_bytes = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something waits here for the socket."""
+        return bool(self._waiting)
+
+    def write(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send parts, one after the other. What waits of them is referred to, until it is sent or let go of."""
+        self._waiting.extend(parts)
+        if self._is_plain and not self._transport.get_write_buffer_size():
+            self._send()
+        else:
+            self.let_go()
+
+    def _send(self) -> None:
+        """Send what the socket takes."""
+        waiting = self._waiting
+        try:
+            descriptor = self._transport.get_extra_info("socket").fileno()
+            if self._transport.is_closing():
+                waiting.clear()
+            if waiting:
+                self._drop(os.writev(descriptor, waiting))
+            if waiting:  # the socket is full
+                self._watch()
+                return
+        except BlockingIOError:
+            self._watch()
+            return
+        except OSError:  # lost: the transport finds out
+            waiting.clear()
+        self._done()
+
+    def _drop(self, sent: int) -> None:
+        """Refer no more to what was sent."""
+        self.sent_bytes += sent
+        waiting = self._waiting
+        while waiting and sent >= len(waiting[0]):
+            sent -= len(waiting.popleft())
+        if sent:
+            waiting[0] = memoryview(waiting[0])[sent:]
+
+    def _watch(self) -> None:
+        if self._sent is None:
+            loop = asyncio.get_running_loop()
+            self._watched = self._watched or self._transport.get_extra_info("socket").dup()
+            self._sent = loop.create_future()
+            loop.add_writer(self._watched, self._send)
+
+    def _done(self) -> None:
+        if self._sent is not None and self._watched is not None:
+            asyncio.get_running_loop().remove_writer(self._watched)
+            if not self._sent.done():
+                self._sent.set_result(None)
+            self._sent = None
+
+    def let_go(self) -> None:
+        """Refer to no part any more: what waits goes to the transport, which copies it."""
+        if not self._waiting:
+            return
+        for part in self._waiting:
+            self._transport.write(bytes(part))
+        self._waiting.clear()
+        self._done()
+
+    async def sent(self) -> None:
+        """Wait until nothing waits here."""
+        if self._sent is not None:
+            await asyncio.shield(self._sent)
+
+    def close(self) -> None:
+        """The connection is over."""
+        self._waiting.clear()
+        self._done()
+        if self._watched is not None:
+            with suppress(OSError):
+                self._watched.close()
+            self._watched = None
