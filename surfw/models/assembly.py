@@ -38,6 +38,7 @@ from surfw.runtime.loader import Loader, buffer_bytes, device_scratch_bytes, hel
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
 from surfw.runtime.plan import Limit, Needs, describe_needs, needs_behind, plan_residency
+from surfw.runtime.pressure import Yielder, watch
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
@@ -69,6 +70,7 @@ class ModelParts:
         model: transformers' own model, in evaluation mode, its weights absent.
         layers: names of the chunks that are layers, in the order they run.
         claim: what the other models of the process know of its memory.
+        yielder: gives memory back where it runs short.
         base_bytes: resident memory of the process before the first of the model's weights came.
     """
 
@@ -82,6 +84,7 @@ class ModelParts:
     hooks: StreamingHooks
     kv: KvReserve
     claim: MemoryClaim
+    yielder: Yielder
     base_bytes: int
 
     @property
@@ -124,6 +127,7 @@ class ModelParts:
         with ExitStack() as last:
             last.callback(self.claim.close)
             last.callback(self.engine.close)
+            watch.remove(self.yielder)
             self.kv.close()
             self.tables.clear()
             self.hooks.detach()
@@ -195,9 +199,11 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
         ),
         claim=claim,
+        yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
     engine.warm()
+    watch.add(parts.yielder)
     return parts
 
 

@@ -36,6 +36,7 @@ class OwnDraft:
             SurfwError: the draft cannot be opened.
         """
         self._name, self._engine = parts.manifest.name, parts.engine
+        self._given_bytes: int | None = None
         self.total_bytes = self._engine.limit.budget_bytes
         opened = None
         try:
@@ -64,8 +65,16 @@ class OwnDraft:
             raise self._too_small() from exc
         if not self.model.plan.everything_fits:
             raise self._too_small()
+        self._note_what_was_given_back()
         self._engine.reserve(0)
         self._relimit(self.total_bytes - self._taken_bytes)
+
+    def _note_what_was_given_back(self) -> None:
+        """The model may have had to give memory back, see `pressure`: it is not taken again."""
+        now = self._engine.limit.budget_bytes
+        if self._given_bytes is not None and now is not None and self.total_bytes is not None:
+            self.total_bytes -= max(0, self._given_bytes - now)
+        self._given_bytes = now
 
     def change_budget(self, total_bytes: int) -> None:
         """Keep to another budget from now on.
@@ -96,6 +105,7 @@ class OwnDraft:
     def _relimit(self, budget_bytes: int) -> None:
         if budget_bytes != self._engine.limit.budget_bytes:
             self._engine.relimit(replace(self._engine.limit, budget_bytes=max(1, budget_bytes)))
+        self._given_bytes = budget_bytes
 
     def _too_small(self) -> ConfigurationError:
         least, draft = self._engine.least_budget_bytes, self.model.manifest.name
