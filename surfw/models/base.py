@@ -247,6 +247,31 @@ class StreamingBaseModel(ModelLifetime):
         """
         return await self._in_thread(lambda: self(*args, enable_prefetch=enable_prefetch, **kwargs))
 
+    def switch(self, name: str) -> None:
+        """Run another model of the same source from now on, with the same settings; the one there was is closed.
+
+        Layers that both have, as fine-tunes do, stay in memory where they are, and are not fetched. `model` is another
+        object then. Where the new model cannot be opened, the old one goes on.
+
+        Args:
+            name: its name in the source, in full or a unique last part.
+
+        Raises:
+            ConfigurationError: the memory is too small for it, it runs just now, or an event loop runs in this thread:
+                use `switch_async`.
+            UnknownModelError: the source has no such model.
+            SurfwError: the new model cannot be opened.
+        """
+        expect("name", name, str, "a model's name")
+        refuse_event_loop("switching to another model", "'await model.switch_async(…)'")
+        self._open_here()
+        self._end_speculation()
+        self._switch(name)
+
+    async def switch_async(self, name: str) -> None:
+        """As `switch`, without blocking the event loop."""
+        await self._in_thread(lambda: self.switch(name))
+
     def leave_room(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:
         """Leave memory for the KV cache of a generation of your own, as `generate` does by itself.
 

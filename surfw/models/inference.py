@@ -193,7 +193,8 @@ def answer(
 
     try:
         if not model.model.can_generate():
-            return _run_encoder(model, tokenizer, inputs)
+            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+            return encode_batch(model, tokenizer, inputs)[0]
         return _generate(
             model, tokenizer, request, inputs, past or {}, on_text=noting(on_text), on_token=noting(on_token)
         )
@@ -375,26 +376,35 @@ def generation_config(own: GenerationConfig, request: InferenceRequest) -> Gener
     return config
 
 
-def _run_encoder(
+def encode_batch(
     model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
-) -> InferenceResult:
-    """Fill-mask, classification, or the mean of the last hidden states over the prompt's tokens."""
-    prompt_tokens = inputs["input_ids"].shape[1]
+) -> list[InferenceResult]:
+    """Fill-mask, classification, or the mean of the last hidden states over each prompt's tokens.
+
+    Args:
+        model: an open encoder.
+        tokenizer: its tokenizer.
+        inputs: of shape (prompts, tokens), filled up on the right where the attention mask is 0.
+    """
     logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
     start = time.perf_counter()
     arguments: dict[str, Any] = dict(inputs)
     output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
     took = time.perf_counter() - start
-    result = InferenceResult(prompt_tokens=prompt_tokens, ttft_seconds=took)
-    if logits_wanted and (logits := getattr(output, "logits", None)) is not None:
-        result.predictions = _predictions(model, tokenizer, inputs["input_ids"], logits.float())
-    if result.predictions is None:
-        states = getattr(output, "last_hidden_state", None)
-        if states is None:
-            states = output.hidden_states[-1]
-        mask = inputs["attention_mask"][..., None].to(states.device, states.dtype)
-        result.embedding = ((states * mask).sum(1) / mask.sum(1))[0].float().tolist()
-    return result
+    logits = getattr(output, "logits", None) if logits_wanted else None
+    results = []
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        result = InferenceResult(prompt_tokens=length, ttft_seconds=took)
+        if logits is not None:
+            ids, found = inputs["input_ids"][row : row + 1, :length], logits[row : row + 1].float()
+            result.predictions = _predictions(model, tokenizer, ids, found if found.dim() == 2 else found[:, :length])
+        if result.predictions is None:
+            last = getattr(output, "last_hidden_state", None)
+            states = output.hidden_states[-1] if last is None else last
+            mask = inputs["attention_mask"][row : row + 1, :, None].to(states.device, states.dtype)
+            result.embedding = ((states[row : row + 1] * mask).sum(1) / mask.sum(1))[0].float().tolist()
+        results.append(result)
+    return results
 
 
 def _predictions(
