@@ -282,6 +282,10 @@ def printable(text: str, *, lines: bool = False) -> str:
     return text if text.isprintable() else "".join(one if one.isprintable() else "?" for one in text)
 
 
+DEQUANTISED = ("compressed-tensors", "fp8", "mxfp4", "mxfp8")
+"""Methods of quantised checkpoints that transformers makes dense weights of on a CPU, as configurations name them."""
+
+
 def quote(name: object) -> str:
     """A name from a file as it may stand in an error: quoted, on one line, of bounded length."""
     return ascii(str(name)[:120])

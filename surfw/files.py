@@ -43,10 +43,7 @@ def read_regular(path: Path, most_bytes: int) -> bytes:
 def describe_file(path: Path) -> str:
     """Say of a file that stands where a folder was expected what it is, and which folder to name instead."""
     if path.suffix.lower() == ".gguf":
-        return (
-            f"{path} is a GGUF file, and surfw reads checkpoints of safetensors; name the folder of the original "
-            "model, with its config.json"
-        )
+        return f"{path} is a GGUF file, expected a folder; surfw chunk {path} makes dense weights of it"
     if path.suffix not in {".safetensors", ".bin", ".pt", ".pth"}:
         return f"{path} is a file, expected a folder; name the one that is meant"
     folder = path.parent

@@ -28,7 +28,7 @@ PREFIX_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-UNSUPPORTED_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+UNSUPPORTED_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 """Types of the format that surfw does not read."""
 
 HEADER_ALIGNMENT = 4096

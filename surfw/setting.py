@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from surfw.errors import ConfigurationError
@@ -35,6 +35,8 @@ class Setting:
         metavar: what help shows instead of the type.
         form: what a value has to be, in words, where not every one of its type will do; such as `a size such as 1.5GB`.
         has_form: whether a text or a table is that; None for any.
+        many: whether it may also be several such texts: an option that may be repeated, a list in a file, and a list as
+            JSON in a variable.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Setting:
     metavar: str | None = None
     form: str = ""
     has_form: Callable[[Any], bool] | None = None
+    many: bool = False
 
     @property
     def variable(self) -> str:
@@ -86,6 +89,9 @@ class Setting:
         """
         if value is None and self.optional:
             return None
+        if self.many and isinstance(value, list | tuple):
+            parts = tuple(replace(self, optional=False, many=False).check(part, where) for part in value)
+            return parts if len(parts) > 1 else next(iter(parts), None)
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):
                 value = float(value)
@@ -107,6 +113,9 @@ class Setting:
         """
         if self.kind is dict:
             return self._parse_table(text, where)
+        if self.many and text.strip().startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                return self.check(json.loads(text), where)
         value: object = text
         with contextlib.suppress(ValueError, KeyError):
             value = _WORDS[text.strip().lower()] if self.kind is bool else self.kind(text)

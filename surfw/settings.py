@@ -103,9 +103,9 @@ class Settings:
     store: str = _setting(
         default_store, "The store: a folder or a storage URL.", shown="$SURFW_HOME/store", metavar="URL"
     )
-    source: str | None = _setting(
+    source: str | tuple[str, ...] | None = _setting(
         None,
-        "A server (host:port), a folder, a storage URL, or a hub id.",
+        "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
     )
@@ -119,6 +119,7 @@ class Settings:
         in_repr=False,
     )
     model: str | None = _setting(None, "Name of the model, or its last part.", shown="the only one there is")
+    adapter: str | None = _setting(None, "Name of a LoRA adapter over the model, which is applied to it.", shown="none")
     host: str = _setting(DEFAULT_HOST, "Address to listen on.")
     port: int = _setting(DEFAULT_PORT, "TCP port; 0 lets the system choose.", least=0, most=65535)
     cache_mb: int = _setting(DEFAULT_CACHE_MB, "Size of the cache in MB.", least=17)
@@ -202,6 +203,18 @@ class Settings:
         form=f"one of {', '.join(DTYPES)}",
         has_form=DTYPES.__contains__,
     )
+    disk_cache: str | None = _setting(
+        None,
+        "Disk space for weights that arrive, so that later runs read them there.",
+        shown="none is kept",
+        metavar="SIZE",
+        form="a size such as 20GB",
+        has_form=is_size,
+    )
+    cache_dir: str | None = _setting(
+        None, "The folder for that; processes may share it.", shown="$SURFW_HOME/cache", metavar="DIR"
+    )
+    offline: bool = _setting(False, "Contact nobody: take the weights from the disk cache.")
     max_new_tokens: int = _setting(128, "The most tokens to generate.", least=1)
     temperature: float | None = _setting(None, "Sample with this temperature.", shown="greedy", least=0)
     top_p: float | None = _setting(None, "Sample from this much probability.", least=0, most=1)
@@ -225,6 +238,12 @@ class Settings:
     retry_jitter: float = _setting(_RETRY.jitter, "Share of each delay that is random.", least=0, most=1)
     retry_restart: float = _setting(
         _RETRY.restart_seconds, "Seconds that a server may take to be back that says that it is stopping.", least=0
+    )
+    deadline: float | None = _setting(
+        None,
+        "Wait so many seconds for whatever is to be read, although its source fails.",
+        shown="as often as it is tried again",
+        least=_SHORTEST_SECONDS,
     )
     token_file: str | None = _setting(
         None, "A file with the token that clients show; a server's may hold several.", shown="none", metavar="FILE"
@@ -265,6 +284,11 @@ class Settings:
             ConfigurationError: a value cannot be used, a name is unknown, or the file cannot be read.
         """
         return cls(**{name: value for name, (value, _) in trace_settings(config, arguments).items()})
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources, the one that is wanted first; empty if none is named."""
+        return (self.source,) if isinstance(self.source, str) else self.source or ()
 
     @property
     def retry(self) -> RetryPolicy:
@@ -321,6 +345,7 @@ def _read_registry() -> dict[str, Setting]:
             optional=type(None) in get_args(hints[one.name]),
             choices=choices,
             words=tuple(words),
+            many=any(get_origin(kind) is tuple for kind in parts),
             **{**one.metadata, "default_text": shown},
         )
     return found

@@ -13,8 +13,8 @@ from typing import Self
 from blake3 import blake3
 
 from surfw.config import BLOCK_BYTES, DAMAGE_RETRIES
-from surfw.errors import ConfigurationError, UnknownModelError
-from surfw.manifest import Chunk, Form, Manifest, payload_digest
+from surfw.errors import ConfigurationError, IntegrityError, ManifestError, UnknownModelError
+from surfw.manifest import Chunk, Digests, Form, Manifest, is_digest, payload_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,26 @@ def check_blocks(read: Read, first: int, data: memoryview) -> dict[int, str]:
     return damage
 
 
+class Verification:
+    """A check that notes which blocks of a read are damaged, counted from the read's start.
+
+    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
+
+    Attributes:
+        damaged: the BLAKE3 that each of them has instead, in hex, by its index.
+    """
+
+    def __init__(self, read: Read) -> None:
+        """Expect the blocks of the read."""
+        self.damaged: dict[int, str] = {}
+        self._read = read
+        self._first = read.start // BLOCK_BYTES
+
+    def __call__(self, at: int, piece: memoryview) -> None:
+        """Look at whole blocks, `at` bytes after the first one."""
+        self.damaged.update(check_blocks(self._read, self._first + at // BLOCK_BYTES, piece))
+
+
 def describe_damage(chunk: Chunk, form: Form, block: int, seen: str, *, where: str) -> str:
     """Describe a damaged block, without advice; `seen` is the BLAKE3 that it has."""
     return (
@@ -126,6 +146,60 @@ class View:
     is_mapped: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What a source waits for; times are those of `time.monotonic`.
+
+    Attributes:
+        lost: the address that failed.
+        since: when it did.
+        trying: the address that is tried next.
+        at: when.
+    """
+
+    lost: str
+    since: float
+    trying: str
+    at: float
+
+
+_PIN = "@b3:"
+
+
+def split_pin(name: str | None) -> tuple[str | None, str | None]:
+    """A model's name, and the identity that it is pinned to, if it is: `name@b3:DIGEST`.
+
+    Raises:
+        ConfigurationError: what stands behind `@b3:` is no BLAKE3.
+    """
+    name, mark, pin = (name or "").rpartition(_PIN) if _PIN in (name or "") else (name, "", "")
+    if mark and not is_digest(pin):
+        raise ConfigurationError(
+            f"{name} is pinned to {pin[:80]!a}, expected 64 hexadecimal digits, as 'surfw show' has them"
+        )
+    return name or None, pin or None
+
+
+def check_pin(manifest: Manifest, pin: str | None, *, where: str) -> None:
+    """Check that a model is the one that it is pinned to.
+
+    Raises:
+        IntegrityError: it is another one, or it cannot be told, because digests of its weights are not known.
+    """
+    if pin is None:
+        return
+    if not manifest.is_known:
+        raise IntegrityError(
+            f"{manifest.name} in {where} is served in place, without digests of its weights, so that it cannot be "
+            "pinned; chunk it, or leave out the pin"
+        )
+    if manifest.identity != pin:
+        raise IntegrityError(
+            f"{manifest.name} in {where} is not the model that is wanted: its identity is b3:{manifest.identity}, "
+            f"expected b3:{pin}; take another source, or leave out the pin if the change is meant"
+        )
+
+
 def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
     """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.
 
@@ -144,6 +218,40 @@ def find_model(name: str | None, known: Sequence[str], *, where: str) -> str:
     if len(matches) != 1:
         raise UnknownModelError(name, known, where=where)
     return matches[0]
+
+
+def expect_base(adapter: Manifest, base: Manifest, *, where: str) -> None:
+    """Check that an adapter belongs to the weights of a model, whatever that is called.
+
+    Raises:
+        ManifestError: it belongs to others.
+    """
+    assert adapter.base is not None, "it is an adapter"
+    if adapter.base.key != base.weights_key:
+        raise ManifestError(
+            f"the adapter {adapter.name} belongs to {adapter.base.name} with other weights than {base.name} has in "
+            f"{where} (key {adapter.base.key[:16]}…, here {base.weights_key[:16]}…); chunk the adapter again over this "
+            "base (surfw chunk FOLDER --base NAME), or use the base that it was chunked over"
+        )
+
+
+async def find_base(source: "ChunkSource", adapter: Manifest) -> Manifest:
+    """Return the manifest of the model that an adapter changes.
+
+    Raises:
+        UnknownModelError: the source does not have it.
+        ManifestError: the source has other weights under its name.
+    """
+    assert adapter.base is not None, "it is an adapter"
+    try:
+        base = await source.manifest(adapter.base.name)
+    except UnknownModelError as exc:
+        raise ManifestError(
+            f"{adapter.name} is an adapter over {adapter.base.name}, which {source.url} does not have; copy or chunk "
+            "that model into it as well"
+        ) from exc
+    expect_base(adapter, base, where=source.url)
+    return base
 
 
 class ChunkSource(ABC):
@@ -218,6 +326,27 @@ class ChunkSource(ABC):
         del manifest, chunk, form
         return None
 
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """Return the digests of a chunk whose manifest lacks them, or None if nobody knows them."""
+        del manifest, chunk
+        return None
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have a form's stored bytes near by, before they are used; return whether all of them are.
+
+        Most sources have no such place, and do nothing.
+
+        Raises:
+            IntegrityError, StorageError, WireError: they could not be read.
+        """
+        del manifest, chunk, form, priority
+        return False
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """Return the forms of a chunk that are to be preferred, because they are nearer than others of it."""
+        del manifest, chunk
+        return ()
+
     def expect_readable(self, manifest: Manifest) -> None:
         """Check that what this delivers of a model are its weights. Whoever computes with them asks this first.
 
@@ -253,6 +382,11 @@ class ChunkSource(ABC):
     def fetched_bytes(self) -> int:
         """Stored bytes delivered so far."""
         return 0
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps everything waiting, if a source failed and is to be tried again."""
+        return None
 
     async def resolve(self, name: str | None) -> str:
         """Return the full name of a model, given in full, by a unique last part, or as None if it is the only one.

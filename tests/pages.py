@@ -24,6 +24,7 @@ PAGES = (
     "surfw/TROUBLESHOOTING.md",
     "surfw/USES.md",
     "surfw/runtime/MEMORY.md",
+    "surfw/models/CHECKPOINTS.md",
     "surfw/models/GUIDE.md",
     "surfw/server/GUIDE.md",
     "surfw/storage/GUIDE.md",

@@ -3,12 +3,14 @@
 What the pages call by a name of the reader's has a counterpart here:
 
 - `./my-model` is the model that comes with surfw, and `./my-fine-tune` the same with other weights in one layer;
+- `./my-adapter` is a LoRA adapter over `./my-model`, in peft's format;
 - `ws://host:8765` is a server on the sandbox's port, and so is the default port, through `SURFW_PORT`;
 - `s3://bucket` is a bucket, if an S3 server is given;
 - `surfw serve` runs in the background, as in another terminal, until the page ends or serves something else.
 """
 
 import contextlib
+import json
 import re
 import shlex
 import shutil
@@ -19,6 +21,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
+
+import numpy as np
+from safetensors.numpy import save_file
 
 from surfw.checkpoint import demo_checkpoint
 from tests.cli.run import SURFW, environment
@@ -33,6 +38,18 @@ _CONTINUED = re.compile(r"\\\n\s*")
 _REVISION = re.compile(r"\b\d+ \d{19} \d+\b")
 """What identifies a local file's contents."""
 _POLL_SECONDS = 0.05
+
+
+def write_adapter(folder: Path, rank: int = 4) -> None:
+    """An adapter of one module of the model that comes with surfw; of zeros, so that nothing is said otherwise."""
+    folder.mkdir()
+    module = "base_model.model.model.layers.3.self_attn.q_proj"
+    width = json.loads((demo_checkpoint() / "config.json").read_text())["hidden_size"]
+    shapes = {"lora_A": (rank, width), "lora_B": (width, rank)}
+    tensors = {f"{module}.{role}.weight": np.zeros(shape, np.float32) for role, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,7 @@ class Sandbox:
         (folder / "home").mkdir()
         for name in ("my-model", "my-fine-tune"):
             shutil.copytree(demo_checkpoint(), folder / name)
+        write_adapter(folder / "my-adapter")
         weights = folder / "my-fine-tune" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
 

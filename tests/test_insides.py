@@ -43,6 +43,8 @@ class Inside:
 
 
 LOADER = "the loader's own renaming and conversion of weights; there is no public way to ask what it would load"
+GGUF = "what transformers makes of a GGUF file, one weight at a time; from_pretrained makes all of them at once"
+DEQUANTISED = "what the loader makes of quantised weights, one at a time; from_pretrained makes all of them at once"
 META = "building a model without weights, as from_pretrained does; the public ways allocate or initialise them"
 RECEIVE = "frames are received where they belong, without a copy: the public recv() gives each message as new bytes"
 TURNS = "input is read in small portions, in turn with other clients; the library takes in all that has arrived"
@@ -56,6 +58,24 @@ PACKED = (
 )
 
 INSIDES = [
+    Inside(
+        "transformers.pytorch_utils",
+        "Conv1D",
+        "skeleton/lora.py",
+        "GPT-2's linear modules, which adapters change as others",
+    ),
+    Inside("transformers.integrations.gguf.gguf_config_mapping", "GGUF_CONFIG_ARCHS", "skeleton/gguf.py", GGUF),
+    Inside("transformers.modeling_gguf_pytorch_utils", "TENSOR_PROCESSORS", "skeleton/gguf.py", GGUF),
+    Inside(
+        "transformers.modeling_gguf_pytorch_utils",
+        "TensorProcessor.process",
+        "skeleton/gguf.py",
+        GGUF,
+    ),
+    Inside("transformers.modeling_gguf_pytorch_utils", "get_gguf_hf_weights_map", "skeleton/gguf.py", GGUF),
+    Inside("transformers.quantizers.auto", "AutoHfQuantizer.from_config", "skeleton/dequantise.py", DEQUANTISED),
+    Inside("transformers.quantizers.auto", "AutoQuantizationConfig.from_dict", "skeleton/dequantise.py", DEQUANTISED),
+    Inside("transformers.quantizers.base", "HfQuantizer.get_new_dtype", "skeleton/dequantise.py", DEQUANTISED),
     Inside("transformers.conversion_mapping", "get_model_conversion_mapping", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightRenaming", "skeleton/loading.py", LOADER),
     Inside("transformers.core_model_loading", "WeightConverter.add_tensor", "skeleton/loading.py", LOADER),
@@ -156,6 +176,36 @@ INSIDES = [
         "the classes that users registered; there is no public list of them",
     ),
     Inside(
+        "transformers",
+        "MarianMTModel._keys_to_ignore_on_load_missing",
+        "skeleton/computed.py",
+        "the parameters that need not be in a checkpoint",
+    ),
+    Inside(
+        "torch.nn.utils.parametrize",
+        "ParametrizationList",
+        "skeleton/units.py",
+        "a list of modules whose items are steps of one weight, not layers",
+    ),
+    Inside(
+        "transformers",
+        "PreTrainedModel._init_weights",
+        "skeleton/computed.py",
+        "what from_pretrained makes them with",
+    ),
+    Inside(
+        "transformers.models.auto.tokenization_auto",
+        "TOKENIZER_MAPPING._extra_content",
+        "skeleton/tokenizers.py",
+        "the tokenizer classes that users registered; there is no public list of them",
+    ),
+    Inside(
+        "transformers.models.auto.tokenization_auto",
+        "REGISTERED_TOKENIZER_CLASSES",
+        "skeleton/tokenizers.py",
+        "the same, by name",
+    ),
+    Inside(
         "transformers.utils.chat_template_utils",
         "render_jinja_template",
         "models/chat_renderer.py",
@@ -229,9 +279,9 @@ def find_in_class(found: type, name: str) -> Any:
 
 PUBLIC = {
     "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
-    "torch", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3", "websockets.asyncio.client",
-    "websockets.asyncio.server", "websockets.client", "websockets.exceptions", "websockets.frames", "websockets.http11",
-    "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
+    "torch", "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
+    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.exceptions",
+    "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
 }  # fmt: skip
 """Modules of these libraries whose names are documented."""
 

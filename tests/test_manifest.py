@@ -237,12 +237,12 @@ for _ in range(80):
     ("path", "value", "complaint"),
     [
         ("format", "surfw.store", "its format is not 'surfw.manifest'"),
-        ("version", 6, "has format version '6'; this surfw reads 1 to 5. Chunk the model again"),
+        ("version", 7, "has format version '7'; this surfw reads 1 to 6. Chunk the model again"),
         ("name", "../x", "model name '../x' cannot be used"),
         ("class", "a\x1b[2J", "class is not a printable text"),
         ("files", {}, "files is not a list"),
-        ("files/0/path", "../tokenizer.json", "is not a plain file name"),
-        ("files/0/path", "x" * 200, "is not a plain file name"),
+        ("files/0/path", "../tokenizer.json", "is not one of plain file names"),
+        ("files/0/path", "x" * 200, "is not one of plain file names"),
         ("files/0/object", 5, "the object of tokenizer.json is not a printable text"),
         ("files/0/digest", "A" * 64, "the digest of tokenizer.json is not a BLAKE3 in hex"),
         ("ties", {"a": "nowhere"}, "the tie of a to nowhere leads nowhere"),
@@ -348,7 +348,7 @@ def test_blocks_are_digested_one_by_one(size: int) -> None:
 
 
 def test_a_manifest_of_another_version_is_told_apart_from_a_broken_one() -> None:
-    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 5"):
+    with pytest.raises(ManifestError, match="has format version '99'; this surfw reads 1 to 6"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 99}', where="there")
     with pytest.raises(ManifestError, match="the manifest from there is malformed: KeyError 'generation_config'"):
         parse_manifest(b'{"format": "surfw.manifest", "version": 1}', where="there")

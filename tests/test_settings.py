@@ -20,6 +20,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "source": ("ws://a:1", "ws://b:2", "/c"),
     "storage_options": ({"region": "a"}, {"region": "b"}, {"region": "c"}),
     "model": ("org/a", "b", "c"),
+    "adapter": ("org/a", "b", "c"),
     "host": ("0.0.0.0", "::1", "localhost"),
     "port": (0, 65535, 9000),
     "cache_mb": (17, 1000, 2000),
@@ -38,6 +39,9 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "policy": ("lru", "auto", "lru"),
     "codec": ("none", "auto", "lossless"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "disk_cache": ("20GB", "500 MiB", "4096"),
+    "cache_dir": ("/a", "/b", "/c"),
+    "offline": (True, False, False),
     "max_new_tokens": (1, 2, 3),
     "temperature": (0.0, 0.5, 1.5),
     "top_p": (0.0, 0.5, 1.0),
@@ -52,6 +56,7 @@ THREE: dict[str, tuple[Any, Any, Any]] = {
     "retry_most_delay": (0.0, 5.0, 60.0),
     "retry_jitter": (0.0, 0.25, 1.0),
     "retry_restart": (0.0, 20.0, 60.0),
+    "deadline": (0.5, 1.5, 2.5),
     "token_file": ("/a", "/b", "/c"),
     "ssl_certfile": ("/a", "/b", "/c"),
     "ssl_keyfile": ("/a", "/b", "/c"),
@@ -422,3 +427,16 @@ def test_storage_options_that_are_none_are_refused_without_being_shown(
     monkeypatch.delenv("SURFW_STORAGE_OPTIONS")
     with pytest.raises(ConfigurationError, match=r"storage_options is a text, expected a table of names and values$"):
         Settings.load(write(tmp_path, 'storage_options = "s3cret"'))
+
+
+def test_several_sources_are_a_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert Settings().sources == ()
+    assert Settings(source="a:1").sources == ("a:1",)
+    assert Settings(source=["a:1"]).source == "a:1"  # type: ignore[arg-type]
+    assert Settings(source=["a:1", "b:2"]).sources == ("a:1", "b:2")  # type: ignore[arg-type]
+    assert Settings.load(write(tmp_path, 'source = ["a:1", "./b"]')).sources == ("a:1", "./b")
+    monkeypatch.setenv("SURFW_SOURCE", '["c:3", "d:4"]')
+    assert Settings.load(write(tmp_path, 'source = "a:1"')).sources == ("c:3", "d:4")
+    for wrong in (["a:1", 3], ["a:1", " "], [["a:1"]]):
+        with pytest.raises(ConfigurationError, match=r"source is .*, expected a text that is not empty"):
+            Settings(source=wrong)  # type: ignore[arg-type]

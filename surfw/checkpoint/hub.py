@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surfw.checkpoint.companions import companions
 from surfw.checkpoint.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILES,
     CONFIG_FILE,
     GENERATION_FILE,
-    TOKENIZER_FILES,
     find_weights,
     no_checkpoint,
     read_config,
@@ -33,7 +35,14 @@ logger = logging.getLogger("surfw.checkpoint")
 _ANSWER_SECONDS = 10
 
 
-def download_model(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
+def download_model(
+    repo_id: str,
+    revision: str | None,
+    variant: str | None = None,
+    *,
+    show_progress: bool = False,
+    may_be_quantised: bool = False,
+) -> Path:
     """Fetch the files of a model that are not in the hub cache yet, and return their directory there.
 
     See `open_checkpoint` for the arguments and errors.
@@ -42,19 +51,30 @@ def download_model(repo_id: str, revision: str | None, *, show_progress: bool = 
         names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
     except Exception as exc:  # noqa: BLE001  # the library also lets errors of its HTTP client through, whichever it is
         return _find_cached(repo_id, revision, exc)
-    entry = find_weights(names, f"hub model {repo_id}")
+    entry = find_weights(names, f"hub model {repo_id}", variant)
     if CONFIG_FILE not in names:
         raise no_checkpoint(f"hub model {repo_id}")
-    small = {CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES} & names
+    small = {CONFIG_FILE, GENERATION_FILE} & names | set(companions(names))
     fetch = partial(_fetch, repo_id, revision, show_progress=show_progress)
     folder = fetch(small | ({entry} if entry.endswith(".json") else set()))
-    read_config(folder)
+    read_config(folder, may_be_quantised=may_be_quantised)
     shards = read_weights(folder, entry).shards
     if missing := set(shards) - names:
         raise CheckpointError(
             f"hub model {repo_id} is incomplete: its {entry} names {min(missing)}, which is not there; ask its owner"
         )
     return fetch(shards)
+
+
+def download_adapter(repo_id: str, revision: str | None, *, show_progress: bool = False) -> Path:
+    """Fetch the files of an adapter that are not in the hub cache yet, and return their directory there."""
+    try:
+        names = {file.rfilename for file in _ask(repo_id, revision).siblings or ()}
+    except Exception as exc:  # noqa: BLE001  # as above
+        return _find_cached(repo_id, revision, exc, ADAPTER_CONFIG_FILE)
+    weights = next((name for name in ADAPTER_WEIGHTS_FILES if name in names), None)
+    wanted = {ADAPTER_CONFIG_FILE} & names | set(companions(names)) | ({weights} if weights else set())
+    return _fetch(repo_id, revision, wanted, show_progress=show_progress)
 
 
 def resolve_commit(repo_id: str, revision: str | None) -> str:
@@ -107,13 +127,13 @@ def _fetch(repo_id: str, revision: str | None, names: Collection[str], *, show_p
         ) from exc
 
 
-def _find_cached(repo_id: str, revision: str | None, cause: Exception) -> Path:
+def _find_cached(repo_id: str, revision: str | None, cause: Exception, file: str = CONFIG_FILE) -> Path:
     """The copy of an earlier download, for when the hub does not answer."""
     from huggingface_hub import snapshot_download
 
     reason = _reason(cause, revision)
     try:
-        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[CONFIG_FILE], local_files_only=True)
+        folder = snapshot_download(repo_id, revision=revision, allow_patterns=[file], local_files_only=True)
     except Exception:  # noqa: BLE001  # as above
         raise CheckpointError(
             f"model {repo_id!r} is neither a directory here nor a hub model that can be reached ({reason}); "

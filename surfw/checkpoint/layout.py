@@ -1,36 +1,38 @@
 """Which files make up a checkpoint: its weights by transformers' precedence, its index, configuration and tokenizer.
 
-Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the names an
-index lists are plain file names of its own folder.
+Knows a folder's file names and its JSON files; opens no weights. JSON is capped before it is parsed, and the paths an
+index lists lie within its own folder.
 """
 
 import errno
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from surfw.checkpoint.shard import translate_errors
-from surfw.config import MAX_JSON_DEPTH, MIB, quote
-from surfw.errors import CheckpointError, UnsupportedModelError
+from surfw.checkpoint.shard import refuse_pointer, translate_errors
+from surfw.config import DEQUANTISED, MAX_JSON_DEPTH, MIB, quote
+from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import read_regular
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
-"""Files that a tokenizer and its chat template are made of."""
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""Where an adapter's weights may be, in the order in which peft looks for them."""
 
 WEIGHTS_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 """Where weights may be, in the order in which transformers looks for them."""
+
+_VARIANT = re.compile(
+    r"(?:model|pytorch_model)(?:\.(?:safetensors|bin)\.index)?\.([A-Za-z0-9_-]{1,32})\.(?:safetensors|bin|json)"
+)
+"""The names of another precision's files, as transformers writes them: `model.fp16.safetensors`."""
 
 _SHARDS = {
     "model.safetensors.index.json": "model-*-of-*.safetensors",
@@ -38,12 +40,12 @@ _SHARDS = {
 }
 """Patterns of the names of shards, by their index."""
 
+_QUANTISATION = ("quantization_config", "compression_config")
 _CONFIG_BYTES = 16 * MIB
 _INDEX_BYTES = 256 * MIB
 
 _FOREIGN = {
-    "adapter_config.json": "a LoRA adapter; merge it into its base model first",
-    "*.gguf": "GGUF weights",
+    "*.gguf": "GGUF weights, of which surfw chunk takes one file",
     "*.msgpack": "Flax weights",
     "*.h5": "TensorFlow weights",
     "consolidated.*": "weights in their publisher's own layout",
@@ -60,16 +62,45 @@ class Weights:
     promised: Mapping[str, str]
 
 
-def find_weights(names: Collection[str], where: str) -> str:
-    """The file of `WEIGHTS_FILES` that transformers would load from a checkpoint with these files.
+def weights_files(variant: str | None) -> tuple[str, ...]:
+    """`WEIGHTS_FILES` of a variant: `model.fp16.safetensors` for `fp16`.
 
     Raises:
+        ConfigurationError: no variant can have such a name.
+    """
+    if variant is None:
+        return WEIGHTS_FILES
+    if not _VARIANT.fullmatch(f"model.{variant}.bin"):
+        raise ConfigurationError(f"variant {quote(variant)} is none, expected a word such as fp16 (variant, --variant)")
+    ends = (name.rpartition(".") for name in WEIGHTS_FILES)
+    return tuple(f"{begin}.{variant}.{end}" for begin, _, end in ends)
+
+
+def find_weights(names: Collection[str], where: str, variant: str | None = None) -> str:
+    """The file of `weights_files` that transformers would load from a checkpoint with these files.
+
+    Raises:
+        ConfigurationError: no variant can have such a name.
         UnsupportedModelError: there are only files of another kind.
         CheckpointError: no file belongs to a model.
     """
-    for name in WEIGHTS_FILES:
-        if name in names:
-            return name
+    entry = next((name for name in weights_files(variant) if name in names), None)
+    if ADAPTER_CONFIG_FILE in names:
+        raise _has_adapter(where, entry)
+    if entry is not None:
+        return entry
+    named = {found[1] for name in names if (found := _VARIANT.fullmatch(name))} - {"index"}
+    variants = sorted(one for one in named if "-of-" not in one)
+    if variants and variant is None:
+        raise UnsupportedModelError(
+            f"{where} has its weights as {', '.join(variants[:5])} only; name the one to take: --variant {variants[0]} "
+            f"(variant={variants[0]!r})"
+        )
+    if variant is not None:
+        raise UnsupportedModelError(
+            f"{where} has no weights called {variant}: expected {' or '.join(weights_files(variant))}, it has "
+            f"{', '.join(variants) or 'no variants'}"
+        )
     seen = [
         f"{name} ({what})" for pattern, what in _FOREIGN.items() for name in sorted(names) if fnmatchcase(name, pattern)
     ]
@@ -83,7 +114,58 @@ def find_weights(names: Collection[str], where: str) -> str:
     )
 
 
-def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
+def _has_adapter(where: str, entry: str | None) -> UnsupportedModelError:
+    """The error for an adapter, alone or beside weights: transformers would load both, and surfw does so when told."""
+    if entry is None:
+        return UnsupportedModelError(
+            f"{where} is an adapter ({ADAPTER_CONFIG_FILE}), no whole model: chunk its base first, and then the "
+            f"adapter over it, with surfw chunk {where} --base NAME"
+        )
+    return UnsupportedModelError(
+        f"{where} has an adapter ({ADAPTER_CONFIG_FILE}) beside the weights in {entry}, and transformers would apply "
+        "it where peft is installed; move the adapter's files into a folder of their own, chunk the model, and then "
+        "the adapter over it, with surfw chunk FOLDER --base NAME"
+    )
+
+
+def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a configuration says of quantised weights, where transformers looks for it; None if it says nothing."""
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        if found := next((place[key] for key in _QUANTISATION if place.get(key)), None):
+            return found if isinstance(found, dict) else {}
+    return None
+
+
+def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says nothing of quantised weights, as that of a model which was dequantised."""
+    clean = {key: value for key, value in config.items() if key not in _QUANTISATION}
+    if isinstance(text := clean.get("text_config"), dict):
+        clean["text_config"] = {key: value for key, value in text.items() if key not in _QUANTISATION}
+    return clean
+
+
+def _expect_dense(quantised: Mapping[str, Any], path: str, *, may_be_quantised: bool) -> None:
+    """Refuse quantised weights, unless dense ones are to be made of them, and can be.
+
+    Raises:
+        UnsupportedModelError: with the method's name.
+    """
+    method = quantised.get("quant_method")
+    named = f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')})"
+    if method not in DEQUANTISED:
+        raise UnsupportedModelError(
+            f"{named}, and surfw makes dense ones of {', '.join(DEQUANTISED)} alone, as transformers does on a CPU; "
+            "take the model's unquantised weights"
+        )
+    if not may_be_quantised:
+        raise UnsupportedModelError(
+            f"{named}; make dense ones of them with --dequantize (dequantize=) bfloat16, or take the model's "
+            "unquantised weights"
+        )
+
+
+def read_config(folder: Path, where: str | None = None, *, may_be_quantised: bool = False) -> dict[str, Any]:
     """The folder's `config.json`; `where` names a folder of copies in errors.
 
     Raises:
@@ -94,12 +176,8 @@ def read_config(folder: Path, where: str | None = None) -> dict[str, Any]:
         raise no_checkpoint(where or str(folder))
     path = f"{where or folder}/{CONFIG_FILE}"
     config = read_json(folder / CONFIG_FILE, _CONFIG_BYTES, path)
-    if quantised := config.get("quantization_config") or config.get("compression_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise UnsupportedModelError(
-            f"{path} asks for quantised weights ({quote(method or 'of an unnamed kind')}): quantised checkpoints "
-            "cannot be chunked yet; take the model's unquantised weights"
-        )
+    if (quantised := quantisation_of(config)) is not None:
+        _expect_dense(quantised, path, may_be_quantised=may_be_quantised)
     if named := config.get("transformers_weights"):
         raise UnsupportedModelError(
             f"{path} keeps its weights in {quote(named)} (transformers_weights), "
@@ -115,12 +193,12 @@ def read_generation_config(folder: Path, where: str | None = None) -> dict[str, 
 
 
 def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
-    """The shards behind one of `WEIGHTS_FILES`.
+    """The shards behind one of `weights_files`.
 
     Raises:
         CheckpointError: it is an index that is not valid.
     """
-    if not name.endswith(".index.json"):
+    if ".index." not in name:
         return Weights((name,), {})
     path = f"{where or folder}/{name}"
     promised = read_json(folder / name, _INDEX_BYTES, path).get("weight_map")
@@ -133,7 +211,7 @@ def read_weights(folder: Path, name: str, where: str | None = None) -> Weights:
         if not _is_plain(file, suffix):
             raise CheckpointError(
                 f"{path} places tensor {quote(tensor)} in {quote(file)}, "
-                f"expected a plain file name that ends in {suffix}"
+                f"expected a path within the checkpoint that ends in {suffix}"
             )
     return Weights(tuple(sorted(set(promised.values()))), promised)
 
@@ -146,6 +224,7 @@ def read_json(path: Path, limit_bytes: int, where: str | None = None) -> dict[st
     """
     where = where or str(path)
     text = read_small(path, limit_bytes, where)
+    refuse_pointer(text, where)
     try:
         document = json.loads(text.decode())
     except RecursionError as exc:
@@ -195,4 +274,6 @@ def no_checkpoint(where: str) -> CheckpointError:
 
 
 def _is_plain(file: Any, suffix: str) -> bool:
-    return isinstance(file, str) and file.endswith(suffix) and file.isprintable() and not set(file) & set("/\\")
+    if not isinstance(file, str) or not file.endswith(suffix) or not file.isprintable() or "\\" in file:
+        return False
+    return not {"", ".", ".."} & set(file.split("/"))

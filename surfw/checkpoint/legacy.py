@@ -61,6 +61,9 @@ class LegacyShard:
             self._describe(name, value) for name, value in self._state.items() if self._is_tensor(name)
         )
 
+        if not self.tensors:
+            self._refuse_nested()
+
     def read_into(self, tensor: SourceTensor, destination: memoryview, start: int) -> None:
         """Fill `destination` with the contiguous tensor's bytes from byte `start` on."""
         check_unchanged(self.path, None, self.identity)
@@ -84,6 +87,15 @@ class LegacyShard:
             dense = self._state[tensor.name].detach().contiguous()
             self._current = tensor.name, dense.reshape(-1).view(torch.uint8)
         return self._current[1]
+
+    def _refuse_nested(self) -> None:
+        """Say where the tensors are, if they are one level down: transformers does not look there."""
+        for name, value in self._state.items():
+            if isinstance(value, dict) and any(isinstance(one, torch.Tensor) for one in value.values()):
+                raise UnsupportedModelError(
+                    f"{self.path} has its tensors under {quote(name)}, expected them by their names at the top; save "
+                    f"them so: torch.save(torch.load('{self.path.name}')[{quote(name)}], '{self.path.name}')"
+                )
 
     def _is_tensor(self, name: Any) -> bool:
         value = self._state[name]

@@ -1,9 +1,10 @@
 """A checkpoint, open for reading: its configuration, its tokenizer files, and the bytes of each of its tensors.
 
 What is in a shard counts, not what the index says: like transformers, every tensor of every shard is there, and of two
-with the same name the one of the later shard. A tensor that the index promises and its shard lacks is an error.
+with the same name the one of the later shard. A tensor that the index promises and its shard lacks draws a warning.
 """
 
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -12,18 +13,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from blake3 import blake3
+
+from surfw.checkpoint.companions import companions, list_files
 from surfw.checkpoint.layout import (
-    TOKENIZER_FILES,
+    Weights,
     find_weights,
     read_config,
     read_generation_config,
     read_weights,
 )
 from surfw.checkpoint.shard import Identity, SafetensorsShard, Shard, SourceTensor, translate_errors
-from surfw.config import quote
+from surfw.config import PIECE_BYTES, quote
 from surfw.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from surfw.files import describe_file
 from surfw.manifest import Pin
+
+logger = logging.getLogger("surfw.checkpoint")
 
 _SNAPSHOTS, _CACHED = "snapshots", "models--"
 """The hub's cache keeps `org/name` in `models--org--name/snapshots/COMMIT`."""
@@ -38,7 +44,7 @@ class Checkpoint:
         path: the directory that holds its files.
         config: `config.json`, as it is: nothing in it is trusted yet.
         generation_config: `generation_config.json`, if there is one.
-        files: the tokenizer's files, by name.
+        files: what belongs to the tokenizer, and to embeddings of sentences, by path in its folder.
         shards: the files of weights, in transformers' order.
         url: where it lies: a folder, or the address of a remote storage, of which `path` has copies of small files.
         pins: of a remote one, size and revision of its objects when they were opened, by name.
@@ -77,6 +83,20 @@ class Checkpoint:
             )
         self._homes[tensor.file].read_into(tensor, destination, start)
 
+    def digest(self, name: str) -> bytes:
+        """BLAKE3 of a tensor's bytes, of which a piece is in memory at a time.
+
+        Raises:
+            CheckpointError: as of `read_into`.
+        """
+        whole, size = blake3(), self.tensors[name].nbytes
+        buffer = memoryview(bytearray(min(size, PIECE_BYTES)))
+        for start in range(0, size, PIECE_BYTES):
+            piece = buffer[: size - start]
+            self.read_into(name, piece, start, start + len(piece))
+            whole.update(piece)
+        return whole.digest()
+
     def fingerprint(self) -> tuple[Identity, ...]:
         """Name, size and modification time of every shard; it changes when the source does."""
         return tuple(shard.identity for shard in self.shards)
@@ -99,13 +119,22 @@ def demo_checkpoint() -> Path:
     return Path(__file__).parents[1] / "demo"
 
 
-def open_checkpoint(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    show_progress: bool = False,
+    may_be_quantised: bool = False,
+) -> Checkpoint:
     """Open a checkpoint by name, downloading it from the hub if it is not a directory here.
 
     Args:
         model: a local directory, or a hub id (`org/name`).
         revision: branch, tag or commit of the hub repository.
+        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
         show_progress: let the hub library draw its bars on stderr, in a terminal.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or neither a directory here nor a hub model that can be reached.
@@ -116,15 +145,19 @@ def open_checkpoint(model: str, *, revision: str | None = None, show_progress: b
     if folder is None:
         from surfw.checkpoint.hub import download_model
 
-        return open_directory(download_model(model, revision, show_progress=show_progress), name=model)
+        folder = download_model(
+            model, revision, variant, show_progress=show_progress, may_be_quantised=may_be_quantised
+        )
+        return open_directory(folder, name=model, variant=variant, may_be_quantised=may_be_quantised)
     if revision is not None:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {model} is a directory here; leave it out"
         )
-    return open_directory(folder)
+    return open_directory(folder, variant=variant, may_be_quantised=may_be_quantised)
 
 
-def _open_shard(path: Path) -> Shard:
+def open_shard(path: Path) -> Shard:
+    """Open a file of weights on this machine, by the kind that its name says."""
     if path.suffix == ".safetensors":
         return SafetensorsShard(path)
     from surfw.checkpoint.legacy import LegacyShard
@@ -137,8 +170,10 @@ def open_directory(
     *,
     name: str | None = None,
     names: Collection[str] | None = None,
-    open_shard: Callable[[Path], Shard] = _open_shard,
+    open_shard: Callable[[Path], Shard] = open_shard,
     where: str | None = None,
+    variant: str | None = None,
+    may_be_quantised: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint in a local directory.
 
@@ -148,6 +183,8 @@ def open_directory(
         names: its files; default: those in the directory. Shards may be elsewhere, if `open_shard` knows where.
         open_shard: opens a file of weights; default: the one in the directory.
         where: names the directory in errors, if it only has copies of the files.
+        variant: as of `open_checkpoint`.
+        may_be_quantised: whether quantised weights are not refused.
 
     Raises:
         CheckpointError: it is damaged or incomplete.
@@ -155,10 +192,10 @@ def open_directory(
     """
     if names is None:
         with translate_errors(folder):
-            names = {path.name for path in folder.iterdir() if path.is_file()}
+            names = list_files(folder)
     where = where or str(folder)
-    entry = find_weights(names, where)
-    config = read_config(folder, where)
+    entry = find_weights(names, where, variant)
+    config = read_config(folder, where, may_be_quantised=may_be_quantised)
     weights = read_weights(folder, entry, where)
     with ExitStack() as opened:
         shards = []
@@ -170,11 +207,11 @@ def open_directory(
             path=folder,
             config=config,
             generation_config=read_generation_config(folder, where),
-            files={file: folder / file for file in TOKENIZER_FILES if file in names},
+            files={file: folder / file for file in companions(names)},
             shards=tuple(shards),
             url=str(folder.absolute()),
         )
-        _check_promises(checkpoint, weights.promised, where, entry)
+        _check_promises(checkpoint, weights, where, entry)
         opened.pop_all()
     return checkpoint
 
@@ -182,23 +219,31 @@ def open_directory(
 def folder_name(folder: Path) -> str:
     """What the model in a folder is called: as the folder, or, in the hub's cache, as the model is on the hub.
 
-    A symbolic link has its own name, not that of what it points to.
+    A symbolic link has its own name, not that of what it points to; a GGUF file, its name without the suffix.
     """
     path = Path(os.path.abspath(folder.expanduser()))  # noqa: PTH100 - resolve() follows links, and absolute() keeps ..
     cached = path.parent.parent.name
     if path.parent.name == _SNAPSHOTS and cached.startswith(_CACHED):
         return cached.removeprefix(_CACHED).replace("--", "/", 1)
-    return path.name
+    return path.stem if path.suffix.lower() == ".gguf" and path.is_file() else path.name
 
 
-def _check_promises(checkpoint: Checkpoint, promised: Mapping[str, str], where: str, index: str) -> None:
-    holds = {(tensor.name, shard.path.name) for shard in checkpoint.shards for tensor in shard.tensors}
-    for tensor, file in promised.items():
-        if (tensor, file) not in holds:
-            raise CheckpointError(
-                f"{where}/{index} places tensor {quote(tensor)} in {file}, which does not hold it; "
-                "the files are of different downloads, download the checkpoint again"
-            )
+def _check_promises(checkpoint: Checkpoint, weights: Weights, where: str, index: str) -> None:
+    """Warn about tensors that are not where the index says; whether one is missing, the model's class tells."""
+    holds = {
+        (tensor.name, file)
+        for file, one in zip(weights.shards, checkpoint.shards, strict=True)
+        for tensor in one.tensors
+    }
+    astray = [(tensor, file) for tensor, file in weights.promised.items() if (tensor, file) not in holds]
+    if astray:
+        tensor, file = astray[0]
+        found = "another has it" if tensor in checkpoint.tensors else "and no other does"
+        logger.warning(
+            "%s/%s places tensor %s in %s, which does not hold it (%s), and %d more like it: the files may be of "
+            "different downloads",
+            where, index, quote(tensor), file, found, len(astray) - 1,
+        )  # fmt: skip
     if not checkpoint.tensors:
         raise UnsupportedModelError(f"{where} has no tensors in {index}; expected the weights of a model")
 

@@ -23,6 +23,8 @@ from surfw.safetensors_header import (
     parse_header,
 )
 
+_POINTER = b"version https://git-lfs."
+
 
 @dataclass(frozen=True, slots=True)
 class SourceTensor:
@@ -178,10 +180,15 @@ def open_weights(path: Path) -> int:
             raise CheckpointError(f"{path} {seen}; the checkpoint is incomplete, download it again")
         fd = open_regular(path)
         opened.callback(os.close, fd)
-        if os.pread(fd, 24, 0) == b"version https://git-lfs.":
-            raise CheckpointError(f"{path} is a Git LFS pointer, not the weights; run 'git lfs pull' beside it")
+        refuse_pointer(os.pread(fd, len(_POINTER), 0), str(path))
         opened.pop_all()
     return fd
+
+
+def refuse_pointer(data: bytes, where: str) -> None:
+    """Raise CheckpointError if these bytes begin the pointer that git leaves where LFS is not installed."""
+    if data.startswith(_POINTER):
+        raise CheckpointError(f"{where} is a Git LFS pointer, not the file itself; run 'git lfs pull' beside it")
 
 
 @contextmanager

@@ -28,10 +28,10 @@ from surfw.codec import (
 from surfw.codec.lossless import FRAME_BYTES, decode_frame
 from surfw.config import BLOCK_BYTES
 from surfw.encryption import EncryptionKey
-from surfw.errors import ConfigurationError, IntegrityError, StorageError
+from surfw.errors import ConfigurationError, IntegrityError, NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
-from surfw.source import ChunkSource, Read
-from surfw.storage import StorageBackend
+from surfw.source import ChunkSource, Read, expect_base
+from surfw.storage import StorageBackend, Store
 from surfw.threads import to_its_end
 
 
@@ -68,6 +68,7 @@ async def copy_model(
     """
     manifest = model if isinstance(model, Manifest) else await source.manifest(await source.resolve(model))
     name = check_model_name(name or manifest.name)
+    await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
     chunks = await asyncio.to_thread(_plan, manifest, codecs, key)
     key = None if manifest.key_id else key  # then it is encrypted already
@@ -100,9 +101,30 @@ async def check_copy(
     key: EncryptionKey | None = None,
 ) -> None:
     """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
+    await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
     await asyncio.to_thread(_plan, manifest, codecs, key)
     await check_target(backend, check_model_name(name or manifest.name), codecs)
+
+
+async def _expect_base(manifest: Manifest, backend: StorageBackend) -> None:
+    """Make sure that an adapter comes where its base is already.
+
+    Raises:
+        ConfigurationError: the base is not there.
+        ManifestError: the model of that name has other weights.
+    """
+    if manifest.base is None:
+        return
+    store = Store(backend)
+    try:
+        base = await store.facts(manifest.base.name)
+    except (UnknownModelError, NotAStoreError) as exc:
+        raise ConfigurationError(
+            f"{manifest.name} is an adapter over {manifest.base.name}, which {store.url} does not have; copy that "
+            "first, under the same name"
+        ) from exc
+    expect_base(manifest, base, where=store.url)
 
 
 def _default_codecs(manifest: Manifest) -> Sequence[str]:
@@ -115,6 +137,10 @@ def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) 
     """The chunks to write; torch is needed where a form is to be made that is not there."""
     if manifest.key_id:
         return _plan_encrypted(manifest, codecs, key)
+    if manifest.base is not None and key is not None:
+        raise ConfigurationError(
+            f"{manifest.name} is an adapter, and adapters are not encrypted; copy it without a key (--encrypt)"
+        )
     new = set(codecs).intersection(PACKED_CODECS).difference(stored_codecs(manifest))
     matrices = find_matrices(manifest) if new else frozenset[str]()
     planned = []

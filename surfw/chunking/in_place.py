@@ -1,8 +1,9 @@
 """A checkpoint as a model of a store without a copy: its chunks are byte ranges of the checkpoint's own shards.
 
 Invariants: no weight byte is written; a chunk's payload is the same as in a copy, and so is its identity once its
-digests are known; tensors that are not a range of a shard (converted ones, another dtype, `.bin`) are refused; every
-object is pinned to the revision it had when its header was read.
+digests are known, unless the checkpoint has another precision than the model is built with: that is kept then, and
+converted on arrival; tensors that are not a range of a shard (converted ones, `.bin`) are refused; every object is
+pinned to the revision it had when its header was read.
 
 As a program (`python -m surfw.chunking.in_place`), this makes a private store for a checkpoint that a server serves in
 place: a process of its own, since the server's never loads torch. It reads a JSON object from its standard input
@@ -16,6 +17,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from surfw.checkpoint import Checkpoint
 from surfw.checkpoint.layout import read_small
 from surfw.checkpoint.reader import folder_name
 from surfw.checkpoint.shard import check_unchanged
-from surfw.chunking.plan import PlannedChunk
+from surfw.chunking.plan import PlannedChunk, PlannedTensor, arrange
 from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.remote import plain_name
 from surfw.chunking.write import Progress
@@ -35,6 +37,7 @@ from surfw.storage.origins import PlacedOptions, is_local_url, private_store
 from surfw.storage.store import MARKER, manifest_key
 from surfw.storage.store_source import StorageSource
 
+_CONVERTED = frozenset({"F64", "F32", "F16", "BF16"})
 _INSTEAD = "run surfw chunk without --in-place, which writes a copy that is"
 
 
@@ -59,11 +62,25 @@ async def build_manifest(prepared: PreparedModel) -> Manifest:
         CheckpointError: the checkpoint changed since it was opened, or its storage does not tell when it changes.
     """
     checkpoint = prepared.checkpoint
-    places = [_locations(prepared, chunk) for chunk in prepared.plan.chunks]
+    planned = [_as_stored(prepared, chunk) for chunk in prepared.plan.chunks]
+    places = [_locations(prepared, chunk) for chunk in planned]
     origin = Origin(checkpoint.url, await _pins(checkpoint, {at.object for chunk in places for at in chunk}))
-    files = [await asyncio.to_thread(_file, path) for _, path in sorted(checkpoint.files.items())]
-    chunks = [_chunk(one, at, origin) for one, at in zip(prepared.plan.chunks, places, strict=True)]
+    files = [await asyncio.to_thread(_file, *file) for file in sorted(checkpoint.files.items())]
+    chunks = [_chunk(one, at, origin) for one, at in zip(planned, places, strict=True)]
     return prepared.manifest(chunks, files, origin)
+
+
+def _as_stored(prepared: PreparedModel, chunk: PlannedChunk) -> PlannedChunk:
+    """The chunk with floating-point tensors in the precision of the checkpoint: they are converted on arrival."""
+
+    def stored(tensor: PlannedTensor) -> PlannedTensor:
+        recipe = prepared.loading.recipes[tensor.info.name]
+        if recipe.converter is not None or not {prepared.facts[recipe.sources[0]][0], tensor.info.dtype} <= _CONVERTED:
+            return tensor
+        dtype = prepared.facts[recipe.sources[0]][0]
+        return replace(tensor, info=replace(tensor.info, dtype=dtype), copy_of=recipe.sources[0])
+
+    return replace(chunk, tensors=arrange([stored(tensor) for tensor in chunk.tensors]))
 
 
 def _chunk(planned: PlannedChunk, locations: Sequence[Location], origin: Origin) -> Chunk:
@@ -77,24 +94,26 @@ def _locations(prepared: PreparedModel, chunk: PlannedChunk) -> list[Location]:
     found: list[Location] = []
     for tensor in chunk.tensors:
         recipe = prepared.loading.recipes[tensor.info.name]
-        if not recipe.joined:
-            dtype = prepared.facts[recipe.sources[0]][0]
-            why = (
-                f"it is converted from {dtype} to {tensor.info.dtype}"
-                if recipe.converter is None
-                else f"transformers makes it of {len(recipe.sources)} tensors such as {recipe.sources[0]}"
-            )
+        sources = recipe.joined or ((tensor.copy_of,) if tensor.copy_of is not None else ())
+        if not sources:
+            if not recipe.sources:
+                why = "transformers computes it"
+            elif recipe.converter is None:
+                why = f"it is converted from {prepared.facts[recipe.sources[0]][0]} to {tensor.info.dtype}"
+            else:
+                why = f"transformers makes it of {len(recipe.sources)} tensors such as {recipe.sources[0]}"
             raise UnsupportedModelError(
                 f"{prepared.name} cannot be served in place: {tensor.info.name} is not in its checkpoint as it is "
                 f"used, {why}; {_INSTEAD}"
             )
-        for name in recipe.joined:
+        for name in sources:
             source = prepared.checkpoint.tensors[name]
             if source.start is None:
                 raise UnsupportedModelError(
                     f"{prepared.name} cannot be served in place: {source.file.name} is no safetensors file; {_INSTEAD}"
                 )
-            at = Location(source.file.name, source.start, source.start + source.nbytes)
+            file = source.file.relative_to(prepared.checkpoint.path).as_posix()
+            at = Location(file, source.start, source.start + source.nbytes)
             if found and (found[-1].object, found[-1].stop) == (at.object, at.start):
                 at = Location(at.object, found.pop().start, at.stop)
             if at.start < at.stop:
@@ -117,9 +136,9 @@ async def _pins(checkpoint: Checkpoint, shards: set[str]) -> Mapping[str, Pin]:
     return pins
 
 
-def _file(path: Path) -> ModelFile:
+def _file(name: str, path: Path) -> ModelFile:
     data = read_small(path, FILE_BYTES)
-    return ModelFile(path.name, len(data), payload_digest(data), path.name)
+    return ModelFile(name, len(data), payload_digest(data), name)
 
 
 async def write_in_place(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from surfw.chunking.adapter import prepare_adapter, read_base
 from surfw.chunking.prepare import PreparedModel, prepare_model
 from surfw.chunking.write import Progress, write_model
-from surfw.codec import DEFAULT_CODECS, check_codecs
+from surfw.codec import DEFAULT_CODECS, PACKED_CODECS, check_codecs
 from surfw.config import OnMissing, display_url, expect
 from surfw.encryption import read_key
 from surfw.errors import ConfigurationError
@@ -54,8 +55,11 @@ class ModelChunker:
         *,
         storage_backend: StorageBackend | None = None,
         name: str | None = None,
+        base: str | None = None,
         revision: str | None = None,
+        variant: str | None = None,
         dtype: str | None = None,
+        dequantize: str | None = None,
         model_class: Any = None,
         on_missing: OnMissing = "error",
         codecs: Sequence[str] = DEFAULT_CODECS,
@@ -71,8 +75,13 @@ class ModelChunker:
                 is given.
             storage_backend: the storage that is, or becomes, the store; it stays the caller's to close.
             name: the model's name in the store; default: the hub id, or the directory's name.
+            base: for a LoRA adapter in peft's format: the model of the store that it changes. Then `dtype`,
+                `dequantize`, `model_class` and `on_missing` have no meaning.
             revision: branch, tag or commit of the hub repository.
+            variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
             dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would.
+            dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does:
+                compressed-tensors, fp8, mxfp4 and mxfp8.
             model_class: your own subclass of transformers' `PreTrainedModel`, for a model that transformers does not
                 know.
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
@@ -83,12 +92,20 @@ class ModelChunker:
             encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
 
         Raises:
-            ConfigurationError: both a folder and a backend are given, or the file holds no key.
+            ConfigurationError: both a folder and a backend are given, the file holds no key, or an adapter is to be
+                changed or encrypted.
         """
         expect("model_name", model_name, str | os.PathLike, "a hub id or a local directory")
         if not os.fspath(model_name):
             raise ConfigurationError("model_name is empty, expected a hub id or a local directory")
-        for key, value in (("name", name), ("revision", revision), ("dtype", dtype)):
+        for key, value in (
+            ("name", name),
+            ("base", base),
+            ("revision", revision),
+            ("variant", variant),
+            ("dtype", dtype),
+            ("dequantize", dequantize),
+        ):
             expect(key, value, str | None, "a text or None")
         if output_dir is not None:
             expect("output_dir", output_dir, str | os.PathLike, "a folder or a storage URL")
@@ -103,12 +120,27 @@ class ModelChunker:
         self._codecs = check_codecs(codecs)
         self._key = None if encryption_key_file is None else read_key(encryption_key_file)
         self._progress = progress or (lambda *_: None)
+        self._base = base
+        if base is not None:
+            if dtype is not None or dequantize is not None or model_class is not None or on_missing != "error":
+                raise ConfigurationError(
+                    "dtype, dequantize, model_class and on_missing are for whole models; leave them out with base"
+                )
+            if self._key is not None:
+                raise ConfigurationError("adapters are not encrypted; leave encryption_key_file out with base")
+            if set(self._codecs).intersection(PACKED_CODECS):
+                raise ConfigurationError(
+                    f"adapters are not quantised; codecs are {self._codecs}, expected none, lossless"
+                )
+            self._prepare_adapter = partial(prepare_adapter, os.fspath(model_name), name=name, revision=revision)
         self._prepare = partial(
             prepare_model,
             os.fspath(model_name),
             name=name,
             revision=revision,
+            variant=variant,
             dtype=dtype,
+            dequantize=dequantize,
             model_class=model_class,
             on_missing=on_missing,
         )
@@ -123,17 +155,17 @@ class ModelChunker:
             UnsupportedModelError: surfw cannot run it.
             StorageError: the storage cannot take it.
         """
-        with await self._prepare_in_thread() as prepared:
-            backend = self._backend
-            if backend is None:
-                backend = open_backend(self._output_dir, self._storage_options)
-            try:
+        backend = self._backend
+        if backend is None:
+            backend = open_backend(self._output_dir, self._storage_options)
+        try:
+            with await self._prepare_in_thread(backend) as prepared:
                 manifest = await write_model(
                     prepared, backend, codecs=self._codecs, key=self._key, progress=self._progress
                 )
-            finally:
-                if self._backend is None:
-                    await backend.close()
+        finally:
+            if self._backend is None:
+                await backend.close()
         return ModelInfo(
             name=manifest.name,
             class_name=manifest.class_name,
@@ -154,9 +186,12 @@ class ModelChunker:
         refuse_event_loop("chunking a model", "'await chunker.chunk_model()'")
         return asyncio.run(self.chunk_model())
 
-    async def _prepare_in_thread(self) -> PreparedModel:
+    async def _prepare_in_thread(self, backend: StorageBackend) -> PreparedModel:
         """Open and plan in a thread; if this is cancelled, close what the thread has opened."""
-        preparing = asyncio.ensure_future(asyncio.to_thread(self._prepare))
+        prepare = self._prepare
+        if self._base is not None:
+            prepare = partial(self._prepare_adapter, await read_base(backend, self._base), backend)
+        preparing = asyncio.ensure_future(asyncio.to_thread(prepare))
         try:
             return await asyncio.shield(preparing)
         except asyncio.CancelledError:

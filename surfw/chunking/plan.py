@@ -110,14 +110,15 @@ def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor]
     chunks, order = [], []
     for unit in units:
         if own := [tensors[name] for name in unit.tensors if name in tensors]:
-            chunks.append(PlannedChunk(unit.path, unit.kind, _arrange(own)))
+            chunks.append(PlannedChunk(unit.path, unit.kind, arrange(own)))
         stored = (ties.get(name, name) for name in unit.tensors)
         if needed := dict.fromkeys(home[name] for name in stored if name in tensors):
             order.append(Use(unit.path, tuple(needed)))
     return ChunkPlan(tuple(chunks), tuple(order))
 
 
-def _arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+def arrange(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """The tensors of a chunk in the order and at the places that they have in its payload."""
     arranged, offset = [], 0
     for tensor in sorted(tensors, key=lambda tensor: tensor.info.nbytes % ALIGNMENT != 0):
         arranged.append(replace(tensor, info=replace(tensor.info, offset=offset)))

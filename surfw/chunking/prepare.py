@@ -9,26 +9,29 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from blake3 import blake3
-
-from surfw.checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from surfw.checkpoint import Checkpoint, open_checkpoint
+from surfw.checkpoint.companions import is_of_sentences
+from surfw.checkpoint.layout import quantisation_of, read_small, without_quantisation
+from surfw.checkpoint.shard import refuse_pointer
 from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, UnitFacts, plan_chunks
 from surfw.chunking.remote import open_remote_checkpoint
 from surfw.config import (
     DEFAULT_SILENCE_SECONDS,
-    PIECE_BYTES,
+    FILE_BYTES,
     OnMissing,
     check_dtype,
     check_on_missing,
     count,
     display_url,
+    quote,
 )
 from surfw.errors import CheckpointError, ConfigurationError, UninitializedWeightsWarning, UnsupportedModelError
-from surfw.manifest import Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
+from surfw.manifest import Base, Chunk, Form, Manifest, ModelFile, Origin, TensorInfo, check_model_name, payload_digest
 from surfw.skeleton.sanitise import (
     refuse_kernels,
     sanitise,
@@ -38,6 +41,7 @@ from surfw.storage.backends import read_address
 from surfw.storage.origins import is_local_url
 
 if TYPE_CHECKING:
+    from surfw.skeleton.build import Skeleton
     from surfw.skeleton.loading import Loading, SourceFacts
 
 logger = logging.getLogger("surfw.chunking")
@@ -57,6 +61,7 @@ class PreparedModel:
         plan: what will be written.
         loading: where it comes from.
         facts: the source tensors.
+        base: of an adapter, the model that it changes.
     """
 
     name: str
@@ -68,6 +73,7 @@ class PreparedModel:
     plan: ChunkPlan
     loading: "Loading"
     facts: "SourceFacts"
+    base: Base | None = None
 
     @property
     def key(self) -> str:
@@ -77,7 +83,9 @@ class PreparedModel:
             for c in self.plan.chunks
         ]
         config = json.dumps(self.config, sort_keys=True)
-        return payload_digest(repr((self.name, config, chunks, self.checkpoint.fingerprint())).encode())[:32]
+        return payload_digest(
+            repr((self.name, config, chunks, self.checkpoint.fingerprint(), *filter(None, [self.base]))).encode()
+        )[:32]
 
     def manifest(
         self, chunks: Sequence[Chunk], files: Sequence[ModelFile] = (), origin: Origin | None = None
@@ -94,6 +102,7 @@ class PreparedModel:
             chunks=tuple(chunks),
             order=self.plan.order,
             origin=origin,
+            base=self.base,
         )
 
     def close(self) -> None:
@@ -112,7 +121,9 @@ def prepare_model(
     *,
     name: str | None = None,
     revision: str | None = None,
+    variant: str | None = None,
     dtype: str | None = None,
+    dequantize: str | None = None,
     model_class: Any = None,
     on_missing: OnMissing = "error",
     show_progress: bool = False,
@@ -126,7 +137,9 @@ def prepare_model(
         model: a hub id (`org/name`), a local directory, or a storage URL under which a checkpoint lies.
         name: the model's name in the store; default: the hub id in full, or the directory's name.
         revision: of the hub repository.
+        variant: which files of weights, where they are of several kinds: `fp16` for `model.fp16.safetensors`.
         dtype: convert the weights to this dtype, as `from_pretrained(dtype=…)` would; default: `auto`.
+        dequantize: instead of `dtype`, make dense weights of this dtype of quantised ones, as transformers does.
         model_class: default: the one that the configuration names in its `architectures`, else the base model of its
             type.
         on_missing: with `uninitialized`, a model that lacks weights runs only where this is asked for again.
@@ -144,15 +157,37 @@ def prepare_model(
     if name is not None:
         check_model_name(name)
     check_on_missing(on_missing)
+    if dequantize is not None:
+        check_dtype(dequantize)
+        if dtype is not None:
+            raise ConfigurationError("dtype and dequantize exclude each other; give one of them")
+    is_quantised = dequantize is not None
     if model_class is not None:
         from surfw.skeleton.build import check_model_class
 
         check_model_class(model_class)
     address = read_address(model)
+    file = Path(address.removeprefix("file://")).expanduser()
+    if is_local_url(address) and file.suffix.lower() == ".gguf" and file.is_file():
+        from surfw.chunking.gguf_file import prepare_gguf
+
+        return prepare_gguf(file, name=name, dtype=dequantize or dtype, on_missing=on_missing, on_step=on_step)
     if is_local_url(address):
-        checkpoint = open_checkpoint(address.removeprefix("file://"), revision=revision, show_progress=show_progress)
+        checkpoint = open_checkpoint(
+            address.removeprefix("file://"),
+            revision=revision,
+            variant=variant,
+            show_progress=show_progress,
+            may_be_quantised=is_quantised,
+        )
     elif revision is None:
-        checkpoint = open_remote_checkpoint(address, storage_options, silence_timeout=silence_timeout)
+        checkpoint = open_remote_checkpoint(
+            address,
+            storage_options,
+            variant=variant,
+            silence_timeout=silence_timeout,
+            may_be_quantised=is_quantised,
+        )
     else:
         raise ConfigurationError(
             f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
@@ -160,7 +195,10 @@ def prepare_model(
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
         name = check_model_name(name or checkpoint.name)
-        prepared = _plan_model(checkpoint, name, dtype, model_class, on_missing, where=model, on_step=on_step)
+        prepared = _plan_model(
+            checkpoint, name, dequantize or dtype, model_class, on_missing, is_quantised=is_quantised, where=model,
+            on_step=on_step,
+        )  # fmt: skip
         opened.pop_all()
     return prepared
 
@@ -172,12 +210,14 @@ def _plan_model(
     model_class: Any,
     on_missing: OnMissing,
     *,
+    is_quantised: bool,
     where: str,
     on_step: Callable[[str], object],
 ) -> PreparedModel:
     """Decide what of a checkpoint goes where."""
     refuse_kernels(checkpoint.config, where=where)
-    clean, generation, code, unfit = sanitise(checkpoint.config, checkpoint.generation_config, where=where)
+    dense = without_quantisation(checkpoint.config) if is_quantised else checkpoint.config
+    clean, generation, code, unfit = sanitise(dense, checkpoint.generation_config, where=where)
     for lines, why in ((code, "surfw runs no code that comes with a model"), (unfit, "no file may choose it")):
         for line in lines:
             logger.warning("%s: left out of the configuration, because %s: %s", name, why, line)
@@ -188,6 +228,12 @@ def _plan_model(
     from surfw.skeleton.units import matrices_of
 
     on_step(f"planning the chunks of {name}")
+    quantizer = None
+    if is_quantised:
+        from surfw.skeleton.dequantise import open_quantizer
+
+        quantizer = open_quantizer(quantisation_of(checkpoint.config), where=where)
+    checkpoint = _with_registered_files(checkpoint)
     config = read_config(clean, where=where, model_class=model_class)
     architectures = getattr(config, "architectures", None) or [None]
     cls = model_class or resolve_class(architectures[0], config, where=where)
@@ -195,13 +241,8 @@ def _plan_model(
     stored = (tensor.dtype for tensor in checkpoint.tensors.values())
     built = parse_dtype(dtype) if dtype is not None else automatic_dtype(config.dtype, stored, where=where)
     skeleton = build_skeleton(config, cls, built, tensor_count=len(facts), where=where)
-    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where)
-    _report_missing(loading.missing, cls.__name__, on_missing, where)
-    if loading.unused:
-        logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls.__name__, len(loading.unused), loading.unused[0],
-        )  # fmt: skip
+    loading = plan_loading(skeleton, facts, partial(_equal_tensors, checkpoint), where=where, quantizer=quantizer)
+    report_loading(loading, name, cls.__name__, on_missing, where)
     tensors, matrices = {}, matrices_of(skeleton.units, loading.ties)
     for target, recipe in loading.recipes.items():
         target_dtype, shape = recipe.targets[target]
@@ -218,10 +259,52 @@ def _plan_model(
     return PreparedModel(name, checkpoint, cls.__name__, dtype_name(built), clean, generation, plan, loading, facts)
 
 
-def _report_missing(missing: Sequence[str], cls: str, on_missing: OnMissing, where: str) -> None:
-    if not missing:
+def _with_registered_files(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with those of its files too that tokenizer classes of the program's own name."""
+    from surfw.skeleton.tokenizers import registered_names
+
+    own = {name: checkpoint.path / name for name in registered_names() if (checkpoint.path / name).is_file()}
+    return replace(checkpoint, files={**own, **checkpoint.files}) if own else checkpoint
+
+
+def check_files(prepared: PreparedModel) -> None:
+    """Make sure that the tokenizer of a prepared model is the checkpoint's when it is read from the files kept of it.
+
+    Raises:
+        CheckpointError: it has no vocabulary, gives other token ids, or its files cannot be read.
+    """
+    from surfw.skeleton.tokenizers import check_tokenizer
+
+    checkpoint = prepared.checkpoint
+    paths = {name: path for name, path in checkpoint.files.items() if not is_of_sentences(name)}
+    if paths:
+        files = {name: read_small(path, FILE_BYTES) for name, path in paths.items()}
+        for name, data in files.items():
+            refuse_pointer(data, f"{checkpoint.url}/{name}")
+        check_tokenizer(checkpoint.path, files, prepared.config, where=checkpoint.url)
+
+
+def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissing, where: str) -> None:
+    """Say which tensors have no place, and refuse a model that lacks weights, unless it is wanted so.
+
+    Raises:
+        CheckpointError: it lacks weights.
+    """
+    _report_missing(loading, cls, on_missing, where)
+    if loading.unused:
+        logger.warning(
+            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
+            name, cls, len(loading.unused), loading.unused[0],
+        )  # fmt: skip
+
+
+def _report_missing(loading: "Loading", cls: str, on_missing: OnMissing, where: str) -> None:
+    if not (missing := loading.missing):
         return
     seen = f"{where} lacks {count(len(missing), 'weight')} of {cls}, such as {missing[0]}"
+    if loading.unused:
+        one = quote(loading.unused[0])
+        seen += f", and has {count(len(loading.unused), 'tensor')} that {cls} has no place for, such as {one}"
     if on_missing == "error":
         raise CheckpointError(
             f"{seen}; surfw never makes weights up. Check the architectures in config.json, save the model again with "
@@ -236,17 +319,26 @@ def find_matrices(manifest: Manifest) -> frozenset[str]:
     Raises:
         UnsupportedModelError: its class or configuration cannot be used here.
     """
+    from surfw.skeleton.units import matrices_of
+
+    return matrices_of(skeleton_of(manifest).units, manifest.ties)
+
+
+def skeleton_of(manifest: Manifest) -> "Skeleton":
+    """The model of a manifest without weights, as it was when it was chunked. This takes torch.
+
+    Raises:
+        UnsupportedModelError: its class or configuration cannot be used here.
+    """
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import parse_dtype
-    from surfw.skeleton.units import matrices_of
 
     clean, *_ = sanitise(manifest.config, manifest.generation_config, where=manifest.name)
     config = read_config(clean, where=manifest.name)
     cls = resolve_class(manifest.class_name, config, where=manifest.name)
     tensor_count = len(manifest.tensors) + len(manifest.ties)
     dtype = parse_dtype(manifest.dtype)
-    skeleton = build_skeleton(config, cls, dtype, tensor_count=tensor_count, where=manifest.name)
-    return matrices_of(skeleton.units, manifest.ties)
+    return build_skeleton(config, cls, dtype, tensor_count=tensor_count, where=manifest.name)
 
 
 class PayloadReader:
@@ -293,13 +385,4 @@ def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    return _digest(checkpoint, a) == _digest(checkpoint, b)
-
-
-def _digest(checkpoint: Checkpoint, tensor: SourceTensor) -> bytes:
-    whole, buffer = blake3(), memoryview(bytearray(min(tensor.nbytes, PIECE_BYTES)))
-    for start in range(0, tensor.nbytes, PIECE_BYTES):
-        piece = buffer[: tensor.nbytes - start]
-        checkpoint.read_into(tensor.name, piece, start, start + len(piece))
-        whole.update(piece)
-    return whole.digest()
+    return checkpoint.digest(one) == checkpoint.digest(other)

@@ -7,7 +7,7 @@ an event loop.
 
 import asyncio
 import tempfile
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surfw.checkpoint import Checkpoint
-from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, WEIGHTS_FILES
+from surfw.checkpoint.companions import (
+    MODULES_FILE,
+    SENTENCE_FILES,
+    TEMPLATE_FOLDER,
+    TOKENIZER_FILES,
+    is_companion,
+    module_folders,
+)
+from surfw.checkpoint.layout import CONFIG_FILE, GENERATION_FILE, weights_files
 from surfw.checkpoint.reader import open_directory
 from surfw.checkpoint.shard import Identity, SourceTensor, read_tensors
 from surfw.config import DEFAULT_SILENCE_SECONDS, FILE_BYTES, display_url
@@ -27,11 +35,16 @@ from surfw.storage.store import MARKER
 
 T = TypeVar("T")
 
-_SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)
+_SMALL = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES, *SENTENCE_FILES)
 
 
 def open_remote_checkpoint(
-    url: str, options: Mapping[str, Any] | None = None, *, silence_timeout: float = DEFAULT_SILENCE_SECONDS
+    url: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    variant: str | None = None,
+    silence_timeout: float = DEFAULT_SILENCE_SECONDS,
+    may_be_quantised: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint that lies under a storage URL, in the layout of the Hugging Face hub.
 
@@ -52,9 +65,11 @@ def open_remote_checkpoint(
         found = open_directory(
             opened.folder,
             name=name,
-            names=opened.run(opened.fetch_small()),
+            names=opened.run(opened.fetch_small(variant)),
             open_shard=partial(_RemoteShard, opened=opened),
             where=opened.backend.url,
+            variant=variant,
+            may_be_quantised=may_be_quantised,
         )
     except BaseException:
         opened.close()
@@ -90,7 +105,7 @@ class _Opened:
     async def read(self, name: str, start: int, destination: memoryview) -> None:
         await self.backend.read_into(name, start, destination, revision=self.pins[name].revision)
 
-    async def fetch_small(self) -> set[str]:
+    async def fetch_small(self, variant: str | None) -> set[str]:
         """Copy the small files; returns which files of a checkpoint there are."""
         url = self.backend.url
         if not await self.backend.exists(CONFIG_FILE):
@@ -101,18 +116,34 @@ class _Opened:
             raise CheckpointError(
                 f"{url} is not a checkpoint: there is no {CONFIG_FILE}; name the place of what save_pretrained wrote"
             )
-        candidates = (*_SMALL, *WEIGHTS_FILES)
-        there = await asyncio.gather(*map(self.backend.exists, candidates))
-        names = {name for name, is_there in zip(candidates, there, strict=True) if is_there}
+        names = await self._existing((*_SMALL, *weights_files(variant)))
+        names |= set(filter(is_companion, await self.backend.list(f"{TEMPLATE_FOLDER}/")))
         for name in sorted(names):
-            if name in _SMALL or name.endswith(".json"):
-                pin = await self.pin(name)
-                if pin.size > FILE_BYTES:
-                    raise CheckpointError(f"{name} in {url} has {pin.size} bytes, expected at most {FILE_BYTES}")
-                memory = bytearray(pin.size)
-                await self.read(name, 0, memoryview(memory))
-                (self.folder / name).write_bytes(memory)
+            if name in _SMALL or name.endswith((".json", ".jinja")):
+                await self._copy(name)
+        if MODULES_FILE in names:
+            folders = module_folders((self.folder / MODULES_FILE).read_bytes())
+            more = await self._existing(filter(is_companion, (f"{folder}/config.json" for folder in folders)))
+            for name in more:
+                await self._copy(name)
+            names |= more
         return names
+
+    async def _existing(self, candidates: Iterable[str]) -> set[str]:
+        candidates = list(candidates)
+        there = await asyncio.gather(*map(self.backend.exists, candidates))
+        return {name for name, is_there in zip(candidates, there, strict=True) if is_there}
+
+    async def _copy(self, name: str) -> None:
+        """Copy a small file into the folder."""
+        pin = await self.pin(name)
+        if pin.size > FILE_BYTES:
+            raise CheckpointError(f"{name} in {self.backend.url} has {pin.size} bytes, expected at most {FILE_BYTES}")
+        memory = bytearray(pin.size)
+        await self.read(name, 0, memoryview(memory))
+        copy = self.folder / name
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(memory)
 
     def close(self) -> None:
         self.run(self.backend.close())
@@ -124,14 +155,15 @@ class _RemoteShard:
     """A safetensors file in a remote storage; its tensors are in the order of their names, as in `SafetensorsShard`."""
 
     def __init__(self, path: Path, opened: _Opened) -> None:
-        where = f"{path.name} in {opened.backend.url}"
+        self._name = path.relative_to(opened.folder).as_posix()
+        where = f"{self._name} in {opened.backend.url}"
         if path.suffix != ".safetensors":
             raise UnsupportedModelError(
                 f"{where} is no safetensors file; download the checkpoint, and run surfw chunk without --in-place"
             )
         self.path = path
         self._opened = opened
-        pin = opened.run(opened.pin(path.name))
+        pin = opened.run(opened.pin(self._name))
         self.identity = Identity(path.name, pin.size, int(payload_digest(pin.revision.encode())[:15], 16))
         self.tensors = read_tensors(path, pin.size, self._fill, where=where)
 
@@ -144,7 +176,7 @@ class _RemoteShard:
 
     def _fill(self, position: int, destination: memoryview) -> None:
         if destination.nbytes:
-            self._opened.run(self._opened.read(self.path.name, position, destination))
+            self._opened.run(self._opened.read(self._name, position, destination))
 
 
 def _commit_of(url: str) -> str:

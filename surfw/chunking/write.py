@@ -39,7 +39,7 @@ from surfw.chunking.forms import (
     scratch_file,
 )
 from surfw.chunking.plan import ChunkPlan, PlannedChunk
-from surfw.chunking.prepare import PayloadReader, PreparedModel
+from surfw.chunking.prepare import PayloadReader, PreparedModel, check_files
 from surfw.codec import CODECS, PACKED_CODECS, whole_codecs
 from surfw.config import FILE_BYTES, MIB, PIECE_BYTES, format_size
 from surfw.encryption import EncryptionKey
@@ -126,17 +126,19 @@ async def write_model(
         on_outcome: called with the name of each chunk, once it is in the store, and with what became of it.
 
     Raises:
+        CheckpointError: its tokenizer is not the checkpoint's when it is read from the files that are kept of it.
         ConfigurationError: the store has the model in exact forms, and none of `codecs` is exact.
         StorageError: the storage failed. Nothing is visible, and the next run continues where this one stopped.
     """
+    await asyncio.to_thread(check_files, prepared)
     contents = Contents(
         name=prepared.name,
         key=prepared.key,
         plan=prepared.plan,
         payloads=PayloadReader(prepared),
         files={
-            path.name: partial(asyncio.to_thread, read_small, path, FILE_BYTES)
-            for _, path in sorted(prepared.checkpoint.files.items())
+            name: partial(asyncio.to_thread, read_small, path, FILE_BYTES)
+            for name, path in sorted(prepared.checkpoint.files.items())
         },
         manifest=prepared.manifest,
     )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from surfw import __version__
-from surfw.cli import bench, chat, chunk, config, infer, options, serve, signals, stats, store, streams
+from surfw.cli import bench, cached, chat, chunk, config, infer, options, serve, signals, stats, store, streams
 from surfw.cli.addresses import Mistake
 from surfw.cli.wording import with_options
 from surfw.errors import SurfwError, UninitializedWeightsWarning
@@ -36,6 +36,7 @@ app.command("stats", cls=options.Command, epilog=stats.EXAMPLES)(stats.stats)
 app.add_typer(bench.app, name="bench")
 for name, command, examples in (
     ("chat", chat.chat, chat.EXAMPLES),
+    ("pull", cached.pull, cached.EXAMPLES),
     ("list", store.list_, store.LIST_EXAMPLES),
     ("show", store.show, store.SHOW_EXAMPLES),
     ("rm", store.rm, store.RM_EXAMPLES),

@@ -122,7 +122,7 @@ def _open(configuration: options.Configuration, view: "ChatView") -> Iterator[tu
             shown.phase("looking for the weights")
             chosen = opened.enter_context(choose_source(configuration, on_phase=shown.phase))
             source = display_url(chosen.url)
-            shown.note(f"source: {source} ({chosen.reason})")
+            shown.note(f"source: {chosen.described}")
             chosen.check_folder()
             shown.phase("connecting" if chosen.is_server else "reading the manifest")
             client = opened.enter_context(connect(chosen, settings, explain=False))

@@ -31,6 +31,7 @@ Examples:
   surfw chunk org/model
   surfw chunk ./my-model --name mine --dtype bfloat16
   surfw chunk ./my-model --dry-run
+  surfw chunk ./my-adapter --base mine
   surfw chunk s3://bucket/my-model --in-place
   surfw chunk ./my-model --encrypt ./model.key
   surfw chunk my-model --from ./store --store s3://bucket/store
@@ -47,7 +48,9 @@ class _Wanted:
     model: str
     name: str | None
     revision: str | None
+    variant: str | None
     dtype: str | None
+    dequantize: str | None
     codecs: tuple[str, ...]
     encrypt: str | None
     key: "EncryptionKey | None"
@@ -60,17 +63,28 @@ def chunk(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory, or a storage URL."),
+        typer.Argument(metavar="MODEL", help="A hub id (org/name), a local directory or GGUF file, or a storage URL."),
     ] = None,
     configuration: options.Configuration,
     name: Annotated[
         str | None, typer.Option(help="The model's name in the store. [default: the hub id, or the directory's name]")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which files of weights, such as fp16 for model.fp16.safetensors.")
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="Convert the weights, such as to bfloat16. [default: as they are]", autocompletion=completion.dtypes
+        ),
+    ] = None,
+    dequantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Make dense weights of quantised ones: compressed-tensors, fp8, mxfp4.",
+            autocompletion=completion.dtypes,
         ),
     ] = None,
     codec: Annotated[
@@ -91,6 +105,14 @@ def chunk(
         str | None,
         typer.Option(
             metavar="KEYFILE", help="Encrypt the weights with the key in this file; only who runs the model needs it."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="MODEL is a LoRA adapter over this model of the store.",
+            autocompletion=completion.models_in_store,
         ),
     ] = None,
     dry_run: Annotated[
@@ -115,7 +137,8 @@ def chunk(
     tasks = {"--list": listing, "--remove": remove is not None, "--prune": prune, "--verify": verify}
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
-        "--codec": codec is not None, "--from": source is not None, "--in-place": in_place,
+        "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
+        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
         "--encrypt": encrypt is not None,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
@@ -127,9 +150,8 @@ def chunk(
             "name a checkpoint to chunk: a hub id such as org/name, a directory, or a storage URL", param_hint="MODEL"
         )
     if source is not None:
-        for option in ("--revision", "--dtype", "--in-place", "--on-missing"):
-            if chunking[option]:
-                raise typer.BadParameter("is for checkpoints, and does not go with --from", param_hint=option)
+        for option in ("--revision", "--variant", "--dtype", "--dequantize", "--base", "--in-place", "--on-missing"):
+            _refuse_with("--from", option, chunking, "checkpoints")
         from surfw.cli import render
         from surfw.cli.copy import Copy, copy_model
 
@@ -145,7 +167,16 @@ def chunk(
         raise Mistake(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
+    if base is not None:
+        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing", "--encrypt"):
+            _refuse_with("--base", option, chunking, "whole models")
+        _chunk_adapter(
+            settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
+            quiet=quiet,
+        )  # fmt: skip
+        return
     options.check_option("dtype", dtype)
+    _check_dequantize(dequantize, chunking)
     if codec is not None and in_place:
         raise typer.BadParameter("nothing is stored with --in-place; leave one of them out", param_hint="--codec")
     if encrypt is not None and in_place:
@@ -153,7 +184,8 @@ def chunk(
             "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
         )
     wanted = _Wanted(
-        model=model, name=name, revision=revision, dtype=dtype, encrypt=encrypt, key=_read_key(encrypt),
+        model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
+        key=_read_key(encrypt),
         codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
@@ -225,6 +257,61 @@ def _read_key(file: str | None) -> "EncryptionKey | None":
     return read_key(file)
 
 
+def _check_dequantize(dtype: str | None, given: Mapping[str, bool]) -> None:
+    """Refuse a dtype that no weights have, and options that `--dequantize` does not go with."""
+    from surfw.config import check_dtype
+    from surfw.errors import ConfigurationError
+
+    for other in ("--dtype", "--in-place") if dtype is not None else ():
+        _refuse_with("--dequantize", other, given, "weights that are not quantised")
+    try:
+        check_dtype(dtype or "bfloat16")
+    except ConfigurationError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--dequantize") from exc
+
+
+def _refuse_with(option: str, other: str, given: Mapping[str, bool], what: str) -> None:
+    """Refuse an option that does not go with another one, if it was given."""
+    if given[other]:
+        raise typer.BadParameter(f"is for {what}, and does not go with {option}", param_hint=other)
+
+
+def _chunk_adapter(
+    settings: Settings,
+    *,
+    model: str,
+    base: str,
+    name: str | None,
+    revision: str | None,
+    codec: str | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Chunk a LoRA adapter over a model of the store, or show what that would write."""
+    from surfw.cli.chunk_adapter import WantedAdapter, chunk_adapter
+
+    wanted = WantedAdapter(
+        model=model, base=base, name=name, revision=revision, codecs=_read_adapter_codecs(codec), dry_run=dry_run
+    )
+    with _busy(model, quiet=json or quiet) as step:
+        chunk_adapter(wanted, settings, step, json=json, quiet=quiet)
+
+
+def _read_adapter_codecs(names: str | None) -> tuple[str, ...]:
+    """The codecs of an option for adapters, whose small matrices are not quantised.
+
+    Raises:
+        BadParameter: it names others.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    codecs = _read_codecs(names)
+    if set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter("adapters are not quantised; expected none, lossless, or both", param_hint="--codec")
+    return codecs
+
+
 def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, json: bool, quiet: bool) -> None:
     """Chunk a checkpoint, or show what that would write; `step` is told what goes on."""
     import asyncio
@@ -254,7 +341,9 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         model,
         name=wanted.name,
         revision=wanted.revision,
+        variant=wanted.variant,
         dtype=wanted.dtype,
+        dequantize=wanted.dequantize,
         on_missing=settings.on_missing,
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
@@ -364,6 +453,8 @@ def _measure_quality(
     if not has_exact_forms(manifest):
         reference = (url, {"dtype": wanted.dtype, "storage_options": placed.for_url(url), "on_missing": missing})
     codecs = stored_packed_codecs(manifest)
+    if reference is not written and (wanted.dequantize is not None or Path(url).suffix.lower() == ".gguf"):
+        return {}  # nothing dense is stored anywhere
     return chunk_quality.measure(manifest, codecs, reference=reference, written=written, step=step)
 
 

@@ -62,7 +62,8 @@ def show_result(
         render.say(line)
     for codec, one in quality.items():
         render.say(chunk_quality.describe(codec, one))
-    if not any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model")):
+    has_text = any(word in file.path for file in manifest.files for word in ("token", "vocab", ".model"))
+    if not has_text and manifest.base is None:
         logger.warning("%s has no tokenizer, so it takes --prompt-ids only", manifest.name)
 
 
@@ -108,6 +109,21 @@ def _tell(outcomes: "Counter[Outcome]") -> str:
         "new": "new", "unchanged": "there already", "replaced": "damaged in the store and replaced",
     }  # fmt: skip
     return "; " + ", ".join(f"{outcomes[outcome]} {text}" for outcome, text in words.items() if outcomes[outcome])
+
+
+def adapter_facts(prepared: "PreparedModel") -> dict[str, Any]:
+    """What `--json` prints of an adapter, under the keys that a model has for the same things."""
+    return {
+        "model": prepared.name,
+        "name": prepared.name,
+        "base": prepared.base.name if prepared.base else None,
+        "class": prepared.class_name,
+        "class_name": prepared.class_name,
+        "dtype": prepared.dtype,
+        "payload_bytes": prepared.plan.payload_bytes,
+        "layers": _layer_count(prepared),
+        "chunks": len(prepared.plan.chunks),
+    }
 
 
 def plan_facts(planned: "PlannedModel", codecs: Sequence[str]) -> dict[str, Any]:

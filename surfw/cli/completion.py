@@ -70,7 +70,7 @@ def _in_time(look: Callable[[], list[str]]) -> list[str]:
 def _settings(context: typer.Context, *names: str) -> Settings:
     """The settings, as far as they have been typed already."""
     config = context.params.get("config") or context.find_root().params.get("config")
-    return Settings.load(config, **{name: context.params.get(name) for name in names})
+    return Settings.load(config, **{name: context.params.get(name) or None for name in names})
 
 
 def _list_store(context: typer.Context) -> list[str]:
@@ -84,8 +84,8 @@ def _list_source(context: typer.Context) -> list[str]:
     from surfw.errors import SurfwError
 
     settings = _settings(context, "source", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
-    if settings.source is not None:
-        address = read_address(settings.source)
+    if settings.sources:
+        address = read_address(settings.sources[0])
         if not address.is_server:
             return _models_of_storage(settings, address.url)
         tls = settings.tls_for(address.url)

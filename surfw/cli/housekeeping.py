@@ -158,7 +158,7 @@ def _show_models(models: Sequence[StoredModel]) -> None:
         rows = [
             (
                 one.name,
-                one.class_name,
+                one.class_name if one.base is None else f"LoRA over {one.base}",
                 one.dtype if set(one.codecs) - set(PACKED_CODECS) else f"{one.dtype} as {', '.join(one.codecs)}",
                 str(one.layers),
                 format_size(one.stored_bytes),
@@ -192,7 +192,11 @@ def _show_details(model: ModelDetails) -> None:
         ("forms", ", ".join(f"{codec} {format_size(size)}" for codec, size in model.form_bytes.items())),
         ("files", ", ".join(file.name for file in model.files) or "none, so that it takes no text"),
         ("digest", model.digest),
+        ("pin", f"@b3:{model.identity}" if model.identity else "none, without digests of its weights"),
     ]
+    if model.base is not None:
+        rows.insert(1, ("adapter", f"LoRA over {model.base}"))
+        rows = [(name, what) for name, what in rows if name != "files" or model.files]
     if model.origin is not None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")
     if model.key_id is not None:

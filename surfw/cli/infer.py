@@ -61,6 +61,13 @@ def infer(
     ignore_eos: options.IgnoreEos = False,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Pass the prompt unchanged, without the chat template.")] = False,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="A second text, for models that read two: to rank, choose, or answer from; may be repeated."),
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="Which of its own prompts an embedding model reads before the text.")
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help='Answer many: JSON lines such as {"id": 1, "prompt": "…"}; - is stdin.'),
@@ -94,22 +101,21 @@ def infer(
 ) -> None:
     """Run a model while its layers arrive, and print what it says.
 
-    Encoders print their embedding, or their candidates for [MASK].
+    Encoders print their embedding, or what their head says: candidates for [MASK], labels, answers, scores.
     """
-    if "" in (stop or ()):
-        raise typer.BadParameter("a text that ends the generation cannot be empty", param_hint="--stop")
+    for texts, hint, what in ((stop, "--stop", "a text that ends the generation"), (pair, "--pair", "a second text")):
+        if "" in (texts or ()):
+            raise typer.BadParameter(f"{what} cannot be empty", param_hint=hint)
     prompt = _one_of("PROMPT", text, "--prompt", prompt)
     many = infer_many.Many(
         prompts=prompts, output=output, ordered=ordered, resume=resume, sequences=sequences, stop=tuple(stop or ()),
         ignore_eos=ignore_eos, system=system, raw=raw, quiet=quiet,
     )  # fmt: skip
-    infer_many.check_together(
-        many,
-        {
-            "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json,
-            "--prompt-lookup": prompt_lookup, "--draft": draft,
-        },
-    )  # fmt: skip
+    others: dict[str, object] = {
+        "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json, "--pair": pair,
+        "--prompt-name": prompt_name, "--prompt-lookup": prompt_lookup, "--draft": draft,
+    }  # fmt: skip
+    infer_many.check_together(many, others)
     guessing = Guessing(prompt_lookup, draft)
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
@@ -148,6 +154,8 @@ def infer(
             raw=raw,
             stop=stop or (),
             ignore_eos=ignore_eos,
+            pairs=pair or (),
+            prompt_name=prompt_name,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -187,7 +195,7 @@ def _run(
         view.phase("looking for the weights")
         with choose_source(configuration, on_phase=view.phase) as chosen:
             source = display_url(chosen.url)
-            view.note(f"source: {source} ({chosen.reason})")
+            view.note(f"source: {chosen.described}")
             chosen.check_folder()
             start = time.perf_counter()
             view.phase("connecting" if chosen.is_server else "reading the manifest")
@@ -208,11 +216,13 @@ def _run(
 def _ask_server(chosen: "ChosenSource", settings: "Settings") -> "ServerStats | None":
     """What the server says of itself; None if it is none, or says nothing soon.
 
-    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then.
+    Also None where weights are cast: what a pass reads of the server's cache is not what it takes in memory, then. And
+    where there is a disk cache: a run reads that, and offline nobody is asked anything.
     """
     from surfw.client import read_stats
 
-    if not chosen.is_server or settings.dtype not in {None, "auto"}:
+    is_cached = settings.disk_cache is not None or settings.offline
+    if not chosen.is_server or is_cached or settings.dtype not in {None, "auto"}:
         return None
     try:
         return read_stats(chosen.url, token=settings.token, ssl=chosen.tls, timeout_seconds=_STATS_SECONDS)
@@ -250,6 +260,7 @@ class _Opened:
             is_whole=is_whole,
             queued_seconds=queued_seconds() - self.queued_seconds,
             ask_server=self.ask_server,
+            adapter=self.streaming.adapter,
         )
 
 
@@ -264,6 +275,7 @@ def _answer(
 ) -> None:
     """Run a request, and show what it came to."""
     from surfw.cli import explain_view, render
+    from surfw.models.heads import generates
     from surfw.models.inference import answer, continues_prompt, encode_prompt
     from surfw.models.text_stream import space_before
 
@@ -271,7 +283,7 @@ def _answer(
     view.phase("preparing the prompt")
     tokenizer = _open_tokenizer(streaming, needed=request.prompt_ids is None or bool(request.stop))
     inputs = encode_prompt(streaming, tokenizer, request)
-    ids = inputs["input_ids"][0].tolist()
+    ids = inputs["input_ids"].flatten().tolist()
     explained = {}
     if explain:
         view.phase("measuring")
@@ -279,7 +291,7 @@ def _answer(
         explained = {"explain": explain_view.facts(found, configuration.origins)}
         if not json:
             view.explain(found, configuration.origins)
-    most = request.max_new_tokens if streaming.model.can_generate() else 0
+    most = request.max_new_tokens if generates(streaming) else 0
     if most:
         streaming.leave_room(len(ids), most)  # or say that there is none, before anything is shown
     if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):

@@ -251,11 +251,6 @@ class _Run:
         place, result = self._places[found.index], found.result
         if result is None:
             self._answer(place, {"error": found.error})
-        elif result.embedding is not None or result.predictions is not None:
-            self._tally.tokens += result.prompt_tokens
-            encoder = {"embedding": result.embedding, "predictions": result.predictions}
-            found_values = {name: value for name, value in encoder.items() if value is not None}
-            self._answer(place, {"prompt_tokens": result.prompt_tokens, **found_values})
         else:
             facts = {"text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens}
             self._answer(place, facts)

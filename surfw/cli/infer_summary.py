@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from surfw.wire import ServerStats
 
 _SHOWN_VALUES = 8
+_POOLINGS = {
+    "mean": "mean over tokens",
+    "cls": "first token",
+    "max": "maximum over tokens",
+    "mean_sqrt_len_tokens": "sum over tokens by the root of their number",
+    "weightedmean": "mean over tokens, the later the heavier",
+    "lasttoken": "last token",
+    "projection": "projection",
+    "pooler": "pooler",
+}
+"""What is said of each pooling."""
 _MOSTLY = 0.5
 _BUSY = 0.5
 """From this share of a run on, what threads wait for a processor says that other work is going on."""
@@ -45,6 +56,7 @@ class Report:
         is_whole: False for a run that was interrupted.
         queued_seconds: how long its threads waited for a processor, all together; see `queued_seconds`.
         ask_server: returns what the server that the weights came from says of itself; None if it is no server.
+        adapter: the name of the adapter that was applied; None if none was.
     """
 
     model: str
@@ -57,6 +69,7 @@ class Report:
     is_whole: bool = True
     queued_seconds: float = 0.0
     ask_server: Callable[[], ServerStats | None] = lambda: None
+    adapter: str | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -78,9 +91,11 @@ class Report:
             "plan": statistics["plan"],
             "peak_rss_bytes": self.peak_rss_bytes,
         }
-        encoder = {"embedding": result.embedding, "predictions": result.predictions}
-        more = encoder | {"speculation": statistics.get("speculation")}
-        return facts | {name: value for name, value in more.items() if value is not None}
+        some = {
+            "adapter": self.adapter, "embedding": result.embedding, "pooling": result.pooling,
+            "predictions": result.predictions, "speculation": statistics.get("speculation"),
+        }  # fmt: skip
+        return facts | {name: value for name, value in some.items() if value is not None}
 
 
 def place_of(source: str) -> str:
@@ -178,13 +193,9 @@ def limits(source: str, time: RunTimes, plan: PlanFacts | None, advice: Advice |
 
 
 def encoder_text(result: InferenceResult) -> str | None:
-    """An encoder's result in a form that suits a person; None for a model that generates."""
+    """What an encoder says in a form that suits a person; None for a model that generates."""
     if result.predictions is not None:
-        lines = []
-        for one in result.predictions:
-            place = f"token {one['position']}: " if "position" in one else ""
-            lines.append(place + ", ".join(f"{c['text']} ({percent(c['probability'], 1)})" for c in one["candidates"]))
-        return "\n".join(lines)
+        return "\n".join(map(_prediction, result.predictions))
     values = result.embedding
     if values is None:
         return None
@@ -192,5 +203,33 @@ def encoder_text(result: InferenceResult) -> str | None:
     shown = ", ".join(f"{value:.4f}" for value in values[:_SHOWN_VALUES])
     more = ", …" if len(values) > _SHOWN_VALUES else ""
     return (
-        f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  (mean over tokens; all with --json)"
+        f"embedding of {len(values)} values, length {length:.4f}: [{shown}{more}]  ({_pooling(result)}all with --json)"
+    )
+
+
+def _prediction(one: dict[str, Any]) -> str:
+    place = f"pair {one['pair'] + 1}: " if "pair" in one else ""
+    if "position" in one:
+        place = f"token {one['position']}" + (f" {one['token']!r}" if one.get("token") else "") + ": "
+    return place + ", ".join(map(_candidate, one["candidates"]))
+
+
+def _candidate(one: dict[str, Any]) -> str:
+    return (
+        f"{one['text']} ({percent(one['probability'], 1)})"
+        if "probability" in one
+        else f"{one['text']} {one['score']:.4f}"
+    )
+
+
+def _pooling(result: InferenceResult) -> str:
+    """Say how an embedding was made of the hidden states, and why so."""
+    if (how := result.pooling) is None:
+        return ""
+    modes = " and ".join(_POOLINGS.get(mode, mode) for mode in how["modes"])
+    normalised = ", length 1" if how["normalised"] else ""
+    return (
+        f"{modes}{normalised}, since {how['from']}; "
+        if " " in how["from"]
+        else f"{modes}{normalised}, by {how['from']}; "
     )

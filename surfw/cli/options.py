@@ -37,10 +37,11 @@ from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 RUN_SETTINGS = (
-    "model", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory", "policy",
-    "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing", "connect_timeout",
-    "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
-    "retry_restart", "token_file", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "encryption_key_file", "live",
+    "model", "adapter", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory",
+    "policy", "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
+    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff",
+    "retry_most_delay", "retry_jitter", "retry_restart", "deadline", "token_file", "ssl_ca_certs", "ssl_certfile",
+    "ssl_keyfile", "encryption_key_file", "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
@@ -69,7 +70,7 @@ _PLACE = "configuration"
 _OFFERED: dict[str, tuple[str, ...]] = {}
 
 _OTHER_WORDS = {
-    "run": "infer", "generate": "infer", "ask": "infer", "download": "chunk", "pull": "chunk", "convert": "chunk",
+    "run": "infer", "generate": "infer", "ask": "infer", "download": "pull", "convert": "chunk",
     "split": "chunk", "start": "serve", "status": "stats", "top": "stats", "benchmark": "bench", "ls": "list",
     "models": "list", "info": "show", "inspect": "show", "remove": "rm", "delete": "rm", "clean": "prune",
     "gc": "prune", "check": "verify", "settings": "config",
@@ -200,7 +201,7 @@ def load_configuration(context: typer.Context, config: Path | None, arguments: M
             Settings(**{name: value for name, (value, _) in found.items()}),
             {name: where for name, (_, where) in found.items()},
         )
-        for name in ("memory_budget", "device_memory"):
+        for name in ("memory_budget", "device_memory", "disk_cache"):
             _check_size(loaded, name)
     except ConfigurationError as exc:
         raise WrongSettingError(str(exc)) from exc
@@ -367,6 +368,8 @@ def _value(setting: Setting, given: Any) -> Any:
     """Return what an option says; None if it was not given."""
     if setting.kind is dict:
         return parse_options(given) if given else None
+    if setting.many:
+        return (given[0] if len(given) == 1 else tuple(given)) if given else None
     return given
 
 
@@ -387,6 +390,6 @@ def _annotation(setting: Setting) -> Any:
         help=f"{setting.help} [{'; '.join(notes)}]",
     )
     kind: Any = Literal[setting.choices] if setting.choices else setting.kind
-    if setting.kind is dict:
+    if setting.kind is dict or setting.many:
         kind = list[str]
     return Annotated[kind | None, declared]

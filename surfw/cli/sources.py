@@ -31,6 +31,7 @@ from surfw.settings import SettingOrigin, Settings
 if TYPE_CHECKING:
     from surfw.manifest import Manifest
     from surfw.models.client import WeightClient
+    from surfw.models.options import ConnectionOptions
     from surfw.models.streaming import StreamingModel
 
 DEMO = "demo"
@@ -44,12 +45,41 @@ class ChosenSource:
 
     url: str
     reason: str
+    others: tuple[str, ...] = ()
     tls: TlsFiles | None = None
 
     @property
     def is_server(self) -> bool:
         """Whether it is a server, not a store."""
         return is_server_url(self.url)
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """It, and those that are asked when it fails."""
+        return (self.url, *self.others)
+
+    @property
+    def described(self) -> str:
+        """All of them, for people, and why it is these."""
+        others = "".join(f", then {display_url(url)}" for url in self.others)
+        return f"{display_url(self.url)}{others} ({self.reason})"
+
+    def connection(self, settings: Settings) -> "ConnectionOptions":
+        """How the settings say that it is reached."""
+        servers = [is_server_url(url) for url in self.all]
+        return {
+            "token": settings.token if any(servers) else None,
+            "ssl": self.tls,
+            "storage_options": None if all(servers) else settings.storage_options,
+            "retry": settings.retry,
+            "connect_timeout": settings.connect_timeout,
+            "silence_timeout": settings.silence_timeout,
+            "disk_cache": settings.disk_cache,
+            "cache_dir": settings.cache_dir,
+            "offline": settings.offline or None,
+            "deadline": settings.deadline,
+            "encryption_key_file": settings.encryption_key_file,
+        }
 
     def check_folder(self) -> None:
         """Check that a local source is a store or a checkpoint, which takes no torch.
@@ -62,9 +92,9 @@ class ChosenSource:
         from surfw.storage.origins import is_local_url
         from surfw.storage.store import is_checkpoint
 
-        if is_local_url(self.url):
-            refuse_file(self.url)
-            asyncio.run(is_checkpoint(open_backend(self.url)))
+        for url in filter(is_local_url, self.all):
+            refuse_file(url)
+            asyncio.run(is_checkpoint(open_backend(url)))
 
 
 @contextlib.contextmanager
@@ -83,15 +113,21 @@ def choose_source(
             "argument": "as MODEL" if origin.name == _MODEL else "with --source",
             "variable": f"by {origin.name}",
         }.get(origin.kind, f"in {origin.name}")
-        url = read_source(settings.source, seconds=settings.connect_timeout, tls=settings.tls)
-        is_hub = read_address(settings.source).kind == "hub"
+        url, *others = [
+            read_source(one, seconds=settings.connect_timeout, tls=settings.tls) for one in settings.sources
+        ]
+        is_hub = read_address(settings.sources[0]).kind == "hub"
         reason = f"named {how}{'; no such folder is here' if is_hub else ''}"
-        yield ChosenSource(url, reason, tls_for(configuration, url))
+        encrypted = next((one for one in (url, *others) if one.startswith("wss://")), url)
+        yield ChosenSource(url, reason, tuple(others), tls_for(configuration, encrypted))
         return
     if settings.model != DEMO:
         local = f"ws://{DEFAULT_HOST}:{settings.port}"
         tls_for(configuration, local)
-        if _is_served(local, configuration):
+        if settings.offline and not _holds_models(configuration):
+            yield ChosenSource(local, "the server on this machine, as far as the disk cache has it")
+            return
+        if not settings.offline and _is_served(local, configuration):
             yield ChosenSource(local, "the server on this machine")
             return
         if _holds_models(configuration):
@@ -176,17 +212,12 @@ def connect(
     is_streamed = settings.cache_layers is not None or settings.dtype not in {None, "auto"} or explain
     is_streamed |= settings.device != "cpu"  # whose weights do not stay where they are read ahead
     with ReadAheadClient(
-        chosen.url,
+        chosen.all if chosen.others else chosen.url,
         settings.model,
         memory_bytes=0 if is_streamed else budget,
         codec=settings.codec,
-        token=settings.token if chosen.is_server else None,
-        ssl=chosen.tls,
-        storage_options=None if chosen.is_server else settings.storage_options,
-        retry=settings.retry,
-        connect_timeout=settings.connect_timeout,
-        silence_timeout=settings.silence_timeout,
-        encryption_key_file=settings.encryption_key_file,
+        budget_bytes=budget,
+        **chosen.connection(settings),
     ) as client:
         client.begin(check)
         yield client
@@ -212,6 +243,7 @@ def open_model(client: "WeightClient", settings: Settings, on_phase: Callable[[s
         codec=settings.codec,
         dtype=settings.dtype,
         on_missing=settings.on_missing,
+        adapter=settings.adapter,
     )
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from surfw.cli.streams import one_line
 from surfw.config import format_size
 
 if TYPE_CHECKING:
-    from surfw.models.progress import RunFigures
+    from surfw.models.progress import Outage, RunFigures
 
 MOST_LINES = 3
 _BETWEEN = " · "
@@ -44,6 +45,8 @@ def run_parts(run: "RunFigures", place: str) -> list[str]:
         place: what is waited for: `link`, `server`, `disk` or `storage`.
     """
     parts = []
+    if run.outage is not None:
+        parts.append(_describe_outage(run.outage))
     if run.tokens:
         parts.append(f"{run.tokens}/{run.most_tokens} tokens")
     if run.tokens_per_second is not None:
@@ -59,6 +62,14 @@ def run_parts(run: "RunFigures", place: str) -> list[str]:
     if run.eta_seconds is not None:
         parts.append(f"ETA {clock(run.eta_seconds)}")
     return parts
+
+
+def _describe_outage(outage: "Outage") -> str:
+    """Say what is waited for: `link lost 12 s ago, trying 10.0.0.2:8765 in 3 s, 4 s of work buffered`."""
+    address = one_line(outage.trying.partition("://")[2] or outage.trying)
+    when = f" in {age(outage.in_seconds)}" if outage.in_seconds >= 1 else ""
+    buffered = f", {age(outage.buffered_seconds)} of work buffered" if outage.buffered_seconds >= 1 else ""
+    return f"link lost {age(outage.seconds)} ago, trying {address}{when}{buffered}"
 
 
 def spinner(seconds: float) -> str:

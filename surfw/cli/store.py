@@ -13,6 +13,7 @@ LIST_EXAMPLES = """\b
 Examples:
   surfw list
   surfw list --store s3://bucket/prefix --json
+  surfw list --cached
 """
 SHOW_EXAMPLES = """\b
 Examples:
@@ -23,6 +24,7 @@ RM_EXAMPLES = """\b
 Examples:
   surfw rm my-model
   surfw rm org/name --store s3://bucket/prefix
+  surfw rm my-model --cached
 """
 PRUNE_EXAMPLES = """\b
 Examples:
@@ -41,11 +43,25 @@ def _name(meaning: str) -> Any:
     return typer.Argument(metavar="NAME", help=meaning, autocompletion=completion.models_in_store)
 
 
-@options.with_settings("store", "storage_options")
-def list_(*, configuration: options.Configuration, json: options.Json = False, quiet: options.Quiet = False) -> None:
+Cached = Annotated[bool, typer.Option("--cached", help="In the disk cache, instead of a store.")]
+
+
+@options.with_settings("store", "storage_options", "cache_dir")
+def list_(
+    *,
+    configuration: options.Configuration,
+    cached: Cached = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
     """List the models in a store, and what else lies there."""
     from surfw.cli import housekeeping
 
+    if cached:
+        from surfw.cli.cached import list_cached
+
+        list_cached(configuration.settings, json=json)
+        return
     housekeeping.list_models(configuration.settings, json=json, quiet=quiet)
 
 
@@ -63,17 +79,23 @@ def show(
     housekeeping.show_model(configuration.settings, name, json=json, quiet=quiet)
 
 
-@options.with_settings("store", "storage_options")
+@options.with_settings("store", "storage_options", "cache_dir")
 def rm(
     *,
     name: Annotated[str, _name("Its name in the store, in full.")],
     configuration: options.Configuration,
+    cached: Cached = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Remove a model from a store. Its blobs stay until 'surfw prune'."""
     from surfw.cli import housekeeping
 
+    if cached:
+        from surfw.cli.cached import remove_cached
+
+        remove_cached(configuration.settings, name, json=json)
+        return
     housekeeping.remove_model(configuration.settings, name, json=json, quiet=quiet)
 
 

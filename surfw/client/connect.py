@@ -159,6 +159,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         ConnectionFailedError: nothing answers there, or something that is not a surfw server.
     """
     link = Link(endpoint.shown, limits, silence_seconds)
+    is_open = False
     try:
         headers, context = endpoint.headers(), endpoint.context()
         tls: dict[str, Any] = {} if context is None else {"ssl": context}
@@ -180,6 +181,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
             )
             _require_protocol(connection)
             await link.greeted
+            is_open = True
     except TimeoutError as exc:
         what = f"{link.url} answers, but said no hello" if link.heard else f"no surfw server at {link.url}: no answer"
         raise _failed(f"{what} within {connect_seconds:g} seconds; {START_ONE}", transient=True) from exc
@@ -189,7 +191,7 @@ async def open_link(endpoint: Endpoint, *, limits: WireLimits, connect_seconds: 
         failure = link.tls_failure
         raise (explain_network(failure, link.url) if failure else _explain(link, endpoint, exc)) from exc
     finally:
-        if not link.greeted.done() or link.greeted.cancelled() or link.greeted.exception():
+        if not is_open:  # also if this is cancelled just when the hello has come
             link.abort()
     return link
 

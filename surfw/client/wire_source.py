@@ -22,7 +22,7 @@ from surfw.config import DAMAGE_RETRIES, DEFAULT_CONNECT_SECONDS, DEFAULT_SILENC
 from surfw.errors import ConnectionFailedError, IntegrityError, ManifestError, RefusedError, UnknownModelError
 from surfw.manifest import Chunk, Digests, Manifest, count_blocks, parse_digests, parse_manifest, with_digests
 from surfw.retry import RESTART_DELAY_SECONDS, RetryPolicy
-from surfw.source import ChunkSource, Read, describe_damage, locate_damage
+from surfw.source import ChunkSource, Read, Waiting, describe_damage, locate_damage
 from surfw.threads import together
 from surfw.wire import MOST_SCHEDULED, Get, GetDigests, GetFile, GetManifest, ListModels, Request, Schedule
 
@@ -52,6 +52,7 @@ class WireSource(ChunkSource):
     Attributes:
         fetched_bytes: stored bytes delivered so far.
         refetched_blocks: blocks, manifests and files that arrived damaged and were fetched again.
+        waiting: since when the connection is lost, and when it is tried again.
         buffered_bytes: the window: what a server may have sent that has not been taken in.
         unverified_for_measurement_only: leaves bytes unverified; only `bench wire` sets it.
     """
@@ -59,6 +60,7 @@ class WireSource(ChunkSource):
     fetched_bytes = 0
     refetched_blocks = 0
     buffered_bytes = 0
+    waiting: Waiting | None = None
     unverified_for_measurement_only = False
 
     def __init__(self, url: str, connect: Connect, retry: RetryPolicy, limits: WireLimits) -> None:
@@ -195,18 +197,25 @@ class WireSource(ChunkSource):
             logger.warning("%s; fetching %s again", what, count(len(found), "block"))
         self.refetched_blocks += len(found)
 
-    async def _with_digests(self, model: str, read: Read) -> Read:
-        """The read with the digests that its manifest lacks. The server is asked for those of a chunk once."""
-        name = (model, read.chunk.id)
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests:
+        """The digests of a chunk that its manifest lacks. The server is asked for those of a chunk once."""
+        return await self._find_digests(manifest.name, chunk)
+
+    async def _find_digests(self, model: str, chunk: Chunk) -> Digests:
+        name = (model, chunk.id)
         async with self._asking[name]:
             if name not in self._digests:
-                what = f"what the server at {self.url} says of chunk {read.chunk.name}"
-                size = read.form.stored_bytes
+                what = f"what the server at {self.url} says of chunk {chunk.name}"
+                size = chunk.forms[0].stored_bytes
                 most_bytes = 64 * count_blocks(size) + _AROUND_DIGESTS_BYTES
                 document = DocumentDownload(what, most_read(size), most_bytes=most_bytes)
-                data = await self._receive(lambda number: GetDigests(number, model, read.chunk.id), document)
+                data = await self._receive(lambda number: GetDigests(number, model, chunk.id), document)
                 self._digests[name] = parse_digests(data, size, where=what)
-        known = with_digests(read.chunk, self._digests[name])
+            return self._digests[name]
+
+    async def _with_digests(self, model: str, read: Read) -> Read:
+        """The read with the digests that its manifest lacks."""
+        known = with_digests(read.chunk, await self._find_digests(model, read.chunk))
         asked = replace(known, id=read.chunk.id)  # the server finds the chunk by the id of its manifest
         return replace(read, chunk=asked, form=known.forms[0])
 
@@ -241,7 +250,7 @@ class WireSource(ChunkSource):
         waits_until: float | None = None
         while True:
             try:
-                return await attempt(await self._connected())
+                answer = await attempt(await self._connected())
             except ConnectionFailedError as exc:
                 if failed(exc):
                     delays, waits_until = self._retry.delays(), None
@@ -253,8 +262,13 @@ class WireSource(ChunkSource):
                     self._note_waiting()
                 if delay is None or not exc.transient or self._closed:
                     raise
+                now = time.monotonic()
+                self.waiting = Waiting(self.url, self.waiting.since if self.waiting else now, self.url, now + delay)
                 logger.info("%s; trying again in %.2f seconds", exc, delay)
                 await asyncio.sleep(delay)
+            else:
+                self.waiting = None
+                return answer
 
     def _note_waiting(self) -> None:
         """Say once of each server that it is waited for."""

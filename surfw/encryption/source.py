@@ -13,8 +13,8 @@ from dataclasses import replace
 from surfw.config import BLOCK_BYTES
 from surfw.encryption.keys import EncryptionKey, WrongSealError
 from surfw.errors import ConfigurationError, IntegrityError
-from surfw.manifest import Chunk, Form, Manifest
-from surfw.source import ChunkSource, Read, View
+from surfw.manifest import Chunk, Digests, Form, Manifest
+from surfw.source import ChunkSource, Read, View, Waiting
 from surfw.threads import in_thread
 
 logger = logging.getLogger("surfw.encryption")
@@ -45,6 +45,23 @@ class DecryptingSource(ChunkSource):
     async def manifest(self, model: str) -> Manifest:
         """The manifest of a model."""
         return await self._source.manifest(model)
+
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks."""
+        return await self._source.digests(manifest, chunk)
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have the form near by, encrypted, if the source can."""
+        return await self._source.keep(manifest, chunk, form, priority=priority)
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """The forms of a chunk that are near by."""
+        return self._source.near(manifest, chunk)
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting."""
+        return self._source.waiting
 
     async def file(self, manifest: Manifest, path: str) -> bytes:
         """A tokenizer file; those are not encrypted."""

@@ -29,6 +29,9 @@ ENCRYPTED_VERSION = 5
 SEAL_BYTES = 48
 """What an encrypted block needs beside it to be decrypted: 32 bytes that its key comes from, and 16 of a tag."""
 
+ADAPTER_VERSION = 6
+"""The version of manifests of adapters."""
+
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
 
@@ -37,7 +40,7 @@ Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
 
 DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "C64": 64, "U64": 64, "I64": 64, "F64": 64,
 }  # fmt: skip
 """Bits of the element types a tensor may have, under their safetensors names."""
@@ -192,15 +195,28 @@ class Origin:
         return payload_digest(json.dumps([self.key, ranges]).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that an adapter changes.
+
+    Attributes:
+        name: its name in the adapter's store.
+        key: its `Manifest.weights_key`: the adapter belongs to these very weights.
+    """
+
+    name: str
+    key: str
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a chunked model but its weights.
+    """Everything about a chunked model, or an adapter, but its weights.
 
     Attributes:
         name: the model's name in its store.
         class_name: the class to build, such as `LlamaForCausalLM`.
         dtype: the dtype the model is built with, such as `bfloat16`.
-        config: the model's configuration, as in `config.json`.
+        config: the model's configuration, as in `config.json`; of an adapter, what `adapter_config.json` says of it.
         generation_config: as in `generation_config.json`, if there is one.
         files: tokenizer files.
         ties: tensors that are the same as another one: their names to its name.
@@ -208,6 +224,8 @@ class Manifest:
         order: the execution order, as far as the model's structure tells it.
         origin: the storage of all locations and files, if it is not the manifest's own.
         key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
+        base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
+            that they change.
     """
 
     name: str
@@ -221,6 +239,7 @@ class Manifest:
     order: tuple[Use, ...]
     origin: Origin | None = None
     key_id: str = ""
+    base: Base | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -257,6 +276,26 @@ class Manifest:
         """BLAKE3 of the manifest without its locations: the same for every copy of a chunked model."""
         return payload_digest(self.public().encode())
 
+    @cached_property
+    def weights_key(self) -> str:
+        """BLAKE3 of the names and identities of all chunks: of the same weights, however they are stored."""
+        return payload_digest(json.dumps([[chunk.name, chunk.id] for chunk in self.chunks]).encode())
+
+    @cached_property
+    def identity(self) -> str:
+        """BLAKE3 of what the model is: configuration, files and payloads, whatever its name, forms and locations are.
+
+        Chunks that lack digests are named provisionally: see `is_known`.
+        """
+        document = json.loads(self.encode())
+        for chunk in document["chunks"]:
+            del chunk["forms"]
+        for file in document["files"]:
+            file.pop("object", None)
+        for name in ("format", "version", "name", "origin"):
+            document.pop(name, None)
+        return payload_digest(json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
     def file(self, path: str) -> ModelFile:
         """The file of that name.
 
@@ -279,6 +318,8 @@ class Manifest:
     @property
     def version(self) -> int:
         """The version of the format that it needs."""
+        if self.base is not None:
+            return ADAPTER_VERSION
         if self.key_id:
             return ENCRYPTED_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]
@@ -316,10 +357,9 @@ class Manifest:
             "chunks": [_chunk_document(chunk) for chunk in self.chunks],
             "order": [{"module": use.module, "chunks": list(use.chunks)} for use in self.order],
         }
-        if self.origin:
-            document["origin"] = _origin_document(self.origin)
-        if self.key_id:
-            document["encryption"] = {"cipher": CIPHER, "key": self.key_id}
+        document |= {"origin": _origin_document(self.origin)} if self.origin else {}
+        document |= {"encryption": {"cipher": CIPHER, "key": self.key_id}} if self.key_id else {}
+        document |= {"base": {"name": self.base.name, "key": self.base.key}} if self.base else {}
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 

@@ -10,6 +10,7 @@ from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MAX_JSON_DEPTH
 from surfw.errors import ManifestError
 from surfw.manifest.digests import count_blocks, is_digest, payload_digest
 from surfw.manifest.facts import (
+    ADAPTER_VERSION,
     CIPHER,
     CODED_VERSION,
     DTYPE_BITS,
@@ -19,6 +20,7 @@ from surfw.manifest.facts import (
     PACKED_VERSION,
     SEAL_BYTES,
     VERSION,
+    Base,
     Chunk,
     Form,
     Kind,
@@ -34,8 +36,8 @@ from surfw.manifest.parts import fits, packed_bytes, plan_parts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _KEY_ID = re.compile(r"[0-9a-f]{32}")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION})
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,3}")
+_VERSIONS = frozenset({VERSION, IN_PLACE_VERSION, CODED_VERSION, PACKED_VERSION, ENCRYPTED_VERSION, ADAPTER_VERSION})
 _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
@@ -174,7 +176,7 @@ class _Parser:
         if isinstance(version, bool) or version not in _VERSIONS:
             raise ManifestError(
                 f"the manifest from {self.where} has format version {str(version)[:40]!r}; this surfw reads "
-                f"{VERSION} to {ENCRYPTED_VERSION}. Chunk the model again, or use the surfw that wrote it"
+                f"{VERSION} to {ADAPTER_VERSION}. Chunk the model again, or use the surfw that wrote it"
             )
         self.in_place, self.is_encrypted = version == IN_PLACE_VERSION, version == ENCRYPTED_VERSION
         generation = document["generation_config"]
@@ -192,6 +194,7 @@ class _Parser:
             order=tuple(self.use(use) for use in self.items(document["order"], "order")),
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
             key_id=self.key_id(document["encryption"]) if self.is_encrypted else "",
+            base=self.base(document["base"]) if version == ADAPTER_VERSION else None,
         )
         self.consistent(manifest)
         return manifest
@@ -206,7 +209,7 @@ class _Parser:
     def file(self, document: Any) -> ModelFile:
         path = self.text(document["path"], "a file's path")
         plain = len(path) <= _MAX_FILE_NAME and bool(_FILE.fullmatch(path))
-        self.require(plain, f"file path {path[:80]!r} is not a plain file name")
+        self.require(plain, f"file path {path[:80]!r} is not one of plain file names")
         size = self.size(document["size"], f"the size of {path}")
         digest = self.digest(document["digest"], f"the digest of {path}")
         return ModelFile(path, size, digest, self.text(document.get("object", ""), f"the object of {path}"))
@@ -300,12 +303,16 @@ class _Parser:
         self.require(size == stored_bytes, f"the parts of chunk {chunk} add up to {size} bytes, not {stored_bytes}")
         return tuple(kinds)
 
+    def base(self, document: Any) -> Base:
+        name = check_model_name(self.text(document["name"], "the name of its base"))
+        return Base(name, self.digest(document["key"], "the key of its base"))
+
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")
         pins = {}
         for name, pin in document["objects"].items():
             plain = len(name) <= _MAX_OBJECT_NAME and bool(_FILE.fullmatch(name))
-            self.require(plain, f"object {name[:80]!a} of its origin is not a plain file name")
+            self.require(plain, f"object {name[:80]!a} of its origin is not one of plain file names")
             revision = self.text(pin["revision"], f"the revision of {name}")
             pins[name] = Pin(self.size(pin["size"], f"the size of {name}"), revision)
         return Origin(self.text(document["url"], "the URL of its origin"), pins)

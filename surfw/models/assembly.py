@@ -21,6 +21,7 @@ from surfw.config import MIB, expect, format_size
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
+from surfw.models.adapters import Adapters
 from surfw.models.client import SourceThread
 from surfw.models.from_manifest import cast_dtypes, open_skeleton
 from surfw.models.kv_reserve import KvReserve
@@ -83,6 +84,7 @@ class ModelParts:
     tables: StreamedTables
     hooks: StreamingHooks
     kv: KvReserve
+    adapters: Adapters
     claim: MemoryClaim
     yielder: Yielder
     base_bytes: int
@@ -128,13 +130,16 @@ class ModelParts:
             last.callback(self.claim.close)
             last.callback(self.engine.close)
             watch.remove(self.yielder)
+            self.adapters.close()
             self.kv.close()
             self.tables.clear()
             self.hooks.detach()
 
 
-def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics) -> ModelParts:
-    """Build the model of a manifest, and begin to fetch what it needs first.
+def assemble(
+    client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
+) -> ModelParts:
+    """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
 
     Raises:
         ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
@@ -151,7 +156,8 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
     skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
-    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics)
+    near = partial(client.source.near, manifest)
+    forms = FormChoice(settings.codec, is_far=not is_local_url(client.url), metrics=metrics, near=near)
     if settings.codec not in {"auto", *stored_codecs(manifest)}:
         logger.warning("%s is not stored in the form '%s'; what is there is read", manifest.name, settings.codec)
     find_needs = partial(model_needs, manifest, dtypes, units, buffered_bytes=client.source.buffered_bytes)
@@ -176,7 +182,12 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
             engine = _open_device_engine(
                 device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
             )
-        claim = MemoryClaim(lambda: engine.claimed_bytes, lambda: engine.anonymous_bytes)
+        place = torch.device("cpu") if device is None else device.torch_device
+        adapters = Adapters(client, manifest, skeleton, engine, place)
+        claim = MemoryClaim(
+            lambda: engine.claimed_bytes,
+            lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),
+        )
     plan = engine.plan
     if plan.policy == "lru" and plan.streamed:
         logger.warning(
@@ -195,13 +206,18 @@ def assemble(client: SourceThread, manifest: Manifest, settings: OpenSettings, m
         forms=forms,
         tables=tables,
         kv=KvReserve(skeleton.model, engine),
-        hooks=StreamingHooks(
-            skeleton, manifest, engine, tables, device=torch.device("cpu") if device is None else device.torch_device
-        ),
+        hooks=StreamingHooks(skeleton, manifest, engine, tables, device=place),
+        adapters=adapters,
         claim=claim,
         yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
+    if adapter is not None:
+        try:
+            adapters.apply(adapters.load(adapter))
+        except BaseException:
+            parts.close()
+            raise
     engine.warm()
     watch.add(parts.yielder)
     return parts

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from surfw.config import CodecChoice, OnMissing, Policy, expect
 from surfw.errors import ConfigurationError
 from surfw.manifest import Manifest
+from surfw.models.adapted import AdaptedModel
 from surfw.models.client import Source
 from surfw.models.draft import OWN_FORM, OwnDraft
 from surfw.models.explain import Advice, Explanation, advise, explain
 from surfw.models.kv_reserve import generation_size
-from surfw.models.lifetime import ModelLifetime
 from surfw.models.options import ConnectionOptions, OpenOptions, OpenSettings, budget_bytes, expect_number
 from surfw.models.progress import Progress
 from surfw.models.speculation import Speculation, expect_draft, may_guess
@@ -52,7 +52,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return type(value)(to_device(one, device) for one in value) if type(value) in {list, tuple} else value
 
 
-class StreamingBaseModel(ModelLifetime):
+class StreamingBaseModel(AdaptedModel):
     """A transformers model over a source of weights; call it as you would call the resident one.
 
     For a model class of your own that transformers does not know, subclass this and name it:
@@ -90,6 +90,7 @@ class StreamingBaseModel(ModelLifetime):
         on_missing: OnMissing = "error",
         policy: Policy = "auto",
         codec: CodecChoice = "auto",
+        adapter: str | None = None,
         **connection: Unpack[ConnectionOptions],
     ) -> None:
         """Note what is wanted; the first use opens it: a call, `warmup`, entering its context.
@@ -118,8 +119,10 @@ class StreamingBaseModel(ModelLifetime):
                 run is faster with, as measured; `none` or `lossless` that one wherever it is there, and the result is
                 the same. `int8` and `int4` are not exact, and stay packed in memory; they have to be there. With `none`
                 nothing is coded on the way to a device, either.
+            adapter: the name of a LoRA adapter in the same source, which is applied from the beginning; see
+                `set_adapter`. An adapter's name as `model` opens its base with it.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
-                `encryption_key_file`; see `WeightClient`.
+                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.
@@ -144,6 +147,7 @@ class StreamingBaseModel(ModelLifetime):
             dtype=dtype,
             on_missing=on_missing,
             codec=codec,
+            adapter=adapter,
             model_class=self.model_class,
             device=str(device),
             device_budget_bytes=budget_bytes(device_memory, "device_memory"),
@@ -571,7 +575,10 @@ class StreamingBaseModel(ModelLifetime):
     def read_file(self, path: str) -> bytes:
         """A tokenizer file that the model's manifest lists. It blocks, so not where an event loop runs."""
         refuse_event_loop("reading a file", f"'await asyncio.to_thread(model.read_file, {path!r})'")
-        manifest = self._open().manifest
+        return self._read_file_of(self._open().manifest, path)
+
+    def _read_file_of(self, manifest: Manifest, path: str) -> bytes:
+        """A file of this model, or of one of its adapters."""
         return self._client.run(lambda source: source.file(manifest, path))
 
     def _expect_generation(self) -> None:

@@ -34,22 +34,24 @@ _RAW = "give the prompt as it is (raw)"
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, where: str
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, where: str, is_asked: bool = True
 ) -> dict[str, Any]:
-    """A conversation as the model's inputs, ready for its answer.
+    """A conversation as the model's inputs.
 
     Args:
         tokenizer: one with a chat template.
         messages: each with `role` and `content`.
         where: names the model in errors.
+        is_asked: whether the model's answer is to follow; False for a whole conversation, which is judged.
 
     Raises:
         ConfigurationError: the template refuses the messages, or takes too long, or writes too much.
     """
     untyped: Any = tokenizer
-    options: dict[str, Any] = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    options: dict[str, Any] = {"add_generation_prompt": is_asked, "return_tensors": "pt", "return_dict": True}
     if type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template:
-        text = _render(untyped.get_chat_template(), messages, untyped.special_tokens_map, where)
+        variables = untyped.special_tokens_map | {"add_generation_prompt": is_asked}
+        text = _render(untyped.get_chat_template(), messages, variables, where)
         options |= {"chat_template": "{{ rendered }}", "rendered": text}
     return dict(untyped.apply_chat_template(list(messages), **options))
 

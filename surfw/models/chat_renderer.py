@@ -49,8 +49,7 @@ def _main() -> None:
         (text,), _ = render(
             conversations=[work["messages"]],
             chat_template=work["template"],
-            add_generation_prompt=True,
-            **work["variables"],
+            **{"add_generation_prompt": True} | work["variables"],
         )
         said = b"T" + text.encode(errors="surrogatepass")
     except MemoryError:

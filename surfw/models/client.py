@@ -2,26 +2,19 @@
 
 import os
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from surfw.chunking.in_place import publish_place
-from surfw.client import open_wire_source
-from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles, display_url, expect, is_server_url
-from surfw.encryption import DecryptingSource, EncryptionKey, read_key
-from surfw.errors import ConfigurationError, ModelClosedError
+from surfw.config import DEFAULT_CONNECT_SECONDS, DEFAULT_SILENCE_SECONDS, TlsFiles
+from surfw.errors import ModelClosedError
+from surfw.models.disk_options import disk_options
+from surfw.models.places import Connection, Place
 from surfw.retry import RetryPolicy
 from surfw.runtime.run import IoThread, run_in_executor
-from surfw.source import ChunkSource
-from surfw.storage import StorageBackend, open_backend
-from surfw.storage.backends import refuse_file
-from surfw.storage.origins import PlacedOptions
-from surfw.storage.store import is_checkpoint
-from surfw.storage.store_source import open_storage_source
+from surfw.source import ChunkSource, Waiting
 from surfw.threads import in_thread, refuse_event_loop
 
 T = TypeVar("T")
@@ -82,6 +75,12 @@ class SourceThread:
         source = self._source
         return self._refetched_blocks + (source.refetched_blocks if source else 0)
 
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting, if it failed and is to be tried again."""
+        source = self._source
+        return source.waiting if source else None
+
     def run(self, work: Callable[[ChunkSource], Coroutine[Any, Any, T]]) -> T:
         """Run a coroutine that uses the source, on its event loop, and return its result."""
         io, source = self._open()
@@ -118,7 +117,7 @@ class WeightClient(SourceThread):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | StorageBackend,
+        source: Place | Sequence[Place],
         *,
         token: str | None = None,
         ssl: SSLContext | TlsFiles | None = None,
@@ -126,14 +125,20 @@ class WeightClient(SourceThread):
         connect_timeout: float = DEFAULT_CONNECT_SECONDS,
         silence_timeout: float = DEFAULT_SILENCE_SECONDS,
         storage_options: Mapping[str, Any] | None = None,
+        disk_cache: int | str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        offline: bool | None = None,
+        deadline: float | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
         Args:
             source: a server (`ws://host:port`, `wss://…`), or a store: a folder, a storage URL, a backend. A folder or
-                URL may also be that of a plain checkpoint, which is then read from where it is.
-            token: the secret that the server wants.
+                URL may also be that of a plain checkpoint, which is then read from where it is. Several of them, in a
+                list, are asked in this order: the next one where the one before fails, is late, or delivers damage.
+                All of them have to have the same model.
+            token: the secret that the server wants, or that all of several servers want.
             ssl: for `wss://`: whose certificates to trust, instead of the system's, and which to show; their files, or
                 a context.
             retry: how often a connection that was refused or lost is made again.
@@ -141,38 +146,30 @@ class WeightClient(SourceThread):
             silence_timeout: seconds without progress (64 KiB, or all that is left of an answer), tries included, after
                 which a server or a remote storage is given up; a backend of your own has its own.
             storage_options: for a storage URL, such as `{"endpoint_url": "http://…"}`.
+            disk_cache: what may be kept on a local disk of what arrives, such as `20GB`, for this run and later ones;
+                None to keep nothing. Sources on this machine need none, and have none.
+            cache_dir: the folder for that, which many processes may share; default `$SURFW_HOME/cache`.
+            offline: whether only that folder is read and nothing is contacted; default: what `HF_HUB_OFFLINE` says,
+                where there is a `disk_cache`.
+            deadline: seconds that whatever is to be read is waited for, however often its sources fail meanwhile;
+                default: as `retry` says.
             encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
         """
-        is_server = isinstance(source, str) and is_server_url(source)
-        if (token is not None or ssl is not None) and not is_server:
-            raise ConfigurationError("token and ssl are for servers; expected a ws:// or wss:// address with them")
-        expect("storage_options", storage_options, Mapping | None, "a mapping of names to values, or None")
-        if storage_options and (is_server or not isinstance(source, str | os.PathLike)):
-            raise ConfigurationError("storage_options are for a storage URL; expected one with them")
-        expect("encryption_key_file", encryption_key_file, str | os.PathLike | None, "a file or None")
-        expect("token", token, str | None, "a text or None")
-        expect("ssl", ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
-        expect("retry", retry, RetryPolicy | None, "a RetryPolicy or None")
-        for name, seconds in (("connect_timeout", connect_timeout), ("silence_timeout", silence_timeout)):
-            expect(name, seconds, int | float, "a number of seconds over 0")
-            if not 0 < seconds < float("inf"):
-                raise ConfigurationError(f"{name} is {seconds}; expected a number of seconds over 0")
-        connect = partial(
-            open_wire_source,
+        connection = Connection(
             token=token,
             ssl=ssl,
             retry=retry,
             connect_timeout=connect_timeout,
             silence_timeout=silence_timeout,
+            storage_options=storage_options,
+            disk=disk_options(disk_cache, cache_dir, offline),
+            deadline=deadline,
+            encryption_key_file=encryption_key_file,
         )
-        open_place = connect if is_server else partial(_open_store, storage_options, silence_timeout)
-        url, open_source = _locate(source, open_place)
-        if encryption_key_file is not None:
-            open_source = partial(_open_encrypted, open_source, read_key(encryption_key_file))
-        super().__init__(url, open_source)
+        super().__init__(*connection.locate(source))
 
     def models(self) -> list[str]:
         """The names of the models that the source has, sorted.
@@ -212,50 +209,5 @@ class WeightClient(SourceThread):
         self.close()
 
 
-Source = str | os.PathLike[str] | StorageBackend | WeightClient
+Source = Place | Sequence[Place] | WeightClient
 """Where a model's weights may come from."""
-
-
-def _locate(
-    source: object, open_place: Callable[[str], Coroutine[Any, Any, ChunkSource]]
-) -> tuple[str, Callable[[], Coroutine[Any, Any, ChunkSource]]]:
-    """Where a source is, for people, and how to open it; a function that opens one is taken as it is."""
-    if isinstance(source, StorageBackend):
-        return display_url(source.url), partial(open_storage_source, source, owned=False)
-    if isinstance(source, str | os.PathLike):
-        place = os.fspath(source)
-        if not place:
-            raise ConfigurationError("the source is empty; expected a server, a store's folder or URL, or a backend")
-        return display_url(place), partial(open_place, place)
-    if callable(source) and not isinstance(source, type):
-
-        async def opened() -> ChunkSource:
-            found: ChunkSource = await source()
-            return found
-
-        return "a source of your own", opened
-    kind = f"the class {source.__name__}" if isinstance(source, type) else type(source).__name__
-    raise ConfigurationError(
-        f"a source is a server's address, a store's folder or URL, or a StorageBackend, not {kind}"
-    )
-
-
-async def _open_encrypted(
-    open_source: Callable[[], Coroutine[Any, Any, ChunkSource]], key: EncryptionKey
-) -> ChunkSource:
-    return DecryptingSource(await open_source(), key)
-
-
-async def _open_store(options: Mapping[str, Any] | None, silence_timeout: float, place: str) -> ChunkSource:
-    """A source over a store; or over a plain checkpoint, which is read from where it is."""
-    refuse_file(place)
-    backend = open_backend(place, options, silence_timeout=silence_timeout)
-    is_plain = await is_checkpoint(backend)
-    if is_plain:
-        await backend.close()
-        private = await publish_place(place, options, silence_timeout=silence_timeout)
-        backend = open_backend(private, silence_timeout=silence_timeout)
-    source = await open_storage_source(backend, origin_options=PlacedOptions(place, options or {}))
-    if is_plain:
-        source.url = display_url(place)
-    return source

@@ -207,6 +207,7 @@ class Conversation:
         try:
             request, inputs = self._encode(text)
             prompt_ids = inputs["input_ids"][0].tolist()
+            self._memory.read_with(self._model.adapter)
             cached_tokens = self._memory.keep_beginning_of(prompt_ids)
             with self._memory.watching(self._model.model, prompt_ids, produced):
                 result = answer(
@@ -291,6 +292,13 @@ class _Memory:
         """Nothing is read yet."""
         self.cache: Any = None
         self.token_ids: list[int] = []
+        self._adapter: str | None = None
+
+    def read_with(self, adapter: str | None) -> None:
+        """Forget what was read with another adapter than this one: it would have been read otherwise."""
+        if adapter != self._adapter:
+            self._crop(0)
+        self._adapter = adapter
 
     def keep_beginning_of(self, ids: Sequence[int]) -> int:
         """Keep what begins these ids, and of them all but the last, which the model has to read; returns how many."""

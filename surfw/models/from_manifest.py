@@ -23,6 +23,7 @@ from surfw.skeleton.dtypes import parse_dtype, safetensors_dtype, torch_dtype
 from surfw.skeleton.guards import foreign_errors
 from surfw.skeleton.loading import target_dtypes
 from surfw.skeleton.sanitise import (
+    NOT_FROM_A_FILE,
     check_generation,
     sanitise,
     sanitise_generation,
@@ -161,7 +162,9 @@ def _configure_generation(
     """Set generation up as `from_pretrained` does: by generation_config.json, else by what config.json says of it."""
     has_file = manifest.generation_config is not None
     settings, dropped = sanitise_generation(generation if has_file else config, taken=_TAKEN)
-    for line in dropped if has_file else ():
+    for line in dropped:
+        if not has_file and line.partition(":")[0] not in NOT_FROM_A_FILE:
+            continue  # a configuration has other settings of these names
         logger.warning("%s: ignored in its generation settings, because no file may choose it: %s", manifest.name, line)
     check_generation(settings, where=manifest.name)
     with foreign_errors(f"the generation settings of {manifest.name}"):

@@ -11,26 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from surfw.errors import ConfigurationError, UnsupportedModelError
+from surfw.errors import ConfigurationError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
+from surfw.models.heads import encode_texts, expect_text_model, generates, read_heads
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
 from surfw.models.read_ahead import expect_ids, no_tokenizer
-from surfw.models.text_stream import TextStream
+from surfw.models.text_stream import TextStream, cut_at_stop
 
 logger = logging.getLogger("surfw.models")
 
 _INDEXED = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 """Settings whose tokens are looked up in the embeddings, or in the logits."""
 
+_OF_SEVERAL = ("num_beams", "num_return_sequences")
+"""Settings that make several answers at a time."""
+
 _SAMPLING = ("temperature", "top_p", "top_k", "seed")
 """What only a generation takes."""
-
-_TOP_PREDICTIONS = 5
 
 
 class GenerationOptions(TypedDict, total=False):
@@ -62,8 +64,10 @@ class InferenceRequest:
         top_p: sample from the smallest set of tokens with this probability.
         top_k: sample from this many tokens.
         seed: of torch's random numbers, which all models of a process share.
-        stop: texts that end the generation.
+        stop: texts that end the generation; they are no part of its text, and neither is the rest of their token.
         ignore_eos: generate `max_new_tokens`, whatever the model says of an end.
+        pairs: second texts, for models that read two: documents to rank, choices, the text that holds an answer.
+        prompt_name: of the prompt that is put before the text, for models that embed sentences and have several.
     """
 
     prompt: str | None = None
@@ -78,6 +82,8 @@ class InferenceRequest:
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    pairs: Sequence[str] = ()
+    prompt_name: str | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -90,8 +96,9 @@ class InferenceRequest:
         expect_number("top_p", self.top_p, 0, 1, kind=int | float | None)
         expect_number("top_k", self.top_k, 1, kind=int | None)
         expect_number("seed", self.seed, 0, 2**63 - 1, kind=int | None)
-        if isinstance(self.stop, str) or not all(isinstance(one, str) and one for one in self.stop):
-            raise ConfigurationError(f"stop is {self.stop!a:.80}, expected a list of texts that are not empty")
+        for name, texts in (("stop", self.stop), ("pairs", self.pairs)):
+            if isinstance(texts, str) or not all(isinstance(one, str) and one for one in texts):
+                raise ConfigurationError(f"{name} is {texts!a:.80}, expected a list of texts that are not empty")
 
     @property
     def samples(self) -> bool:
@@ -105,6 +112,10 @@ class InferenceRequest:
 class InferenceResult:
     """The result of a request; times in seconds. Encoders give an `embedding` or `predictions`, the others tokens.
 
+    `pooling` says how an embedding was made: its `modes` (such as `mean`), whether it is `normalised` to the length 1,
+    and where that is `from`. Each prediction has `candidates`, the best first: `text`, and `probability` or `score`;
+    besides them stand the `position` and the `token` they are for, or the number of the `pair`.
+
     `decode_stall_share` is the part of the time from the first token to the last that was spent waiting for weights.
     """
 
@@ -116,6 +127,7 @@ class InferenceResult:
     tokens_per_second: float | None = None
     decode_stall_share: float | None = None
     embedding: list[float] | None = None
+    pooling: dict[str, Any] | None = None
     predictions: list[dict[str, Any]] | None = None
 
 
@@ -131,12 +143,12 @@ class TokenClock(BaseStreamer):
         self._on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
-        """The tokens of a pass, or first of all the prompt."""
+        """A token, or first of all the prompt."""
         if self._skip:
             self._skip = False
             return
         now = time.perf_counter() - self.start
-        for token in value.reshape(-1).tolist():  # several, where guesses were right
+        for token in value.reshape(-1).tolist():  # several at a time where they were guessed (prompt lookup)
             self.times.append(now)
             self._on_token(token, now)
             if self._text is not None:
@@ -175,7 +187,7 @@ def answer(
     """
     if inputs is None:
         inputs = encode_prompt(model, tokenizer, request)
-    for remark in find_remarks(model, request, inputs["input_ids"].shape[1]):
+    for remark in find_remarks(model, request, inputs["input_ids"].shape[-1]):
         logger.warning("%s", remark)
     callers_own: list[Exception] = []
 
@@ -192,29 +204,35 @@ def answer(
         return call
 
     try:
-        if not model.model.can_generate():
-            inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
-            return encode_batch(model, tokenizer, inputs)[0]
+        if not generates(model):
+            return _run_encoder(model, tokenizer, inputs, request.pairs)
         return _generate(
             model, tokenizer, request, inputs, past or {}, on_text=noting(on_text), on_token=noting(on_token)
         )
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
-        if complaint := _complaint(model, request, inputs["input_ids"].shape[1], exc):
+        if complaint := _complaint(model, request, inputs["input_ids"].shape[-1], exc):
             raise ConfigurationError(complaint) from exc
         raise
 
 
 def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int) -> list[str]:
     """What of a request changes nothing, or goes beyond what the model was made for: a sentence each."""
-    name, remarks = model.manifest.name, []
+    name, remarks, answers = model.manifest.name, [], generates(model)
     given = [one for one in _SAMPLING if getattr(request, one) is not None]
-    if given and not model.model.can_generate():
+    if given and not answers:
         verb = "changes" if len(given) == 1 else "change"
         remarks.append(f"{' and '.join(given)} {verb} nothing: {name} is an encoder, and generates no tokens")
     elif request.seed is not None and not request.samples:
         remarks.append("the seed changes nothing without sampling; give a temperature, top_p or top_k to sample")
+    own = getattr(model.model, "generation_config", None) if answers else None
+    remarks += [
+        f"{name} asks for {setting} = {asked} in its own settings, and one answer is made, token by token; generate() "
+        "from Python follows them"
+        for setting in _OF_SEVERAL
+        if (asked := getattr(own, setting, None) or 1) > 1
+    ]
     if model.guesses and (request.stop or getattr(model.model.generation_config, "stop_strings", None)):
         remarks.append(f"{name} guesses no tokens ahead here: a stop text inside several at once would be missed")
     positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -223,7 +241,7 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
             f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
             "expect nonsense, and shorten the prompt"
         )
-    elif positions is not None and model.model.can_generate() and prompt_tokens + request.max_new_tokens > positions:
+    elif positions is not None and answers and prompt_tokens + request.max_new_tokens > positions:
         remarks.append(
             f"prompt and answer may have {prompt_tokens + request.max_new_tokens} tokens, and {name} was made for "
             f"{positions} (max_position_embeddings): expect nonsense beyond, or ask for fewer (max_new_tokens)"
@@ -233,16 +251,16 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
     """What is wrong with a request or a model's settings, given an exception of transformers; None if nothing is."""
-    name, generates = model.manifest.name, model.model.can_generate()
+    name, answers = model.manifest.name, generates(model)
     if isinstance(exc, ValueError):
-        return f"{name} cannot generate like this: {exc}" if generates else None
+        return f"{name} cannot generate like this: {exc}" if answers else None
     most = model.model.config.get_text_config(decoder=True).vocab_size - 1
-    for setting in _INDEXED if generates else ():
+    for setting in _INDEXED if answers else ():
         tokens = getattr(model.model.generation_config, setting, None)
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if token is not None and not 0 <= token <= most:
                 return f"{name} has the generation setting {setting} = {token}, expected 0 to {most}"
-    new_tokens = request.max_new_tokens if generates else 0
+    new_tokens = request.max_new_tokens if answers else 0
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
@@ -259,21 +277,21 @@ def encode_prompt(
 
     Raises:
         ConfigurationError: the request does not fit the model.
-        UnsupportedModelError: the model takes no text.
+        UnsupportedModelError: the model takes no text, or not a text alone.
     """
-    if model.model.main_input_name != "input_ids":
-        raise UnsupportedModelError(
-            f"{model.manifest.name} takes {model.model.main_input_name}, not text; "
-            "use it from Python, as a StreamingModel"
-        )
-    vocabulary = model.model.config.get_text_config().vocab_size
+    expect_text_model(model)
+    vocabulary = getattr(model.model.config.get_text_config(), "vocab_size", 1 << 31)  # of none, such as CANINE's
+    answers = generates(model)
+    if answers and (request.pairs or request.prompt_name is not None):
+        which = "--pair (pairs=)" if request.pairs else "--prompt-name (prompt_name=)"
+        raise ConfigurationError(f"{model.manifest.name} generates text from one prompt; leave out {which}")
     if request.prompt_ids is not None:
         expect_ids(request.prompt_ids, vocabulary, model.manifest.name)
         ids = torch.tensor([list(request.prompt_ids)], dtype=torch.int64)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif tokenizer is None:
         raise no_tokenizer(model.manifest.name)
-    elif tokenizer.chat_template and not request.raw and model.model.can_generate():
+    elif tokenizer.chat_template and not request.raw and answers:
         system = [{"role": "system", "content": request.system}] if request.system else []
         messages = [*system, *request.history, {"role": "user", "content": request.prompt or ""}]
         inputs = encode_chat(tokenizer, messages, where=model.manifest.name)
@@ -281,6 +299,12 @@ def encode_prompt(
         raise ConfigurationError(
             f"{model.manifest.name} has no chat template, so a system message has no place in its prompt"
         )
+    elif not answers:
+        inputs = encode_texts(
+            model, tokenizer, request.prompt or "", request.pairs, request.prompt_name, raw=request.raw
+        )
+        expect_ids(inputs["input_ids"].flatten().tolist(), vocabulary, model.manifest.name)
+        return inputs
     else:
         inputs = dict(tokenizer(request.prompt or "", return_tensors="pt"))
     expect_ids(inputs["input_ids"][0].tolist(), vocabulary, model.manifest.name)
@@ -293,7 +317,7 @@ def continues_prompt(
 ) -> bool:
     """Whether the text that is generated goes on where the prompt ends; it answers it in a chat, or translates it."""
     is_chat = tokenizer is not None and bool(tokenizer.chat_template) and not request.raw
-    return model.model.can_generate() and not model.model.config.is_encoder_decoder and not is_chat
+    return generates(model) and not model.model.config.is_encoder_decoder and not is_chat
 
 
 def _generate(
@@ -316,13 +340,16 @@ def _generate(
         stalled.append(streaming.metrics.seconds("stall"))
         on_token(token, seconds)
 
-    clock = TokenClock(TextStream(tokenizer, on_text) if tokenizer is not None else None, note)
+    own: GenerationConfig = streaming.model.generation_config
+    stops = list(request.stop) or _own_stops(own, tokenizer, streaming.manifest.name)
+    text = TextStream(tokenizer, on_text, stops) if tokenizer is not None else None
+    clock = TokenClock(text, note)
+    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
+    if text is not None and stops:
+        stopping["stopping_criteria"] = StoppingCriteriaList([_Withheld(text)])
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
-        own = model.generation_config
-        stops = list(request.stop) or getattr(own, "stop_strings", None)
-        stopping = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
         config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
@@ -333,7 +360,7 @@ def _generate(
 
         try:
             size = prompt_tokens, request.max_new_tokens, 1
-            tokens = streaming.generate_with(size, run, guesses=not past and not stops)
+            tokens = streaming.generate_with(size, run, guesses=not past and not stopping)
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
@@ -344,7 +371,7 @@ def _generate(
     times = clock.times[-len(new) :] if new else []
     decoding = times[-1] - times[0] if times else 0.0
     return InferenceResult(
-        text=str(tokenizer.decode(new, skip_special_tokens=True)) if tokenizer is not None else "",
+        text=cut_at_stop(str(tokenizer.decode(new, skip_special_tokens=True)), stops) if tokenizer is not None else "",
         token_ids=new,
         prompt_tokens=prompt_tokens,
         ttft_seconds=times[0] if times else None,
@@ -354,11 +381,31 @@ def _generate(
     )
 
 
+class _Withheld(StoppingCriteria):
+    """Ends a generation where its text has one of those that end it, if the tokens alone did not show it."""
+
+    def __init__(self, text: TextStream) -> None:
+        self._text = text
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._text.is_stopped, device=input_ids.device)
+
+
+def _own_stops(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None, name: str) -> list[str]:
+    """The texts that end a generation by the model's own settings; they take a tokenizer to be seen."""
+    stops = getattr(own, "stop_strings", None) or []
+    if stops and tokenizer is None:
+        logger.warning("%s has texts that end a generation (stop_strings), which take a tokenizer: ignored", name)
+        return []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
 def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
     """The model's own generation settings, made greedy unless sampling is asked for."""
     config = copy.deepcopy(own)
     config.max_new_tokens, config.max_length = request.max_new_tokens, None
     config.num_beams, config.num_return_sequences = 1, 1
+    config.stop_strings = None
     config.return_dict_in_generate = False
     config.output_attentions = config.output_hidden_states = config.output_scores = config.output_logits = False
     config.do_sample = request.samples
@@ -376,55 +423,19 @@ def generation_config(own: GenerationConfig, request: InferenceRequest) -> Gener
     return config
 
 
-def encode_batch(
-    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: dict[str, torch.Tensor]
-) -> list[InferenceResult]:
-    """Fill-mask, classification, or the mean of the last hidden states over each prompt's tokens.
-
-    Args:
-        model: an open encoder.
-        tokenizer: its tokenizer.
-        inputs: of shape (prompts, tokens), filled up on the right where the attention mask is 0.
-    """
-    logits_wanted = "Masked" in model.manifest.class_name or "Classification" in model.manifest.class_name
+def _run_encoder(
+    model: StreamingBaseModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: dict[str, torch.Tensor],
+    pairs: Sequence[str],
+) -> InferenceResult:
+    """What the head of a model says that generates no tokens."""
     start = time.perf_counter()
-    arguments: dict[str, Any] = dict(inputs)
-    output = model(**arguments, output_hidden_states=not hasattr(model.model, "pooler") or None, return_dict=True)
-    took = time.perf_counter() - start
-    logits = getattr(output, "logits", None) if logits_wanted else None
-    results = []
-    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
-        result = InferenceResult(prompt_tokens=length, ttft_seconds=took)
-        if logits is not None:
-            ids, found = inputs["input_ids"][row : row + 1, :length], logits[row : row + 1].float()
-            result.predictions = _predictions(model, tokenizer, ids, found if found.dim() == 2 else found[:, :length])
-        if result.predictions is None:
-            last = getattr(output, "last_hidden_state", None)
-            states = output.hidden_states[-1] if last is None else last
-            mask = inputs["attention_mask"][row : row + 1, :, None].to(states.device, states.dtype)
-            result.embedding = ((states[row : row + 1] * mask).sum(1) / mask.sum(1))[0].float().tolist()
-        results.append(result)
-    return results
-
-
-def _predictions(
-    model: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, ids: torch.Tensor, logits: torch.Tensor
-) -> list[dict[str, Any]] | None:
-    """The likeliest tokens at each mask, or the likeliest labels; None where neither fits."""
-    config = model.model.config
-    if "Masked" in model.manifest.class_name:
-        mask = tokenizer.mask_token_id if tokenizer is not None else None
-        places = (ids[0] == mask).nonzero()[:, 0].tolist() if mask is not None else []
-        if not places or tokenizer is None:
-            return None
-        return [{"position": place, "candidates": _top(logits[0, place], tokenizer.decode)} for place in places]
-    labels: Any = config.id2label
-    if logits.dim() == 2:
-        return [{"candidates": _top(logits[0], labels.__getitem__)}]
-    return [{"position": at, "candidates": _top(row, labels.__getitem__)} for at, row in enumerate(logits[0])]
-
-
-def _top(logits: torch.Tensor, name: Callable[[int], Any]) -> list[dict[str, Any]]:
-    best = logits.softmax(-1).topk(min(_TOP_PREDICTIONS, logits.shape[-1]))
-    found = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return [{"id": index, "text": str(name(index)).strip(), "probability": value} for index, value in found]
+    found = read_heads(model, tokenizer, inputs, pairs)
+    return InferenceResult(
+        prompt_tokens=int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()),
+        ttft_seconds=time.perf_counter() - start,
+        embedding=found.embedding,
+        pooling=found.pooling,
+        predictions=found.predictions,
+    )

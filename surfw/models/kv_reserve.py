@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from surfw.config import MIB
 from surfw.errors import ConfigurationError
 from surfw.runtime.engine import Engine
-from surfw.runtime.kv_cache import cache_bytes, kv_cost, output_cache
+from surfw.runtime.kv_cache import KvCost, cache_bytes, kv_cost, output_cache
 
 logger = logging.getLogger("surfw.models")
 
@@ -43,7 +43,7 @@ class KvReserve:
         self._seen: weakref.ref[object] | None = None  # the cache that was measured last
         self._measured_bytes = self._growth_bytes = 0  # what it took then, and what each forward adds to it
         self._skipped = self._left = 0  # forwards since then, and those to come that are not worth measuring
-        self._cost = kv_cost(model.config, model.dtype)
+        self._cost = kv_cost(model.config, model.dtype) if model.can_generate() else KvCost(0, 0)
         self._hook = model.register_forward_hook(self._measure)
 
     def reserve_for(self, prompt_tokens: int, new_tokens: int, sequences: int = 1) -> None:

@@ -17,7 +17,8 @@ from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar, Unpack
 
-from surfw.errors import ConfigurationError, ModelClosedError, UnsupportedModelError
+from surfw.codec import for_run, packed_codec
+from surfw.errors import ConfigurationError, IntegrityError, ModelClosedError, UnsupportedModelError
 from surfw.manifest import Manifest
 from surfw.metrics import Metrics
 from surfw.models.assembly import ModelParts, assemble
@@ -26,6 +27,7 @@ from surfw.models.options import ConnectionOptions, OpenSettings
 from surfw.models.switching import switch_parts
 from surfw.runtime.run import Run, current_run, run_in_executor
 from surfw.skeleton.default_dtype import runs
+from surfw.source import check_pin, find_base, split_pin
 from surfw.threads import refuse_event_loop
 
 T = TypeVar("T")
@@ -164,7 +166,10 @@ class ModelLifetime:
                 settings = self._settings
                 outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
                 try:
-                    parts = assemble(self._client, self._find_manifest(), settings, self.metrics)
+                    manifest, adapter = self._find_manifest()
+                    parts = assemble(
+                        self._client, manifest, settings, self.metrics, adapter=adapter or settings.adapter
+                    )
                 except BaseException:
                     if self._owns_client:
                         self._client.disconnect()
@@ -209,17 +214,38 @@ class ModelLifetime:
         if self._parts is None and not self._closing.is_set():
             refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
 
-    def _find_manifest(self) -> Manifest:
-        """The manifest of the model that is wanted, if this class is for such a model."""
-        name = self._client.run(lambda source: source.resolve(self._wanted))
-        manifest = self._client.run(lambda source: source.manifest(name))
+    def _find_manifest(self) -> tuple[Manifest, str | None]:
+        """The manifest of the model that is wanted, if this class is for such a model; and the adapter, if it is one.
+
+        Raises:
+            ConfigurationError: two adapters are wanted.
+            IntegrityError: it is not the one that a pin names.
+        """
+        wanted, pin = split_pin(self._wanted)
+        name = self._client.run(lambda source: source.resolve(wanted))
+        manifest, adapter = self._client.run(lambda source: source.manifest(name)), None
+        check_pin(manifest, pin, where=self._client.url)
+        if pin and (packed := packed_codec(for_run(manifest, self._settings.codec, where=self._client.url))):
+            raise IntegrityError(
+                f"{manifest.name} is read as {packed}, which its identity does not cover; leave out the pin, or read "
+                "an exact form of it (codec, --codec)"
+            )
+        if manifest.base is not None:
+            adapter = manifest.name
+            if self._settings.adapter is not None:
+                raise ConfigurationError(
+                    f"{adapter} is an adapter over {manifest.base.name} already; give {manifest.base.name} as the "
+                    "model, or leave the other adapter out (adapter, --adapter)"
+                )
+            found_adapter = manifest
+            manifest = self._client.run(lambda source: find_base(source, found_adapter))
         found = manifest.config.get("model_type")
         if self.model_types and found not in self.model_types:
             raise UnsupportedModelError(
                 f"{manifest.name} is a {manifest.class_name} of type {str(found)[:80]!r}, but {type(self).__name__} is "
                 f"for {', '.join(sorted(self.model_types))}; use StreamingModel, which opens any"
             )
-        return manifest
+        return manifest, adapter
 
     def _closed_error(self, what: str = "is closed; open it again") -> ModelClosedError:
         name = self._parts.manifest.name if self._parts else self._wanted or f"the model of {self._client.url}"

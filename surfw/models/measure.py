@@ -101,9 +101,22 @@ def measure_reading(parts: ModelParts) -> Reading | None:
         def fetch(chunk: Chunk, form: Form, start: int, stop: int, view: memoryview) -> Awaitable[object]:
             return source.fetch(manifest, [Read(chunk, form, start, stop, view)])
 
-        return await _read_for_a_while([(form.stored_bytes, partial(fetch, chunk, form)) for chunk, form in forms])
+        tiers: dict[bool, list[tuple[int, Fetch]]] = {}
+        for chunk, form in forms:
+            is_near = any(form is one for one in source.near(manifest, chunk))
+            tiers.setdefault(is_near, []).append((form.stored_bytes, partial(fetch, chunk, form)))
+        return _joined([(tier, await _read_for_a_while(tier)) for tier in tiers.values()])
 
     return parts.client.run(read) if forms else None
+
+
+def _joined(tiers: Sequence[tuple[Sequence[tuple[int, Fetch]], Reading]]) -> Reading:
+    """What reading takes that is near for one part, and far for the other: each part by its own rate."""
+    if len(tiers) == 1:
+        return tiers[0][1]
+    sizes = [sum(size for size, _ in tier) for tier, _ in tiers]
+    seconds = sum(size / reading.bytes_per_second for size, (_, reading) in zip(sizes, tiers, strict=True))
+    return Reading(stored_bytes=sum(sizes), seconds=seconds)
 
 
 def measure_copying(parts: ModelParts) -> float | None:

@@ -40,6 +40,10 @@ class ConnectionOptions(TypedDict, total=False):
     connect_timeout: float
     silence_timeout: float
     storage_options: Mapping[str, Any] | None
+    disk_cache: int | str | None
+    cache_dir: str | os.PathLike[str] | None
+    offline: bool | None
+    deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
 
 
@@ -52,6 +56,7 @@ class ModelOptions(ConnectionOptions, total=False):
     on_missing: OnMissing
     policy: Policy
     codec: CodecChoice
+    adapter: str | None
 
 
 class OpenOptions(ModelOptions, total=False):
@@ -78,11 +83,13 @@ class OpenSettings:
     dtype: str | None
     on_missing: OnMissing
     codec: CodecChoice
+    adapter: str | None = None
     model_class: type[PreTrainedModel] | None
 
     def __post_init__(self) -> None:
         """Raise ConfigurationError for one that cannot be used."""
         expect("dtype", self.dtype, str | None, "a dtype's name or None")
+        expect("adapter", self.adapter, str | None, "an adapter's name or None")
         check_model_class(self.model_class)
         check_on_missing(self.on_missing)
         check_policy(self.limit.policy)

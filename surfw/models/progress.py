@@ -12,6 +12,23 @@ _KEPT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Outage:
+    """A source is away, and everything waits for it.
+
+    Attributes:
+        seconds: for how long.
+        trying: the address that is tried next.
+        in_seconds: when; 0 where that goes on now.
+        buffered_seconds: how long computing can go on with what was read ahead.
+    """
+
+    seconds: float
+    trying: str
+    in_seconds: float
+    buffered_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
     """Where a run is.
 
@@ -22,6 +39,7 @@ class Progress:
         fetched_bytes: stored bytes that were read so far.
         stall_seconds: how long all runs so far have waited for weights.
         run_seconds: how long all runs so far took.
+        outage: what everything waits for, if a source is away.
     """
 
     layer: int
@@ -30,6 +48,7 @@ class Progress:
     fetched_bytes: int
     stall_seconds: float
     run_seconds: float
+    outage: Outage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +65,7 @@ class RunFigures:
         stall_share: the part of the time that was spent waiting for weights.
         kept_layers: as in `Progress`.
         eta_seconds: the time that is left for `most_tokens`.
+        outage: as in `Progress`.
     """
 
     tokens: int = 0
@@ -57,6 +77,7 @@ class RunFigures:
     stall_share: float | None = None
     kept_layers: int | None = None
     eta_seconds: float | None = None
+    outage: Outage | None = None
 
 
 class Pace:
@@ -104,6 +125,7 @@ class Pace:
             stall_share=min(1.0, progress.stall_seconds / progress.run_seconds) if progress.run_seconds else None,
             kept_layers=progress.kept_layers,
             eta_seconds=per_token * (self._most_tokens - count) if per_token is not None else None,
+            outage=progress.outage,
         )
 
     def _note_read(self, now: float, count: int) -> None:

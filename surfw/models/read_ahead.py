@@ -7,23 +7,23 @@ they run. `ReadAhead` is the source with what was read; it hands each chunk out 
 Invariants: what is kept is verified, and bounded: mapped chunks are page cache, all others take a small part of the
 memory that there is. Chunks are read in the order they run, two at a time, so that the first are there early.
 Nothing is kept twice: a chunk that was handed out belongs to the one who asked. The first `fetch` lets go of all that
-is kept: whoever has weights fetched does not want them as views.
+is kept in memory: whoever has weights fetched does not want them as views. What is on its way to a disk cache goes on,
+where there is memory for that.
 """
 
 import asyncio
-import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from surfw.codec import choose_form, for_run
-from surfw.config import CodecChoice
+from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
-from surfw.manifest import Chunk, Form, Manifest
+from surfw.manifest import Chunk, Digests, Form, Manifest
 from surfw.models.client import WeightClient
+from surfw.models.places import Place
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
-from surfw.source import ChunkSource, Read, View
-from surfw.storage import StorageBackend
+from surfw.source import ChunkSource, Read, View, Waiting, check_pin, find_base, split_pin
 from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
 
@@ -37,6 +37,9 @@ T = TypeVar("T")
 _MODEL_SHARE = 2
 """A model has its chunks read ahead if it takes at most this part of the memory: then it will surely fit as a whole."""
 
+_AMPLE_BYTES = 512 * MB
+"""A budget that has room for what a disk cache is filled through while the model runs."""
+
 _AT_A_TIME = 2
 _KEPT_SHARE = 8
 """What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
@@ -46,7 +49,14 @@ class ReadAhead(ChunkSource):
     """A source, and what was read ahead of one of its models."""
 
     def __init__(
-        self, source: ChunkSource, manifest: Manifest, wanted: str | None, codec: CodecChoice = "auto"
+        self,
+        source: ChunkSource,
+        manifest: Manifest,
+        wanted: str | None,
+        codec: CodecChoice = "auto",
+        *,
+        adapter: str | None = None,
+        goes_on: bool = False,
     ) -> None:
         """Nothing is read yet.
 
@@ -55,15 +65,21 @@ class ReadAhead(ChunkSource):
             manifest: of the model.
             wanted: the name it was asked for by.
             codec: which forms are read; `auto` takes coded ones from another machine, and others from this one.
+            adapter: the full name of the adapter that was wanted, whose base the model is.
+            goes_on: whether chunks are brought to a disk cache also while the model runs.
         """
         self.url = source.url
         self._source = source
         self._manifest = for_run(manifest, codec, where=source.url)
         self._next, self._stored = self._manifest, manifest
         self._wanted = wanted
+        self._name = adapter or manifest.name
         self._files: dict[str, asyncio.Task[bytes]] = {}
+        self._goes_on = goes_on
+        self._is_free = codec == "auto"
         self._codec = codec if codec != "auto" else "none" if is_local_url(source.url) else "lossless"
         self._chunks: dict[tuple[str, str], asyncio.Task[View | None]] = {}  # by chunk and codec
+        self._kept: list[asyncio.Task[bool]] = []  # what is on its way to a place near by
         self._free_bytes = 0
         self._turns = asyncio.Semaphore(_AT_A_TIME)
 
@@ -72,17 +88,32 @@ class ReadAhead(ChunkSource):
         check(self._manifest)
         for file in self._manifest.files:
             self._files[file.path] = _start(self._source.file(self._manifest, file.path))
-        if sum(chunk.payload_bytes for chunk in self._manifest.chunks) > memory_bytes // _MODEL_SHARE:
-            return
+        fits = sum(chunk.payload_bytes for chunk in self._manifest.chunks) <= memory_bytes // _MODEL_SHARE
         self._free_bytes = memory_bytes // _KEPT_SHARE
         used = dict.fromkeys(name for use in self._manifest.order for name in use.chunks)
         for priority, name in enumerate(used, 1):
             chunk = self._manifest.by_name[name]
-            form = choose_form(chunk, self._codec)
-            self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
+            form = self._choose_form(chunk)
+            if fits:
+                self._chunks[name, form.codec] = _start(self._read(chunk, form, priority))
+            else:
+                self._kept.append(_start(self._keep(chunk, form, priority)))
+
+    def _choose_form(self, chunk: Chunk) -> Form:
+        """The form that a run will ask for first."""
+        near = self._source.near(self._manifest, chunk) if self._is_free else ()
+        if near and self._codec not in {form.codec for form in near}:
+            return near[0]
+        return choose_form(chunk, self._codec)
+
+    async def _keep(self, chunk: Chunk, form: Form, priority: int) -> bool:
+        """Have the form near by, where the source has such a place; it takes little memory."""
+        async with self._turns:
+            return await self._source.keep(self._manifest, chunk, form, priority=priority)
 
     async def _read(self, chunk: Chunk, form: Form, priority: int) -> View | None:
         """The stored bytes of a chunk; None if there is no memory for them."""
+        await self._keep(chunk, form, priority)
         async with self._turns:
             view = await self._source.view(self._manifest, chunk, form)
             if view is not None or form.stored_bytes > self._free_bytes:
@@ -99,7 +130,7 @@ class ReadAhead(ChunkSource):
 
     async def resolve(self, name: str | None) -> str:
         """The full name of a model."""
-        return self._manifest.name if name == self._wanted else await self._source.resolve(name)
+        return self._name if name == self._wanted else await self._source.resolve(name)
 
     async def manifest(self, model: str) -> Manifest:
         """The manifest of a model: for the first who asks, what the chunks are read ahead by; else as it is stored."""
@@ -125,25 +156,45 @@ class ReadAhead(ChunkSource):
         """Tell the source."""
         await self._source.announce(manifest, cycle, kept)
 
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks."""
+        return await self._source.digests(manifest, chunk)
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have the form near by, if the source can."""
+        return await self._source.keep(manifest, chunk, form, priority=priority)
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """The forms of a chunk that are near by."""
+        return self._source.near(manifest, chunk)
+
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
         task = self._chunks.pop((chunk.name, form.codec), None) if manifest is self._manifest else None
         return await (task or self._source.view(manifest, chunk, form))
 
     async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
-        """Fill every read's destination; what is kept of chunks is not wanted, then."""
-        await self._let_go()
+        """Fill every read's destination; what is kept of chunks in memory is not wanted, then."""
+        if manifest.base is None:  # an adapter's come beside those of its base
+            await self._let_go(on_disk=not self._goes_on)
         await self._source.fetch(manifest, reads, priority=priority)
 
-    async def _let_go(self) -> None:
-        tasks = list(self._chunks.values())
+    async def _let_go(self, *, on_disk: bool = True) -> None:
+        tasks: list[asyncio.Task[Any]] = [*self._chunks.values(), *(self._kept if on_disk else ())]
         self._chunks.clear()
+        if on_disk:
+            self._kept.clear()
         await cancel_all(tasks)
 
     @property
     def buffered_bytes(self) -> int:
         """The most memory that fetching takes besides the destinations."""
         return self._source.buffered_bytes
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting."""
+        return self._source.waiting
 
     @property
     def refetched_blocks(self) -> int:
@@ -169,11 +220,12 @@ class ReadAheadClient(WeightClient):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | StorageBackend,
+        source: Place | Sequence[Place],
         model: str | None,
         *,
         memory_bytes: int | None,
         codec: CodecChoice = "auto",
+        budget_bytes: int | None = None,
         **connection: "Unpack[ConnectionOptions]",
     ) -> None:
         """Note where the weights are; nothing is contacted before `begin`.
@@ -183,17 +235,23 @@ class ReadAheadClient(WeightClient):
             model: its name there, in full or a unique last part; None for the only one.
             memory_bytes: what its weights may take; None for what is there, 0 to read no chunks ahead.
             codec: as of `StreamingBaseModel`.
+            budget_bytes: of the model, if it has one: with a small one, a disk cache is not filled while it runs.
             **connection: as of `WeightClient`.
         """
         super().__init__(source, **connection)
         open_source = self._open_source
+        goes_on = budget_bytes is None or budget_bytes >= _AMPLE_BYTES
 
         async def open_ahead() -> ChunkSource:
             opened = await open_source()
             try:
-                found = await opened.manifest(await opened.resolve(model))
+                wanted, pin = split_pin(model)
+                found = await opened.manifest(await opened.resolve(wanted))
                 opened.expect_readable(found)
-                return ReadAhead(opened, found, model, codec)
+                check_pin(found, pin, where=opened.url)
+                base = found if found.base is None else await find_base(opened, found)
+                opened.expect_readable(base)
+                return ReadAhead(opened, base, wanted, codec, adapter=found.name, goes_on=goes_on)
             except BaseException:
                 await opened.close()
                 raise

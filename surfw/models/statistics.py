@@ -1,12 +1,13 @@
 """How long a model's runs took and what is kept in memory, as plain data."""
 
+import time
 from typing import TypedDict
 
 from surfw.codec import packed_codec
 from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
-from surfw.models.progress import Progress
+from surfw.models.progress import Outage, Progress
 from surfw.models.speculation import Speculation, SpeculationFacts
 
 
@@ -168,6 +169,22 @@ def find_progress(metrics: Metrics, parts: ModelParts | None) -> Progress:
         fetched_bytes=metrics.count("fetched_bytes"),
         stall_seconds=metrics.seconds("stall"),
         run_seconds=metrics.seconds("forward"),
+        outage=_find_outage(metrics, parts) if parts else None,
+    )
+
+
+def _find_outage(metrics: Metrics, parts: ModelParts) -> Outage | None:
+    """What the source waits for, if it is away; see `Outage`."""
+    waiting = parts.client.waiting
+    if waiting is None:
+        return None
+    now, uses = time.monotonic(), sum(_counts(metrics))
+    per_use = _compute_seconds(metrics) / uses if uses else 0.0
+    return Outage(
+        seconds=now - waiting.since,
+        trying=waiting.trying,
+        in_seconds=max(0.0, waiting.at - now),
+        buffered_seconds=per_use * parts.engine.read_ahead,
     )
 
 

@@ -5,6 +5,8 @@ And its four families: the same, with the model's name first and a server's addr
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Self, TypeAlias, Unpack, overload
 from weakref import WeakKeyDictionary
 
@@ -12,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from surfw.config import DEFAULT_PORT
 from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
+from surfw.manifest import ModelFile
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
 from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many, feeding
-from surfw.models.many_encoded import encode_many
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.session import Line, Session
 from surfw.models.tokenizer import open_tokenizer
@@ -40,6 +42,7 @@ class StreamingModel(StreamingBaseModel):
 
     _tokenizer: PreTrainedTokenizerBase | SurfwError | None = None
     _tokenizer_read = False
+    _tokenizer_files: tuple[ModelFile, ...] = ()
     _lines: "WeakKeyDictionary[asyncio.AbstractEventLoop, Line] | None" = None
 
     @property
@@ -68,11 +71,21 @@ class StreamingModel(StreamingBaseModel):
         return self._tokenizer
 
     def _read_tokenizer(self) -> None:
+        """Read it: the adapter's own, where one is applied that has one."""
+        base, adapter = self.manifest, self._open().adapters.manifest
+        owner = adapter if adapter is not None and adapter.files else base
         try:
-            self._tokenizer = open_tokenizer(self.manifest, self.read_file)
+            self._tokenizer = open_tokenizer(replace(base, files=owner.files), partial(self._read_file_of, owner))
         except SurfwError as exc:
             self._tokenizer = exc
-        self._tokenizer_read = True
+        self._tokenizer_read, self._tokenizer_files = True, owner.files
+
+    def _on_adapter(self) -> None:
+        """Read another tokenizer, if the adapter that is applied now has one."""
+        adapter = self._open().adapters.manifest
+        files = adapter.files if adapter is not None and adapter.files else self.manifest.files
+        if self._tokenizer_read and files != self._tokenizer_files:
+            self._read_tokenizer()
 
     def _switch(self, name: str) -> None:
         super()._switch(name)
@@ -122,8 +135,7 @@ class StreamingModel(StreamingBaseModel):
 
         Each pass over the layers computes a token for every sequence, so while weights stream, many answers take hardly
         longer than one; a sequence that has ended makes place for the next prompt. Token ids are those that the
-        resident model gives under transformers' continuous batching of the same prompts. Encoders run texts of like
-        length as one batch, and each result has an embedding or predictions.
+        resident model gives under transformers' continuous batching of the same prompts.
 
         Args:
             prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
@@ -134,7 +146,7 @@ class StreamingModel(StreamingBaseModel):
             **options: as of `stream`, for every prompt that brings none of its own.
 
         Raises:
-            UnsupportedModelError: the model has an encoder and a decoder, or transformers cannot batch it.
+            UnsupportedModelError: the model does not generate, has an encoder, or transformers cannot batch it.
             ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
             SurfwError: weights could not be read.
         """
@@ -234,12 +246,6 @@ class StreamingModel(StreamingBaseModel):
         sequences: int,
     ) -> None:
         parts, tokenizer = self._open_here(), self.find_tokenizer()
-        if not parts.model.can_generate():
-            check = parts.engine.check
-            self.run(
-                lambda _: encode_many(self, tokenizer, feed, on_result=on_result, check=check, most_sequences=sequences)
-            )
-            return
         answer_many(
             self, parts, tokenizer, feed, shared=InferenceRequest(prompt_ids=(0,), **options),
             on_result=on_result, on_tokens=on_tokens, most_sequences=sequences,

@@ -4,7 +4,10 @@ A token may end within a character: that has up to four bytes, and each of them 
 tokenizers show U+FFFD at the end of the text, and that is held back. A few old tokenizers remove spaces before
 punctuation (`clean_up_tokenization_spaces`): with those, all that follows the last space is held back.
 
-Invariant: the pieces put together are what the tokenizer makes of all tokens at once.
+A text that ends the generation is withheld, and with it the rest of its token: what may be its beginning waits for the
+next tokens.
+
+Invariant: the pieces put together are what the tokenizer makes of all tokens at once, up to the first such text.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +24,16 @@ _CONTEXT_TOKENS = 8
 class TextStream:
     """Gives the text of tokens to a function, piece by piece."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        """Begin with no token."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None], stops: Sequence[str] = ()
+    ) -> None:
+        """Begin with no token; `stops` are texts that end the generation.
+
+        Attributes:
+            is_stopped: whether one of them came.
+        """
+        self.is_stopped = False
+        self._stops = stops
         self._tokenizer: Any = tokenizer
         self._on_text = on_text
         self._tokens: list[int] = []
@@ -32,11 +43,17 @@ class TextStream:
         """Take one more token, and give the text that is complete with it."""
         self._tokens.append(token)
         text = self._decode()
-        self._give(text[: self._complete(text)])
+        kept = cut_at_stop(text, self._stops)
+        if len(kept) < len(text):
+            self.is_stopped = True
+            self._give(kept)
+        elif not self.is_stopped:
+            complete = text[: self._complete(text)]
+            self._give(complete[: len(complete) - _beginning_of_stop(complete, self._stops)])
 
     def end(self) -> None:
         """Give what was held back; no more tokens come."""
-        self._give(self._decode())
+        self._give(cut_at_stop(self._decode(), self._stops))
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
@@ -51,6 +68,18 @@ class TextStream:
         if len(text) > self._given:
             piece, self._given = text[self._given :], len(text)
             self._on_text(piece)
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of those that end it."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
+
+
+def _beginning_of_stop(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of a text may be the beginning of one that ends it."""
+    lengths = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(lengths, default=0)
 
 
 def space_before(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token: int) -> str:

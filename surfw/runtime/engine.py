@@ -109,6 +109,7 @@ class Engine:
         self._runner: int | None = None  # the thread that has a run
         self._ahead = prefetch
         self._asked = _DEMAND
+        self._beside_bytes = 0
         self.reached: tuple[str, ...] = ()
         reader = partial(RowReader, loader.source, manifest, io, metrics, dtypes=loader.dtypes)
         self.rows = reader(run=lambda: self._run, scratch_bytes=rows_bytes, keep_bytes=rows_bytes)
@@ -325,6 +326,12 @@ class Engine:
     # The plan.
 
     @property
+    def read_ahead(self) -> int:
+        """How many chunks are ready that were read early, for their next use."""
+        with self._lock:
+            return sum(slot.state is SlotState.READY and not slot.is_known for slot in self.table)
+
+    @property
     def plan(self) -> ResidencyPlan:
         """What is kept, and what passes through."""
         return self.table.plan
@@ -373,6 +380,18 @@ class Engine:
                 size_bytes = max(0, min(size_bytes, self.limit.budget_bytes - least))
             if size_bytes != self.limit.reserved_bytes:
                 self._replan(self._needs, replace(self.limit, reserved_bytes=size_bytes))
+
+    def hold_beside(self, size_bytes: int) -> None:
+        """Count so much memory beside the weights where the model computes, instead of what was counted before.
+
+        Raises:
+            ConfigurationError: the model does not run with the rest; all stays as it was.
+        """
+        with self._lock:
+            working_bytes = self._needs.working_bytes - self._beside_bytes + size_bytes
+            if working_bytes != self._needs.working_bytes:
+                self._replan(replace(self._needs, working_bytes=working_bytes), self.limit)
+            self._beside_bytes = size_bytes
 
     def resize(self, cache_layers: int) -> None:
         """Keep another number of chunks from now on: evict at once what is too much and idle, the rest after its use.

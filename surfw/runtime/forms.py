@@ -11,7 +11,7 @@ bytes. Each is measured as bytes over the time in which at least one such thing 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from surfw.codec import choose_form
@@ -80,7 +80,14 @@ class FormChoice:
         decoding: payload bytes, out of coded ones.
     """
 
-    def __init__(self, codec: CodecChoice = "auto", *, is_far: bool = False, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        codec: CodecChoice = "auto",
+        *,
+        is_far: bool = False,
+        metrics: Metrics | None = None,
+        near: Callable[[Chunk], Sequence[Form]] = lambda _: (),
+    ) -> None:
         """Begin with coded forms where the source is far away, and with others where it is not.
 
         Args:
@@ -88,10 +95,12 @@ class FormChoice:
             is_far: whether the source is another machine.
             metrics: of the model: its spans `forward` and `stall` say how long it computed. `decoded_bytes` are counted
                 here, and the span `decode`.
+            near: says which forms of a chunk are nearer than its others: only these are considered.
         """
         self.reading = Rate()
         self.decoding = Rate()
         self._codec = codec
+        self._near = near
         self._is_coded = is_far
         self._metrics = metrics or Metrics()
         self._computing = Rate()  # payload bytes that were loaded, over the seconds of computing meanwhile
@@ -109,6 +118,9 @@ class FormChoice:
         plain, coded = chunk.form("none"), chunk.form("lossless")
         if plain is None or coded is None:
             return choose_form(chunk)
+        near = {form.codec for form in self._near(chunk)} & {"none", "lossless"}
+        if len(near) == 1:
+            return choose_form(chunk, near.pop())
         is_small = chunk.payload_bytes < _SMALL_BYTES
         pays = self._is_coded if is_small else self._pays(coded.stored_bytes / plain.stored_bytes)
         if pays or (not is_small and self._is_due()):

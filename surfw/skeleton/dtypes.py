@@ -13,6 +13,8 @@ _BY_NAME = {
     "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "C64": torch.complex64, "U64": torch.uint64,
     "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7: powers of two, by which blocks of other weights are scaled
+    _BY_NAME["F8_E8M0"] = torch.float8_e8m0fnu
 _NAMES = {dtype: name for name, dtype in _BY_NAME.items()}
 
 

@@ -6,7 +6,7 @@ from only the source tensors it needs: plain renamings are byte copies, everythi
 operation. The grouping follows `transformers.core_model_loading.convert_and_load_state_dict_in_model`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,16 @@ from transformers.core_model_loading import (
 
 from surfw.errors import CheckpointError
 from surfw.skeleton.build import Skeleton
+from surfw.skeleton.computed import compute_missing
+from surfw.skeleton.dequantise import source_dtype
 from surfw.skeleton.dtypes import torch_dtype
 
 SourceFacts = Mapping[str, tuple[str, tuple[int, ...]]]
 """Of every source tensor: its safetensors dtype and its shape."""
+
+
+_CODED = {"F8_E4M3", "F8_E5M2", "I8"}
+"""Types of weights that mean nothing without their scales."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Recipe:
 
     Attributes:
         targets: names of the model's tensors that it yields, with their dtype and shape.
-        sources: names of the source tensors that it needs.
+        sources: names of the source tensors that it needs; none where transformers computes it.
         converter: transformers' operation; None where one source becomes one target, at most renamed and cast.
         joined: the sources whose concatenated bytes are those of the one target; empty if there are none such.
     """
@@ -61,6 +67,13 @@ def convert_bytes(
 
     if recipe.converter is not None:
         made = recipe.converter(read_tensor)
+        for name, (dtype, shape) in recipe.targets.items():
+            seen = made.get(name)
+            if seen is None or (seen.dtype, tuple(seen.shape)) != (dtype, shape):
+                found = "nothing" if seen is None else f"{seen.dtype} of shape {tuple(seen.shape)}"
+                raise CheckpointError(
+                    f"transformers makes {found} of {recipe.sources[0]} for {name}, expected {dtype} of shape {shape}"
+                )
         return {name: _bytes_of(tensor) for name, tensor in made.items() if name in recipe.targets}
     ((name, (dtype, _)),) = recipe.targets.items()
     return {name: _bytes_of(read_tensor(recipe.sources[0]).to(dtype))}
@@ -96,7 +109,14 @@ class _Group:
     collected: list[tuple[str, str]] = field(default_factory=list)
 
 
-def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str, str], bool], *, where: str) -> Loading:
+def plan_loading(
+    skeleton: Skeleton,
+    sources: SourceFacts,
+    equal: Callable[[str, str], bool],
+    *,
+    where: str,
+    quantizer: Any = None,
+) -> Loading:
     """Plan what `from_pretrained` would load into the skeleton.
 
     Args:
@@ -104,16 +124,33 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
         sources: the checkpoint's tensors.
         equal: whether two source tensors have the same bytes; asked where both sides of a tie are in the checkpoint.
         where: names the checkpoint in errors.
+        quantizer: dequantises the sources; see `surfw.skeleton.dequantise`.
 
     Raises:
         CheckpointError: weights have other shapes, or cannot be converted.
     """
     dtypes = target_dtypes(skeleton)
-    groups, unused = _group(skeleton, sources)
+    groups, unused = _group(skeleton, sources, quantizer)
     recipes: dict[str, Recipe] = {}
     for first, group in groups.items():
-        recipe = _recipe(skeleton, first, group, sources, dtypes, where=where)
+        recipe = _recipe(skeleton, first, group, sources, dtypes, where=where, quantizer=quantizer)
         recipes |= dict.fromkeys(recipe.targets, recipe)
+    return finish_loading(skeleton, recipes, unused, equal, where=where)
+
+
+def finish_loading(
+    skeleton: Skeleton,
+    recipes: Mapping[str, Recipe],
+    unused: Sequence[str],
+    equal: Callable[[str, str], bool],
+    *,
+    where: str,
+) -> Loading:
+    """Compare what recipes yield with the model's shapes, and find its ties, and what is missing.
+
+    Raises:
+        CheckpointError: weights have other shapes.
+    """
     for name, recipe in recipes.items():
         expected, seen = tuple(skeleton.slots[name].tensor.shape), recipe.targets[name][1]
         if expected != seen:
@@ -126,13 +163,21 @@ def plan_loading(skeleton: Skeleton, sources: SourceFacts, equal: Callable[[str,
     missing = tuple(
         name for name, slot in skeleton.slots.items() if name not in recipes and name not in ties and not slot.is_buffer
     )
-    return Loading(recipes, ties, tuple(unused), missing)
+    dtypes = target_dtypes(skeleton)
+    computed = compute_missing(skeleton, missing, {name: dtypes(name) for name in missing})
+    recipes |= {name: _computed(name, value) for name, value in computed.items()}
+    return Loading(recipes, ties, tuple(unused), tuple(name for name in missing if name not in computed))
 
 
-def _group(skeleton: Skeleton, sources: SourceFacts) -> tuple[dict[str, _Group], list[str]]:
+def _computed(name: str, value: torch.Tensor) -> Recipe:
+    """The recipe of a parameter that no checkpoint has to hold."""
+    return Recipe({name: (value.dtype, tuple(value.shape))}, (), lambda _: {name: value})
+
+
+def _group(skeleton: Skeleton, sources: SourceFacts, quantizer: Any) -> tuple[dict[str, _Group], list[str]]:
     """Collect the sources by the target they go to."""
     model = skeleton.model
-    transforms = get_model_conversion_mapping(model)
+    transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
@@ -162,6 +207,7 @@ def _recipe(
     dtypes: Callable[[str], torch.dtype],
     *,
     where: str,
+    quantizer: Any,
 ) -> Recipe:
     names = tuple(source for _, source in group.collected)
     if group.converter is None:
@@ -171,20 +217,57 @@ def _recipe(
     def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(group.converter)
         for pattern, source in group.collected:
-            converter.add_tensor(first, source, pattern, read(source).to(dtypes(first)))
+            tensor = read(source)
+            dtype = source_dtype(quantizer, converter, tensor, dtypes(first))
+            converter.add_tensor(first, source, pattern, tensor if dtype is None else tensor.to(dtype))
         try:
             realised = converter.convert(first, model=skeleton.model, config=skeleton.model.config)
         except Exception as exc:
             raise CheckpointError(
                 f"{where}: transformers cannot make {first} out of {len(names)} tensors such as {names[0]}: {exc}"
             ) from exc
-        return {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
+        made = {name: (value[0] if isinstance(value, list) else value) for name, value in realised.items()}
+        return {name: tensor.detach() for name, tensor in made.items()}
 
+    if quantizer is not None:
+        _expect_scales(names, sources, where=where)
+        if len(group.converter.target_patterns) == 1:
+            return _untried(skeleton, first, names, dtypes, convert)
     trial = convert(
         lambda source: torch.empty(sources[source][1], dtype=torch_dtype(sources[source][0]), device="meta")
     )
     targets = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in trial.items() if name in skeleton.slots}
     return Recipe(targets, names, convert, _joined(group, targets, sources))
+
+
+def _expect_scales(names: Sequence[str], sources: SourceFacts, *, where: str) -> None:
+    """Make sure that quantised weights have scales beside them: without these, transformers takes them for values.
+
+    Raises:
+        CheckpointError: one has none.
+    """
+    for name in names:
+        module = name.removesuffix("weight")
+        is_coded = sources[name][0] in _CODED and "scale" not in name.removeprefix(module)
+        if is_coded and not any("scale" in one.removeprefix(module) for one in names if one.startswith(module)):
+            raise CheckpointError(
+                f"{where} has {name} in {sources[name][0]} and no scale for it; the checkpoint is incomplete, download "
+                "it again"
+            )
+
+
+def _untried(
+    skeleton: Skeleton,
+    first: str,
+    names: tuple[str, ...],
+    dtypes: Callable[[str], torch.dtype],
+    convert: Callable[[Callable[[str], torch.Tensor]], dict[str, torch.Tensor]],
+) -> Recipe:
+    """A recipe that yields `first`, and that cannot be tried without values: some read a shape out of a tensor.
+
+    What it really yields is compared with the model's shape once it has run: see `convert_bytes`.
+    """
+    return Recipe({first: (dtypes(first), tuple(skeleton.slots[first].tensor.shape))}, names, convert)
 
 
 def _joined(

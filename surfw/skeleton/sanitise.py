@@ -200,7 +200,7 @@ def _walk(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]
             yield from _walk(inner, key, depth + 1)
 
 
-_NOT_FROM_A_FILE = {
+NOT_FROM_A_FILE = {
     # transformers fetches their code from repositories
     "constraints", "diversity_penalty", "dola_layers", "force_words_ids", "num_beam_groups", "penalty_alpha",
     # generation by parts of the model, or with prompts that are changed
@@ -210,6 +210,7 @@ _NOT_FROM_A_FILE = {
     # not implemented any more
     "low_memory",
 }  # fmt: skip
+"""Generation settings that no file may choose."""
 
 _ASK_FOR_NOTHING = {"num_beam_groups": 1, "cache_implementation": "dynamic"}
 _CACHES_OF_OLD = ("hybrid",)
@@ -333,7 +334,7 @@ def sanitise_generation(settings: Mapping[str, Any], *, taken: Collection[str]) 
     clean, dropped = {}, []
     for key, value in settings.items():
         is_private = key.startswith("_") and key not in _PRIVATE
-        if key in _NOT_FROM_A_FILE or key in _ARGUMENTS or key in taken or is_private:
+        if key in NOT_FROM_A_FILE or key in _ARGUMENTS or key in taken or is_private:
             asks = bool(value) and value != _ASK_FOR_NOTHING.get(key) and value not in _CACHES_OF_OLD
             dropped += [f"{key}: {str(value)[:80]}"] * asks
         else:

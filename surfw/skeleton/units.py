@@ -7,10 +7,11 @@ module with layers inside form a unit of their own, written `path.*`. No archite
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> Iterator[Unit]:
         if id(child) in seen:
             continue
         child_path = f"{path}.{name}".lstrip(".")
-        if isinstance(child, nn.ModuleList):
+        if _is_list(child):
             yield from _visit_list(child, child_path, seen)
         elif _holds_list(child):
             yield from _visit(child, child_path, seen)
@@ -94,7 +95,7 @@ def _visit_list(items: nn.ModuleList, path: str, seen: set[int]) -> Iterator[Uni
         if id(item) in seen:
             continue
         if type(item).forward is nn.Module.forward:  # a list of lists: it is never called itself
-            inside: Any = _visit_list if isinstance(item, nn.ModuleList) else _visit
+            inside: Any = _visit_list if _is_list(item) else _visit
             yield from inside(item, f"{path}.{index}", seen)
         else:
             yield from _leaf(item, f"{path}.{index}", "layer", seen)
@@ -121,4 +122,9 @@ def _own_slots(module: nn.Module, path: str) -> Iterator[Slot]:
 
 
 def _holds_list(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.ModuleList) and len(inner) > 0 for inner in module.modules())
+    return any(_is_list(inner) and len(inner) > 0 for inner in module.modules())
+
+
+def _is_list(module: nn.Module) -> TypeGuard[nn.ModuleList]:
+    """Whether its items run one after another; the steps that make one weight of others are a module's own affair."""
+    return isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)

@@ -56,7 +56,7 @@ MODELS, BLOBS = "models/", "blobs/"
 LEASES, PRUNES = "leases/", "prunes/"
 OR_SERVER = ", or a server's address, which begins with ws:// or wss://"
 _PARTIAL = "partial/"
-_CONFIG = "config.json"
+_CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
 _IN_PROGRESS = (_PARTIAL, LEASES, PRUNES)
 _BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}(\.[A-Za-z0-9._-]+)?")
 
@@ -328,7 +328,7 @@ async def is_checkpoint(backend: StorageBackend) -> bool:
     """
     if await backend.exists(MARKER):
         return False
-    if await backend.exists(_CONFIG):
+    if await backend.exists(_CONFIG) or await backend.exists(_ADAPTER_CONFIG):  # the second is refused, with the reason
         return True
     for name in (MARKER, _CONFIG):
         path = backend.local_path(name)

@@ -18,8 +18,8 @@ from surfw.manifest import Chunk, Digests, Form, Manifest, payload_digest, with_
 from surfw.source import (
     ChunkSource,
     Read,
+    Verification,
     View,
-    check_blocks,
     describe_damage,
     find_damage,
     locate_damage,
@@ -91,7 +91,7 @@ class StorageSource(ChunkSource):
         """
         urgent = priority == 0
         found = [await self._with_digests(manifest, read, urgent=urgent) for read in reads]
-        verified = [(read, _Verification(read)) for read in found if read is not None]
+        verified = [(read, Verification(read)) for read in found if read is not None]
         await self._read(verified, urgent=urgent)
         for read, check in verified:
             await self._mend(read, check.damaged, urgent=urgent)
@@ -114,6 +114,12 @@ class StorageSource(ChunkSource):
         digests = await self.store.learned.find(manifest, read.chunk, pieces)
         known = with_digests(read.chunk, digests)
         return None if filled else replace(read, chunk=known, form=known.forms[0])
+
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks; all bytes of the chunk are read if they are not known."""
+        if chunk.forms[0].is_known:
+            return None
+        return await self.store.learned.find(manifest, chunk, partial(self._pieces, chunk))
 
     async def _pieces(
         self, chunk: Chunk, *, urgent: bool = False, progress: Callable[[int, str], object] = lambda *_: None
@@ -165,7 +171,7 @@ class StorageSource(ChunkSource):
             return None
         with _naming(f"chunk {chunk.name}", self.url):
             mapped = await in_thread(MappedFile, files[0])
-        check = _Verification(Read(chunk, form, 0, form.stored_bytes, mapped.memory))
+        check = Verification(Read(chunk, form, 0, form.stored_bytes, mapped.memory))
         await self._local.check(mapped.memory, check)
         if check.damaged:
             for block, seen in check.damaged.items():
@@ -232,7 +238,7 @@ class StorageSource(ChunkSource):
                 self._refetched_blocks += 1
                 for key, _, _ in segments(one.form.locations, one.start, one.stop):
                     self.store.objects.forget(key)
-                check = _Verification(one)
+                check = Verification(one)
                 await self._read([(one, check)], urgent=urgent)
                 return next(iter(check.damaged.values()), None)
 
@@ -244,21 +250,6 @@ class StorageSource(ChunkSource):
         """Close the backend, if this owns it."""
         await in_thread(self._local.close)
         await self.store.close(owned=self._owned)
-
-
-class _Verification:
-    """A check that notes which blocks of a read are damaged, counted from the read's start.
-
-    It raises nothing, so that the other ranges of a read go on. It may be called in several threads at once.
-    """
-
-    def __init__(self, read: Read) -> None:
-        self.damaged: dict[int, str] = {}
-        self._read = read
-        self._first = read.start // BLOCK_BYTES
-
-    def __call__(self, at: int, piece: memoryview) -> None:
-        self.damaged.update(check_blocks(self._read, self._first + at // BLOCK_BYTES, piece))
 
 
 @contextmanager

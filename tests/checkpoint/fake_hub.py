@@ -40,6 +40,8 @@ class _Handler(BaseHTTPRequestHandler):
                     for name, data in self.server.files.items()
                 ]
             )
+        elif path.startswith((f"{api}/tree/main/", f"{api}/tree/{COMMIT}/")):  # there are no folders
+            self._refuse(404, "EntryNotFound")
         elif path.startswith(f"{api}/revision/"):
             self._refuse(404, "RevisionNotFound")
         elif re.match(f"/{MODEL}/resolve/(main|{COMMIT})/", path):

@@ -6,6 +6,7 @@ import pytest
 
 from checkpoint.samples import write_config, write_index
 from surfw.checkpoint.layout import WEIGHTS_FILES, Weights, find_weights, read_config, read_json, read_weights
+from surfw.config import DEQUANTISED
 from surfw.errors import CheckpointError, UnsupportedModelError
 
 
@@ -17,14 +18,10 @@ def test_weights_are_found_in_the_order_of_transformers(position):
 @pytest.mark.parametrize(
     ("names", "seen"),
     [
-        ({"config.json", "model-Q4.gguf"}, "model-Q4.gguf (GGUF weights)"),
-        ({"a.gguf"}, "a.gguf (GGUF weights)"),
+        ({"config.json", "model-Q4.gguf"}, "model-Q4.gguf (GGUF weights, of which surfw chunk takes one file)"),
+        ({"a.gguf"}, "a.gguf (GGUF weights, of which surfw chunk takes one file)"),
         ({"config.json", "flax_model.msgpack"}, "flax_model.msgpack (Flax weights)"),
         ({"config.json", "tf_model.h5"}, "tf_model.h5 (TensorFlow weights)"),
-        (
-            {"adapter_config.json", "adapter_model.safetensors"},
-            "adapter_config.json (a LoRA adapter; merge it into its base model first)",
-        ),
         ({"consolidated.00.pth", "params.json"}, "consolidated.00.pth (weights in their publisher's own layout)"),
         (
             {"config.json", "consolidated.safetensors"},
@@ -40,6 +37,23 @@ def test_other_kinds_of_weights_are_unsupported_by_name(names, seen):
     assert str(refused.value) == (
         "place has no weights that surfw reads: expected model.safetensors or model.safetensors.index.json or "
         f"pytorch_model.bin or pytorch_model.bin.index.json, it has {seen}; save the model with save_pretrained"
+    )
+
+
+def test_an_adapter_is_told_how_it_is_chunked_alone_and_beside_weights():
+    adapter = {"adapter_config.json", "adapter_model.safetensors"}
+    with pytest.raises(UnsupportedModelError) as refused:
+        find_weights(adapter, "place")
+    assert str(refused.value) == (
+        "place is an adapter (adapter_config.json), no whole model: chunk its base first, and then the adapter over "
+        "it, with surfw chunk place --base NAME"
+    )
+    with pytest.raises(UnsupportedModelError) as refused:
+        find_weights(adapter | {"config.json", "model.safetensors"}, "place")
+    assert str(refused.value) == (
+        "place has an adapter (adapter_config.json) beside the weights in model.safetensors, and transformers would "
+        "apply it where peft is installed; move the adapter's files into a folder of their own, chunk the model, and "
+        "then the adapter over it, with surfw chunk FOLDER --base NAME"
     )
 
 
@@ -82,7 +96,9 @@ def test_weights_without_a_config_are_no_checkpoint(tmp_path):
 def test_quantised_checkpoints_are_unsupported(tmp_path, settings, method):
     with pytest.raises(UnsupportedModelError) as refused:
         read_config(write_config(tmp_path, **settings))
-    assert f"({method!r}): quantised checkpoints cannot be chunked yet" in str(refused.value)
+    assert f"asks for quantised weights ({method!r})" in str(refused.value)
+    advice = "make dense ones of them with --dequantize" if method in DEQUANTISED else "and surfw makes dense ones of"
+    assert advice in str(refused.value)
 
 
 def test_an_empty_quantization_config_is_none(tmp_path):
@@ -131,16 +147,17 @@ def test_shards_come_in_the_order_of_their_names(tmp_path):
 @pytest.mark.parametrize(
     "file",
     [
-        "../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..\\x.safetensors", "a\x00.safetensors",
+        "../x.safetensors", "/etc/x.safetensors", "sub//x.safetensors",
+        "a/../x.safetensors", "./x.safetensors", "..\\x.safetensors", "a\x00.safetensors",
         "a\n.safetensors", "..", ".", "", "model.bin", "model.safetensors/", 1, None, ["a.safetensors"], {"a": 1},
     ],
 )  # fmt: skip
-def test_an_index_names_plain_files_of_its_kind(tmp_path, file):
+def test_an_index_names_files_of_its_kind_within_its_folder(tmp_path, file):
     write_index(tmp_path, {"good": "model-1.safetensors", "w": file})
     with pytest.raises(CheckpointError) as refused:
         read_weights(tmp_path, "model.safetensors.index.json")
     assert "index.json places tensor 'w' in " in str(refused.value)
-    assert str(refused.value).endswith("expected a plain file name that ends in .safetensors")
+    assert str(refused.value).endswith("expected a path within the checkpoint that ends in .safetensors")
     assert str(refused.value).isprintable()
 
 

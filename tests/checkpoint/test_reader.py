@@ -165,7 +165,7 @@ def test_a_shard_that_is_no_file(tmp_path):
 def test_a_pointer_of_git_lfs_is_told_apart(tmp_path):
     write_config(tmp_path)
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(CheckpointError, match=r"is a Git LFS pointer, not the weights; run 'git lfs pull'"):
+    with pytest.raises(CheckpointError, match=r"is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
         open_directory(tmp_path)
 
 
@@ -174,19 +174,9 @@ def test_an_index_that_leads_out_of_its_folder_reads_nothing(tmp_path):
     write_sharded(tmp_path / "model")
     write_index(tmp_path / "model", {"canary": "../canary.safetensors"})
     with pytest.raises(
-        CheckpointError, match=r"places tensor 'canary' in '\.\./canary\.safetensors', expected a plain file"
+        CheckpointError, match=r"places tensor 'canary' in '\.\./canary\.safetensors', expected a path within"
     ):
         open_directory(tmp_path / "model")
-
-
-def test_a_tensor_that_is_not_where_the_index_says(tmp_path):
-    write_sharded(tmp_path)
-    shards = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    write_index(tmp_path, {"z.weight": shards[0], "a.weight": shards[0], "m.weight": shards[1]})
-    with pytest.raises(
-        CheckpointError, match=r"places tensor 'a\.weight' in model-00001-of-00002\.safetensors, which does not"
-    ):
-        open_directory(tmp_path)
 
 
 def test_like_transformers_tensors_outside_of_the_index_count_and_the_later_of_two_wins(tmp_path):

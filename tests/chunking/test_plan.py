@@ -17,7 +17,8 @@ from surfw.safetensors_header import HEADER_ALIGNMENT, encode_header
 from surfw.skeleton.dtypes import torch_dtype
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(tuple)
-dtypes = st.sampled_from(sorted(DTYPE_BITS))
+dtypes = st.sampled_from(sorted(set(DTYPE_BITS) - {"F8_E8M0"}))
+"""All but those that safetensors itself does not make tensors of."""
 
 
 @st.composite

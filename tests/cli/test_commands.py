@@ -12,7 +12,7 @@ import pytest
 
 from surfw.config import parse_size
 from tests.checkpoints import save_bert, save_llama
-from tests.cli.run import SURFW, complaint, environment, surfw
+from tests.cli.run import SURFW, environment, surfw
 from tests.conftest import require
 from tests.servers import serve
 
@@ -53,7 +53,7 @@ def test_dry_run_writes_nothing(home: Path, tmp_path: Path) -> None:
     assert "model.layers.3" in shown
     assert "Nothing was written" in shown
     in_place = surfw(tmp_path, "chunk", str(home / "tiny"), "--dry-run", "--in-place", "--dtype", "bfloat16")
-    assert "it is converted from F32 to BF16; run surfw chunk without --in-place" in complaint(in_place)
+    assert "Nothing was written" in in_place.stdout, "what has another precision is converted on arrival"
     assert not (tmp_path / "store").exists()
 
 
@@ -129,7 +129,7 @@ def test_stop_texts_end_the_generation(home: Path) -> None:
     middle = free["text"][len(free["text"]) // 2]
     stopped = json.loads(surfw(home, "infer", *arguments, "--stop", middle).stdout)
     assert stopped["new_tokens"] < free["new_tokens"]
-    assert middle in stopped["text"]
+    assert stopped["text"] == free["text"][: free["text"].index(middle)]
 
 
 def test_explain_comes_before_the_run_and_changes_nothing_of_it(home: Path) -> None:
@@ -199,7 +199,7 @@ def test_stats(home: Path) -> None:
         shown = surfw(home, "stats", served.url).stdout
     assert facts.keys() == {
         "server", "models", "cache", "requests", "bytes_sent", "clients", "storage", "resources", "bytes_read",
-        "connections", "events",
+        "connections", "events", "sending",
     }  # fmt: skip
     assert facts["models"] == ["bert", "tiny"]
     assert facts["bytes_sent"] > 0

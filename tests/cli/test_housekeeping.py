@@ -29,6 +29,7 @@ def test_a_store_is_kept_in_order(home: Path) -> None:
     assert first == {
         "name": "org/first", "class_name": "ToyModel", "dtype": "uint8", "codecs": ["none"], "layers": 2,
         "chunks": 2, "payload_bytes": 11000, "stored_bytes": 11000 + 2 * 4096 + 29, "shared_bytes": 29, "origin": None,
+        "base": None,
     }  # fmt: skip
     assert facts["stored_bytes"] == first["stored_bytes"] + second["stored_bytes"] - 29
     assert (facts["unneeded_blobs"], facts["unneeded_bytes"]) == (0, 0)
@@ -146,7 +147,7 @@ def test_show_says_what_a_model_is_made_of(home: Path) -> None:
     assert {name: facts.pop(name) for name in listed} == listed
     assert facts == {
         "store": f"{home}/store", "digest": facts["digest"], "model": "org/first", "class": "ToyModel",
-        "key_id": None,
+        "key_id": None, "identity": facts["identity"],
         "form_bytes": {"none": 11000},
         "files": [{"name": "tokenizer.json", "bytes": 21}, {"name": "vocab.txt", "bytes": 8}],
         "parts": [

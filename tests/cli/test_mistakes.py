@@ -19,7 +19,7 @@ MISTAKES = [
     ("help list all", 2, "'surfw list' has no commands of its own, and no 'all'"),
     ("bench wier", 2, "No such command 'wier'. Did you mean 'wire'"),
     # Options.
-    ("infer --promt a", 2, "No such option: --promt; did you mean --prompt or --prompt-ids?"),
+    ("infer --promt a", 2, "No such option: --promt; did you mean --prompt or --prompts?"),
     ("--verison", 2, "No such option: --verison; did you mean --version?"),
     ("infer my-model Weight streaming is", 2, "(streaming is); a text with spaces goes between quotes"),
     (
@@ -72,7 +72,7 @@ MISTAKES = [
     # Places and names.
     ("chunk ./nowhere", 1, "./nowhere is not a directory here; give the directory of a checkpoint, or a hub id"),
     ("chunk org/name", 1, "(HF_HUB_OFFLINE is set); check the network and the name, or give a local directory"),
-    ("chunk ./model.gguf", 1, "model.gguf is a GGUF file, and surfw reads checkpoints of safetensors; name the fol"),
+    ("chunk ./model.gguf", 1, "model.gguf is no GGUF file: it does not begin with GGUF; download it again"),
     ("chunk model.safetensors", 1, "model.safetensors is a file of weights, expected the folder of a checkpoint;"),
     ("infer model.safetensors a", 1, "model.safetensors is a file of weights, expected the folder of a checkp"),
     ("infer ./store/surfw.json a", 1, "/store/surfw.json is a file, expected a folder; name the one that is meant"),

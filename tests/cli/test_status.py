@@ -1,10 +1,12 @@
 """The status of a run fits the window, says the most important first, and cuts nothing."""
 
+from dataclasses import replace
+
 import pytest
 from rich.cells import cell_len
 
 from surfw.cli.status import clock, duration, rate, run_parts, spinner, status_lines
-from surfw.models.progress import RunFigures
+from surfw.models.progress import Outage, RunFigures
 
 RUN = RunFigures(
     tokens=34, most_tokens=128, tokens_per_second=1.083, bytes_per_second=41.2e6, layer=17, layers=22, stall_share=0.55,
@@ -39,6 +41,15 @@ def test_what_a_window_shows(width: int, lines: list[str]) -> None:
 
 def test_fewer_lines_keep_what_is_most_important() -> None:
     assert status_lines(run_parts(RUN, "link"), 46, most=1) == ["34/128 tokens · 1.08 tok/s · 41 MB/s"]
+
+
+def test_a_source_that_is_away_is_said_first() -> None:
+    def first(**changed: float) -> str:
+        facts = {"seconds": 12.4, "in_seconds": 3.2, "buffered_seconds": 4.9} | changed
+        return run_parts(replace(RUN, outage=Outage(trying="ws://10.0.0.2:8765", **facts)), "link")[0]
+
+    assert first() == "link lost 12 s ago, trying 10.0.0.2:8765 in 3 s, 4 s of work buffered"
+    assert first(in_seconds=0.1, buffered_seconds=0.5) == "link lost 12 s ago, trying 10.0.0.2:8765"
 
 
 def test_what_is_not_known_is_not_said() -> None:

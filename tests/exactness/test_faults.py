@@ -1,11 +1,16 @@
 """Through a network that delays, cuts, damages and repeats, a model gives the resident model's bits, or one error."""
 
 import asyncio
+import contextlib
 import copy
+import gc
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +19,24 @@ import transformers
 from websockets.frames import Opcode
 
 from surfw import RetryPolicy
+from surfw.checkpoint import demo_checkpoint
 from surfw.chunking import prepare_model, write_model
 from surfw.config import DAMAGE_RETRIES
 from surfw.errors import IntegrityError, ModelError, SurfwError, WireError
 from surfw.models import StreamingModel
 from surfw.storage import Store, open_backend
+from surfw.testing.faults import DOWN, UP, Fault, FaultProxy
+from tests.cli.run import complaint, surfw
 from tests.exactness.families import FAMILIES
 from tests.exactness.test_families import inputs
 from tests.servers import serve
-from tests.services.faults import DOWN, UP, Fault, faults_before, make_schedule
 
 NAMES = ("llama", "bert-mlm", "t5")
 TOGETHER, AT_ONCE = 10, 3
 SCHEDULES = 300
 EQUAL_AT_LEAST = 3
 HARMLESS = {"delay", "throttle", "cut"}
+DEADLINE_SECONDS = 15
 GUARD_SECONDS = 60
 """A schedule that hangs ends here; one that does not takes a few seconds at most."""
 
@@ -62,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serve
 
 def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
     """One schedule: its error, if there may be one; None if the model gave the bits that it should."""
-    schedule = make_schedule(seed, served.payload_bytes)
+    schedule = Fault.draw(seed, served.payload_bytes)
     kinds = {fault.kind for faults in schedule for fault in faults}
     what = f"seed {seed}, {name}: {schedule}"
     seconds = 30 if kinds <= HARMLESS else 0.7
@@ -79,7 +87,7 @@ def run_through(seed: int, name: str, served: Served) -> SurfwError | None:
             logits: torch.Tensor = streaming(**served.given).logits
             return logits
 
-    with faults_before(served.url, schedule) as proxy:
+    with FaultProxy(served.url, schedule) as proxy:
         try:
             seen = within(GUARD_SECONDS, lambda: run(proxy.url))
         except (WireError, IntegrityError, ModelError) as exc:
@@ -124,6 +132,93 @@ def is_payload(sent: bytes | bytearray, place: int) -> bool:
     return False
 
 
+def run_through_two(seed: int, name: str, served: Served, folder: Path) -> SurfwError | None:
+    """Two sources, each with a schedule of its own; every third seed with a disk cache, which is right afterwards."""
+    schedules = [Fault.draw(seed, served.payload_bytes), Fault.draw(seed + 1_000_000, served.payload_bytes)]
+    what = f"seed {seed}, {name}: {schedules}"
+    cache: dict[str, Any] = {"disk_cache": "1GB", "cache_dir": folder, "offline": False} if seed % 3 == 0 else {}
+
+    def run(source: str | list[str], **options: Any) -> torch.Tensor:
+        with StreamingModel.open(source, name, cache_size=1 + seed % 3, **options, **cache) as streaming:
+            logits: torch.Tensor = streaming(**served.given).logits
+            return logits
+
+    with FaultProxy(served.url, schedules[0]) as one, FaultProxy(served.url, schedules[1]) as other:
+        patience: dict[str, Any] = {"connect_timeout": 0.7, "silence_timeout": 0.7, "deadline": DEADLINE_SECONDS}
+        began = time.monotonic()
+        error: SurfwError | None = None
+        try:
+            seen = within(
+                GUARD_SECONDS,
+                lambda: run([one.url, other.url], retry=RetryPolicy(first_delay_seconds=0.01, backoff=2), **patience),
+            )
+            assert torch.equal(seen, served.logits), what
+        except SurfwError as exc:
+            error = exc
+        except Exception as exc:
+            raise AssertionError(what) from exc
+        assert time.monotonic() - began < GUARD_SECONDS, what
+    if cache:
+        assert not list(folder.rglob(".*")), what
+        assert torch.equal(run(served.url), served.logits), what
+    return error
+
+
+def open_files() -> set[str]:
+    """What this process has open, but for what Python opens while it looks."""
+    found = set()
+    for number in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(f"{number.name} {number.readlink()}")
+    return {one for one in found if "/proc/" not in one}
+
+
+@pytest.mark.parametrize("seed", range(20 if os.environ.get("SURFW_TEST_LONG") else 1))
+def test_through_faults_of_two_sources_the_command_line_says_the_same_or_one_error(seed: int, tmp_path: Path) -> None:
+    """As above, by `surfw infer`, with the model that comes with surfw."""
+    assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy", "-q").returncode == 0
+    schedules = [Fault.draw(seed, 3_500_000), Fault.draw(seed + 1_000_000, 3_500_000)]
+    common = ("--prompt-ids", "1,2,3", "--max-new-tokens", "3", "--cache-layers", "2", "-q")
+    patience = ("--deadline", str(DEADLINE_SECONDS), "--silence-timeout", "0.7", "--connect-timeout", "1")
+    with (
+        serve(tmp_path / "store") as server,
+        FaultProxy(server.url, schedules[0]) as one,
+        FaultProxy(server.url, schedules[1]) as other,
+    ):
+        expected = surfw(tmp_path, "infer", "--source", server.url, *common)
+        done = surfw(tmp_path, "infer", "--source", one.url, "--source", other.url, *patience, *common)
+    assert expected.stdout
+    if done.returncode:
+        assert complaint(done)
+    else:
+        assert done.stdout == expected.stdout, f"seed {seed}: {schedules}"
+
+
+def is_left(thread: threading.Thread) -> bool:
+    """Whether a thread is one of surfw's own."""
+    return thread.name.startswith("surfw")
+
+
+@pytest.mark.parametrize("first", range(0, 300 if os.environ.get("SURFW_TEST_LONG") else TOGETHER, TOGETHER))
+def test_through_faults_of_two_sources_a_model_is_exact_or_fails_with_one_error(
+    first: int, models: dict[str, Served], tmp_path: Path
+) -> None:
+    def run(seed: int) -> SurfwError | None:
+        name = NAMES[seed % len(NAMES)]
+        return run_through_two(seed, name, models[name], tmp_path / str(seed))
+
+    before = open_files()
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        errors = list(threads.map(run, range(first, first + TOGETHER)))
+    texts = [str(error) for error in errors if error]
+    assert all(text.isprintable() for text in texts), texts
+    assert TOGETHER - len(texts) >= EQUAL_AT_LEAST, texts
+    gc.collect()
+    assert not list(filter(is_left, threading.enumerate()))
+    left = {one for one in open_files() - before if "socket:" in one or str(tmp_path) in one}
+    assert not left
+
+
 @pytest.mark.parametrize("first", range(0, SCHEDULES, TOGETHER))
 def test_through_faults_a_model_is_exact_or_fails_with_one_error(first: int, models: dict[str, Served]) -> None:
     """Ten seeds, a few at once, as they mostly wait; `run_through` runs any of them alone."""
@@ -142,7 +237,7 @@ def test_through_faults_a_model_is_exact_or_fails_with_one_error(first: int, mod
 def test_a_flip_in_a_chunk_costs_a_block_and_is_told(models: dict[str, Served]) -> None:
     served = models["llama"]
     flip = Fault("flip", DOWN, served.payload_bytes // 2, b"", 3)
-    with faults_before(served.url, [[flip]]) as proxy, StreamingModel.open(proxy.url, "llama") as streaming:
+    with FaultProxy(served.url, [[flip]]) as proxy, StreamingModel.open(proxy.url, "llama") as streaming:
         assert torch.equal(streaming(**served.given).logits, served.logits)
         statistics = streaming.statistics()
     assert statistics["cache"]["refetched_blocks"] == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from surfw.chunking import prepare_model, write_model
 from surfw.chunking.in_place import write_in_place
@@ -126,14 +128,52 @@ def test_a_store_that_points_at_the_checkpoint_holds_its_digests_and_no_weights(
     assert_same_chunks(manifest, copied(path, tmp_path / "copy"))
 
 
+def save_mixed(path: Path, name: str) -> None:
+    """A model in bfloat16, of which some tensors are saved in float32, as by who kept norms exact."""
+    torch.manual_seed(0)
+    FAMILIES[name].build().to(torch.bfloat16).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    mixed = {key: one.float() + 1e-4 if one.dim() == 1 or "0" in key else one for key, one in tensors.items()}
+    save_file(mixed, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_another_precision_is_converted_on_arrival(name: str, dtype: str | None, home: Path, tmp_path: Path) -> None:
+    save_mixed(tmp_path / "model", name)
+    cls = getattr(transformers, FAMILIES[name].class_name)
+    resident = copy.deepcopy(cls.from_pretrained(tmp_path / "model", dtype=dtype or "auto"))
+    given = inputs(resident, 2)
+    with prepare_model(str(tmp_path / "model"), dtype=dtype) as prepared:
+        manifest = asyncio.run(write_in_place(prepared, open_backend(tmp_path / "store")))
+    assert {tensor.dtype for tensor in manifest.tensors.values()} == {"F32", "BF16"}
+    with StreamingModel.open(str(tmp_path / "store"), cache_size=1) as streaming, torch.no_grad():
+        assert str(streaming.model.dtype) == f"torch.{dtype or 'bfloat16'}"
+        assert torch.equal(streaming(**given).logits, resident(**given).logits)
+
+
+def test_shards_may_lie_in_folders(home: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    index = tmp_path / "model/model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    (tmp_path / "model/weights/more").mkdir(parents=True)
+    for file in set(document["weight_map"].values()):
+        (tmp_path / "model" / file).rename(tmp_path / "model/weights/more" / file)
+    document["weight_map"] = {name: f"weights/more/{file}" for name, file in document["weight_map"].items()}
+    index.write_text(json.dumps(document))
+    resident = copy.deepcopy(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model"))
+    given = inputs(resident, 2)
+    manifest = copied(tmp_path / "model", tmp_path / "copy")
+    for source in (tmp_path / "model", tmp_path / "copy"):
+        with StreamingModel.open(str(source), cache_size=1) as streaming, torch.no_grad():
+            assert torch.equal(streaming(**given).logits, resident(**given).logits)
+            assert [one.name for one in streaming.manifest.chunks] == [one.name for one in manifest.chunks]
+
+
 def test_what_is_no_range_of_the_checkpoint_is_refused(llama: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     path, _ = llama
     store = open_backend(tmp_path / "store")
-    with (
-        prepare_model(str(path), dtype="bfloat16") as prepared,
-        pytest.raises(UnsupportedModelError, match=r"converted from F32 to BF16; run surfw chunk without --in-place"),
-    ):
-        asyncio.run(write_in_place(prepared, store))
     model = transformers.AutoModelForCausalLM.from_pretrained(path)
     (path / "model.safetensors").unlink()
     torch.save(model.state_dict(), path / "pytorch_model.bin")

@@ -97,7 +97,10 @@ def test_a_pin_is_part_of_every_identity() -> None:
         (lambda d: d["chunks"][0]["forms"][0]["locations"][1].update(start=97, stop=101), "do not lie in its origin"),
         (lambda d: d["chunks"][0]["forms"][0]["locations"][0].update(object="b"), "do not lie in its origin"),
         (lambda d: d["files"][0].update(object="blobs/aa/x.json"), "do not lie in its origin"),
-        (lambda d: d["origin"]["objects"].update({"../x": {"size": 1, "revision": "r"}}), "not a plain file name"),
+        (
+            lambda d: d["origin"]["objects"].update({"../x": {"size": 1, "revision": "r"}}),
+            "not one of plain file",
+        ),
         (lambda d: d["chunks"][0]["forms"][0].update(codec="future"), "lacks digests, and is stored in another form"),
         (lambda d: d.update(version=1), "malformed: KeyError 'digest'"),
     ],

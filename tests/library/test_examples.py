@@ -21,8 +21,8 @@ from tests.services.s3 import S3Service
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TESTED = {
-    "custom_backend", "custom_model", "fastapi_app", "inference_example", "llama_example", "llama_s3_example",
-    "openai_server",
+    "custom_backend", "custom_model", "fastapi_app", "image_and_sound", "inference_example", "llama_example",
+    "llama_s3_example", "openai_server",
 }  # fmt: skip
 START = """
 import runpy, sys, transformers
@@ -87,6 +87,10 @@ def test_inference(tmp_path: Path) -> None:
     assert "demo: LlamaForCausalLM with 8 layers\nwarm: model.layers.0, model.layers.1, model.layers.2\n" in shown
     assert "twice the same: True\n" in shown
     assert re.search(r"\ncache: [1-9]\d* hits, [1-9]\d* misses, 3\.\d MB\ntimes: 4 inferences of \d+ ms\n$", shown)
+
+
+def test_models_that_take_no_text(tmp_path: Path) -> None:
+    assert re.fullmatch(r"image: LABEL_[012]\nsound: begins with token \d+\n", run(tmp_path, "image_and_sound"))
 
 
 def test_a_backend_of_ones_own(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 import surfw
 from surfw import ModelChunker
 from tests import pages
+from tests.adapters import save_adapter
 from tests.checkpoints import save_bert, save_llama
 from tests.exactness.families import FAMILIES
 from tests.servers import serve
@@ -39,8 +40,8 @@ def example(name: str) -> Any:
 
 
 def save_models(folder: Path) -> Any:
-    """What the snippets call my-model, my-bert, small-model and the like; the class of the mixer."""
-    save_llama(folder / "my-model")
+    """What the snippets call my-model, my-adapter, my-bert and so on; the class of the mixer."""
+    save_adapter(save_llama(folder / "my-model"), folder / "my-adapter", target_modules=["q_proj", "v_proj"])
     save_llama(folder / "small-model", layers=1)
     save_bert(folder / "my-bert")
     torch.manual_seed(0)

@@ -56,6 +56,32 @@ def test_the_pieces_are_the_whole(tokens: list[int]) -> None:
     assert "" not in found
 
 
+STOPS = st.lists(st.text("ab é", min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+@given(st.text("ab é", max_size=12), STOPS, st.booleans())
+def test_nothing_of_a_text_that_ends_it_is_given(text: str, stops: list[str], goes_on: bool) -> None:
+    found: list[str] = []
+    stream = TextStream(Bytes(), found.append, stops)  # type: ignore[arg-type]  # all that is asked of a tokenizer
+    for byte in text.encode():
+        stream.put(byte)
+        if stream.is_stopped and not goes_on:
+            break
+    stream.end()
+    expected = min((text.partition(stop)[0] for stop in stops), key=len)
+    assert "".join(found) == expected
+    assert stream.is_stopped == (expected != text)
+    assert "" not in found
+
+
+def test_what_may_begin_the_end_waits() -> None:
+    found: list[str] = []
+    stream = TextStream(Words("_one", "_two", "th", "re"), found.append, ["two three"])  # type: ignore[arg-type]
+    for token, so_far in ((0, "one"), (1, "one "), (2, "one twoth"), (1, "one twoth "), (0, "one twoth two one")):
+        stream.put(token)
+        assert "".join(found) == so_far
+
+
 def test_each_token_comes_at_once() -> None:
     words = Words("_one", "_two", "th")
     assert pieces(words, [0, 2, 1, 0, 2]) == ["one", "th", " two", " one", "th"]

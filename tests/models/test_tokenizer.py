@@ -57,10 +57,11 @@ def test_code_of_a_tokenizer_is_ignored_with_a_word(
         tokenizer = model.tokenizer
     assert tokenizer is not None
     assert type(tokenizer).__module__.startswith("transformers.")
-    (record,) = caplog.records
-    assert record.getMessage().startswith(
-        "tokenizer_config.json: ignored, because surfw runs no code from elsewhere: auto_map"
-    )
+    assert len(caplog.records) == 2, "when it was chunked, and when it was read"
+    for record in caplog.records:
+        assert record.getMessage().startswith(
+            "tokenizer_config.json: ignored, because surfw runs no code from elsewhere: auto_map"
+        )
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ class StoredModel:
         stored_bytes: what its blobs take.
         shared_bytes: how much of that other models need as well.
         origin: where its weights lie, if they were not copied.
+        base: of an adapter, the model that it changes.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StoredModel:
     stored_bytes: int
     shared_bytes: int
     origin: str | None
+    base: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +175,7 @@ class Housekeeping:
 
         Raises:
             UnknownModelError: there is no such model.
+            ConfigurationError: adapters need it.
             StorageError: it is being written at the moment, or cannot be removed.
         """
         await self._store.expect_name(model)
@@ -234,4 +237,5 @@ def summarise(manifest: Manifest, objects: Mapping[str, int], uses: Counter[str]
         stored_bytes=sum(objects.values()),
         shared_bytes=sum(size for key, size in objects.items() if uses[key] > 1),
         origin=None if manifest.origin is None else display_url(manifest.origin.url),
+        base=None if manifest.base is None else manifest.base.name,
     )

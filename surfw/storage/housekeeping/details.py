@@ -38,6 +38,8 @@ class ModelDetails(StoredModel):
     Attributes:
         store: where it lies.
         digest: BLAKE3 of its manifest: equal for equal models.
+        identity: BLAKE3 of its configuration, files and payloads, which it can be pinned to; None where digests of its
+            weights are not known.
         form_bytes: what is stored in forms of each codec.
         key_id: which key they are encrypted with; None where they are not.
         files: of its tokenizer.
@@ -46,6 +48,7 @@ class ModelDetails(StoredModel):
 
     store: str
     digest: str
+    identity: str | None
     form_bytes: Mapping[str, int]
     key_id: str | None
     files: tuple[StoredFile, ...]
@@ -79,6 +82,7 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         **asdict(summarise(manifest, objects_of(manifest), uses)),
         store=store.url,
         digest=manifest.digest,
+        identity=manifest.identity if manifest.is_known else None,
         form_bytes=form_bytes(manifest),
         key_id=manifest.key_id or None,
         files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),

@@ -20,7 +20,7 @@ from surfw.config import BLOCK_BYTES, PIECE_BYTES
 from surfw.errors import ConfigurationError, ManifestError, NotFoundError, StorageError, UnknownModelError
 from surfw.manifest import Form, Location, Manifest, count_blocks, has_digest
 from surfw.safetensors_header import MAX_HEADER_BYTES, PREFIX_BYTES, HeaderError, header_length, parse_header
-from surfw.source import find_damage, locate_damage, read_again
+from surfw.source import expect_base, find_damage, locate_damage, read_again
 from surfw.storage.housekeeping.prune import Steps
 from surfw.storage.store import Store, segments
 from surfw.threads import in_thread, together
@@ -100,6 +100,7 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
             continue
         if not is_digested:
             undigested.append(name)
+        damage += await _check_base(store, manifest)
         for part in _parts_of(await asyncio.to_thread(store.with_digests, manifest)):
             parts.setdefault((part.form, part.payload), part)
     done, total = 0, sum(form.stored_bytes for form, _ in parts)
@@ -122,6 +123,21 @@ async def verify(store: Store, model: str | None, *, progress: Steps) -> Verifie
         damage=tuple(damage),
         undigested=tuple(undigested),
     )
+
+
+async def _check_base(store: Store, manifest: Manifest) -> list[Damage]:
+    """What is wrong with the base of an adapter, as the store has it; nothing of a whole model."""
+    if manifest.base is None:
+        return []
+    try:
+        expect_base(manifest, await store.manifest(manifest.base.name), where=store.url)
+    except UnknownModelError:
+        complaint = f"its base {manifest.base.name} is missing"
+    except (ConfigurationError, ManifestError, StorageError) as exc:
+        complaint = f"its base: {exc}"
+    else:
+        return []
+    return [Damage(model=manifest.name, part="", objects=(), complaint=complaint)]
 
 
 def _parse(store: Store, name: str, data: bytes) -> tuple[Manifest, bool]:

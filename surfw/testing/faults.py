@@ -1,4 +1,14 @@
-"""A TCP proxy that does to bytes what networks do, by a schedule that a seed makes: the same faults at each run."""
+"""A TCP proxy that does to bytes what networks do, for those who write clients or servers.
+
+    from surfw.testing import Fault, FaultProxy
+
+    with FaultProxy("ws://127.0.0.1:8765", [[Fault("cut", at=5_000_000)], []]) as proxy:
+        run_my_client(proxy.url)  # its first connection is cut after so many bytes, its second one is left alone
+
+It listens on a free port of this machine, and is over, with all of its connections, when the context ends. What happens
+is said before: `Fault.draw` makes the same schedule for the same seed at each run. `hold` stops all bytes, as a cable
+that is pulled, until `release`; `drop` ends all connections.
+"""
 
 import contextlib
 import random
@@ -7,14 +17,16 @@ import socketserver
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 from urllib.parse import urlsplit
 
 DOWN, UP = "down", "up"
 KINDS = ("delay", "throttle", "cut", "flip", "truncate", "half-open", "reset", "duplicate")
 _ANNOUNCEMENT, _BEGINNING = b'{"type":"data"', b'{"type":"begin"'
 _READ_BYTES = 1 << 14
+_CLOSE_SECONDS = 5.0
 _SLOW_BYTES = 1 << 11
 
 
@@ -31,19 +43,34 @@ class Fault:
     """
 
     kind: str
-    direction: str
-    at: int
-    marker: bytes
-    amount: float
+    direction: str = DOWN
+    at: int = 0
+    marker: bytes = b""
+    amount: float = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what is not known.
 
-def make_schedule(seed: int, reach_bytes: int) -> list[list[Fault]]:
-    """The faults of the first, second, … connection; there are none after the last of them."""
-    draw = random.Random(seed)
-    schedule = [[_draw_fault(draw, reach_bytes) for _ in range(draw.choice([1, 1, 2, 3]))]]
-    while draw.random() < 0.4:
-        schedule.append([_draw_fault(draw, reach_bytes)])
-    return schedule
+        Raises:
+            ValueError: there is no such kind or direction.
+        """
+        if self.kind not in KINDS or self.direction not in {DOWN, UP}:
+            known = ", ".join(KINDS)
+            raise ValueError(f"a fault is {self.kind!r} {self.direction!r}, expected {known}, and {DOWN!r} or {UP!r}")
+
+    @staticmethod
+    def draw(seed: int, reach_bytes: int) -> "list[list[Fault]]":
+        """The faults of the first, second, … connection, by chance; there are none after the last of them.
+
+        Args:
+            seed: the same one gives the same faults.
+            reach_bytes: how far into the stream to the client they may lie.
+        """
+        draw = random.Random(seed)  # noqa: S311 - no secrets are made of it
+        schedule = [[_draw_fault(draw, reach_bytes) for _ in range(draw.choice([1, 1, 2, 3]))]]
+        while draw.random() < 0.4:
+            schedule.append([_draw_fault(draw, reach_bytes)])
+        return schedule
 
 
 def _draw_fault(draw: random.Random, reach_bytes: int) -> Fault:
@@ -65,27 +92,77 @@ def _draw_fault(draw: random.Random, reach_bytes: int) -> Fault:
 
 
 class FaultProxy(socketserver.ThreadingTCPServer):
-    """Before the server at `target`, a URL.
+    """Before the server at `target`, a URL. Use it as a context manager.
 
     Attributes:
         flips: each flip of a bit: all that was sent that way on its connection, as it was before, and the byte's place.
+        passed_bytes: how many bytes were passed on to clients.
+        connections: how many there were so far.
     """
 
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, target: str, schedule: list[list[Fault]]) -> None:
+    def __init__(self, target: str, schedule: Sequence[Sequence[Fault]] = (), *, keeps_sent: bool = True) -> None:
+        """Listen; nothing is passed on before the context is entered.
+
+        Args:
+            target: the server's address.
+            schedule: the faults of the first, second, … connection; there are none after the last of them.
+            keeps_sent: whether all bytes are kept, for `flips`; leave that out for long runs.
+        """
         parts = urlsplit(target)
         self.target = (parts.hostname or "", parts.port or 80)
-        self.schedule = list(schedule)
+        self.schedule = [list(faults) for faults in schedule]
         self.over = threading.Event()
         self.flips: list[tuple[bytearray, int]] = []
+        self.passed_bytes = self.connections = 0
+        self.keeps_sent = keeps_sent
+        self.flowing = threading.Event()
+        self.flowing.set()
+        self.ends: set[socket.socket] = set()
+        self.lock = threading.Lock()
+        self._thread: threading.Thread | None = None
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
     def url(self) -> str:
+        """Its own address, in the place of the server's."""
         return f"ws://127.0.0.1:{self.server_address[1]}"
+
+    def hold(self) -> None:
+        """Pass nothing on, as a cable that is pulled; connections stay open."""
+        self.flowing.clear()
+
+    def release(self) -> None:
+        """Pass everything on again, also what came meanwhile."""
+        self.flowing.set()
+
+    def drop(self) -> None:
+        """End all connections."""
+        with self.lock:
+            for end in self.ends:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> Self:
+        """Begin to pass bytes on."""
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End all connections, and listen no more."""
+        self.over.set()
+        self.flowing.set()
+        self.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+        self.server_close()
+        ends = time.monotonic() + _CLOSE_SECONDS
+        while self.ends and time.monotonic() < ends:
+            time.sleep(0.005)
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -93,13 +170,26 @@ class _Handler(socketserver.BaseRequestHandler):
     request: socket.socket
 
     def handle(self) -> None:
-        faults = self.server.schedule.pop(0) if self.server.schedule else []
+        """Pass bytes on between the client and a connection of its own to the server, until either ends."""
+        with self.server.lock:
+            self.server.connections += 1
+            faults = self.server.schedule.pop(0) if self.server.schedule else []
         with contextlib.suppress(OSError), socket.create_connection(self.server.target) as upstream:
             stuck = threading.Event()
+            ends = {self.request, upstream}
+            with self.server.lock:
+                self.server.ends |= ends
             for end in (self.request, upstream):
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pumps = [
-                _Pump(self, source, sink, [fault for fault in faults if fault.direction == direction], stuck)
+                _Pump(
+                    self.server,
+                    source,
+                    sink,
+                    [fault for fault in faults if fault.direction == direction],
+                    stuck,
+                    is_down=direction == DOWN,
+                )
                 for source, sink, direction in ((upstream, self.request, DOWN), (self.request, upstream, UP))
             ]
             threads = [threading.Thread(target=pump.run, daemon=True) for pump in pumps]
@@ -112,6 +202,8 @@ class _Handler(socketserver.BaseRequestHandler):
                     end.shutdown(socket.SHUT_RDWR)
             for thread in threads:
                 thread.join()
+        with self.server.lock:
+            self.server.ends -= ends
 
 
 class _Pump:
@@ -119,31 +211,37 @@ class _Pump:
 
     def __init__(
         self,
-        handler: _Handler,
+        proxy: FaultProxy,
         source: socket.socket,
         sink: socket.socket,
         faults: list[Fault],
         stuck: threading.Event,
+        *,
+        is_down: bool,
     ) -> None:
-        self.over, self.stuck = handler.server.over, stuck
+        self.proxy, self.over, self.stuck = proxy, proxy.over, stuck
         self.source, self.sink, self.faults = source, sink, faults
-        self.flips = handler.server.flips
+        self.is_down = is_down
+        self.flips = proxy.flips
         self.sent = bytearray()
         self.gone = 0
         self.left_out = 0
 
     def run(self) -> None:
+        """Pass on what comes, until it ends."""
         with contextlib.suppress(OSError):
             while data := self.source.recv(_READ_BYTES):
                 if self.stuck.is_set():
                     self.over.wait()
                     return
+                self.proxy.flowing.wait()
                 self.pass_on(data)
             self.sink.shutdown(socket.SHUT_WR)
 
     def pass_on(self, data: bytes) -> None:
         """Send the data, with what happens to it."""
-        self.sent += data
+        if self.proxy.keeps_sent:
+            self.sent += data
         while data:
             found = [(place, fault) for fault in self.faults if (place := self.find(fault, data)) is not None]
             place, fault = min(found, key=lambda one: one[0]) if found else (len(data), None)
@@ -168,6 +266,9 @@ class _Pump:
         kept = data[self.left_out :]
         self.left_out -= len(data) - len(kept)
         self.sink.sendall(kept)
+        if self.is_down:
+            with self.proxy.lock:
+                self.proxy.passed_bytes += len(kept)
 
     def delay(self, data: bytes, fault: Fault) -> bytes:
         self.over.wait(fault.amount)
@@ -207,20 +308,7 @@ class _Pump:
     def reset(self, data: bytes, fault: Fault) -> bytes:
         del data, fault
         self.sink.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sink.shutdown(socket.SHUT_RD)  # or the other direction would read on, and keep it from being closed
         self.sink.close()
         self.source.shutdown(socket.SHUT_RDWR)
         return b""
-
-
-@contextlib.contextmanager
-def faults_before(target: str, schedule: list[list[Fault]]) -> Iterator[FaultProxy]:
-    """A running proxy. It is over, with all of its connections, when the context ends."""
-    with FaultProxy(target, schedule) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            proxy.over.set()
-            proxy.shutdown()
-            thread.join()

@@ -1,0 +1,206 @@
+"""A LoRA adapter as peft saves it: `adapter_config.json`, and its tensors in `adapter_model.safetensors` or `.bin`.
+
+The format is peft's own (its documentation, "PEFT checkpoint format"): a tensor has the path of the module that it
+changes, behind `base_model.model.`, and its role. Settings are a list of what is known to change nothing, or to be done
+by `surfw.skeleton.lora`; whatever else asks for something is refused by name.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from surfw.checkpoint.companions import companions
+from surfw.checkpoint.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILES,
+    read_json,
+)
+from surfw.checkpoint.reader import Checkpoint, folder_name, open_shard
+from surfw.checkpoint.shard import translate_errors
+from surfw.config import MIB, quote
+from surfw.errors import CheckpointError, UnsupportedModelError
+
+PREFIX = "base_model.model."
+_CONFIG_BYTES = 16 * MIB
+
+_TOLD = {
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+"""Settings of training, or about where the adapter came from: the tensors are the same with and without them."""
+
+_USED = (
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias", "modules_to_save",
+)  # fmt: skip
+"""Settings that are computed with; they are what a manifest keeps."""
+
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal")
+"""Ways to begin a training that leave the weights of the base alone."""
+
+
+def open_adapter(model: str, *, revision: str | None = None, show_progress: bool = False) -> Checkpoint:
+    """Open an adapter by name, downloading it from the hub if it is not a directory here.
+
+    Args:
+        model: a local directory, or a hub id (`org/name`).
+        revision: branch, tag or commit of the hub repository.
+        show_progress: let the hub library draw its bars on stderr, in a terminal.
+
+    Returns:
+        Its files as a checkpoint, whose `config` has the settings that are computed with.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete, or not there.
+        UnsupportedModelError: it is no LoRA adapter, or one of a kind that surfw does not compute with.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if "://" in model or model.count("/") > 1 or model.startswith((".", "/", "~")):
+            raise CheckpointError(
+                f"{model} is no directory here; name the folder of an adapter, or its hub id; download it first, if it "
+                "lies elsewhere"
+            )
+        from surfw.checkpoint.hub import download_adapter
+
+        return _open_folder(download_adapter(model, revision, show_progress=show_progress), model)
+    return _open_folder(folder, folder_name(folder))
+
+
+def _open_folder(folder: Path, name: str) -> Checkpoint:
+    with translate_errors(folder):
+        names = {path.name for path in folder.iterdir() if path.is_file()}
+    if ADAPTER_CONFIG_FILE not in names:
+        raise CheckpointError(
+            f"{folder} is no adapter: there is no {ADAPTER_CONFIG_FILE}; name the folder that peft's save_pretrained "
+            "wrote, and leave --base (base=) out for a whole model"
+        )
+    file = next((one for one in ADAPTER_WEIGHTS_FILES if one in names), None)
+    if file is None:
+        raise CheckpointError(
+            f"{folder} has no weights of an adapter: expected {' or '.join(ADAPTER_WEIGHTS_FILES)}, it has "
+            f"{', '.join(sorted(names)[:8])}; download it again"
+        )
+    settings = read_json(folder / ADAPTER_CONFIG_FILE, _CONFIG_BYTES)
+    clean = check_settings(settings, where=f"{folder}/{ADAPTER_CONFIG_FILE}")
+    shard = open_shard(folder / file)
+    return Checkpoint(
+        name=name,
+        path=folder,
+        config=clean,
+        generation_config=None,
+        files={one: folder / one for one in companions(names)},
+        shards=(shard,),
+        url=str(folder.absolute()),
+    )
+
+
+def check_settings(settings: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The settings of an adapter that are computed with.
+
+    Raises:
+        UnsupportedModelError: one of them asks for something that surfw does not do, or is of another type.
+    """
+    kind = settings.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedModelError(
+            f"{where} is an adapter of the kind {quote(kind)} (peft_type), and surfw applies 'LORA' alone; merge it "
+            "into its base with peft (merge_and_unload), and chunk the result"
+        )
+    start = settings.get("init_lora_weights", True)
+    refuse = partial(_refuse, where=where)
+    if not isinstance(start, bool) and start is not None and start not in _PLAIN_STARTS:
+        raise refuse("init_lora_weights", start, "with it, peft changes the weights of the base as well")
+    if settings.get("bias", "none") != "none":
+        raise refuse("bias", settings["bias"], "biases of the base were trained with it")
+    for key, value in settings.items():
+        if key not in _TOLD and key not in _USED and key not in {"init_lora_weights", "bias"} and _asks(value):
+            raise refuse(key, value, "surfw does not compute with that")
+    used = {key: settings[key] for key in _USED if key in settings and settings[key] is not None}
+    for key, fits in _TYPES.items():
+        if key in used and not fits(used[key]):
+            raise refuse(key, used[key], "it is of another type than peft writes")
+    return used
+
+
+def _asks(value: Any) -> bool:
+    """Whether a setting asks for something; empty objects that hold nothing but empty values do not."""
+    return any(map(_asks, value.values())) if isinstance(value, Mapping) else bool(value)
+
+
+def _refuse(key: str, value: Any, why: str, *, where: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{where} has {key} = {quote(value)}: {why}; merge the adapter into its base with peft (merge_and_unload), and "
+        "chunk the result"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 20
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and fits(one) for key, one in value.items())
+
+
+_TYPES: Mapping[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    "lora_alpha": _is_number,
+    "rank_pattern": partial(_is_table, fits=_is_rank),
+    "alpha_pattern": partial(_is_table, fits=_is_number),
+    "use_rslora": lambda value: isinstance(value, bool),
+    "lora_bias": lambda value: isinstance(value, bool),
+    "modules_to_save": lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value),
+}
+
+
+def scaling_of(settings: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """The rank that a module's adapter has by the settings, and what its result is multiplied with.
+
+    As peft's `LoraModel._create_and_replace` and `LoraLayer.update_layer` find them.
+    """
+    rank = _by_pattern(settings.get("rank_pattern", {}), module, settings.get("r", 8))
+    alpha = _by_pattern(settings.get("alpha_pattern", {}), module, settings.get("lora_alpha", 8))
+    return rank, alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def is_saved(settings: Mapping[str, Any], path: str) -> bool:
+    """Whether the adapter has a copy of a module, or of one around it or this tensor: see `modules_to_save`."""
+    return any(f".{name}." in f".{path}." for name in settings.get("modules_to_save", ()))
+
+
+def strip_prefix(names: Collection[str], *, where: str) -> dict[str, str]:
+    """The tensors' names within the base, by those that a file has.
+
+    Raises:
+        UnsupportedModelError: one of them is not peft's.
+    """
+    for name in names:
+        if not name.startswith(PREFIX):
+            raise UnsupportedModelError(
+                f"{where} holds {quote(name)}, expected names that begin with {PREFIX}, as peft writes them; save the "
+                "adapter with peft's save_pretrained"
+            )
+    return {name: name.removeprefix(PREFIX) for name in names}
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that ends a module's path, as peft's `get_pattern_key` finds it."""
+    for pattern, value in patterns.items():
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except (re.error, RecursionError) as exc:
+            raise UnsupportedModelError(
+                f"an adapter has the pattern {quote(pattern)}, which is no regular expression ({exc}); correct its "
+                f"{ADAPTER_CONFIG_FILE}"
+            ) from exc
+        if found:
+            return value
+    return default

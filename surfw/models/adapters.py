@@ -1,0 +1,174 @@
+"""The adapters of an open model: those that are in memory, and the one that is applied.
+
+All tensors of a loaded adapter stay in memory, which counts in the budget. Switching between loaded ones reads nothing;
+the base's weights stay where they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from surfw.config import quote
+from surfw.errors import ConfigurationError, ManifestError
+from surfw.manifest import Manifest
+from surfw.models.client import SourceThread
+from surfw.runtime.buffers import Buffer, buffer_capacity
+from surfw.runtime.engine import Engine
+from surfw.runtime.loader import Loader, buffer_bytes, scratch_bytes
+from surfw.runtime.lora import AttachedLora
+from surfw.skeleton.build import Skeleton
+from surfw.skeleton.dtypes import torch_dtype
+from surfw.skeleton.lora import Lora, find_lora
+from surfw.source import ChunkSource, expect_base
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """An adapter in memory: its manifest, what it changes, its tensors, and what these take."""
+
+    manifest: Manifest
+    lora: Lora
+    tensors: Mapping[str, torch.Tensor]
+    size_bytes: int
+
+
+class Adapters:
+    """The adapters of one open model; used by one thread at a time, and not while the model runs."""
+
+    def __init__(
+        self, client: SourceThread, base: Manifest, skeleton: Skeleton, engine: Engine, device: torch.device
+    ) -> None:
+        """None is loaded yet.
+
+        Args:
+            client: where the base and its adapters are.
+            base: the manifest of the open model.
+            skeleton: the open model.
+            engine: has the budget.
+            device: where the model computes.
+        """
+        self._client = client
+        self._base = base
+        self._skeleton = skeleton
+        self._engine = engine
+        self._device = device
+        self._loaded: dict[str, _Loaded] = {}
+        self._attached: AttachedLora | None = None
+        self.active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of those that are loaded, in the order in which they were."""
+        return list(self._loaded)
+
+    @property
+    def held_bytes(self) -> int:
+        """What all of them take in memory."""
+        return sum(one.size_bytes for one in self._loaded.values())
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """The manifest of the one that is applied."""
+        return self._loaded[self.active].manifest if self.active is not None else None
+
+    def load(self, name: str) -> str:
+        """Bring an adapter into memory, if it is not there; returns its name in full.
+
+        Raises:
+            UnknownModelError: the source has none of this name.
+            ConfigurationError: it is no adapter, or the memory budget is too small for it.
+            ManifestError: it belongs to another base.
+            UnsupportedModelError: it does not fit the model.
+            SurfwError: it could not be read.
+        """
+        manifest = self._client.run(lambda source: _find(source, name))
+        if manifest.name in self._loaded:
+            return manifest.name
+        expect_base(manifest, self._base, where=self._client.url)
+        lora = _read(manifest, self._skeleton)
+        dtypes = {one: dtype for one, dtype in lora.dtypes.items() if dtype != torch_dtype(manifest.tensors[one].dtype)}
+        size_bytes = sum(buffer_capacity(buffer_bytes(chunk, dtypes)) for chunk in manifest.chunks)
+        scratch = max((scratch_bytes(chunk, dtypes) for chunk in manifest.chunks), default=0)
+        before = self.held_bytes
+        try:
+            self._engine.hold_beside(before + size_bytes + scratch)
+        except ConfigurationError as exc:
+            raise ConfigurationError(f"the adapter {manifest.name} does not fit: {exc}") from exc
+        try:
+            tensors = self._bring(manifest, dtypes)
+            self._loaded[manifest.name] = _Loaded(manifest, lora, tensors, size_bytes)
+        finally:
+            self._engine.hold_beside(self.held_bytes)
+        return manifest.name
+
+    def apply(self, name: str | None) -> None:
+        """Apply a loaded adapter instead of the one that is applied now; None applies none."""
+        if self._attached is not None:
+            self._attached.detach()
+        self._attached, self.active = None, None
+        if name is not None:
+            one = self._loaded[name]
+            self._attached, self.active = AttachedLora(one.lora, one.tensors), name
+
+    def unload(self, name: str) -> None:
+        """Give an adapter's memory back; one that is applied is not applied any more.
+
+        Raises:
+            ConfigurationError: none of this name is loaded.
+        """
+        if name not in self._loaded:
+            loaded = ", ".join(self._loaded) or "none"
+            raise ConfigurationError(f"no adapter {quote(name)} is loaded, but {loaded}; name one of these in full")
+        if self.active == name:
+            self.apply(None)
+        del self._loaded[name]
+        self._engine.hold_beside(self.held_bytes)
+
+    def close(self) -> None:
+        """Leave the model as it was, and let go of all memory."""
+        self.apply(None)
+        self._loaded.clear()
+
+    def _bring(self, manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        loader, tensors = Loader(self._client.source, manifest, dtypes), dict[str, torch.Tensor]()
+        try:
+            for chunk in manifest.chunks:
+                buffer = Buffer(buffer_bytes(chunk, dtypes))
+                self._client.io.run(loader.load(chunk, buffer, priority=0))
+                tensors |= loader.tensors(chunk, buffer)
+        finally:
+            loader.close()
+        return {name: tensor.detach().to(self._device) for name, tensor in tensors.items()}
+
+
+async def _find(source: ChunkSource, name: str) -> Manifest:
+    manifest = await source.manifest(await source.resolve(name))
+    if manifest.base is None:
+        raise ConfigurationError(
+            f"{manifest.name} is a whole model, and no adapter; chunk one with surfw chunk FOLDER --base "
+            f"{manifest.name}"
+        )
+    return manifest
+
+
+def _read(manifest: Manifest, skeleton: Skeleton) -> Lora:
+    """What an adapter changes of a model: its manifest may come from anywhere, and is believed in nothing."""
+    scaling: Any = manifest.config.get("scaling")
+    saved: Any = manifest.config.get("saved")
+    is_known = isinstance(scaling, Mapping) and isinstance(saved, list)
+    if not is_known or not all(type(one) in {int, float} for one in scaling.values()) or set(map(type, saved)) - {str}:
+        raise ManifestError(
+            f"the manifest of the adapter {manifest.name} does not say how it is applied; chunk it again"
+        )
+
+    def find_scaling(path: str, _: int) -> float:
+        if path not in scaling:
+            raise ManifestError(
+                f"the manifest of the adapter {manifest.name} has no scaling for {path}; chunk it again"
+            )
+        return float(scaling[path])
+
+    shapes = {name: info.shape for name, info in manifest.tensors.items()}
+    return find_lora(skeleton, shapes, find_scaling, saved, where=manifest.name)

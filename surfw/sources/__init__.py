@@ -1,0 +1,1 @@
+"""Sources in front of sources: each is a `ChunkSource`, and adds one behaviour."""

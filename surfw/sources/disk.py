@@ -1,0 +1,563 @@
+"""The folder of a disk cache: what lies there, who uses it, and how much it may take. No asyncio, no network.
+
+    surfw-cache                    marks the folder, so that nothing of anybody else's is ever removed
+    lock                           held while room is made; its size counts the changes
+    blobs/ab/DIGEST                a form's stored bytes, and behind them one byte per block: 1 if the block is there
+    files/DIGEST                   a tokenizer file
+    models/KEY.manifest            a manifest as a store holds it; KEY is its digest, so that it proves itself
+    models/KEY.use                 locked by whoever uses the model; its time is that of the last use
+    models/KEY.pinned              the model stays, whatever room is needed
+    models/KEY.log                 lines: the sources that had the model, and digests that its manifest lacks
+
+Invariants: a block is marked once all of its bytes were written, and it is verified whenever it is read, so that
+nothing here has to survive a crash. A blob counts with its full size from the moment it exists, so that the budget
+holds whatever is written later. Blobs are named by their content: models that share chunks share them. Everything may
+be read and removed by several processes at a time: what has vanished is not there, and is fetched.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surfw.config import BLOCK_BYTES, MANIFEST_BYTES, MIB
+from surfw.errors import ConfigurationError, ManifestError
+from surfw.files import read_regular
+from surfw.manifest import (
+    Digests,
+    Form,
+    Manifest,
+    count_blocks,
+    decode_line,
+    encode_line,
+    encode_stored_manifest,
+    parse_stored_manifest,
+    read_digests,
+)
+
+_MARKER = "surfw-cache"
+_MARK = b"surfw disk cache 1\n"
+_MOST_LOG_BYTES = 64 * MIB
+_TRY_LOCK = getattr(fcntl, "F_OFD_SETLK", None)
+"""Locks that belong to an open file: they end with it, also if its process is killed. Linux has them."""
+
+_FLOCK = struct.Struct("hhqqi4x")
+_OLD_SECONDS = 3600
+_TAKEN = {errno.EAGAIN, errno.EACCES}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedModel:
+    """A model of the cache.
+
+    Attributes:
+        manifest: as it crosses the wire, without digests that were learned later.
+        sources: the addresses of those that had it.
+        used: when it was last used, in seconds since 1970.
+        pinned: whether it stays, whatever room is needed.
+        held_bytes: stored bytes of its blocks that are there.
+        complete: whether every chunk is there in at least one form, and every file.
+    """
+
+    manifest: Manifest
+    sources: tuple[str, ...]
+    used: float
+    pinned: bool
+    held_bytes: int
+    complete: bool
+
+
+class Blob:
+    """The bytes of one form, as far as they are there: an open file."""
+
+    def __init__(self, path: Path, form: Form, fd: int) -> None:
+        """Take an open file, which is closed with this."""
+        self.path = path
+        self._form = form
+        self._fd = fd
+        self.count = count_blocks(form.stored_bytes)
+
+    def present(self, first: int = 0, stop: int | None = None) -> bytes:
+        """A byte for each block from `first` to `stop` (end-exclusive): 1 if it is there."""
+        stop = self.count if stop is None else stop
+        flags = os.pread(self._fd, stop - first, self._form.stored_bytes + first)
+        return flags.ljust(stop - first, b"\0")
+
+    def write(self, first: int, data: memoryview, *, keep_pages: bool) -> None:
+        """Write whole blocks from block `first` on, and mark them.
+
+        Args:
+            first: the first block.
+            data: the blocks.
+            keep_pages: whether they are read again soon; else the system is asked to have no copy of them in memory.
+
+        Raises:
+            OSError: they cannot be written; then they are not marked.
+        """
+        self._expect_writable()
+        start, done = first * BLOCK_BYTES, 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], start + done)
+        os.pwrite(self._fd, b"\1" * count_blocks(len(data)), self._form.stored_bytes + first)
+        if not keep_pages:
+            os.posix_fadvise(self._fd, 0, start + done, os.POSIX_FADV_DONTNEED)  # begins to write those that are new
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Mark blocks as not there.
+
+        Raises:
+            OSError: they cannot be marked.
+        """
+        self._expect_writable()
+        for block in blocks:
+            os.pwrite(self._fd, b"\0", self._form.stored_bytes + block)
+
+    def _expect_writable(self) -> None:
+        if fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EROFS, "it may only be read", str(self.path))
+
+    def lock(self, first: int, stop: int) -> bool:
+        """Have blocks to oneself, if nobody else has them; they stay so until `unlock` or `close`."""
+        if _TRY_LOCK is None:
+            return True
+        try:
+            fcntl.fcntl(self._fd, _TRY_LOCK, self._range(fcntl.F_WRLCK, first, stop))
+        except OSError as exc:
+            if exc.errno in _TAKEN:
+                return False
+            if exc.errno in {errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}:
+                return True  # a file system without such locks: two may fetch the same
+            raise
+        return True
+
+    def unlock(self, first: int, stop: int) -> None:
+        """Let others have them."""
+        if _TRY_LOCK is not None:
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._fd, _TRY_LOCK, self._range(fcntl.F_UNLCK, first, stop))
+
+    def _range(self, kind: int, first: int, stop: int) -> bytes:
+        return _FLOCK.pack(kind, os.SEEK_SET, first * BLOCK_BYTES, (stop - first) * BLOCK_BYTES, 0)
+
+    def close(self) -> None:
+        """Close the file, and give up its locks."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def __del__(self) -> None:
+        """Close the file: whoever opened it in a thread may have been cancelled meanwhile."""
+        self.close()
+
+
+class CacheFolder:
+    """A folder with verified bytes of models. Used by one process in one thread at a time, and by many processes.
+
+    Attributes:
+        path: the folder.
+        budget_bytes: what all blobs may take; None for no limit.
+        evicted_blobs: blobs that this one removed to make room.
+    """
+
+    def __init__(self, path: Path, budget_bytes: int | None) -> None:
+        """Name the folder; nothing is opened yet."""
+        self.path = path
+        self.budget_bytes = budget_bytes
+        self.evicted_blobs = 0
+        self._uses: dict[str, int] = {}  # keys of models, and descriptors of their locked files
+        self._usage: tuple[int, int] | None = None  # how many changes there had been, and what all blobs took then
+
+    @property
+    def exists(self) -> bool:
+        """Whether a cache is there."""
+        return (self.path / _MARKER).is_file()
+
+    def create(self) -> None:
+        """Make the folder, if it is not there.
+
+        Raises:
+            ConfigurationError: something else lies there.
+            OSError: it cannot be made.
+        """
+        marker = self.path / _MARKER
+        if not marker.exists():
+            if self.path.is_dir() and any(self.path.iterdir()):
+                raise ConfigurationError(
+                    f"{self.path} is no disk cache, and not empty; name another folder (cache_dir, --cache-dir)"
+                )
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write(marker, _MARK)
+        for name in ("blobs", "files", "models"):
+            (self.path / name).mkdir(exist_ok=True)
+            for one in _entries(self.path / name):
+                if one.name.startswith(".") and _mtime(Path(one.path)) < time.time() - _OLD_SECONDS:
+                    Path(one.path).unlink(missing_ok=True)  # its writer was killed
+
+    # Blobs
+
+    def _blob(self, digest: str) -> Path:
+        return self.path / "blobs" / digest[:2] / digest
+
+    def open_blob(self, form: Form, *, create: bool) -> Blob | None:
+        """The bytes of a form that has digests.
+
+        Args:
+            form: the form.
+            create: whether to make room for it if it is not there; else, and where there is no room, None.
+
+        Raises:
+            OSError: the folder cannot be read or written.
+        """
+        path, size = self._blob(form.digest), form.stored_bytes + count_blocks(form.stored_bytes)
+        found = _open(path, size)
+        if found is None and create:
+            with self._locked():
+                found = _open(path, size)
+                if found is None and path.exists():  # cut off, or never finished
+                    path.unlink(missing_ok=True)
+                    self._usage = None
+                if found is None and self._make_room(size):
+                    self._note_change(size)
+                    path.parent.mkdir(exist_ok=True)
+                    found = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+                    os.ftruncate(found, size)
+        return None if found is None else Blob(path, form, found)
+
+    def _make_room(self, size: int) -> bool:
+        """Whether another blob may take so much; blobs of models that were not used for longest go first."""
+        if self.budget_bytes is None or self._used_bytes() + size <= self.budget_bytes:
+            return True
+        missing = self._used_bytes() + size - self.budget_bytes
+        blobs = self._sizes()
+        freed, victims = 0, list[str]()
+        for digest in self._removable(blobs):
+            if freed >= missing:
+                break
+            freed += blobs[digest]
+            victims.append(digest)
+        if freed < missing:
+            return False
+        for digest in victims:
+            self._blob(digest).unlink(missing_ok=True)
+            self._note_change(-blobs[digest])
+            self.evicted_blobs += 1
+        return True
+
+    def _removable(self, blobs: Mapping[str, int]) -> Iterator[str]:
+        """Blobs that no model has which is in use, pinned or was used later: the ones to remove first, first."""
+        models = sorted(self._records(), key=lambda one: one[1])
+        needed = {key: _digests_of(self.path / "models" / f"{key}.manifest") for key, _, _ in models}
+        left = set(blobs)
+        yield from sorted(left - set().union(*needed.values()))
+        for at, (key, _, pinned) in enumerate(models):
+            if pinned or self.in_use(key):
+                continue
+            others = set[str]().union(*(needed[other] for other, _, _ in models[at + 1 :]))
+            kept = set[str]().union(
+                *(needed[other] for other, _, is_pinned in models[:at] if is_pinned or self.in_use(other))
+            )
+            yield from sorted((left & needed[key]) - others - kept)
+
+    def _used_bytes(self) -> int:
+        changes = self._changes()
+        if self._usage is None or self._usage[0] != changes:
+            self._usage = changes, sum(self._sizes().values())
+        return self._usage[1]
+
+    def _sizes(self) -> dict[str, int]:
+        """The size of each blob, by its digest."""
+        found = {}
+        for folder in _entries(self.path / "blobs"):
+            for one in _entries(Path(folder.path)):
+                with contextlib.suppress(OSError):
+                    found[one.name] = one.stat().st_size
+        return found
+
+    def used_bytes(self) -> int:
+        """What all blobs take, counted now."""
+        return sum(self._sizes().values())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else makes room, or a blob, meanwhile."""
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _changes(self) -> int:
+        with contextlib.suppress(OSError):
+            return (self.path / "lock").stat().st_size
+        return 0
+
+    def _note_change(self, size: int) -> None:
+        """Count a blob that came or went; the caller holds the lock."""
+        changes = self._changes()
+        is_known = self._usage is not None and self._usage[0] == changes
+        os.truncate(self.path / "lock", changes + 1)  # a sparse file: it takes no room
+        self._usage = (changes + 1, self._usage[1] + size) if self._usage and is_known else None
+
+    # Models
+
+    def _model(self, key: str, ending: str) -> Path:
+        return self.path / "models" / f"{key}.{ending}"
+
+    def _records(self) -> list[tuple[str, float, bool]]:
+        """The key of each model, when it was last used, and whether it is pinned."""
+        names = {one.name for one in _entries(self.path / "models")}
+        keys = [name.removesuffix(".manifest") for name in names if name.endswith(".manifest")]
+        return [(key, _mtime(self._model(key, "use")), f"{key}.pinned" in names) for key in keys]
+
+    def keep_model(self, manifest: Manifest, source: str) -> None:
+        """Keep a manifest and the address of a source that has it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        key, path = manifest.digest, self._model(manifest.digest, "manifest")
+        if _read_manifest(path, key) is None:
+            _write(path, encode_stored_manifest(manifest.public()))
+        if source not in self._log(key)[0]:
+            self._append(key, {"source": source})
+
+    def use(self, manifest: Manifest) -> None:
+        """Note that the model is used now, until `close`: nothing of it is removed meanwhile."""
+        key = manifest.digest
+        with contextlib.suppress(OSError):
+            if key not in self._uses:
+                self._uses[key] = os.open(self._model(key, "use"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                fcntl.flock(self._uses[key], fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.utime(self._uses[key])
+
+    def in_use(self, key: str) -> bool:
+        """Whether any process uses a model."""
+        if key in self._uses:
+            return True
+        try:
+            fd = os.open(self._model(key, "use"), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
+
+    def pin(self, manifest: Manifest) -> None:
+        """Have the model stay."""
+        _write(self._model(manifest.digest, "pinned"), b"")
+
+    def models(self) -> list[CachedModel]:
+        """All models, sorted by name."""
+        found = []
+        for key, used, pinned in self._records():
+            manifest = _read_manifest(self._model(key, "manifest"), key)
+            if manifest is not None:
+                sources, digests = self._log(key)
+                known = manifest.with_digests(_fitting(manifest, digests))
+                held, complete = self._held(known)
+                found.append(
+                    CachedModel(
+                        manifest=manifest, sources=tuple(sources), used=used, pinned=pinned, held_bytes=held,
+                        complete=complete,
+                    )
+                )  # fmt: skip
+        return sorted(found, key=lambda one: (one.manifest.name, -one.used))
+
+    def manifests(self, source: str | None) -> list[Manifest]:
+        """The manifests that a source had, those used last first; None for those of all sources."""
+        found = []
+        for key, used, _ in sorted(self._records(), key=lambda one: -one[1]):
+            manifest = _read_manifest(self._model(key, "manifest"), key)
+            if manifest is not None and (source is None or source in self._log(key)[0]):
+                found.append((used, manifest))
+        return [manifest for _, manifest in found]
+
+    def remove(self, manifest: Manifest) -> int:
+        """Remove a model, and the blobs that no other one has. Returns how many bytes that freed."""
+        key = manifest.digest
+        with self._locked():
+            others = [one for one, _, _ in self._records() if one != key]
+            needed = set[str]().union(*(_digests_of(self._model(one, "manifest")) for one in others))
+            sizes = self._sizes()
+            freed = 0
+            for digest in (_digests_of(self._model(key, "manifest")) - needed) & set(sizes):
+                self._blob(digest).unlink(missing_ok=True)
+                self._note_change(-sizes[digest])
+                freed += sizes[digest]
+            for ending in ("manifest", "use", "pinned", "log"):
+                self._model(key, ending).unlink(missing_ok=True)
+        return freed
+
+    def _held(self, manifest: Manifest) -> tuple[int, bool]:
+        held, complete = 0, True
+        for chunk in manifest.chunks:
+            whole = False
+            for form in chunk.forms:
+                flags = self.flags(form)
+                whole |= b"\0" not in flags
+                held += sum(_block_bytes(form, block) for block, there in enumerate(flags) if there)
+            complete &= whole
+        return held, complete and all((self.path / "files" / file.digest).exists() for file in manifest.files)
+
+    def flags(self, form: Form) -> bytes:
+        """A byte for each block of a form: 1 if it is there."""
+        count = count_blocks(form.stored_bytes)
+        blob = None
+        if form.is_known:
+            with contextlib.suppress(OSError):
+                blob = self.open_blob(form, create=False)
+        if blob is None:
+            return bytes(count) or (b"\1" if not count and form.is_known else b"")
+        with contextlib.closing(blob):
+            return blob.present()
+
+    # What is learned of a model, and its files
+
+    def digests(self, manifest: Manifest) -> dict[str, Digests]:
+        """Digests that the manifest lacks and that were learned, by the provisional ids of their chunks."""
+        return _fitting(manifest, self._log(manifest.digest)[1])
+
+    def learn(self, manifest: Manifest, chunk_id: str, digests: Digests) -> None:
+        """Keep digests of a chunk that the manifest lacks."""
+        self._append(manifest.digest, {"chunk": chunk_id} | digests.document())
+
+    def _append(self, key: str, document: Mapping[str, Any]) -> None:
+        fd = os.open(self._model(key, "log"), os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if os.fstat(fd).st_size < _MOST_LOG_BYTES:
+                os.write(fd, encode_line(document))
+        finally:
+            os.close(fd)
+
+    def _log(self, key: str) -> tuple[list[str], dict[str, dict[str, Any]]]:
+        """The sources that had a model, and what was learned of its chunks; damaged lines are left out."""
+        sources, digests = list[str](), dict[str, dict[str, Any]]()
+        data = b""
+        with contextlib.suppress(OSError):
+            data = read_regular(self._model(key, "log"), 2 * _MOST_LOG_BYTES)
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                document = decode_line(line)
+                if isinstance(document, dict) and isinstance(document.get("source"), str):
+                    sources.append(document["source"])
+                elif isinstance(document, dict) and isinstance(document.get("chunk"), str):
+                    digests[document["chunk"]] = document
+        return list(dict.fromkeys(sources)), digests
+
+    def read_file(self, digest: str, size: int) -> bytes | None:
+        """A tokenizer file, not verified; None if it is not there."""
+        with contextlib.suppress(OSError):
+            return read_regular(self.path / "files" / digest, size)
+        return None
+
+    def keep_file(self, digest: str, data: bytes) -> None:
+        """Keep a tokenizer file."""
+        _write(self.path / "files" / digest, data)
+
+    def close(self) -> None:
+        """Let go of the models in use."""
+        for fd in self._uses.values():
+            with contextlib.suppress(OSError):
+                os.utime(fd)
+            os.close(fd)
+        self._uses.clear()
+
+
+def _block_bytes(form: Form, block: int) -> int:
+    return min(BLOCK_BYTES, form.stored_bytes - block * BLOCK_BYTES)
+
+
+def _open(path: Path, size: int) -> int | None:
+    """A descriptor of a blob, to read and write it where that is allowed; None if there is none of this size."""
+    for mode in (os.O_RDWR, os.O_RDONLY):
+        try:
+            fd = os.open(path, mode | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError as exc:
+            if exc.errno in {errno.EACCES, errno.EPERM, errno.EROFS} and mode == os.O_RDWR:
+                continue
+            raise
+        if os.fstat(fd).st_size == size:
+            return fd
+        os.close(fd)
+        return None
+    return None
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []
+
+
+def _mtime(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file as a whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def _read_manifest(path: Path, key: str) -> Manifest | None:
+    """A manifest that has the digest it is named by; None if it is not there, or damaged."""
+    try:
+        data = read_regular(path, MANIFEST_BYTES)
+        manifest = parse_stored_manifest(data, where=str(path))
+    except (OSError, ManifestError):
+        return None
+    return manifest if manifest.digest == key else None
+
+
+def _digests_of(path: Path) -> set[str]:
+    """The digests of all forms of a model; empty if its manifest cannot be read."""
+    try:
+        document = json.loads(read_regular(path, MANIFEST_BYTES).partition(b"\n")[2])
+        found = {form.get("digest", "") for chunk in document["chunks"] for form in chunk["forms"]}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        return set()
+    return found | _learned(path.with_suffix(".log"))
+
+
+def _learned(path: Path) -> set[str]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in read_regular(path, 2 * _MOST_LOG_BYTES).splitlines():
+            with contextlib.suppress(ValueError, RecursionError, AttributeError):
+                found.add(str(decode_line(line).get("digest")))
+    return found
+
+
+def _fitting(manifest: Manifest, documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Digests]:
+    """What of learned digests belongs to chunks of the manifest that lack them, and is well-formed."""
+    found = {}
+    for chunk in manifest.chunks:
+        if not chunk.forms[0].is_known and chunk.id in documents:
+            with contextlib.suppress(ValueError):
+                found[chunk.id] = read_digests(documents[chunk.id], chunk.forms[0].stored_bytes)
+    return found

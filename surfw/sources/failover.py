@@ -1,0 +1,466 @@
+"""Several sources of one model as one: whatever happens to one of them, the others go on where it stopped.
+
+`choice` decides who is asked. A read is cut into ranges; each is fetched from one source, and from another one too
+where it is late. After a fault only the blocks that are missing are asked for: what has arrived proves itself by its
+digests. A source is opened at its first use, and has to have the same model: config, files and payloads. Who delivered
+damage is set aside. Patience ends when every source has failed as often, without progress, as the retry policy has
+attempts; or, where there is a deadline, when something was waited for so long.
+
+With one source, this is what waits for it until the deadline.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
+
+from surfw.config import BLOCK_BYTES
+from surfw.errors import (
+    ConnectionFailedError,
+    IntegrityError,
+    ManifestError,
+    RefusedError,
+    StorageError,
+    SurfwError,
+    UnknownModelError,
+    WireError,
+)
+from surfw.manifest import Chunk, Digests, Manifest
+from surfw.retry import RetryPolicy
+from surfw.source import ChunkSource, Read, Waiting, find_damage
+from surfw.sources.choice import SourceTable, Standing
+from surfw.sources.identity import find_difference, share_forms
+from surfw.threads import cancel_all, in_thread, together
+
+logger = logging.getLogger("surfw.sources")
+
+T = TypeVar("T")
+OpenSource = Callable[[], Coroutine[Any, Any, ChunkSource]]
+"""Opens a source; it should try once, for all trying again is decided here."""
+
+_RANGE_BLOCKS = 8
+_RANGES_AT_A_TIME = 6
+_HEDGES_AT_A_TIME = 2
+_COMPARE_SECONDS = 1.0
+"""How long the others have to say what their model is, once one has; who says it later is compared then."""
+
+_NOT_LET_IN = {"no-token", "another-token"}
+_HEDGE_SECONDS = 0.25
+"""How often a late range looks whether it may be asked of another source now."""
+
+_LOOK_SECONDS = 0.1
+"""How often what waits for a source looks whether another request has found it up again."""
+
+_FAULTS = (WireError, StorageError, IntegrityError, ManifestError, UnknownModelError)
+
+
+class _LateError(ConnectionFailedError):
+    """A source was late, and another one did what it was asked for."""
+
+
+class Failover(ChunkSource):
+    """The sources in the order in which they are wanted.
+
+    Attributes:
+        fetched_bytes: stored bytes delivered so far.
+        hedged_ranges: ranges that were asked of a second source because the first one was late.
+        failures: how often a source failed, or was late.
+    """
+
+    fetched_bytes = 0
+
+    def __init__(
+        self,
+        places: Sequence[tuple[str, OpenSource]],
+        *,
+        retry: RetryPolicy | None = None,
+        deadline_seconds: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Name the sources; none is opened yet.
+
+        Args:
+            places: the address of each for people, and what opens it.
+            retry: how long a source rests after failures, and how many are waited out where there is no deadline.
+            deadline_seconds: how long anything that is asked for is waited for, whatever happens meanwhile.
+            clock: the time in seconds, from any beginning.
+        """
+        self.url = places[0][0]
+        self.hedged_ranges = self.failures = 0
+        self._retry = retry or RetryPolicy()
+        self._table = SourceTable([Standing(url) for url, _ in places], self._retry)
+        self._open = [open_source for _, open_source in places]
+        self._sources: dict[int, ChunkSource] = {}
+        self._opening = [asyncio.Lock() for _ in places]
+        self._models: dict[str, Manifest] = {}  # as the runtime knows them, by name
+        self._theirs: dict[tuple[int, str], Manifest] = {}  # as each source has them
+        self._announced: dict[str, tuple[Manifest, Sequence[Chunk], Sequence[Chunk]]] = {}
+        self._deadline_seconds = deadline_seconds
+        self._clock = clock
+        self._hedges = asyncio.Semaphore(_HEDGES_AT_A_TIME)
+        self._waiting: Waiting | None = None
+        self._closed = False
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What this waits for, since a source failed and nothing has arrived from any."""
+        return self._waiting
+
+    @property
+    def standings(self) -> Sequence[Standing]:
+        """What is known of each source."""
+        return self._table.standings
+
+    async def models(self) -> list[str]:
+        """The names of the models that the first source has that answers."""
+        return await self._somewhere("the list of models", lambda source, _: source.models())
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of the model, which all sources that answer have to agree on.
+
+        Raises:
+            ManifestError: they have different models of that name.
+        """
+        first = await self._somewhere(f"the manifest of {model}", lambda source, _: source.manifest(model), key=model)
+        asking = {
+            index: asyncio.create_task(self._ask(index, model))
+            for index in self._table.usable(self._clock())
+            if (index, model) not in self._theirs
+        }
+        try:
+            if asking:
+                await asyncio.wait(asking.values(), timeout=_COMPARE_SECONDS)
+        finally:
+            await cancel_all(asking.values())
+        theirs = {index: found for (index, name), found in self._theirs.items() if name == model}
+        for index, found in theirs.items():
+            if (difference := find_difference(first, found)) is not None:
+                urls = [self._url(next(one for one, other in theirs.items() if other is first)), self._url(index)]
+                raise ManifestError(
+                    f"{urls[0]} and {urls[1]} have different models {model!r}: they differ in {difference}; "
+                    "name sources of one model only"
+                )
+        shared = share_forms(first, list(theirs.values()))
+        self._models[model] = shared
+        return shared
+
+    async def _ask(self, index: int, model: str) -> None:
+        """Have a source say what it has; if it fails, it is asked again when it is needed."""
+        try:
+            self._theirs[index, model] = await (await self._opened(index)).manifest(model)
+        except _FAULTS as exc:
+            self._note(index, exc)
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file of the model, from the first source that delivers it."""
+        what = f"{path} of {manifest.name}"
+        return await self._somewhere(what, lambda source, theirs: source.file(theirs or manifest, path), of=manifest)
+
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks."""
+        what = f"the digests of chunk {chunk.name}"
+        return await self._somewhere(
+            what,
+            lambda source, theirs: source.digests(theirs or manifest, (theirs or manifest).by_name[chunk.name]),
+            of=manifest,
+        )
+
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        """Tell all sources, also those that are opened later."""
+        self._announced[manifest.name] = manifest, cycle, kept
+        for source in self._sources.values():
+            await source.announce(manifest, cycle, kept)
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination, in ranges, each from whichever source can."""
+        turns = asyncio.Semaphore(_RANGES_AT_A_TIME)
+
+        async def fetch(read: Read) -> None:
+            async with turns:
+                await self._fetch_range(manifest, read, priority)
+
+        # Nobody is told of single blocks: whoever changes them then would hide which ones have arrived.
+        plain = [replace(read, on_verified=None) for read in reads]
+        await together(fetch(part) for read in plain for part in _ranges(read))
+        self.fetched_bytes += sum(read.stop - read.start for read in reads)
+
+    async def _fetch_range(self, manifest: Manifest, read: Read, priority: int) -> None:
+        """Fill one range; after each fault, what is missing of it."""
+        missing = [read]
+
+        async def attempt(index: int) -> None:
+            nonlocal missing
+            try:
+                await self._fetch_from(index, manifest, missing, priority)
+            except _LateError as exc:
+                self._note(index, exc)  # another one has filled them
+            except _FAULTS as exc:
+                left = [part for one in missing for part in await in_thread(_find_missing, one)]
+                if _size(left) < _size(missing):
+                    self._progressed(index)
+                missing = left
+                if missing:
+                    raise
+                self._note(index, exc)
+
+        await self._persistently(f"chunk {read.chunk.name} of {manifest.name}", attempt)
+
+    async def _fetch_from(self, index: int, manifest: Manifest, reads: Sequence[Read], priority: int) -> None:
+        """Have a source fill ranges; where it is late, have another one do it too, in memory of its own."""
+        began, size = self._clock(), _size(reads)
+        deliver = partial(self._deliver, manifest=manifest, priority=priority)
+        first = asyncio.create_task(deliver(index, reads))
+        try:
+            await asyncio.wait([first], timeout=self._table.late_seconds(index, size))
+            while not first.done():
+                other = next((one for one in self._table.usable(self._clock()) if one != index), None)
+                if other is not None and not self._hedges.locked():
+                    async with self._hedges:
+                        await self._hedge(first, index, other, reads, deliver)
+                    break
+                await asyncio.wait([first], timeout=_HEDGE_SECONDS)
+            await first
+        finally:
+            await cancel_all([first])
+        self._table.succeeded(index, size, self._clock() - began)
+
+    async def _hedge(
+        self,
+        first: "asyncio.Task[None]",
+        index: int,
+        other: int,
+        reads: Sequence[Read],
+        deliver: Callable[[int, Sequence[Read]], Coroutine[Any, Any, None]],
+    ) -> None:
+        """Have another source fill ranges too that one is late with. It ends when `first` has ended.
+
+        Raises:
+            _LateError: the other one has filled them.
+        """
+        self.hedged_ranges += 1
+        began = self._clock()
+        copies = [_copy(read) for read in reads]
+        second = asyncio.create_task(deliver(other, copies))
+        try:
+            await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+            if not first.done() and second.exception() is None:
+                await cancel_all([first])
+            if first.done() and not first.cancelled() and first.exception() is None:
+                return
+            try:
+                await second
+            except _FAULTS as exc:
+                self._note(other, exc)
+                await asyncio.wait([first])
+                return
+        finally:
+            await cancel_all([second])
+        for read, copy in zip(reads, copies, strict=True):
+            read.destination[:] = copy.destination
+        self._table.succeeded(other, _size(reads), self._clock() - began)
+        failure = None if first.cancelled() else first.exception()
+        raise _LateError(str(failure or f"{self._url(index)} is late"))
+
+    async def _deliver(self, index: int, reads: Sequence[Read], *, manifest: Manifest, priority: int) -> None:
+        """Have a source fill ranges, named as it names them."""
+        source, theirs = await self._opened(index), await self._their(index, manifest)
+        await source.fetch(theirs, [_translate(read, theirs, self._url(index)) for read in reads], priority=priority)
+
+    async def _their(self, index: int, manifest: Manifest) -> Manifest:
+        """The manifest of the model as a source has it.
+
+        Raises:
+            ManifestError: it is another model.
+        """
+        key = index, manifest.name
+        if key not in self._theirs:
+            found = await (await self._opened(index)).manifest(manifest.name)
+            known = next((theirs for (_, name), theirs in self._theirs.items() if name == manifest.name), manifest)
+            if (difference := find_difference(known, found)) is not None:
+                raise ManifestError(f"{self._url(index)} has another model {manifest.name!r}: {difference} differs")
+            self._theirs[key] = found
+        return self._theirs[key]
+
+    async def _opened(self, index: int) -> ChunkSource:
+        async with self._opening[index]:
+            if self._closed:
+                raise ConnectionFailedError(f"{self._url(index)} is closed")
+            if index not in self._sources:
+                source = self._sources[index] = await self._open[index]()
+                for announced in self._announced.values():
+                    await source.announce(*announced)
+            return self._sources[index]
+
+    async def _somewhere(
+        self,
+        what: str,
+        ask: Callable[[ChunkSource, Manifest | None], Awaitable[T]],
+        *,
+        of: Manifest | None = None,
+        key: str | None = None,
+    ) -> T:
+        """What the first source answers that can; of a model if one is given, in the source's own words."""
+        found: list[T] = []
+
+        async def attempt(index: int) -> None:
+            source = await self._opened(index)
+            found.append(await ask(source, None if of is None else await self._their(index, of)))
+            if key is not None and isinstance(found[0], Manifest):
+                self._theirs[index, key] = found[0]
+            self._table.succeeded(index, 0, 0.0)
+
+        await self._persistently(what, attempt)
+        return found[0]
+
+    async def _persistently(self, what: str, attempt: Callable[[int], Awaitable[None]]) -> None:
+        """Run `attempt` with one source after the other until it succeeds, or patience ends.
+
+        Raises:
+            SurfwError: no source could; the last failure if there is only one source, or else one that names all.
+        """
+        ends = float("inf") if self._deadline_seconds is None else self._clock() + self._deadline_seconds
+        last: BaseException | None = None
+        while True:
+            now = self._clock()
+            usable = self._table.usable(now)
+            if usable and now < ends:
+                index = usable[0]
+                self._table.begin(index, now)
+                try:
+                    async with asyncio.timeout(None if ends == float("inf") else ends - now):
+                        await attempt(index)
+                except TimeoutError:
+                    continue
+                except _FAULTS as exc:
+                    last = exc
+                    self._note(index, exc)
+                    continue
+                self._waiting = None
+                return
+            resting = self._table.next_try()
+            is_over = now >= ends or (ends == float("inf") and self._table.is_exhausted())
+            if resting is None or is_over or self._is_hopeless(last):
+                raise self._give_up(what, last, in_time=now < ends) from last
+            at, index = resting
+            self._wait_for(index, at)
+            await asyncio.sleep(min(max(0.0, min(at, ends) - now), _LOOK_SECONDS))
+
+    def _is_hopeless(self, last: BaseException | None) -> bool:
+        """Whether the one source failed in a way that trying again will not change, and nobody set a deadline."""
+        may_pass = not isinstance(last, SurfwError) or (isinstance(last, ConnectionFailedError) and last.transient)
+        return len(self._open) == 1 and self._deadline_seconds is None and not may_pass
+
+    def _give_up(self, what: str, last: BaseException | None, *, in_time: bool) -> SurfwError:
+        if in_time and len(self._open) == 1 and isinstance(last, SurfwError):
+            return last
+        within = "" if in_time else f" within {self._deadline_seconds:g} seconds (deadline, --deadline)"
+        whys = "; ".join(f"{one.url}: {one.why or 'too slow'}" for one in self._table.standings)
+        text = f"{what} could not be had{within}: {whys}"
+        if all(one.aside for one in self._table.standings) and isinstance(last, IntegrityError | ManifestError):
+            return IntegrityError(text)
+        if isinstance(last, UnknownModelError | RefusedError) and in_time:
+            return last
+        return ConnectionFailedError(text, transient=True)
+
+    def _note(self, index: int, error: BaseException | None) -> None:
+        """Note that a source failed: set it aside, or let it rest."""
+        standing, now = self._table.standings[index], self._clock()
+        why = str(error)
+        self.failures += 1
+        is_final = isinstance(error, IntegrityError | ManifestError | UnknownModelError) or (
+            isinstance(error, RefusedError) and error.code in _NOT_LET_IN
+        )
+        if is_final and not standing.aside:
+            if len(self._open) > 1:
+                logger.warning("%s is not asked any more: %s", standing.url, why)
+            self._table.set_aside(index, why)
+        elif not is_final:
+            if standing.failed_at is None:
+                logger.info("%s failed: %s", standing.url, why)
+            self._table.failed(index, now, why)
+
+    def _wait_for(self, index: int, at: float) -> None:
+        lost = [one for one in self._table.standings if one.failed_at is not None]
+        since = min((one.failed_at for one in lost if one.failed_at is not None), default=self._clock())
+        self._waiting = Waiting(lost[0].url if lost else self.url, since, self._url(index), at)
+
+    def _progressed(self, index: int) -> None:
+        self._table.progressed(index)
+        self._waiting = None
+
+    def _url(self, index: int) -> str:
+        return self._table.standings[index].url
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that fetching takes besides the destinations; of sources not opened yet, as of the others."""
+        each = max((source.buffered_bytes for source in self._sources.values()), default=0)
+        hedges = _HEDGES_AT_A_TIME * _RANGE_BLOCKS * BLOCK_BYTES if len(self._open) > 1 else 0
+        return each * len(self._open) + hedges
+
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
+        return sum(source.refetched_blocks for source in self._sources.values())
+
+    async def close(self) -> None:
+        """Close all sources that were opened."""
+        self._closed = True
+        for index, lock in enumerate(self._opening):
+            async with lock:
+                source = self._sources.get(index)
+            if source is not None:
+                with suppress(WireError, StorageError):
+                    await source.close()
+
+
+def _size(reads: Sequence[Read]) -> int:
+    return sum(read.stop - read.start for read in reads)
+
+
+def _ranges(read: Read) -> Iterator[Read]:
+    """A read in ranges of a few blocks."""
+    step = _RANGE_BLOCKS * BLOCK_BYTES
+    for start in range(read.start, max(read.stop, read.start + 1), step):
+        yield _part(read, start, min(start + step, read.stop))
+
+
+def _part(read: Read, start: int, stop: int) -> Read:
+    return replace(read, start=start, stop=stop, destination=read.destination[start - read.start : stop - read.start])
+
+
+def _find_missing(read: Read) -> list[Read]:
+    """The parts of a range that are not in its destination, as runs of blocks; all of it where it has no digests."""
+    if not read.form.is_known:
+        return [read]
+    first = read.start // BLOCK_BYTES
+    missing = sorted(find_damage(read.form, first, read.destination)) if read.stop > read.start else []
+    parts: list[Read] = []
+    for block in missing:
+        start, stop = block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, read.stop)
+        if parts and parts[-1].stop == start:
+            start = parts.pop().start
+        parts.append(_part(read, start, stop))
+    return parts
+
+
+def _copy(read: Read) -> Read:
+    """The same range, into memory of its own."""
+    return replace(read, destination=memoryview(bytearray(read.stop - read.start)))
+
+
+def _translate(read: Read, theirs: Manifest, url: str) -> Read:
+    """The same range of a chunk as another source names it.
+
+    Raises:
+        StorageError: it does not have that form.
+    """
+    chunk = theirs.by_name[read.chunk.name]
+    for form in chunk.forms:
+        if form.codec == read.form.codec and form.digest in {read.form.digest, ""}:
+            return replace(read, chunk=chunk, form=form)
+    raise StorageError(f"chunk {chunk.name} is not stored as '{read.form.codec}' in {url}")

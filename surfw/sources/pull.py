@@ -1,0 +1,79 @@
+"""A whole model into a disk cache, ahead of its first run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from surfw.codec import choose_form, for_run
+from surfw.config import CodecChoice, format_size
+from surfw.errors import StorageError, StorageFullError
+from surfw.manifest import Chunk, Form, Manifest
+from surfw.sources.disk_cache import DiskCache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """A model in a disk cache.
+
+    Attributes:
+        manifest: the model.
+        stored_bytes: stored bytes of what is kept of its chunks.
+        fetched_bytes: how many of them were fetched now.
+    """
+
+    manifest: Manifest
+    stored_bytes: int
+    fetched_bytes: int
+
+
+async def pull_model(
+    cache: DiskCache,
+    name: str | None,
+    *,
+    codec: CodecChoice = "auto",
+    progress: Callable[[int, int, str], object] = lambda *_: None,
+) -> Pulled:
+    """Have all chunks and files of a model in the cache, and pin it. It goes on where an earlier call was interrupted.
+
+    Args:
+        cache: the cache, with a source.
+        name: the model's name in the source, in full or a unique last part; None for the only one.
+        codec: which forms; `auto` takes those that are there by now, and else compressed ones.
+        progress: called with how many stored bytes are there, how many there will be, and the chunk that is next.
+
+    Raises:
+        StorageFullError: it is larger than the budget leaves room for.
+        StorageError: the folder cannot be written.
+        SurfwError: the source cannot be reached or read.
+    """
+    manifest = await cache.manifest(await cache.resolve(name))
+    await cache.pin(manifest)
+    for file in manifest.files:
+        await cache.file(manifest, file.path)
+    forms = [(chunk, _choose(cache, manifest, chunk, codec)) for chunk in manifest.chunks]
+    total, done = sum(form.stored_bytes for _, form in forms), 0
+    for chunk, form in forms:
+        progress(done, total, chunk.name)
+        await cache.learn(manifest, chunk)
+        if not await cache.keep(manifest, chunk, form):
+            _refuse(cache, manifest, done, total)
+        done += form.stored_bytes
+    progress(done, total, "")
+    return Pulled(manifest=manifest, stored_bytes=total, fetched_bytes=cache.far_bytes)
+
+
+def _choose(cache: DiskCache, manifest: Manifest, chunk: Chunk, codec: CodecChoice) -> Form:
+    chunk = for_run(manifest, codec, where=cache.url).by_name[chunk.name]
+    if codec != "auto":
+        return choose_form(chunk, codec)
+    near = cache.near(manifest, chunk)
+    return near[0] if near else choose_form(chunk, "lossless")
+
+
+def _refuse(cache: DiskCache, manifest: Manifest, done: int, total: int) -> None:
+    place = cache.folder.path
+    if not cache.is_writable:
+        raise StorageError(f"the disk cache in {place} cannot be written; name another (cache_dir, --cache-dir)")
+    raise StorageFullError(
+        f"the disk cache in {place} has room for {format_size(done)} of the {format_size(total)} of {manifest.name}; "
+        "give it more (disk_cache, --disk-cache), or make room with 'surfw rm --cached'"
+    )

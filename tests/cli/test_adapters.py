@@ -1,0 +1,71 @@
+"""Adapters at the command line: chunked over their base, applied, listed, and explained where no base is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters import save_adapter, with_peft
+from tests.checkpoints import save_llama
+from tests.cli.run import complaint, surfw
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    save_llama(home / "base")
+    save_adapter(home / "base", home / "lora", r=4, target_modules=["q_proj"])
+    assert surfw(home, "chunk", str(home / "base")).returncode == 0
+    done = surfw(home, "chunk", str(home / "lora"), "--base", "base", "--json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert (written["name"], written["base"], written["chunks"]) == ("lora", "base", 4)
+    return home
+
+
+def test_an_adapter_is_applied_by_option_and_by_its_own_name(home: Path) -> None:
+    ids = "5,9,70,3"
+    expected = with_peft(home / "base", home / "lora").generate(
+        input_ids=torch.tensor([[5, 9, 70, 3]]), max_new_tokens=4, do_sample=False
+    )[0, 4:]
+    options = ("--prompt-ids", ids, "--max-new-tokens", "4", "--ignore-eos", "--json")
+    for arguments in (("base", "--adapter", "lora"), ("lora",)):
+        done = surfw(home, "infer", *arguments, *options)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert (answer["model"], answer["adapter"]) == ("base", "lora")
+        assert answer["token_ids"] == expected.tolist()
+
+
+def test_an_adapter_is_listed_shown_and_needed(home: Path) -> None:
+    listed = surfw(home, "list")
+    assert "LoRA over base" in listed.stdout
+    assert "LoRA over base" in surfw(home, "show", "lora").stdout
+    assert json.loads(surfw(home, "show", "lora", "--json").stdout)["base"] == "base"
+    assert "base is the base of 1 adapter" in complaint(surfw(home, "rm", "base"))
+
+
+def test_chunk_and_serve_and_infer_explain_an_adapter_alike(home: Path) -> None:
+    folder = home / "lora"
+    text = (
+        f"{folder} is an adapter (adapter_config.json), no whole model: chunk its base first, and then the adapter "
+        f"over it, with surfw chunk {folder} --base NAME"
+    )
+    assert complaint(surfw(home, "chunk", str(folder))) == text
+    assert complaint(surfw(home, "infer", str(folder), "--prompt-ids", "1")) == text
+    served = surfw(home, "serve", str(folder), "--port", "0", "--quiet")
+    assert (served.returncode, text in served.stderr) == (1, True), served.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--dtype", "bfloat16"), "--dtype: is for whole models, and does not go with --base"),
+        (("--in-place",), "--in-place: is for whole models"),
+        (("--codec", "int8"), "--codec: adapters are not quantised"),
+    ],
+)
+def test_options_of_whole_models_do_not_go_with_a_base(home: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = surfw(home, "chunk", str(home / "lora"), "--base", "base", *arguments)
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr

@@ -1,0 +1,54 @@
+"""`surfw pull`, `list --cached`, `rm --cached` and `infer --offline`, against a real server that goes away."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from surfw.checkpoint import demo_checkpoint
+from tests.cli.run import complaint, surfw
+from tests.servers import serve
+
+
+def test_a_model_is_pulled_and_runs_when_its_server_is_gone(tmp_path: Path) -> None:
+    assert surfw(tmp_path, "chunk", str(demo_checkpoint()), "--name", "toy").returncode == 0
+    with serve(tmp_path / "store") as server:
+        pulled = json.loads(surfw(tmp_path, "pull", server.url, "--json").stdout)
+        again = json.loads(surfw(tmp_path, "pull", server.url, "--json").stdout)
+    assert pulled["model"] == "toy"
+    assert pulled["fetched_bytes"] == pulled["stored_bytes"] == again["stored_bytes"] > 0
+    assert again["fetched_bytes"] == 0
+
+    (listed,) = json.loads(surfw(tmp_path, "list", "--cached", "--json").stdout)["models"]
+    facts = listed["model"], listed["digest"], listed["sources"], listed["pinned"], listed["complete"]
+    assert facts == ("toy", pulled["digest"], [server.url], True, True)
+    shown = surfw(tmp_path, "list", "--cached").stdout
+    assert "toy" in shown
+    assert "all, pinned" in shown
+
+    infer = ("infer", "--source", server.url, "--prompt", "Weight streaming is", "--max-new-tokens", "3", "-q")
+    near = surfw(tmp_path, "infer", "--source", str(tmp_path / "store"), *infer[3:])
+    assert near.stdout.strip()
+    for offline in ("--offline", "--disk-cache=1GB"):  # HF_HUB_OFFLINE is set here
+        done = surfw(tmp_path, *infer, offline)
+        assert (done.returncode, done.stderr, done.stdout) == (0, "", near.stdout)
+    assert "no surfw server at" in complaint(surfw(tmp_path, *infer, "--retry-attempts", "1"))
+
+    assert json.loads(surfw(tmp_path, "rm", "toy", "--cached", "--json").stdout)["freed_bytes"] > 0
+    assert "0 models, 0 B in" in surfw(tmp_path, "list", "--cached").stdout
+    assert f"holds no model of {server.url}, and nothing is fetched offline" in complaint(
+        surfw(tmp_path, *infer, "--offline")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("infer", "--disk-cache", "20", "--prompt", "x"), "--disk-cache is 20, which is 20 bytes; did you mean 20GB?"),
+        (("pull", "./here"), "./here is on this machine, which needs no disk cache"),
+    ],
+)
+def test_mistakes(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    done = surfw(tmp_path, *arguments)
+    assert done.returncode == 2
+    assert said in " ".join(done.stderr.replace("│", " ").split())
