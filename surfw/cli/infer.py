@@ -14,6 +14,7 @@ import typer
 from surfw import tracing
 from surfw.cli import chat, infer_many, options
 from surfw.cli.addresses import Mistake
+from surfw.cli.guessing import Guessing
 from surfw.cli.streams import expect_utf8
 from surfw.cli.traced import writing_trace
 from surfw.config import display_url
@@ -89,6 +90,14 @@ def infer(
         Path | None,
         typer.Option(metavar="FILE", help="Write a timeline of the run there, for ui.perfetto.dev or stats --run."),
     ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Guess up to N tokens from the text so far, and check them in one pass."),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Have a smaller model guess: a name, a source, or self:int4."),
+    ] = None,
     configuration: options.Configuration,
     explain: Annotated[
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
@@ -110,9 +119,10 @@ def infer(
     )  # fmt: skip
     others: dict[str, object] = {
         "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json, "--pair": pair,
-        "--prompt-name": prompt_name, "--trace": trace,
+        "--prompt-name": prompt_name, "--trace": trace, "--prompt-lookup": prompt_lookup, "--draft": draft,
     }  # fmt: skip
     infer_many.check_together(many, others)
+    guessing = Guessing(prompt_lookup, draft)
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
     if place is not None:
@@ -127,10 +137,12 @@ def infer(
     settings = configuration.settings
     if explain and prompt is None and ids is None:
         view = choose_view("text", live=settings.live, json=True, quiet=quiet)
+        guessing.refuse("--explain without a prompt; give one")
         with writing_trace(trace):
-            _run(None, configuration, view, explain=True, json=json)
+            _run(None, configuration, view, guessing, explain=True, json=json)
         return
     if prompt is None and ids is None and trace is None and not json and chat.sees_person() and sys.stdout.isatty():
+        guessing.refuse("a chat, whose turns go on with a KV cache; give a prompt")
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
         return
     if explain and quiet and not json:
@@ -166,13 +178,14 @@ def infer(
         expect_prompt(manifest, ids)
 
     with writing_trace(trace):
-        _run(make_request, configuration, view, explain=explain, json=json, check=check)
+        _run(make_request, configuration, view, guessing, explain=explain, json=json, check=check)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
     view: "View",
+    guessing: Guessing,
     *,
     explain: bool,
     json: bool,
@@ -202,6 +215,7 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
+                guessing.begin(streaming, client, settings, view.phase)
                 seconds, queued = time.perf_counter() - start, queued_seconds()
                 opened = _Opened(streaming, source, seconds, queued, lambda: _ask_server(chosen, settings))
                 _answer(opened, make_request(), configuration, view, explain=explain, json=json)

@@ -9,7 +9,7 @@ parameters, and what has to be cast of their other tensors lies behind them.
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +19,7 @@ from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of
-from surfw.runtime import matrices
+from surfw.runtime import matrices, shared
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.packed import PackedParameter, packed_parameter
@@ -107,6 +107,20 @@ class Loader:
                 await in_thread(self._cast, chunk, scratch, buffer)
         self.forms.loaded(chunk.payload_bytes)
         return form.stored_bytes
+
+    def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | None:
+        """A buffer that another model has filled with this very chunk."""
+        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in chunk.forms)
+        return next((buffer for buffer in found if buffer is not None), None)
+
+    def share(self, chunk: Chunk, buffer: Buffer) -> None:
+        """Let other models have a buffer that holds a chunk, and nothing else from now on."""
+        shared.share(self._identity(chunk, self.forms.form(chunk), buffer.capacity_bytes), buffer)
+
+    def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int) -> Hashable | None:
+        if self._keeps_operands:  # which are made in the buffer
+            return None
+        return shared.identity(chunk, form, self.dtypes, capacity_bytes=capacity_bytes)
 
     async def map(self, chunk: Chunk) -> View | None:
         """The chunk's tensors where they are stored, if they can be used there as they are.
