@@ -281,8 +281,9 @@ def find_in_class(found: type, name: str) -> Any:
 PUBLIC = {
     "aiohttp", "botocore", "botocore.config", "botocore.session", "fsspec", "fsspec.asyn", "huggingface_hub", "s3fs",
     "torch", "torch.nn.functional", "torch.overrides", "torch.utils.hooks", "transformers", "typer", "urllib3",
-    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.exceptions",
-    "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing", "websockets.uri", "yarl",
+    "websockets.asyncio.client", "websockets.asyncio.server", "websockets.client", "websockets.datastructures",
+    "websockets.exceptions", "websockets.frames", "websockets.http11", "websockets.protocol", "websockets.typing",
+    "websockets.uri", "yarl",
 }  # fmt: skip
 """Modules of these libraries whose names are documented."""
 
