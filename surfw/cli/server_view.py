@@ -77,9 +77,9 @@ class ServerView:
             fitting = [part for part in parts if cell_len(part) < width]
             figures = [Text(line) for line in status_lines(fitting, width, most=max(1, height - count_lines(head)))]
         elif self.trend is not None and height is not None:
-            lately = [Text(), *self.trend.lines(width)]
-            if count_lines([*head, *figures, *lately]) + _LEAST_LISTS <= height:
-                figures += lately
+            lately = list(self.trend.lines(width))
+            if lately and count_lines([*head, *figures, Text(), *lately]) + _LEAST_LISTS <= height:
+                figures += [Text(), *lately]
         yield from head
         yield from figures
         clients, events = self.stats.get("connections", []), self.stats.get("events", [])
