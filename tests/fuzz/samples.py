@@ -4,7 +4,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 
-from surfw.manifest import SEAL_BYTES, Base, Form, Location, Manifest, ModelFile, Origin, Pin, payload_digest
+from surfw.manifest import (
+    SEAL_BYTES,
+    Base,
+    Chunk,
+    Form,
+    Location,
+    Manifest,
+    ModelFile,
+    Origin,
+    Pin,
+    TensorInfo,
+    payload_digest,
+)
 from surfw.manifest.parts import packed_bytes, plan_parts
 from tests.toys import toy_chunk, toy_manifest
 
@@ -42,6 +54,13 @@ def manifests() -> Iterator[Manifest]:
     yield toy_manifest([replace(matrix, forms=(packed,))])
     sealed = replace(form, seals=bytes(SEAL_BYTES))
     yield replace(toy_manifest([replace(chunk, forms=(sealed,))]), key_id="0123456789abcdef" * 2)
+    slices = (
+        TensorInfo("layers.0.experts.up[0]", "U8", (2, 4), 0),
+        TensorInfo("layers.0.experts.down[0]", "U8", (4,), 8),
+    )
+    held = Form("none", 12, payload_digest(bytes(12)), bytes(32))
+    expert = Chunk("layers.0.experts[0]", "expert", payload_digest(bytes(12)), 12, slices, (held,))
+    yield replace(plain, chunks=(*plain.chunks, expert))
     yield replace(plain, base=Base("org/base", "0" * 64), config={"r": 8, "lora_alpha": 16, "peft_type": "LORA"})
 
 
