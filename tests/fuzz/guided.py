@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import resource
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -37,7 +38,7 @@ def main(name: str, arguments: list[str]) -> None:
     gc.collect()
     gc.freeze()
     limit = _address_space() + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def change(data: bytes, most_bytes: int, seed: int) -> bytes:
@@ -49,8 +50,16 @@ def main(name: str, arguments: list[str]) -> None:
         parser.accepts(data)
 
     options: dict[str, Any] = {"custom_mutator": change}
-    atheris.Setup([f"fuzz-{name}", *arguments], test, **options)
+    atheris.Setup([_program(name, Path.cwd()), *arguments], test, **options)
     atheris.Fuzz()
+
+
+def _program(name: str, folder: Path) -> str:
+    """What libFuzzer starts where it wants one more process, as for a merge: this program as an executable file."""
+    file = folder / f"{name}.sh"
+    file.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m tests.fuzz.guided {name} "$@"\n')
+    file.chmod(0o700)
+    return str(file)
 
 
 def _address_space() -> int:

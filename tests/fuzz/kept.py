@@ -9,7 +9,7 @@ from pathlib import Path
 
 _HERE = Path(__file__).parent
 MOST_KEPT, _LONGEST = 40, 1000
-"""So many inputs of each parser are kept, the shortest first, and none that is longer."""
+"""So many inputs of each parser are kept, of all lengths up to this."""
 
 
 def cases(name: str) -> list[bytes]:
@@ -24,7 +24,8 @@ def kept(name: str) -> list[bytes]:
 
 def keep(name: str, inputs: Iterable[bytes]) -> int:
     """Replace the kept corpus of a parser; return how many inputs it has now."""
-    chosen = sorted({one for one in inputs if len(one) <= _LONGEST}, key=lambda one: (len(one), one))[:MOST_KEPT]
+    chosen = sorted({one for one in inputs if len(one) <= _LONGEST}, key=lambda one: (len(one), one))
+    chosen = chosen[:: -(-len(chosen) // MOST_KEPT) or 1]
     (_HERE / "kept" / f"{name}.txt").write_text("".join(f"{_write(one)}\n" for one in chosen))
     return len(chosen)
 
