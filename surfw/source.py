@@ -405,3 +405,83 @@ class ChunkSource(ABC):
     ) -> None:
         """Close."""
         await self.close()
+
+
+class SourceInFront(ChunkSource):
+    """A source in front of another one: what a subclass does not do otherwise, it hands on."""
+
+    def __init__(self, source: ChunkSource) -> None:
+        """Stand in front of that source."""
+        self._source = source
+
+    async def models(self) -> list[str]:
+        """The names of all models."""
+        return await self._source.models()
+
+    async def resolve(self, name: str | None) -> str:
+        """The full name of a model."""
+        return await self._source.resolve(name)
+
+    async def manifest(self, model: str) -> Manifest:
+        """The manifest of a model."""
+        return await self._source.manifest(model)
+
+    async def file(self, manifest: Manifest, path: str) -> bytes:
+        """A tokenizer file."""
+        return await self._source.file(manifest, path)
+
+    async def fetch(self, manifest: Manifest, reads: Sequence[Read], *, priority: int = 0) -> None:
+        """Fill every read's destination."""
+        await self._source.fetch(manifest, reads, priority=priority)
+
+    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
+        """Tell the source."""
+        await self._source.announce(manifest, cycle, kept)
+
+    async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
+        """The form's bytes where they are stored."""
+        return await self._source.view(manifest, chunk, form)
+
+    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
+        """The digests of a chunk that its manifest lacks."""
+        return await self._source.digests(manifest, chunk)
+
+    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
+        """Have the form near by, if the source can."""
+        return await self._source.keep(manifest, chunk, form, priority=priority)
+
+    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
+        """The forms of a chunk that are near by."""
+        return self._source.near(manifest, chunk)
+
+    def expect_readable(self, manifest: Manifest) -> None:
+        """Check that the source has the key of an encrypted model."""
+        self._source.expect_readable(manifest)
+
+    def identify(self, manifest: Manifest, payload: memoryview) -> str:
+        """The id of a chunk with this payload."""
+        return self._source.identify(manifest, payload)
+
+    @property
+    def buffered_bytes(self) -> int:
+        """The most memory that fetching takes besides the destinations."""
+        return self._source.buffered_bytes
+
+    @property
+    def waiting(self) -> Waiting | None:
+        """What keeps the source waiting."""
+        return self._source.waiting
+
+    @property
+    def refetched_blocks(self) -> int:
+        """Blocks that arrived damaged and were fetched again."""
+        return self._source.refetched_blocks
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Stored bytes delivered so far."""
+        return self._source.fetched_bytes
+
+    async def close(self) -> None:
+        """Close the source."""
+        await self._source.close()

@@ -1,5 +1,6 @@
 """`surfw infer --prompts FILE`: many prompts as JSON lines, and their answers as JSON lines."""
 
+import itertools
 import json
 import os
 import sys
@@ -205,7 +206,7 @@ class _Run:
                 yield question.request
 
     def _questions(self, lines: IO[bytes], seen: dict[str, int], shared: "InferenceRequest") -> Iterator[_Question]:
-        for number in _numbers():
+        for number in itertools.count(1):
             line = lines.readline(_MOST_LINE_BYTES + 1)
             if not line:
                 return
@@ -310,13 +311,6 @@ def _read_settings(own: object, found: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(one, int) and not isinstance(one, bool) for one in given.get("prompt_ids", ())):
         raise _LineError("prompt_ids are whole numbers")
     return given
-
-
-def _numbers() -> Iterator[int]:
-    number = 0
-    while True:
-        number += 1
-        yield number
 
 
 @contextmanager

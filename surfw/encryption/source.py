@@ -13,19 +13,19 @@ from dataclasses import replace
 from surfw.config import BLOCK_BYTES
 from surfw.encryption.keys import EncryptionKey, WrongSealError
 from surfw.errors import ConfigurationError, IntegrityError
-from surfw.manifest import Chunk, Digests, Form, Manifest
-from surfw.source import ChunkSource, Read, View, Waiting
+from surfw.manifest import Chunk, Form, Manifest
+from surfw.source import ChunkSource, Read, SourceInFront, View
 from surfw.threads import in_thread
 
 logger = logging.getLogger("surfw.encryption")
 
 
-class DecryptingSource(ChunkSource):
+class DecryptingSource(SourceInFront):
     """A source, and the key of its encrypted models; models that are not encrypted are read as they are."""
 
     def __init__(self, source: ChunkSource, key: EncryptionKey) -> None:
         """Read from a source, which is closed with this."""
-        self._source = source
+        super().__init__(source)
         self._key = key
         self._told: set[str] = set()  # models that the key is not needed for
 
@@ -33,39 +33,6 @@ class DecryptingSource(ChunkSource):
     def url(self) -> str:  # type: ignore[override]
         """The place that the bytes come from."""
         return self._source.url
-
-    async def models(self) -> list[str]:
-        """The names of all models."""
-        return await self._source.models()
-
-    async def resolve(self, name: str | None) -> str:
-        """The full name of a model."""
-        return await self._source.resolve(name)
-
-    async def manifest(self, model: str) -> Manifest:
-        """The manifest of a model."""
-        return await self._source.manifest(model)
-
-    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that its manifest lacks."""
-        return await self._source.digests(manifest, chunk)
-
-    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
-        """Have the form near by, encrypted, if the source can."""
-        return await self._source.keep(manifest, chunk, form, priority=priority)
-
-    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are near by."""
-        return self._source.near(manifest, chunk)
-
-    @property
-    def waiting(self) -> Waiting | None:
-        """What keeps the source waiting."""
-        return self._source.waiting
-
-    async def file(self, manifest: Manifest, path: str) -> bytes:
-        """A tokenizer file; those are not encrypted."""
-        return await self._source.file(manifest, path)
 
     def expect_readable(self, manifest: Manifest) -> None:
         """Check that this is the key of a model; say so where a model is not encrypted at all.
@@ -106,32 +73,9 @@ class DecryptingSource(ChunkSource):
         for work in works:
             work.expect_right(self.url)
 
-    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell the source."""
-        await self._source.announce(manifest, cycle, kept)
-
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes where they are stored; None where they are encrypted."""
         return None if form.seals else await self._source.view(manifest, chunk, form)
-
-    @property
-    def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations."""
-        return self._source.buffered_bytes
-
-    @property
-    def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
-        return self._source.refetched_blocks
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Stored bytes delivered so far."""
-        return self._source.fetched_bytes
-
-    async def close(self) -> None:
-        """Close the source."""
-        await self._source.close()
 
 
 def _finish(works: Sequence["_Opening"]) -> None:

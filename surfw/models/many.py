@@ -203,7 +203,7 @@ def answer_many(
                 on_result(ManyResult(index=longest.index, error=str(exc)))
                 continue
             try:
-                with _Batch(model, tokenizer, shared, room) as batch:
+                with _Batch(model, shared, room) as batch:
                     answering.run(batch, waiting, parts.engine.check)
             finally:
                 parts.kv.reserve_bytes(0)
@@ -238,12 +238,10 @@ class _Room:
     Attributes:
         sequences: how many run together.
         pages: of `PAGE_TOKENS` each, for all of them.
-        size_bytes: of the cache, and of what a pass copies of it.
     """
 
     sequences: int
     pages: int
-    size_bytes: int
 
 
 def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, longest_tokens: int) -> _Room:
@@ -267,9 +265,8 @@ def find_room(model: StreamingBaseModel, parts: ModelParts, sequences: int, long
                 f"tokens within a memory budget of {format_size(budget)}; give {format_size(least)}, or ask for fewer "
                 "tokens (max_new_tokens)"
             )
-    size_bytes = (room + _SPARE_PAGES) * cost
-    parts.kv.reserve_bytes(size_bytes)
-    return _Room(min(sequences, room // each), room, size_bytes)
+    parts.kv.reserve_bytes((room + _SPARE_PAGES) * cost)
+    return _Room(min(sequences, room // each), room)
 
 
 def _page_bytes(model: StreamingBaseModel) -> int:
@@ -286,15 +283,9 @@ def _page_bytes(model: StreamingBaseModel) -> int:
 class _Batch:
     """Sequences that run together, by transformers' scheduler; a context that leaves the model as it was."""
 
-    def __init__(
-        self,
-        model: StreamingBaseModel,
-        tokenizer: PreTrainedTokenizerBase | None,
-        shared: InferenceRequest,
-        room: _Room,
-    ) -> None:
+    def __init__(self, model: StreamingBaseModel, shared: InferenceRequest, room: _Room) -> None:
         """Set up the scheduler, and the cache."""
-        self._model, self._tokenizer, self._shared, self._room = model, tokenizer, shared, room
+        self._room = room
         self._inner = inner = cast("Any", model.model)
         self._running: dict[str, _Sequence] = {}
         config = generation_config(self._inner.generation_config, shared)
@@ -460,9 +451,12 @@ class _Answering:
         if self._on_tokens is not None and len(tokens) > sequence.told:
             is_wanted = self._on_tokens(sequence.index, tokens[sequence.told :]) is not False
             sequence.told = len(tokens)
+        is_over, stops = ended or not is_wanted, sequence.request.stop
+        if not is_over and not stops:
+            return False
         text = str(self._tokenizer.decode(tokens, skip_special_tokens=True)) if self._tokenizer is not None else ""
-        at = [place for one in sequence.request.stop if (place := text.find(one)) >= 0]
-        if not ended and not at and is_wanted:
+        at = [place for one in stops if (place := text.find(one)) >= 0]
+        if not is_over and not at:
             return False
         if at:
             text = text[: min(at)]

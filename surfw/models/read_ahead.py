@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from surfw.codec import choose_form, for_run
 from surfw.config import MB, CodecChoice
 from surfw.errors import ConfigurationError
-from surfw.manifest import Chunk, Digests, Form, Manifest
+from surfw.manifest import Chunk, Form, Manifest
 from surfw.models.client import WeightClient
 from surfw.models.places import Place
 from surfw.runtime.buffers import Buffer
 from surfw.runtime.memory import find_default_budget
-from surfw.source import ChunkSource, Read, View, Waiting, check_pin, find_base, split_pin
+from surfw.source import ChunkSource, Read, SourceInFront, View, check_pin, find_base, split_pin
 from surfw.storage.origins import is_local_url
 from surfw.threads import cancel_all
 
@@ -45,7 +45,7 @@ _KEPT_SHARE = 8
 """What is read into memory of our own counts as in use when the model's budget is calculated: a small part of it."""
 
 
-class ReadAhead(ChunkSource):
+class ReadAhead(SourceInFront):
     """A source, and what was read ahead of one of its models."""
 
     def __init__(
@@ -69,7 +69,7 @@ class ReadAhead(ChunkSource):
             goes_on: whether chunks are brought to a disk cache also while the model runs.
         """
         self.url = source.url
-        self._source = source
+        super().__init__(source)
         self._manifest = for_run(manifest, codec, where=source.url)
         self._wanted = wanted
         self._name = adapter or manifest.name
@@ -123,10 +123,6 @@ class ReadAhead(ChunkSource):
             await self._source.fetch(self._manifest, [read], priority=priority)
             return View(memory, lambda: None, is_mapped=False)
 
-    async def models(self) -> list[str]:
-        """The names of all models."""
-        return await self._source.models()
-
     async def resolve(self, name: str | None) -> str:
         """The full name of a model."""
         return self._name if name == self._wanted else await self._source.resolve(name)
@@ -139,30 +135,6 @@ class ReadAhead(ChunkSource):
         """A tokenizer file, which may have been read."""
         task = self._files.pop(path, None) if manifest is self._manifest else None
         return await (task or self._source.file(manifest, path))
-
-    def expect_readable(self, manifest: Manifest) -> None:
-        """Check that the source has the key of an encrypted model."""
-        self._source.expect_readable(manifest)
-
-    def identify(self, manifest: Manifest, payload: memoryview) -> str:
-        """The id of a chunk with this payload."""
-        return self._source.identify(manifest, payload)
-
-    async def announce(self, manifest: Manifest, cycle: Sequence[Chunk], kept: Sequence[Chunk]) -> None:
-        """Tell the source."""
-        await self._source.announce(manifest, cycle, kept)
-
-    async def digests(self, manifest: Manifest, chunk: Chunk) -> Digests | None:
-        """The digests of a chunk that its manifest lacks."""
-        return await self._source.digests(manifest, chunk)
-
-    async def keep(self, manifest: Manifest, chunk: Chunk, form: Form, *, priority: int = 0) -> bool:
-        """Have the form near by, if the source can."""
-        return await self._source.keep(manifest, chunk, form, priority=priority)
-
-    def near(self, manifest: Manifest, chunk: Chunk) -> tuple[Form, ...]:
-        """The forms of a chunk that are near by."""
-        return self._source.near(manifest, chunk)
 
     async def view(self, manifest: Manifest, chunk: Chunk, form: Form) -> View | None:
         """The form's bytes, which may have been read."""
@@ -181,26 +153,6 @@ class ReadAhead(ChunkSource):
         if on_disk:
             self._kept.clear()
         await cancel_all(tasks)
-
-    @property
-    def buffered_bytes(self) -> int:
-        """The most memory that fetching takes besides the destinations."""
-        return self._source.buffered_bytes
-
-    @property
-    def waiting(self) -> Waiting | None:
-        """What keeps the source waiting."""
-        return self._source.waiting
-
-    @property
-    def refetched_blocks(self) -> int:
-        """Blocks that arrived damaged and were fetched again."""
-        return self._source.refetched_blocks
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Stored bytes delivered so far."""
-        return self._source.fetched_bytes
 
     async def close(self) -> None:
         """Stop reading, and close the source."""
