@@ -77,6 +77,8 @@ class ExpertPool:
         table: which experts are there.
         is_ahead: as given.
         on_cramped: called when what `afford` was asked for is to be given back.
+        read_whole: paths of modules that multiply absent experts by zero, so that these have to be numbers: there,
+            nothing is loaded ahead.
         tokens: how many the first module has seen, about.
     """
 
@@ -123,6 +125,7 @@ class ExpertPool:
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._warm_turns, self._guess_turns = asyncio.Semaphore(_WARM_AT_A_TIME), asyncio.Semaphore(_GUESSES_AT_A_TIME)
         self.on_cramped: Callable[[], object] = lambda: None
+        self.read_whole: set[str] = set()
         self.tokens = 0
         self._aside = 0  # bytes of the budget that are used for something else
         modules = [len(one.experts.chunks) * one.arena.size_bytes for one in self._stacks.values()]
@@ -154,7 +157,8 @@ class ExpertPool:
         with self._lock:
             for key in self._waiting.keys() & keys:
                 self._loads[key].cancel()  # it is not on its way yet: now it goes first
-        self._wait_for_ends(keys)
+            written = list(self._loads) if path in self.read_whole else keys
+        self._wait_for_ends(written)
         with self._lock:
             self.table.note(path, counts)
             self._compare(path, used)
@@ -231,7 +235,8 @@ class ExpertPool:
         with self._lock:
             for path, known in counts.items():
                 self.table.remember(path, known)
-            self._obey(self.table.admit(self.table.worthiest()), self._warm_turns)
+            wanted = [key for key in self.table.worthiest() if key[0] not in self.read_whole]
+            self._obey(self.table.admit(wanted), self._warm_turns)
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of a whole stack, which is the caller's own; what is kept stays as it was.

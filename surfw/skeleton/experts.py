@@ -40,6 +40,11 @@ class ExpertModule:
     slots: tuple[Slot, ...]
     count: int
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether a forward multiplies with all experts, by zeros for those that it does not use."""
+        return type(self.module).__name__ in _SPREAD
+
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Choice, list[int]]:
         """Which experts a forward with these arguments uses.
 
@@ -52,7 +57,7 @@ class ExpertModule:
 
     def _counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
         everything = [1] * self.count
-        if type(self.module).__name__ in _SPREAD:
+        if self.reads_all:
             inputs = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(inputs, torch.Tensor) or inputs.numel() % self.count:
                 return everything
