@@ -224,7 +224,6 @@ def _plan_model(
     on_step("importing torch and transformers")
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
-    from surfw.skeleton.experts import experts_in
     from surfw.skeleton.loading import plan_loading
     from surfw.skeleton.units import matrices_of
 
@@ -251,13 +250,7 @@ def _plan_model(
         as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
         copy_of = recipe.sources[0] if as_it_is else None
         tensors[target] = PlannedTensor(info, copy_of, target in matrices, recipe.start)
-    units = [
-        UnitFacts(
-            unit.path, unit.kind, tuple(slot.name for slot in unit.slots), experts_in(skeleton.experts.values(), unit)
-        )
-        for unit in skeleton.units
-    ]
-    plan = plan_chunks(units, tensors, loading.ties)
+    plan = plan_chunks(unit_facts(skeleton), tensors, loading.ties)
     if not plan.chunks:
         raise UnsupportedModelError(
             f"{where} has no tensor that {cls.__name__} has a place for; check its architectures"
@@ -329,6 +322,17 @@ def find_matrices(manifest: Manifest) -> frozenset[str]:
     from surfw.skeleton.units import matrices_of
 
     return matrices_of(skeleton_of(manifest).units, manifest.ties)
+
+
+def unit_facts(skeleton: "Skeleton") -> list[UnitFacts]:
+    """What planning has to know of a model's units."""
+    from surfw.skeleton.experts import experts_in
+
+    experts = skeleton.experts.values()
+    return [
+        UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots), experts_in(experts, unit))
+        for unit in skeleton.units
+    ]
 
 
 def skeleton_of(manifest: Manifest) -> "Skeleton":
