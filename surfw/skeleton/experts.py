@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surfw.manifest import slice_name
 from surfw.skeleton.units import Slot, Unit
 
 _SPREAD = frozenset({"Llama4TextExperts"})
@@ -83,6 +84,18 @@ def find_experts(model: nn.Module) -> Iterator[ExpertModule]:
         found = expert_module(path, module)
         if found is not None and found.count > 1:
             yield found
+
+
+def expert_matrices(modules: Iterable[ExpertModule]) -> frozenset[str]:
+    """The slices of stacks that are multiplied with as the weight of `torch.nn.Linear` is: rows are outputs."""
+    return frozenset(
+        slice_name(slot.name, index)
+        for one in modules
+        if _is_routed(one.module) and not one.module.is_transposed
+        for slot in one.slots
+        if slot.tensor.dim() == 3
+        for index in range(one.count)
+    )
 
 
 def experts_in(modules: Iterable[ExpertModule], unit: Unit) -> dict[str, list[str]]:
