@@ -15,6 +15,8 @@ import torch
 from surfw.runtime.absent import AbsentBuffer, AbsentParameter, Load
 from surfw.runtime.packed import values_of
 
+_GROUPED = getattr(torch.nn.functional, "grouped_mm", None)  # torch 2.10
+
 Expert = Callable[[int], torch.Tensor]
 """The matrix of an expert that is in memory, packed or not, of shape (out, in)."""
 
@@ -69,7 +71,7 @@ def _transposed(stack: ExpertStack) -> AbsentBuffer:
 
 def _compute(expert: Expert, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Products of groups of rows: as torch's `grouped_mm`; NotImplemented for anything else."""
-    if function is not torch.nn.functional.grouped_mm or len(args) != 2 or kwargs.keys() != {"offs"}:
+    if function is not _GROUPED or len(args) != 2 or kwargs.keys() != {"offs"}:
         return NotImplemented
     rows, start, products = args[0], 0, []
     for index, stop in enumerate(kwargs["offs"].tolist()):
