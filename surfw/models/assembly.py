@@ -41,6 +41,7 @@ from surfw.runtime.loader import Loader, buffer_bytes, device_scratch_bytes, hel
 from surfw.runtime.matrices import kernel_of
 from surfw.runtime.memory import MemoryClaim, deciding, find_default_budget, read_smallest_limit, rss_bytes
 from surfw.runtime.plan import Limit, Needs, describe_needs, needs_behind, plan_residency
+from surfw.runtime.pressure import Yielder, watch
 from surfw.runtime.rows import StreamedTables, TableUnit, tables_of
 from surfw.runtime.run import IoThread
 from surfw.runtime.schedule import Phases, Schedule
@@ -73,6 +74,7 @@ class ModelParts:
         model: transformers' own model, in evaluation mode, its weights absent.
         layers: names of the chunks that are layers, in the order they run.
         claim: what the other models of the process know of its memory.
+        yielder: gives memory back where it runs short.
         base_bytes: resident memory of the process before the first of the model's weights came.
     """
 
@@ -87,6 +89,7 @@ class ModelParts:
     kv: KvReserve
     adapters: Adapters
     claim: MemoryClaim
+    yielder: Yielder
     base_bytes: int
 
     @property
@@ -134,6 +137,7 @@ class ModelParts:
                 last.callback(keep_usage, self.manifest, ExpertUsage(tokens, pool.counts()))
             last.callback(self.claim.close)
             last.callback(self.engine.close)
+            watch.remove(self.yielder)
             self.adapters.close()
             self.kv.close()
             self.tables.clear()
@@ -221,6 +225,7 @@ def assemble(
         ),
         adapters=adapters,
         claim=claim,
+        yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
     if adapter is not None:
@@ -232,6 +237,7 @@ def assemble(
     engine.warm()
     if settings.prefetch and manifest.experts and (usage := read_usage(manifest)):
         engine.experts.warm(usage.counts)
+    watch.add(parts.yielder)
     return parts
 
 

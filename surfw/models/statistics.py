@@ -8,6 +8,7 @@ from surfw.config import MB
 from surfw.metrics import Metrics, hit_rate
 from surfw.models.assembly import LimitedBy, ModelParts
 from surfw.models.progress import Outage, Progress
+from surfw.models.speculation import Speculation, SpeculationFacts
 
 
 class CacheInfo(TypedDict):
@@ -107,13 +108,17 @@ class ExpertCounts(TypedDict):
 
 
 class Statistics(TypedDict):
-    """All statistics; `plan` is None for a model that is not open, `experts` for one that is no mixture."""
+    """All statistics; `plan` is None for a model that is not open.
+
+    `experts` is None for one that is no mixture, `speculation` for one that does not guess.
+    """
 
     cache: CacheCounts
     time: RunTimes
     fetch_latency_seconds: dict[str, float]
     plan: PlanFacts | None
     experts: ExpertCounts | None
+    speculation: SpeculationFacts | None
 
 
 def cache_info(metrics: Metrics, parts: ModelParts | None, cache_size: int) -> CacheInfo:
@@ -142,7 +147,9 @@ def inference_stats(metrics: Metrics) -> InferenceStats:
     }
 
 
-def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks: int) -> Statistics:
+def full_statistics(
+    metrics: Metrics, parts: ModelParts | None, refetched_blocks: int, speculation: Speculation | None = None
+) -> Statistics:
     """All statistics, in the form that `surfw infer --json` prints."""
     hits, misses = _counts(metrics)
     return {
@@ -168,6 +175,7 @@ def full_statistics(metrics: Metrics, parts: ModelParts | None, refetched_blocks
         "fetch_latency_seconds": metrics.latency("fetch").percentiles(50, 95),
         "plan": _plan_facts(metrics, parts) if parts else None,
         "experts": _expert_counts(metrics, parts) if parts and parts.manifest.experts else None,
+        "speculation": speculation.facts() if speculation is not None else None,
     }
 
 

@@ -47,12 +47,13 @@ class Buffer:
 
     Attributes:
         is_locked: whether a device has locked its pages, so that it can read them itself.
+        is_shared: whether several models may hold it, so that nobody writes to it again.
     """
 
     def __init__(self, size_bytes: int) -> None:
         """Map at least `size_bytes`."""
         self.capacity_bytes = buffer_capacity(size_bytes)
-        self.is_locked = False
+        self.is_locked = self.is_shared = False
         huge_bytes = size_bytes // _HUGE * _HUGE
         mapped_bytes = -(-size_bytes // _HUGE) * _HUGE if huge_bytes else self.capacity_bytes  # whole, to be aligned
         try:

@@ -109,6 +109,10 @@ class DeviceEngine(Engine):
             self.below.close()
             self.device.close()
 
+    def shrink(self, size_bytes: int) -> tuple[int, int] | None:
+        """As of `Engine`, of host memory."""
+        return self.below.shrink(size_bytes)
+
     @property
     def claimed_bytes(self) -> int:
         """As of `Engine`, of host memory."""

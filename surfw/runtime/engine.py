@@ -14,7 +14,7 @@ is not used for another chunk; a failed load is reported to the one who needs th
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from surfw import tracing
 from surfw.config import MIB, format_size
 from surfw.errors import ConfigurationError, ModelClosedError
 from surfw.manifest import Manifest, Use
@@ -314,6 +315,11 @@ class Engine:
                 self._obey(self.table.fetch(names))
             return [(name, self.host[name].load) for name in names if name in self.table]
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget all chunks that are not in use but these."""
+        with self._lock:
+            self._obey(self.table.clear(names))
+
     def clear(self) -> None:
         """Forget every chunk that is not in use, and give its memory back."""
         with self._lock:
@@ -417,6 +423,22 @@ class Engine:
             self._replan(self._needs, limit)
             self.host.spare.clear()
 
+    def shrink(self, size_bytes: int) -> tuple[int, int] | None:
+        """Run with about so many bytes less from now on, or with as many less as there can be.
+
+        Returns:
+            The budget before and now, in bytes; None if nothing can be given back: what is mapped is not our own, and
+            the model needs the rest.
+        """
+        with self._lock:
+            before = min(self.claimed_bytes, self.limit.budget_bytes or self.claimed_bytes)
+            now = max(before - size_bytes, self.least_budget_bytes)
+            is_mapped = self.plan.everything_fits and 2 * self.host.anonymous_bytes < before
+            if self._closed or is_mapped or now >= before:
+                return None
+            self.relimit(replace(self.limit, cache_layers=None, budget_bytes=now))
+            return before, now
+
     # What is in memory.
 
     def resident(self) -> list[str]:
@@ -478,7 +500,7 @@ class Engine:
             return True
 
     def _wait(self, load: Future[None]) -> None:
-        with self.metrics.span("stall"):
+        with self.metrics.span("stall"), tracing.span("stall", "stall", layer=self.reached):
             self._run.wait_for(load)
 
     def _learn(self, module: str) -> None:

@@ -9,16 +9,17 @@ parameters, and what has to be cast of their other tensors lies behind them.
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 
+from surfw import tracing
 from surfw.codec.lossless import DECODERS, FrameDecoder, decoders
 from surfw.config import ALIGNMENT, BLOCK_BYTES, MIB, aligned
 from surfw.errors import IntegrityError
 from surfw.manifest import Chunk, Form, Manifest, Part, parts_of
-from surfw.runtime import matrices
+from surfw.runtime import matrices, shared
 from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout, spread
 from surfw.runtime.forms import FormChoice
 from surfw.runtime.packed import PackedParameter, packed_parameter
@@ -107,6 +108,20 @@ class Loader:
         self.forms.loaded(chunk.payload_bytes)
         return form.stored_bytes
 
+    def find_shared(self, chunk: Chunk, capacity_bytes: int) -> Buffer | None:
+        """A buffer that another model has filled with this very chunk."""
+        found = (shared.find(self._identity(chunk, form, capacity_bytes)) for form in chunk.forms)
+        return next((buffer for buffer in found if buffer is not None), None)
+
+    def share(self, chunk: Chunk, buffer: Buffer) -> None:
+        """Let other models have a buffer that holds a chunk, and nothing else from now on."""
+        shared.share(self._identity(chunk, self.forms.form(chunk), buffer.capacity_bytes), buffer)
+
+    def _identity(self, chunk: Chunk, form: Form, capacity_bytes: int) -> Hashable | None:
+        if self._keeps_operands:  # which are made in the buffer
+            return None
+        return shared.identity(chunk, form, self.dtypes, capacity_bytes=capacity_bytes)
+
     async def map(self, chunk: Chunk) -> View | None:
         """The chunk's tensors where they are stored, if they can be used there as they are.
 
@@ -167,7 +182,9 @@ class Loader:
     async def _fetch(self, read: Read, priority: int, *, in_pieces: bool) -> None:
         """One part of a chunk; where it is one of many small pieces, one at a time."""
         async with self._piece_turn if in_pieces else nullcontext():
-            with self.forms.reading.transfer(read.stop - read.start):
+            size_bytes = read.stop - read.start
+            about = {"layer": read.chunk.name, "bytes": size_bytes, "form": read.form.codec, "tier": "host"}
+            with self.forms.reading.transfer(size_bytes), tracing.span("fetch", f"fetch {read.chunk.name}", **about):
                 await self.source.fetch(self.manifest, [read], priority=priority)
 
     async def _read_coded(
@@ -212,7 +229,8 @@ class Loader:
         async with self._decode_turn:
             if not self.forms.decoding.bytes:  # the threads have begun before time counts
                 await to_its_end(asyncio.gather(*(loop.run_in_executor(self._decoders, int) for _ in range(DECODERS))))
-            with self.forms.decode(size_bytes):
+            about = {"layer": chunk.name, "bytes": size_bytes, "tier": "host"}
+            with self.forms.decode(size_bytes), tracing.span("decode", f"decode {chunk.name}", **about):
                 works = [loop.run_in_executor(self._decoders, decoder.decode, arrived) for _ in range(DECODERS)]
                 try:
                     await to_its_end(_all(works))
