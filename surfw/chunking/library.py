@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from surfw.chunking.adapter import prepare_adapter, read_base
 from surfw.chunking.prepare import PreparedModel, prepare_model
@@ -45,6 +45,16 @@ class ModelInfo:
     store: str
 
 
+def _takes_only_experts(quantize: str, codecs: Sequence[str]) -> bool:
+    if quantize not in {"all", "experts"}:
+        raise ConfigurationError(f"quantize is {quantize!r}, expected 'all' or 'experts'")
+    if quantize == "experts" and not set(codecs).intersection(PACKED_CODECS):
+        raise ConfigurationError(
+            "quantize='experts' says what int8 and int4 take; name one of them in codecs, or leave it out"
+        )
+    return quantize == "experts"
+
+
 class ModelChunker:
     """Cuts one checkpoint into chunks by layer, and writes them into a store."""
 
@@ -63,6 +73,7 @@ class ModelChunker:
         model_class: Any = None,
         on_missing: OnMissing = "error",
         codecs: Sequence[str] = DEFAULT_CODECS,
+        quantize: Literal["all", "experts"] = "all",
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
@@ -87,6 +98,7 @@ class ModelChunker:
             on_missing: `error`, or `uninitialized`: chunk a checkpoint that lacks weights of its class.
             codecs: the forms to store of each chunk: `none`, `lossless`, and `int8` and `int4`, which are not exact.
                 Beside `none`, `lossless` is kept where it is at least 10 % smaller.
+            quantize: which matrices `int8` and `int4` take: all, or only those of the experts of a mixture.
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
             encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
@@ -118,6 +130,7 @@ class ModelChunker:
         self._backend = storage_backend
         self._output_dir = os.fspath(DEFAULT_OUTPUT_DIR if output_dir is None else output_dir)
         self._codecs = check_codecs(codecs)
+        self._only_experts = _takes_only_experts(quantize, self._codecs)
         self._key = None if encryption_key_file is None else read_key(encryption_key_file)
         self._progress = progress or (lambda *_: None)
         self._base = base
@@ -161,7 +174,11 @@ class ModelChunker:
         try:
             with await self._prepare_in_thread(backend) as prepared:
                 manifest = await write_model(
-                    prepared, backend, codecs=self._codecs, key=self._key, progress=self._progress
+                    prepared.only_experts() if self._only_experts else prepared,
+                    backend,
+                    codecs=self._codecs,
+                    key=self._key,
+                    progress=self._progress,
                 )
         finally:
             if self._backend is None:

@@ -4,7 +4,7 @@ Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the com
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ class _Wanted:
     dtype: str | None
     dequantize: str | None
     codecs: tuple[str, ...]
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
     dry_run: bool
@@ -93,6 +94,12 @@ def chunk(
             metavar="NAMES",
             help="Forms to store: none, lossless, int8, int4, or several with commas; int8 and int4 are not exact. "
             "[default: none, and lossless where that is at least 10 % smaller]",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="What int8 and int4 take: all matrices, or experts (of a mixture). [default: all]"
         ),
     ] = None,
     source: Annotated[
@@ -138,8 +145,8 @@ def chunk(
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
         "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
-        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
-        "--encrypt": encrypt is not None,
+        "--quantize": quantize is not None, "--base": base is not None, "--from": source is not None,
+        "--in-place": in_place, "--encrypt": encrypt is not None,
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
     if task := _only_task(tasks, model=model, dry_run=dry_run, chunking=chunking):
@@ -157,7 +164,8 @@ def chunk(
 
         codecs = None if codec is None else _read_codecs(codec)
         wanted_copy = Copy(
-            model=model, source=source, name=name, codecs=codecs, encrypt=encrypt, key=_read_key(encrypt),
+            model=model, source=source, name=name, codecs=codecs,
+            only_experts=_read_quantize(quantize, codecs or ()), encrypt=encrypt, key=_read_key(encrypt),
             dry_run=dry_run,
         )  # fmt: skip
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
@@ -168,7 +176,7 @@ def chunk(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     if base is not None:
-        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing", "--encrypt"):
+        for option in ("--dtype", "--dequantize", "--quantize", "--in-place", "--on-missing", "--encrypt"):
             _refuse_with("--base", option, chunking, "whole models")
         _chunk_adapter(
             settings, model=model, base=base, name=name, revision=revision, codec=codec, dry_run=dry_run, json=json,
@@ -183,10 +191,11 @@ def chunk(
         raise typer.BadParameter(
             "encrypts what is stored, and nothing is with --in-place; leave one of them out", param_hint="--encrypt"
         )
+    codecs = ("none",) if in_place else _read_codecs(codec)
     wanted = _Wanted(
         model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
-        key=_read_key(encrypt),
-        codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
+        key=_read_key(encrypt), codecs=codecs, only_experts=_read_quantize(quantize, codecs), dry_run=dry_run,
+        in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
         _chunk(wanted, settings, step, json=json, quiet=quiet)
@@ -246,6 +255,25 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
+def _read_quantize(what: str | None, codecs: Sequence[str]) -> bool:
+    """Whether only experts are quantised.
+
+    Raises:
+        BadParameter: it says something else, or nothing is quantised.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    if what is None:
+        return False
+    if what not in {"all", "experts"}:
+        raise typer.BadParameter(f"{what!a:.80} is not known, expected all or experts", param_hint="--quantize")
+    if not set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter(
+            "says what int8 and int4 take; name one of them with --codec, or leave this out", param_hint="--quantize"
+        )
+    return what == "experts"
 
 
 def _read_key(file: str | None) -> "EncryptionKey | None":
@@ -348,9 +376,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
         on_step=step,
-    ) as prepared:
+    ) as opened:
         from surfw.models.planned import PlannedModel  # torch is there by now
 
+        prepared = opened.only_experts() if wanted.only_experts else opened
         planned = PlannedModel(prepared)
         facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")

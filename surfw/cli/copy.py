@@ -23,6 +23,7 @@ class Copy:
     source: str
     name: str | None
     codecs: tuple[str, ...] | None
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
     dry_run: bool
@@ -61,7 +62,16 @@ def copy_model(
         step("")
         facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
         if wanted.dry_run:
-            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs, key=wanted.key))
+            client.run(
+                lambda _: check_copy(
+                    manifest,
+                    backend,
+                    name=wanted.name,
+                    codecs=wanted.codecs,
+                    only_experts=wanted.only_experts,
+                    key=wanted.key,
+                )
+            )
             render.print_json(facts) if json else chunk_view.show_copy(manifest)
             return
         with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:
@@ -73,6 +83,7 @@ def copy_model(
                         backend,
                         name=wanted.name,
                         codecs=wanted.codecs,
+                        only_experts=wanted.only_experts,
                         key=wanted.key,
                         progress=lambda size, chunk: update(advance=size, description=chunk),
                         on_outcome=lambda _, outcome: outcomes.update([outcome]),
