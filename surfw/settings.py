@@ -263,6 +263,12 @@ class Settings:
     encryption_key_file: str | None = _setting(
         None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
     )
+    verify_key: str | None = _setting(
+        None,
+        "A file with the public keys, in PEM, of whoever may have signed a model; others are refused.",
+        shown="signatures are not looked at",
+        metavar="FILE",
+    )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 
     def __post_init__(self) -> None:

@@ -130,6 +130,7 @@ class WeightClient(SourceThread):
         offline: bool | None = None,
         deadline: float | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
+        verify_key: str | os.PathLike[str] | None = None,
     ) -> None:
         """Note where the weights are; nothing is contacted before the first use.
 
@@ -154,6 +155,7 @@ class WeightClient(SourceThread):
             deadline: seconds that whatever is to be read is waited for, however often its sources fail meanwhile;
                 default: as `retry` says.
             encryption_key_file: holds the key of encrypted models. They are decrypted here; a server never sees it.
+            verify_key: holds the public keys, in PEM, one of which every model has to be signed with.
 
         Raises:
             ConfigurationError: an argument cannot be used, or the source takes no token, certificates or options.
@@ -168,6 +170,7 @@ class WeightClient(SourceThread):
             disk=disk_options(disk_cache, cache_dir, offline),
             deadline=deadline,
             encryption_key_file=encryption_key_file,
+            verify_key=verify_key,
         )
         super().__init__(*connection.locate(source))
 

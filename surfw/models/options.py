@@ -45,6 +45,7 @@ class ConnectionOptions(TypedDict, total=False):
     offline: bool | None
     deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
+    verify_key: str | os.PathLike[str] | None
 
 
 class ModelOptions(ConnectionOptions, total=False):

@@ -454,7 +454,7 @@ def _copy(read: Read) -> Read:
 
 
 def _translate(read: Read, theirs: Manifest, url: str) -> Read:
-    """The same range of a chunk as another source names it.
+    """The same range of a chunk where another source has it, compared with our digests and not with theirs.
 
     Raises:
         StorageError: it does not have that form.
@@ -462,5 +462,6 @@ def _translate(read: Read, theirs: Manifest, url: str) -> Read:
     chunk = theirs.by_name[read.chunk.name]
     for form in chunk.forms:
         if form.codec == read.form.codec and form.digest in {read.form.digest, ""}:
-            return replace(read, chunk=chunk, form=form)
+            ours = replace(read.form, locations=form.locations) if read.form.is_known and form.is_known else form
+            return replace(read, chunk=chunk, form=ours)
     raise StorageError(f"chunk {chunk.name} is not stored as '{read.form.codec}' in {url}")
