@@ -68,6 +68,7 @@ def pull(
             "disk_cache": settings.disk_cache or _NO_LIMIT_BYTES,
             "offline": False,
             "verify_key": None,  # what is pulled is checked below
+            "encryption_key_file": None,  # and stays as it is stored
         }
         with WeightClient(chosen.all if chosen.others else chosen.url, **connection) as client:
             pulled = _pull(client, settings, quiet=json or quiet)
