@@ -32,9 +32,9 @@ _DIGEST_SHOWN = 12
 
 
 @options.with_settings(
-    "model", "source", "storage_options", "codec", "disk_cache", "cache_dir", "connect_timeout", "silence_timeout",
-    "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter", "retry_restart",
-    "deadline", "token_file", *options.TLS_SETTINGS, "verify_key",
+    "model", "source", "source_order", "storage_options", "codec", "disk_cache", "cache_dir", "connect_timeout",
+    "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff", "retry_most_delay", "retry_jitter",
+    "retry_restart", "deadline", "token_file", *options.TLS_SETTINGS, "verify_key",
 )  # fmt: skip
 def pull(
     *,

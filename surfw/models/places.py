@@ -9,7 +9,7 @@ from typing import Any
 
 from surfw.chunking.in_place import publish_place
 from surfw.client import open_wire_source
-from surfw.config import TlsFiles, display_url, expect, is_server_url
+from surfw.config import SourceOrder, TlsFiles, check_source_order, display_url, expect, is_server_url
 from surfw.encryption import DecryptingSource, EncryptionKey, read_key
 from surfw.errors import ConfigurationError
 from surfw.models.disk_options import DiskOptions, OpenSource
@@ -45,12 +45,14 @@ class Connection:
     deadline: float | None
     encryption_key_file: str | os.PathLike[str] | None
     verify_key: str | os.PathLike[str] | None
+    source_order: SourceOrder
 
     def __post_init__(self) -> None:
         """Check the values."""
         expect("storage_options", self.storage_options, Mapping | None, "a mapping of names to values, or None")
         for name in ("encryption_key_file", "verify_key"):
             expect(name, getattr(self, name), str | os.PathLike | None, "a file or None")
+        check_source_order(self.source_order)
         expect("token", self.token, str | None, "a text or None")
         expect("ssl", self.ssl, SSLContext | TlsFiles | None, "an ssl.SSLContext, TlsFiles or None")
         expect("retry", self.retry, RetryPolicy | None, "a RetryPolicy or None")
@@ -110,7 +112,7 @@ class Connection:
 
     async def _open_all(self, found: Sequence[tuple[str, OpenSource]]) -> ChunkSource:
         """Several sources as one; none is contacted yet."""
-        return Failover(found, retry=self.retry, deadline_seconds=self.deadline)
+        return Failover(found, retry=self.retry, deadline_seconds=self.deadline, by_speed=self.source_order == "speed")
 
 
 async def _open_encrypted(open_source: OpenSource, key: EncryptionKey) -> ChunkSource:
