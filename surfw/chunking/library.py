@@ -14,6 +14,7 @@ from surfw.codec import DEFAULT_CODECS, PACKED_CODECS, check_codecs
 from surfw.config import OnMissing, display_url, expect
 from surfw.encryption import read_key
 from surfw.errors import ConfigurationError
+from surfw.signing import read_signing_key
 from surfw.storage import StorageBackend, open_backend
 from surfw.threads import refuse_event_loop
 
@@ -77,6 +78,7 @@ class ModelChunker:
         progress: Progress | None = None,
         storage_options: Mapping[str, Any] | None = None,
         encryption_key_file: str | os.PathLike[str] | None = None,
+        signing_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         """Set up the work; nothing is read or written yet.
 
@@ -102,6 +104,7 @@ class ModelChunker:
             progress: called with the bytes just finished and the name of their chunk, from a worker thread.
             storage_options: for the storage URL in `output_dir`, such as `{"endpoint_url": "http://…"}`.
             encryption_key_file: holds the key that all forms are encrypted with; default: they are not.
+            signing_key_file: holds the private key, in PEM, that the model is signed with; default: it is not.
 
         Raises:
             ConfigurationError: both a folder and a backend are given, the file holds no key, or an adapter is to be
@@ -132,6 +135,7 @@ class ModelChunker:
         self._codecs = check_codecs(codecs)
         self._only_experts = _takes_only_experts(quantize, self._codecs)
         self._key = None if encryption_key_file is None else read_key(encryption_key_file)
+        self._signer = None if signing_key_file is None else read_signing_key(signing_key_file)
         self._progress = progress or (lambda *_: None)
         self._base = base
         if base is not None:
@@ -178,6 +182,7 @@ class ModelChunker:
                     backend,
                     codecs=self._codecs,
                     key=self._key,
+                    signer=self._signer,
                     progress=self._progress,
                 )
         finally:
