@@ -209,7 +209,7 @@ class _Interrupted(ThreadPoolExecutor):
 
 def test_an_answer_is_stopped_that_was_only_about_to_begin() -> None:
     talk: Any = _Talk()
-    session = chat._Session(talk, talk, talk)
+    session = chat._Session(talk, talk, talk, talk)
     with _Interrupted(1) as session._answers:
         try:
             with pytest.raises(KeyboardInterrupt):
