@@ -265,10 +265,8 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
-    return (
-        f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "
-        "are asked for; ask for less"
-    )
+    asked = f", and {new_tokens} new ones are asked for; ask for less" if new_tokens else "; shorten it"
+    return f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}{asked}"
 
 
 def encode_prompt(
