@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from surfw.errors import ConfigurationError
@@ -21,6 +21,7 @@ from surfw.models.heads import encode_texts, expect_text_model, generates, read_
 from surfw.models.measure import SPARE_POSITIONS
 from surfw.models.options import expect_number
 from surfw.models.read_ahead import expect_ids, no_tokenizer
+from surfw.models.stopping import StopTexts, find_stops
 from surfw.models.text_stream import TextStream, cut_at_stop
 
 logger = logging.getLogger("surfw.models")
@@ -327,8 +328,6 @@ def _generate(
     on_text: Callable[[str], None],
     on_token: Callable[[int, float], None],
 ) -> InferenceResult:
-    if request.stop and tokenizer is None:
-        raise ConfigurationError(f"{streaming.manifest.name} has no tokenizer, so no text can end its generation")
     inputs.pop("token_type_ids", None)
     prompt_tokens = inputs["input_ids"].shape[1]
     stalled: list[float] = []
@@ -338,12 +337,12 @@ def _generate(
         on_token(token, seconds)
 
     own: GenerationConfig = streaming.model.generation_config
-    stops = list(request.stop) or _own_stops(own, tokenizer, streaming.manifest.name)
+    stops = find_stops(own, request.stop, tokenizer, streaming.manifest.name, ignore_own=request.ignore_eos)
     text = TextStream(tokenizer, on_text, stops) if tokenizer is not None else None
     clock = TokenClock(text, note)
-    stopping: dict[str, Any] = {"stop_strings": stops, "tokenizer": tokenizer} if stops else {}
-    if text is not None and stops:
-        stopping["stopping_criteria"] = StoppingCriteriaList([_Withheld(text)])
+    stopping = StoppingCriteriaList()
+    if tokenizer is not None and text is not None and stops:
+        stopping.append(StopTexts(tokenizer, stops, text))
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
@@ -353,7 +352,9 @@ def _generate(
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
         try:
-            tokens = model.generate(generation_config=config, streamer=clock, **given, **past, **stopping)[0]
+            tokens = model.generate(
+                generation_config=config, streamer=clock, stopping_criteria=stopping, **given, **past
+            )[0]
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()
@@ -372,25 +373,6 @@ def _generate(
         tokens_per_second=len(new) / took if new else None,
         decode_stall_share=min(1.0, (stalled[-1] - stalled[0]) / decoding) if decoding else None,
     )
-
-
-class _Withheld(StoppingCriteria):
-    """Ends a generation where its text has one of those that end it, if the tokens alone did not show it."""
-
-    def __init__(self, text: TextStream) -> None:
-        self._text = text
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), self._text.is_stopped, device=input_ids.device)
-
-
-def _own_stops(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase | None, name: str) -> list[str]:
-    """The texts that end a generation by the model's own settings; they take a tokenizer to be seen."""
-    stops = getattr(own, "stop_strings", None) or []
-    if stops and tokenizer is None:
-        logger.warning("%s has texts that end a generation (stop_strings), which take a tokenizer: ignored", name)
-        return []
-    return [stops] if isinstance(stops, str) else list(stops)
 
 
 def generation_config(own: GenerationConfig, request: InferenceRequest) -> GenerationConfig:
