@@ -98,8 +98,8 @@ def find_weights(names: Collection[str], where: str, variant: str | None = None)
     variants = sorted(one for one in named if "-of-" not in one)
     if variants and variant is None:
         raise UnsupportedModelError(
-            f"{where} has its weights as {', '.join(variants[:5])} only; name the one to take: --variant {variants[0]} "
-            f"(variant={variants[0]!r})"
+            f"{where} has its weights as {', '.join(variants[:5])} only; name the one to take: --variant (variant=) "
+            f"{variants[0]}"
         )
     if variant is not None:
         raise UnsupportedModelError(

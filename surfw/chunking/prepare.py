@@ -302,8 +302,8 @@ def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissin
     _report_missing(loading, cls, on_missing, where)
     if loading.unused:
         logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls, len(loading.unused), loading.unused[0],
+            "%s: %s has no place for %s of the checkpoint, such as %s; left out, as transformers does",
+            name, cls, count(len(loading.unused), "tensor"), loading.unused[0],
         )  # fmt: skip
 
 

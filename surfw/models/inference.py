@@ -14,11 +14,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from surfw.errors import ConfigurationError
+from surfw.errors import ConfigurationError, SurfwError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
-from surfw.models.heads import encode_texts, expect_text_model, generates, read_heads
-from surfw.models.measure import SPARE_POSITIONS
+from surfw.models.heads import encode_texts, expect_text_model, generates, no_text_alone, read_heads
+from surfw.models.measure import SPARE_POSITIONS, most_positions
 from surfw.models.options import expect_number
 from surfw.models.read_ahead import expect_ids, no_tokenizer
 from surfw.models.stopping import StopTexts, find_stops
@@ -212,8 +212,8 @@ def answer(
     except (ValueError, IndexError, RuntimeError) as exc:
         if any(exc is one for one in callers_own):
             raise
-        if complaint := _complaint(model, request, inputs["input_ids"].shape[-1], exc):
-            raise ConfigurationError(complaint) from exc
+        if (error := _explain(model, request, inputs["input_ids"].shape[-1], exc)) is not None:
+            raise error from exc
         raise
 
 
@@ -233,7 +233,7 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
         for setting in _OF_SEVERAL
         if (asked := getattr(own, setting, None) or 1) > 1
     ]
-    positions = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = most_positions(model.model.config.get_text_config(decoder=True))
     if positions is not None and prompt_tokens > positions:
         remarks.append(
             f"the prompt has {prompt_tokens} tokens, and {name} was made for {positions} (max_position_embeddings): "
@@ -245,6 +245,15 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
             f"{positions} (max_position_embeddings): expect nonsense beyond, or ask for fewer (max_new_tokens)"
         )
     return remarks
+
+
+def _explain(
+    model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception
+) -> SurfwError | None:
+    """The error for an exception of transformers, where a request or a model is to blame; None if neither is."""
+    if complaint := _complaint(model, request, prompt_tokens, exc):
+        return ConfigurationError(complaint)
+    return no_text_alone(model, exc) if isinstance(exc, IndexError) and not generates(model) else None
 
 
 def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_tokens: int, exc: Exception) -> str | None:
@@ -259,7 +268,7 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
             if token is not None and not 0 <= token <= most:
                 return f"{name} has the generation setting {setting} = {token}, expected 0 to {most}"
     new_tokens = request.max_new_tokens if answers else 0
-    positions = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_positions(model.model.config.get_text_config())
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
     return (
