@@ -385,11 +385,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     from surfw.cli.addresses import is_here
     from surfw.manifest import check_model_name
     from surfw.storage import Store, open_backend
-    from surfw.storage.origins import PlacedOptions, is_local_url
+    from surfw.storage.origins import PlacedOptions
 
     model = wanted.model
-    # A folder takes no options, so those that are given with one are for the checkpoint.
-    placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
+    placed = PlacedOptions.of_chunking(model, settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:
