@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.fuzz.folder import in_memory
 from tests.fuzz.kept import cases, keep, kept
 from tests.fuzz.parser import MOST_BYTES
 from tests.fuzz.parsers import PARSERS
@@ -79,8 +80,9 @@ def _guided(folder: Path, name: str, *options: str, surfw: Path | None = None) -
     """A process that fuzzes a parser, ended."""
     paths = [str(one) for one in (surfw, _ROOT) if one] + [os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-P", "-m", "tests.fuzz.guided", name, *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="surfw-fuzz-", dir=in_memory()) as files:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": files}
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False)
 
 
 def _explain(output: str) -> str:
