@@ -6,12 +6,12 @@ of 64 by themselves, and only the few small ones at the end have to be moved apa
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from surfw.codec import PACKED_CODECS
 from surfw.config import ALIGNMENT
-from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits, stored_bytes
+from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits, slice_name, stored_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class PlannedTensor:
     Attributes:
         info: its name, dtype, shape and place in the payload.
         copy_of: the source tensor whose bytes it has; None where it has to be converted.
+        copy_from: where in that source tensor they begin.
         is_matrix: whether it is the weight of `torch.nn.Linear` or of embeddings, and of nothing else: only such are
             quantised.
     """
@@ -28,6 +29,7 @@ class PlannedTensor:
     info: TensorInfo
     copy_of: str | None
     is_matrix: bool = False
+    copy_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +92,27 @@ class ChunkPlan:
 
 @dataclass(frozen=True, slots=True)
 class UnitFacts:
-    """What the plan has to know of an executed module: its path, its kind, and the names of its tensors."""
+    """What the plan has to know of an executed module.
+
+    Attributes:
+        path: its name in the model.
+        kind: see `manifest.Chunk`.
+        tensors: the names of its tensors.
+        experts: the modules in it whose experts are chunks of their own: their paths, and the stacks in each of them.
+    """
 
     path: str
     kind: str
     tensors: tuple[str, ...]
+    experts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor], ties: Mapping[str, str]) -> ChunkPlan:
-    """Sort the tensors into chunks, one for each unit that stores any.
+    """Sort the tensors into chunks, one for each unit that stores any, and one for each expert in it.
 
     Args:
         units: the executed modules, in order.
-        tensors: every tensor to store, by its name.
+        tensors: every tensor to store, by its name; of stacks of experts, their slices.
         ties: tensors that are stored under another name.
     """
     units = list(units)
@@ -111,6 +121,12 @@ def plan_chunks(units: Iterable[UnitFacts], tensors: Mapping[str, PlannedTensor]
     for unit in units:
         if own := [tensors[name] for name in unit.tensors if name in tensors]:
             chunks.append(PlannedChunk(unit.path, unit.kind, arrange(own)))
+        for path, stacks in unit.experts.items():
+            index = 0
+            while slice_name(stacks[0], index) in tensors:
+                slices = [tensors[slice_name(name, index)] for name in stacks]
+                chunks.append(PlannedChunk(slice_name(path, index), "expert", arrange(slices)))
+                index += 1
         stored = (ties.get(name, name) for name in unit.tensors)
         if needed := dict.fromkeys(home[name] for name in stored if name in tensors):
             order.append(Use(unit.path, tuple(needed)))

@@ -224,6 +224,7 @@ def _plan_model(
     on_step("importing torch and transformers")
     from surfw.skeleton.build import build_skeleton, read_config, resolve_class
     from surfw.skeleton.dtypes import automatic_dtype, dtype_name, parse_dtype, safetensors_dtype
+    from surfw.skeleton.experts import experts_in
     from surfw.skeleton.loading import plan_loading
     from surfw.skeleton.units import matrices_of
 
@@ -248,8 +249,14 @@ def _plan_model(
         target_dtype, shape = recipe.targets[target]
         info = TensorInfo(target, safetensors_dtype(target_dtype), shape, 0)
         as_it_is = recipe.converter is None and facts[recipe.sources[0]][0] == info.dtype
-        tensors[target] = PlannedTensor(info, recipe.sources[0] if as_it_is else None, target in matrices)
-    units = [UnitFacts(unit.path, unit.kind, tuple(slot.name for slot in unit.slots)) for unit in skeleton.units]
+        copy_of = recipe.sources[0] if as_it_is else None
+        tensors[target] = PlannedTensor(info, copy_of, target in matrices, recipe.start)
+    units = [
+        UnitFacts(
+            unit.path, unit.kind, tuple(slot.name for slot in unit.slots), experts_in(skeleton.experts.values(), unit)
+        )
+        for unit in skeleton.units
+    ]
     plan = plan_chunks(units, tensors, loading.ties)
     if not plan.chunks:
         raise UnsupportedModelError(
@@ -359,7 +366,8 @@ class PayloadReader:
                 continue
             into = destination[low - start : high - start]
             if tensor.copy_of is not None:
-                self._checkpoint.read_into(tensor.copy_of, into, low - begin, high - begin)
+                first = tensor.copy_from - begin
+                self._checkpoint.read_into(tensor.copy_of, into, first + low, first + high)
             else:
                 into[:] = self._convert(tensor.info.name)[low - begin : high - begin]
                 if high == end:
@@ -377,8 +385,8 @@ class PayloadReader:
             self._converted |= convert_bytes(recipe, self._read_source, self._prepared.facts)
         return self._converted[name]
 
-    def _read_source(self, name: str, destination: memoryview) -> None:
-        self._checkpoint.read_into(name, destination, 0, len(destination))
+    def _read_source(self, name: str, destination: memoryview, start: int) -> None:
+        self._checkpoint.read_into(name, destination, start, start + len(destination))
 
 
 def _equal_tensors(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from surfw.cli import render
+from surfw.cli.status import percent
 from surfw.client import read_stats
 from surfw.codec import PACKED_CODECS
 from surfw.config import DEFAULT_HOST, count, display_url, format_size
@@ -192,6 +193,8 @@ def _show_models(models: Sequence[StoredModel]) -> None:
 def _document(model: ModelDetails) -> dict[str, Any]:
     """What `--json` prints of a model: also under the keys that `chunk` has for the same things."""
     facts = asdict(model)
+    if facts["experts"] is None:
+        del facts["experts"]
     parts = [part | {"bytes": part["payload_bytes"]} for part in facts["parts"]]
     return facts | {"model": model.name, "class": model.class_name, "parts": parts}
 
@@ -220,6 +223,9 @@ def _show_details(model: ModelDetails) -> None:
         rows.append(("encrypted", f"with key {model.key_id}"))
     if model.signed_by is not None:
         rows.append(("signed", f"with key {model.signed_by}, which --verify-key checks"))
+    if used := model.experts:
+        share = f"{percent(used.quarter_share)} of the choices fell on the most chosen quarter"
+        rows.append(("experts", f"{share}, in {count(used.tokens, 'token')} so far"))
     render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")

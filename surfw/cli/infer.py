@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surfw import tracing
 from surfw.cli import chat, infer_many, options
 from surfw.cli.addresses import Mistake
+from surfw.cli.guessing import Guessing
 from surfw.cli.streams import expect_utf8
+from surfw.cli.traced import writing_trace
 from surfw.config import display_url
 from surfw.errors import SurfwError, UnsupportedModelError
 
@@ -83,6 +86,18 @@ def infer(
     sequences: Annotated[
         int | None, typer.Option(min=1, help="How many of --prompts run together. [default: up to 64]")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a timeline of the run there, for ui.perfetto.dev or stats --run."),
+    ] = None,
+    prompt_lookup: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Guess up to N tokens from the text so far, and check them in one pass."),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Have a smaller model guess: a name, a source, or self:int4."),
+    ] = None,
     configuration: options.Configuration,
     explain: Annotated[
         bool, typer.Option("--explain", help="First measure and show what limits the run; without a prompt, only that.")
@@ -104,9 +119,10 @@ def infer(
     )  # fmt: skip
     others: dict[str, object] = {
         "a prompt": prompt, "--prompt-ids": prompt_ids, "--explain": explain, "--json": json, "--pair": pair,
-        "--prompt-name": prompt_name,
+        "--prompt-name": prompt_name, "--trace": trace, "--prompt-lookup": prompt_lookup, "--draft": draft,
     }  # fmt: skip
     infer_many.check_together(many, others)
+    guessing = Guessing(prompt_lookup, draft)
     ids = _parse_ids(prompt_ids)
     _check_together(configuration, ids=ids, system=system, raw=raw, json=json, quiet=quiet)
     if place is not None:
@@ -121,9 +137,12 @@ def infer(
     settings = configuration.settings
     if explain and prompt is None and ids is None:
         view = choose_view("text", live=settings.live, json=True, quiet=quiet)
-        _run(None, configuration, view, explain=True, json=json)
+        guessing.refuse("--explain without a prompt; give one")
+        with writing_trace(trace):
+            _run(None, configuration, view, guessing, explain=True, json=json)
         return
-    if prompt is None and ids is None and not json and chat.sees_person() and sys.stdout.isatty():
+    if prompt is None and ids is None and trace is None and not json and chat.sees_person() and sys.stdout.isatty():
+        guessing.refuse("a chat, whose turns go on with a KV cache; give a prompt")
         chat.converse(configuration, system=system, raw=raw, stop=stop or (), ignore_eos=ignore_eos, quiet=quiet)
         return
     if explain and quiet and not json:
@@ -158,13 +177,15 @@ def infer(
 
         expect_prompt(manifest, ids)
 
-    _run(make_request, configuration, view, explain=explain, json=json, check=check)
+    with writing_trace(trace):
+        _run(make_request, configuration, view, guessing, explain=explain, json=json, check=check)
 
 
 def _run(
     make_request: "Callable[[], InferenceRequest] | None",
     configuration: options.Configuration,
     view: "View",
+    guessing: Guessing,
     *,
     explain: bool,
     json: bool,
@@ -194,6 +215,7 @@ def _run(
                     view.phase("measuring")
                     _explain_only(streaming, configuration, view, source, json=json)
                     return
+                guessing.begin(streaming, client, settings, view.phase)
                 seconds, queued = time.perf_counter() - start, queued_seconds()
                 opened = _Opened(streaming, source, seconds, queued, lambda: _ask_server(chosen, settings))
                 _answer(opened, make_request(), configuration, view, explain=explain, json=json)
@@ -283,11 +305,13 @@ def _answer(
     if tokenizer is not None and request.prompt is not None and continues_prompt(streaming, tokenizer, request):
         view.prompt(request.prompt, lambda token: space_before(tokenizer, ids, token))
     try:
+        tracing.phase("prepare", "generating")
         with view.running(streaming, opened.source, most, has_text=tokenizer is not None):
             result = answer(streaming, tokenizer, request, inputs=inputs, on_text=view.on_text, on_token=view.on_token)
     except (KeyboardInterrupt, SurfwError):
         view.stopped(opened.report(view.result_so_far(len(ids)), is_whole=False))
         raise
+    tracing.phase("prepare", "finishing")
     report = opened.report(result)
     if json:
         view.close()

@@ -17,6 +17,7 @@ from surfw.cli.infer_summary import Report, encoder_text, place_of, summary
 from surfw.cli.screen import Screen, dimmed
 from surfw.cli.status import MOST_LINES, duration, run_parts, spinner, status_lines
 from surfw.cli.streams import OutputError, break_lines, can_draw, one_line
+from surfw.cli.traced import note_phase
 from surfw.models.progress import Pace
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class View:
     def phase(self, text: str) -> None:
         """Say what is going on, which may take a while; a Ctrl-C that has waited for an import ends it here."""
         signals.check()
+        note_phase(text)
 
     def note(self, text: str) -> None:
         """Say something, in a line that stays."""

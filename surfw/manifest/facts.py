@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from surfw.errors import NotFoundError
 from surfw.manifest.digests import Digests, payload_digest
+from surfw.manifest.experts import Experts, group_experts
 from surfw.manifest.signature import Signature
 
 FORMAT = "surfw.manifest"
@@ -32,6 +33,9 @@ SEAL_BYTES = 48
 
 ADAPTER_VERSION = 6
 """The version of manifests of adapters."""
+
+EXPERTS_VERSION = 7
+"""The version of manifests with a chunk for each expert of a mixture; it may have all that the others have."""
 
 Kind = Literal["raw", "int8", "int4"]
 """How a packed form holds a tensor: as in the payload, or quantised."""
@@ -127,7 +131,8 @@ class Chunk:
     Attributes:
         name: path of the module whose tensors these are, such as `model.layers.3`; `path.*` for the tensors that a
             containing module holds directly.
-        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`.
+        kind: `layer` for an item of a repeated block, `part` for embeddings, norms and heads, `own` for `path.*`,
+            `expert` for one expert of a mixture, which is named `path[index]`: see `surfw.manifest.experts`.
         id: BLAKE3 of the payload, hex; until that has been read, of where it lies (see `Origin.provisional_id`). Where
             the model is encrypted, it is keyed, so that it does not tell which payload it is of.
         payload_bytes: length of the payload.
@@ -222,7 +227,8 @@ class Manifest:
         files: tokenizer files.
         ties: tensors that are the same as another one: their names to its name.
         chunks: in the order of the model's modules.
-        order: the execution order, as far as the model's structure tells it.
+        order: the execution order, as far as the model's structure tells it. It does not name experts, of which a
+            router decides.
         origin: the storage of all locations and files, if it is not the manifest's own.
         key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
         base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
@@ -258,6 +264,21 @@ class Manifest:
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors of all chunks by their name."""
         return {tensor.name: tensor for chunk in self.chunks for tensor in chunk.tensors}
+
+    @cached_property
+    def experts(self) -> dict[str, Experts]:
+        """The experts that have chunks of their own, by the path of the module that holds them.
+
+        Raises:
+            ValueError: chunks and tensors of experts do not belong together.
+        """
+        return group_experts(self.chunks)
+
+    @cached_property
+    def weights(self) -> dict[str, TensorInfo]:
+        """The tensors as the model has them, by their name: as `tensors`, with stacks in place of their slices."""
+        whole = {tensor.name: tensor for chunk in self.chunks if chunk.kind != "expert" for tensor in chunk.tensors}
+        return whole | {name: stack for experts in self.experts.values() for name, stack in experts.stacks.items()}
 
     @cached_property
     def home(self) -> dict[str, Chunk]:
@@ -348,6 +369,8 @@ class Manifest:
         """The version of the format that it needs."""
         if self.base is not None:
             return ADAPTER_VERSION
+        if any(chunk.kind == "expert" for chunk in self.chunks):
+            return EXPERTS_VERSION
         if self.key_id:
             return ENCRYPTED_VERSION
         forms = [form for chunk in self.chunks for form in chunk.forms]

@@ -10,12 +10,14 @@ Invariant: a chunk of the host tier is held from before the copy is issued until
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
 
+from surfw import tracing
 from surfw.errors import ModelClosedError
 from surfw.manifest import Chunk
 from surfw.metrics import Metrics
@@ -262,7 +264,10 @@ class DeviceTier:
         try:
             await in_thread(copies[-1].synchronize)
             self._metrics.add("copied_bytes", lent.nbytes if isinstance(lent, Coded) else self._plan.sizes[name])
-            self._metrics.add_seconds("copy", sum(one.seconds() for one in copies))
+            self._metrics.add_seconds("copy", seconds := sum(one.seconds() for one in copies))
+            if (trace := tracing.current()) is not None:
+                now = time.perf_counter()
+                trace.add("copy", f"copy {name}", now - seconds, now, {"layer": name, "tier": "device"})
         finally:
             self._give_back(name, lent)
 

@@ -79,7 +79,7 @@ class Lender(Engine):
             phases=Phases(once=needs.before, cycle=(*needs.cycle, *sorted(tables))),
             rows_bytes=rows_bytes,
             prefetch=prefetch,
-            order=[Use(chunk.name, (chunk.name,)) for chunk in manifest.chunks],
+            order=[Use(chunk.name, (chunk.name,)) for chunk in manifest.chunks if chunk.kind != "expert"],
         )
 
     @property

@@ -25,7 +25,7 @@ from tests.exactness.families import FAMILIES
 from tests.exactness.test_families import assert_equal, inputs, outputs
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "albert-shared-layers"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "t5", "albert-shared-layers", "qwen3-experts"])
 def test_streamed_to_a_device_equals_resident(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     FAMILIES[name].build().save_pretrained(tmp_path)
