@@ -170,11 +170,40 @@ def read_heads(
         UnsupportedModelError: its head is not known, or it does not run on a text alone.
         SurfwError: weights could not be read.
     """
+    return read_output(streaming, tokenizer, inputs, pairs, run_heads(streaming, tokenizer, inputs))
+
+
+def run_heads(
+    streaming: StreamingBaseModel, tokenizer: PreTrainedTokenizerBase | None, inputs: Mapping[str, torch.Tensor]
+) -> Any:
+    """The output of a model that generates no tokens; of one that embeds sentences, its hidden states alone.
+
+    Raises:
+        UnsupportedModelError: it does not run on a text alone.
+        SurfwError: weights could not be read.
+    """
+    if find_sentences(streaming) is not None:
+        return SimpleNamespace(last_hidden_state=_run_base(streaming, inputs))
+    is_mask = find_head(streaming.manifest.class_name) == "mask"
+    needs_states = is_mask and not all(find_masks(tokenizer, row[None]) for row in inputs["input_ids"])
+    return _run(streaming, inputs, output_hidden_states=needs_states or None)
+
+
+def read_output(
+    streaming: StreamingBaseModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    inputs: Mapping[str, torch.Tensor],
+    pairs: Sequence[str],
+    output: Any,
+) -> Reading:
+    """Read what `run_heads` gave for a text, whose inputs these are.
+
+    Raises:
+        UnsupportedModelError: the head is not known.
+    """
     if (sentences := find_sentences(streaming)) is not None:
-        return _embed(streaming, sentences, inputs)
+        return _embed(sentences, inputs, output.last_hidden_state)
     head = find_head(streaming.manifest.class_name)
-    needs_states = head == "mask" and not find_masks(tokenizer, inputs["input_ids"])
-    output = _run(streaming, inputs, output_hidden_states=needs_states or None)
     seen = Seen(streaming=streaming, tokenizer=tokenizer, inputs=inputs, pairs=pairs, head=head, output=output)
     for read in READERS:
         if (found := read(seen)) is not None:
@@ -211,8 +240,8 @@ def _accepted(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -
     return {name: value for name, value in inputs.items() if name in parameters and name not in _NOT_INPUTS}
 
 
-def _embed(streaming: StreamingBaseModel, settings: SentenceSettings, inputs: Mapping[str, torch.Tensor]) -> Reading:
-    """The embedding of a sentence: of the model without its head, and of an encoder and a decoder, the encoder."""
+def _run_base(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The hidden states of a model without its head, and of an encoder and a decoder, of the encoder."""
 
     def work(model: Any) -> Any:
         base = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
@@ -220,7 +249,12 @@ def _embed(streaming: StreamingBaseModel, settings: SentenceSettings, inputs: Ma
         uncached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
         return base(**given, return_dict=True, **uncached).last_hidden_state
 
-    states = streaming.run(work)
+    found: torch.Tensor = streaming.run(work)
+    return found
+
+
+def _embed(settings: SentenceSettings, inputs: Mapping[str, torch.Tensor], states: torch.Tensor) -> Reading:
+    """The embedding of a sentence, of its hidden states."""
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).to(states.device)
     ignored = int(inputs["prompt_tokens"]) if "prompt_tokens" in inputs else 0
     vector = pool(states, mask, settings, ignored)

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from surfw import tracing
 from surfw.errors import ConfigurationError, SurfwError
 from surfw.models.base import StreamingBaseModel, to_device
 from surfw.models.chat import encode_chat
@@ -148,9 +149,10 @@ class TokenClock(BaseStreamer):
         if self._skip:
             self._skip = False
             return
+        now = time.perf_counter() - self.start
         for token in value.reshape(-1).tolist():  # several at a time where they were guessed (prompt lookup)
-            self.times.append(time.perf_counter() - self.start)
-            self._on_token(token, self.times[-1])
+            self.times.append(now)
+            self._on_token(token, now)
             if self._text is not None:
                 self._text.put(token)
 
@@ -233,6 +235,8 @@ def find_remarks(model: StreamingBaseModel, request: InferenceRequest, prompt_to
         for setting in _OF_SEVERAL
         if (asked := getattr(own, setting, None) or 1) > 1
     ]
+    if model.guesses and (request.stop or getattr(model.model.generation_config, "stop_strings", None)):
+        remarks.append(f"{name} guesses no tokens ahead here: a stop text inside several at once would be missed")
     positions = most_positions(model.model.config.get_text_config(decoder=True))
     if positions is not None and prompt_tokens > positions:
         remarks.append(
@@ -271,10 +275,8 @@ def _complaint(model: StreamingBaseModel, request: InferenceRequest, prompt_toke
     positions = most_positions(model.model.config.get_text_config())
     if positions is None or prompt_tokens + new_tokens + SPARE_POSITIONS <= positions:
         return None
-    return (
-        f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}, and {new_tokens} new ones "
-        "are asked for; ask for less"
-    )
+    asked = f", and {new_tokens} new ones are asked for; ask for less" if new_tokens else "; shorten it"
+    return f"{name} has positions for {positions} tokens, but the prompt has {prompt_tokens}{asked}"
 
 
 def encode_prompt(
@@ -343,6 +345,7 @@ def _generate(
 
     def note(token: int, seconds: float) -> None:
         stalled.append(streaming.metrics.seconds("stall"))
+        tracing.token()
         on_token(token, seconds)
 
     own: GenerationConfig = streaming.model.generation_config
@@ -355,15 +358,19 @@ def _generate(
 
     def generate(model: Any) -> list[int]:
         """As the request says, and in no other way: what is left open would be taken from the model's own settings."""
-        streaming.leave_room(prompt_tokens, request.max_new_tokens)
         config = model.generation_config = generation_config(own, request)
         if request.seed is not None:
             torch.manual_seed(request.seed)
         given = to_device(inputs, streaming.device)
-        try:
-            tokens = model.generate(
-                generation_config=config, streamer=clock, stopping_criteria=stopping, **given, **past
+
+        def run(guessing: Mapping[str, Any]) -> Any:
+            return model.generate(
+                generation_config=config, streamer=clock, stopping_criteria=stopping, **given, **past, **guessing
             )[0]
+
+        try:
+            size = prompt_tokens, request.max_new_tokens, 1
+            tokens = streaming.generate_with(size, run, guesses=not past and not stopping)
         finally:
             model.generation_config = own
         new: list[int] = tokens[1 if model.config.is_encoder_decoder else prompt_tokens :].tolist()

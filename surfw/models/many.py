@@ -35,7 +35,7 @@ MOST_SEQUENCES = 64
 MOST_TOKENS = 512
 """So many tokens are computed in a pass: one of each sequence that generates, and the rest of prompts."""
 
-_SHARED = ("temperature", "top_p", "top_k", "seed")
+SHARED = ("temperature", "top_p", "top_k", "seed")
 """What is the same for all prompts of a run, as their tokens are sampled together."""
 
 _SPARE_PAGES = 2
@@ -422,7 +422,7 @@ class _Answering:
 
     def _mistake(self, request: InferenceRequest) -> str | None:
         """What of a request does not go with the others, or with the model."""
-        for name in _SHARED:
+        for name in SHARED:
             if getattr(request, name) != getattr(self._shared, name):
                 return f"{name} is {getattr(request, name)}, but it is the same for all prompts of a run"
         return None

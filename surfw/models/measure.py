@@ -94,7 +94,10 @@ Fetch = Callable[[int, int, memoryview], Awaitable[object]]
 def measure_reading(parts: ModelParts) -> Reading | None:
     """Read streamed chunks for a while, each at most once; None if there are none."""
     plan, manifest = (parts.below or parts.engine).plan, parts.manifest
-    streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in plan.streamed)
+    names = set(plan.streamed)
+    if plan.expert_bytes < plan.all_expert_bytes:
+        names |= {chunk.name for one in manifest.experts.values() for chunk in one.chunks}
+    streamed = ((chunk, parts.forms.form(chunk)) for chunk in manifest.chunks if chunk.name in names)
     forms = [(chunk, form) for chunk, form in streamed if form.stored_bytes]
 
     async def read(source: ChunkSource) -> Reading:

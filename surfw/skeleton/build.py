@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from surfw.errors import ConfigurationError, UnsupportedModelError
 from surfw.skeleton.default_dtype import runs
+from surfw.skeleton.experts import ExpertModule, find_experts
 from surfw.skeleton.guards import RealLinspace, foreign_errors, guarded, no_hub, quiet_prints
 from surfw.skeleton.sanitise import COMPILED, IMPLEMENTATIONS, untag_floats
 from surfw.skeleton.units import Slot, Unit, find_units
@@ -47,6 +48,11 @@ class Skeleton:
     def units(self) -> list[Unit]:
         """The executed modules, in registration order."""
         return find_units(self.model)
+
+    @cached_property
+    def experts(self) -> dict[str, ExpertModule]:
+        """The modules that hold experts of which a router chooses, by path."""
+        return {one.path: one for one in find_experts(self.model)}
 
     @cached_property
     def slots(self) -> dict[str, Slot]:
