@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
-from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor
+from surfw.chunking.plan import ChunkPlan, PlannedChunk, PlannedTensor, with_exact_rest
 from surfw.chunking.prepare import find_matrices
 from surfw.chunking.write import Contents, Outcome, Progress, check_target, write_contents
 from surfw.codec import (
@@ -46,6 +46,7 @@ async def copy_model(
     *,
     name: str | None = None,
     codecs: Sequence[str] | None = None,
+    only_experts: bool = False,
     key: EncryptionKey | None = None,
     signer: SigningKey | None = None,
     progress: Progress = lambda *_: None,
@@ -60,6 +61,7 @@ async def copy_model(
         name: its name in the store; default: the one that it has.
         codecs: as of `write_model`; default: `DEFAULT_CODECS`, or all there is of a model that has no exact forms, or
             that is encrypted.
+        only_experts: whether packed forms are made of the experts of a mixture alone; those that are there are copied.
         key: encrypts the copy; an encrypted model stays as it is, so of that one it is its own.
         signer: signs the copy; without one, it keeps the signature that it has, where that speaks of its forms.
         progress: as of `write_model`.
@@ -76,7 +78,7 @@ async def copy_model(
     name = check_model_name(name or manifest.name)
     await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
-    chunks = await asyncio.to_thread(_plan, manifest, codecs, key)
+    chunks = await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
     key = None if manifest.key_id else key  # then it is encrypted already
     payloads = SourcePayloads(source, manifest, asyncio.get_running_loop())
     contents = Contents(
@@ -113,12 +115,13 @@ async def check_copy(
     *,
     name: str | None = None,
     codecs: Sequence[str] | None = None,
+    only_experts: bool = False,
     key: EncryptionKey | None = None,
 ) -> None:
     """Check that `copy_model` may write a model there, without writing anything; arguments and errors as of that."""
     await _expect_base(manifest, backend)
     codecs = codecs or _default_codecs(manifest)
-    await asyncio.to_thread(_plan, manifest, codecs, key)
+    await asyncio.to_thread(_plan, manifest, codecs, key, only_experts=only_experts)
     await check_target(backend, check_model_name(name or manifest.name), codecs)
 
 
@@ -148,7 +151,9 @@ def _default_codecs(manifest: Manifest) -> Sequence[str]:
     return DEFAULT_CODECS if has_exact_forms(manifest) else stored_packed_codecs(manifest)
 
 
-def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:
+def _plan(
+    manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None, *, only_experts: bool
+) -> tuple[PlannedChunk, ...]:
     """The chunks to write; torch is needed where a form is to be made that is not there."""
     if manifest.key_id:
         return _plan_encrypted(manifest, codecs, key)
@@ -169,7 +174,7 @@ def _plan(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) 
             )
         tensors = tuple(PlannedTensor(info, None, info.name in matrices) for info in chunk.tensors)
         planned.append(PlannedChunk(chunk.name, chunk.kind, tensors, chunk.id, packed))
-    return tuple(planned)
+    return with_exact_rest(planned, manifest.name) if only_experts and new else tuple(planned)
 
 
 def _plan_encrypted(manifest: Manifest, codecs: Sequence[str], key: EncryptionKey | None) -> tuple[PlannedChunk, ...]:

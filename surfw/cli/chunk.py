@@ -4,7 +4,7 @@ Its hidden options (`--list`, `--remove`, `--prune`, `--verify`) do what the com
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ class _Wanted:
     dtype: str | None
     dequantize: str | None
     codecs: tuple[str, ...]
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
     signer: "SigningKey | None"
@@ -96,6 +97,12 @@ def chunk(
             metavar="NAMES",
             help="Forms to store: none, lossless, int8, int4, or several with commas; int8 and int4 are not exact. "
             "[default: none, and lossless where that is at least 10 % smaller]",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT", help="What int8 and int4 take: all matrices, or experts (of a mixture). [default: all]"
         ),
     ] = None,
     source: Annotated[
@@ -147,8 +154,8 @@ def chunk(
     chunking = {
         "--name": name is not None, "--revision": revision is not None, "--dtype": dtype is not None,
         "--variant": variant is not None, "--dequantize": dequantize is not None, "--codec": codec is not None,
-        "--base": base is not None, "--from": source is not None, "--in-place": in_place,
-        "--encrypt": encrypt is not None, "--sign": sign is not None,
+        "--quantize": quantize is not None, "--base": base is not None, "--from": source is not None,
+        "--in-place": in_place, "--encrypt": encrypt is not None, "--sign": sign is not None,
         "--verify-key": configuration.origins["verify_key"].kind == "argument",
         "--on-missing": configuration.origins["on_missing"].kind == "argument",
     }  # fmt: skip
@@ -167,7 +174,8 @@ def chunk(
 
         codecs = None if codec is None else _read_codecs(codec)
         wanted_copy = Copy(
-            model=model, source=source, name=name, codecs=codecs, encrypt=encrypt, key=_read_key(encrypt),
+            model=model, source=source, name=name, codecs=codecs,
+            only_experts=_read_quantize(quantize, codecs or ()), encrypt=encrypt, key=_read_key(encrypt),
             signer=_read_signer(sign), dry_run=dry_run,
         )  # fmt: skip
         with render.busy(f"reading {display_url(source)}", quiet=json or quiet) as step:
@@ -179,7 +187,7 @@ def chunk(
             f"{model} is no checkpoint here; did you mean 'surfw {_TASKS[model]}'? For a directory write ./{model}"
         )
     if base is not None:
-        for option in ("--dtype", "--dequantize", "--in-place", "--on-missing", "--encrypt"):
+        for option in ("--dtype", "--dequantize", "--quantize", "--in-place", "--on-missing", "--encrypt"):
             _refuse_with("--base", option, chunking, "whole models")
         _chunk_adapter(
             settings, model=model, base=base, name=name, revision=revision, codec=codec, sign=sign, dry_run=dry_run,
@@ -190,10 +198,11 @@ def chunk(
     _check_dequantize(dequantize, chunking)
     if in_place:
         _refuse_in_place({"--codec": codec, "--encrypt": encrypt, "--sign": sign})
+    codecs = ("none",) if in_place else _read_codecs(codec)
     wanted = _Wanted(
         model=model, name=name, revision=revision, variant=variant, dtype=dtype, dequantize=dequantize, encrypt=encrypt,
-        key=_read_key(encrypt), signer=_read_signer(sign),
-        codecs=("none",) if in_place else _read_codecs(codec), dry_run=dry_run, in_place=in_place,
+        key=_read_key(encrypt), signer=_read_signer(sign), codecs=codecs,
+        only_experts=_read_quantize(quantize, codecs), dry_run=dry_run, in_place=in_place,
     )  # fmt: skip
     with _busy(model, quiet=json or quiet) as step:  # before anything is imported that takes time
         _chunk(wanted, settings, step, json=json, quiet=quiet)
@@ -253,6 +262,25 @@ def _read_codecs(names: str | None) -> tuple[str, ...]:
         return DEFAULT_CODECS if names is None else check_codecs([one.strip() for one in names.split(",")])
     except ConfigurationError as exc:
         raise typer.BadParameter(str(exc), param_hint="--codec") from exc
+
+
+def _read_quantize(what: str | None, codecs: Sequence[str]) -> bool:
+    """Whether only experts are quantised.
+
+    Raises:
+        BadParameter: it says something else, or nothing is quantised.
+    """
+    from surfw.codec import PACKED_CODECS
+
+    if what is None:
+        return False
+    if what not in {"all", "experts"}:
+        raise typer.BadParameter(f"{what!a:.80} is not known, expected all or experts", param_hint="--quantize")
+    if not set(codecs).intersection(PACKED_CODECS):
+        raise typer.BadParameter(
+            "says what int8 and int4 take; name one of them with --codec, or leave this out", param_hint="--quantize"
+        )
+    return what == "experts"
 
 
 def _read_key(file: str | None) -> "EncryptionKey | None":
@@ -357,11 +385,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
     from surfw.cli.addresses import is_here
     from surfw.manifest import check_model_name
     from surfw.storage import Store, open_backend
-    from surfw.storage.origins import PlacedOptions, is_local_url
+    from surfw.storage.origins import PlacedOptions
 
     model = wanted.model
-    # A folder takes no options, so those that are given with one are for the checkpoint.
-    placed = PlacedOptions(model if is_local_url(settings.store) else settings.store, settings.storage_options)
+    placed = PlacedOptions.of_chunking(model, settings.store, settings.storage_options)
     backend = open_backend(settings.store, settings.storage_options)
     name = wanted.name or (folder_name(Path(model)) if is_here(model) else None)
     if name is None:
@@ -381,9 +408,10 @@ def _chunk(wanted: _Wanted, settings: Settings, step: Callable[[str], None], *, 
         show_progress=not (json or quiet) and render.err.is_terminal,
         storage_options=placed.for_url(model),
         on_step=step,
-    ) as prepared:
+    ) as opened:
         from surfw.models.planned import PlannedModel  # torch is there by now
 
+        prepared = opened.only_experts() if wanted.only_experts else opened
         planned = PlannedModel(prepared)
         facts = chunk_view.plan_facts(planned, wanted.codecs)
         step("")

@@ -35,8 +35,10 @@ def chunk_adapter(
     from surfw.chunking import prepare_adapter, read_base
     from surfw.cli import chunk_view, render
     from surfw.storage import open_backend
+    from surfw.storage.origins import PlacedOptions
 
     backend = open_backend(settings.store, settings.storage_options)
+    placed = PlacedOptions.of_chunking(wanted.model, settings.store, settings.storage_options)
     base = asyncio.run(read_base(backend, wanted.base))
     with prepare_adapter(
         wanted.model,
@@ -45,6 +47,7 @@ def chunk_adapter(
         name=wanted.name,
         revision=wanted.revision,
         show_progress=not (json or quiet) and render.err.is_terminal,
+        storage_options=placed.for_url(wanted.model),
         on_step=step,
     ) as prepared:
         step("")

@@ -25,7 +25,7 @@ _REASONS: Mapping["Reason", str] = {
     "small": f"of fewer than {LEAST_WEIGHTS} elements",
     "shapes": "of a shape that no kernel takes",
     "dtypes": "of a dtype that is not quantised",
-    "others": "of no linear module or embedding",
+    "others": "of modules that are not quantised",
 }
 
 

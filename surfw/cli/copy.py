@@ -24,6 +24,7 @@ class Copy:
     source: str
     name: str | None
     codecs: tuple[str, ...] | None
+    only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
     signer: "SigningKey | None"
@@ -64,7 +65,16 @@ def copy_model(
         step("")
         facts = chunk_view.copy_facts(manifest, wanted.name or manifest.name)
         if wanted.dry_run:
-            client.run(lambda _: check_copy(manifest, backend, name=wanted.name, codecs=wanted.codecs, key=wanted.key))
+            client.run(
+                lambda _: check_copy(
+                    manifest,
+                    backend,
+                    name=wanted.name,
+                    codecs=wanted.codecs,
+                    only_experts=wanted.only_experts,
+                    key=wanted.key,
+                )
+            )
             render.print_json(facts) if json else chunk_view.show_copy(manifest)
             return
         with render.byte_bar("copying", manifest.payload_bytes, quiet=json or quiet) as update:
@@ -76,6 +86,7 @@ def copy_model(
                         backend,
                         name=wanted.name,
                         codecs=wanted.codecs,
+                        only_experts=wanted.only_experts,
                         key=wanted.key,
                         signer=wanted.signer,
                         progress=lambda size, chunk: update(advance=size, description=chunk),

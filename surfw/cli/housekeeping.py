@@ -221,11 +221,11 @@ def _show_details(model: ModelDetails) -> None:
         rows[4] = ("origin", f"{model.origin}; the weights were not copied")
     if model.key_id is not None:
         rows.append(("encrypted", f"with key {model.key_id}"))
-    if model.signed_by is not None:
-        rows.append(("signed", f"with key {model.signed_by}, which --verify-key checks"))
     if used := model.experts:
         share = f"{percent(used.quarter_share)} of the choices fell on the most chosen quarter"
         rows.append(("experts", f"{share}, in {count(used.tokens, 'token')} so far"))
+    if model.signed_by is not None:
+        rows.append(("signed", f"with key {model.signed_by}, which --verify-key checks"))
     render.print_table(("model", model.name), rows)
     render.out.print()
     headings = ("chunk", "kind", "tensors", "size")

@@ -42,7 +42,7 @@ Kind = Literal["raw", "int8", "int4"]
 
 Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 """Why a tensor is not quantised: it is no matrix; or one that has few weights, a shape that no kernel takes, or another
-dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
+dtype than float32, float16 and bfloat16; or it belongs to a module that is not quantised."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
