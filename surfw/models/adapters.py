@@ -38,7 +38,14 @@ class Adapters:
     """The adapters of one open model; used by one thread at a time, and not while the model runs."""
 
     def __init__(
-        self, client: SourceThread, base: Manifest, skeleton: Skeleton, engine: Engine, device: torch.device
+        self,
+        client: SourceThread,
+        base: Manifest,
+        skeleton: Skeleton,
+        engine: Engine,
+        device: torch.device,
+        *,
+        is_pinned: bool = False,
     ) -> None:
         """None is loaded yet.
 
@@ -48,7 +55,9 @@ class Adapters:
             skeleton: the open model.
             engine: has the budget.
             device: where the model computes.
+            is_pinned: see `Loader`.
         """
+        self._is_pinned = is_pinned
         self._client = client
         self._base = base
         self._skeleton = skeleton
@@ -132,7 +141,8 @@ class Adapters:
         self._loaded.clear()
 
     def _bring(self, manifest: Manifest, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        loader, tensors = Loader(self._client.source, manifest, dtypes), dict[str, torch.Tensor]()
+        loader = Loader(self._client.source, manifest, dtypes, is_pinned=self._is_pinned)
+        tensors: dict[str, torch.Tensor] = {}
         try:
             for chunk in manifest.chunks:
                 buffer = Buffer(buffer_bytes(chunk, dtypes))

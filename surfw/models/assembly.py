@@ -179,7 +179,9 @@ def assemble(
         may_keep = device is None and packed == "int4"  # a device has no use for operands
         keeps_operands = may_keep and _fits_well(find_needs(keeps_operands=True), limit)
         needs = find_needs(keeps_operands=keeps_operands)
-        loader = Loader(client.source, manifest, dtypes, forms, keeps_operands=keeps_operands)
+        loader = Loader(
+            client.source, manifest, dtypes, forms, keeps_operands=keeps_operands, is_pinned=settings.is_pinned
+        )
         if device is None:
             engine = Engine(
                 manifest, needs, limit, loader, io=client.io, metrics=metrics, phases=phases, tables=units,
@@ -191,7 +193,7 @@ def assemble(
                 device, needs, settings, limit, loader, io=client.io, metrics=metrics, phases=phases, units=units
             )
         place = torch.device("cpu") if device is None else device.torch_device
-        adapters = Adapters(client, manifest, skeleton, engine, place)
+        adapters = Adapters(client, manifest, skeleton, engine, place, is_pinned=settings.is_pinned)
         claim = MemoryClaim(
             lambda: engine.claimed_bytes,
             lambda: engine.anonymous_bytes + (adapters.held_bytes if device is None else 0),

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import ClassVar, Self, TypeVar, Unpack
 
@@ -163,7 +164,7 @@ class ModelLifetime:
         run = current_run.get() or Run()
         with self._holding(run):
             if self._parts is None:  # else another thread has opened it meanwhile
-                settings = self._settings
+                settings = self._opening()
                 outer = current_run.set(run)  # what the opening waits for, it waits for as this run, which can be ended
                 try:
                     manifest, adapter = self._find_manifest()
@@ -195,7 +196,7 @@ class ModelLifetime:
             before, self._wanted = self._wanted, name
             try:
                 manifest, adapter = self._find_manifest()
-                parts = switch_parts(old, manifest, self._settings, self.metrics, adapter=adapter)
+                parts = switch_parts(old, manifest, self._opening(), self.metrics, adapter=adapter)
             except BaseException:
                 self._wanted = before
                 raise
@@ -214,6 +215,9 @@ class ModelLifetime:
     def _refuse_to_block(self) -> None:
         if self._parts is None and not self._closing.is_set():
             refuse_event_loop("opening a model", f"'await {type(self).__name__}.open_async(…)' or 'async with'")
+
+    def _opening(self) -> OpenSettings:
+        return replace(self._settings, is_pinned=split_pin(self._wanted)[1] is not None)
 
     def _find_manifest(self) -> tuple[Manifest, str | None]:
         """The manifest of the model that is wanted, if this class is for such a model; and the adapter, if it is one.
