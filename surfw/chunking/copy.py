@@ -7,6 +7,7 @@ are all forms of an encrypted model, which takes no key.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
@@ -30,9 +31,12 @@ from surfw.config import BLOCK_BYTES
 from surfw.encryption import EncryptionKey
 from surfw.errors import ConfigurationError, IntegrityError, NotAStoreError, StorageError, UnknownModelError
 from surfw.manifest import Chunk, Form, Manifest, ModelFile, check_model_name, payload_digest
+from surfw.signing import SigningKey
 from surfw.source import ChunkSource, Read, expect_base
 from surfw.storage import StorageBackend, Store
 from surfw.threads import to_its_end
+
+logger = logging.getLogger("surfw.chunking")
 
 
 async def copy_model(
@@ -44,6 +48,7 @@ async def copy_model(
     codecs: Sequence[str] | None = None,
     only_experts: bool = False,
     key: EncryptionKey | None = None,
+    signer: SigningKey | None = None,
     progress: Progress = lambda *_: None,
     on_outcome: Callable[[str, Outcome], object] = lambda *_: None,
 ) -> Manifest:
@@ -58,6 +63,7 @@ async def copy_model(
             that is encrypted.
         only_experts: whether packed forms are made of the experts of a mixture alone; those that are there are copied.
         key: encrypts the copy; an encrypted model stays as it is, so of that one it is its own.
+        signer: signs the copy; without one, it keeps the signature that it has, where that speaks of its forms.
         progress: as of `write_model`.
         on_outcome: as of `write_model`.
 
@@ -84,14 +90,23 @@ async def copy_model(
         manifest=partial(_copied, manifest, name, source.url, key=key),
     )
     writing = asyncio.ensure_future(
-        write_contents(contents, backend, codecs=codecs, key=key, progress=progress, on_outcome=on_outcome)
+        write_contents(
+            contents, backend, codecs=codecs, key=key, signer=signer, progress=progress, on_outcome=on_outcome
+        )
     )
 
     def stop() -> None:
         payloads.stop()
         writing.cancel()
 
-    return await to_its_end(writing, on_cancel=stop)
+    copied = await to_its_end(writing, on_cancel=stop)
+    if manifest.signature and not copied.signature:
+        logger.warning(
+            "%s is signed with key %s in %s, and its copy is not, which is another or in other forms; to sign it, give "
+            "the key (signing_key_file, --sign)",
+            manifest.name, manifest.signature.key_id, source.url,
+        )  # fmt: skip
+    return copied
 
 
 async def check_copy(
@@ -203,7 +218,9 @@ def _copied(
                 f"chunk {theirs.name} from {where} has a payload with BLAKE3 {ours.id[:16]}…, its manifest promises "
                 f"{theirs.id[:16]}…; chunk the model again"
             )
-    return replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
+    copied = replace(manifest, name=name, chunks=tuple(chunks), files=tuple(files), origin=None)
+    # An encrypted copy of a plain model has another identity, which is known only once it has its key's id.
+    return replace(copied, signature=None) if key else copied.with_signature_of(manifest)
 
 
 class SourcePayloads:

@@ -188,17 +188,14 @@ def prepare_model(
             show_progress=show_progress,
             may_be_quantised=is_quantised,
         )
-    elif revision is None:
+    else:
+        refuse_revision_of_url(revision, address)
         checkpoint = open_remote_checkpoint(
             address,
             storage_options,
             variant=variant,
             silence_timeout=silence_timeout,
             may_be_quantised=is_quantised,
-        )
-    else:
-        raise ConfigurationError(
-            f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
         )
     with ExitStack() as opened:
         opened.enter_context(checkpoint)
@@ -209,6 +206,18 @@ def prepare_model(
         )  # fmt: skip
         opened.pop_all()
     return prepared
+
+
+def refuse_revision_of_url(revision: str | None, address: str) -> None:
+    """Refuse the revision of a storage URL.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    if revision is not None:
+        raise ConfigurationError(
+            f"revision {revision!r} is for hub models, but {display_url(address)} is a storage URL"
+        )
 
 
 def _plan_model(
@@ -300,8 +309,8 @@ def report_loading(loading: "Loading", name: str, cls: str, on_missing: OnMissin
     _report_missing(loading, cls, on_missing, where)
     if loading.unused:
         logger.warning(
-            "%s: %s has no place for %d tensors of the checkpoint, such as %s; they are left out, as transformers does",
-            name, cls, len(loading.unused), loading.unused[0],
+            "%s: %s has no place for %s of the checkpoint, such as %s; left out, as transformers does",
+            name, cls, count(len(loading.unused), "tensor"), loading.unused[0],
         )  # fmt: skip
 
 

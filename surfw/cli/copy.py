@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from surfw.chunking import Outcome
     from surfw.encryption import EncryptionKey
     from surfw.manifest import Manifest
+    from surfw.signing import SigningKey
     from surfw.source import ChunkSource
 
 
@@ -26,6 +27,7 @@ class Copy:
     only_experts: bool
     encrypt: str | None
     key: "EncryptionKey | None"
+    signer: "SigningKey | None"
     dry_run: bool
 
 
@@ -53,6 +55,7 @@ def copy_model(
         token=settings.token if is_server else None,
         ssl=options.tls_for(configuration, url),
         storage_options=None if is_server else placed.for_url(url),
+        verify_key=settings.verify_key,
     ) as client:
 
         async def find(source: "ChunkSource") -> "Manifest":
@@ -85,6 +88,7 @@ def copy_model(
                         codecs=wanted.codecs,
                         only_experts=wanted.only_experts,
                         key=wanted.key,
+                        signer=wanted.signer,
                         progress=lambda size, chunk: update(advance=size, description=chunk),
                         on_outcome=lambda _, outcome: outcomes.update([outcome]),
                     )

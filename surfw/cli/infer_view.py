@@ -77,6 +77,11 @@ class View:
     def explain(self, explanation: Explanation, origins: Mapping[str, SettingOrigin]) -> None:
         """Show what limits the run that comes now."""
 
+    def heading(self, text: str) -> None:
+        """Print whose answer comes now, where there are several."""
+        if self._answer != "nothing":
+            self._print(f"{one_line(text)}:\n")
+
     def prompt(self, text: str, space: Callable[[int], str]) -> None:
         """Show the prompt before what continues it.
 

@@ -17,12 +17,14 @@ from surfw.errors import ConfigurationError, SurfwError, UnsupportedModelError
 from surfw.manifest import ModelFile
 from surfw.models.base import StreamingBaseModel
 from surfw.models.client import Source
+from surfw.models.heads import generates
 from surfw.models.inference import GenerationOptions, InferenceRequest, answer
 from surfw.models.many import MOST_SEQUENCES, Feed, ManyResult, OnTokens, answer_many, feeding
+from surfw.models.many_encoded import encode_many
 from surfw.models.options import ModelOptions, OpenOptions, expect_number
 from surfw.models.session import Line, Session
 from surfw.models.tokenizer import open_tokenizer
-from surfw.runtime.run import current_run
+from surfw.runtime.run import Run, current_run
 from surfw.threads import refuse_event_loop
 
 _AHEAD = 16
@@ -135,7 +137,8 @@ class StreamingModel(StreamingBaseModel):
 
         Each pass over the layers computes a token for every sequence, so while weights stream, many answers take hardly
         longer than one; a sequence that has ended makes place for the next prompt. Token ids are those that the
-        resident model gives under transformers' continuous batching of the same prompts.
+        resident model gives under transformers' continuous batching of the same prompts. An encoder reads texts of
+        like length in one pass, and gives what the resident model gives for the same batch.
 
         Args:
             prompts: texts, lists of token ids, or `InferenceRequest`s with a `max_new_tokens`, `stop`, `ignore_eos`,
@@ -146,7 +149,7 @@ class StreamingModel(StreamingBaseModel):
             **options: as of `stream`, for every prompt that brings none of its own.
 
         Raises:
-            UnsupportedModelError: the model does not generate, has an encoder, or transformers cannot batch it.
+            UnsupportedModelError: the model generates from an encoder, or transformers cannot batch it.
             ConfigurationError: an option cannot be used. What is wrong with one prompt is its result.
             SurfwError: weights could not be read.
         """
@@ -246,10 +249,25 @@ class StreamingModel(StreamingBaseModel):
         sequences: int,
     ) -> None:
         parts, tokenizer = self._open_here(), self.find_tokenizer()
+        if not generates(self):
+            self._encode_many(feed, on_result, sequences)
+            return
         answer_many(
             self, parts, tokenizer, feed, shared=InferenceRequest(prompt_ids=(0,), **options),
             on_result=on_result, on_tokens=on_tokens, most_sequences=sequences,
         )  # fmt: skip
+
+    def _encode_many(self, feed: Feed, on_result: Callable[[ManyResult], None], most_texts: int) -> None:
+        run = current_run.get() or Run()
+        outer = current_run.set(run)  # of each pass, too
+        try:
+            with self._holding(run):
+                encode_many(
+                    self, self._open_here(), self.find_tokenizer(), feed, on_result=on_result, check=run.check,
+                    most_texts=most_texts,
+                )  # fmt: skip
+        finally:
+            current_run.reset(outer)
 
     async def _stream(self, request: InferenceRequest) -> AsyncGenerator[Any, None]:
         """The pieces of a generation: of text for a text, token ids for token ids."""
@@ -269,7 +287,8 @@ class StreamingModel(StreamingBaseModel):
     def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
         is_text = request.prompt is not None
-        tokenizer = self.find_tokenizer() if is_text or request.stop else None
+        stops = request.stop or getattr(self.model.generation_config, "stop_strings", None)
+        tokenizer = self.find_tokenizer() if is_text or stops else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
         else:

@@ -41,6 +41,7 @@ class DeviceExperts(ExpertPool):
         if self._memory is None:
             with torch.inference_mode(mode=False):
                 self._memory = self._device.allocate(self._below.largest_bytes)
+            self._device.synchronize()  # earlier copies may still come to what was there before
         if path not in self._on_device:
             self._on_device[path] = self._below.stacks_over(path, self._memory)
         if path in self.read_whole:
