@@ -66,6 +66,9 @@ OnMissing = Literal["error", "uninitialized"]
 Policy = Literal["auto", "lru"]
 """Which layers stay in memory: those that a plan chose for the order they run in, or those that were used last."""
 
+SourceOrder = Literal["given", "speed"]
+"""Which of several sources is asked first."""
+
 CachePolicy = Literal["schedule", "lru"]
 """What a server's cache keeps: what clients need soonest, as they announce it, or what was used last."""
 
@@ -185,6 +188,15 @@ def check_policy(choice: str) -> None:
         ConfigurationError: it is not.
     """
     _check_choice("policy", choice, get_args(Policy))
+
+
+def check_source_order(choice: str) -> None:
+    """Make sure that it is an order there is.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    _check_choice("source_order", choice, get_args(SourceOrder))
 
 
 def check_cache_policy(choice: str) -> None:

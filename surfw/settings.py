@@ -28,6 +28,7 @@ from surfw.config import (
     LogFormat,
     OnMissing,
     Policy,
+    SourceOrder,
     TlsFiles,
     default_store,
     is_device,
@@ -108,6 +109,9 @@ class Settings:
         "A server (host:port), a folder, a storage URL, or a hub id; more of them, for when one fails.",
         shown="a server on this machine, else the store, else the demo model",
         metavar="URL",
+    )
+    source_order: SourceOrder = _setting(  # noqa: RUF009 - it makes a field
+        "given", "Which of several sources is asked first: as they are given, or the one that turns out the fastest."
     )
     storage_options: dict[str, Any] = _setting(  # noqa: RUF009 - it makes a field
         dict,
@@ -262,6 +266,12 @@ class Settings:
     )
     encryption_key_file: str | None = _setting(
         None, "A file that holds the key of encrypted models.", shown="none", metavar="FILE"
+    )
+    verify_key: str | None = _setting(
+        None,
+        "A file with the public keys, in PEM, of whoever may have signed a model; others are refused.",
+        shown="signatures are not looked at",
+        metavar="FILE",
     )
     on_missing: OnMissing = _setting("error", "What to do about weights that a model lacks.")  # noqa: RUF009 - it makes a field
 

@@ -98,11 +98,11 @@ def read_run(path: Path) -> RunTimes:
         other = document["otherData"]
         events = [(event["tid"], _span(event)) for event in document["traceEvents"] if event["ph"] == "X"]
         wall, dropped = float(other["wall_seconds"]), int(other["dropped_spans"])
+        if not math.isfinite(wall) or wall <= 0:
+            raise _no_trace(path, "its time is no time")
+        return summarise(events, wall_seconds=wall, dropped_spans=dropped)
     except (KeyError, TypeError, ValueError, OverflowError) as exc:
         raise _no_trace(path, "it has another shape") from exc
-    if not math.isfinite(wall) or wall <= 0:
-        raise _no_trace(path, "its time is no time")
-    return summarise(events, wall_seconds=wall, dropped_spans=dropped)
 
 
 def _no_trace(path: Path, why: str) -> ConfigurationError:

@@ -176,6 +176,17 @@ def test_a_run_is_summed_up_per_token_and_layer(clock: list[float], tmp_path: Pa
             ),
             "it has another shape",
         ),
+        *(
+            (
+                (
+                    f'{{"traceEvents": [{{"ph": "X", "tid": 1, "cat": "{kind}", "name": "", "ts": 0, "dur": 1, "args": '
+                    f'{about}}}, {{"ph": "X", "tid": 1, "cat": "compute", "name": "", "ts": 2, "dur": 1, '
+                    '"args": {"layer": "a"}}], "otherData": {"wall_seconds": 1, "dropped_spans": 0}}'
+                ),
+                "it has another shape",
+            )
+            for kind, about in (("compute", '{"layer": "a", "chunks": 5}'), ("fetch", '{"layer": "a", "bytes": "b"}'))
+        ),
     ],
 )
 def test_other_files_are_refused(text: str, why: str, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def _result(document: dict[str, Any]) -> Result:
 def _row(document: dict[str, Any]) -> Row:
     known = {one.name for one in fields(Row)}
     given = {name: value for name, value in document.items() if name in known}
+    given |= {name: str(document[name]) for name in ("name", "unit")}
     given["ratios"] = tuple(float(one) for one in document.get("ratios", ()))
     for name in ("value", "ratio"):
         given[name] = None if document.get(name) is None else float(document[name])

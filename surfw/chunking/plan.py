@@ -11,7 +11,11 @@ from functools import partial
 
 from surfw.codec import PACKED_CODECS
 from surfw.config import ALIGNMENT
+from surfw.errors import ConfigurationError
 from surfw.manifest import Chunk, Form, Kind, TensorInfo, Use, fits, slice_name, stored_bytes
+
+_INT4 = frozenset({"layer", "expert"})
+"""Kinds of chunks whose matrices are int4 in a form of that codec."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,8 @@ class PlannedTensor:
         info: its name, dtype, shape and place in the payload.
         copy_of: the source tensor whose bytes it has; None where it has to be converted.
         copy_from: where in that source tensor they begin.
-        is_matrix: whether it is the weight of `torch.nn.Linear` or of embeddings, and of nothing else: only such are
-            quantised.
+        is_matrix: whether it is the weight of `torch.nn.Linear` or of embeddings, and of nothing else, or a matrix of
+            an expert that is used like one: only such are quantised.
     """
 
     info: TensorInfo
@@ -55,12 +59,12 @@ class PlannedChunk:
     def kinds(self, codec: str) -> tuple[Kind, ...]:
         """How a packed form of that codec holds each tensor; none if there is nothing to quantise, or no such codec.
 
-        `int4` has the matrices of layers in int4, and embeddings and heads in int8, as these matter more. Matrices with
-        so few rows that int4 takes more bytes than int8, as it fills them up, are in int8 too.
+        `int4` has the matrices of layers and experts in int4, and embeddings and heads in int8, as these matter more.
+        Matrices with so few rows that int4 takes more bytes than int8, as it fills them up, are in int8 too.
         """
         if copied := self.copied(codec):
             return copied.kinds
-        wanted: Sequence[Kind] = ("int4", "int8") if codec == "int4" and self.kind == "layer" else ("int8",)
+        wanted: Sequence[Kind] = ("int4", "int8") if codec == "int4" and self.kind in _INT4 else ("int8",)
         kinds: list[Kind] = []
         for tensor in self.tensors:
             fitting = [kind for kind in wanted if tensor.is_matrix and fits(tensor.info, kind)]
@@ -88,6 +92,25 @@ class ChunkPlan:
     def payload_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(chunk.payload_bytes for chunk in self.chunks)
+
+
+def with_exact_rest(chunks: Iterable[PlannedChunk], name: str) -> tuple[PlannedChunk, ...]:
+    """The chunks of a model as they are planned where only the experts of a mixture are quantised.
+
+    Raises:
+        ConfigurationError: it has none that can be.
+    """
+    planned = tuple(
+        chunk
+        if chunk.kind == "expert"
+        else replace(chunk, tensors=tuple(replace(one, is_matrix=False) for one in chunk.tensors))
+        for chunk in chunks
+    )
+    if not any(one.is_matrix for chunk in planned for one in chunk.tensors):
+        raise ConfigurationError(
+            f"{name} has no experts that can be quantised, so nothing of it would be; leave --quantize (quantize=) out"
+        )
+    return planned
 
 
 @dataclass(frozen=True, slots=True)

@@ -516,9 +516,13 @@ def device(
     from json import dumps
 
     from surfw.bench.device import bench_device
+    from surfw.errors import ConfigurationError
 
     with ExitStack() as last:
-        file = None if lines is None else last.enter_context(Path(lines).open("w", encoding="utf-8"))
+        try:
+            file = None if lines is None else last.enter_context(Path(lines).open("w", encoding="utf-8"))
+        except OSError as exc:
+            raise ConfigurationError(f"{lines} (--lines) cannot be written: {exc.strerror}; name another file") from exc
 
         def on_row(row: "Row") -> None:
             if file is not None:

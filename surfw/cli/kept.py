@@ -39,7 +39,7 @@ def keeps_results(command: Callable[..., "Result | Sequence[Result]"]) -> Callab
 
     @wraps(command)
     def run(*, save: Path | None, compare: Path | None, report: Path | None, **given: Any) -> None:
-        before = _prepare(save, compare, report)
+        before = _prepare(save, compare, report, command.__name__.removeprefix("bench_"))
         found = command(**given)
         results: Sequence[Result] = list(found) if isinstance(found, Sequence) else [found]
         _keep(results, save=save, compare=compare, before=before, report=report, json=given["json"])
@@ -57,7 +57,7 @@ def keeps_results(command: Callable[..., "Result | Sequence[Result]"]) -> Callab
     return run
 
 
-def _prepare(save: Path | None, compare: Path | None, report: Path | None) -> "dict[str, Result]":
+def _prepare(save: Path | None, compare: Path | None, report: Path | None, benchmark: str) -> "dict[str, Result]":
     """Refuse files that will not do before anything is measured; read the earlier results."""
     from surfw.bench.compare import read_results
 
@@ -66,7 +66,26 @@ def _prepare(save: Path | None, compare: Path | None, report: Path | None) -> "d
     for option, path in (("--save", save), ("--report", report)):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigurationError(f"{path} ({option}) cannot be written: there is no folder {path.parent}; make it")
-    return read_results(compare) if compare is not None else {}
+        if path is not None and path.is_dir():
+            raise ConfigurationError(f"{path} ({option}) cannot be written: it is a folder; name a file in it")
+    if compare is None:
+        return {}
+    before = read_results(compare)
+    if benchmark != "everything":
+        _expect_result(before, benchmark, compare)
+    return before
+
+
+def _expect_result(before: "dict[str, Result]", benchmark: str, file: Path) -> "Result":
+    """The earlier result of a benchmark.
+
+    Raises:
+        ConfigurationError: the file holds none.
+    """
+    if benchmark not in before:
+        held = ", ".join(before) or "none"
+        raise ConfigurationError(f"{file} holds no result of bench {benchmark}, only: {held}; name a file that does")
+    return before[benchmark]
 
 
 def _keep(
@@ -77,15 +96,13 @@ def _keep(
     from surfw.bench.compare import save_results
     from surfw.bench.report import write_report
 
-    comparisons: list[Comparison] = []
-    for result in results if compare is not None else ():
-        if result.benchmark not in before:
-            held = ", ".join(before) or "none"
-            raise ConfigurationError(f"{compare} holds no result of bench {result.benchmark}, only: {held}")
-        comparisons.append(compare_results(before[result.benchmark], result, file=str(compare)))
-    _show(results, comparisons, json=json)
     if save is not None:
-        save_results(results, save)
+        save_results(results, save)  # before anything else can fail: it took minutes
+    comparisons: list[Comparison] = []
+    if compare is not None:
+        earlier = [_expect_result(before, one.benchmark, compare) for one in results]
+        comparisons = [compare_results(one, now, file=str(compare)) for one, now in zip(earlier, results, strict=True)]
+    _show(results, comparisons, json=json)
     if report is not None:
         write_report(report, results, comparisons)
     worse = [(result, one) for result, found in zip(results, comparisons, strict=False) for one in found.worse]

@@ -37,11 +37,11 @@ from surfw.storage_options import parse_options
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, for scripts.")]
 RUN_SETTINGS = (
-    "model", "adapter", "source", "storage_options", "cache_layers", "memory_budget", "device", "device_memory",
-    "policy", "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype", "on_missing",
-    "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff",
+    "model", "adapter", "source", "source_order", "storage_options", "cache_layers", "memory_budget", "device",
+    "device_memory", "policy", "codec", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "dtype",
+    "on_missing", "connect_timeout", "silence_timeout", "retry_attempts", "retry_first_delay", "retry_backoff",
     "retry_most_delay", "retry_jitter", "retry_restart", "deadline", "token_file", "ssl_ca_certs", "ssl_certfile",
-    "ssl_keyfile", "encryption_key_file", "disk_cache", "cache_dir", "offline", "live",
+    "ssl_keyfile", "encryption_key_file", "verify_key", "disk_cache", "cache_dir", "offline", "live",
 )  # fmt: skip
 """The settings of commands that run a model."""
 TLS_SETTINGS = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")

@@ -47,21 +47,20 @@ def _tokens(run: RunTimes) -> Table | None:
     found = [one for one in (run.first_token, run.later_token) if one is not None]
     if not found:
         return None
-    shown = run.later_token or found[0]
+    shown = found[-1]
 
-    def row(name: str, field: str) -> tuple[str, ...]:
-        taken: list[float] = [getattr(one, field) for one in found]
-        return name, *map(render.seconds, taken), bar(getattr(shown, field) / shown.seconds if shown.seconds else 0)
+    def row(name: str, taken: list[float]) -> tuple[str, ...]:
+        return name, *map(render.seconds, taken), bar(taken[-1] / shown.seconds if shown.seconds else 0)
 
     untraced = [_untraced(one) for one in found]
-    others = [("what is not traced", *map(render.seconds, untraced), bar(untraced[-1] / shown.seconds))]
     rows = [
-        row("layers compute", "layers_seconds"),
-        row("between layers", "between_seconds"),
-        row("waiting for weights", "stall_seconds"),
-        *(others if untraced[-1] > shown.seconds / 100 else ()),
+        row("layers compute", [one.layers_seconds for one in found]),
+        row("between layers", [one.between_seconds for one in found]),
+        row("waiting for weights", [one.stall_seconds for one in found]),
     ]
-    return ("a token's time", *("the first", "later ones")[: len(found)], ""), [*rows]
+    if untraced[-1] > shown.seconds / 100:
+        rows.append(row("what is not traced", untraced))
+    return ("a token's time", *("the first", "later ones")[: len(found)], ""), rows
 
 
 def _untraced(one: TokenTime) -> float:

@@ -79,6 +79,8 @@ class ChosenSource:
             "offline": settings.offline or None,
             "deadline": settings.deadline,
             "encryption_key_file": settings.encryption_key_file,
+            "verify_key": settings.verify_key,
+            "source_order": settings.source_order,
         }
 
     def check_folder(self) -> None:

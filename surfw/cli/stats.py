@@ -60,7 +60,7 @@ def stats(
     """Show what a server does: its counters, its cache, its clients and what happened lately."""
     from surfw.cli import render
 
-    other = {"--store": store, "--run": run, "ADDRESS": url, "--watch": watch}
+    other = {"--store": store, "--run": run, "ADDRESS": url, "--watch": watch, "--every": every}
     if store is not None or run is not None:
         _show_other(configuration, other, json=json, quiet=quiet)
         return
@@ -99,7 +99,7 @@ def _show_other(configuration: options.Configuration, given: Mapping[str, Any], 
     Raises:
         Mistake: more than one of them is asked for.
     """
-    (what, place), *others = [(name, value) for name, value in given.items() if value]
+    (what, place), *others = [(name, value) for name, value in given.items() if value not in {None, False}]
     if others:
         raise Mistake(f"{what} does not go with {others[0][0]}; give one of them")
     if what == "--run":

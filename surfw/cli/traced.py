@@ -30,16 +30,22 @@ def writing_trace(path: Path | None) -> Iterator[None]:
         return
     trace = tracing.Trace(tracing.process_began())
     trace.phase("import", "starting")
+    with _writing(path):
+        file = path.open("w", encoding="utf-8")
     try:
-        with path.open("w", encoding="utf-8") as file:
-            try:
-                with tracing.recording(trace):
-                    yield
-            finally:
-                trace.write(file, version=__version__)
+        with tracing.recording(trace):
+            yield
+    finally:
+        with _writing(path), file:
+            trace.write(file, version=__version__)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """The body writes the trace, and nothing else."""
+    try:
+        yield
     except OSError as exc:
-        if exc.filename not in {None, str(path)}:
-            raise
         raise ConfigurationError(f"{path} (--trace) cannot be written: {exc.strerror or exc}; name another") from exc
 
 

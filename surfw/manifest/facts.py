@@ -10,6 +10,7 @@ from typing import Any, Literal
 from surfw.errors import NotFoundError
 from surfw.manifest.digests import Digests, payload_digest
 from surfw.manifest.experts import Experts, group_experts
+from surfw.manifest.signature import Signature
 
 FORMAT = "surfw.manifest"
 VERSION = 1
@@ -41,7 +42,7 @@ Kind = Literal["raw", "int8", "int4"]
 
 Reason = Literal["vectors", "small", "shapes", "dtypes", "others"]
 """Why a tensor is not quantised: it is no matrix; or one that has few weights, a shape that no kernel takes, or another
-dtype than float32, float16 and bfloat16; or it is the weight of no linear module or embedding."""
+dtype than float32, float16 and bfloat16; or it belongs to a module that is not quantised."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -232,6 +233,7 @@ class Manifest:
         key_id: which key the stored bytes of all chunks are encrypted with; empty where they are not.
         base: of an adapter, the model that it changes: its class is that one's, and its chunks have the names of those
             that they change.
+        signature: whose it is, if somebody says so; nothing here has checked it.
     """
 
     name: str
@@ -246,6 +248,7 @@ class Manifest:
     origin: Origin | None = None
     key_id: str = ""
     base: Base | None = None
+    signature: Signature | None = None
 
     @cached_property
     def by_name(self) -> dict[str, Chunk]:
@@ -313,9 +316,34 @@ class Manifest:
             del chunk["forms"]
         for file in document["files"]:
             file.pop("object", None)
-        for name in ("format", "version", "name", "origin"):
+        for name in ("format", "version", "name", "origin", "signature"):
             document.pop(name, None)
-        return payload_digest(json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+        return payload_digest(_encode(document))
+
+    @cached_property
+    def form_digests(self) -> dict[str, str]:
+        """By codec, BLAKE3 of all that proves the bytes of its forms, wherever they lie.
+
+        The identity names payloads, and whoever reads a part of one compares it with digests of blocks, which only a
+        manifest has. `lossless` is left out where it is not encrypted: what it decodes to is compared with the
+        payload's identity.
+        """
+        found: dict[str, list[Any]] = {}
+        for chunk in self.public().chunks:
+            for form in chunk.forms:
+                if form.codec != "lossless" or self.key_id:
+                    found.setdefault(form.codec, []).append([chunk.name, _form_document(form)])
+        return {codec: payload_digest(_encode(forms)) for codec, forms in sorted(found.items())}
+
+    @property
+    def is_covered(self) -> bool:
+        """Whether the signature, if it is right, speaks of all forms that are there."""
+        return self.signature is not None and self.form_digests.items() <= self.signature.forms.items()
+
+    def with_signature_of(self, other: "Manifest") -> "Manifest":
+        """The manifest with another one's signature, where that is of the same model in these forms; else with none."""
+        signed = replace(self, signature=other.signature)
+        return signed if signed.is_covered and self.identity == other.identity else replace(self, signature=None)
 
     def file(self, path: str) -> ModelFile:
         """The file of that name.
@@ -383,7 +411,8 @@ class Manifest:
         document |= {"origin": _origin_document(self.origin)} if self.origin else {}
         document |= {"encryption": {"cipher": CIPHER, "key": self.key_id}} if self.key_id else {}
         document |= {"base": {"name": self.base.name, "key": self.base.key}} if self.base else {}
-        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        document |= {"signature": _signature_document(self.signature)} if self.signature else {}
+        return _encode(document)
 
 
 def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
@@ -392,6 +421,14 @@ def with_digests(chunk: Chunk, digests: Digests | None) -> Chunk:
         return chunk
     (form,) = chunk.forms
     return replace(chunk, id=digests.digest, forms=(replace(form, digest=digests.digest, blocks=digests.blocks),))
+
+
+def _encode(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _signature_document(signature: Signature) -> dict[str, Any]:
+    return {"key": signature.key_id, "forms": dict(signature.forms), "value": signature.value.hex()}
 
 
 def _origin_document(origin: Origin) -> dict[str, Any]:
@@ -408,17 +445,17 @@ def _chunk_document(chunk: Chunk) -> dict[str, Any]:
         "tensors": [
             {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "offset": t.offset} for t in chunk.tensors
         ],
-        "forms": [
-            {"codec": form.codec, "stored_bytes": form.stored_bytes}
-            | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
-            | ({"frames": list(form.frames)} if form.frames else {})
-            | ({"kinds": list(form.kinds)} if form.kinds else {})
-            | ({"seals": form.seals.hex()} if form.seals else {})
-            | (
-                {"locations": [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]}
-                if form.locations
-                else {}
-            )
-            for form in chunk.forms
-        ],
+        "forms": [_form_document(form) for form in chunk.forms],
     }
+
+
+def _form_document(form: Form) -> dict[str, Any]:
+    places = [{"object": at.object, "start": at.start, "stop": at.stop} for at in form.locations]
+    return (
+        {"codec": form.codec, "stored_bytes": form.stored_bytes}
+        | ({"digest": form.digest, "blocks": form.blocks.hex()} if form.is_known else {})
+        | ({"frames": list(form.frames)} if form.frames else {})
+        | ({"kinds": list(form.kinds)} if form.kinds else {})
+        | ({"seals": form.seals.hex()} if form.seals else {})
+        | ({"locations": places} if places else {})
+    )

@@ -34,8 +34,10 @@ from surfw.manifest.facts import (
     Use,
 )
 from surfw.manifest.parts import fits, packed_bytes, plan_parts
+from surfw.manifest.signature import SIGNATURE_BYTES, Signature
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_CODEC = re.compile(r"[a-z0-9_-]{1,40}")
 _KEY_ID = re.compile(r"[0-9a-f]{32}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*){0,3}")
 _VERSIONS = frozenset(
@@ -46,6 +48,7 @@ _MAX_BYTES = 1 << 46
 _MAX_PIECES = 1_000_000
 _MAX_FILES_BYTES = 1 << 29
 _MAX_DIMENSIONS = 16
+_MAX_SIGNED_FORMS = 16
 _MAX_FILE_NAME = 128
 _MAX_OBJECT_NAME = 255
 
@@ -202,6 +205,7 @@ class _Parser:
             origin=self.origin(document["origin"]) if self.in_place and "origin" in document else None,
             key_id=self.key_id(document["encryption"]) if self.is_encrypted else "",
             base=self.base(document["base"]) if version == ADAPTER_VERSION else None,
+            signature=self.signature(document["signature"]) if "signature" in document else None,
         )
         self.consistent(manifest)
         return manifest
@@ -313,6 +317,17 @@ class _Parser:
     def base(self, document: Any) -> Base:
         name = check_model_name(self.text(document["name"], "the name of its base"))
         return Base(name, self.digest(document["key"], "the key of its base"))
+
+    def signature(self, document: Any) -> Signature:
+        key_id, value, forms = document["key"], bytes.fromhex(document["value"]), document["forms"]
+        self.require(isinstance(key_id, str) and bool(_KEY_ID.fullmatch(key_id)), "its signature names no key")
+        self.require(len(value) == SIGNATURE_BYTES, f"its signature has {len(value)} bytes, not {SIGNATURE_BYTES}")
+        self.require(len(forms) <= _MAX_SIGNED_FORMS, f"its signature speaks of {len(forms)} forms")
+        signed = {}
+        for codec, digest in forms.items():
+            self.require(bool(_CODEC.fullmatch(codec)), f"its signature speaks of a form {codec[:40]!a}")
+            signed[codec] = self.digest(digest, f"what its signature says of {codec}")
+        return Signature(key_id, signed, value)
 
     def origin(self, document: Any) -> Origin:
         self.require(isinstance(document["objects"], dict), "the objects of its origin are no object")

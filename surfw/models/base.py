@@ -125,7 +125,8 @@ class StreamingBaseModel(AdaptedModel):
             adapter: the name of a LoRA adapter in the same source, which is applied from the beginning; see
                 `set_adapter`. An adapter's name as `model` opens its base with it.
             **connection: `token`, `ssl`, `retry`, `connect_timeout`, `silence_timeout`, `storage_options`,
-                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`; see `WeightClient`.
+                `disk_cache`, `cache_dir`, `offline`, `deadline`, `encryption_key_file`, `verify_key`,
+                `source_order`; see `WeightClient`.
 
         Raises:
             ConfigurationError: an argument cannot be used, or both `cache_size` and `memory_budget` are given.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from surfw.config import format_size
 from surfw.errors import ConfigurationError
 from surfw.models.assembly import ModelParts
+from surfw.runtime.plan import BudgetTooSmallError
 
 if TYPE_CHECKING:
     from surfw.models.base import StreamingBaseModel
@@ -43,13 +44,23 @@ class OwnDraft:
             if self.total_bytes is not None:
                 self._engine.reserve(0)
                 self._relimit(self._engine.least_budget_bytes)
-            opened = self.model = open_draft(self._free_bytes())
+            opened = self.model = self._open(open_draft)
             self.share(0, 0)
         except BaseException:
             if opened is not None:
                 opened.close()
             self._give_back()
             raise
+
+    def _open(self, open_draft: "Callable[[int | None], StreamingBaseModel]") -> "StreamingBaseModel":
+        free_bytes = self._free_bytes()
+        try:
+            return open_draft(free_bytes)
+        except BudgetTooSmallError as exc:
+            if free_bytes is None:
+                raise
+            left = f"{format_size(free_bytes)} that {self._name} leaves of the memory budget"
+            raise ConfigurationError(f"the draft cannot be opened with the {left}: {exc}") from exc
 
     def share(self, prompt_tokens: int, new_tokens: int) -> None:
         """Give the draft what it needs for a generation, and the model all the rest.

@@ -167,6 +167,7 @@ def _configure_generation(
             continue  # a configuration has other settings of these names
         logger.warning("%s: ignored in its generation settings, because no file may choose it: %s", manifest.name, line)
     check_generation(settings, where=manifest.name)
-    with foreign_errors(f"the generation settings of {manifest.name}"):
+    advice = "; correct its generation_config.json or config.json, and chunk it again"
+    with foreign_errors(f"the generation settings of {manifest.name}", advice):
         make: Any = GenerationConfig.from_dict if has_file else GenerationConfig.from_model_config
         model.generation_config = make(settings)

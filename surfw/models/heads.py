@@ -117,8 +117,10 @@ def encode_texts(
     head = None if sentences else find_head(streaming.manifest.class_name)
     if prompt_name is not None and sentences is None:
         raise ConfigurationError(f"{name} has no prompts of its own; give no name of one (prompt_name, --prompt-name)")
-    if pairs and head != "labels" and head not in _NEEDS_SECOND:
-        raise ConfigurationError(f"{name} reads one text; give no second one (pairs, --pair)")
+    most = _most_pairs(streaming.manifest.class_name, head)
+    if most is not None and len(pairs) > most:
+        most_read = f"reads one text{' and a second one' * most}; give no {'third' if most else 'second'} one"
+        raise ConfigurationError(f"{name} {most_read} (pairs, --pair)")
     if not pairs and head in _NEEDS_SECOND:
         raise ConfigurationError(
             f"{name} ({streaming.manifest.class_name}) reads two texts: give {_NEEDS_SECOND[head]} too (pairs, --pair)"
@@ -147,6 +149,13 @@ def encode_texts(
     if spans:
         inputs["in_second"] = torch.tensor([[part == 1 for part in read.sequence_ids(at)] for at in range(len(pairs))])
     return {key: value[None] for key, value in inputs.items()} if head == "choice" else inputs
+
+
+def _most_pairs(class_name: str, head: str | None) -> int | None:
+    """How many second texts a model may be given; None for any number."""
+    if head == "labels" or head in _NEEDS_SECOND:
+        return None
+    return 1 if class_name.endswith("ForPreTraining") else 0
 
 
 def read_heads(
@@ -222,10 +231,7 @@ def _run(streaming: StreamingBaseModel, inputs: Mapping[str, torch.Tensor], **op
     except SurfwError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        said = " ".join(str(exc).split())[:200]
-        raise _for_python(
-            streaming, f"does not run on a text alone ({type(exc).__name__}: {said})", "**inputs"
-        ) from exc
+        raise no_text_alone(streaming, exc) from exc
 
 
 def _accepted(forward: Callable[..., Any], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -254,6 +260,12 @@ def _embed(settings: SentenceSettings, inputs: Mapping[str, torch.Tensor], state
     vector = pool(states, mask, settings, ignored)
     how = {"modes": list(settings.modes), "normalised": settings.normalises, "from": "modules.json"}
     return Reading(embedding=vector[0].float().tolist(), pooling=how)
+
+
+def no_text_alone(streaming: StreamingBaseModel, exc: Exception) -> UnsupportedModelError:
+    """The error for a model that needs other inputs than a text; what it complained of shows which."""
+    said = " ".join(str(exc).split())[:200]
+    return _for_python(streaming, f"does not run on a text alone ({type(exc).__name__}: {said})", "**inputs")
 
 
 def _for_python(streaming: StreamingBaseModel, what: str, arguments: str) -> UnsupportedModelError:

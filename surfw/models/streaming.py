@@ -287,7 +287,8 @@ class StreamingModel(StreamingBaseModel):
     def _generate_for(self, request: InferenceRequest, give: Callable[[Any], None]) -> None:
         self._expect_generation()
         is_text = request.prompt is not None
-        tokenizer = self.find_tokenizer() if is_text or request.stop else None
+        stops = request.stop or getattr(self.model.generation_config, "stop_strings", None)
+        tokenizer = self.find_tokenizer() if is_text or stops else None
         if is_text:
             answer(self, tokenizer, request, on_text=lambda text: give(text) if text else None)
         else:

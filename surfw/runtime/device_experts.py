@@ -24,6 +24,7 @@ class DeviceExperts(ExpertPool):
         self._metrics = metrics
         self._memory: torch.Tensor | None = None
         self._on_device: dict[str, dict[str, torch.Tensor]] = {}
+        self.read_whole = below.read_whole
 
     @property
     def foresees(self) -> bool:
@@ -40,8 +41,11 @@ class DeviceExperts(ExpertPool):
         if self._memory is None:
             with torch.inference_mode(mode=False):
                 self._memory = self._device.allocate(self._below.largest_bytes)
+            self._device.synchronize()  # earlier copies may still come to what was there before
         if path not in self._on_device:
             self._on_device[path] = self._below.stacks_over(path, self._memory)
+        if path in self.read_whole:
+            self._memory.zero_()
         for start, place in self._below.places(path, used):
             self._memory[start : start + len(place)].copy_(place)
             self._metrics.add("copied_bytes", len(place))

@@ -83,6 +83,8 @@ class ExpertHooks:
         )
 
     def _attach(self, module: ExpertModule) -> None:
+        if module.reads_all:
+            self._pool.read_whole.add(module.path)
         places = []
         for slot in module.slots:
             absent = AbsentParameter(slot.tensor, partial(self._pool.read, slot.name), device=self._device)

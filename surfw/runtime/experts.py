@@ -14,16 +14,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
+from functools import partial
 
 import torch
 
-from surfw.errors import ModelClosedError
-from surfw.manifest import Experts, Manifest
+from surfw.errors import ManifestError, ModelClosedError
+from surfw.manifest import Experts, Manifest, slice_name
 from surfw.metrics import Metrics
 from surfw.runtime.arena import Arena, arena_stride
-from surfw.runtime.buffers import Buffer, buffer_capacity, plan_layout
+from surfw.runtime.buffers import Buffer, buffer_capacity
+from surfw.runtime.expert_stack import ExpertStack
 from surfw.runtime.expert_table import Decision, ExpertTable, Key
-from surfw.runtime.loader import Loader, as_parameter, buffer_bytes, tensor_bytes
+from surfw.runtime.loader import Loader, as_parameter, buffer_bytes, flat_view, packed_form, tensor_places
+from surfw.runtime.packed import values_of
 from surfw.runtime.plan import ResidencyPlan
 from surfw.runtime.run import IoThread, Job, Run
 from surfw.skeleton.dtypes import torch_dtype
@@ -42,27 +45,53 @@ _DEMAND, _AHEAD = 0, 1 << 29
 
 
 class _Stacks:
-    """The experts of one module: their places, and the stacks over them."""
+    """The experts of one module: their places, and the stacks over them.
 
-    def __init__(self, experts: Experts, size_bytes: int, dtypes: Mapping[str, torch.dtype]) -> None:
+    Attributes:
+        experts: as given.
+        arena: has the places.
+        flat: all of it, as uint8.
+        tensors: the stacks, by their names.
+    """
+
+    def __init__(self, experts: Experts, size_bytes: int, loader: Loader, read: Callable[[str], torch.Tensor]) -> None:
+        kinds = {form.kinds if (form := packed_form(chunk)) else () for chunk in experts.chunks}
+        if len(kinds) > 1:
+            raise ManifestError(f"the experts of {experts.path} are not all quantised alike; chunk the model again")
         self.experts = experts
         self.arena = Arena(len(experts.chunks), size_bytes)
-        self._dtypes = dtypes
+        self._loader = loader
+        self._read = read
         with torch.inference_mode(mode=False):  # or they could not be used outside of that mode
             self.flat = torch.frombuffer(self.arena.view, dtype=torch.uint8)
         self.tensors = self.over(self.flat)
 
     def over(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The stacks, as parameters over memory that is laid out as the arena: uint8, of its size or more."""
-        first = self.experts.chunks[0]
-        places, _ = plan_layout(tensor_bytes(first, self._dtypes))
-        dtypes = [self._dtypes.get(one.name, torch_dtype(one.dtype)) for one in first.tensors]
-        stride, stacks = self.arena.stride, self.experts.stacks.items()
+        first, dtypes = self.experts.chunks[0], self._loader.dtypes
+        places = tensor_places(first, dtypes).items()
+        made: dict[str, torch.Tensor] = {}
+        matrices = partial(self._matrices, flat, {})
         with torch.inference_mode(mode=False):
-            return {
-                name: as_parameter(_stack(flat, place, stride, stack.shape, dtype))
-                for (name, stack), dtype, place in zip(stacks, dtypes, places, strict=True)
-            }
+            for (name, stack), (slice_, place) in zip(self.experts.stacks.items(), places, strict=True):
+                dtype = dtypes.get(slice_, torch_dtype(stack.dtype))
+                if place is not None:
+                    made[name] = as_parameter(_stack(flat, place, self.arena.stride, stack.shape, dtype))
+                else:
+                    like = torch.empty(stack.shape, dtype=dtype, device="meta")
+                    made[name] = ExpertStack(like, partial(matrices, name), partial(self._read, name), flat.device)
+        return made
+
+    def _matrices(
+        self, flat: torch.Tensor, known: dict[int, dict[str, torch.Tensor]], name: str, index: int
+    ) -> torch.Tensor:
+        """The packed matrix of an expert, which belongs to that stack, in such memory."""
+        if index not in known:
+            start = index * self.arena.stride
+            with torch.inference_mode(mode=False):
+                place = flat[start : start + self.arena.size_bytes]
+                known[index] = self._loader.expert_tensors(self.experts.chunks[index], place)
+        return known[index][slice_name(name, index)]
 
     def changed(self) -> None:
         """Make a backward pass fail that still needs what is gone, so that it is not wrong."""
@@ -77,6 +106,8 @@ class ExpertPool:
         table: which experts are there.
         is_ahead: as given.
         on_cramped: called when what `afford` was asked for is to be given back.
+        read_whole: paths of modules that multiply absent experts by zero, so that these have to be numbers: there,
+            nothing is loaded ahead.
         tokens: how many the first module has seen, about.
     """
 
@@ -109,7 +140,7 @@ class ExpertPool:
         self._run = run
         self._in_pieces = plan.in_pieces
         self._stacks = {
-            path: _Stacks(experts, expert_bytes(experts, loader.dtypes), loader.dtypes)
+            path: _Stacks(experts, expert_bytes(experts, loader.dtypes), loader, self.read)
             for path, experts in manifest.experts.items()
         }
         self._first = next(iter(self._stacks), "")
@@ -123,6 +154,7 @@ class ExpertPool:
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._warm_turns, self._guess_turns = asyncio.Semaphore(_WARM_AT_A_TIME), asyncio.Semaphore(_GUESSES_AT_A_TIME)
         self.on_cramped: Callable[[], object] = lambda: None
+        self.read_whole: set[str] = set()
         self.tokens = 0
         self._aside = 0  # bytes of the budget that are used for something else
         modules = [len(one.experts.chunks) * one.arena.size_bytes for one in self._stacks.values()]
@@ -154,7 +186,8 @@ class ExpertPool:
         with self._lock:
             for key in self._waiting.keys() & keys:
                 self._loads[key].cancel()  # it is not on its way yet: now it goes first
-        self._wait_for_ends(keys)
+            written = list(self._loads) if path in self.read_whole else keys
+        self._wait_for_ends(written)
         with self._lock:
             self.table.note(path, counts)
             self._compare(path, used)
@@ -231,7 +264,8 @@ class ExpertPool:
         with self._lock:
             for path, known in counts.items():
                 self.table.remember(path, known)
-            self._obey(self.table.admit(self.table.worthiest()), self._warm_turns)
+            wanted = [key for key in self.table.worthiest() if key[0] not in self.read_whole]
+            self._obey(self.table.admit(wanted), self._warm_turns)
 
     def read(self, name: str) -> torch.Tensor:
         """A copy of a whole stack, which is the caller's own; what is kept stays as it was.
@@ -245,7 +279,7 @@ class ExpertPool:
         buffer = Buffer(size_bytes)
         for index, chunk in enumerate(stacks.experts.chunks):
             self._io.run(self._loader.load(chunk, buffer, priority=_DEMAND))
-            whole[index] = self._loader.tensors(chunk, buffer)[f"{name}[{index}]"]
+            whole[index] = values_of(self._loader.expert_tensors(chunk, flat_view(buffer))[slice_name(name, index)])
         return as_parameter(whole)
 
     def adopt(self, plan: ResidencyPlan) -> None:

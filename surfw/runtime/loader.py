@@ -150,6 +150,11 @@ class Loader:
             return _views(chunk, flat, [tensor.offset for tensor in chunk.tensors], {})
         return self.tensors_in(chunk, flat_view(memory))
 
+    def expert_tensors(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `tensors_in`, without what quantised matrices could keep: there is no memory for that."""
+        form = packed_form(chunk)
+        return _packed_views(chunk, form, flat, self.dtypes) if form else self.tensors_in(chunk, flat)
+
     def tensors_in(self, chunk: Chunk, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views over a copy of a filled buffer, wherever it lies: uint8, of shape (`held_bytes`, or more)."""
         if form := packed_form(chunk):
@@ -323,6 +328,17 @@ def device_scratch_bytes(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> int
 def packed_form(chunk: Chunk) -> Form | None:
     """The form that a chunk is read in, if that is a packed one: then a run has no other of it (`codec.for_run`)."""
     return next((form for form in chunk.forms if form.is_packed), None)
+
+
+def tensor_places(chunk: Chunk, dtypes: Mapping[str, torch.dtype]) -> dict[str, int | None]:
+    """Where tensors lie in the memory of a chunk; None for quantised ones, which are no views."""
+    form = packed_form(chunk)
+    if form is None:
+        return dict(zip((one.name for one in chunk.tensors), plan_layout(tensor_bytes(chunk, dtypes))[0], strict=True))
+    behind, _ = _plan_casts(chunk, form, dtypes)
+    return {
+        part.name: behind.get(part.name, part.start) if part.kind == "raw" else None for part in parts_of(chunk, form)
+    }
 
 
 def as_parameter(values: torch.Tensor) -> torch.nn.Parameter:

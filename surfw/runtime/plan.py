@@ -31,6 +31,10 @@ _RING = 2
 _ROUNDS = 3
 
 
+class BudgetTooSmallError(ConfigurationError):
+    """A budget is smaller than the least with which a model runs."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Needs:
     """What a model needs to run, as far as memory is concerned. All sizes are in bytes.
@@ -403,7 +407,7 @@ SMALLER_CACHE = ", or have the KV cache quantised, which is not exact (generate(
 """What an error about a KV cache that has no room advises besides."""
 
 
-def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationError:
+def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> BudgetTooSmallError:
     """The error about a budget that the model does not run with: one that the user gave, or the default."""
     reserve = f", {format_size(limit.reserved_bytes)} of it for the KV cache" if limit.reserved_bytes else ""
     here = least_bytes(needs.in_pieces())
@@ -416,7 +420,7 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationEr
     if not limit.reason:
         given = f" ({budget_bytes} bytes)" if budget_bytes >= KB else ""
         what = "device memory" if is_device else "a memory budget"
-        return ConfigurationError(
+        return BudgetTooSmallError(
             f"{what} of {format_size(budget_bytes)}{given} is too small for {needs.name}, which needs "
             f"{needed}; give that or more{tokens}"
         )
@@ -424,7 +428,7 @@ def _too_small(needs: Needs, limit: Limit, budget_bytes: int) -> ConfigurationEr
     where, options = " on the device" if is_device else "", "(memory_budget, --memory-budget)"
     if is_device:
         options = "(device_memory, --device-memory)"
-    return ConfigurationError(
+    return BudgetTooSmallError(
         f"there is too little memory{where} for {needs.name}: it needs {needed}, and {there} free for it "
         f"({limit.reason}); make some free or raise that limit{tokens}, or give a budget of {least} bytes to go beyond "
         f"it {options}"

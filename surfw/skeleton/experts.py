@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surfw.manifest import slice_name
 from surfw.skeleton.units import Slot, Unit
 
 _SPREAD = frozenset({"Llama4TextExperts"})
@@ -40,6 +41,11 @@ class ExpertModule:
     slots: tuple[Slot, ...]
     count: int
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether a forward multiplies with all experts, by zeros for those that it does not use."""
+        return type(self.module).__name__ in _SPREAD
+
     def choice(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Choice, list[int]]:
         """Which experts a forward with these arguments uses.
 
@@ -52,7 +58,7 @@ class ExpertModule:
 
     def _counts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Choice:
         everything = [1] * self.count
-        if type(self.module).__name__ in _SPREAD:
+        if self.reads_all:
             inputs = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(inputs, torch.Tensor) or inputs.numel() % self.count:
                 return everything
@@ -78,6 +84,18 @@ def find_experts(model: nn.Module) -> Iterator[ExpertModule]:
         found = expert_module(path, module)
         if found is not None and found.count > 1:
             yield found
+
+
+def expert_matrices(modules: Iterable[ExpertModule]) -> frozenset[str]:
+    """The slices of stacks that are multiplied with as the weight of `torch.nn.Linear` is: rows are outputs."""
+    return frozenset(
+        slice_name(slot.name, index)
+        for one in modules
+        if _is_routed(one.module) and not one.module.is_transposed
+        for slot in one.slots
+        if slot.tensor.dim() == 3
+        for index in range(one.count)
+    )
 
 
 def experts_in(modules: Iterable[ExpertModule], unit: Unit) -> dict[str, list[str]]:

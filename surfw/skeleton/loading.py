@@ -142,23 +142,44 @@ def plan_loading(
         recipe = maker.recipe(first, group)
         recipes |= dict.fromkeys(recipe.targets, recipe)
     loading = finish_loading(skeleton, recipes, unused, equal, where=where)
-    return replace(loading, recipes=_slice_experts(skeleton, loading, groups, maker))
+
+    def slices(name: str, recipe: Recipe) -> dict[str, Recipe]:
+        return maker.slices(name, recipe, groups[name]) if name in groups else {}
+
+    return slice_experts(skeleton, loading, slices)
 
 
-def _slice_experts(
-    skeleton: Skeleton, loading: Loading, groups: Mapping[str, _Group], maker: "_Maker"
-) -> dict[str, Recipe]:
-    """The recipes, those of slices in place of stacks where all stacks of a module can be made so."""
+def slice_experts(
+    skeleton: Skeleton, loading: Loading, slices: Callable[[str, Recipe], dict[str, Recipe]] = lambda *_: {}
+) -> Loading:
+    """With the slices of stacks of experts in place of the stacks.
+
+    Args:
+        skeleton: the model.
+        loading: of its checkpoint.
+        slices: recipes for the slices of a stack that can be made one by one; others are made as a whole, and cut.
+    """
     recipes, tied = dict(loading.recipes), set(loading.ties.values())
     for module in skeleton.experts.values():
-        names = [slot.name for slot in module.slots]
-        if all(name in recipes and name in groups and name not in tied for name in names):
-            sliced = [maker.slices(name, recipes[name], groups[name]) for name in names]
-            if all(sliced):
-                for name, slices in zip(names, sliced, strict=True):
-                    del recipes[name]
-                    recipes |= slices
-    return recipes
+        stacks = {slot.name: recipes.get(slot.name) for slot in module.slots}
+        if any(recipe is None or len(recipe.targets) > 1 or name in tied for name, recipe in stacks.items()):
+            continue
+        for name in stacks:
+            recipe = recipes.pop(name)
+            recipes |= slices(name, recipe) or _cut(name, recipe)
+    return replace(loading, recipes=recipes)
+
+
+def _cut(name: str, recipe: Recipe) -> dict[str, Recipe]:
+    """One recipe for all slices of a stack."""
+    ((dtype, (count, *inner)),) = recipe.targets.values()
+    names = [slice_name(name, index) for index in range(count)]
+
+    def convert(read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert recipe.converter is not None, "what is stored as it is can be read slice by slice"
+        return dict(zip(names, recipe.converter(read)[name], strict=False))
+
+    return dict.fromkeys(names, Recipe({one: (dtype, tuple(inner)) for one in names}, recipe.sources, convert))
 
 
 def finish_loading(

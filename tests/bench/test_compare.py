@@ -148,10 +148,14 @@ def test_a_benchmark_is_saved_compared_and_reported(tmp_path: Path) -> None:
 
 
 def test_files_that_will_not_do_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    save_results([result(row([1, 2, 3]), benchmark="codec")], tmp_path / "codec.json")
+    codec = str(tmp_path / "codec.json")
     for options, code, said in (
         (("--report", "x.pdf"), 2, "is neither a .html nor a .md file"),
         (("--save", "no/x.json"), 1, "there is no folder no; make it"),
+        (("--save", str(tmp_path)), 1, "it is a folder; name a file in it"),
         (("--compare", "x.json"), 1, "x.json cannot be read"),
+        (("--compare", codec), 1, "codec.json holds no result of bench wire, only: codec; name a file that does"),
     ):
         done = surfw(tmp_path, "bench", "wire", *options)
         assert (done.returncode, said in done.stderr) == (code, True), done.stderr

@@ -147,7 +147,7 @@ def test_tensors_without_a_place_are_left_out_with_a_word(
     manifest = chunk(backend, checkpoint)
     assert set(tensors(backend, manifest)) == set(source)
     (record,) = [one for one in caplog.records if one.name == "surfw.chunking"]
-    assert "has no place for 1 tensors of the checkpoint, such as zzz.extra" in record.getMessage()
+    assert "has no place for 1 tensor of the checkpoint, such as zzz.extra" in record.getMessage()
 
 
 def test_code_that_a_configuration_asks_for_is_left_out_with_a_word(

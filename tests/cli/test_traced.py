@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from surfw import tracing
+from surfw.cli.traced import writing_trace
 from surfw.models import StreamingModel
 from tests.checkpoints import save_llama
 from tests.cli.run import complaint, surfw
@@ -91,3 +92,9 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(home: Path) -> None:
     clash = surfw(home, "stats", "--watch", "--run", "x")
     assert clash.returncode == 2
     assert "--run does not go with --watch" in clash.stderr
+
+
+def test_what_a_run_fails_with_is_not_said_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="something else"), writing_trace(tmp_path / "run.json"):
+        raise OSError("something else")
+    assert json.loads((tmp_path / "run.json").read_text())["traceEvents"], "it is written all the same"

@@ -15,14 +15,16 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+import torch
 
+from surfw import StreamingModel
 from tests.services import warm
 from tests.services.s3 import S3Service
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TESTED = {
     "custom_backend", "custom_model", "fastapi_app", "image_and_sound", "inference_example", "llama_example",
-    "llama_s3_example", "openai_server",
+    "llama_s3_example", "mixture", "openai_server",
 }  # fmt: skip
 START = """
 import runpy, sys, transformers
@@ -67,6 +69,13 @@ def test_a_llama_of_ones_own(tmp_path: Path) -> None:
     from tests.checkpoints import save_llama
 
     assert run(tmp_path, "llama_example", str(save_llama(tmp_path / "mine"))).startswith("mine: 4 layers, ")
+
+
+def test_a_mixture(tmp_path: Path) -> None:
+    small = ("--layers", "2", "--experts", "8", "--chosen", "2", "--hidden", "128", "--width", "32")
+    assert re.fullmatch(r"mine: [\d.]+ GB\n", run(tmp_path, "mixture", "mine", *small))
+    with StreamingModel.open(tmp_path / "mine") as model:
+        assert len(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3)[0]) == 6
 
 
 def test_a_llama_in_s3(tmp_path: Path, s3: S3Service) -> None:

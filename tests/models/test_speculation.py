@@ -133,7 +133,7 @@ def test_a_draft_that_does_not_fit_is_refused_and_nothing_changes(store: Path) -
     with StreamingModel.open(store, "big", memory_budget="32MB") as model:
         least = model._engine.least_budget_bytes
     with StreamingModel.open(store, "big", memory_budget=least + 1000) as model:
-        with pytest.raises(ConfigurationError, match=r"does not fit"):
+        with pytest.raises(ConfigurationError, match=r"^the draft cannot .* that big leaves of the memory budget: "):
             model.speculate(draft="small")
         assert model.plan.budget_bytes == least + 1000
         assert model.statistics()["speculation"] is None
@@ -164,7 +164,7 @@ def test_stop_texts_are_found_without_guesses(big: StreamingModel) -> None:
     big.speculate(draft="self:int8")
     found = answer(big, big.tokenizer, InferenceRequest(prompt="Weights", max_new_tokens=NEW, stop=[stop]))
     assert found.token_ids == whole.token_ids[: len(found.token_ids)]
-    assert found.text.endswith(stop)
+    assert found.text == whole.text.partition(stop)[0], "the stop text is no part of the answer"
     facts = big.statistics()["speculation"]
     assert facts is not None
     assert facts["guessed_tokens"] == 0

@@ -6,16 +6,23 @@ import hashlib
 import http.client
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from surfw.client import open_wire_source
+from surfw.manifest import Location
 from surfw.server import WeightServer
 from surfw.server import page as server_page
+from surfw.server.heat import heat_of
+from surfw.server.pages import Page
 from tests.peers import serving, whole
 from tests.stores import make_store
+from tests.toys import toy_chunk
 
 
 def get(port: int, path: str, **headers: str) -> tuple[int, dict[str, str], str]:
@@ -88,6 +95,26 @@ def test_events_are_the_statistics_as_they_change(tmp_path: Path) -> None:
             assert [one["in_flight"] for one in found[-1]["connections"]] == [0]
 
     asyncio.run(main())
+
+
+def test_heat_is_that_of_the_bytes_where_a_chunk_lies() -> None:
+    chunk, _ = toy_chunk("a", [])
+    places = [
+        [Location("shard", 7, 107)],
+        [Location("shard", 107, 207)],
+        [Location("shard", 207, 257), Location("b", 0, 50)],
+    ]
+    chunks = tuple(
+        replace(chunk, name=str(number), forms=(replace(chunk.forms[0], stored_bytes=100, locations=tuple(place)),))
+        for number, place in enumerate(places)
+    )
+    manifest = SimpleNamespace(name="m", chunks=chunks)
+    pages = SimpleNamespace(
+        cache=[Page("shard", 107, 207), Page("shard", 7, 57), Page("b", 0, 50), Page("other", 7, 107)],
+        hits=Counter({("shard", 7): 1, ("shard", 207): 2, ("b", 0): 3, ("gone", 0): 9}),
+    )
+    (found,) = heat_of(SimpleNamespace(known=lambda: [manifest]), pages)  # type: ignore[arg-type]
+    assert found == {"model": "m", "chunks": 3, "resident": [0.5, 1.0, 0.5], "hits": [1, 0, 5]}
 
 
 @pytest.mark.usefixtures("_short")

@@ -209,15 +209,16 @@ def test_mixtures_as_they_are_saved(family: str, dtype: torch.dtype, tmp_path: P
     assert all(bool(recipe.joined) is (dtype == torch.float32) for recipe in slices.values())
 
 
-def test_experts_of_several_dtypes_are_made_as_one_stack(tmp_path: Path) -> None:
+def test_experts_of_several_dtypes_are_made_as_one_stack_and_cut(tmp_path: Path) -> None:
     def lower(state: State) -> State:
         (name, tensor) = next((name, tensor) for name, tensor in state.items() if ".w1.weight" in name)
         return state | {name: tensor.bfloat16()}
 
     rewrite(save(tmp_path, "mixtral-experts"), lower)
     loading, _ = same_as_from_pretrained(tmp_path)
-    assert len(loading.recipes["model.layers.0.mlp.experts.gate_up_proj"].sources) == 8
-    assert "model.layers.1.mlp.experts.gate_up_proj[0]" in loading.recipes
+    cut = loading.recipes["model.layers.0.mlp.experts.gate_up_proj[0]"]
+    assert (len(cut.sources), len(cut.targets)) == (8, 4)
+    assert len(loading.recipes["model.layers.1.mlp.experts.gate_up_proj[0]"].targets) == 1
 
 
 def with_head(state: State, head: torch.Tensor) -> State:

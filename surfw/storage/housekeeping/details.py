@@ -57,6 +57,7 @@ class ModelDetails(StoredModel):
             weights are not known.
         form_bytes: what is stored in forms of each codec.
         key_id: which key they are encrypted with; None where they are not.
+        signed_by: which key says that it signed it, unchecked; None where none does.
         files: of its tokenizer.
         parts: its chunks, in the order of its modules.
         experts: how its experts were used so far, on this machine; None if it has none, or they were not.
@@ -67,6 +68,7 @@ class ModelDetails(StoredModel):
     identity: str | None
     form_bytes: Mapping[str, int]
     key_id: str | None
+    signed_by: str | None
     files: tuple[StoredFile, ...]
     parts: tuple[StoredChunk, ...]
     experts: UsedExperts | None = None
@@ -103,6 +105,7 @@ async def describe_model(url: str, model: str, *, storage_options: Mapping[str, 
         identity=manifest.identity if manifest.is_known else None,
         form_bytes=form_bytes(manifest),
         key_id=manifest.key_id or None,
+        signed_by=manifest.signature.key_id if manifest.signature else None,
         files=tuple(StoredFile(name=file.path, bytes=file.size) for file in manifest.files),
         parts=tuple(
             StoredChunk(name=chunk.name, kind=chunk.kind, tensors=len(chunk.tensors), payload_bytes=chunk.payload_bytes)
