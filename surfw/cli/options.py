@@ -94,9 +94,9 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except typer.BadParameter as exc:
-        setting = SETTINGS.get(exc.param.name or "") if exc.param else None
-        if setting and setting.kind in {int, float} and (seen := _find_value(setting.option, typed)) is not None:
-            exc.message = f"{seen!r} is not {setting.expected}"
+        expected = _expected_number(exc.param)
+        if exc.param and expected and (seen := _find_value(exc.param.opts[0], typed)) is not None:
+            exc.message = f"{seen!r} is not {expected}"
         exc.message = exc.message.removeprefix("Value error, ")
         raise
     except Exception as exc:  # a usage error, whose class typer keeps to itself
@@ -106,6 +106,18 @@ def _in_kind_words(args: Sequence[str]) -> Iterator[None]:
         elif str(getattr(exc, "message", "")).startswith("Got unexpected extra argument"):
             exc.message += "; a text with spaces goes between quotes"  # type: ignore[attr-defined]
         raise
+
+
+def _expected_number(parameter: Any) -> str | None:
+    """What an option takes that takes a number; None for any other."""
+    if setting := SETTINGS.get(getattr(parameter, "name", None) or ""):
+        return setting.expected if setting.kind in {int, float} else None
+    if getattr(getattr(parameter, "type_descriptor", None), "annotation", None) is not int:
+        return None
+    least, most = parameter.min, parameter.max
+    if least is not None and most is not None:
+        return f"a whole number from {least} to {most}"
+    return "a whole number" + (f" >= {least}" if least is not None else "")
 
 
 def _find_value(option: str, args: Sequence[str]) -> str | None:
