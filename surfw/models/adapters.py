@@ -4,7 +4,7 @@ All tensors of a loaded adapter stay in memory, which counts in the budget. Swit
 the base's weights stay where they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Adapters:
         *,
         is_pinned: bool = False,
     ) -> None:
-        """None is loaded yet.
+        """None is loaded yet; `on_apply` hears whether one is applied from now on.
 
         Args:
             client: where the base and its adapters are.
@@ -65,6 +65,7 @@ class Adapters:
         self._device = device
         self._loaded: dict[str, _Loaded] = {}
         self._attached: AttachedLora | None = None
+        self.on_apply: Callable[[bool], object] = lambda _: None
         self.active: str | None = None
 
     @property
@@ -120,6 +121,7 @@ class Adapters:
         if name is not None:
             one = self._loaded[name]
             self._attached, self.active = AttachedLora(one.lora, one.tensors), name
+        self.on_apply(name is not None)
 
     def unload(self, name: str) -> None:
         """Give an adapter's memory back; one that is applied is not applied any more.

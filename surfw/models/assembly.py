@@ -207,7 +207,6 @@ def assemble(
         )  # fmt: skip
     tables = StreamedTables(units, engine.rows, engine.by_rows)
     used = dict.fromkeys(name for use in manifest.order for name in use.chunks)
-    place = torch.device("cpu") if device is None else device.torch_device
     parts = ModelParts(
         client=client,
         manifest=manifest,
@@ -230,6 +229,7 @@ def assemble(
         yielder=Yielder(manifest.name, lambda: engine.anonymous_bytes, engine.shrink),
         base_bytes=rss_bytes(),
     )
+    adapters.on_apply = parts.hooks.freeze
     if adapter is not None:
         try:
             adapters.apply(adapters.load(adapter))

@@ -86,6 +86,7 @@ class StreamingHooks:
             device: where the engine brings them.
             experts: the hooks of modules whose experts are brought one by one.
         """
+        self._is_frozen = False
         self._experts = experts
         self._engine = engine
         self._device = device
@@ -130,6 +131,13 @@ class StreamingHooks:
             for place in places:
                 if place.is_ours:
                     place.put(place.original)
+
+    def freeze(self, is_frozen: bool) -> None:
+        """Say whether weights want no gradients from the next run on: under an adapter, peft's do not.
+
+        There are none, but torch chooses by that how it multiplies; see `loader.as_parameter`.
+        """
+        self._is_frozen = is_frozen
 
     def recover(self) -> None:
         """Take away what a forward that was interrupted has left in place."""
@@ -282,6 +290,8 @@ class StreamingHooks:
     def _put(self, places: Sequence[_Place], tensors: Mapping[str, torch.Tensor]) -> None:
         for place in places:
             tensor = tensors[place.stored]
+            if type(tensor) is torch.nn.Parameter and (tensor.is_floating_point() or tensor.is_complex()):
+                tensor.requires_grad_(not self._is_frozen)
             place.put(tensor.data if place.slot.is_buffer else tensor)
 
     def _take_away(self, places: Sequence[_Place]) -> None:
