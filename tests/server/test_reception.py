@@ -10,7 +10,7 @@ import pytest
 
 from surfw.bench.raw_peer import RawPeer, message, ping
 from surfw.config import KIB, WireLimits
-from surfw.server import reception
+from surfw.server import reception, sending
 from surfw.server.connection import Connection
 from surfw.server.reception import PORTION_BYTES, show_address
 from tests.certificates import for_server, make_certificate
@@ -105,6 +105,29 @@ def test_a_client_that_pings_and_never_reads_is_not_listened_to_for_long(tmp_pat
                     await asyncio.sleep(0)
                     assert transport.get_write_buffer_size() < SMALL.run_bytes + 10 * PORTION_BYTES
                     assert sent < 100_000_000, "it was listened to although it did not read"
+
+    asyncio.run(main())
+
+
+def test_a_message_in_endless_fragments_is_not_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_store(tmp_path, sizes=[100])
+    goes_on = asyncio.Event()
+    monkeypatch.setattr(sending.Sender, "keep_up", lambda _: goes_on.wait())  # the client takes nothing
+    first, more = b"\x01\x80" + bytes(4), b"\x00\x80" + bytes(4)
+
+    async def main() -> None:
+        async with serving(tmp_path, limits=SMALL) as server:
+            with await asyncio.to_thread(lambda: RawPeer(server.port).shake_hands()) as peer:
+                await asyncio.to_thread(peer.greet)
+                peer.send(message("models", id=0))
+                assert (await asyncio.to_thread(peer.hear_text))["models"] == ["toy/model"]
+                peer.send(first + more * 2000)
+                peer.socket.settimeout(5)
+                try:
+                    with pytest.raises(ConnectionResetError, match="closed: a message in more than 1024 fragments"):
+                        await asyncio.to_thread(peer.hear)
+                finally:
+                    goes_on.set()
 
     asyncio.run(main())
 
