@@ -87,6 +87,7 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         self._portion = memoryview(bytearray(PORTION_BYTES))
         self._unread = self._fragments = 0
         self._waits_to_read = False
+        self._hang_up: asyncio.TimerHandle | None = None
         self._accepting = asyncio.current_task()  # the loop's, until there is a transport: for TLS, after the handshake
         if self._accepting is not None:
             self._accepting.add_done_callback(self._accepted)
@@ -114,6 +115,8 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
         self._newcomers.discard(self)
         self.outbox.close()
         super().connection_lost(exc)
+        if self._hang_up is not None:
+            self._hang_up.cancel()
 
     def opened(self) -> None:
         """It is open: newcomers no longer push it out, and from now on it pays from an account of its own."""
@@ -163,8 +166,14 @@ class FairConnection(ServerConnection, asyncio.BufferedProtocol):
             self.send_data()
 
     def send_data(self) -> None:
-        """Write what is to be sent in one go, such as the answers to many pings."""
+        """Write what is to be sent in one go, such as the answers to many pings.
+
+        If the connection is being closed, the client has a few seconds to take that and to hang up: the library would
+        wait for as long as it does neither, up to the next ping.
+        """
         writes = self.protocol.data_to_send()
+        if self.protocol.state in {State.CLOSING, State.CLOSED} and self._hang_up is None:
+            self._hang_up = self.loop.call_later(self.close_timeout or 0, self.transport.abort)
         self.outbox.let_go()
         if data := b"".join(writes):
             self.transport.write(data)
