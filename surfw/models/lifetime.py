@@ -25,6 +25,7 @@ from surfw.models.assembly import ModelParts, assemble
 from surfw.models.client import Source, WeightClient
 from surfw.models.options import ConnectionOptions, OpenSettings
 from surfw.runtime.run import Run, current_run, run_in_executor
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.default_dtype import runs
 from surfw.source import check_pin, find_base, split_pin
 from surfw.threads import refuse_event_loop
@@ -167,7 +168,12 @@ class ModelLifetime:
                 try:
                     manifest, adapter = self._find_manifest()
                     parts = assemble(
-                        self._client, manifest, settings, self.metrics, adapter=adapter or settings.adapter
+                        self._client,
+                        manifest,
+                        settings,
+                        self.metrics,
+                        adapter=adapter or settings.adapter,
+                        take_part=self._take_part,
                     )
                 except BaseException:
                     if self._owns_client:
@@ -180,6 +186,10 @@ class ModelLifetime:
                     if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
                         parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
+
+    def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
+        """The part of the model that this process runs: all of it."""
+        return manifest, skeleton
 
     def _open_here(self) -> ModelParts:
         """The parts, for callers in a thread where an event loop may run; those of a closed model still tell facts."""

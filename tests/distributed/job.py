@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from surfw import StorageBackend, WeightClient
-from surfw.distributed import build_model, load_sharded
+from surfw import InferenceRequest, StorageBackend, WeightClient
+from surfw.distributed import StageModel, build_model, load_sharded
 from surfw.distributed.place import place_model
 from surfw.distributed.stages import plan_stages
 from surfw.skeleton.units import find_units
@@ -226,7 +226,30 @@ def relay(model: Any, unit: Any, owner: int) -> None:
     model.get_submodule(parent).register_module(leaf, absent)
 
 
-KINDS = {"placed": placed, "failing": failing, "staged": staged}
+def pipelined(case: Mapping[str, Any], folder: Path, wholes: Mapping[str, Any]) -> dict[str, Any]:
+    """Answer prompts by the stages of a pipeline, and one by one by the resident model."""
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13]]
+    answers: list[Any] = [None] * len(prompts)
+
+    def take(found: Any) -> None:
+        answers[found.index] = found.error or found.result.token_ids
+
+    with StageModel.open(folder / "stores" / case["model"], memory_budget=case.get("budget")) as stage:
+        if dist.get_rank():
+            stage.serve()
+        else:
+            requests = [InferenceRequest(prompt_ids=ids, max_new_tokens=6, ignore_eos=True) for ids in prompts]
+            stage.answer_many(requests, on_result=take, sequences=3, max_new_tokens=6)
+        layers, weights = stage.layers, stage.manifest.payload_bytes
+    if dist.get_rank():
+        return {"layers": layers, "weights": weights}
+    greedy = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    whole = wholes[case["model"]]
+    right = [whole.generate(torch.tensor([ids]), **greedy)[0, len(ids) :].tolist() for ids in prompts]
+    return {"layers": layers, "weights": weights, "answers": answers, "right": right}
+
+
+KINDS = {"placed": placed, "failing": failing, "staged": staged, "pipelined": pipelined}
 
 
 def run_rank(job: int, rank: int, count: int, cases: list[Any], folder: Path, out: Path, wholes: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from surfw import ModelChunker, WeightClient
 from surfw.config import BLOCK_BYTES
 from tests.checkpoints import save_llama
+from tests.cli.run import surfw
 from tests.exactness.families import FAMILIES
 
 MODELS = ("llama", "llama-tied", "gpt2", "t5")
@@ -40,14 +41,18 @@ JOBS: list[dict[str, Any]] = [
     {"ranks": 2, "cases": [_FAILING | {"fault": "damaged", "cache": "damaged"}]},
     {"ranks": 2, "cases": [_FAILING | {"fault": "hangs", "cache": "hangs", "timeout": 1}]},
 ]
-KILLED, AGAIN, DAMAGED, HANGS = range(2, 6)
+JOBS += [
+    {"ranks": ranks, "cases": [{"kind": "pipelined", "model": model} for model in models]}
+    for ranks, models in ((2, ("llama-tied", "gemma2", "t5")), (3, ("llama", "gpt2")), (5, ("llama",)))
+]
+KILLED, AGAIN, DAMAGED, HANGS, TWO_STAGES, THREE_STAGES, FIVE_STAGES = range(2, 9)
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small models, and stores of each."""
     folder = tmp_path_factory.mktemp("distributed")
-    for name in MODELS:
+    for name in (*MODELS, "gemma2"):
         torch.manual_seed(0)
         FAMILIES[name].build().save_pretrained(folder / name)
         ModelChunker(folder / name, folder / "stores" / name).chunk_model_sync()
@@ -146,3 +151,50 @@ def test_a_rank_whose_bytes_are_damaged_says_so_and_the_others_say_which_rank(re
 def test_a_rank_that_hangs_is_named_after_the_timeout(results: Any) -> None:
     seen = results[HANGS][0][0]["error"]
     assert seen.startswith("RankError: rank 1 of 2 did not answer within 1 s while reading bytes ")
+
+
+@pytest.mark.parametrize(("job", "case"), [(TWO_STAGES, 0), (TWO_STAGES, 1), (THREE_STAGES, 0), (THREE_STAGES, 1)])
+def test_the_stages_of_a_pipeline_give_the_tokens_of_one_process(results: Any, job: int, case: int) -> None:
+    first, *others = results[job][case]
+    assert first["answers"] == first["right"]
+    layers = [layer for seen in (first, *others) for layer in seen["layers"]]
+    assert len(set(layers)) == len(layers) == 4
+    assert all(seen["layers"] for seen in others)
+
+
+def test_what_cannot_be_a_pipeline_is_refused(results: Any) -> None:
+    t5, few = results[TWO_STAGES][2][0]["error"], results[FIVE_STAGES][0][0]["error"]
+    assert t5.startswith("UnsupportedModelError: t5 (T5ForConditionalGeneration) cannot be run as a pipeline")
+    assert few == ("ConfigurationError: llama has 4 layers, which cannot be 5 stages of a pipeline; take fewer ranks")
+
+
+def test_the_command_answers_on_one_rank_and_serves_stages_on_the_others(
+    results: Any, checkpoints: Path, tmp_path: Path
+) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9], [10, 11, 12, 13]]
+    lines = [json.dumps({"id": at, "prompt_ids": ids, "ignore_eos": True}) for at, ids in enumerate(prompts)]
+    (tmp_path / "prompts").write_text("\n".join([*lines, '{"prompt_ids": "wrong"}']))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "surfw"]
+    options = ["--prompts", str(tmp_path / "prompts"), "--ordered", "--max-new-tokens", "6", "--memory-budget", "100MB"]
+    command = [*torchrun, "infer", str(checkpoints / "stores" / "llama"), "--pipeline", *options]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    *answers, wrong = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["token_ids"] for one in answers] == results[THREE_STAGES][0][0]["right"]
+    assert wrong["error"] == 'prompt_ids is "wrong", expected a list of token ids'
+    assert "surfw: 4 prompts answered, 1 failed, 24 tokens in" in done.stderr
+    assert done.returncode == 1  # of rank 0, as without a pipeline
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--prompt-ids", "1,2"), "--pipeline goes with --prompts FILE, which is not given"),
+        (("--prompts", "-"), "start them with 'torchrun --nproc-per-node N -m surfw infer --pipeline …'"),
+    ],
+)
+def test_a_pipeline_alone_is_refused(
+    checkpoints: Path, tmp_path: Path, options: tuple[str, ...], expected: str
+) -> None:
+    done = surfw(tmp_path, "infer", str(checkpoints / "stores" / "llama"), "--pipeline", *options)
+    assert done.returncode in {1, 2}
+    assert expected in " ".join(done.stderr.split())

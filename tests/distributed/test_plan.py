@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from surfw.config import BLOCK_BYTES, MIB
 from surfw.distributed.load import gather
 from surfw.distributed.plan import LoadPlan, Need, Run, choose_window, make_slice, plan_load, runs_of
+from surfw.distributed.stages import cut_evenly
 from surfw.manifest import Chunk, Form, TensorInfo, nbytes
 
 ITEM = 2
@@ -186,3 +187,15 @@ def test_every_byte_of_every_slice_comes_once(
         assert read_once(plan)
         most = max(abs(plan.shares[rank] - plan.read_bytes(rank)) for rank in range(ranks))
         assert most <= 2 * BLOCK_BYTES
+
+
+@given(sizes=st.lists(st.integers(0, 20), min_size=1, max_size=7), data=st.data())
+def test_stages_are_as_equal_as_they_can_be(sizes: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(sizes)))
+    runs = cut_evenly(sizes, count)
+    assert [at for low, high in runs for at in range(low, high)] == list(range(len(sizes)))
+    assert len(runs) == count
+    assert all(low < high for low, high in runs)
+    ways = [[0, *cuts, len(sizes)] for cuts in combinations(range(1, len(sizes)), count - 1)]
+    least = min(max(sum(sizes[low:high]) for low, high in pairwise(way)) for way in ways)
+    assert max(sum(sizes[low:high]) for low, high in runs) == least
