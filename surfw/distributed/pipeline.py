@@ -72,6 +72,10 @@ class StageModel(StreamingModel):
         """The stage of this rank."""
         return cut_out(manifest, skeleton, dist.get_rank(), dist.get_world_size())
 
+    def _switch(self, name: str) -> None:
+        """Refuse: all ranks would have to."""
+        raise ConfigurationError(f"a stage of a pipeline cannot switch to {name[:80]!r}; start the job with that model")
+
     def serve(self) -> None:
         """Compute what comes from the rank before, until rank 0 has no more.
 
