@@ -6,7 +6,7 @@ that is shown depends on the model and its dtypes alone; an error about a budget
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,9 +145,17 @@ class ModelParts:
 
 
 def assemble(
-    client: SourceThread, manifest: Manifest, settings: OpenSettings, metrics: Metrics, *, adapter: str | None = None
+    client: SourceThread,
+    manifest: Manifest,
+    settings: OpenSettings,
+    metrics: Metrics,
+    *,
+    adapter: str | None = None,
+    take_part: Callable[[Manifest, Skeleton], tuple[Manifest, Skeleton]] = lambda *whole: whole,
 ) -> ModelParts:
     """Build the model of a manifest, apply an adapter to it, and begin to fetch what it needs first.
+
+    `take_part` takes the part of manifest and model that this process runs.
 
     Raises:
         ConfigurationError: the limit is too small for the model, its dtype is not known, or it is encrypted and the
@@ -161,7 +169,9 @@ def assemble(
     if packed and settings.codec == "auto":
         logger.warning("%s: weights are %s, not exact; nothing else is stored of them", manifest.name, packed)
     dtype = None if settings.dtype in {None, "auto"} else parse_dtype(str(settings.dtype))
-    skeleton = open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
+    manifest, skeleton = take_part(
+        manifest, open_skeleton(manifest, dtype, model_class=settings.model_class, on_missing=settings.on_missing)
+    )
     dtypes = cast_dtypes(manifest, skeleton)
     units = tables_of(skeleton, manifest)
     near = partial(client.source.near, manifest)

@@ -27,6 +27,7 @@ from surfw.models.client import Source, WeightClient
 from surfw.models.options import ConnectionOptions, OpenSettings
 from surfw.models.switching import switch_parts
 from surfw.runtime.run import Run, current_run, run_in_executor
+from surfw.skeleton.build import Skeleton
 from surfw.skeleton.default_dtype import runs
 from surfw.source import check_pin, find_base, split_pin
 from surfw.threads import refuse_event_loop
@@ -169,7 +170,12 @@ class ModelLifetime:
                 try:
                     manifest, adapter = self._find_manifest()
                     parts = assemble(
-                        self._client, manifest, settings, self.metrics, adapter=adapter or settings.adapter
+                        self._client,
+                        manifest,
+                        settings,
+                        self.metrics,
+                        adapter=adapter or settings.adapter,
+                        take_part=self._take_part,
                     )
                 except BaseException:
                     if self._owns_client:
@@ -182,6 +188,10 @@ class ModelLifetime:
                     if (layers := self._settings.limit.cache_layers) != settings.limit.cache_layers and layers:
                         parts.engine.resize(layers)  # it was set meanwhile
             return self._parts
+
+    def _take_part(self, manifest: Manifest, skeleton: Skeleton) -> tuple[Manifest, Skeleton]:
+        """The part of the model that this process runs: all of it."""
+        return manifest, skeleton
 
     def _switch(self, name: str) -> None:
         """Have another model of the source from now on; the one there was is closed.
